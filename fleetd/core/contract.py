@@ -1,0 +1,251 @@
+"""What the core knows of configuration, engines and the world: frozen data, no behaviour.
+
+The rules of this file
+- Everything here is a value. The daemon builds it from fleet.yaml and the engines; the core only reads it.
+- Durations are seconds (`_s`), memory is bytes (`_bytes`), times are monotonic seconds.
+- A *process* is something with a PID (or an external server we only probe). A *model* is something a request names.
+  A model is *placed* on a process; the pair is the unit of residency and of reservation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ProcessKind(StrEnum):
+    SERVICE = "service"
+    INSTANCE = "instance"
+
+
+class RestartMode(StrEnum):
+    ALWAYS = "always"
+    ON_FAILURE = "on-failure"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Delay before start k+1 after k deaths since the last stable run: min(max, initial * factor**(k-1)) +- jitter."""
+
+    initial_s: float = 0.5
+    factor: float = 2.0
+    max_s: float = 60.0
+    jitter: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class CrashLoop:
+    """`count` deaths inside `window_s` give up (`then="fail"`) or go on at one try per `every_s` (`then="slow"`)."""
+
+    count: int = 5
+    window_s: float = 60.0
+    then: str = "fail"
+    every_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    mode: RestartMode = RestartMode.ALWAYS
+    success_codes: tuple[int, ...] = (0,)
+    backoff: Backoff = Backoff()
+    stable_after_s: float = 10.0
+    crash_loop: CrashLoop = CrashLoop()
+
+
+class ProbeKind(StrEnum):
+    STARTUP = "startup"
+    READINESS = "readiness"
+    LIVENESS = "liveness"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSpec:
+    """One probe. Exactly one of http, tcp, exec, log_line, completion says how; the shell runs it, the core judges it.
+
+    `failures` in a row turn the verdict bad, `successes` in a row turn it good again. `deadline_s` is for startup only:
+    the longest time from spawn to the first success (None: no limit).
+    """
+
+    http: str | None = None
+    tcp: bool = False
+    exec: tuple[str, ...] = ()
+    log_line: str | None = None
+    completion: bool = False
+    period_s: float = 2.0
+    timeout_s: float = 2.0
+    failures: int = 3
+    successes: int = 1
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    startup: ProbeSpec | None = None
+    readiness: ProbeSpec | None = None
+    liveness: ProbeSpec | None = None
+
+
+class DependencyCondition(StrEnum):
+    STARTED = "started"
+    READY = "ready"
+    COMPLETED = "completed"
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """`name` is a process name after expansion of replicas; all dependencies must hold before a start."""
+
+    name: str
+    condition: DependencyCondition = DependencyCondition.READY
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the planner may count on. Flags, never NotImplementedError."""
+
+    owns_process: bool = True  # fleetd starts and stops it (False: external server)
+    many_models: bool = False  # one server holds several models; False: the process is the model
+    can_sleep: bool = False
+    loads_in_place: bool = False
+    can_quantize: bool = False
+    exit_zero_is_failure: bool = False
+    exclusive_start: bool = False  # nothing else may start, stop or wake on its device until it is ready
+
+
+class FootprintSource(StrEnum):
+    DECLARED = "declared"
+    LEARNED = "learned"
+    ESTIMATED = "estimated"
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes per device name. Empty means: costs nothing that we account for."""
+
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    source: FootprintSource = FootprintSource.ESTIMATED
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+
+class ExitKind(StrEnum):
+    """Why a process ended, as far as its engine can tell. The restart policy reads it."""
+
+    EXPECTED = "expected"
+    CRASH = "crash"
+    OOM = "oom"
+    PORT_IN_USE = "port_in_use"
+    BAD_CONFIG = "bad_config"  # trying again cannot help: straight to FAILED
+    UNKNOWN = "unknown"  # died while nobody watched
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReport:
+    """One death. `code` is None when a signal ended it or nobody could see the code."""
+
+    code: int | None
+    signal: str | None = None
+    oom: bool = False
+    kind: ExitKind = ExitKind.CRASH
+    reason: str = ""
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process of the fleet, replicas already expanded.
+
+    `launch_hash` covers all that only a restart can change (argv, env, cwd, user, port, device); two specs with an equal
+    hash differ in hot fields only.
+    """
+
+    name: str
+    base: str  # the key in fleet.yaml; differs from name for replicas
+    kind: ProcessKind
+    engine: str | None = None
+    port: int | None = None
+    enabled: bool = True
+    on_demand: bool = False  # started only when a model on it is wanted
+    own_model: str | None = None  # the model this process *is* (an engine without many_models)
+    capabilities: Capabilities = Capabilities()
+    depends_on: tuple[Dependency, ...] = ()
+    restart: RestartPolicy = RestartPolicy()
+    probes: Probes = Probes()
+    memory_limit_bytes: int | None = None
+    max_age_s: float | None = None
+    lane: str | None = None  # processes of one lane start one after another
+    launch_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    to: str
+    weight: int = 1
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One name that a request may use."""
+
+    name: str
+    holders: tuple[str, ...] = ()  # processes that can hold it, in order of preference; own process: just that one
+    served_as: str = ""
+    aliases: tuple[str, ...] = ()
+    footprint: Footprint = Footprint()
+    footprint_hash: str = ""  # what a learned footprint is filed under
+    preload: bool = False
+    pin: bool = False
+    priority: int = 0
+    ttl_s: float = 600.0  # 0: never unloaded for being idle
+    min_resident_s: float = 30.0
+    concurrency: int = 4  # slots per holder
+    queue_max: int = 64
+    queue_timeout_s: float = 60.0
+    load_timeout_s: float = 300.0
+    fallback: tuple[str, ...] = ()
+    routes: tuple[Route, ...] = ()  # not empty: this name only points to others
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A pool of bytes: host, gpuN or unified."""
+
+    name: str
+    kind: str
+    total_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """The gateway's queue: most waiting requests, longest wait, and the fairness bound (`max_wait_s`)."""
+
+    max: int = 512
+    timeout_s: float = 120.0
+    max_wait_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSpec:
+    """The whole desired fleet. Replaced as one value on every change of the configuration."""
+
+    processes: Mapping[str, ProcessSpec] = field(default_factory=dict)
+    models: Mapping[str, ModelSpec] = field(default_factory=dict)
+    devices: Mapping[str, DeviceSpec] = field(default_factory=dict)
+    queue: QueueLimits = QueueLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the disk kept about a process over a restart of the daemon."""
+
+    stopped: bool = False  # an operator's durable stop
+    restarts: int = 0
+    deaths: int = 0  # since the last stable run
+    failed: str | None = None  # the reason, when it had given up
+    generation: int = 0

@@ -1,0 +1,166 @@
+"""What an engine is: one file with an options model, a capability record, a few pure functions, and awaits where a flag says so.
+
+The rules of this file
+- Pure: `launch`, `estimate`, `probes`, `classify_exit`, `validate`. They read only their arguments (and, for `estimate`, file headers).
+- Awaiting: `load`, `unload`, `loaded`, `alive`. They get an aiohttp-like client injected and never keep state.
+- An engine never imports another engine, the host or the daemon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+
+class Api(StrEnum):
+    """The dialect an engine speaks on its port."""
+
+    OPENAI = "openai"
+    OLLAMA = "ollama"  # Ollama speaks OpenAI's too; this says that the native one is there
+    NONE = "none"
+
+
+class Options(BaseModel):
+    """Base of every engine's typed options: closed and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server listens. `base_url` has no trailing slash."""
+
+    base_url: str
+    api_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model that a many-model server is asked to hold: what `models.NAME` says about it."""
+
+    name: str
+    served_as: str
+    source: str | None = None  # models.NAME.from
+    quantize: str | None = None
+    modelfile: Mapping[str, Any] = field(default_factory=dict)
+    embedding: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchContext:
+    """What an engine needs to write a command line.
+
+    `command` is the user's own (empty: the engine's default). `args` come last on the command line. `config_dir` is the
+    folder of the file that defined the entry: relative paths of options are resolved against it. `device_total_bytes`
+    gives the size of the entry's device, where it is known.
+    """
+
+    name: str
+    options: Options
+    host: str
+    port: int | None
+    replica: int = 1
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    config_dir: Path = Path(".")
+    device: str | None = None
+    device_uuid: str | None = None
+    device_total_bytes: int | None = None
+    served_as: str = ""
+    models: tuple[HeldModel, ...] = ()  # what a many-model server will be asked to hold
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An exact command line. `env` is what the engine sets; the daemon adds the inherited part and the user's `env`.
+
+    `requires` are paths that must exist before a start (BLOCKED until then); `secret_env` names variables whose values are
+    never shown.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    unset_env: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    secret_env: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ExitVerdict:
+    kind: ExitKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model that a server holds now; `served_as` is the server's own name for it."""
+
+    served_as: str
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOutcome:
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionProblem:
+    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",)."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+class Engine(Protocol):
+    """The contract of an engine. `fleetd/engines/__init__.py` finds it by module name or entry point."""
+
+    name: str
+    capabilities: Capabilities
+    options: type[Options]
+
+    def api(self, options: Any) -> Api:
+        """Return the dialect that a server with these options speaks."""
+
+    def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
+        """Return what is wrong beyond types: an option that excludes another, an env key that an option sets already."""
+
+    def launch(self, context: LaunchContext) -> Launch:
+        """Return the exact command line and environment. Raises EngineError when the program cannot be found."""
+
+    def probes(self, options: Any) -> Probes:
+        """Return the default probes; fleet.yaml overrides each one."""
+
+    def concurrency(self, options: Any) -> int:
+        """Return the number of requests one server works on at once."""
+
+    def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:
+        """Return the bytes per device of this process' model (`model` None) or of one held model; None: cannot tell."""
+
+    def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
+        """Say why it ended, from the exit code and the last log lines."""
+
+    async def load(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> Mapping[str, int]:
+        """Load a model into a many-model server; returns measured bytes per device, empty if unknown. Raises EngineError."""
+
+    async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
+        """Unload, and return only when the server no longer holds it. Raises EngineError."""
+
+    async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
+        """Return what a many-model server holds now. Raises EngineError."""
+
+    async def alive(self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float) -> ProbeOutcome:
+        """Do a real one-token request: the only proof that a server still works."""

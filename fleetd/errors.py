@@ -1,0 +1,103 @@
+"""The exception tree, split by who can act on it.
+
+    FleetError                 everything fleetd raises on purpose
+     ├─ ConfigError            the author of fleet.yaml: carries every problem found, with its place
+     ├─ EngineError            the engine or its model: a start, load or unload that did not work
+     ├─ CapacityError          the budget: does not fit, now or ever
+     ├─ HostError              the machine: spawn failed, port taken, disk full, permission
+     ├─ ApiError               the caller of an API: status, stable code, Retry-After
+     └─ InvalidTransition      a bug of ours: a state moved in a way the table does not know
+
+`hint` says in one sentence what to do; `recoverable` says whether trying again later can help.
+Any other exception that escapes is a bug to report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FleetError(Exception):
+    """Base of the tree. `str(error)` is one full sentence for a person."""
+
+    recoverable: bool = False
+
+    def __init__(self, message: str, *, hint: str | None = None, recoverable: bool | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        if recoverable is not None:
+            self.recoverable = recoverable
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a configuration file. Lines and columns count from 1; 0 means unknown."""
+
+    file: str
+    line: int
+    column: int
+    path: str
+    message: str
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: "
+        subject = f"{self.path}: " if self.path else ""
+        head = f"{where}{subject}{self.message}"
+        if not self.excerpt:
+            return head
+        return f"{head}\n    {self.excerpt}\n    {' ' * max(0, self.column - 1)}^"
+
+
+class ConfigError(FleetError):
+    """fleet.yaml cannot be used. All problems at once, in the order of the file."""
+
+    def __init__(self, problems: Sequence[Problem], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems), hint=hint)
+
+
+class EngineError(FleetError):
+    """An engine refused or failed. `recoverable` is False where only an edit of fleet.yaml helps."""
+
+    recoverable = True
+
+
+class CapacityError(FleetError):
+    """It does not fit into the budget; the message has the numbers."""
+
+
+class HostError(FleetError):
+    """The machine refused: spawn, port, disk, permission."""
+
+    recoverable = True
+
+
+class ApiError(FleetError):
+    """An answer to an API caller that is not success."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        should_retry: bool | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
+
+
+class InvalidTransition(FleetError):
+    """A bug: a state change outside the table. Carries the story of what led here."""
+
+    def __init__(self, subject: str, start: str, finish: str, story: Sequence[str] = ()) -> None:
+        self.subject, self.start, self.finish, self.story = subject, start, finish, tuple(story)
+        lines = "".join(f"\n  {line}" for line in self.story)
+        super().__init__(f"{subject} cannot move from {start} to {finish}{lines}")
