@@ -1,0 +1,241 @@
+"""What crosses the control socket: the shapes, the schema name, and the form of times.
+
+The rules of this file
+- Standard library only: the client imports it and must start in a few milliseconds.
+- Keys are stable: a key may be added, never renamed or given another meaning. Unknown keys are to be ignored by readers.
+- Times are UTC in RFC 3339 with milliseconds and `Z`; durations are float seconds (`_s`); memory is integer bytes (`_bytes`).
+- Every JSON document carries `"schema": "fleetctl/v1"` as its first key; items of a stream do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, NotRequired, TypedDict
+
+SCHEMA = "fleetctl/v1"
+
+PROCESS_VERBS = ("start", "stop", "restart", "drain", "undrain", "signal")
+MODEL_VERBS = ("load", "unload", "pin", "unpin")
+VERBS = PROCESS_VERBS + MODEL_VERBS
+
+
+class OutcomeCode(StrEnum):
+    """How one name of an action ended. `ACCEPTED` is the answer to an action that was not to be waited for."""
+
+    OK = "ok"
+    ACCEPTED = "accepted"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+
+
+class Outcome(TypedDict):
+    """One name's result of an action. `reason` is a sentence for a person, `state` the state it is in now."""
+
+    name: str
+    result: str  # an OutcomeCode
+    state: str | None
+    reason: str | None
+
+
+class LastExit(TypedDict):
+    code: int | None
+    signal: str | None
+    oom: bool
+    at: str
+    reason: str
+
+
+class ProcessStatus(TypedDict):
+    name: str
+    kind: str  # service | instance
+    engine: str | None
+    state: str
+    desired: str  # up | down
+    reason: str
+    pid: int | None
+    generation: int
+    port: int | None
+    restarts: int
+    uptime_s: float | None
+    cpu_percent: float | None
+    rss_bytes: int | None
+    next_start_s: float | None
+    last_exit: LastExit | None
+    base: NotRequired[str]  # the key in fleet.yaml, where replicas make it differ from the name
+    device_bytes: NotRequired[dict[str, int]]
+    in_flight: NotRequired[int]
+    draining: NotRequired[bool]
+
+
+class ModelStatus(TypedDict):
+    name: str
+    state: str
+    engine: str | None
+    instances: list[str]
+    device_bytes: dict[str, int]
+    footprint: str | None  # declared | learned | estimated
+    pinned: bool
+    priority: int
+    in_flight: int
+    queued: int
+    loads: int
+    evictions: int
+    last_used: str | None
+    ttl_left_s: float | None
+    load_s: float | None
+    ttl_s: NotRequired[float]
+    context_length: NotRequired[int | None]
+    reason: NotRequired[str]
+    aliases: NotRequired[list[str]]
+    routes: NotRequired[list[dict[str, Any]]]
+
+
+class DeviceStatus(TypedDict):
+    name: str
+    kind: str  # host | gpu | unified
+    total_bytes: int
+    budget_bytes: int
+    reserved_bytes: int
+    used_bytes: int | None
+    utilization: float | None  # 0…1
+    temperature_c: float | None
+
+
+class DaemonStatus(TypedDict):
+    pid: int
+    version: str
+    uptime_s: float
+    config: str
+    config_hash: str
+    rss_bytes: int
+    config_error: NotRequired[str | None]  # fleet.yaml on disk cannot be used: its first problem
+    config_differs: NotRequired[bool]  # fleet.yaml on disk is good, and not what runs
+    gateway: NotRequired[str | None]  # host:port of the data plane
+    stopping: NotRequired[bool]
+
+
+class HostStatus(TypedDict):
+    """The machine, for the host line."""
+
+    hostname: str
+    cpus: int
+    cpu_percent: float | None
+    load1: float | None
+    memory_total_bytes: int
+    memory_used_bytes: int
+
+
+class Status(TypedDict):
+    """The whole fleet: `GET /v1/status` and `fleetctl status -o json`. The server adds `schema`."""
+
+    name: str
+    ready: bool
+    daemon: DaemonStatus
+    devices: list[DeviceStatus]
+    processes: list[ProcessStatus]
+    models: list[ModelStatus]
+    host: NotRequired[HostStatus]
+
+
+class FleetEvent(TypedDict):
+    """One thing that happened. `seq` grows by one for the life of the daemon; it is the SSE id."""
+
+    seq: int
+    at: str
+    kind: str  # process | model | config | daemon
+    name: str | None
+    what: str  # the event or command, e.g. Exited, Spawn, state
+    reason: str  # a sentence
+    state: NotRequired[str | None]  # the state after it
+    before: NotRequired[str | None]  # the state before it
+    data: NotRequired[dict[str, Any]]
+
+
+class LogLine(TypedDict):
+    """One line of a process' log. `at` is null where the child writes its own file and nobody timed the line."""
+
+    name: str
+    at: str | None
+    line: str
+    stream: str | None  # out | err | null where both share a file
+
+
+class ProcessDetail(TypedDict):
+    """What `status NAME` shows: the row and its surroundings. `events` and `log` are the last ten, oldest first."""
+
+    process: ProcessStatus
+    models: list[ModelStatus]  # what it holds or can hold
+    events: list[FleetEvent]
+    log: list[LogLine]
+    command: NotRequired[list[str]]  # secrets redacted
+    cwd: NotRequired[str | None]
+    log_path: NotRequired[str | None]
+    source: NotRequired[str | None]  # file:line in fleet.yaml
+    depends_on: NotRequired[dict[str, str]]  # name → condition
+    requires: NotRequired[dict[str, bool]]  # path → is it there
+    tree: NotRequired[list[dict[str, Any]]]  # [{pid, ppid, command, rss_bytes}] of the whole process set
+    probes: NotRequired[dict[str, Any]]  # startup | readiness | liveness → {ok, at, detail}
+
+
+class ModelDetail(TypedDict):
+    model: ModelStatus
+    events: list[FleetEvent]
+    log: NotRequired[list[LogLine]]
+    source: NotRequired[str | None]
+    served_as: NotRequired[str]
+
+
+class KeyChange(TypedDict):
+    """One changed key. `before`/`after` are normalised and redacted; null where it was or becomes absent."""
+
+    path: str
+    before: Any
+    after: Any
+    effect: str  # hot | restart
+
+
+class Change(TypedDict):
+    kind: str  # service | instance | model | device | gateway | …
+    name: str
+    change: str  # add | change | remove
+    effect: str  # start | stop | restart | hot
+    keys: list[KeyChange]
+
+
+class Plan(TypedDict):
+    """The way from what runs to a file. No changes: the file is what runs. `unchanged` counts the processes left alone."""
+
+    file: str | None
+    config_hash: str
+    changes: list[Change]
+    unchanged: int
+
+
+class Applied(TypedDict):
+    plan: Plan
+    results: list[Outcome]
+
+
+def rfc3339(unix_s: float) -> str:
+    """Return UNIX seconds as `2026-11-22T10:00:00.000Z`."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_rfc3339(text: str) -> float:
+    """Return UNIX seconds of an RFC 3339 time. Raises ValueError."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return moment.timestamp()
+
+
+def document(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `body` with the schema name as its first key."""
+    return {"schema": SCHEMA, **{key: value for key, value in body.items() if key != "schema"}}
+
+
+def error_document(code: str, message: str, hint: str | None = None, **extra: Any) -> dict[str, Any]:
+    """Return the one shape of every error."""
+    return document({"error": {"code": code, "message": message, "hint": hint, **extra}})
