@@ -1,0 +1,130 @@
+"""The single writer: every event enters the fleet here, every command leaves it here.
+
+The rules of this file
+- `dispatch` is synchronous and may be called from anywhere on the event loop, also from inside a command: a second call
+  while the inbox drains only appends. So the fleet never sees an event while it handles another.
+- Nothing is awaited between an event and the start of its commands. What is slow is a task of the executor, and its result
+  is the next event.
+- One timer exists, for `fleet.next_deadline()`. It is set again only when the deadline moved to an earlier moment, or passed.
+- An exception out of the fleet is a bug: it is reported with the event that showed it, and the daemon goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from fleetd.core.commands import Command
+from fleetd.core.events import Event, Tick
+
+# A deadline further away than this is looked at again anyway: call_later of some loops does not take weeks.
+_LONGEST_SLEEP_S = 3600.0
+
+
+class Decider(Protocol):
+    """The part of `core.Fleet` that the loop needs."""
+
+    def handle(self, event: Event, now: float) -> Iterable[Command]: ...
+
+    def next_deadline(self) -> float | None: ...
+
+
+class Starter(Protocol):
+    """The part of the executor that the loop needs."""
+
+    def start(self, command: Command) -> None: ...
+
+
+Observer = Callable[[Event, list[Command], float], None]
+
+
+class FleetLoop:
+    """Feeds events to a fleet and starts its commands, in order.
+
+    `observe(event, commands, now)` sees each step after its commands were started; `fault(event, error)` is told of bugs.
+    """
+
+    def __init__(
+        self,
+        fleet: Decider,
+        executor: Starter,
+        *,
+        observe: Observer | None = None,
+        fault: Callable[[Event, Exception], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._executor = executor
+        self._observe = observe
+        self._fault = fault
+        self._clock = clock
+        self._inbox: deque[Event] = deque()
+        self._draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._closed = False
+        self.handled = 0
+        self.faults = 0
+
+    def dispatch(self, event: Event) -> None:
+        """Hand one event to the fleet, now, or after the event that is being handled."""
+        self._inbox.append(event)
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._inbox:
+                self._step(self._inbox.popleft())
+        finally:
+            self._draining = False
+        self._set_timer()
+
+    def _step(self, event: Event) -> None:
+        now = self._clock()
+        self.handled += 1
+        try:
+            commands = list(self._fleet.handle(event, now))
+        except Exception as error:
+            self.faults += 1
+            if self._fault is None:
+                raise
+            self._fault(event, error)
+            return
+        for command in commands:
+            self._executor.start(command)
+        if self._observe is not None:
+            self._observe(event, commands, now)
+
+    def _set_timer(self) -> None:
+        if self._closed:
+            return
+        deadline = self._fleet.next_deadline()
+        timer = self._timer
+        if deadline is None:
+            if timer is not None:
+                timer.cancel()
+                self._timer = None
+            return
+        if timer is not None:
+            # A timer that fires too early costs one Tick; moving it at every request would cost more.
+            if self._timer_at <= deadline:
+                return
+            timer.cancel()
+        delay_s = min(max(0.0, deadline - self._clock()), _LONGEST_SLEEP_S)
+        self._timer_at = deadline
+        # uvloop counts in milliseconds and may fire one early: the fleet would answer with the same deadline, at once.
+        self._timer = asyncio.get_running_loop().call_later(delay_s + 0.001, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self.dispatch(Tick())
+
+    def close(self) -> None:
+        """Stop the timer. Events may still be dispatched; no deadline wakes the fleet any more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
