@@ -1,0 +1,39 @@
+"""A worker that outlives its leader, as VLLM::EngineCore does: SIZE PORT IGNORE_TERM SETSID READY_FD.
+
+It holds SIZE bytes, its inherited stdout and, when PORT is not 0, a listening socket, until a signal ends it.
+"""
+
+import os
+import signal
+import socket
+import sys
+
+
+def main() -> None:
+    size, port, ignore_term, setsid, ready = (int(word) for word in sys.argv[1:6])
+    try:
+        with open("/proc/self/comm", "w") as comm:
+            comm.write("FAKE::Worker")
+    except OSError:
+        pass
+    if setsid:
+        os.setsid()
+    if ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    memory = bytearray(size)
+    for offset in range(0, size, 4096):
+        memory[offset] = 1
+    listener = socket.socket()
+    if port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(8)
+    os.write(ready, b".")
+    os.close(ready)
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()
