@@ -39,7 +39,8 @@ class Names:
 class ActOptions:
     """How an action is carried out. `wait` False: answer `accepted` as soon as the fleet knows of it.
 
-    `timeout_s` bounds the waiting: what is not there by then is `timeout`, and goes on. `signal` is a name with its SIG.
+    `timeout_s` bounds the waiting: what is not there by then is `timeout`, and goes on. `signal` is a name with its
+    SIG.
     """
 
     wait: bool = True
@@ -98,37 +99,43 @@ class ControlPort(Protocol):
         """
 
     def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
-        """Yield events, oldest first: those of the last `since_s` seconds (None: the last hundred or so), or those after
+        """Yield events, oldest first: those of the last `since_s` seconds (None: the last hundred or so), or those
+        after
         sequence number `after`; with `follow` go on for ever. Closing the iterator frees what it holds.
         """
 
     def logs(
         self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
     ) -> AsyncIterator[LogLine]:
-        """Yield the last `lines` lines of each process (those that match the regular expression `grep`), then follow."""
+        """Yield the last `lines` lines of each process (those that match the regular expression `grep`), then
+        follow."""
 
     def story(self, name: str) -> Sequence[FleetEvent]:
         """Return the journal's events and commands about a process or model, oldest first. Raises ApiError 404."""
 
     def explain(self, model: str) -> Mapping[str, Any]:
-        """Return why a model is where it is: {model, state, reason, footprint: {source, bytes}, devices: [{name, budget_bytes,
+        """Return why a model is where it is: {model, state, reason, footprint: {source, bytes}, devices: [{name,
+        budget_bytes,
         reserved_bytes, free_bytes}], holders: [{name, state, reason}], victims: [{name, reason}], text: [sentences]}.
         Raises ApiError 404.
         """
 
     async def dump(self) -> Mapping[str, Any]:
-        """Return everything needed to understand and replay this fleet: status, configuration, journal. Secrets redacted."""
+        """Return everything needed to understand and replay this fleet: status, configuration, journal. Secrets
+        redacted."""
 
     def config(self) -> Mapping[str, Any]:
         """Return {file, config_hash, config}: the configuration that runs, normalised, secrets redacted."""
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
-        """Return the way from what runs to a file: `path` (absolute), or `text` read as if it stood in the daemon's own file,
+        """Return the way from what runs to a file: `path` (absolute), or `text` read as if it stood in the daemon's
+        own file,
         or, both None, the daemon's own file. Raises ConfigError.
         """
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
-        """Check the file, then change only what differs. Raises ConfigError (nothing was touched), ApiError 409 `locked` while
+        """Check the file, then change only what differs. Raises ConfigError (nothing was touched), ApiError 409
+        `locked` while
         another apply runs. A `path` other than the daemon's own becomes its configuration file from now on.
         """
 

@@ -2,8 +2,10 @@
 
 The rules of this file
 - Standard library only: the client imports it and must start in a few milliseconds.
-- Keys are stable: a key may be added, never renamed or given another meaning. Unknown keys are to be ignored by readers.
-- Times are UTC in RFC 3339 with milliseconds and `Z`; durations are float seconds (`_s`); memory is integer bytes (`_bytes`).
+- Keys are stable: a key may be added, never renamed or given another meaning. Unknown keys are to be ignored by
+  readers.
+- Times are UTC in RFC 3339 with milliseconds and `Z`; durations are float seconds (`_s`); memory is integer bytes
+  (`_bytes`).
 - Every JSON document carries `"schema": "fleetctl/v1"` as its first key; items of a stream do too.
 """
 
@@ -205,7 +207,8 @@ class Change(TypedDict):
 
 
 class Plan(TypedDict):
-    """The way from what runs to a file. No changes: the file is what runs. `unchanged` counts the processes left alone."""
+    """The way from what runs to a file. No changes: the file is what runs. `unchanged` counts the processes left
+    alone."""
 
     file: str | None
     config_hash: str

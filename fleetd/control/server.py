@@ -1,0 +1,149 @@
+"""The control API: one aiohttp application, served on the Unix socket; the same one can stand read-only elsewhere.
+
+The rules of this file
+- On the socket the peer's credentials are the key: same user or root. Elsewhere nothing may be changed, unless
+  `may_change(request)` says so.
+- aiohttp's defaults are not trusted: cancellation of handlers, limits and timeouts are set here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket as sockets
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from fleetd.control import routes, socket
+from fleetd.control.answers import Handler, QuietHTTP, answer, errors_as_json
+from fleetd.control.port import ControlPort
+from fleetd.control.wire import error_document
+
+BODY_MAX_BYTES = 4 * 1024 * 1024  # a fleet.yaml sent as text
+KEEPALIVE_S = 20.0  # also the longest time for a request's head to arrive
+SHUTDOWN_S = 2.0
+
+Metrics = Callable[[], Awaitable[bytes]]
+MayChange = Callable[[web.Request], bool]
+
+
+def create_app(
+    port: ControlPort,
+    *,
+    read_only: bool = False,
+    may_change: MayChange | None = None,
+    metrics: Metrics | None = None,
+    middlewares: Sequence[Middleware] = (),
+) -> web.Application:
+    """Return the application with every route of /v1.
+
+    `read_only`: every change is answered 403, but for requests that `may_change` accepts. `metrics` renders the
+    Prometheus
+    text of GET /v1/metrics and /metrics; without it those routes are absent. `middlewares` run inside the one that
+    turns
+    errors into JSON, before anything else.
+    """
+    guards = [_guard_changes(may_change)] if read_only else []
+    app = web.Application(middlewares=[errors_as_json, *middlewares, *guards], client_max_size=BODY_MAX_BYTES)
+    app[routes.PORT] = port
+    app.add_routes(routes.table())
+    if metrics is not None:
+        _add_metrics(app, metrics)
+    app.on_response_prepare.append(_hide_software)
+    return app
+
+
+def _add_metrics(app: web.Application, metrics: Metrics) -> None:
+    async def get_metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=await metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    app.router.add_get("/v1/metrics", get_metrics)
+    app.router.add_get("/metrics", get_metrics)
+
+
+async def _hide_software(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.popall("Server", None)
+    response.headers["Server"] = "fleetd"
+
+
+def _guard_changes(may_change: MayChange | None) -> Middleware:
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method in ("GET", "HEAD") or (may_change is not None and may_change(request)):
+            return await handler(request)
+        return answer(
+            error_document(
+                "read_only",
+                "Nothing can be changed through this listener without an admin key.",
+                "Use fleetctl on the machine itself, or send an admin key.",
+            ),
+            403,
+        )
+
+    return guard
+
+
+def _check_peer(allowed_uids: Collection[int]) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        connection = None if request.transport is None else request.transport.get_extra_info("socket")
+        caller = socket.peer(connection) if connection is not None else None
+        if caller is None or caller.uid not in allowed_uids:
+            return answer(
+                error_document("forbidden", "Only the user who runs fleetd, and root, may use this socket."), 403
+            )
+        request[routes.CALLER] = caller
+        return await handler(request)
+
+    return check
+
+
+class ControlServer:
+    """Serves a port on a Unix socket. `start` once, `close` once; the caller holds the host's lock in between."""
+
+    def __init__(
+        self,
+        port: ControlPort,
+        path: Path,
+        *,
+        metrics: Metrics | None = None,
+        allowed_uids: Collection[int] | None = None,
+    ) -> None:
+        self.path = path
+        uids = frozenset((0, os.geteuid()) if allowed_uids is None else allowed_uids)
+        app = create_app(port, metrics=metrics, middlewares=[_check_peer(uids)])
+        logger = logging.getLogger("fleetd.control.http")
+        if not any(isinstance(found, QuietHTTP) for found in logger.filters):
+            logger.addFilter(QuietHTTP())
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=logger,
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE_S,
+            shutdown_timeout=SHUTDOWN_S,
+        )
+        self._server: asyncio.AbstractServer | None = None
+        self._listener: sockets.socket | None = None
+        self._identity = (0, 0)
+
+    async def start(self) -> None:
+        """Bind and serve. Raises HostError."""
+        self._listener = socket.bind(self.path)
+        found = self.path.lstat()
+        self._identity = (found.st_dev, found.st_ino)
+        await self._runner.setup()
+        serve = self._runner.server
+        assert serve is not None
+        self._server = await asyncio.get_running_loop().create_unix_server(serve, sock=self._listener)
+
+    async def close(self) -> None:
+        """Stop listening, give running requests SHUTDOWN_S, cut the rest, remove the socket file."""
+        socket.release(self.path, self._identity)
+        if self._server is not None:
+            self._server.close()
+        await self._runner.cleanup()

@@ -1,0 +1,108 @@
+"""Server-sent events to a reader that may be slow, stuck or gone.
+
+The rules of this file
+- The daemon never waits for a reader for long: items pass through a queue of QUEUE_ITEMS; a reader that takes
+  nothing for
+  STALL_S while it is full is cut off, and the source is closed.
+- A finished stream ends with `event: end`; one that broke, with `event: error`. A stream that just stops was cut.
+- A comment every PING_S shows both sides that the other still lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from fleetd.control import wire
+from fleetd.control.answers import describe_error, encode
+from fleetd.errors import FleetError
+
+QUEUE_ITEMS = 256
+STALL_S = 10.0
+PING_S = 10.0
+
+log = logging.getLogger("fleetd.control")
+
+
+class _Stalled(Exception):
+    """The reader takes nothing."""
+
+
+def _frame(event: str, body: Mapping[str, Any], number: object = None) -> bytes:
+    head = f"id: {number}\n" if number is not None else ""
+    return f"{head}event: {event}\ndata: ".encode() + encode(body) + b"\n\n"
+
+
+async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asyncio.Queue[bytes | None]) -> None:
+    """Move items from the source into the queue; None is the end. Raises _Stalled when nobody takes them."""
+
+    async def put(frame: bytes | None) -> None:
+        try:
+            async with asyncio.timeout(STALL_S):
+                await queue.put(frame)
+        except TimeoutError:
+            raise _Stalled from None
+
+    try:
+        async for item in source:
+            await put(_frame(event, wire.document(item), item.get("seq")))
+        await put(_frame("end", wire.document({})))
+    except FleetError as error:
+        await put(_frame("error", describe_error(error)[1]))
+    except (_Stalled, ConnectionError):
+        raise
+    except Exception:
+        log.exception("a stream of %s events broke", event)
+        await put(_frame("error", wire.error_document("internal", "A bug in fleetd: the stream broke.")))
+    await put(None)
+
+
+async def _write(response: web.StreamResponse, queue: asyncio.Queue[bytes | None]) -> None:
+    while True:
+        try:
+            async with asyncio.timeout(PING_S):
+                frame = await queue.get()
+        except TimeoutError:
+            await response.write(b": ping\n\n")
+            continue
+        if frame is None:
+            return
+        await response.write(frame)
+
+
+async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]], event: str) -> web.StreamResponse:
+    """Send every item of `source` as an event named `event`, until it ends or the reader goes; then close the
+    source."""
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    )
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE_ITEMS)
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        await response.prepare(request)
+        await response.write(b": fleetctl/v1\n\n")
+        tasks = [asyncio.create_task(_pump(source, event, queue)), asyncio.create_task(_write(response, queue))]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        await response.write_eof()
+    except _Stalled:
+        log.warning("a reader of %s took nothing for %g s and was cut off", request.path, STALL_S)
+        if request.transport is not None:
+            request.transport.abort()
+    except ConnectionError:
+        pass  # the reader left
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            with contextlib.suppress(Exception):
+                await close()
+    return response
