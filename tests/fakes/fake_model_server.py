@@ -8,6 +8,8 @@ not know are ignored, and `--alias`, `--served-model-name`, `--parallel`, `OLLAM
 `GET /fake/stats` tells what happened: requests, in_flight, max_in_flight, aborted, held_bytes, workers.
 """
 
+# ruff: noqa: PTH  (os.path: pathlib would double the start-up time)
+
 from __future__ import annotations
 
 import os
@@ -19,10 +21,10 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from argparse import ArgumentParser, Namespace  # noqa: E402
+from argparse import ArgumentParser, Namespace
 
-from fake_http import Exchange, bind, serve  # noqa: E402
-from fake_state import State, log  # noqa: E402
+from fake_http import Exchange, bind, serve
+from fake_state import State, log
 
 APIS = ("openai", "llamacpp", "vllm", "ollama", "lmstudio")
 
@@ -63,6 +65,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--fail-load", action="store_true")
     add("--garbage", action="store_true", help="inference is answered with bytes that are not HTTP")
     add("--rst-mid-stream", action="store_true")
+    add("--error-after", type=int, metavar="N", help="ollama: a stream breaks off with an error line after N words")
     add("--slots", "--parallel", "-np", "--max-num-seqs", dest="slots", type=int, default=0, help="0: no limit")
     add("--busy", action="store_true", help="ollama: every request that needs a load gets 503 server busy")
     args, _ = parser.parse_known_args(argv)
@@ -135,6 +138,7 @@ def main() -> None:
         if args.hang:
             exchange.hang()
         spoken.handle(exchange)
+        return None
 
     while not listener.getsockopt(1, 30):  # SOL_SOCKET, SO_ACCEPTCONN: vllm listens late
         time.sleep(0.002)

@@ -65,6 +65,7 @@ class OpenAI:
             return self.infer(exchange)
         if not self.extra(exchange):
             self.unknown(exchange)
+        return None
 
     def extra(self, exchange: Exchange) -> bool:
         """Answer a route of this engine alone; False when it is none."""
@@ -86,11 +87,17 @@ class OpenAI:
         return [self.args.model]
 
     def models(self, exchange: Exchange) -> None:
-        data = [{"id": name, "object": "model", "created": 1700000000, "owned_by": "fake"} for name in self.model_names()]
+        data = [
+            {"id": name, "object": "model", "created": 1700000000, "owned_by": "fake"} for name in self.model_names()
+        ]
         exchange.send(200, {"object": "list", "data": data})
 
     def knows(self, model: str) -> bool:
         return True
+
+    def slot_group(self, model: str) -> str:
+        """Return what shares slots: the whole server, or one model of it."""
+        return ""
 
     def prepare(self, exchange: Exchange, body: dict[str, Any]) -> bool:
         """Make the model ready; False when an error was sent."""
@@ -109,7 +116,8 @@ class OpenAI:
         model = str(body.get("model") or self.args.model)
         if not self.knows(model):
             return self.error(exchange, 404, f"The model `{model}` does not exist.", "NotFoundError")
-        number = self.state.begin_inference(exchange)
+        group = self.slot_group(model)
+        number = self.state.begin_inference(exchange, group)
         complete = False
         try:
             if self.prepare(exchange, body):
@@ -120,7 +128,7 @@ class OpenAI:
                 raise Gone from None
             self.error(exchange, 500, "request aborted", "server_error")
         finally:
-            self.state.end_inference(complete)
+            self.state.end_inference(complete, group)
 
     def answer(self, exchange: Exchange, body: dict[str, Any], model: str, number: int) -> None:
         route = exchange.path.removeprefix("/v1")
@@ -139,6 +147,7 @@ class OpenAI:
         finish = "length" if count < self.args.tokens else "stop"
         write = self.stream if body.get("stream") else self.whole
         write(exchange, body, model, words, usage, finish)
+        return None
 
     def embeddings(self, exchange: Exchange, body: dict[str, Any], model: str) -> None:
         inputs = body.get("input", "")
@@ -203,7 +212,9 @@ class LlamaCpp(OpenAI):
             busy = stats["in_flight"]
             exchange.send(200, [{"id": i, "is_processing": i < busy} for i in range(self.args.slots or 1)])
         elif exchange.path == "/metrics":
-            lines = f"llamacpp:requests_processing {stats['in_flight']}\nllamacpp:requests_deferred {stats['waiting']}\n"
+            lines = (
+                f"llamacpp:requests_processing {stats['in_flight']}\nllamacpp:requests_deferred {stats['waiting']}\n"
+            )
             exchange.send(200, lines, "text/plain; version=0.0.4")
         else:
             return False

@@ -5,13 +5,16 @@ The rules of this file
 - A fault is decided here (`begin_inference`, `tokens`), so every dialect fails in the same places.
 """
 
+# ruff: noqa: PTH  (os.path: pathlib would double the start-up time)
+
 from __future__ import annotations
 
 import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from fake_http import Exchange, Gone
 
@@ -40,6 +43,7 @@ class State:
         self.lock = threading.Condition()
         self.requests = self.in_flight = self.max_in_flight = self.aborted = self.finished = 0
         self.waiting = 0
+        self.busy: dict[str, int] = {}  # in flight by slot group: one per server, or one per model of a server
         self.epoch = 0  # rises when everything in flight is to be aborted
         self.memory: dict[str, bytearray] = {}
         self.workers: list[int] = []
@@ -78,7 +82,7 @@ class State:
 
     # -- inference -----------------------------------------------------------------------------------------------------
 
-    def begin_inference(self, exchange: Exchange) -> int:
+    def begin_inference(self, exchange: Exchange, group: str = "") -> int:
         """Count a request, apply faults, wait for a slot. Returns its number, from 1. Raises Gone."""
         with self.lock:
             self.requests += 1
@@ -90,14 +94,14 @@ class State:
             exchange.hang()
         if self.args.garbage:
             exchange.garbage()
-        self._wait_for_slot(exchange)
+        self._wait_for_slot(exchange, group)
         return number
 
-    def _wait_for_slot(self, exchange: Exchange) -> None:
+    def _wait_for_slot(self, exchange: Exchange, group: str) -> None:
         with self.lock:
             self.waiting += 1
             try:
-                while self.args.slots and self.in_flight >= self.args.slots:
+                while self.args.slots and self.busy.get(group, 0) >= self.args.slots:
                     self.lock.wait(0.02)
                     if exchange.client_gone():
                         self.aborted += 1
@@ -105,11 +109,13 @@ class State:
             finally:
                 self.waiting -= 1
             self.in_flight += 1
+            self.busy[group] = self.busy.get(group, 0) + 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
 
-    def end_inference(self, complete: bool) -> None:
+    def end_inference(self, complete: bool, group: str = "") -> None:
         with self.lock:
             self.in_flight -= 1
+            self.busy[group] -= 1
             if complete:
                 self.finished += 1
             else:

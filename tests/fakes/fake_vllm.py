@@ -42,7 +42,9 @@ class VLLM(OpenAI):
 
     def fail_load(self) -> None:
         log("ERROR 08-01 12:00:00 [core.py:700] ValueError: No available memory for the cache blocks.")
-        log("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}")
+        log(
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
+        )
         os._exit(0 if self.args.exit_zero_on_death else self.args.exit_code)
 
     def announce(self) -> None:
@@ -127,6 +129,7 @@ class VLLM(OpenAI):
             if self.level:
                 self.state.release("model")
         exchange.send(200, {"status": "sleeping", "level": int(level)})
+        return None
 
     def wake_up(self, exchange: Exchange) -> None:
         tags = set(exchange.query.get("tags", ["weights", "kv_cache", "scheduling"]))
