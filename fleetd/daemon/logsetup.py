@@ -91,7 +91,9 @@ def set_up(sink: LogSink, level: str = "info") -> FilteringBoundLogger:
     terminal = sink.is_terminal
     if terminal:
         colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        tail: list[Any] = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+        tail: list[Any] = [
+            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+        ]
     else:
         tail = [structlog.processors.format_exc_info, _json]
     structlog.configure(

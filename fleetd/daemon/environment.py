@@ -1,0 +1,133 @@
+"""The environment of a process: what it inherits, what its files and entry say, and which values are secret.
+
+The rules of this file
+- A process inherits the daemon's own environment, less what speaks to the daemon alone: systemd's sockets and watchdog,
+  and everything that begins with FLEETD_.
+- Later wins: inherited, engine, env_file, env, and last what fleetd says of the process (PORT, FLEETD_NAME, FLEETD_REPLICA).
+- `{port} {host} {name} {replica}` stand for the process' own; every other brace stays as it is.
+- A value whose name looks like a secret is never shown, whoever set it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+HIDDEN = "••••"
+
+_DAEMONS_OWN = frozenset({
+    "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "JOURNAL_STREAM",
+    "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+})  # fmt: skip
+_SECRET = re.compile(
+    r"(?:^|_)(?:API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSWORDS?|CREDENTIALS?|AUTH|PRIVATE)(?:$|_)", re.IGNORECASE
+)
+_SECRET_FLAG = re.compile(r"^--?[a-z0-9_-]*(?:key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+_CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_PLACE = re.compile(r"\{(port|host|name|replica)\}")
+_LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "$": "$", "`": "`"}
+
+
+def inherited(parent: Mapping[str, str]) -> dict[str, str]:
+    """Return what a child may see of the daemon's own environment."""
+    return {key: value for key, value in parent.items() if key not in _DAEMONS_OWN and not key.startswith("FLEETD_")}
+
+
+def substitute(text: str, places: Mapping[str, object]) -> str:
+    """Replace `{port}` and its kind; a place without a value stays as it is."""
+    if "{" not in text:
+        return text
+    return _PLACE.sub(lambda match: str(places[match[1]]) if places.get(match[1]) is not None else match[0], text)
+
+
+def mentions_port(texts: Sequence[str]) -> bool:
+    """Return whether any text asks for the process' own port."""
+    return any("{port}" in text for text in texts)
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a variable of this name holds a secret, as far as its name tells."""
+    return _SECRET.search(name) is not None
+
+
+def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[str, str]:
+    """Return `env` fit to be shown."""
+    return {
+        key: HIDDEN if value and (key in secret or is_secret(key)) else _CREDENTIAL_URL.sub(HIDDEN, value)
+        for key, value in env.items()
+    }
+
+
+def redacted_argv(argv: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
+    """Return `argv` fit to be shown: values of flags named like secrets, known secret values, and passwords in URLs hidden."""
+    shown: list[str] = []
+    hide_next = False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if hide_next or word in secrets:
+            shown.append(HIDDEN)
+        elif equals and (_SECRET_FLAG.match(flag) or value in secrets):
+            shown.append(f"{flag}={HIDDEN}")
+        else:
+            shown.append(_CREDENTIAL_URL.sub(HIDDEN, word))
+        hide_next = not hide_next and not equals and _SECRET_FLAG.match(word) is not None
+    return shown
+
+
+def parse_env_file(text: str) -> tuple[dict[str, str], list[tuple[int, str]]]:
+    """Read `KEY=value` lines; return the variables, and (line, what is wrong) for the lines that cannot be read.
+
+    Comments, `export`, single quotes (taken literally), double quotes (with backslash escapes, over several lines).
+    Nothing is expanded.
+    """
+    found: dict[str, str] = {}
+    problems: list[tuple[int, str]] = []
+    lines = enumerate(text.lstrip("\ufeff").splitlines(), start=1)
+    for number, raw in lines:
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.match(line)
+        if match is None:
+            problems.append((number, "expected NAME=value"))
+            continue
+        name, rest = match[1], match[2]
+        if rest[:1] in ("'", '"'):
+            value = _quoted(rest, lines)
+            if value is None:
+                problems.append((number, f"the quote of {name} is not closed"))
+                continue
+            found[name] = value
+        else:
+            found[name] = re.split(r"\s#", rest, maxsplit=1)[0].strip()
+    return found, problems
+
+
+def _quoted(rest: str, lines: Iterator[tuple[int, str]]) -> str | None:
+    quote, body = rest[0], rest[1:]
+    while True:
+        end = _closing(body, quote)
+        if end is not None:
+            break
+        following = next(lines, None)
+        if following is None:
+            return None
+        body += "\n" + following[1]
+    value = body[:end]
+    if quote == "'":
+        return value
+    return re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), value, flags=re.DOTALL)
+
+
+def _closing(body: str, quote: str) -> int | None:
+    at = 0
+    while at < len(body):
+        if body[at] == "\\" and quote == '"':
+            at += 2
+            continue
+        if body[at] == quote:
+            return at
+        at += 1
+    return None
