@@ -5,7 +5,8 @@ The rules of this file
 - A fault is decided here (`begin_inference`, `tokens`), so every dialect fails in the same places.
 """
 
-# ruff: noqa: PTH  (os.path: pathlib would double the start-up time)
+# os.path, since pathlib would double the start-up time.
+# ruff: noqa: PTH100, PTH118, PTH120
 
 from __future__ import annotations
 

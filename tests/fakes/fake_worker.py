@@ -3,7 +3,8 @@
 It holds SIZE bytes, its inherited stdout and, when PORT is not 0, a listening socket, until a signal ends it.
 """
 
-# ruff: noqa: PTH  (os.path: pathlib would double the start-up time)
+# os.path, since pathlib would double the start-up time.
+# ruff: noqa: PTH123
 
 import os
 import signal
