@@ -38,10 +38,14 @@ class Options(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens. `base_url` has no trailing slash."""
+    """Where a server listens. `base_url` has no trailing slash.
+
+    `device` is the pool that its GPU memory is filed under (None or `host`: it has none); the rest of a model is on `host`.
+    """
 
     base_url: str
     api_key: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +123,14 @@ class ProbeOutcome:
 
 @dataclass(frozen=True, slots=True)
 class OptionProblem:
-    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",)."""
+    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",).
+
+    A `warning` is worth saying and stops nothing: an option without effect, a folder that is absent now.
+    """
 
     path: tuple[str | int, ...]
     message: str
+    warning: bool = False
 
 
 class Engine(Protocol):

@@ -1,0 +1,128 @@
+"""HTTP calls of an engine to its own server: bounded in time and size, one sentence for everything that goes wrong.
+
+The rules of this file
+- A call raises EngineError only when no answer came; an answer of any status is returned, its caller judges it.
+- An answer is never trusted for its status alone: `Reply.mapping` and `Reply.listing` check the shape that is read from it.
+- The client is injected; no session is made or kept here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fleetd.engines.base import Endpoint
+from fleetd.errors import EngineError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
+EXCERPT_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: `data` is the parsed JSON, None where the body is not JSON."""
+
+    url: str
+    status: int
+    data: Any
+    text: str
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def message(self) -> str:
+        """The server's own error sentence, or the head of its body, or its status."""
+        error = self.data.get("error") if isinstance(self.data, Mapping) else None
+        if isinstance(error, Mapping):
+            error = error.get("message")
+        if not isinstance(error, str) or not error:
+            error = self.text.strip()[:EXCERPT_CHARS]
+        return error or f"HTTP status {self.status}"
+
+    def expect(self, what: str) -> Reply:
+        """Return itself when the status is 2xx. Raises EngineError that says `what` failed and why otherwise."""
+        if not self.ok:
+            raise EngineError(f"{what} failed: HTTP {self.status} from {self.url}: {self.message}")
+        return self
+
+    def mapping(self) -> Mapping[str, Any]:
+        """Return the body as a JSON object. Raises EngineError where it is something else."""
+        if not isinstance(self.data, Mapping):
+            raise EngineError(f"{self.url} did not answer with a JSON object: {self.text.strip()[:EXCERPT_CHARS]!r}")
+        return self.data
+
+    def listing(self, key: str) -> Sequence[Mapping[str, Any]]:
+        """Return the JSON objects listed under `key`; null counts as empty. Raises EngineError for any other shape."""
+        value = self.mapping().get(key, ...)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            raise EngineError(
+                f"{self.url} did not answer with a list of {key!r}: {self.text.strip()[:EXCERPT_CHARS]!r}"
+            )
+        return value
+
+
+async def call(
+    http: ClientSession,
+    endpoint: Endpoint,
+    method: str,
+    path: str,
+    payload: Mapping[str, Any] | None = None,
+    *,
+    timeout_s: float,
+    limit_bytes: int = ANSWER_LIMIT_BYTES,
+) -> Reply:
+    """Send one request and read its whole answer, at most `limit_bytes`. Raises EngineError when none came in `timeout_s`."""
+    import aiohttp  # here, so that reading an engine's options does not load an HTTP client
+
+    url = endpoint.base_url + path
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    timeout = aiohttp.ClientTimeout(total=max(0.001, timeout_s))
+    try:
+        async with http.request(
+            method, url, json=payload, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
+            body = await _bounded(response.content.iter_any(), limit_bytes, url)
+            status = response.status
+    except TimeoutError as error:
+        raise EngineError(f"{method} {url} did not answer within {timeout_s:g} s") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise EngineError(f"{method} {url} failed: {str(error) or type(error).__name__}") from error
+    text = body.decode("utf-8", "replace")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    return Reply(url=url, status=status, data=data, text=text)
+
+
+async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limit_bytes:
+            raise EngineError(f"{url} answered with more than {limit_bytes} bytes")
+    return bytes(body)
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]], *, timeout_s: float, period_s: float, what: str, longest_s: float = 0.5
+) -> None:
+    """Poll `condition` until it holds, first every `period_s`, slowly longer up to `longest_s`. Raises EngineError at the end."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout_s
+    while not await condition():
+        left = end - loop.time()
+        if left <= 0:
+            raise EngineError(f"{what}, not even after {timeout_s:g} s")
+        await asyncio.sleep(min(period_s, left))
+        period_s = min(longest_s, period_s * 1.1)

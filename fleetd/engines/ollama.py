@@ -1,0 +1,484 @@
+"""Ollama: one server that holds many models. `fleetd` owns every decision that Ollama would else take by itself.
+
+The rules of this file
+- Ollama refuses no bad value: it warns, takes its default, or takes any text as true. So every variable is typed here.
+- A loaded model stays until fleetd unloads it (keep_alive -1); loads run on fleetd's own connection, since Ollama aborts a
+  load whose client leaves; the context length is always given, since Ollama's default depends on the machine.
+- A model counts as loaded when GET /api/ps lists it, as unloaded when that no longer does.
+- Runners are children of the server: they live on when it is killed. The host sweeps its whole process group.
+- Bytes are filed under the endpoint's device; what is not in GPU memory under `host`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
+from fleetd.engines.base import (
+    Api,
+    Endpoint,
+    ExitVerdict,
+    HeldModel,
+    Launch,
+    LaunchContext,
+    OptionProblem,
+    Options,
+    ProbeOutcome,
+    Resident,
+)
+from fleetd.engines.calls import Reply, call, until
+from fleetd.engines.fields import Count, Duration, Lifetime, Size, visible_devices
+from fleetd.engines.ollama_env import RUNNER_PORTS_FROM, SCRUBBED, TYPED, env_problems, render_env
+from fleetd.errors import EngineError
+from fleetd.models import store
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+DEFAULT_LOADED_MODELS = 8
+# options of a request that make Ollama start a new runner when they differ from the loaded one's
+LOAD_TIME_OPTIONS = frozenset({"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"})
+GENERATE_REFUSED = "does not support generate"
+POLL_S = 0.015
+
+PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Ollama.app/Contents/Resources")
+
+
+class OllamaOptions(Options):
+    """The environment of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
+
+    models_dir: str | None = Field(None, description="where models are stored; must exist before the server starts")
+    keep_alive: Lifetime = Field(
+        -1.0, description="idle time before Ollama itself unloads; -1 leaves it to fleetd's ttl"
+    )
+    load_timeout: Duration | None = Field(None, description="longest silence of a load; 0 for no limit")
+    context_length: Count = Field(4096, description="tokens per slot, for models that do not say num_ctx themselves")
+    num_parallel: Count = Field(1, description="requests that one model works on at once")
+    max_loaded_models: Count | None = Field(None, description="default: as many as the fleet asks for, at least 8")
+    max_queue: Count | None = Field(None, description="waiting loads before Ollama answers 503")
+    kv_cache_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"] | None = None
+    flash_attention: bool | Literal["auto"] | None = None
+    sched_spread: bool | None = Field(None, description="spread a model over all GPUs though one would do")
+    gpu_overhead: Size | None = Field(None, description="has no effect since Ollama 0.30")
+    igpu: bool | None = Field(None, description="use integrated GPUs")
+    vulkan: bool | None = None
+    llm_library: str | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
+    origins: tuple[str, ...] = Field((), description="web origins allowed beside localhost")
+    noprune: bool = Field(True, description="do not delete unused blobs at start: another server may share the store")
+    no_cloud: bool = Field(True, description="no models and no searches on Ollama's servers")
+    remotes: tuple[str, ...] = ()
+    go_template: bool | None = Field(None, description="prefer the Modelfile's template over the one in the file")
+    debug: bool | Literal[0, 1, 2] | None = Field(None, description="1 debug, 2 trace")
+    debug_log_requests: bool | None = Field(None, description="write request bodies to a temporary folder")
+    max_transfer_streams: Count | None = None
+    cache_ram: Size = Field(0, description="host memory for prompts, per loaded model; llama.cpp's own default is 8GiB")
+    fit: bool | None = Field(None, description="let llama.cpp fit layers into the free GPU memory")
+    fit_target: Size | None = Field(None, description="GPU memory to leave free")
+    n_gpu_layers: int | None = Field(None, ge=0)
+    n_cpu_moe: int | None = Field(None, ge=0)
+    ctx_checkpoints: int | None = Field(None, ge=0)
+    hsa_override_gfx_version: str | None = Field(None, pattern=r"^\d+\.\d+\.\d+$")
+
+
+class Ollama:
+    """The engine `ollama`."""
+
+    name = "ollama"
+    capabilities = Capabilities(many_models=True, loads_in_place=True, can_quantize=True)
+    options: type[Options] = OllamaOptions
+
+    def api(self, options: Any) -> Api:  # noqa: ARG002
+        return Api.OLLAMA
+
+    def concurrency(self, options: OllamaOptions) -> int:
+        return options.num_parallel
+
+    def probes(self, options: Any) -> Probes:  # noqa: ARG002
+        """Readiness is an answer: the port is open long before GPUs are found, which may take 30 s."""
+        version = "/api/version"
+        return Probes(
+            startup=ProbeSpec(http=version, period_s=0.05, timeout_s=2.0, failures=1, deadline_s=120.0),
+            readiness=ProbeSpec(http=version, period_s=2.0, timeout_s=2.0, failures=3),
+            liveness=ProbeSpec(completion=True, period_s=30.0, timeout_s=20.0, failures=3),
+        )
+
+    # -- configuration --------------------------------------------------------------------------------------------------
+
+    def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
+        options = _options(context)
+        problems = env_problems(_rendered(context), context.env)
+        if context.args:
+            problems.append(OptionProblem((), "`ollama serve` takes no arguments: `args` must be empty"))
+        if options.kv_cache_type not in (None, "f32", "f16", "bf16"):
+            if options.flash_attention is False:
+                problems.append(
+                    OptionProblem(
+                        ("kv_cache_type",), f"{options.kv_cache_type} needs flash attention, which is false here"
+                    )
+                )
+            elif options.flash_attention is None:
+                message = f"{options.kv_cache_type} takes effect with flash attention only: set flash_attention: true"
+                problems.append(OptionProblem(("kv_cache_type",), message, warning=True))
+        return [*problems, *_warnings(context, options), *_held_problems(context)]
+
+    def launch(self, context: LaunchContext) -> Launch:
+        rendered = {variable: value for variable, (value, _) in _rendered(context).items()}
+        unset = (*SCRUBBED, *(variable for variable in TYPED.values() if variable not in rendered))
+        return Launch(
+            argv=(*(context.command or (_program(context), "serve")), *context.args),
+            env=rendered,
+            # OLLAMA_MODELS of the daemon's own environment stays: without it a user's models would seem to be gone
+            unset_env=tuple(key for key in unset if key not in context.env and key != "OLLAMA_MODELS"),
+            requires=tuple(filter(None, (_models_dir(context),))),
+        )
+
+    def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:
+        """The server itself costs some 50 MB, which is not accounted for; a held model costs what its GGUF header says."""
+        if model is None:
+            return Footprint()
+        return _estimate_held(context, _options(context), model)
+
+    def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
+        for line in reversed(log_tail):
+            for needle, kind in _EXITS:
+                if needle in line.lower():
+                    return ExitVerdict(kind, line.strip()[:300])
+        if signal is not None:
+            return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
+        if code == 0:
+            return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+        if code is None:
+            return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
+        last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
+        return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
+
+    # -- models ---------------------------------------------------------------------------------------------------------
+
+    async def load(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
+    ) -> Mapping[str, int]:
+        """Load with no prompt, then wait until the server lists it. The bytes are the server's own measure."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        reply = await _ask_empty(http, endpoint, model, -1, timeout_s)
+        _check_load(reply, model, endpoint)
+        found: dict[str, Mapping[str, Any]] = {}
+
+        async def listed() -> bool:
+            entry = await _entry(http, endpoint, model.served_as, max(0.1, end - loop.time()))
+            if entry is not None:
+                found["entry"] = entry
+            return entry is not None
+
+        what = f"{endpoint.base_url} says it loaded {model.served_as}, yet /api/ps does not list it"
+        await until(listed, timeout_s=max(0.1, min(5.0, end - loop.time())), period_s=POLL_S, what=what)
+        return device_bytes(found["entry"], endpoint.device)
+
+    async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
+        """Ask, then poll until the server no longer lists it: Ollama answers before the runner is gone."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        payload = {"model": model.served_as, "keep_alive": 0, "stream": False}
+        reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
+        if reply.status != 404:  # a model deleted from the store meanwhile may still be resident: the poll tells
+            reply.expect(f"unloading {model.served_as}")
+
+        async def gone() -> bool:
+            return await _entry(http, endpoint, model.served_as, max(0.1, end - loop.time())) is None
+
+        what = f"{endpoint.base_url} still holds {model.served_as}"
+        await until(gone, timeout_s=max(0.1, end - loop.time()), period_s=POLL_S, what=what)
+
+    async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
+        """Return what /api/ps lists, by canonical name. A model that is still loading is not listed by Ollama."""
+        return tuple(
+            Resident(self.canonical_name(_name(entry)), device_bytes(entry, endpoint.device))
+            for entry in await _entries(http, endpoint, 5.0)
+        )
+
+    async def alive(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
+    ) -> ProbeOutcome:
+        """One real token from a model that is loaded; when none is, an answer of the server. Never causes a load."""
+        try:
+            entries = await _entries(http, endpoint, timeout_s)
+            if model is not None:
+                entries = [entry for entry in entries if store.same_name(_name(entry), model.served_as)]
+            if not entries:
+                reply = await call(http, endpoint, "GET", "/api/version", timeout_s=timeout_s)
+                return ProbeOutcome(reply.ok and "version" in reply.mapping(), "no model is loaded; the server answers")
+            return await _one_token(http, endpoint, entries[0], model, timeout_s)
+        except EngineError as error:
+            return ProbeOutcome(False, str(error))
+
+    def canonical_name(self, served_as: str) -> str:
+        """Return the form in which `loaded` names a model: implied parts left out, `:latest` too."""
+        try:
+            return store.ModelName.parse(served_as).short.removesuffix(":latest")
+        except ValueError:
+            return served_as
+
+
+ENGINE = Ollama()
+
+_EXITS = (
+    ("address already in use", ExitKind.PORT_IN_USE),
+    ("permission denied", ExitKind.BAD_CONFIG),
+    ("read-only file system", ExitKind.BAD_CONFIG),
+    ("not a directory", ExitKind.BAD_CONFIG),
+    ("unknown command", ExitKind.BAD_CONFIG),
+    ("unknown flag", ExitKind.BAD_CONFIG),
+    ("cannot assign requested address", ExitKind.BAD_CONFIG),
+    ("cannot allocate memory", ExitKind.OOM),
+    ("out of memory", ExitKind.OOM),
+    ("panic:", ExitKind.CRASH),
+    ("fatal error:", ExitKind.CRASH),
+)
+
+
+def device_bytes(entry: Mapping[str, Any], device: str | None) -> dict[str, int]:
+    """Split one entry of /api/ps over devices: `size_vram` lies on the GPU, the rest on the host."""
+    size, vram = _count(entry.get("size")), _count(entry.get("size_vram"))
+    if device is None or device in ("host", "unified"):
+        parts = {device or "host": size}
+    else:
+        parts = {device: min(size, vram), "host": max(0, size - vram)}
+    return {name: count for name, count in parts.items() if count}
+
+
+def pinned_options(model: HeldModel) -> dict[str, Any]:
+    """The load-time options that every request to this model must carry: others would make Ollama load it anew."""
+    return {key: value for key, value in model.options.items() if key in LOAD_TIME_OPTIONS}
+
+
+# -- configuration, from here on ----------------------------------------------------------------------------------------
+
+
+def _options(context: LaunchContext) -> OllamaOptions:
+    if not isinstance(context.options, OllamaOptions):
+        raise TypeError(f"{context.name}: options of another engine: {type(context.options).__name__}")
+    return context.options
+
+
+def _program(context: LaunchContext) -> str:
+    found = shutil.which("ollama", path=context.env.get("PATH"))
+    if found is None:
+        found = shutil.which("ollama", path=os.pathsep.join(PLACES))
+    if found is None:
+        raise EngineError(
+            f"{context.name}: no program named ollama on PATH",
+            hint="install Ollama, or name the program: command: [/path/to/ollama, serve]",
+            recoverable=False,
+        )
+    return found
+
+
+def _models_dir(context: LaunchContext) -> str | None:
+    """The store's absolute path; None where Ollama's own default applies."""
+    text = _options(context).models_dir or context.env.get("OLLAMA_MODELS")
+    if not text:
+        return None
+    return str(context.config_dir.absolute() / Path(text).expanduser())
+
+
+def _rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
+    """Variable → (value, the option that sets it)."""
+    options = _options(context)
+    rendered = render_env(options)
+    if options.models_dir is not None:
+        rendered["OLLAMA_MODELS"] = (_models_dir(context) or "", "models_dir")
+    wanted = options.max_loaded_models or max(len(context.models), DEFAULT_LOADED_MODELS)
+    rendered["OLLAMA_MAX_LOADED_MODELS"] = (str(wanted), "max_loaded_models")
+    host = f"[{context.host}]" if ":" in context.host else context.host
+    rendered["OLLAMA_HOST"] = (f"{host}:{context.port or 11434}", "port")
+    for variable, value in visible_devices(context.device_uuid, context.device).items():
+        rendered[variable] = (value, "device")
+    if "GIN_MODE" not in context.env:
+        rendered["GIN_MODE"] = ("release", "")  # else every start logs the list of its routes
+    return rendered
+
+
+def _warnings(context: LaunchContext, options: OllamaOptions) -> list[OptionProblem]:
+    found: list[tuple[str, str]] = []
+    if options.gpu_overhead:
+        found.append(("gpu_overhead", "has no effect since Ollama 0.30; state a device budget instead"))
+    if options.keep_alive >= 0:
+        found.append(("keep_alive", "Ollama would unload by itself; leave it at -1 and use the model's ttl"))
+    if options.max_loaded_models is not None and options.max_loaded_models < len(context.models):
+        count = len(context.models)
+        found.append(
+            (
+                "max_loaded_models",
+                f"{options.max_loaded_models} is less than the {count} models held here: Ollama would evict by itself",
+            )
+        )
+    if not options.noprune and options.models_dir is not None:
+        found.append(("noprune", "false lets this server delete blobs that no manifest names, at every start"))
+    if options.llm_library is not None and not options.llm_library.startswith(_LIBRARIES):
+        found.append(
+            ("llm_library", f"{options.llm_library!r} names no GPU library: the server would run without a GPU")
+        )
+    folder = _models_dir(context)
+    if folder is not None and not Path(folder).is_dir():
+        found.append(
+            (
+                "models_dir",
+                f"{folder} does not exist; the server stays BLOCKED until it does (mount the drive, or mkdir -p {folder})",
+            )
+        )
+    if context.port is not None and context.port >= RUNNER_PORTS_FROM:
+        found.append(
+            (
+                "",
+                f"port {context.port} lies among those that Ollama's runners take at random ({RUNNER_PORTS_FROM} and up)",
+            )
+        )
+    if context.host not in ("127.0.0.1", "localhost", "::1"):
+        found.append(
+            ("", f"host {context.host}: Ollama asks nobody for a key; whoever reaches it may use and delete models")
+        )
+    return [OptionProblem((path,) if path else (), message, warning=True) for path, message in found]
+
+
+_LIBRARIES = ("cuda_", "rocm", "vulkan", "metal", "mlx")
+
+
+def _held_problems(context: LaunchContext) -> list[OptionProblem]:
+    problems = []
+    for model in context.models:
+        try:
+            store.ModelName.parse(model.served_as)
+        except ValueError as error:
+            problems.append(OptionProblem((), f"models.{model.name}: served_as: {error}"))
+        if model.served_as.lower().endswith((":local", ":cloud", "-cloud")):
+            problems.append(
+                OptionProblem(
+                    (), f"models.{model.name}: served_as: Ollama keeps the ending of {model.served_as!r} for itself"
+                )
+            )
+        for key in model.options:
+            if key not in LOAD_TIME_OPTIONS:
+                known = ", ".join(sorted(LOAD_TIME_OPTIONS))
+                problems.append(
+                    OptionProblem(
+                        (),
+                        f"models.{model.name}: options.{key}: a model held by Ollama takes {known}; others go under modelfile.parameters",
+                    )
+                )
+    return problems
+
+
+def _estimate_held(context: LaunchContext, options: OllamaOptions, model: HeldModel) -> Footprint | None:
+    """From the file named by `from`, else from the store's blob; None when there is neither."""
+    from fleetd.models.footprint import estimate_gguf  # late: it reads files, and most calls need no estimate
+
+    folder = Path(_models_dir(context) or Path.home() / ".ollama" / "models")
+    parameters: Mapping[str, Any] = model.modelfile.get("parameters") or {}
+    path: Path | None = None
+    try:
+        if model.source:
+            path = context.config_dir / Path(model.source).expanduser()
+        if path is None or not path.is_file():
+            path = store.model_file(folder, model.served_as)
+            parameters = {**store.stored_parameters(folder, model.served_as), **parameters} if path else parameters
+    except ValueError:
+        return None
+    if path is None:
+        return None
+    length = model.options.get("num_ctx") or parameters.get("num_ctx") or options.context_length
+    return estimate_gguf(path, context_length=int(length), parallel=options.num_parallel)
+
+
+# -- the wire -----------------------------------------------------------------------------------------------------------
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("model") or entry.get("name") or "")
+
+
+async def _entries(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> list[Mapping[str, Any]]:
+    reply = await call(http, endpoint, "GET", "/api/ps", timeout_s=timeout_s)
+    return list(reply.expect("listing loaded models").listing("models"))
+
+
+async def _entry(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> Mapping[str, Any] | None:
+    entries = await _entries(http, endpoint, timeout_s)
+    return next((entry for entry in entries if store.same_name(_name(entry), served_as)), None)
+
+
+async def _ask_empty(
+    http: ClientSession, endpoint: Endpoint, model: HeldModel, keep_alive: int, timeout_s: float
+) -> Reply:
+    """A request without a prompt: Ollama loads and generates nothing. Models that only embed have a route of their own."""
+    payload = {"model": model.served_as, "keep_alive": keep_alive, "options": pinned_options(model), "stream": False}
+    if not model.embedding:
+        reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
+        if reply.status != 400 or GENERATE_REFUSED not in reply.message:
+            return reply
+    del payload["stream"]
+    return await call(http, endpoint, "POST", "/api/embed", payload, timeout_s=timeout_s)
+
+
+def _check_load(reply: Reply, model: HeldModel, endpoint: Endpoint) -> None:
+    """Raise EngineError unless the model is loaded; say whether trying again can help."""
+    if reply.ok:
+        reply.mapping()
+        return
+    message = reply.message
+    lowered = message.lower()
+    if reply.status == 404:
+        hint = f"ollama pull {model.served_as} (with OLLAMA_HOST={endpoint.base_url}), or name its file: models.{model.name}.from"
+        raise EngineError(
+            f"{model.name}: {endpoint.base_url} has no model {model.served_as}", hint=hint, recoverable=False
+        )
+    if reply.status == 400 and GENERATE_REFUSED in lowered:
+        hint = "its file may be gone: is the drive mounted? Else create the model again"
+        raise EngineError(f"{model.name}: {message}", hint=hint, recoverable=False)
+    recoverable = reply.status >= 499 and not any(needle in lowered for needle in _HOPELESS)
+    raise EngineError(
+        f"{model.name}: {endpoint.base_url} cannot load {model.served_as}: {message}", recoverable=recoverable
+    )
+
+
+_HOPELESS = (
+    "unable to load model",
+    "unsupported model architecture",
+    "unknown model architecture",
+    "unsupported cache type",
+    "must be of type",
+    "invalid model name",
+)
+
+
+async def _one_token(
+    http: ClientSession, endpoint: Endpoint, entry: Mapping[str, Any], model: HeldModel | None, timeout_s: float
+) -> ProbeOutcome:
+    """Generate one token with the very options the model is loaded with, so that the probe causes no new load."""
+    name = _name(entry)
+    options = pinned_options(model) if model is not None else {}
+    context_length = _count(entry.get("context_length"))
+    if context_length:
+        options["num_ctx"] = context_length
+    payload: dict[str, Any] = {"model": name, "keep_alive": -1, "options": options}
+    if model is None or not model.embedding:
+        generate = {**payload, "prompt": "a", "raw": True, "stream": False, "options": {**options, "num_predict": 1}}
+        reply = await call(http, endpoint, "POST", "/api/generate", generate, timeout_s=timeout_s)
+        if reply.ok:
+            return ProbeOutcome(reply.mapping().get("done") is True, f"{name} generated one token")
+        if reply.status == 503:
+            return ProbeOutcome(True, f"{name} is busy: {reply.message}")
+        if reply.status != 400 or GENERATE_REFUSED not in reply.message:
+            return ProbeOutcome(False, f"{name}: HTTP {reply.status}: {reply.message}")
+    reply = await call(http, endpoint, "POST", "/api/embed", {**payload, "input": "a"}, timeout_s=timeout_s)
+    return ProbeOutcome(reply.ok, f"{name} embedded one token" if reply.ok else f"{name}: {reply.message}")
