@@ -1,0 +1,80 @@
+"""What a model file is, without reading all of it: a fingerprint in milliseconds, the full SHA-256 once.
+
+The rules of this file
+- The fingerprint is a digest over the size and evenly spread blocks, head and tail included: a file that was touched, moved or
+  copied keeps its fingerprint, one with other weights does not.
+- The SHA-256 is what Ollama wants for an upload. It is kept by (path, size, mtime, inode), so it is computed once per file.
+- The record is a small JSON file, replaced by rename; a damaged one counts as empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES = 64 * 1024
+BLOCKS = 32
+PIECE_BYTES = 4 * 1024 * 1024
+
+
+def fingerprint(path: Path) -> str:
+    """Return 64 hex digits for the file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        last = max(0, size - BLOCK_BYTES)
+        for block in range(BLOCKS):
+            file.seek(last * block // (BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+            if not last:
+                break
+    return digest.hexdigest()
+
+
+def sha256(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """Return the SHA-256 of the whole file as 64 hex digits. Raises OSError."""
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            done += len(piece)
+            progress(done, total)
+    return digest.hexdigest()
+
+
+def stamp(path: Path) -> list[int]:
+    """Return [size, mtime in ns, inode]: equal stamps, unchanged file. Raises OSError."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty when it is absent or damaged."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Replace the file by rename, so that a reader and a crash see the old one or the new one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
