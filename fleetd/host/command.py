@@ -1,0 +1,150 @@
+"""Short programs: exec probes and stop commands. Run, timed, and killed with everything they started.
+
+The rules of this file
+- The end of the leader ends the command; whatever of its group still lives is killed then, while the pid is still ours.
+- At the timeout the whole set is killed. At most 16 KiB of output is kept: its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal as signals
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from secrets import token_hex
+
+from fleetd.host.pidfd import CHILDREN, ExitWatch, Status
+from fleetd.host.process_set import TOKEN_VARIABLE, Lineage
+from fleetd.host.proctable import ProcessTable
+from fleetd.host.spawn import Program, launch
+
+_KEPT_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """How it ended. `output` is the end of stdout and stderr together."""
+
+    status: Status
+    output: str = ""
+    timed_out: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.status.code == 0 and not self.timed_out
+
+
+class _Output:
+    """The end of what a pipe said, read as it comes so that the writer never blocks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        self._loop, self._fd, self._data = loop, fd, b""
+        os.set_blocking(fd, False)
+        loop.add_reader(fd, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._fd)
+        self._data = (self._data + data)[-_KEPT_BYTES:]
+
+    def finish(self) -> str:
+        self._loop.remove_reader(self._fd)
+        for _ in range(16):  # what is in the pipe now, and no more: somebody may still be writing
+            before = self._data
+            self._read()
+            if self._data == before:
+                break
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        return self._data.decode("utf-8", "replace").strip()
+
+
+async def run_command(
+    program: Program,
+    timeout_s: float,
+    *,
+    pool: Executor,
+    table: ProcessTable,
+    end_lineage: Callable[[Lineage], Awaitable[object]],
+) -> CommandResult:
+    """Run a program to its end or its timeout. Raises HostError when it cannot be started."""
+    loop = asyncio.get_running_loop()
+    token = token_hex(8)
+    program = replace(program, env={**program.env, TOKEN_VARIABLE: token})
+    reader, writer = os.pipe()
+    starting = loop.run_in_executor(pool, launch, program, writer, writer)
+    try:
+        pid = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        starting.add_done_callback(_abandon)
+        os.close(reader)
+        raise
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    ended = asyncio.Event()
+    watch = ExitWatch(loop, pid, ended.set)
+    output = _Output(loop, reader)
+    entry = table.entry(pid)
+    lineage = Lineage(pid, entry.start if entry else 0, token)
+    timed_out = False
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ended.wait()
+    except TimeoutError:
+        timed_out = True
+        await end_lineage_now(table, lineage, end_lineage)
+    except asyncio.CancelledError:
+        watch.close()
+        output.finish()
+        kill_and_forget(pid)
+        raise
+    watch.close()
+    _kill_group(pid)
+    return CommandResult(_collect(pid), output.finish(), timed_out)
+
+
+async def end_lineage_now(
+    table: ProcessTable, lineage: Lineage, end_lineage: Callable[[Lineage], Awaitable[object]]
+) -> None:
+    """Kill the leader first: a probe that ran over its time gets no grace. Its rest is hunted as a set."""
+    table.send(lineage.pid, lineage.start, signals.SIGKILL)
+    await end_lineage(lineage)
+
+
+def _kill_group(pid: int) -> None:
+    """Kill what is left of the group. Safe only before the leader's status is taken: until then the number is ours."""
+    try:
+        os.killpg(pid, signals.SIGKILL)
+    except OSError:
+        pass
+
+
+def _collect(pid: int) -> Status:
+    status = CHILDREN.collect(pid)
+    return Status() if status is None else status
+
+
+def kill_and_forget(pid: int) -> None:
+    """Kill a child of ours with its group and take its status."""
+    _kill_group(pid)
+    try:
+        os.waitpid(pid, 0)
+    except OSError:
+        pass
+    CHILDREN.collect(pid)
+
+
+def _abandon(starting: asyncio.Future[int]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        kill_and_forget(starting.result())

@@ -1,0 +1,358 @@
+"""The machine, as the executor sees it: spawn, death, stop, sweep, adopt, usage.
+
+The rules of this file
+- Made and used on one event loop; whatever may block runs in the host's own threads.
+- `on_exit` is called on the loop once per handle, within milliseconds of the leader's death, after spawn has returned.
+- A handle's record leaves the disk when its set is seen to be empty, not before.
+- `close` lets go of everything and kills nothing: processes outlive the daemon unless they were stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from fleetd.errors import HostError
+from fleetd.host import cgroup, ports
+from fleetd.host.command import CommandResult, run_command
+from fleetd.host.handle import OnExit, ProcessHandle, Records
+from fleetd.host.ipc import NodeChannel
+from fleetd.host.logs.book import LogBook
+from fleetd.host.oom import OomWatch
+from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
+from fleetd.host.process_set import Lineage, SetScanner, read_token
+from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
+from fleetd.host.spawn import Program
+from fleetd.host.spawning import Spawner
+from fleetd.host.stop import Stopper
+from fleetd.host.types import HandleRecord, HostPaths, KillScope, PortOwner, RawExit, SpawnRequest, StopPolicy, Usage
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_HOUSEKEEPING_S = 2.0
+
+
+class Host:
+    """One daemon's hold on the machine."""
+
+    def __init__(self, paths: HostPaths, *, table: ProcessTable | None = None) -> None:
+        self.paths = paths
+        self.table = table or system_table()
+        self.records = Records(paths.handles)
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="fleetd-host")
+        self._scanner = SetScanner(self.table)
+        self._stopper = Stopper(self._scanner, self._scan, self._stop_command)
+        self._boot_id = boot_id()
+        prefix = "fleetd-" + hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]
+        self._cgroups = cgroup.detect(prefix)
+        self._entering: set[asyncio.Future[bool]] = set()
+        self._handles: dict[str, ProcessHandle] = {}
+        self._oom = OomWatch()
+        self._chores: asyncio.Task[None] | None = None
+        self._closed = False
+        self.logs = LogBook(paths.logs, self._pool)
+        self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Become subreaper, and begin housekeeping (orphans, rotation). Needed once, before anything else."""
+        become_subreaper()
+        await self.thread(self.logs.recover)
+        self._chores = asyncio.get_running_loop().create_task(self._housekeeping(), name="host-housekeeping")
+
+    async def close(self) -> None:
+        """Let go: no process is touched."""
+        self._closed = True
+        if self._chores is not None:
+            self._chores.cancel()
+            await asyncio.gather(self._chores, return_exceptions=True)
+        for handle in list(self._handles.values()):
+            if handle.watch is not None:
+                handle.watch.close()
+            if handle.channel is not None:
+                handle.channel.close()
+            for waiting in (handle.stopping, handle.sweeping):
+                if waiting is not None and not waiting.done():
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
+            await asyncio.gather(*handle.background, return_exceptions=True)
+        await asyncio.gather(*self._entering, return_exceptions=True)
+        await self.logs.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking call in one of the host's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(call, *args, **kwargs))
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            self._oom.sample()
+            CHILDREN.reap_unknown()
+
+    # -- spawn and death ------------------------------------------------------------------------------------------
+
+    async def spawn(self, request: SpawnRequest, on_exit: OnExit) -> ProcessHandle:
+        """Start a process. Raises HostError: nothing runs then.
+
+        `on_exit` is called on the loop when the leader dies, never before this returns.
+        """
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(self._pool, self._spawner.spawn, request)
+        try:
+            started = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(self._spawner.abandon)
+            raise
+        handle = ProcessHandle(started.record, started.lineage, on_exit)
+        self._attach(handle)
+        self.logs.attach(handle, started.pipe)
+        if started.channel is not None:
+            handle.channel = NodeChannel(loop, started.channel)
+        self._enter_cgroup(handle)
+        return handle
+
+    def _enter_cgroup(self, handle: ProcessHandle) -> None:
+        """Begin to move the process into its leaf, after the spawn was reported: the kernel takes some 10 ms for it."""
+        if self._cgroups is None:
+            return
+        leaf = self._cgroups.leaf(handle.name, handle.generation)
+        entering = asyncio.get_running_loop().run_in_executor(self._pool, leaf.enter, handle.pid)
+        self._entering.add(entering)
+
+        def entered(done: asyncio.Future[bool]) -> None:
+            self._entering.discard(done)
+            if not done.cancelled() and done.result():
+                if handle.lineage.token in self._handles:
+                    handle.lineage.cgroup = leaf
+                else:
+                    leaf.remove()
+
+        entering.add_done_callback(entered)
+
+    def _attach(self, handle: ProcessHandle) -> None:
+        loop = asyncio.get_running_loop()
+        self._handles[handle.lineage.token] = handle
+        try:
+            handle.watch = ExitWatch(loop, handle.pid, lambda: self._died(handle))
+        except ProcessLookupError:
+            loop.call_soon(self._died, handle)
+
+    def _died(self, handle: ProcessHandle) -> None:
+        if handle.exit is not None or self._closed:
+            return
+        status = CHILDREN.collect(handle.pid) if handle.child else Status()
+        if status is None:  # told of the death before the status could be taken: kqueue is that early
+            asyncio.get_running_loop().call_later(0.001, self._died, handle)
+            return
+        leaf = handle.lineage.cgroup
+        oom = leaf is not None and leaf.oom_kills() > 0
+        if status.signal == "SIGKILL" and not handle.killed_by_us and not oom:
+            oom = self._oom.recent()
+        handle.exit = RawExit(
+            name=handle.name,
+            generation=handle.generation,
+            pid=handle.pid,
+            code=status.code,
+            signal=status.signal,
+            core_dumped=status.core_dumped,
+            oom=oom,
+            uptime_s=handle.uptime_s,
+            at=time.time(),
+        )
+        self.logs.ended(handle)
+        if handle.channel is not None:
+            handle.channel.close()
+        handle.exited.set()
+        handle.on_exit(handle.exit)
+
+    # -- stop and sweep --------------------------------------------------------------------------------------------
+
+    async def stop(self, handle: ProcessHandle, policy: StopPolicy, force: bool = False) -> tuple[int, ...]:
+        """End the whole set; returns the pids that even SIGKILL did not end (empty: all gone, port free).
+
+        `force` skips the grace. A second call while the first runs escalates it, and both get the same answer.
+        """
+        if handle.stopping is not None and not handle.stopping.done():
+            handle.force.set()
+        else:
+            handle.stopping = asyncio.ensure_future(self._stop(handle, policy, force))
+        return await asyncio.shield(handle.stopping)
+
+    async def _stop(self, handle: ProcessHandle, policy: StopPolicy, force: bool) -> tuple[int, ...]:
+        survivors = await self._stopper.stop(handle, policy, force=force)
+        return await self._settle(handle, survivors)
+
+    async def sweep(self, handle: ProcessHandle, scope: str = KillScope.SET) -> tuple[int, ...]:
+        """End what the leader left behind; same answer as stop. A few milliseconds when nothing is left."""
+        if handle.stopping is not None and not handle.stopping.done():
+            return await asyncio.shield(handle.stopping)
+        if handle.sweeping is None or handle.sweeping.done():
+            handle.sweeping = asyncio.ensure_future(self._sweep(handle, scope))
+        return await asyncio.shield(handle.sweeping)
+
+    async def _sweep(self, handle: ProcessHandle, scope: str) -> tuple[int, ...]:
+        return await self._settle(handle, await self._stopper.sweep(handle, scope))
+
+    async def _settle(self, handle: ProcessHandle, survivors: tuple[int, ...]) -> tuple[int, ...]:
+        await self.logs.settle(handle)
+        CHILDREN.reap_unknown()
+        if not survivors:
+            self._handles.pop(handle.lineage.token, None)
+            if handle.lineage.cgroup is not None:
+                handle.lineage.cgroup.remove()
+            await self.thread(self.records.remove, handle.record)
+        return survivors
+
+    async def _stop_command(self, handle: ProcessHandle, argv: tuple[str, ...], timeout_s: float) -> bool:
+        environment = await self.thread(self.table.environment, handle.pid)
+        env = _pairs(environment or b"")
+        env.setdefault("PATH", os.defpath)
+        env["MAINPID"] = str(handle.pid)
+        try:
+            result = await self.command(Program(argv=argv, env=env), timeout_s)
+        except HostError:
+            return False
+        return result.ok
+
+    async def command(self, program: Program, timeout_s: float) -> CommandResult:
+        """Run a short program with a time limit. Raises HostError when it cannot be started."""
+        return await run_command(
+            program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._stopper.end_lineage
+        )
+
+    async def _scan(self, lineage: Lineage, scope: str) -> dict[int, int]:
+        found = await self.thread(self._scanner.scan, lineage, scope)
+        CHILDREN.reap_unknown()
+        return found
+
+    async def signal(self, handle: ProcessHandle, name: str) -> bool:
+        """Send a signal to the leader. False: it is gone. Raises HostError for an unknown signal."""
+        try:
+            number = signal_number(name)
+        except ValueError as error:
+            raise HostError(str(error), recoverable=False) from None
+        return await self.thread(self.table.send, handle.pid, handle.lineage.start, number)
+
+    # -- adoption --------------------------------------------------------------------------------------------------
+
+    def load_records(self) -> tuple[list[HandleRecord], list[Path]]:
+        """Return the records that an earlier daemon left, and where unreadable ones were moved to."""
+        return self.records.load()
+
+    async def adopt(self, record: HandleRecord, on_exit: OnExit) -> ProcessHandle:
+        """Take over a live process of an earlier daemon. Raises HostError saying why it cannot be proven to be ours.
+
+        A process that is no longer our child dies with an unknown exit code.
+        """
+        doubt = await self.thread(self._doubt, record)
+        if doubt is not None or record.pid is None:
+            raise HostError(f"{record.name}: {doubt}", recoverable=False)
+        entry = self.table.entry(record.pid)
+        leaf = cgroup.Cgroup(Path(record.cgroup)) if record.cgroup and Path(record.cgroup).is_dir() else None
+        child = entry is not None and entry.ppid == os.getpid()
+        if child:
+            CHILDREN.claim(record.pid)
+        age = max(0.0, time.time() - record.spawned_at)
+        handle = ProcessHandle(
+            record,
+            Lineage(record.pid, record.start_ticks, record.token, leaf),
+            on_exit,
+            child=child,
+            started=time.monotonic() - age,
+        )
+        self._attach(handle)
+        self.logs.attach(handle, record.pipe_fd)
+        if record.ipc_fd is not None:
+            end = socket.socket(fileno=record.ipc_fd)
+            handle.channel = NodeChannel(asyncio.get_running_loop(), end)
+        return handle
+
+    def _doubt(self, record: HandleRecord) -> str | None:
+        """Return why this record does not prove a live process; None when it does."""
+        if record.boot_id != self._boot_id:
+            return "the machine was started anew since"
+        if record.pid is None:
+            return "its start was never confirmed"
+        entry = self.table.entry(record.pid)
+        if entry is None:
+            return f"pid {record.pid} is gone"
+        if entry.start != record.start_ticks:
+            return f"pid {record.pid} belongs to another process now"
+        if entry.dead:
+            return None if entry.ppid == os.getpid() else f"pid {record.pid} is dead"
+        environment = self.table.environment(record.pid)
+        if environment is None or read_token(environment) == record.token:
+            return None
+        if record.exe and executable_of(record.pid) == record.exe:
+            return None
+        if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
+            return None
+        return f"pid {record.pid} carries neither our token nor our program"
+
+    async def sweep_record(self, record: HandleRecord) -> tuple[int, ...]:
+        """End what is left of a run whose leader is gone: only processes that carry its token or sit in its cgroup.
+
+        Returns survivors. The record is removed when there are none.
+        """
+        survivors: tuple[int, ...] = ()
+        if record.boot_id == self._boot_id:
+            leaf = cgroup.Cgroup(Path(record.cgroup)) if record.cgroup else None
+            survivors = await self._stopper.end_lineage(Lineage(-1, 0, record.token, leaf))
+            if leaf is not None and not survivors:
+                leaf.remove()
+        if not survivors:
+            await self.thread(self.records.remove, record)
+        return survivors
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    async def usage(self, handle: ProcessHandle) -> Usage:
+        """Return what the whole set uses now."""
+        return (await self.usage_all([handle]))[0]
+
+    async def usage_all(self, handles: Iterable[ProcessHandle]) -> list[Usage]:
+        """Return the usage of many sets from one pass over the process table, in the same order."""
+        wanted = list(handles)
+        return await self.thread(self._usage_all, wanted)
+
+    def _usage_all(self, handles: list[ProcessHandle]) -> list[Usage]:
+        results = []
+        for found, snapshot in self._scanner.scan_entries([handle.lineage for handle in handles]):
+            entries = [snapshot[pid] for pid in found]
+            results.append(
+                Usage(
+                    rss_bytes=sum(entry.rss_bytes for entry in entries),
+                    cpu_s=sum(entry.cpu_ticks for entry in entries) / TICKS_PER_S,
+                    pids=tuple(sorted(found)),
+                )
+            )
+        return results
+
+    async def port_owner(self, port: int) -> PortOwner | None:
+        """Return who listens on a port of this machine; None when nobody does."""
+        return await self.thread(ports.owner, port)
+
+    async def answers_on(self, handle: ProcessHandle, port: int) -> bool:
+        """Say whether the listener on this port belongs to our process set."""
+        return await self.thread(self._answers_on, handle, port)
+
+    def _answers_on(self, handle: ProcessHandle, port: int) -> bool:
+        if ports.listener_among(port, [handle.pid]):
+            return True
+        return ports.listener_among(port, self._scanner.scan(handle.lineage))
+
+
+def _pairs(environment: bytes) -> dict[str, str]:
+    pairs = (part.partition(b"=") for part in environment.split(b"\0") if b"=" in part)
+    return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs if key}

@@ -1,0 +1,88 @@
+"""The channel a Node program expects of whoever started it: `process.send('ready')`, `process.on('message')`.
+
+The rules of this file
+- A socket pair; the child's end is named by NODE_CHANNEL_FD; messages are JSON, one per line.
+- A child that never reads or writes it costs nothing. A line longer than 1 MiB closes the channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+_LONGEST = 1024 * 1024
+
+
+def channel_env(fd: int) -> dict[str, str]:
+    """Return what tells Node about the channel."""
+    return {"NODE_CHANNEL_FD": str(fd), "NODE_CHANNEL_SERIALIZATION_MODE": "json"}
+
+
+class NodeChannel:
+    """Our end of the channel of one process."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, end: socket.socket, on_message: Callable[[Any], None] | None = None
+    ) -> None:
+        self._loop, self._socket = loop, end
+        self._pending = b""
+        self._open = True
+        self.ready = asyncio.Event()  # the child has sent "ready"
+        self.on_message = on_message
+        end.setblocking(False)
+        loop.add_reader(end.fileno(), self._readable)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(65536)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        lines = (self._pending + data).split(b"\n")
+        self._pending = lines.pop()
+        for line in lines:
+            self._take(line)
+        if len(self._pending) > _LONGEST:
+            self.close()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if message == "ready":
+            self.ready.set()
+        if self.on_message is not None:
+            self.on_message(message)
+
+    def send(self, message: object) -> bool:
+        """Send one message; False when the child has closed its end or does not read it."""
+        if not self._open:
+            return False
+        try:
+            self._socket.send(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+    def detach(self) -> int:
+        """Give up the descriptor, for a daemon that executes itself anew and opens the channel again."""
+        self._open = False
+        self._loop.remove_reader(self._socket.fileno())
+        return self._socket.detach()

@@ -1,0 +1,139 @@
+"""The last lines of a log, read from its end.
+
+The rules of this file
+- Blocks are read backwards until enough lines are there; a hole (what rotation freed) is skipped, archives come next.
+- Memory is bounded: a line longer than 64 KiB keeps its first and last 32 KiB, and the whole answer stops at 16 MiB.
+- Bytes that are no UTF-8 become U+FFFD; nothing in a log can break a reader.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetd.host.logs.files import LogFiles
+
+_BLOCK = 64 * 1024
+_LONGEST_LINE = 64 * 1024
+_LARGEST_ANSWER = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line without its end. `at` is its wall-clock time where the log has one (pipe capture)."""
+
+    text: str
+    at: float | None = None
+
+
+def parse_line(data: bytes) -> Line:
+    """Read one line of a log; lines of the pump are JSON objects with `t` and `line`."""
+    if data.startswith(b'{"t":'):
+        try:
+            content = json.loads(data)
+            return Line(str(content["line"]), float(content["t"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+    return Line(shorten(data).decode("utf-8", "replace"))
+
+
+def shorten(data: bytes) -> bytes:
+    """Return at most 64 KiB of a line: its two ends, with the number of bytes between."""
+    data = data.rstrip(b"\r").lstrip(b"\0")
+    if len(data) <= _LONGEST_LINE:
+        return data
+    half = _LONGEST_LINE // 2
+    return data[:half] + f" … {len(data) - 2 * half} bytes … ".encode() + data[-half:]
+
+
+def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
+    """Yield the lines of [start, end) from the last to the first; long ones already shortened."""
+    tail, dropped = b"", 0
+    position = end
+    first = True
+    while position > start:
+        size = min(_BLOCK, position - start)
+        position -= size
+        block = os.pread(fd, size, position)
+        pieces = block.split(b"\n")
+        pieces[-1] += tail
+        tail = pieces[0]
+        for piece in reversed(pieces[1:]):
+            if not (first and piece == b""):
+                yield _mark_dropped(piece, dropped)
+            first, dropped = False, 0
+        if len(tail) > 2 * _LONGEST_LINE:
+            dropped += len(tail) - 2 * _LONGEST_LINE
+            tail = tail[:_LONGEST_LINE] + tail[-_LONGEST_LINE:]
+        if not block:
+            return
+    if tail:
+        yield _mark_dropped(tail, dropped)
+
+
+def _mark_dropped(piece: bytes, dropped: int) -> bytes:
+    return shorten(piece) if not dropped else shorten(piece) + f" (and {dropped} bytes more)".encode()
+
+
+def read_tail(files: LogFiles, lines: int, *, since_offset: int | None = None) -> list[Line]:
+    """Return the last `lines` lines, oldest first, from the live file and then its archives.
+
+    `since_offset` limits it to what was written at or after that offset of the live file.
+    """
+    found: list[Line] = []
+    total = 0
+    for raw in _all_backwards(files, since_offset):
+        total += len(raw)
+        if len(found) >= lines or total > _LARGEST_ANSWER:
+            break
+        found.append(parse_line(raw))
+    found.reverse()
+    return found
+
+
+def _all_backwards(files: LogFiles, since_offset: int | None) -> Iterator[bytes]:
+    start = max(files.read_state().start, since_offset or 0)
+    try:
+        fd = os.open(files.live, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        fd = -1
+    if fd >= 0:
+        try:
+            yield from _lines_backwards(fd, start, os.fstat(fd).st_size)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+    if since_offset is not None:
+        return
+    for path in files.archives():
+        yield from _archive_backwards(path)
+
+
+def _archive_backwards(path: Path) -> Iterator[bytes]:
+    """Yield an archive's lines backwards; a compressed one is read forward, keeping its last 50 000 lines."""
+    try:
+        if path.suffix != ".gz":
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield from _lines_backwards(fd, 0, os.fstat(fd).st_size)
+            finally:
+                os.close(fd)
+            return
+        from collections import deque
+
+        kept: deque[bytes] = deque(maxlen=50_000)
+        size = 0
+        with gzip.open(path, "rb") as file:
+            while piece := file.readline(_LONGEST_LINE):
+                kept.append(piece.rstrip(b"\n"))
+                size += len(piece)
+                while size > _LARGEST_ANSWER and kept:
+                    size -= len(kept.popleft()) + 1
+        yield from reversed(kept)
+    except (OSError, EOFError):
+        return

@@ -1,0 +1,157 @@
+"""The values that the host takes and gives. Frozen data, no behaviour.
+
+The rules of this file
+- Durations are seconds, memory is bytes; wall-clock times are UNIX seconds, the rest is monotonic.
+- An *identity* is (pid, start time): a bare pid is never signalled, since the kernel gives pids out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class KillScope(StrEnum):
+    """Who has to be gone before a process counts as stopped, and who is killed at the deadline."""
+
+    SET = "set"  # everything that descends from it, sessions and double forks included
+    GROUP = "group"  # its process group
+    LEADER = "leader"  # only itself: for programs that leave daemons behind on purpose
+
+
+class Capture(StrEnum):
+    FILE = "file"  # the child writes into its file itself
+    PIPE = "pipe"  # the daemon reads a pipe and writes JSON lines with times
+
+
+@dataclass(frozen=True, slots=True)
+class LogPolicy:
+    """Limits of one process' log. `keep` counts archives beside the live file; `max_age_s` starts a new archive by age."""
+
+    max_size_bytes: int = 50 * 1024 * 1024
+    keep: int = 5
+    compress: bool = True
+    capture: str = Capture.FILE
+    max_age_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopPolicy:
+    """How a process is asked to end, and what happens when it does not.
+
+    `command` runs instead of the signal (with MAINPID in its environment); `message` goes over the Node IPC channel, when
+    there is one, instead of the signal.
+    """
+
+    signal: str = "SIGTERM"
+    timeout_s: float = 10.0
+    kill: str = KillScope.SET
+    command: tuple[str, ...] = ()
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnRequest:
+    """One process to start.
+
+    `env` is its whole environment (see `spawn.inheritable_env` for the inherited part); what belongs to the daemon alone is
+    taken out of it. `port` is checked to be free on `host` first. `ipc` opens a Node IPC channel. `extra` is kept in the
+    handle's record and comes back on adoption.
+    """
+
+    name: str
+    generation: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    user: str | None = None
+    umask: int | None = None
+    nice: int | None = None
+    cpu: tuple[int, ...] = ()
+    nofile: int | None = None
+    logs: LogPolicy = LogPolicy()
+    host: str = "127.0.0.1"
+    port: int | None = None
+    ipc: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RawExit:
+    """One death as the kernel tells it. `code` and `signal` are both None when nobody could see the status."""
+
+    name: str
+    generation: int
+    pid: int
+    code: int | None
+    signal: str | None = None
+    core_dumped: bool = False
+    oom: bool = False
+    uptime_s: float = 0.0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a whole process set uses now. `cpu_s` only grows while the set's members live; `pids` are its members."""
+
+    rss_bytes: int = 0
+    cpu_s: float = 0.0
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PortOwner:
+    """Who listens on a port. `pid` is None when the owner cannot be seen (another user's process)."""
+
+    port: int
+    pid: int | None
+    command: str = ""
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return "a process that cannot be seen from here"
+        return f"pid {self.pid} ({self.command})"
+
+
+@dataclass(frozen=True, slots=True)
+class HandleRecord:
+    """What the disk keeps about a live process, so that a later daemon can prove and adopt it.
+
+    `pid` None: the daemon was about to spawn it; only `token` can find it.
+    """
+
+    name: str
+    generation: int
+    token: str
+    boot_id: str
+    pid: int | None = None
+    start_ticks: int = 0
+    exe: str = ""
+    argv: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int | None = None
+    cgroup: str | None = None
+    log_path: str = ""
+    log_start: int = 0
+    logs: LogPolicy = LogPolicy()
+    spawned_at: float = 0.0
+    pipe_fd: int | None = None
+    ipc_fd: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPaths:
+    """The three folders of a daemon. Files in them: see docs; `handles` holds one record per live process."""
+
+    state: Path
+    run: Path
+    logs: Path
+
+    @property
+    def handles(self) -> Path:
+        return self.state / "handles"
