@@ -177,6 +177,7 @@ class ProcessSpec:
     probes: Probes = Probes()
     memory_limit_bytes: int | None = None
     max_age_s: float | None = None
+    drain_timeout_s: float = 30.0  # longest wait for requests in flight before an ordered stop
     lane: str | None = None  # processes of one lane start one after another
     launch_hash: str = ""
 

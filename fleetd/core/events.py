@@ -25,11 +25,25 @@ class Tick(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted(Event):
+    """A live child of an earlier daemon, identity proven. Counts as the run `generation`."""
+
+    name: str
+    generation: int
+    pid: int
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SpecChanged(Event):
-    """The desired fleet: at start, and again after every applied change of the configuration."""
+    """The desired fleet: at start, and again after every applied change of the configuration.
+
+    `remembered` and `adopted` come with the first one only; adopted processes are not spawned again.
+    """
 
     spec: FleetSpec
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
+    adopted: tuple[Adopted, ...] = ()
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------
@@ -50,16 +64,6 @@ class SpawnFailed(Event):
     generation: int
     message: str
     recoverable: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Adopted(Event):
-    """A live child of an earlier daemon, identity proven. Counts as the run `generation`."""
-
-    name: str
-    generation: int
-    pid: int
-    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +234,10 @@ class DrainAsked(Event):
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked(Event):
+    """Joins the line as `request_id` (unique, as for requests); a Reject of that id says that it cannot be done."""
+
     model: str
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)

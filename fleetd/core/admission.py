@@ -1,0 +1,233 @@
+"""The line of requests: who is served now, who waits, who is told no.
+
+The rules of this file
+- Every request ends in exactly one of granted, rejected, cancelled. Every wait has a deadline, the line has a limit.
+- Warm models first: whoever can be served by what is in memory is served, in order. Then the head of the line gets its model.
+- First in line holds the line: what an earlier request needs room on, no later request may start on.
+- A busy model keeps its grants while a head waits for it to leave, until the head has waited for the fairness bound; from then
+  on it only drains. So A B C A B C costs two swaps, and nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fleetd.core.commands import Grant, ReadAhead
+from fleetd.core.events import RequestArrived, RequestFinished
+from fleetd.core.facts import Facts, Waiting
+from fleetd.core.line import Line
+from fleetd.core.planner import Evict, Fits, Never, Wait, demand_at, plan
+from fleetd.core.residency import Residencies
+from fleetd.core.router import resolve, serving
+from fleetd.core.state import Model, Placement, Residency
+
+_RETRY_AFTER_S = 2.0
+
+
+class Admission:
+    def __init__(self, facts: Facts, residencies: Residencies) -> None:
+        self.facts = facts
+        self.residencies = residencies
+        self.line = Line(facts, residencies)
+
+    # -- the warm path: one dictionary look-up away from its answer ---------------------------------------------------------
+
+    def grant_warm(self, event: RequestArrived, now: float) -> Grant | None:
+        """Grant at once what needs no thought; None: it does."""
+        facts = self.facts
+        model = facts.models.get(facts.names.get(event.model, event.model))
+        if model is None or model.waiting or facts.shutting_down or event.avoid or model.spec.routes:
+            return None
+        placement = serving(facts, model, (), facts.closed)
+        if placement is None:
+            return None
+        self._count(model, placement, now)
+        facts.granted[event.request_id] = (placement, now)
+        return Grant(event.request_id, model.name, placement.process, placement.generation)
+
+    def finish(self, event: RequestFinished, now: float) -> Placement | None:
+        """Give the slot back; return the placement, or None when the request was not granted."""
+        entry = self.facts.granted.pop(event.request_id, None)
+        if entry is None:
+            return None
+        placement = entry[0]
+        placement.in_flight -= 1
+        placement.last_used_s = now
+        model = self.facts.models.get(placement.model)
+        if model is not None:
+            model.last_used_s = now
+        return placement
+
+    def _count(self, model: Model, placement: Placement, now: float) -> None:
+        model.demand = demand_at(model, now) + 1.0
+        model.demand_s = model.last_used_s = placement.last_used_s = now
+        placement.in_flight += 1
+
+    # -- the line -----------------------------------------------------------------------------------------------------------
+
+    def arrive(self, event: RequestArrived, now: float) -> None:
+        facts = self.facts
+        model, fallback = resolve(facts, event.model, now)
+        if facts.shutting_down:
+            self.line.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
+        elif model is None:
+            self.line.reject(
+                event.request_id, "model_not_found", f"the model {event.model!r} does not exist in this fleet"
+            )
+        else:
+            waiting = Waiting(
+                event.request_id,
+                model.name,
+                now,
+                self.line.deadline(model, now),
+                model.spec.priority,
+                event.avoid,
+                fallback,
+            )
+            self.line.enter(waiting, now)
+
+    def wish(self, request_id: int, model: Model, now: float) -> None:
+        """An operator wants a model in memory: a place in the line that needs no grant."""
+        if model.failure:
+            model.failure, model.failure_final, model.retry_s = None, False, now
+        self.line.enter(
+            Waiting(request_id, model.name, now, now + model.spec.load_timeout_s, model.spec.priority, client=False),
+            now,
+        )
+
+    def _order(self, now: float) -> list[Waiting]:
+        bound = self.facts.spec.queue.max_wait_s
+        for waiting in self.facts.queue.values():
+            waiting.overdue = now >= waiting.arrived_s + bound
+        return sorted(
+            self.facts.queue.values(), key=lambda w: (0, 0, w.arrived_s) if w.overdue else (1, -w.priority, w.arrived_s)
+        )
+
+    def reconcile(self, now: float) -> None:
+        """Serve the line as far as it goes."""
+        self.facts.closed = set()
+        if not self.facts.queue:
+            return
+        for waiting in list(self.facts.queue.values()):
+            self.line.give_up(waiting, now)
+        line = self._order(now)
+        closed = self.facts.closed = self._overdue_drains(line, now)
+        for waiting in line:
+            if waiting.request_id in self.facts.queue:
+                self._serve_warm(waiting, closed, now)
+        held: set[str] = set()
+        awaited: set[tuple[str, str]] = set()
+        for waiting in line:
+            if waiting.request_id in self.facts.queue:
+                self._bring(waiting, held, awaited, now)
+
+    # -- from memory ----------------------------------------------------------------------------------------------------------
+
+    def _overdue_drains(self, line: list[Waiting], now: float) -> set[tuple[str, str]]:
+        """Return the placements that give no more grants, because a head has waited for them to leave beyond the bound."""
+        awaited: set[tuple[str, str]] = set()
+        for waiting in line:
+            if waiting.request_id not in self.facts.queue or not waiting.overdue:
+                return set()
+            model = self.facts.models[waiting.model]
+            if model.placements:
+                awaited.update(placement.key for placement in model.placements.values())
+                continue
+            process = self.residencies.holder(model, waiting.avoid)
+            if process is None:
+                continue
+            verdict = plan(
+                model.footprint.bytes,
+                (model.name, process.name),
+                self.facts.resident(),
+                self.facts.ledger,
+                now,
+                awaited,
+            )
+            return {p.key for p in verdict.drain} if isinstance(verdict, Wait) else set()
+        return set()
+
+    def _serve_warm(self, waiting: Waiting, closed: set[tuple[str, str]], now: float) -> None:
+        model = self.facts.models[waiting.model]
+        if not waiting.client:
+            if self.line.has_loaded(model):
+                self.line.leave(waiting.request_id)
+            return
+        placement = serving(self.facts, model, waiting.avoid, closed)
+        if placement is None and waiting.avoid and set(waiting.avoid) >= set(model.placements):
+            placement = serving(self.facts, model, (), closed)
+        if placement is None:
+            return
+        self.line.leave(waiting.request_id)
+        self._count(model, placement, now)
+        self.facts.granted[waiting.request_id] = (placement, now)
+        load_s = 0.0 if waiting.load_began_s is None else now - max(waiting.load_began_s, waiting.arrived_s)
+        self.facts.emit(
+            Grant(
+                waiting.request_id,
+                model.name,
+                placement.process,
+                placement.generation,
+                now - waiting.arrived_s,
+                load_s,
+                waiting.why,
+            )
+        )
+
+    # -- from disk --------------------------------------------------------------------------------------------------------------
+
+    def _bring(self, waiting: Waiting, held: set[str], awaited: set[tuple[str, str]], now: float) -> None:
+        """Bring the model of a request that no memory serves; hold its devices against later starts when it has to wait."""
+        model = self.facts.models[waiting.model]
+        coming = [p for p in model.placements.values() if p.state is Residency.LOADING and not p.closing]
+        awaited.update(p.key for p in model.placements.values())
+        if coming:
+            waiting.load_began_s = waiting.load_began_s or coming[0].order_s
+            waiting.why = f"{model.name} is loading on {coming[0].process}"
+            return
+        process = self.residencies.holder(model, waiting.avoid) or self.residencies.holder(model)
+        if process is None:
+            waiting.why = f"every server that may hold {model.name} is busy or not ready"
+            return
+        need = model.footprint.bytes
+        spread = bool(model.placements)  # loaded elsewhere, but full, leaving or unhealthy
+        if held & set(need):
+            waiting.why = "an earlier request holds the line"
+            return
+        verdict = plan(need, (model.name, process.name), self.facts.resident(), self.facts.ledger, now, awaited)
+        if isinstance(verdict, Fits):
+            waiting.load_began_s = now
+            waiting.why = f"{model.name} is loading on {process.name}"
+            self.residencies.start(model, process, now, f"wanted by request {waiting.request_id}")
+        elif isinstance(verdict, Never):
+            if not spread:
+                self.line.out(
+                    waiting,
+                    "model_blocked" if verdict.pinned else "model_too_large",
+                    verdict.reason,
+                    now,
+                    30.0 if verdict.pinned else None,
+                )
+        elif not spread:
+            self._wait_for_room(waiting, model, verdict, held, now)
+
+    def _wait_for_room(self, waiting: Waiting, model: Model, verdict: Evict | Wait, held: set[str], now: float) -> None:
+        first = not held
+        held.update(model.footprint.bytes)
+        if isinstance(verdict, Evict):
+            names = ", ".join(victim.model for victim in verdict.victims)
+            waiting.why = f"waiting for {names} to be unloaded"
+            for victim in verdict.victims:
+                self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True)
+        else:
+            waiting.why = verdict.reason
+        if first and waiting.load_began_s is None:
+            self.facts.emit(ReadAhead(model.name, f"next in line while it waits: {waiting.why}"))
+        waiting.load_began_s = waiting.load_began_s or now
+
+    def deadlines(self) -> Iterator[float]:
+        """Yield when the line may move by time alone: an end of patience, or a head that becomes overdue."""
+        for waiting in self.facts.queue.values():
+            yield waiting.deadline_s
+            if not waiting.overdue:
+                yield waiting.arrived_s + self.facts.spec.queue.max_wait_s

@@ -1,0 +1,166 @@
+"""A new desired fleet, laid over the observed one.
+
+The rules of this file
+- What did not change is not touched: it keeps its process, its placements, its counters.
+- A process whose `launch_hash` changed restarts once it has drained; every other field is hot.
+- What left the configuration is stopped or unloaded first, and forgotten when nothing of it is left.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.contract import ModelSpec, ProcessSpec, Remembered
+from fleetd.core.events import Adopted, SpecChanged
+from fleetd.core.facts import Facts
+from fleetd.core.measuring import learn
+from fleetd.core.residency import Residencies
+from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency
+from fleetd.core.supervision import Supervision
+
+
+class Change:
+    def __init__(self, facts: Facts, supervision: Supervision, residencies: Residencies) -> None:
+        self.facts = facts
+        self.supervision = supervision
+        self.residencies = residencies
+
+    def apply(self, event: SpecChanged, now: float) -> None:
+        facts = self.facts
+        facts.spec = event.spec
+        facts.ledger.devices = event.spec.devices
+        self._models_leave(event, now)
+        for name, process in facts.processes.items():
+            if name not in event.spec.processes:
+                process.removed = True
+                facts.wake(name)
+        for spec in event.spec.processes.values():
+            self._process(spec, event.remembered.get(spec.name), now)
+        facts.names = {
+            alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
+        }
+        for model in event.spec.models.values():
+            self._model(model, now)
+        for adopted in event.adopted:
+            self._adopt(adopted, now)
+
+    def _process(self, spec: ProcessSpec, remembered: Remembered | None, now: float) -> None:
+        process = self.facts.processes.get(spec.name)
+        if process is None:
+            process = self.facts.processes[spec.name] = Process(spec, since_s=now)
+            if remembered is not None:
+                self._remember(process, remembered)
+        else:
+            self._respec(process, spec, now)
+        process.removed = False
+        if not spec.on_demand or process.state not in (ProcessState.STOPPED, ProcessState.FAILED):
+            self.facts.wake(spec.name)
+
+    def _remember(self, process: Process, remembered: Remembered) -> None:
+        process.stopped = remembered.stopped
+        process.restarts = remembered.restarts
+        process.record.deaths = remembered.deaths
+        process.generation = remembered.generation
+        if process.stopped:
+            process.reason = "stopped by an operator"
+        if remembered.failed is not None and not process.stopped:
+            process.state, process.reason = ProcessState.FAILED, remembered.failed
+
+    def _respec(self, process: Process, spec: ProcessSpec, now: float) -> None:
+        old, process.spec = process.spec, spec
+        if old == spec:
+            return
+        changed = old.launch_hash != spec.launch_hash
+        if process.state is ProcessState.FAILED or (process.state is ProcessState.EXITED and changed):
+            process.record.reset()
+            process.impossible = False
+            self.facts.journal.note(process.name, "the configuration changed: trying again")
+            process.move(ProcessState.STOPPED, now, "the configuration changed")
+            for model in self._models_on(process.name):
+                model.failure, model.failure_final, model.retry_s = None, False, now
+        elif process.state is ProcessState.BACKOFF:
+            process.next_start_s = now
+        elif changed and (process.state in SERVING or process.state is ProcessState.STARTING):
+            process.restart_wanted = "the configuration changed"
+        if old.probes != spec.probes and process.state in SERVING and not changed:
+            process.readiness.reset()
+            process.liveness.reset()
+            self.supervision.reprobe(process)
+
+    def _models_on(self, process: str) -> list[Model]:
+        return [model for model in self.facts.models.values() if process in model.spec.holders]
+
+    def _model(self, spec: ModelSpec, now: float) -> None:
+        model = self.facts.models.get(spec.name)
+        if model is None:
+            model = self.facts.models[spec.name] = Model(spec, demand_s=now)
+            if self.residencies.stays(model):
+                self.residencies.due(model)
+            return
+        old, model.spec = model.spec, spec
+        if old == spec:
+            return
+        model.failure, model.failure_final, model.retry_s = None, False, now
+        if old.footprint_hash != spec.footprint_hash:
+            model.learned.clear()
+        for process, placement in list(model.placements.items()):
+            if process not in spec.holders or old.served_as != spec.served_as:
+                self.residencies.leave(placement, now, "the configuration changed")
+        if self.residencies.stays(model) and not model.placements:
+            self.residencies.due(model)
+
+    def _models_leave(self, event: SpecChanged, now: float) -> None:
+        for name in [name for name in self.facts.models if name not in event.spec.models]:
+            model = self.facts.models[name]
+            self.facts.due.discard(name)
+            model.preload_due = False
+            for placement in list(model.placements.values()):
+                self.residencies.leave(placement, now, "no longer in the configuration")
+            self.facts.leaving.add(name)
+        self.facts.leaving -= set(event.spec.models)
+
+    def sweep_models(self) -> None:
+        """Forget the models that left the configuration and memory."""
+        for name in list(self.facts.leaving):
+            model = self.facts.models[name]
+            if not model.placements and not model.waiting:
+                del self.facts.models[name]
+                self.facts.leaving.discard(name)
+
+    def _adopt(self, event: Adopted, now: float) -> None:
+        """A child of an earlier daemon goes on as if nothing had happened."""
+        process = self.facts.processes.get(event.name)
+        if process is None or process.state in SERVING:
+            return
+        if process.state is not ProcessState.STOPPED:
+            process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
+        process.generation = event.generation
+        process.move(ProcessState.STARTING, now, "adopted from the daemon before")
+        self.supervision.begin_run(process, now)
+        process.started_s = now - event.age_s
+        own = process.spec.own_model
+        model = self.facts.models.get(own) if own is not None else None
+        if model is not None:
+            self.facts.ledger.correct((model.name, process.name), model.footprint.bytes)
+            placement = self.facts.place(model, process.name, now, "adopted")
+            placement.generation = event.generation
+            self.facts.due.discard(model.name)
+        self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
+        self.facts.wake(process.name)
+        self.supervision.spawned(process, event.pid, now)
+
+    def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
+        """Lay what a server says it holds over what we believe: by model name of the fleet."""
+        for placement in list(self.facts.placements_on(process.name)):
+            if placement.state is Residency.LOADED and placement.model not in served and not placement.ordered:
+                self.facts.journal.note(placement.model, f"{process.name} no longer holds it")
+                self.residencies.gone(placement)
+            elif placement.state is Residency.LOADED and served.get(placement.model):
+                learn(self.facts, placement, served[placement.model])
+        for name, measured in sorted(served.items()):
+            model = self.facts.models.get(name)
+            if model is None or process.name in model.placements or process.name not in model.spec.holders:
+                continue
+            self.facts.ledger.correct((name, process.name), measured or model.footprint.bytes)
+            placement = self.facts.place(model, process.name, now, "found on the server")
+            placement.generation, placement.ordered = process.generation, True
+            self.residencies.loaded(placement, measured, now)
+            self.facts.due.discard(name)

@@ -1,0 +1,90 @@
+"""Whether a process may start now: what it requires, what it depends on, and its lane.
+
+The rules of this file
+- Pure questions over the facts; the answer always carries its reason.
+- A dependency is judged by the *current* generation of what it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleetd.core.contract import Dependency, DependencyCondition
+from fleetd.core.facts import Facts
+from fleetd.core.restart import succeeded
+from fleetd.core.state import RUNNING, SERVING, Process, ProcessState
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """`open`: start. Otherwise `reason` says what is missing, and `impossible` that waiting alone cannot bring it."""
+
+    open: bool
+    reason: str = ""
+    impossible: bool = False
+    absent: bool = False  # something required is absent: BLOCKED rather than merely waiting
+
+
+_OPEN = Gate(True)
+
+
+def gate(facts: Facts, process: Process) -> Gate:
+    """Say whether `process` may start."""
+    if process.missing:
+        return Gate(False, f"requires {', '.join(process.missing)}, absent now", absent=True)
+    for dependency in process.spec.depends_on:
+        verdict = _dependency(facts, dependency)
+        if not verdict.open:
+            return verdict
+    return _lane(facts, process)
+
+
+def dependents_running(facts: Facts, name: str) -> bool:
+    """Return whether a process that depends on `name` still runs: the reverse order of a shutdown."""
+    return any(
+        other.state in RUNNING and any(dependency.name == name for dependency in other.spec.depends_on)
+        for other in (facts.processes[key] for key in facts.awake if key in facts.processes)
+    )
+
+
+def _dependency(facts: Facts, dependency: Dependency) -> Gate:
+    other = facts.processes.get(dependency.name)
+    wait = f"waiting for {dependency.name} to be {dependency.condition}"
+    if other is None:
+        return Gate(False, f"depends on {dependency.name}, which is not in the fleet", impossible=True)
+    if dependency.condition is DependencyCondition.COMPLETED:
+        if other.state is ProcessState.EXITED:
+            report = other.last_exit
+            if report is not None and succeeded(
+                other.spec.restart, report, other.spec.capabilities.exit_zero_is_failure
+            ):
+                return _OPEN
+            return Gate(False, f"{dependency.name} ended without success", impossible=True)
+    elif dependency.condition is DependencyCondition.STARTED:
+        if other.state in SERVING or (other.state is ProcessState.STARTING and other.spawned):
+            return _OPEN
+    elif other.state in (ProcessState.READY, ProcessState.DRAINING):
+        return _OPEN
+    if other.state is ProcessState.FAILED:
+        return Gate(False, f"depends on {dependency.name}, which failed: {other.reason}", impossible=True)
+    if other.state is ProcessState.EXITED:
+        return Gate(False, f"depends on {dependency.name}, which has ended", impossible=True)
+    if not other.spec.enabled or other.stopped:
+        return Gate(False, f"depends on {dependency.name}, which is stopped", impossible=True)
+    return Gate(False, wait)
+
+
+def _lane(facts: Facts, process: Process) -> Gate:
+    """On one lane nothing starts while another starts or stops, if either of them demands it."""
+    lane = process.spec.lane
+    if lane is None:
+        return _OPEN
+    for name in facts.awake:
+        other = facts.processes.get(name)
+        if other is None or other is process or other.spec.lane != lane:
+            continue
+        if not (process.spec.capabilities.exclusive_start or other.spec.capabilities.exclusive_start):
+            continue
+        if other.state in (ProcessState.STARTING, ProcessState.STOPPING):
+            return Gate(False, f"waiting for its turn on {lane}: {other.name} is {other.state}")
+    return _OPEN

@@ -1,0 +1,96 @@
+"""The end of a run: ordered or by itself, always of the whole set.
+
+The rules of this file
+- Nothing starts again before the set was seen to be empty, whatever the leader did.
+- An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are: they are counted when the
+  set is empty.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.commands import Stop, StopProbes, Sweep
+from fleetd.core.contract import ExitReport
+from fleetd.core.facts import Facts
+from fleetd.core.restart import Again, Decision, Done, GiveUp, after_death, describe
+from fleetd.core.state import Process, ProcessState
+
+
+class Ending:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+
+    def stop(self, process: Process, now: float, reason: str) -> None:
+        """Order the whole set away."""
+        owns = process.spec.capabilities.owns_process
+        self.facts.move(process, ProcessState.STOPPING, now, reason)
+        self.facts.emit(StopProbes(process.name, process.generation, reason))
+        if owns:
+            self.facts.emit(Stop(process.name, process.generation, reason, force=self.facts.forced))
+        else:
+            self.set_empty(process, (), now)
+
+    def kill(self, process: Process, now: float, reason: str) -> None:
+        """Stop it for a failure of its own: counts as a death."""
+        process.outcome = ExitReport(None, reason=reason)
+        self.stop(process, now, reason)
+
+    def died(self, process: Process, report: ExitReport, now: float) -> None:
+        """The leader is dead. If nobody ordered it, sweep its set and count the death."""
+        process.last_exit, process.last_exit_s = report, now
+        if process.state is ProcessState.STOPPING:
+            return
+        process.outcome = report
+        self.facts.move(process, ProcessState.STOPPING, now, describe(report))
+        self.facts.emit(StopProbes(process.name, process.generation, describe(report)))
+        self.facts.emit(Sweep(process.name, process.generation, describe(report)))
+
+    def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
+        """Nothing was spawned: no set to sweep."""
+        if self._restartable(process):
+            self.settle_death(process, report, now)
+        else:
+            self.facts.move(process, ProcessState.STOPPED, now, process.reason)
+
+    def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
+        """Nothing of this generation lives any more (or it cannot be killed): what now?"""
+        if survivors:
+            pids = ", ".join(map(str, survivors))
+            self.facts.move(process, ProcessState.FAILED, now, f"cannot be killed: pid {pids} survives SIGKILL")
+            self.facts.persist(process, "unkillable")
+            return
+        outcome, process.outcome = process.outcome, None
+        process.rss_bytes = 0
+        if outcome is None or not self._restartable(process):
+            process.again = process.restart_wanted is not None
+            self.facts.move(process, ProcessState.STOPPED, now, process.restart_wanted or process.reason)
+            process.restart_wanted = None
+            return
+        self.settle_death(process, outcome, now)
+
+    def _restartable(self, process: Process) -> bool:
+        return not (self.facts.shutting_down or process.stopped or process.removed or not process.spec.enabled)
+
+    def settle_death(self, process: Process, report: ExitReport, now: float) -> Decision:
+        decision = after_death(
+            process.spec.restart,
+            process.record,
+            report,
+            zero_is_failure=process.spec.capabilities.exit_zero_is_failure,
+            now=now,
+            rng=self.facts.rng,
+        )
+        if isinstance(decision, Again):
+            process.next_start_s = now + decision.delay_s
+            self.facts.move(process, ProcessState.BACKOFF, now, decision.reason)
+        elif isinstance(decision, GiveUp):
+            self.facts.move(process, ProcessState.FAILED, now, decision.reason)
+        elif isinstance(decision, Done):
+            self.facts.move(process, ProcessState.EXITED, now, decision.reason)
+        self.facts.persist(process, decision.reason)
+        return decision
+
+    def escalate(self) -> None:
+        """A second order to shut down: no grace for anybody."""
+        for process in self.facts.processes.values():
+            if process.state is ProcessState.STOPPING:
+                self.facts.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))

@@ -1,0 +1,137 @@
+"""The machine: events in, commands out.
+
+The rules of this file
+- `handle(event, now)` is the only way in, `next_deadline()` the only wish for time. No clock, no random source, no I/O.
+- An event changes facts (`intake`); then supervision, residency and admission reconcile, until nothing more is decided.
+- Warm requests take a short cut that gives the same answer: see `Admission.grant_warm`.
+- Handling the same facts twice gives no new command.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fleetd.core.admission import Admission
+from fleetd.core.capacity import Ledger
+from fleetd.core.change import Change
+from fleetd.core.commands import Command, Finished
+from fleetd.core.contract import FleetSpec
+from fleetd.core.events import Event, RequestArrived, RequestFinished, SpecChanged
+from fleetd.core.facts import Facts
+from fleetd.core.intake import Intake
+from fleetd.core.journal import Journal
+from fleetd.core.residency import Residencies
+from fleetd.core.state import Model, Process, ProcessState, Residency
+from fleetd.core.supervision import Supervision
+from fleetd.errors import FleetError
+
+if TYPE_CHECKING:
+    from random import Random
+
+_ROUNDS_MAX = 64
+
+
+class Fleet:
+    """The whole of the decisions. Not thread-safe: one owner."""
+
+    def __init__(self, spec: FleetSpec, rng: Random, journal: Journal | None = None) -> None:
+        self.facts = Facts(rng=rng, journal=journal or Journal())
+        self.supervision = Supervision(self.facts)
+        self.residencies = Residencies(self.facts)
+        self.admission = Admission(self.facts, self.residencies)
+        self.change = Change(self.facts, self.supervision, self.residencies)
+        self._intake = Intake(self.facts, self.supervision, self.residencies, self.admission, self.change)
+        self._deadline: float | None = None
+        self._deadline_known = False
+        if spec.processes or spec.models or spec.devices:
+            self.change.apply(SpecChanged(spec), 0.0)
+
+    @property
+    def processes(self) -> dict[str, Process]:
+        return self.facts.processes
+
+    @property
+    def models(self) -> dict[str, Model]:
+        return self.facts.models
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.facts.ledger
+
+    @property
+    def journal(self) -> Journal:
+        return self.facts.journal
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take in one fact at monotonic time `now`; return what is to be done, in order.
+
+        Raises InvalidTransition (a bug) with the story of its subject.
+        """
+        if type(event) is RequestArrived:
+            grant = self.admission.grant_warm(event, now)
+            if grant is not None:
+                return [grant]
+        elif type(event) is RequestFinished and self._finish_warm(event, now):
+            return []
+        self._intake.table[type(event)](event, now)
+        self._reconcile(now)
+        commands, self.facts.out = self.facts.out, []
+        self.facts.journal.record(now, event, commands)
+        self._deadline_known = False
+        return commands
+
+    def _finish_warm(self, event: RequestFinished, now: float) -> bool:
+        """Give back a slot that nobody waits for; the only deadline it can bring nearer is its own idle time."""
+        facts = self.facts
+        entry = facts.granted.get(event.request_id)
+        if entry is None or facts.queue or facts.due or facts.shutting_down:
+            return entry is None
+        placement = entry[0]
+        process = facts.processes.get(placement.process)
+        if (
+            placement.closing
+            or process is None
+            or process.state is not ProcessState.READY
+            or process.restart_wanted
+            or facts.ledger.excess()
+        ):
+            return False
+        self.admission.finish(event, now)
+        if self._deadline_known:
+            idle = self.residencies.ttl_deadline(placement) if placement.state is Residency.LOADED else None
+            if idle is not None and (self._deadline is None or idle < self._deadline):
+                self._deadline = idle
+        return True
+
+    def _reconcile(self, now: float) -> None:
+        """Run all three until none of them says anything new."""
+        facts = self.facts
+        for _ in range(_ROUNDS_MAX):
+            before = (len(facts.out), facts.journal.noted)
+            self.supervision.reconcile(now)
+            self.residencies.reconcile(now)
+            self.admission.reconcile(now)
+            if (len(facts.out), facts.journal.noted) == before:
+                break
+        else:
+            raise FleetError(f"the machine does not settle: {facts.journal.pending()[-8:]}")
+        self.change.sweep_models()
+        if facts.shutting_down and not facts.finished and not facts.queue and self.supervision.all_rest():
+            facts.finished = True
+            facts.emit(Finished("nothing of the fleet runs any more"))
+
+    def next_deadline(self) -> float | None:
+        """Return the monotonic time at which a Tick may change something; None: never, as things stand."""
+        if not self._deadline_known:
+            self._deadline, self._deadline_known = min(self._deadlines(), default=None), True
+        return self._deadline
+
+    def _deadlines(self) -> list[float]:
+        facts = self.facts
+        times = [time for name in facts.awake for time in self.supervision.deadlines(facts.processes[name])]
+        for model in facts.resident().values():
+            for placement in model.placements.values():
+                times.extend(self.residencies.deadlines(placement))
+        times.extend(facts.models[name].retry_s for name in facts.due if facts.models[name].retry_s)
+        times.extend(self.admission.deadlines())
+        return times

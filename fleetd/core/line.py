@@ -1,0 +1,115 @@
+"""The line itself: entering, leaving, and every way to be told no.
+
+The rules of this file
+- Who is refused is told why, in one sentence with the numbers, and when to come again.
+- A refusal first tries the models that the configuration names to fall back to.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.commands import Reject
+from fleetd.core.facts import Facts, Waiting
+from fleetd.core.residency import Residencies
+from fleetd.core.state import Model, ProcessState, Residency
+
+_RETRY_AFTER_S = 2.0
+
+
+class Line:
+    def __init__(self, facts: Facts, residencies: Residencies) -> None:
+        self.facts = facts
+        self.residencies = residencies
+
+    def deadline(self, model: Model, now: float) -> float:
+        return now + min(model.spec.queue_timeout_s, self.facts.spec.queue.timeout_s)
+
+    def enter(self, waiting: Waiting, now: float) -> None:
+        facts = self.facts
+        model = facts.models[waiting.model]
+        full = len(facts.queue) >= facts.spec.queue.max
+        if (full or model.waiting >= model.spec.queue_max) and waiting.client:
+            whose = "the fleet's queue" if full else f"the queue of {model.name}"
+            self.refuse(waiting, "queue_full", f"{whose} is full", now, self.patience(model))
+            return
+        facts.queue[waiting.request_id] = waiting
+        model.waiting += 1
+
+    def leave(self, request_id: int) -> Waiting | None:
+        """Take a request out of the line."""
+        waiting = self.facts.queue.pop(request_id, None)
+        if waiting is not None:
+            model = self.facts.models.get(waiting.model)
+            if model is not None:
+                model.waiting -= 1
+        return waiting
+
+    def give_up(self, waiting: Waiting, now: float) -> None:
+        """Tell those no whose model failed, is blocked, or took too long."""
+        facts = self.facts
+        model = facts.models.get(waiting.model)
+        if model is None or model.name in facts.leaving:
+            self.leave(waiting.request_id)
+            self.refuse(waiting, "model_not_found", f"the model {waiting.model!r} is no longer in this fleet", now)
+        elif facts.shutting_down:
+            self.leave(waiting.request_id)
+            self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
+        elif now >= waiting.deadline_s:
+            self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.why}", now)
+        elif (
+            model.failure
+            and (model.failure_final or model.failure_s >= waiting.arrived_s or now < model.retry_s)
+            and not self.has_loaded(model)
+        ):
+            self.out(
+                waiting,
+                "model_failed",
+                f"{model.name} failed to load: {model.failure}",
+                now,
+                max(1.0, model.retry_s - now),
+            )
+        elif not model.placements and self.residencies.holder(model) is None:
+            self.blocked(waiting, model, now)
+
+    def has_loaded(self, model: Model) -> bool:
+        return any(placement.state is Residency.LOADED for placement in model.placements.values())
+
+    def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
+        reasons = [
+            f"{name} is {process.state}: {process.reason}"
+            for name in model.spec.holders
+            if (process := self.facts.processes.get(name)) is not None
+        ]
+        failed = any(
+            self.facts.processes[name].state is ProcessState.FAILED
+            for name in model.spec.holders
+            if name in self.facts.processes
+        )
+        code = "model_failed" if failed else "model_blocked"
+        self.out(
+            waiting, code, f"{model.name} cannot be served: " + ("; ".join(reasons) or "nothing holds it"), now, 30.0
+        )
+
+    def out(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+        self.leave(waiting.request_id)
+        self.refuse(waiting, code, reason, now, retry_after_s)
+
+    def refuse(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+        """Reject, unless there is a model to fall back to."""
+        for index, name in enumerate(waiting.fallback):
+            model = self.facts.models.get(self.facts.names.get(name, name))
+            if model is None or model.spec.routes or model.name == waiting.model:
+                continue
+            self.facts.journal.note(
+                model.name, f"request {waiting.request_id} falls back from {waiting.model}: {reason}"
+            )
+            waiting.model, waiting.fallback = model.name, waiting.fallback[index + 1 :]
+            waiting.deadline_s, waiting.load_began_s = self.deadline(model, now), None
+            self.enter(waiting, now)
+            return
+        self.reject(waiting.request_id, code, reason, retry_after_s)
+
+    def reject(self, request_id: int, code: str, reason: str, retry_after_s: float | None = None) -> None:
+        self.facts.emit(Reject(request_id, code, reason, retry_after_s))
+
+    def patience(self, model: Model) -> float:
+        return max(1.0, min(120.0, model.load_s or _RETRY_AFTER_S))

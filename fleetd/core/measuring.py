@@ -1,0 +1,60 @@
+"""Measured memory: what a model really takes, and what has to leave when that is more than was planned.
+
+The rules of this file
+- The world does not ask: a measurement is entered in the ledger even where it exceeds the budget.
+- The highest footprint ever measured is kept, and is planned with from then on (unless one was declared).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fleetd.core.commands import LearnFootprint
+from fleetd.core.contract import FootprintSource
+from fleetd.core.facts import Facts
+from fleetd.core.state import Placement, Residency
+
+
+def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> None:
+    """Write down what a loaded model really takes: in the ledger now, and for the next time if it is the highest seen."""
+    model = facts.models[placement.model]
+    current = facts.ledger.reservations.get(placement.key, {})
+    if any(size > current.get(device, 0) for device, size in measured.items()):
+        facts.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
+    grown = {device: size for device, size in measured.items() if size > model.learned.get(device, 0)}
+    if grown:
+        model.learned.update(grown)
+        if model.spec.footprint.source is not FootprintSource.DECLARED:
+            facts.emit(
+                LearnFootprint(model.name, model.spec.footprint_hash, dict(model.learned), "highest measured so far")
+            )
+
+
+def over_budget_victims(facts: Facts) -> list[Placement]:
+    """Return idle, unpinned placements, cheapest first, that bring every device back under its budget as far as they can."""
+    excess = facts.ledger.excess()
+    if not excess:
+        return []
+    resident = facts.resident()
+    leaving = [
+        p for m in resident.values() for p in m.placements.values() if p.state is Residency.UNLOADING or p.closing
+    ]
+    for placement in leaving:
+        for device, size in facts.ledger.reservations.get(placement.key, {}).items():
+            if device in excess:
+                excess[device] -= size
+    victims: list[Placement] = []
+    idle = [
+        p
+        for m in resident.values()
+        for p in m.placements.values()
+        if p.state is Residency.LOADED and not p.in_flight and not p.closing and not m.pinned and not m.waiting
+    ]
+    for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s)):
+        held = facts.ledger.reservations.get(placement.key, {})
+        if any(excess.get(device, 0) > 0 and size for device, size in held.items()):
+            victims.append(placement)
+            for device, size in held.items():
+                if device in excess:
+                    excess[device] -= size
+    return victims

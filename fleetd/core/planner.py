@@ -1,0 +1,153 @@
+"""Where a model may go, and what has to leave for it.
+
+The rules of this file
+- Pure and silent: it is asked far more often than its answer is acted on.
+- Nothing is evicted unless the whole ask is met; a second pass drops victims that the others already cover.
+- Never a victim: what is starting, leaving, pinned, busy, or awaited by an earlier request. A busy one may be *drained* for the
+  head of the line: the plan then says wait, and names it.
+- Cheapest first: lower priority, past its minimum residency, then (seconds to load again x recent demand) per byte freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import exp
+
+from fleetd.core.capacity import Ledger
+from fleetd.core.state import Model, Placement, Residency
+
+DEMAND_HALF_LIFE_S = 300.0
+_LN2 = 0.6931471805599453
+_UNKNOWN_LOAD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """Room now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Unload these, all idle, and there is room."""
+
+    victims: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Room comes when something leaves; `drain` are the busy placements that must become idle first."""
+
+    reason: str
+    drain: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """Cannot fit while the configuration stays as it is (`pinned` False), or while the pins stay (True)."""
+
+    reason: str
+    pinned: bool = False
+
+
+Plan = Fits | Evict | Wait | Never
+
+
+def demand_at(model: Model, now: float) -> float:
+    """Return the model's recent requests, decayed with a half-life of five minutes."""
+    return model.demand * exp(-_LN2 * max(0.0, now - model.demand_s) / DEMAND_HALF_LIFE_S)
+
+
+def gib(size: int) -> str:
+    """Return bytes as a person reads them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def plan(
+    need: Mapping[str, int],
+    key: tuple[str, str],
+    models: Mapping[str, Model],
+    ledger: Ledger,
+    now: float,
+    awaited: Collection[tuple[str, str]] = (),
+) -> Plan:
+    """Say how `need` bytes per device can be had for `key`, given the models that have placements, and the ledger."""
+    never = ledger.never_fits(need)
+    if never:
+        said = ", ".join(
+            f"needs {gib(size)} on {device}, whose budget is {gib(budget)}" for device, (size, budget) in never.items()
+        )
+        return Never(f"{key[0]} can never fit: it {said}")
+    lack = ledger.lacking(need)
+    if not lack:
+        return Fits()
+    lack = _less(lack, _leaving(models, ledger))
+    if not lack:
+        return Wait("memory is being freed")
+    others = [
+        p for model in models.values() for p in model.placements.values() if p.key != key and _frees(p, lack, ledger)
+    ]
+    unpinned = [p for p in others if not models[p.model].pinned]
+    if _less(lack, _sum(unpinned, ledger)):
+        names = ", ".join(sorted({p.model for p in others if models[p.model].pinned}))
+        return Never(
+            f"{key[0]} does not fit beside what is pinned: {names}" if names else f"{key[0]} has no room", pinned=True
+        )
+    free_to_go = [p for p in unpinned if p.state in (Residency.LOADED, Residency.ASLEEP) and p.key not in awaited]
+    free_to_go.sort(key=lambda p: _cost(p, models[p.model], ledger, now))
+    idle = [p for p in free_to_go if not p.in_flight]
+    chosen = _choose(lack, idle, ledger)
+    if chosen is not None:
+        return Evict(tuple(chosen))
+    chosen = _choose(lack, sorted(free_to_go, key=lambda p: p.in_flight > 0), ledger)
+    if chosen is not None:
+        busy = ", ".join(sorted(p.model for p in chosen if p.in_flight))
+        return Wait(f"waiting for {busy} to become idle", tuple(chosen))
+    return Wait("waiting for models that are still starting or awaited")
+
+
+def _cost(placement: Placement, model: Model, ledger: Ledger, now: float) -> tuple[int, bool, float, float]:
+    freed = max(1, sum(ledger.reservations.get(placement.key, {}).values()))
+    young = placement.loaded_s is not None and now - placement.loaded_s < model.spec.min_resident_s
+    reload_s = model.load_s if model.load_s is not None else _UNKNOWN_LOAD_S
+    return (model.spec.priority, young, reload_s * demand_at(model, now) / freed, placement.last_used_s)
+
+
+def _frees(placement: Placement, lack: Mapping[str, int], ledger: Ledger) -> bool:
+    held = ledger.reservations.get(placement.key, {})
+    return placement.state is not Residency.UNLOADING and any(held.get(device, 0) > 0 for device in lack)
+
+
+def _leaving(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
+    return _sum([p for m in models.values() for p in m.placements.values() if p.state is Residency.UNLOADING], ledger)
+
+
+def _sum(placements: Collection[Placement], ledger: Ledger) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for placement in placements:
+        for device, size in ledger.reservations.get(placement.key, {}).items():
+            total[device] = total.get(device, 0) + size
+    return total
+
+
+def _less(lack: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
+    return {device: size - freed.get(device, 0) for device, size in lack.items() if size > freed.get(device, 0)}
+
+
+def _choose(lack: Mapping[str, int], ordered: Collection[Placement], ledger: Ledger) -> list[Placement] | None:
+    """Return the fewest of `ordered`, cheapest first, that cover `lack`; None when all together do not."""
+    chosen: list[Placement] = []
+    rest = dict(lack)
+    for placement in ordered:
+        if not rest:
+            break
+        if _frees(placement, rest, ledger):
+            chosen.append(placement)
+            rest = _less(rest, _sum([placement], ledger))
+    if rest:
+        return None
+    for placement in reversed(chosen.copy()):  # the dearest first: is it still needed?
+        others = [p for p in chosen if p is not placement]
+        if not _less(lack, _sum(others, ledger)):
+            chosen = others
+    return chosen

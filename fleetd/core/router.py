@@ -1,0 +1,86 @@
+"""Which model a name means, and which holder serves a request.
+
+The rules of this file
+- Names resolve in this order: alias, route (weighted, skipping what cannot serve), model.
+- Among loaded holders the one with the fewest requests in flight serves; a holder that failed this request is avoided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from fleetd.core.facts import Facts
+from fleetd.core.state import Model, Placement, ProcessState, Residency
+
+if TYPE_CHECKING:
+    from random import Random
+
+_ROUTE_DEPTH = 8
+
+
+def resolve(facts: Facts, name: str, now: float) -> tuple[Model | None, tuple[str, ...]]:
+    """Return the model that `name` means now, and the models to fall back to, in order."""
+    model = facts.models.get(facts.names.get(name, name))
+    fallback: list[str] = []
+    for _ in range(_ROUTE_DEPTH):
+        if model is None or not model.spec.routes:
+            break
+        fallback.extend(model.spec.fallback)
+        model, others = _along(facts, model, now, facts.rng)
+        fallback[:0] = others
+    if model is not None:
+        fallback = [*model.spec.fallback, *fallback]
+    return model, tuple(dict.fromkeys(key for key in fallback if model is None or key != model.name))
+
+
+def _along(facts: Facts, model: Model, now: float, rng: Random) -> tuple[Model | None, list[str]]:
+    routes = [route for route in model.spec.routes if route.weight > 0 and not route.shadow]
+    able = [
+        route for route in routes if (to := _target(facts, route.to)) is not None and can_serve(facts, to, now)
+    ] or routes
+    if not able:
+        return None, []
+    chosen = rng.choices(able, weights=[route.weight for route in able])[0]
+    return _target(facts, chosen.to), [route.to for route in routes if route.to != chosen.to]
+
+
+def _target(facts: Facts, name: str) -> Model | None:
+    return facts.models.get(facts.names.get(name, name))
+
+
+def can_serve(facts: Facts, model: Model, now: float) -> bool:
+    """Return whether a request for `model` has a chance now: not failed, not blocked, not full."""
+    if model.spec.routes:
+        return True
+    if model.failure_final or (model.failure and now < model.retry_s) or model.waiting >= model.spec.queue_max:
+        return False
+    return any(
+        process.state is not ProcessState.FAILED
+        and not process.stopped
+        and not process.missing
+        and process.spec.enabled
+        for name in model.spec.holders
+        if (process := facts.processes.get(name)) is not None
+    )
+
+
+def serving(
+    facts: Facts, model: Model, avoid: Collection[str] = (), closed: Collection[tuple[str, str]] = ()
+) -> Placement | None:
+    """Return the placement with the most room for one more request; None: every one is full, closing or not ready."""
+    best: Placement | None = None
+    for placement in model.placements.values():
+        if (
+            placement.state is not Residency.LOADED
+            or placement.in_flight >= model.spec.concurrency
+            or placement.closing is not None
+        ):
+            continue
+        if placement.process in avoid or placement.key in closed:
+            continue
+        if facts.processes[placement.process].state is not ProcessState.READY:
+            continue
+        if best is None or placement.in_flight < best.in_flight:
+            best = placement
+    return best

@@ -1,0 +1,218 @@
+"""Every state, and every move between states, that a process or a model can make.
+
+The rules of this file
+- The tables below are the whole truth; a move that is not in them raises InvalidTransition with the story so far.
+- A state changes only through `Process.move` and `Placement.move`. Flags beside the state (stopped, restart_wanted,
+  draining) are wishes: reconciliation reads them, nobody else does.
+- A *process* and a *loaded model* are different things. A `Placement` is one model on one process: the unit of
+  residency, of reservation and of requests in flight.
+- This file knows nothing of time, of engines and of decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fleetd.core.contract import ExitReport, Footprint, FootprintSource, ModelSpec, ProcessSpec
+from fleetd.core.health import Verdict
+from fleetd.core.restart import RestartRecord
+from fleetd.errors import InvalidTransition
+
+
+class ProcessState(StrEnum):
+    STOPPED = "STOPPED"
+    STARTING = "STARTING"
+    READY = "READY"
+    UNHEALTHY = "UNHEALTHY"
+    DRAINING = "DRAINING"
+    STOPPING = "STOPPING"
+    BACKOFF = "BACKOFF"
+    EXITED = "EXITED"
+    FAILED = "FAILED"
+    BLOCKED = "BLOCKED"
+
+
+class Residency(StrEnum):
+    ABSENT = "ABSENT"
+    LOADING = "LOADING"
+    LOADED = "LOADED"
+    ASLEEP = "ASLEEP"
+    UNLOADING = "UNLOADING"
+    FAILED = "FAILED"
+
+
+_S = ProcessState
+PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
+    _S.STOPPED: frozenset({_S.STARTING, _S.BLOCKED, _S.FAILED}),
+    _S.BLOCKED: frozenset({_S.STARTING, _S.STOPPED, _S.FAILED}),
+    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.STOPPED, _S.BACKOFF, _S.FAILED}),
+    _S.READY: frozenset({_S.UNHEALTHY, _S.DRAINING, _S.STOPPING}),
+    _S.UNHEALTHY: frozenset({_S.READY, _S.DRAINING, _S.STOPPING}),
+    _S.DRAINING: frozenset({_S.READY, _S.UNHEALTHY, _S.STOPPING}),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.BACKOFF, _S.EXITED, _S.FAILED}),
+    _S.BACKOFF: frozenset({_S.STARTING, _S.BLOCKED, _S.STOPPED, _S.FAILED}),
+    _S.EXITED: frozenset({_S.STOPPED}),
+    _S.FAILED: frozenset({_S.STOPPED}),
+}
+_R = Residency
+RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
+    _R.ABSENT: frozenset({_R.LOADING, _R.FAILED}),
+    _R.LOADING: frozenset({_R.LOADED, _R.UNLOADING, _R.ABSENT, _R.FAILED}),
+    _R.LOADED: frozenset({_R.ASLEEP, _R.UNLOADING, _R.LOADING, _R.ABSENT}),
+    _R.ASLEEP: frozenset({_R.LOADING, _R.UNLOADING, _R.ABSENT}),
+    _R.UNLOADING: frozenset({_R.ABSENT, _R.LOADED}),
+    _R.FAILED: frozenset({_R.ABSENT, _R.LOADING}),
+}
+
+RUNNING = frozenset({_S.STARTING, _S.READY, _S.UNHEALTHY, _S.DRAINING, _S.STOPPING})  # a process set may exist
+RESTING = frozenset({_S.STOPPED, _S.EXITED, _S.FAILED, _S.BLOCKED, _S.BACKOFF})  # nothing of ours runs
+SERVING = frozenset({_S.READY, _S.UNHEALTHY, _S.DRAINING})
+
+
+@dataclass(slots=True)
+class Process:
+    """One process: what is known of it, and what is wished of it."""
+
+    spec: ProcessSpec
+    state: ProcessState = ProcessState.STOPPED
+    reason: str = "not started yet"
+    generation: int = 0
+    pid: int | None = None
+    spawned: bool = False  # Spawned (or Adopted) was seen for this generation
+    since_s: float = 0.0  # when the state was entered
+    started_s: float = 0.0  # when this generation was ordered
+    ready_s: float | None = None  # when this generation became READY first
+    progress_s: float = 0.0  # what the start deadline counts from
+    phase: str = ""
+    restarts: int = 0
+    record: RestartRecord = field(default_factory=RestartRecord)
+    next_start_s: float | None = None
+    startup_done: bool = False
+    readiness: Verdict = field(default_factory=Verdict)
+    liveness: Verdict = field(default_factory=Verdict)
+    missing: tuple[str, ...] = ()
+    last_exit: ExitReport | None = None
+    last_exit_s: float | None = None
+    rss_bytes: int = 0
+    memory_strikes: int = 0
+    # wishes
+    stopped: bool = False  # an operator's durable stop
+    removed: bool = False  # no longer in the configuration
+    restart_wanted: str | None = None  # restart once drained, and why
+    drained: bool = False  # an operator took it out of routing
+    outcome: ExitReport | None = None  # the death to count once the set is empty; None: the stop was ordered
+    impossible: bool = False  # FAILED only because a dependency cannot come
+    again: bool = False  # the next start counts as a restart
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def move(self, state: ProcessState, now: float, reason: str) -> None:
+        """Enter `state`. Raises InvalidTransition when the table does not know the move."""
+        if state not in PROCESS_MOVES[self.state]:
+            raise InvalidTransition(f"process {self.name}", self.state, state, (f"wanted because: {reason}",))
+        self.state, self.reason, self.since_s = state, reason, now
+        if state in RESTING:
+            self.pid, self.spawned = None, False
+
+
+@dataclass(slots=True)
+class Placement:
+    """One model on one process."""
+
+    model: str
+    process: str
+    state: Residency = Residency.ABSENT
+    generation: int = 0  # of the process; a load of an older one is void
+    reason: str = ""
+    since_s: float = 0.0
+    order_s: float = 0.0  # when the load was decided
+    ordered: bool = False  # Load or Unload was sent and its answer is awaited
+    loaded_s: float | None = None
+    in_flight: int = 0
+    last_used_s: float = 0.0
+    closing: str | None = None  # no new grants; unload when idle
+    evicted: bool = False  # leaving to make room, not for its own sake
+    attempts: int = 0  # failed unloads in a row
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.model, self.process)
+
+    def move(self, state: Residency, now: float, reason: str) -> None:
+        if state not in RESIDENCY_MOVES[self.state]:
+            raise InvalidTransition(
+                f"model {self.model} on {self.process}", self.state, state, (f"wanted because: {reason}",)
+            )
+        self.state, self.reason, self.since_s, self.ordered = state, reason, now, False
+
+
+@dataclass(slots=True)
+class Model:
+    """One model: its spec, where it is, and what it has cost."""
+
+    spec: ModelSpec
+    placements: dict[str, Placement] = field(default_factory=dict)  # by process; absent ones are not kept
+    pinned_by_hand: bool | None = None
+    preload_due: bool = False
+    waiting: int = 0
+    loads: int = 0
+    evictions: int = 0
+    load_s: float | None = None  # the last load
+    demand: float = 0.0  # decayed count of requests
+    demand_s: float = 0.0
+    last_used_s: float | None = None
+    failure: str | None = None  # why the last load failed
+    failure_s: float = 0.0
+    failure_final: bool = False
+    retry_s: float = 0.0  # no new load before
+    failures: int = 0
+    learned: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pinned(self) -> bool:
+        return self.spec.pin if self.pinned_by_hand is None else self.pinned_by_hand
+
+    @property
+    def footprint(self) -> Footprint:
+        """Declared before learned before estimated."""
+        spec = self.spec.footprint
+        if spec.source is FootprintSource.DECLARED or not self.learned:
+            return spec
+        return Footprint(dict(self.learned), FootprintSource.LEARNED)
+
+    @property
+    def state(self) -> Residency:
+        """The best residency of all placements."""
+        states = {placement.state for placement in self.placements.values()}
+        for residency in (Residency.LOADED, Residency.ASLEEP, Residency.LOADING, Residency.UNLOADING):
+            if residency in states:
+                return residency
+        return Residency.FAILED if self.failure else Residency.ABSENT
+
+    @property
+    def in_flight(self) -> int:
+        return sum(placement.in_flight for placement in self.placements.values())
+
+
+def diagram() -> Iterator[str]:
+    """Yield both tables as lines of a Mermaid state diagram; core/DESIGN.md holds the result."""
+    tables: tuple[
+        tuple[str, Mapping[ProcessState, frozenset[ProcessState]] | Mapping[Residency, frozenset[Residency]]], ...
+    ] = (
+        ("process", PROCESS_MOVES),
+        ("residency", RESIDENCY_MOVES),
+    )
+    for title, table in tables:
+        yield f"%% {title}"
+        yield "stateDiagram-v2"
+        for start, ends in table.items():
+            for end in sorted(ends):
+                yield f"    {start} --> {end}"

@@ -1,0 +1,259 @@
+"""Processes: desired against observed.
+
+The rules of this file
+- `reconcile` looks at every awake process and moves it one step towards what is desired; asked twice, it does nothing twice.
+- What runs is stopped as a *set*; whatever the leader did, nothing starts again before the set was seen to be empty.
+- An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fleetd.core.commands import Spawn, StartProbe, StopProbes
+from fleetd.core.contract import ProbeKind
+from fleetd.core.dependencies import dependents_running, gate
+from fleetd.core.ending import Ending
+from fleetd.core.facts import Facts
+from fleetd.core.state import RESTING, SERVING, Process, ProcessState, Residency
+
+
+class Supervision:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.ending = Ending(facts)
+
+    # -- what is desired ------------------------------------------------------------------------------------------------
+
+    def wanted(self, process: Process) -> bool:
+        """Return whether this process should run now."""
+        spec = process.spec
+        if self.facts.shutting_down or process.stopped or process.removed or not spec.enabled:
+            return False
+        if spec.own_model is None and not spec.on_demand:
+            return True
+        return any(
+            p.state is not Residency.UNLOADING or spec.own_model is None for p in self.facts.placements_on(spec.name)
+        )
+
+    def in_flight(self, process: Process) -> int:
+        return sum(placement.in_flight for placement in self.facts.placements_on(process.name))
+
+    def reconcile(self, now: float) -> None:
+        for name in sorted(self.facts.awake):
+            process = self.facts.processes.get(name)
+            if process is None:
+                self.facts.awake.discard(name)
+                continue
+            self._advance(process, now)
+            self.facts.settle(process)
+
+    def _advance(self, process: Process, now: float) -> None:
+        state = process.state
+        if state is ProcessState.STARTING:
+            self._watch_start(process, now)
+        elif state in SERVING:
+            self._watch_serving(process, now)
+        elif state is ProcessState.STOPPING:
+            return
+        elif process.removed:
+            self.forget(process)
+        elif state in (ProcessState.EXITED, ProcessState.FAILED):
+            if process.impossible and not gate(self.facts, process).impossible:
+                process.impossible = False
+                self.facts.move(process, ProcessState.STOPPED, now, "the dependency may come again")
+                self._rest(process, now)
+        else:
+            self._rest(process, now)
+
+    def _rest(self, process: Process, now: float) -> None:
+        """STOPPED, BLOCKED or BACKOFF: start when it is wanted, due and allowed."""
+        blocked = ProcessState.BLOCKED
+        if not self.wanted(process):
+            process.next_start_s = None
+            if (
+                process.missing
+                and process.spec.enabled
+                and not process.stopped
+                and process.state is ProcessState.STOPPED
+            ):
+                self.facts.move(process, blocked, now, gate(self.facts, process).reason)
+            elif (
+                process.state is ProcessState.BACKOFF
+                or (process.state is blocked and not process.missing)
+                or (process.state is blocked and process.stopped)
+            ):
+                self.facts.move(process, ProcessState.STOPPED, now, self._why_not(process))
+            return
+        if process.state is ProcessState.BACKOFF and process.next_start_s is not None and now < process.next_start_s:
+            return
+        verdict = gate(self.facts, process)
+        if verdict.open:
+            self._start(process, now)
+        elif verdict.impossible:
+            process.impossible = True
+            self.facts.move(process, ProcessState.FAILED, now, verdict.reason)
+        elif process.state is not blocked:
+            self.facts.move(process, blocked, now, verdict.reason)
+        else:
+            process.reason = verdict.reason
+
+    def _why_not(self, process: Process) -> str:
+        for placement in self.facts.placements_on(process.name):
+            if process.spec.own_model is not None and placement.closing:
+                return placement.closing
+        if process.stopped:
+            return "stopped by an operator"
+        if not process.spec.enabled:
+            return "disabled in the configuration"
+        return "shutting down" if self.facts.shutting_down else "not needed now"
+
+    def _start(self, process: Process, now: float) -> None:
+        reason = self._why_start(process)
+        if process.again or process.state is ProcessState.BACKOFF:
+            process.restarts += 1
+        process.again = False
+        process.generation += 1
+        self.facts.move(process, ProcessState.STARTING, now, "starting")
+        self.begin_run(process, now)
+        if process.spec.capabilities.owns_process:
+            self.facts.emit(Spawn(process.name, process.generation, reason))
+            self.facts.persist(process, "started")
+        else:
+            self.spawned(process, None, now)
+
+    def _why_start(self, process: Process) -> str:
+        if process.state is ProcessState.BACKOFF or process.again:
+            return process.reason
+        for placement in self.facts.placements_on(process.name):
+            return f"{placement.model}: {placement.reason}"
+        return "first start" if process.generation == 0 else "wanted"
+
+    def begin_run(self, process: Process, now: float) -> None:
+        """Forget what was known of the generation before."""
+        process.started_s = process.progress_s = now
+        process.ready_s = process.next_start_s = process.restart_wanted = process.outcome = None
+        process.startup_done, process.phase, process.memory_strikes, process.rss_bytes = False, "", 0, 0
+        process.readiness.reset()
+        process.liveness.reset()
+
+    # -- while it starts --------------------------------------------------------------------------------------------------
+
+    def spawned(self, process: Process, pid: int | None, now: float) -> None:
+        """It runs: the startup probe gates all others."""
+        process.spawned, process.pid, process.progress_s = True, pid, now
+        if process.spec.probes.startup is not None:
+            self._probe(process, ProbeKind.STARTUP)
+        else:
+            self.startup_passed(process, now)
+
+    def startup_passed(self, process: Process, now: float) -> None:
+        process.startup_done = True
+        if process.spec.probes.readiness is not None:
+            self._probe(process, ProbeKind.READINESS)
+        self.maybe_ready(process, now)
+
+    def maybe_ready(self, process: Process, now: float) -> None:
+        """STARTING to READY, when nothing gates it any more."""
+        if process.state is not ProcessState.STARTING or not process.spawned or not process.startup_done:
+            return
+        if process.spec.probes.readiness is not None and not process.readiness.good:
+            return
+        process.ready_s = now
+        self.facts.move(process, ProcessState.READY, now, "ready")
+        if process.spec.probes.liveness is not None:
+            self._probe(process, ProbeKind.LIVENESS)
+
+    def _watch_start(self, process: Process, now: float) -> None:
+        if not process.spawned:
+            return
+        if not self.wanted(process) or process.restart_wanted:
+            self.ending.stop(process, now, process.restart_wanted or self._why_not(process))
+            return
+        deadline = self._start_deadline(process)
+        if deadline is not None and now >= deadline:
+            detail = process.readiness.detail or process.phase
+            reason = f"not ready within {deadline - process.progress_s:g} s" + (f" ({detail})" if detail else "")
+            self.ending.kill(process, now, reason)
+
+    def _start_deadline(self, process: Process) -> float | None:
+        startup = process.spec.probes.startup
+        if startup is None or startup.deadline_s is None or process.startup_done or not process.spawned:
+            return None
+        return process.progress_s + startup.deadline_s
+
+    # -- while it serves --------------------------------------------------------------------------------------------------
+
+    def _watch_serving(self, process: Process, now: float) -> None:
+        spec = process.spec
+        if (
+            process.record.deaths
+            and process.ready_s is not None
+            and now >= process.ready_s + spec.restart.stable_after_s
+        ):
+            process.record.reset()
+            self.facts.persist(process, "stable again")
+        if spec.max_age_s is not None and process.restart_wanted is None and now >= process.started_s + spec.max_age_s:
+            process.restart_wanted = f"older than {spec.max_age_s:g} s"
+        leaving = process.restart_wanted if self.wanted(process) else self._why_not(process)
+        if leaving is None:
+            self._settle_routing(process, now)
+            return
+        if self.facts.shutting_down and not self.facts.forced and dependents_running(self.facts, process.name):
+            return
+        if process.state is not ProcessState.DRAINING:
+            self.facts.move(process, ProcessState.DRAINING, now, leaving)
+        if not self.in_flight(process) or now >= process.since_s + spec.drain_timeout_s or self.facts.forced:
+            self.ending.stop(process, now, leaving)
+
+    def _settle_routing(self, process: Process, now: float) -> None:
+        """READY, UNHEALTHY or DRAINING, as readiness and the operator say."""
+        healthy = process.readiness.good is not False
+        if process.drained:
+            target, reason = ProcessState.DRAINING, "drained by an operator"
+        elif healthy:
+            target, reason = ProcessState.READY, "ready"
+        else:
+            target, reason = ProcessState.UNHEALTHY, f"readiness probe: {process.readiness.detail}"
+        if process.state is not target:
+            self.facts.move(process, target, now, reason)
+
+    def forget(self, process: Process) -> None:
+        if not self.facts.placed.get(process.name):
+            self.facts.processes.pop(process.name, None)
+            self.facts.awake.discard(process.name)
+
+    def deadlines(self, process: Process) -> Iterator[float]:
+        """Yield the times at which `reconcile` may decide differently without another event."""
+        spec = process.spec
+        if process.state is ProcessState.BACKOFF and process.next_start_s is not None:
+            yield process.next_start_s
+        elif process.state is ProcessState.STARTING:
+            deadline = self._start_deadline(process)
+            if deadline is not None:
+                yield deadline
+        elif process.state in SERVING:
+            if process.record.deaths and process.ready_s is not None:
+                yield process.ready_s + spec.restart.stable_after_s
+            if spec.max_age_s is not None and process.restart_wanted is None:
+                yield process.started_s + spec.max_age_s
+            if process.state is ProcessState.DRAINING and not process.drained:
+                yield process.since_s + spec.drain_timeout_s
+
+    def all_rest(self) -> bool:
+        return all(process.state in RESTING for process in self.facts.processes.values())
+
+    def reprobe(self, process: Process) -> None:
+        """The probes of a running process changed: begin again with the new ones."""
+        self.facts.emit(StopProbes(process.name, process.generation, "the probes changed"))
+        for kind, spec in (
+            (ProbeKind.READINESS, process.spec.probes.readiness),
+            (ProbeKind.LIVENESS, process.spec.probes.liveness),
+        ):
+            if spec is not None:
+                self._probe(process, kind)
+
+    def _probe(self, process: Process, probe: ProbeKind) -> None:
+        self.facts.emit(
+            StartProbe(process.name, process.generation, probe, f"{probe} probe of generation {process.generation}")
+        )
