@@ -38,14 +38,10 @@ class Options(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens. `base_url` has no trailing slash.
-
-    `device` is the pool that its GPU memory is filed under (None or `host`: it has none); the rest of a model is on `host`.
-    """
+    """Where a server listens. `base_url` has no trailing slash."""
 
     base_url: str
     api_key: str | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ The rules of this file
   load whose client leaves; the context length is always given, since Ollama's default depends on the machine.
 - A model counts as loaded when GET /api/ps lists it, as unloaded when that no longer does.
 - Runners are children of the server: they live on when it is killed. The host sweeps its whole process group.
-- Bytes are filed under the endpoint's device; what is not in GPU memory under `host`.
+- Measured bytes are filed under `gpu`, which stands for the server's own device, and `host`; the daemon knows their names.
 """
 
 from __future__ import annotations
@@ -178,8 +178,14 @@ class Ollama:
             return entry is not None
 
         what = f"{endpoint.base_url} says it loaded {model.served_as}, yet /api/ps does not list it"
-        await until(listed, timeout_s=max(0.1, min(5.0, end - loop.time())), period_s=POLL_S, what=what)
-        return device_bytes(found["entry"], endpoint.device)
+        try:
+            await until(listed, timeout_s=max(0.1, min(2.0, end - loop.time())), period_s=POLL_S, what=what)
+        except EngineError as error:
+            error.hint = (
+                "two names over one blob share a runner in Ollama, which then lists one of them: give each a `from:`"
+            )
+            raise
+        return device_bytes(found["entry"])
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
         """Ask, then poll until the server no longer lists it: Ollama answers before the runner is gone."""
@@ -199,7 +205,7 @@ class Ollama:
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return what /api/ps lists, by canonical name. A model that is still loading is not listed by Ollama."""
         return tuple(
-            Resident(self.canonical_name(_name(entry)), device_bytes(entry, endpoint.device))
+            Resident(self.canonical_name(_name(entry)), device_bytes(entry))
             for entry in await _entries(http, endpoint, 5.0)
         )
 
@@ -243,13 +249,10 @@ _EXITS = (
 )
 
 
-def device_bytes(entry: Mapping[str, Any], device: str | None) -> dict[str, int]:
-    """Split one entry of /api/ps over devices: `size_vram` lies on the GPU, the rest on the host."""
+def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Split one entry of /api/ps: `size_vram` lies on the server's own device, named "gpu" here, the rest on "host"."""
     size, vram = _count(entry.get("size")), _count(entry.get("size_vram"))
-    if device is None or device in ("host", "unified"):
-        parts = {device or "host": size}
-    else:
-        parts = {device: min(size, vram), "host": max(0, size - vram)}
+    parts = {"gpu": min(size, vram), "host": max(0, size - vram)}
     return {name: count for name, count in parts.items() if count}
 
 

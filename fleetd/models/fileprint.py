@@ -37,7 +37,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+def sha256(path: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """Return the SHA-256 of the whole file as 64 hex digits. Raises OSError."""
     digest = hashlib.sha256()
     done = 0
@@ -46,7 +46,8 @@ def sha256(path: Path, progress: Callable[[int, int], None] = lambda done, total
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
             done += len(piece)
-            progress(done, total)
+            if progress is not None:
+                progress(done, total)
     return digest.hexdigest()
 
 

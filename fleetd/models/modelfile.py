@@ -23,32 +23,18 @@ from fleetd.models.store import ModelName
 
 ROLES = ("system", "user", "assistant")
 QUANTIZATIONS = frozenset(
-    [
-        "F32",
-        "F16",
-        "BF16",
-        "Q8_0",
-        "Q6_K",
-        "Q5_K_M",
-        "Q5_K_S",
-        "Q5_1",
-        "Q5_0",
-        "Q4_K_M",
-        "Q4_K_S",
-        "Q4_1",
-        "Q4_0",
-        "Q3_K_L",
-        "Q3_K_M",
-        "Q3_K_S",
-        "Q2_K",
-    ]
-)
+    {
+        "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+        "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    }
+)  # fmt: skip
 _KEYS = (
     "template",
     "system",
     "license",
     "parameters",
     "messages",
+    "adapter",
     "adapters",
     "projector",
     "renderer",
@@ -56,22 +42,13 @@ _KEYS = (
     "requires",
 )
 _WHOLE = frozenset(
-    [
-        "num_ctx",
-        "num_batch",
-        "num_gpu",
-        "main_gpu",
-        "num_thread",
-        "draft_num_predict",
-        "num_keep",
-        "seed",
-        "num_predict",
-        "top_k",
-        "repeat_last_n",
-    ]
-)
+    {
+        "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "num_keep", "seed", "num_predict",
+        "top_k", "repeat_last_n",
+    }
+)  # fmt: skip
 _REAL = frozenset(
-    ["top_p", "min_p", "typical_p", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty"]
+    {"top_p", "min_p", "typical_p", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty"}
 )
 _FLAGS = frozenset({"use_mmap"})
 PARAMETERS = frozenset({*_WHOLE, *_REAL, *_FLAGS, "stop"})
@@ -172,6 +149,7 @@ def recipe(
     known = dict(modelfile or {})
     files = source is not None and looks_like_path(source)
     licence = known.get("license") or ()
+    adapters = [*([known["adapter"]] if known.get("adapter") else []), *(known.get("adapters") or ())]
     return Recipe(
         name=name,
         served_as=served_as,
@@ -185,7 +163,7 @@ def recipe(
             key: _stops(value) if key == "stop" else value for key, value in (known.get("parameters") or {}).items()
         },
         messages=tuple((message["role"], message["content"]) for message in known.get("messages") or ()),
-        adapters=tuple(absolute(text, config_dir) for text in known.get("adapters") or ()),
+        adapters=tuple(absolute(text, config_dir) for text in adapters),
         projector=absolute(known["projector"], config_dir) if known.get("projector") else None,
         renderer=known.get("renderer"),
         parser=known.get("parser"),

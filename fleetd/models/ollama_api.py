@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fleetd.errors import EngineError
@@ -75,7 +76,7 @@ class OllamaApi:
             import asyncio
 
             done = 0
-            with path.open("rb") as file:  # noqa: ASYNC230 - read in a thread, below
+            with path.open("rb") as file:
                 while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
                     yield piece
                     done += len(piece)
@@ -174,7 +175,9 @@ class _Answer:
         except self.errors as error:
             raise EngineError(f"{self.what} failed: {str(error) or type(error).__name__}") from error
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.context.__aexit__(kind, error, trace)
         if isinstance(error, TimeoutError):
             raise EngineError(f"{self.what} was not done within {self.timeout_s:g} s") from error

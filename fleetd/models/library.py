@@ -1,0 +1,306 @@
+"""The models of one Ollama store as fleet.yaml wants them: what differs, create or update in place, delete what is no longer wanted.
+
+The rules of this file
+- Nothing is made when nothing changed: a model's hash covers its request and the fingerprints of its files.
+- In place: a symbolic link in MODELS_DIR/blobs leads to the file where it lies. The link's digest is derived from the model's
+  name and the file's fingerprint, not from its bytes: Ollama does not check it, no file is read whole, and two models over one
+  file get a runner each (Ollama shares one runner per blob, and lists only one of the names).
+- A store that the server does not share with us (a container, another machine) gets the bytes by upload.
+- Only what fleetd made is replaced or deleted. A model of the same name that somebody else made is used as it is.
+- The record of what was made lies in the state folder; without it, models that fleetd made count as foreign.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetd.errors import EngineError
+from fleetd.models import fileprint, registration, store
+from fleetd.models.modelfile import Recipe, invisible
+from fleetd.models.ollama_api import OllamaApi, Progress, ignore_progress
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+CREATE_TIMEOUT_S = 3600.0
+COPIES_SINCE = (0, 30, 0)  # from here on, /api/create writes every GGUF anew; before, it takes the blob as it is
+
+
+class Change(StrEnum):
+    NONE = "none"
+    CREATE = "create"
+    UPDATE = "update"
+    DELETE = "delete"
+    FOREIGN = "foreign"  # the store has a model of this name that fleetd did not make: used as it is
+    MISSING = "missing"  # the file is absent; or fleet.yaml gives none, and the store has no such model
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One difference between fleet.yaml and a store. `recipe` is None for a deletion."""
+
+    name: str
+    served_as: str
+    change: Change
+    reason: str
+    recipe: Recipe | None = None
+    content_hash: str = ""
+
+
+class Library:
+    """One store: the server that manages it, the folder it lies in, and the record of what fleetd made there.
+
+    `models_dir` None means that the store's folder is not ours to write: files are uploaded. Blocking file work runs in
+    threads. Calls for one store must not overlap.
+    """
+
+    def __init__(self, http: ClientSession, base_url: str, state_dir: Path, models_dir: Path | None = None) -> None:
+        self.api = OllamaApi(http, base_url)
+        self.models_dir = models_dir
+        self.record_path = state_dir / "models.json"
+        self.key = str(models_dir.resolve()) if models_dir is not None else self.api.base_url
+
+    # -- what differs ---------------------------------------------------------------------------------------------------
+
+    async def plan(self, recipes: Sequence[Recipe]) -> list[Step]:
+        """Return one step per recipe, and one per model that fleetd made and nobody wants. Changes nothing."""
+        present = {store.ModelName.parse(_tag_name(tag)).key for tag in await self.api.tags()}
+        made = await asyncio.to_thread(self._made)
+        steps = [await self._step(recipe, present, made) for recipe in recipes]
+        wanted = {store.ModelName.parse(recipe.served_as).key for recipe in recipes}
+        for key, entry in sorted(made.items()):
+            if key not in wanted:
+                served_as = str(entry.get("served_as", key))
+                reason = "fleetd made it, and fleet.yaml no longer names it"
+                steps.append(Step(str(entry.get("name", key)), served_as, Change.DELETE, reason))
+        return steps
+
+    async def _step(self, recipe: Recipe, present: set[str], made: Mapping[str, Mapping[str, Any]]) -> Step:
+        def step(change: Change, reason: str, content_hash: str = "") -> Step:
+            return Step(recipe.name, recipe.served_as, change, reason, recipe, content_hash)
+
+        key = store.ModelName.parse(recipe.served_as).key
+        if recipe.source is None and recipe.base is None:
+            if key in present:
+                return step(Change.NONE, "in the store, as fleet.yaml expects")
+            reason = (
+                f"{recipe.served_as} is not in the store, and models.{recipe.name}.from names no file to make it from"
+            )
+            return step(Change.MISSING, reason)
+        if key in present and key not in made and not await asyncio.to_thread(self._was_ours, recipe):
+            return step(Change.FOREIGN, "in the store, not made by fleetd: used as it is")
+        try:
+            content_hash = recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe))
+        except EngineError as error:
+            return step(Change.MISSING, str(error))
+        if key not in present:
+            return step(Change.CREATE, "not in the store", content_hash)
+        if key not in made:
+            return step(Change.UPDATE, "fleetd made it, and its record is lost", content_hash)
+        if made[key].get("hash") != content_hash:
+            return step(Change.UPDATE, "its file or its modelfile changed", content_hash)
+        link = made[key].get("link")
+        if (
+            self.models_dir is not None
+            and link
+            and not await asyncio.to_thread((self.models_dir / "blobs" / link).exists)
+        ):
+            return step(Change.UPDATE, "its link leads nowhere", content_hash)
+        return step(Change.NONE, "unchanged", content_hash)
+
+    # -- doing it -------------------------------------------------------------------------------------------------------
+
+    async def apply(
+        self, step: Step, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
+    ) -> None:
+        """Carry out one step. Raises EngineError; a model whose file is absent can be tried again later."""
+        if step.change is Change.DELETE:
+            await self.delete(step.served_as)
+        elif step.change is Change.MISSING:
+            has_source = step.recipe is not None and step.recipe.source is not None
+            raise EngineError(step.reason, recoverable=has_source, hint="is the drive mounted?" if has_source else None)
+        elif step.change in (Change.CREATE, Change.UPDATE) and step.recipe is not None:
+            await self._make(step.recipe, step.content_hash, progress, timeout_s)
+
+    async def ensure(
+        self, recipe: Recipe, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
+    ) -> Step:
+        """Make one model as wanted, if anything changed; return what was done. Raises EngineError."""
+        step = next(step for step in await self.plan([recipe]) if step.recipe is recipe)
+        await self.apply(step, progress, timeout_s)
+        return step
+
+    async def replace(self, recipe: Recipe, progress: Progress = ignore_progress) -> None:
+        """Make a model although one of this name is there that fleetd did not make: on a person's order only."""
+        await self._make(
+            recipe, recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe)), progress, CREATE_TIMEOUT_S
+        )
+
+    async def delete(self, served_as: str) -> None:
+        """Delete a model that fleetd made, its link included; the file it leads to stays. Raises EngineError."""
+        key = store.ModelName.parse(served_as).key
+        entry = (await asyncio.to_thread(self._made)).get(key)
+        if entry is None:
+            raise EngineError(
+                f"{served_as} was not made by fleetd; delete it with `ollama rm {served_as}`", recoverable=False
+            )
+        await self.api.delete(served_as)
+        await asyncio.to_thread(self._forget, key, entry.get("link"))
+
+    async def _make(self, recipe: Recipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
+        files = await asyncio.to_thread(_files, recipe)
+        in_place = recipe.quantize is None and len(files) == 1 and recipe.source in files
+        digests: dict[Path, str] = {}
+        links: list[str] = []
+        try:
+            for path in files:
+                digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
+                if digest is not None:
+                    links.append(digest.replace(":", "-"))
+                    if not await self.api.has_blob(digest):  # the server does not see our folder: it is another one
+                        digest = None
+                digests[path] = digest or await self._upload(path, progress, timeout_s)
+            copies = (0, 0, 0) < await self.api.version() and await self.api.version() >= COPIES_SINCE
+            if in_place and links and copies and self.models_dir is not None:
+                await asyncio.to_thread(registration.register, self.models_dir, recipe, next(iter(digests.values())))
+            else:
+                await self.api.create(recipe.request(digests, files), progress, timeout_s)
+        except BaseException:
+            await asyncio.to_thread(self._drop_links, links)
+            raise
+        kept = await asyncio.to_thread(self._keep, recipe, content_hash, links)
+        progress("in place" if kept else "made", 1, 1)
+
+    async def _upload(self, path: Path, progress: Progress, timeout_s: float) -> str:
+        digest = "sha256:" + await asyncio.to_thread(self._sha256, path, progress)
+        if not await self.api.has_blob(digest):
+            await self.api.upload(path, digest, progress, timeout_s)
+        return digest
+
+    # -- files; all of these block --------------------------------------------------------------------------------------
+
+    def _made(self) -> dict[str, dict[str, Any]]:
+        stores = fileprint.read_record(self.record_path).get("stores")
+        made = stores.get(self.key) if isinstance(stores, dict) else None
+        return {key: entry for key, entry in made.items() if isinstance(entry, dict)} if isinstance(made, dict) else {}
+
+    def _change_made(self, key: str, entry: dict[str, Any] | None) -> None:
+        record = fileprint.read_record(self.record_path)
+        stores = record.setdefault("stores", {})
+        made = stores.setdefault(self.key, {})
+        made.pop(key, None)
+        if entry is not None:
+            made[key] = entry
+        fileprint.write_record(self.record_path, record)
+
+    def _was_ours(self, recipe: Recipe) -> bool:
+        """True when the store's model names the link that fleetd would make: the record was lost, not the model."""
+        if self.models_dir is None or recipe.source is None or not recipe.source.is_file():
+            return False
+        return _link_digest(recipe, recipe.source).replace(":", "-") in registration.named_blobs(
+            self.models_dir, recipe.served_as
+        )
+
+    def _link(self, recipe: Recipe, path: Path) -> str | None:
+        """Link a file into the store; None where that cannot be. Returns the digest that the link stands for."""
+        assert self.models_dir is not None
+        digest = _link_digest(recipe, path)
+        link = store.blob_path(self.models_dir, digest)
+        try:
+            if link.is_symlink() and Path(os.readlink(link)) == path:
+                return digest
+            link.parent.mkdir(exist_ok=True)
+            fresh = link.with_name(link.name + f".{os.getpid()}")
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(path)
+            fresh.replace(link)
+        except OSError:
+            return None  # a file system without links, or a folder that is not ours to write
+        return digest
+
+    def _keep(self, recipe: Recipe, content_hash: str, links: list[str]) -> bool:
+        """Record the model; drop links that its manifest does not name. Returns True when it is in place."""
+        key = store.ModelName.parse(recipe.served_as).key
+        before = self._made().get(key, {}).get("link")
+        named = (
+            registration.named_blobs(self.models_dir, recipe.served_as) if self.models_dir is not None else frozenset()
+        )
+        kept = [link for link in links if link in named]
+        self._drop_links([link for link in links if link not in kept])
+        if before and before not in kept:
+            self._drop_links([before])
+        entry = {
+            "name": recipe.name,
+            "served_as": recipe.served_as,
+            "hash": content_hash,
+            "link": kept[0] if kept else None,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._change_made(key, entry)
+        return bool(kept)
+
+    def _forget(self, key: str, link: str | None) -> None:
+        self._change_made(key, None)
+        if link:
+            self._drop_links([link])
+
+    def _drop_links(self, links: Sequence[str]) -> None:
+        for link in links:
+            path = self.models_dir / "blobs" / link if self.models_dir is not None else None
+            if path is not None and path.is_symlink():
+                path.unlink(missing_ok=True)
+
+    def _sha256(self, path: Path, progress: Progress) -> str:
+        stamp = fileprint.stamp(path)
+        record = fileprint.read_record(self.record_path)
+        known = record.get("hashes", {}).get(str(path))
+        if isinstance(known, dict) and known.get("stamp") == stamp:
+            return str(known["sha256"])
+        digest = fileprint.sha256(path, lambda done, total: progress("hashing", done, total))
+        record = fileprint.read_record(self.record_path)
+        record.setdefault("hashes", {})[str(path)] = {"stamp": stamp, "sha256": digest}
+        fileprint.write_record(self.record_path, record)
+        return digest
+
+
+def _link_digest(recipe: Recipe, path: Path) -> str:
+    key = store.ModelName.parse(recipe.served_as).key
+    seed = f"fleetd\0{key}\0{path.name}\0{fileprint.fingerprint(path)}"
+    return "sha256:" + hashlib.sha256(seed.encode()).hexdigest()
+
+
+def _tag_name(tag: Mapping[str, Any]) -> str:
+    return str(tag.get("model") or tag.get("name") or "")
+
+
+def _files(recipe: Recipe) -> dict[Path, str]:
+    """Return the files a recipe is made from, with their names in the request. Raises EngineError for one that is absent."""
+    found: dict[Path, str] = {}
+    for number, path in enumerate(filter(None, (recipe.source, recipe.projector, *recipe.adapters))):
+        if path.is_dir():
+            inside = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".json", ".model")]
+            if not any(file.suffix == ".safetensors" for file in inside):
+                raise EngineError(f"{recipe.name}: {path} is a folder without safetensors files", recoverable=False)
+            found |= {file: file.name for file in inside}
+        elif path.is_file():
+            found[path] = f"{number}.gguf" if path.suffix.lower() != ".safetensors" else f"{number}.safetensors"
+        else:
+            hidden = invisible(str(path))
+            hint = f"its name as written has {hidden}" if hidden else "is the drive mounted? Is the path right?"
+            raise EngineError(f"{recipe.name}: {path} does not exist", hint=hint)
+    return found
+
+
+def _fingerprints(recipe: Recipe) -> dict[str, str]:
+    try:
+        return {str(path): fileprint.fingerprint(path) for path in _files(recipe)}
+    except OSError as error:
+        raise EngineError(f"{recipe.name}: {error.filename} cannot be read: {error.strerror}") from error
