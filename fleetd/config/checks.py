@@ -54,14 +54,13 @@ def _names(index: Index, marks: Marks) -> Iterator[Problem]:
 
 
 def _duplicates(index: Index, marks: Marks) -> Iterator[Problem]:
+    owners: dict[str, ProcessEntry] = {}
     for process in index.processes:
         for name in dict.fromkeys((process.key, *process.names)):
-            first = index.by_name.get(name) or index.by_key[name]
-            if first is process:
-                first = index.by_key.get(name, process)
-            if first is not process and index.processes.index(first) < index.processes.index(process):
-                what = f"the process name {name} is taken by {path_text(first.path)}"
-                yield marks.problem(process.path, what, at_key=True)
+            first = owners.setdefault(name, process)
+            if first is not process:
+                message = f"the process name {name} is taken by {path_text(first.path)}"
+                yield marks.problem(process.path, message, at_key=True)
                 break
 
 
@@ -74,26 +73,22 @@ def _ports(data: Any, index: Index, marks: Marks) -> Iterator[Problem]:
         elif listen.port:
             taken[listen.port] = f"{section}.listen"
     for process in index.processes:
-        if process.port is None or not process.enabled or "external" in process.data:
-            continue
-        yield from _ports_of(process, taken, marks)
+        if process.port is not None and process.enabled and "external" not in process.data:
+            yield from _ports_of(process, process.port, taken, marks)
 
 
-def _ports_of(process: ProcessEntry, taken: dict[int, str], marks: Marks) -> Iterator[Problem]:
-    assert process.port is not None
+def _ports_of(process: ProcessEntry, first: int, taken: dict[int, str], marks: Marks) -> Iterator[Problem]:
     path = (*process.path, "port")
-    last = process.port + len(process.names) - 1
-    if last > 65535:
-        yield marks.problem(path, f"{len(process.names)} replicas from port {process.port} go beyond port 65535")
+    if first + len(process.names) - 1 > 65535:
+        yield marks.problem(path, f"{len(process.names)} replicas from port {first} go beyond port 65535")
         return
+    label = path_text(process.path)
     clashes = []
-    for offset, name in enumerate(process.names):
-        owner = taken.setdefault(process.port + offset, f"{path_text(process.path)} ({name})" if name != process.key
-                                 else path_text(process.path))  # fmt: skip
-        if not owner.startswith(path_text(process.path)) or owner not in (
-            path_text(process.path), f"{path_text(process.path)} ({name})"
-        ):  # fmt: skip
-            clashes.append(f"port {process.port + offset} is already the port of {owner}")
+    for port, name in enumerate(process.names, start=first):
+        if port in taken:
+            clashes.append(f"port {port} is already the port of {taken[port]}")
+        else:
+            taken[port] = label if name == process.key else f"{label} ({name})"
     if clashes:
         more = f", and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         yield marks.problem(path, clashes[0] + more)
