@@ -1,0 +1,258 @@
+"""A small HTTP client over the Unix socket, from the standard library alone: `fleetctl` must start in milliseconds.
+
+The rules of this file
+- Every wait has an end, every answer a size limit.
+- What goes wrong is one of three: Unreachable (no daemon, or not one that we understand), Refused (it answered no),
+  StreamCut (it stopped in the middle). None of them shows a traceback.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump holds a whole journal
+LINE_MAX_BYTES = 4 * 1024 * 1024
+CONNECT_S = 3.0
+ANSWER_S = 15.0
+SILENCE_S = 45.0  # the server sends a comment every ten seconds
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING = 0, 1, 2, 3
+EXIT_UNKNOWN, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 4, 5, 6, 130
+
+
+class CliError(Exception):
+    """Something to tell a person in a sentence, and the exit code that goes with it."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_FAILED, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.hint = hint
+
+
+class Unreachable(CliError):
+    """No daemon, or none that is understood. Message and hint are one line."""
+
+    def __init__(self, message: str, hint: str | None = "start it with: fleetd run") -> None:
+        super().__init__(f"{message} ({hint})" if hint else message, EXIT_UNREACHABLE)
+
+
+class StreamCut(CliError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_UNREACHABLE)
+
+
+class Refused(CliError):
+    """The daemon answered with an error. `body` is its whole document."""
+
+    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+        error = body.get("error")
+        found: Mapping[str, Any] = error if isinstance(error, dict) else {}
+        self.status, self.body = status, body
+        self.code = str(found.get("code", "failed"))
+        message = str(found.get("message") or f"the daemon answered {status}")
+        exits = {
+            "unknown_name": EXIT_UNKNOWN,
+            "model_not_found": EXIT_UNKNOWN,
+            "invalid_config": EXIT_USAGE,
+            "invalid_request": EXIT_USAGE,
+            "forbidden": EXIT_UNREACHABLE,
+            "wait_timeout": EXIT_TIMEOUT,
+        }
+        hint = found.get("hint")
+        super().__init__(message, exits.get(self.code, EXIT_FAILED), str(hint) if hint else None)
+
+
+def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
+    """Return where a daemon may listen: what was given, else $FLEETD_SOCKET, else the two usual places."""
+    chosen = given or env.get("FLEETD_SOCKET")
+    if chosen:
+        return [Path(chosen).expanduser()]
+    home = env.get("HOME")
+    usual = [Path(home) / ".fleetd/run/fleetd.sock"] if home else []
+    return [*usual, Path("/run/fleetd/fleetd.sock")]
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket that is already connected."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__("fleetd")
+        self.sock = connection
+
+    def connect(self) -> None:
+        raise ConnectionError("the connection was lost")
+
+
+class Client:
+    """One connection per request: the daemon may be replaced between two of them."""
+
+    def __init__(self, candidates: list[Path], *, connect_s: float = CONNECT_S, answer_s: float = ANSWER_S) -> None:
+        self.candidates = candidates
+        self.connect_s = connect_s
+        self.answer_s = answer_s
+
+    # -- connecting -----------------------------------------------------------------------------------------------------
+
+    def connect(self) -> tuple[socket.socket, Path]:
+        """Return a connected socket and its path; the first candidate that answers. Raises Unreachable."""
+        denied: Path | None = None
+        for path in self.candidates:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(self.connect_s)
+            try:
+                connection.connect(os.fspath(path))
+            except OSError as error:
+                connection.close()
+                if isinstance(error, PermissionError):
+                    denied = path
+                elif isinstance(error, TimeoutError | BlockingIOError):
+                    raise Unreachable(f"fleetd does not answer on {path}", hint=None) from None
+                elif "too long" in str(error):
+                    raise Unreachable(f"the path of the socket is too long: {path}", hint=None) from None
+            else:
+                return connection, path
+        if denied is not None:
+            raise Unreachable(f"you may not use the socket {denied}", hint="run fleetctl as the user who runs fleetd")
+        tried = " or ".join(str(path) for path in self.candidates)
+        raise Unreachable(f"fleetd is not running: nothing answers on {tried}")
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        """Return the document at `path`. Raises Unreachable, Refused."""
+        return self.call("GET", target(path, query))
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> dict[str, Any]:
+        """Post and return the answer; `wait_s` is how long the server may rightly take. Raises Unreachable, Refused."""
+        return self.call("POST", target(path), body or {}, wait_s)
+
+    def call(
+        self, method: str, target_: str, body: Mapping[str, Any] | None = None, wait_s: float = 0.0
+    ) -> dict[str, Any]:
+        connection, path = self.connect()
+        limit_s = self.answer_s + wait_s
+        try:
+            connection.settimeout(limit_s)
+            http_connection = _UnixConnection(connection)
+            raw = None if body is None else json.dumps(body).encode("ascii")
+            headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
+            if raw is not None:
+                headers["Content-Type"] = "application/json"
+            http_connection.request(method, target_, raw, headers)
+            response = http_connection.getresponse()
+            content = _read_all(response, connection, time.monotonic() + limit_s)
+        except TimeoutError:
+            raise Unreachable(f"fleetd on {path} did not answer within {limit_s:g} s", hint=None) from None
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+                raise _not_fleetd(path) from None
+            raise Unreachable(f"fleetd on {path} hung up: {str(error) or type(error).__name__}", hint=None) from None
+        finally:
+            connection.close()
+        return self._understand(response.status, content, path)
+
+    def _understand(self, status: int, content: bytes, path: Path) -> dict[str, Any]:
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError):
+            raise _not_fleetd(path) from None
+        if not isinstance(body, dict) or not str(body.get("schema", "")).startswith("fleetctl/"):
+            raise _not_fleetd(path)
+        if body["schema"] != "fleetctl/v1":
+            raise Unreachable(f"fleetd on {path} speaks {body['schema']}, this fleetctl speaks fleetctl/v1", hint=None)
+        if status >= 400 and "results" not in body:
+            raise Refused(status, body)
+        return body
+
+    # -- streams --------------------------------------------------------------------------------------------------------
+
+    def stream(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
+        """Yield the documents of a stream until its end. Raises Unreachable, Refused, StreamCut."""
+        connection, where = self.connect()
+        try:
+            connection.settimeout(self.answer_s)
+            http_connection = _UnixConnection(connection)
+            headers = {"Accept": "text/event-stream", "Host": "fleetd"}
+            http_connection.request("GET", target(path, query), None, headers)
+            response = http_connection.getresponse()
+            if response.getheader("Content-Type", "").split(";")[0] != "text/event-stream":
+                content = _read_all(response, connection, time.monotonic() + self.answer_s)
+                self._understand(response.status, content, where)
+                raise _not_fleetd(where)
+            connection.settimeout(SILENCE_S)
+            yield from _events(response)
+        except TimeoutError:
+            raise StreamCut(f"fleetd on {where} has fallen silent") from None
+        except (OSError, http.client.HTTPException):
+            raise StreamCut(f"fleetd on {where} cut the stream") from None
+        finally:
+            connection.close()
+
+
+def target(path: str, query: Mapping[str, Any] | None = None) -> str:
+    """Return path and query, quoted. `path` holds its slashes; None values are left out, booleans are 1 and 0."""
+    pairs = {
+        key: int(value) if isinstance(value, bool) else value
+        for key, value in (query or {}).items()
+        if value is not None
+    }
+    return quote(path, safe="/:,", errors="surrogateescape") + (
+        "?" + urlencode(pairs, errors="surrogateescape") if pairs else ""
+    )
+
+
+def _not_fleetd(path: Path) -> Unreachable:
+    return Unreachable(f"what answers on {path} is not fleetd, or another version of it", hint=None)
+
+
+def _read_all(response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
+    """Return the body. Raises TimeoutError when it is not complete by `deadline`, however it drips."""
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        chunk = response.read1(1 << 20)
+        if not chunk:
+            break
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > ANSWER_MAX_BYTES:
+            raise http.client.HTTPException("the answer is too large")
+    if response.length:  # fewer bytes than Content-Length promised
+        raise http.client.IncompleteRead(b"")
+    return b"".join(chunks)
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """Parse server-sent events; return at `event: end`. Raises Refused for `event: error`, StreamCut without an end."""
+    event = ""
+    while True:
+        raw = response.readline(LINE_MAX_BYTES)
+        if not raw:
+            raise http.client.HTTPException("cut")
+        line = raw.rstrip(b"\r\n")
+        if line.startswith(b"event: "):
+            event = line[7:].decode("utf-8", "replace")
+        elif line.startswith(b"data: "):
+            if event == "end":
+                return
+            try:
+                body = json.loads(line[6:])
+            except (ValueError, RecursionError):
+                raise http.client.HTTPException("not JSON") from None
+            if not isinstance(body, dict):
+                raise http.client.HTTPException("not an object")
+            if event == "error":
+                raise Refused(500, body)
+            yield body

@@ -1,0 +1,120 @@
+"""`fleetctl`: talks to a running fleetd over its Unix socket.
+
+The rules of this file
+- Starts fast: nothing here or below imports aiohttp or pydantic; what one verb alone needs is imported by that verb.
+- Data on standard output, messages on standard error, one meaning per exit code, never a traceback.
+
+Exit codes: 0 ok · 1 failed · 2 usage or config invalid · 3 not running or unhealthy · 4 unknown name ·
+5 daemon unreachable · 6 wait timed out · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from fleetd.cli import acting, changing, looking, setting_up
+from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
+from fleetd.cli.render import clean, close_stdout
+from fleetd.cli.session import FORMS, Session
+
+PROGRAM = "fleetctl"
+
+
+class _Verbs(click.Group):
+    """Lists verbs in the order in which they are added, and knows the nearest name to a mistyped one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
+        return list(self.commands)  # not sorted: what is used most comes first
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise click.UsageError(f"There is no verb {args[0][:60]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--socket", metavar="PATH", help="The daemon's socket (default: $FLEETD_SOCKET, then the usual places).")
+@click.option("-o", "--output", "form", type=click.Choice([*FORMS, "text"]), help="How to print; may follow the verb.")
+@click.option(
+    "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour (auto: terminal)."
+)
+@click.pass_context
+def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) -> None:
+    """Look at and steer a running fleetd.
+
+    \b
+    Exit codes: 0 ok, 1 failed, 2 usage or config invalid, 3 not running or
+    unhealthy, 4 unknown name, 5 daemon unreachable, 6 wait timed out,
+    130 interrupted. diff: 0 no differences, 1 differences, 2 error.
+    """
+    ctx.obj = Session(socket, form, color)
+
+
+for _command in (*looking.VERBS, *acting.VERBS, *changing.VERBS, *setting_up.VERBS):
+    cli.add_command(_command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Carry out one command line and return its exit code."""
+    try:
+        code = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_stdout()
+        return EXIT_OK
+    except click.exceptions.Abort:
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except CliError as error:
+        _tell(error)
+        return error.exit_code
+    except Exception as error:
+        if os.environ.get("FLEETCTL_DEBUG"):
+            raise
+        text = clean(str(error))[:300]
+        click.echo(f"{PROGRAM}: a bug, or an answer that was not understood: {type(error).__name__}: {text}", err=True)
+        click.echo("  FLEETCTL_DEBUG=1 shows where", err=True)
+        return EXIT_FAILED
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def _tell(error: CliError) -> None:
+    lines = [clean(line) for line in str(error).split("\n")]
+    if len(lines) > 1:  # problems of a file, each with its line and a caret: as they are
+        click.echo("\n".join(line.rstrip() for line in str(error).split("\n")), err=True)
+    else:
+        click.echo(f"{PROGRAM}: {lines[0]}", err=True)
+    if error.hint:
+        click.echo(f"  {clean(error.hint)}", err=True)
+
+
+def main() -> None:
+    """Be the console script."""
+    code = run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_stdout()
+    except OSError as error:
+        click.echo(f"{PROGRAM}: cannot write: {error.strerror}", err=True)
+        close_stdout()
+        code = code or EXIT_FAILED
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

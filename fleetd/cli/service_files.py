@@ -1,0 +1,102 @@
+"""The service files: a systemd unit or a launchd property list, filled in from the templates beside this file."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from xml.sax.saxutils import escape
+
+TEMPLATES = Path(__file__).parent / "templates"
+LABEL = "org.fleetd.fleetd"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is installed: programs by absolute path, the configuration, and who runs it (None: the caller's own session)."""
+
+    fleetd: str
+    fleetctl: str
+    config: str
+    path: str
+    user: str | None
+    home: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFile:
+    """Where it goes, what it holds, and the commands that put it to work."""
+
+    destination: Path
+    text: str
+    commands: tuple[str, ...]
+
+
+def native_platform() -> str:
+    return "launchd" if sys.platform == "darwin" else "systemd"
+
+
+def systemd(service: Service) -> ServiceFile:
+    """Return the unit: in the user's own folder, or, with `user`, a system unit that runs as that user."""
+    text = Template((TEMPLATES / "fleetd.service").read_text("utf-8")).substitute(
+        fleetd=_unit_word(service.fleetd),
+        fleetctl=_unit_word(service.fleetctl),
+        config=_unit_word(service.config),
+        path=_unit_word(f"PATH={service.path}"),
+        identity=f"User={service.user}\n" if service.user else "",
+        target="multi-user.target" if service.user else "default.target",
+    )
+    if service.user:
+        return ServiceFile(
+            Path("/etc/systemd/system/fleetd.service"),
+            text,
+            ("systemctl daemon-reload", "systemctl enable --now fleetd"),
+        )
+    return ServiceFile(
+        service.home / ".config/systemd/user/fleetd.service",
+        text,
+        (
+            "systemctl --user daemon-reload",
+            "systemctl --user enable --now fleetd",
+            "loginctl enable-linger   # so that it starts at boot, without a login",
+        ),
+    )
+
+
+def launchd(service: Service) -> ServiceFile:
+    """Return the property list: an agent of the user, or, with `user`, a daemon that starts at boot as that user."""
+    log = service.home / ("Library/Logs/fleetd.log" if sys.platform == "darwin" else ".local/state/fleetd/fleetd.log")
+    identity = f"  <key>UserName</key><string>{escape(service.user)}</string>\n" if service.user else ""
+    text = Template((TEMPLATES / "fleetd.plist").read_text("utf-8")).substitute(
+        fleetd=escape(service.fleetd),
+        config=escape(service.config),
+        path=escape(service.path),
+        log=escape(str(log)),
+        identity=identity,
+    )
+    if service.user:
+        destination = Path(f"/Library/LaunchDaemons/{LABEL}.plist")
+        return ServiceFile(destination, text, (f"launchctl bootstrap system {destination}",))
+    destination = service.home / f"Library/LaunchAgents/{LABEL}.plist"
+    return ServiceFile(destination, text, (f"launchctl bootstrap gui/{os.getuid()} {destination}",))
+
+
+def _unit_word(text: str) -> str:
+    """Return a word for a unit file: `%` and `$` doubled, quoted when it has to be."""
+    plain = text.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[\w@%+=:,./$-]+", plain):
+        return plain
+    escaped = plain.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def write(file: ServiceFile) -> None:
+    """Write the file by rename, mode 0644. Raises OSError."""
+    file.destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.destination.with_name(f".{file.destination.name}.new")
+    temporary.write_text(file.text, "utf-8")
+    temporary.chmod(0o644)
+    temporary.replace(file.destination)
