@@ -21,7 +21,8 @@ _DAEMONS_OWN = frozenset({
     "MEMORY_PRESSURE_WRITE",
 })  # fmt: skip
 _SECRET = re.compile(
-    r"(?:^|_)(?:API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSWORDS?|CREDENTIALS?|AUTH|PRIVATE)(?:$|_)", re.IGNORECASE
+    r"(?:^|_)(?:API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSWORDS?|CREDENTIALS?|AUTH|PRIVATE)(?:$|_)",
+    re.IGNORECASE,
 )
 _SECRET_FLAG = re.compile(r"^--?[a-z0-9_-]*(?:key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
 _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")

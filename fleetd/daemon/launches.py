@@ -49,6 +49,8 @@ class Execution:
     cpu: tuple[int, ...] = ()
     nofile: int | None = None
     logs: LogPolicy = LogPolicy()
+    pre_start: tuple[str, ...] = ()
+    post_stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,242 @@
+"""Runs of processes: Spawn, Stop and Sweep carried out on the host, and every death reported with its last words.
+
+The rules of this file
+- A run is one generation of one process. It keeps the plan that started it, whatever fleet.yaml says by now; only its stop
+  policy is taken from the newest plan.
+- Each command is answered by exactly one event, whatever goes wrong: an unexpected error is an answer too.
+- The death of a leader is reported with the log lines of its own run, classified by its engine; it comes before SetEmpty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from fleetd.core.commands import Spawn, Stop, Sweep
+from fleetd.core.contract import ExitKind, ExitReport
+from fleetd.core.events import Adopted, Event, Exited, RequirementsChanged, SetEmpty, Spawned, SpawnFailed
+from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.machine import Handle, Machine
+from fleetd.daemon.tasks import Tasks
+from fleetd.engines.base import Launch
+from fleetd.errors import EngineError, FleetError, HostError
+from fleetd.host.types import HandleRecord, RawExit, Usage
+
+_TAIL_LINES = 30
+_LAST_WORDS_S = 2.0
+_HOOK_S = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One generation of one process. `ended` is set once the leader's death was reported."""
+
+    name: str
+    generation: int
+    plan: LaunchPlan
+    handle: Handle | None = None
+    starting: asyncio.Task[None] | None = None
+    early_exit: RawExit | None = None
+    dead: bool = False
+    reporting: asyncio.Task[None] | None = None
+    usage: Usage = field(default_factory=Usage)
+    cpu_percent: float | None = None
+    sampled_at: float = 0.0
+
+
+class Processes:
+    """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
+    inherit from; `complain(name, sentence)` hears of what failed without changing anything."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        tasks: Tasks,
+        parent_env: Mapping[str, str],
+        complain: Callable[[str, str], None] = lambda *_: None,
+    ) -> None:
+        self._machine = machine
+        self._dispatch = dispatch
+        self._plans = plans
+        self._tasks = tasks
+        self._parent_env = parent_env
+        self._complain = complain
+        self.runs: dict[str, Run] = {}
+
+    def live(self) -> Iterator[Run]:
+        """Yield the runs that have a process."""
+        return (run for run in list(self.runs.values()) if run.handle is not None and not run.dead)
+
+    def run_of(self, name: str, generation: int) -> Run | None:
+        run = self.runs.get(name)
+        return run if run is not None and run.generation == generation else None
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def spawn(self, command: Spawn) -> None:
+        plan = self._plans().get(command.name)
+        if plan is None:
+            self._dispatch(
+                SpawnFailed(command.name, command.generation, "it is no longer in fleet.yaml", recoverable=False)
+            )
+            return
+        missing = missing_paths(plan.requires)
+        if missing:
+            self._dispatch(RequirementsChanged(command.name, missing))
+            said = f"requires {', '.join(missing)}, absent now"
+            self._dispatch(SpawnFailed(command.name, command.generation, said, recoverable=True))
+            return
+        run = self.runs[command.name] = Run(command.name, command.generation, plan)
+        run.starting = self._tasks.start(self._spawn(run), f"spawn {command.name}")
+
+    def stop(self, command: Stop) -> None:
+        self._tasks.start(self._empty(command.name, command.generation, force=command.force), f"stop {command.name}")
+
+    def sweep(self, command: Sweep) -> None:
+        self._tasks.start(self._empty(command.name, command.generation, force=None), f"sweep {command.name}")
+
+    def adopt(self, plan: LaunchPlan, record: HandleRecord) -> Run:
+        """Make the run that an adopted process will belong to; `adopted` completes it."""
+        return Run(record.name, record.generation, plan)
+
+    def adopted(self, run: Run, handle: Handle) -> Adopted:
+        """Enter a run whose process was proven to be ours."""
+        run.handle = handle
+        self.runs[run.name] = run
+        return Adopted(run.name, run.generation, handle.pid, max(0.0, handle.uptime_s))
+
+    def exit_seen(self, run: Run) -> Callable[[RawExit], None]:
+        """Return the callback for the host: it may fire before the spawn has returned."""
+        return partial(self._on_exit, run)
+
+    # -- spawn --------------------------------------------------------------------------------------------------------
+
+    async def _spawn(self, run: Run) -> None:
+        try:
+            plan = run.plan = written(run.plan)
+            await self._hook(plan, plan.execution.pre_start, "pre_start")
+            request = plan.request(run.generation, self._parent_env)
+            handle = await self._machine.spawn(request, self.exit_seen(run))
+        except (HostError, EngineError) as error:
+            self._failed(run, sentence(error), error.recoverable and not isinstance(error, EngineError))
+            return
+        except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the process
+            self._failed(run, f"unexpected failure: {type(error).__name__}: {error}", True)
+            return
+        run.handle = handle
+        self._dispatch(Spawned(run.name, run.generation, handle.pid))
+        if run.early_exit is not None:
+            self._on_exit(run, run.early_exit)
+
+    def _failed(self, run: Run, message: str, recoverable: bool) -> None:
+        if self.runs.get(run.name) is run:
+            del self.runs[run.name]
+        self._dispatch(SpawnFailed(run.name, run.generation, message, recoverable=recoverable))
+
+    # -- death --------------------------------------------------------------------------------------------------------
+
+    def _on_exit(self, run: Run, raw: RawExit) -> None:
+        if run.handle is None:
+            run.early_exit = raw
+            return
+        run.dead = True
+        run.reporting = self._tasks.start(self._report(run, raw), f"last words of {run.name}")
+
+    async def _report(self, run: Run, raw: RawExit) -> None:
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                tail = await self._machine.last_words(run.handle, _TAIL_LINES) if run.handle else ()
+        except (TimeoutError, OSError, FleetError):
+            tail = ()
+        self._dispatch(Exited(run.name, run.generation, report_of(run.plan, raw, tail)))
+
+    # -- stop and sweep -----------------------------------------------------------------------------------------------
+
+    async def _empty(self, name: str, generation: int, force: bool | None) -> None:
+        """Empty the process set of a generation and say so. `force` None: the leader is dead already."""
+        run = self.run_of(name, generation)
+        survivors: tuple[int, ...] = ()
+        try:
+            if run is not None:
+                survivors = await self._empty_run(run, force)
+        finally:
+            if run is not None and not survivors and self.runs.get(name) is run:
+                del self.runs[name]
+            self._dispatch(SetEmpty(name, generation, survivors))
+
+    async def _empty_run(self, run: Run, force: bool | None) -> tuple[int, ...]:
+        if run.starting is not None:
+            await asyncio.wait({run.starting})
+        if run.handle is None:
+            return ()
+        plan = self._plans().get(run.name, run.plan)
+        if force is None:
+            survivors = await self._machine.sweep(run.handle, plan.stop.kill)
+        else:
+            survivors = await self._machine.stop(run.handle, plan.stop, force)
+        if run.reporting is not None:
+            await asyncio.wait({run.reporting})
+        if not survivors and plan.execution.post_stop:
+            try:
+                await self._hook(plan, plan.execution.post_stop, "post_stop")
+            except HostError as error:
+                self._complain(run.name, sentence(error))
+        return survivors
+
+    async def _hook(self, plan: LaunchPlan, argv: tuple[str, ...], which: str) -> None:
+        """Run a hook to its end. Raises HostError when it fails: a process whose pre_start failed is not started."""
+        if not argv:
+            return
+        ok, output = await self._machine.run(argv, plan.environment(self._parent_env), plan.execution.cwd, _HOOK_S)
+        if not ok:
+            last = output.strip().splitlines()[-1:] or ["it said nothing"]
+            raise HostError(f"its {which} hook failed: {last[0][:300]}")
+
+
+def written(plan: LaunchPlan) -> LaunchPlan:
+    """Return the plan with a command line. Raises EngineError when its program still cannot be found."""
+    if plan.missing_program is None:
+        return plan
+    from dataclasses import replace
+
+    launch: Launch = plan.engine.launch(plan.context)
+    return replace(plan, launch=launch, missing_program=None)
+
+
+def missing_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of `paths` that are absent; below a mount root such as /Volumes the first folder must be a mount."""
+    return tuple(path for path in paths if not present(path))
+
+
+def present(path: str) -> bool:
+    """Return whether a required path is there. A folder of a removable volume that is only an empty mount point is not."""
+    place = Path(path)
+    try:
+        if not place.exists():
+            return False
+        if len(place.parts) == 3 and place.parts[1] in ("Volumes", "mnt", "media"):
+            return os.path.ismount(path) or place.is_symlink() or any(place.iterdir())
+    except OSError:
+        return False
+    return True
+
+
+def sentence(error: FleetError) -> str:
+    """Return an error with its hint, as one line."""
+    return f"{error} ({error.hint})" if error.hint else str(error)
+
+
+def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:
+    """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
+    if raw.code is None and raw.signal is None:
+        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "it ended while nobody watched", tail)
+    verdict = plan.engine.classify_exit(raw.code, raw.signal, tail)
+    kind = ExitKind.OOM if raw.oom else verdict.kind
+    reason = "killed by the kernel: out of memory" if raw.oom else verdict.reason
+    return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail)
