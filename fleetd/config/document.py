@@ -25,7 +25,7 @@ from fleetd.errors import ConfigError, Problem
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 32
-MAX_NODES = 250_000
+MAX_NODES = 100_000
 MAX_PROBLEMS = 100
 _LONGEST_EXCERPT = 160
 
@@ -118,18 +118,22 @@ class _NotAFile(Exception):
 
 def _read_bounded(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         facts = os.fstat(descriptor)
         if stat.S_ISDIR(facts.st_mode):
             raise _NotAFile("is a folder, not a file")
         if not stat.S_ISREG(facts.st_mode):
             raise _NotAFile("is not a regular file")
-        if facts.st_size <= MAX_FILE_BYTES:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-            if len(raw) <= MAX_FILE_BYTES:
-                return raw
-        size = max(facts.st_size, MAX_FILE_BYTES + 1)
+        raw = bytearray()
+        while facts.st_size <= MAX_FILE_BYTES >= len(raw):
+            part = os.read(descriptor, MAX_FILE_BYTES + 1 - len(raw))
+            if not part:
+                return bytes(raw)
+            raw += part
+        size = max(facts.st_size, len(raw))
         raise _NotAFile(f"is {size} bytes long: a configuration file may have {MAX_FILE_BYTES} at most")
+    finally:
+        os.close(descriptor)
 
 
 def _decode(raw: bytes, source: Source) -> str:

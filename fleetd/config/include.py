@@ -20,6 +20,7 @@ from fleetd.config.tree import join, put_variables_in
 from fleetd.errors import ConfigError, Problem
 
 MAX_FILES = 1000
+MAX_ALL_NODES = 500_000
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Reader:
     problems: list[Problem] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
+    _nodes: int = 0
     _seen: set[Path] = field(default_factory=set)
 
     def read(self, path: Path, shown: str, chain: tuple[Path, ...] = ()) -> Node | None:
@@ -46,6 +48,7 @@ class Reader:
         if not isinstance(root.value, dict):
             self.problems.append(root.problem("must be a mapping with keys such as services, instances and models"))
             return None
+        self._nodes += root.size
         put_variables_in(root, self.env, self.problems.append)
         for pattern in _patterns(root):
             for child in self._included(pattern, root, (*chain, real)):
@@ -64,8 +67,9 @@ class Reader:
                 continue
             if real in self._seen:
                 continue
-            if len(self.files) >= MAX_FILES:
-                self.problems.append(pattern.problem(f"more than {MAX_FILES} files are included", "include"))
+            if len(self.files) >= MAX_FILES or self._nodes >= MAX_ALL_NODES:
+                limit = f"{MAX_FILES} files or {MAX_ALL_NODES} values"
+                self.problems.append(pattern.problem(f"more than {limit} are included", "include"))
                 break
             child = self.read(path, shown, chain)
             if child is not None:
