@@ -1,0 +1,121 @@
+"""From the death of a process to the next one being spawned, backoff zero: fleetd, supervisord and PM2, in turn.
+
+    python -m bench.restart [--rounds 20]
+
+Each supervisor keeps a tiny C-speed child (`/bin/sleep`); it is killed with SIGKILL, and /proc is watched every 0.2 ms for the
+next child of that command. Programs that are not on PATH (`supervisord`, `pm2`) are left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bench.rig import DEADLINE_S, RunningFleet, free_port, scratch, summary, wait_until
+
+
+def children_of(marker: str) -> set[int]:
+    """Return the pids whose command line is `sleep MARKER`."""
+    found: set[int] = set()
+    wanted = f"sleep\0{marker}\0".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if (entry / "cmdline").read_bytes().endswith(wanted):
+                    found.add(int(entry.name))
+    return found
+
+
+def deaths(marker: str, rounds: int, pause_s: float) -> list[float]:
+    """Kill the child `rounds` times; return seconds from each kill to its successor."""
+    took: list[float] = []
+    wait_until(lambda: bool(children_of(marker)), "the first child")
+    for _ in range(rounds):
+        end = time.monotonic() + pause_s  # let the supervisor call this run a stable one
+        wait_until(lambda until=end: time.monotonic() >= until, "the pause")  # type: ignore[misc]
+        (pid,) = children_of(marker)
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        wait_until(lambda old=pid: bool(children_of(marker) - {old}), "the next child", period_s=0.0002)  # type: ignore[misc]
+        took.append(time.monotonic() - began)
+    return took
+
+
+@contextmanager
+def fleetd(folder: Path, marker: str) -> Iterator[None]:
+    restart = "{policy: always, backoff: {initial: 0ms, max: 0ms, jitter: 0}, crash_loop: {count: 1000, window: 1m}}"
+    text = f"services:\n  sleeper: {{command: [/bin/sleep, '{marker}'], restart: {restart}}}\n"
+    with RunningFleet(folder, text, free_port()):
+        yield
+
+
+@contextmanager
+def supervisord(folder: Path, marker: str) -> Iterator[None]:
+    (folder / "supervisord.conf").write_text(
+        f"[supervisord]\nnodaemon=true\nlogfile={folder}/s.log\npidfile={folder}/s.pid\nuser=root\n"
+        f"[program:sleeper]\ncommand=/bin/sleep {marker}\nautorestart=true\nstartsecs=0\n"
+    )
+    child = subprocess.Popen(
+        ["supervisord", "-c", str(folder / "supervisord.conf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(timeout=DEADLINE_S)
+
+
+@contextmanager
+def pm2(folder: Path, marker: str) -> Iterator[None]:
+    environment = {**os.environ, "PM2_HOME": str(folder / "pm2")}
+    command = [
+        "pm2",
+        "start",
+        "/bin/sleep",
+        "--name",
+        "sleeper",
+        "--interpreter",
+        "none",
+        "--max-restarts",
+        "100000",
+        "--",
+        marker,
+    ]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        subprocess.run(
+            ["pm2", "kill"], env=environment, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    asked = parser.parse_args()
+    rivals: list[tuple[str, Callable[[Path, str], object]]] = [
+        ("fleetd", fleetd),
+        ("supervisord", supervisord),
+        ("pm2", pm2),
+    ]
+    for index, (name, keep) in enumerate(rivals):
+        if name != "fleetd" and shutil.which(name) is None:
+            print(f"{name}: not on PATH, left out")
+            continue
+        marker = str(86_400 + os.getpid() % 1000 * 10 + index)
+        with scratch("restart") as folder, keep(folder, marker):  # type: ignore[attr-defined]
+            print(f"{name:12} {summary(deaths(marker, asked.rounds, 1.2 if name == 'supervisord' else 0.3))}")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

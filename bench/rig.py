@@ -1,0 +1,171 @@
+"""What the measurements share: a scratch folder with tiny models, a running `fleetd`, and clocks around requests.
+
+The rules of this file
+- Everything lives in a temporary folder with its own state, socket and ports, and is gone afterwards.
+- A measurement is repeated and interleaved with what it is compared to; medians are quoted, minimum and maximum shown.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+DEADLINE_S = 30.0
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now, below the range that engines use for their own workers."""
+    for port in range(21000 + os.getpid() % 3000, 32000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port")
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S, period_s: float = 0.01
+) -> None:
+    """Poll until `condition` holds. Raises TimeoutError that names what was waited for."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() >= end:
+            raise TimeoutError(f"{what}: not within {deadline_s:g} s")
+        time.sleep(period_s)
+
+
+def answers(port: int, path: str = "/health") -> bool:
+    """Return whether GET `path` says 200 now."""
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def chat(
+    port: int, model: str, tokens: int = 1, stream: bool = True, path: str = "/v1/chat/completions"
+) -> tuple[float, dict[str, str]]:
+    """Ask one chat question; return the seconds to the first byte of the answer's body, and the headers. Raises RuntimeError."""
+    body = json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "stream": stream}
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    began = time.monotonic()
+    try:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        first = response.read(1)
+        took_s = time.monotonic() - began
+        rest = first + response.read()
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {rest[:300]!r}")
+        return took_s, {key.lower(): value for key, value in response.getheaders()}
+    finally:
+        connection.close()
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """Yield a temporary folder."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fleetd-{name}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RunningFleet:
+    """A `fleetd run` of its own on a fleet.yaml of its own."""
+
+    def __init__(self, folder: Path, text: str, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.config = folder / "fleet.yaml"
+        self.socket = folder / "run" / "fleetd.sock"
+        paths = f"paths: {{state: {folder}/state, run: {folder}/run, logs: {folder}/logs}}\n"
+        self.config.write_text(f"version: 1\n{paths}gateway: {{listen: '127.0.0.1:{port}'}}\n{text}")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        log = (self.folder / "daemon.log").open("ab")
+        command = [sys.executable, "-m", "fleetd", "run", "--config", str(self.config)]
+        self.process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        log.close()
+        wait_until(
+            lambda: answers(self.port) or self.process is None or self.process.poll() is not None, "fleetd answers"
+        )
+        if self.process.poll() is not None:
+            raise RuntimeError((self.folder / "daemon.log").read_text()[-3000:])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=DEADLINE_S)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def ctl(self, *words: str, check: bool = True) -> str:
+        """Run fleetctl; return its standard output. Raises RuntimeError when it fails and `check` is set."""
+        command = [sys.executable, "-m", "fleetd.cli.fleetctl", "--socket", str(self.socket), *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE_S * 2, cwd=Path(__file__).parents[1], check=False
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"fleetctl {' '.join(words)}: exit {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        """Return GET /v1/status of the control socket."""
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(DEADLINE_S)
+        client.connect(str(self.socket))
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = client
+        try:
+            connection.request("GET", "/v1/status")
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
+        finally:
+            connection.close()
+
+    def named(self, kind: str, name: str) -> dict[str, Any]:
+        """Return one entry of the status: kind is `processes` or `models`."""
+        found: dict[str, Any] = next(entry for entry in self.status()[kind] if entry["name"] == name)
+        return found
+
+
+def summary(values: Sequence[float], unit: str = "ms", scale: float = 1000.0) -> str:
+    """Return `median (min ... max)` of seconds, in milliseconds unless told otherwise."""
+    scaled = [value * scale for value in values]
+    return f"{statistics.median(scaled):8.1f} {unit}  ({min(scaled):.1f} ... {max(scaled):.1f}, n={len(scaled)})"
