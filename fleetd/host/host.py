@@ -13,6 +13,7 @@ import asyncio
 import functools
 import hashlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from fleetd.host.command import CommandResult, run_command
 from fleetd.host.handle import OnExit, ProcessHandle, Records
 from fleetd.host.ipc import NodeChannel
 from fleetd.host.logs.book import LogBook
+from fleetd.host.logs.scan import LogScanner
 from fleetd.host.oom import OomWatch
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
 from fleetd.host.process_set import Lineage, SetScanner, read_token
@@ -346,6 +348,10 @@ class Host:
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool:
         """Say whether the listener on this port belongs to our process set."""
         return await self.thread(self._answers_on, handle, port)
+
+    def log_scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
+        """Return what looks for a line in the output of this run, from its beginning on."""
+        return self.logs.scanner(handle, pattern)
 
     def _answers_on(self, handle: ProcessHandle, port: int) -> bool:
         if ports.listener_among(port, [handle.pid]):

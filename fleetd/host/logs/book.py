@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -17,6 +18,7 @@ from typing import Any
 
 from fleetd.host.handle import ProcessHandle
 from fleetd.host.logs.files import LogFiles
+from fleetd.host.logs.scan import LogScanner
 from fleetd.host.logs.tail import Line, read_tail
 from fleetd.host.types import Capture, LogPolicy, RawExit
 
@@ -83,6 +85,11 @@ class LogBook:
     async def tail(self, name: str, lines: int = 50) -> list[Line]:
         """Return the last lines, oldest first."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, read_tail, self.files(name), lines)
+
+    def scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
+        """Return what looks for a line in the output of this run, from its beginning on."""
+        record, files = handle.record, self.files(handle.name)
+        return LogScanner(self._pool, record.log_path, record.log_start, pattern, lambda: files.read_state().start)
 
     async def close(self) -> None:
         """Let go of everything."""

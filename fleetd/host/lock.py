@@ -1,0 +1,115 @@
+"""One daemon per run folder, and a folder that nobody else can reach into.
+
+The rules of this file
+- The lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.
+- The run folder is ours, 0700, and no symbolic link: it holds the control socket.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from fleetd.errors import HostError
+
+LOCK_NAME = "fleetd.lock"
+
+
+def prepare_private_folder(folder: Path) -> None:
+    """Make a folder that only we can enter, or check that it is one. Raises HostError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except FileExistsError:
+        raise HostError(f"{folder} exists and is not a directory", recoverable=False) from None
+    except OSError as error:
+        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
+    if stat.S_ISLNK(found.st_mode):
+        raise HostError(f"{folder} is a symbolic link; a private folder must be a real one", recoverable=False)
+    if not stat.S_ISDIR(found.st_mode):
+        raise HostError(f"{folder} exists and is not a directory", recoverable=False)
+    if found.st_uid != os.geteuid():
+        raise HostError(f"{folder} belongs to user id {found.st_uid}, not to us ({os.geteuid()})", recoverable=False)
+    if found.st_mode & 0o077:
+        try:
+            folder.chmod(0o700)
+        except OSError as error:
+            raise HostError(
+                f"{folder} is open to others and cannot be closed: {error.strerror}", recoverable=False
+            ) from error
+
+
+class DaemonLock:
+    """The lock, held. Made by `acquire`, or by `inherit` after an execv."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self._fd = path, fd
+
+    @classmethod
+    def acquire(cls, run_folder: Path) -> DaemonLock:
+        """Lock the run folder for this process. Raises HostError naming the daemon that has it."""
+        prepare_private_folder(run_folder)
+        path = run_folder / LOCK_NAME
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise HostError(f"the lock {path} cannot be opened: {error.strerror}", recoverable=False) from error
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _read_pid(fd)
+                os.close(fd)
+                who = f"pid {holder}" if holder is not None else "pid unknown"
+                raise HostError(
+                    f"fleetd is already running, {who} (it holds {path})",
+                    hint="`fleetctl status` talks to it; `fleetctl shutdown` ends it",
+                    recoverable=False,
+                ) from None
+            except OSError as error:
+                os.close(fd)
+                raise HostError(f"the lock {path} cannot be taken: {error.strerror}", recoverable=False) from error
+            if _same_file(fd, path):
+                break
+            os.close(fd)  # removed or replaced between open and lock: try again on the new file
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return cls(path, fd)
+
+    @classmethod
+    def inherit(cls, run_folder: Path, fd: int) -> DaemonLock:
+        """Take the lock over from before an execv. Raises HostError when this descriptor is not it."""
+        path = run_folder / LOCK_NAME
+        if not _same_file(fd, path):
+            raise HostError(f"descriptor {fd} is not the lock {path}", recoverable=False)
+        os.set_inheritable(fd, False)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return cls(path, fd)
+
+    def keep_over_exec(self) -> int:
+        """Make the lock survive an execv and return its descriptor for `inherit`."""
+        os.set_inheritable(self._fd, True)
+        return self._fd
+
+    def release(self) -> None:
+        """Let another daemon start. The file stays: removing it would let two daemons lock two files of one name."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _read_pid(fd: int) -> int | None:
+    try:
+        return int(os.pread(fd, 32, 0).strip() or b"x")
+    except (OSError, ValueError):
+        return None
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        ours, theirs = os.fstat(fd), path.stat()
+    except OSError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)

@@ -1,0 +1,79 @@
+"""Waiting for a line: a regular expression on what a run has written since its start.
+
+The rules of this file
+- Only new bytes are read, in a thread, at most 8 MiB per step; a line longer than 64 KiB is matched on its first 64 KiB.
+- What was matched once stays matched: rotation cannot undo it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from fleetd.host.logs.tail import parse_line
+
+_STEP = 8 * 1024 * 1024
+_BLOCK = 256 * 1024
+_LONGEST_LINE = 64 * 1024
+
+
+class LogScanner:
+    """Looks for the first line that matches, from an offset of a live log file on.
+
+    `start_of` says where the live lines begin now: what rotation has freed meanwhile is passed over.
+    """
+
+    def __init__(
+        self, pool: Executor, path: str, offset: int, pattern: re.Pattern[bytes], start_of: Callable[[], int]
+    ) -> None:
+        self._pool, self._path, self._offset, self._pattern, self._start_of = pool, path, offset, pattern, start_of
+        self._rest = b""
+        self._inode: int | None = None
+        self._found: str | None = None
+
+    async def advance(self) -> str | None:
+        """Read what is new. Returns the first matching line, None while there is none."""
+        if self._found is None:
+            self._found = await asyncio.get_running_loop().run_in_executor(self._pool, self._step)
+        return self._found
+
+    def close(self) -> None:
+        """Nothing is held open between steps."""
+
+    def _step(self) -> str | None:
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            status = os.fstat(fd)
+            if self._inode not in (None, status.st_ino):  # the pump began a new file
+                self._offset, self._rest = 0, b""
+            self._inode = status.st_ino
+            self._offset = max(self._offset, self._start_of())
+            end = min(status.st_size, self._offset + _STEP)
+            while self._offset < end:
+                data = os.pread(fd, min(_BLOCK, end - self._offset), self._offset)
+                if not data:
+                    return None
+                self._offset += len(data)
+                match = self._match(data)
+                if match is not None:
+                    return match
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return None
+
+    def _match(self, data: bytes) -> str | None:
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()[:_LONGEST_LINE]
+        for raw in lines:
+            line = parse_line(raw[:_LONGEST_LINE])
+            if self._pattern.search(line.text.encode("utf-8", "replace")):
+                return line.text
+        return None

@@ -1,0 +1,245 @@
+"""Asking a process whether it works: http, tcp, exec, a log line, or a question of its engine's own.
+
+The rules of this file
+- One question at a time per probe, each with its timeout. The core judges; here is only what was seen.
+- A startup probe asks every few milliseconds at first, since a small server is up in 80 ms, and at its period later on.
+  Its failures are reported when they change, and once per period; every other probe reports each answer.
+- A first success counts only when the listener belongs to our own process set: another server on the port is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from fleetd.core.contract import ProbeKind, ProbeSpec
+from fleetd.errors import HostError
+from fleetd.host.command import CommandResult
+from fleetd.host.handle import ProcessHandle
+from fleetd.host.logs.scan import LogScanner
+from fleetd.host.spawn import Program
+from fleetd.host.types import PortOwner
+
+_FIRST_DELAY_S = 0.005
+_FAST_DELAY_S = 0.025
+_FAST_FOR_S = 5.0
+_ANSWER_BYTES = 16 * 1024
+_DETAIL_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one question brought. `detail` is a sentence for people, above all when `ok` is False."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is probed. `own_listener` False: the port is held by somebody else on purpose (a container's proxy)."""
+
+    name: str
+    generation: int
+    host: str = "127.0.0.1"
+    port: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    own_listener: bool = True
+    handle: ProcessHandle | None = None
+
+
+class ProbeHost(Protocol):
+    """What a probe needs of the host."""
+
+    async def command(self, program: Program, timeout_s: float) -> CommandResult: ...
+
+    async def answers_on(self, handle: ProcessHandle, port: int) -> bool: ...
+
+    async def port_owner(self, port: int) -> PortOwner | None: ...
+
+    def log_scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner: ...
+
+
+Completion = Callable[[float], Awaitable[Answer]]
+
+
+class Prober:
+    """One probe of one run, asking until it is closed."""
+
+    def __init__(
+        self,
+        host: ProbeHost,
+        target: Target,
+        kind: ProbeKind,
+        spec: ProbeSpec,
+        on_result: Callable[[Answer], None],
+        completion: Completion | None = None,
+    ) -> None:
+        self._host, self.target, self.kind, self.spec = host, target, kind, spec
+        self._on_result, self._completion = on_result, completion
+        self._scanner: LogScanner | None = None
+        self._owned = not (kind == ProbeKind.STARTUP and target.own_listener and target.handle is not None)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"probe-{target.name}-{kind}")
+
+    def close(self) -> None:
+        """Stop asking; nothing is reported any more."""
+        self._task.cancel()
+
+    async def wait_closed(self) -> None:
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        began, delay = time.monotonic(), _FIRST_DELAY_S
+        said, said_at = "", -1e9
+        try:
+            while True:
+                asked = time.monotonic()
+                answer = await self.ask()
+                now = time.monotonic()
+                if answer.ok or self.kind != ProbeKind.STARTUP or answer.detail != said:
+                    said, said_at = answer.detail, now
+                    self._on_result(answer)
+                elif now - said_at >= self.spec.period_s:
+                    said_at = now
+                    self._on_result(answer)
+                if self.kind == ProbeKind.STARTUP and not answer.ok and now - began < _FAST_FOR_S:
+                    pause = min(delay, self.spec.period_s)
+                    delay = min(delay * 1.3, _FAST_DELAY_S)
+                else:
+                    pause = max(0.001, self.spec.period_s - (now - asked))
+                await asyncio.sleep(pause)
+        finally:
+            if self._scanner is not None:
+                self._scanner.close()
+
+    async def ask(self) -> Answer:
+        """Ask once, within the timeout; the first success of a startup probe is checked to come from our process."""
+        try:
+            async with asyncio.timeout(self.spec.timeout_s):
+                answer = await self._question()
+        except TimeoutError:
+            return Answer(False, f"no answer within {self.spec.timeout_s:g} s")
+        if answer.ok and not self._owned:
+            return await self._check_listener(answer)
+        return answer
+
+    async def _question(self) -> Answer:
+        spec, target = self.spec, self.target
+        if spec.completion and self._completion is not None:
+            return await self._completion(spec.timeout_s)
+        if spec.http is not None:
+            return await ask_http(spec.http, target)
+        if spec.tcp:
+            return await ask_tcp(target)
+        if spec.exec:
+            return await self._ask_exec()
+        if spec.log_line is not None:
+            return await self._ask_log(spec.log_line)
+        return Answer(True, "nothing to ask")
+
+    async def _check_listener(self, answer: Answer) -> Answer:
+        port, handle = self.target.port, self.target.handle
+        asks_port = self.spec.http is not None or self.spec.tcp or self.spec.completion
+        if port is None or handle is None or not asks_port or await self._host.answers_on(handle, port):
+            self._owned = True
+            return answer
+        owner = await self._host.port_owner(port)
+        who = str(owner) if owner is not None else "nobody any more"
+        return Answer(False, f"port {port} is answered by {who}, not by {self.target.name}")
+
+    async def _ask_exec(self) -> Answer:
+        spec, target = self.spec, self.target
+        try:
+            result = await self._host.command(Program(argv=spec.exec, env=target.env, cwd=target.cwd), spec.timeout_s)
+        except HostError as error:
+            return Answer(False, str(error))
+        if result.timed_out:
+            return Answer(False, f"{spec.exec[0]} was killed after {spec.timeout_s:g} s")
+        if result.ok:
+            return Answer(True, result.output[-_DETAIL_CHARS:])
+        how = f"exit code {result.status.code}" if result.status.code is not None else str(result.status.signal)
+        return Answer(
+            False, f"{spec.exec[0]}: {how}" + (f": {result.output[-_DETAIL_CHARS:]}" if result.output else "")
+        )
+
+    async def _ask_log(self, pattern: str) -> Answer:
+        if self.target.handle is None:
+            return Answer(False, "there is no log")
+        if self._scanner is None:
+            try:
+                compiled = re.compile(pattern.encode())
+            except re.error as error:
+                return Answer(False, f"log_line {pattern!r} is no regular expression: {error}")
+            self._scanner = self._host.log_scanner(self.target.handle, compiled)
+        line = await self._scanner.advance()
+        if line is None:
+            return Answer(False, f"no line matches {pattern!r} yet")
+        return Answer(True, line[:_DETAIL_CHARS])
+
+
+async def ask_tcp(target: Target) -> Answer:
+    """Say whether something accepts connections."""
+    if target.port is None:
+        return Answer(False, "there is no port to connect to")
+    try:
+        _, writer = await asyncio.open_connection(target.host, target.port)
+    except OSError as error:
+        return Answer(False, _refusal(error, target.port))
+    writer.transport.abort()
+    return Answer(True, f"port {target.port} accepts connections")
+
+
+def _refusal(error: OSError, port: int) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return f"connection refused on port {port}"
+    return f"port {port}: {error.strerror or error}"
+
+
+async def ask_http(path: str, target: Target) -> Answer:
+    """GET a path (or a whole http URL) and say what came back: 200 to 399 is well."""
+    url = urlsplit(path) if path.startswith("http://") else None
+    host = url.hostname or target.host if url else target.host
+    port = (url.port or 80) if url else target.port
+    if port is None:
+        return Answer(False, "there is no port to ask")
+    where = (url.path or "/") + (f"?{url.query}" if url.query else "") if url else path
+    headers = {"Host": f"{host}:{port}", "Connection": "close", "User-Agent": "fleetd-probe", **target.headers}
+    lines = [
+        f"GET {where if where.startswith('/') else '/' + where} HTTP/1.1",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
+    try:
+        reader, writer = await asyncio.open_connection(host, port, limit=_ANSWER_BYTES)
+    except OSError as error:
+        return Answer(False, _refusal(error, port))
+    try:
+        writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
+        code = int(status[1]) if len(status) > 1 and status[1].isdigit() else 0
+        if 200 <= code < 400:
+            return Answer(True, f"{code}")
+        body = await _some_body(reader)
+    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        return Answer(False, f"GET {where}: no HTTP answer ({type(error).__name__})")
+    finally:
+        writer.transport.abort()
+    reason = " ".join(status[1:]) or "no HTTP answer"
+    return Answer(False, f"GET {where}: {reason}" + (f": {body}" if body else ""))
+
+
+async def _some_body(reader: asyncio.StreamReader) -> str:
+    """Return the beginning of a body, waiting a moment at most: it only explains."""
+    try:
+        async with asyncio.timeout(0.05):
+            data = await reader.read(1024)
+    except TimeoutError:
+        return ""
+    return " ".join(data.decode("utf-8", "replace").split())[:_DETAIL_CHARS]
