@@ -8,11 +8,15 @@ The rules of this file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from fleetd.core.contract import ProbeSpec
+from fleetd.core.contract import ProbeKind, ProbeSpec
 from fleetd.daemon.launches import LaunchPlan
-from fleetd.engines.base import ProbeOutcome
+from fleetd.host.host import Host
+from fleetd.host.probe import Answer, Completion, Prober, Target
+from fleetd.host.spawn import Program
 from fleetd.host.types import HandleRecord, RawExit, SpawnRequest, StopPolicy, Usage
 
 
@@ -24,6 +28,12 @@ class Handle(Protocol):
 
     @property
     def uptime_s(self) -> float: ...
+
+
+class Probe(Protocol):
+    """A probe that runs."""
+
+    def close(self) -> None: ...
 
 
 class Machine(Protocol):
@@ -55,12 +65,17 @@ class Machine(Protocol):
         """Return the last lines that this run wrote into its log."""
         ...
 
-    async def probe(self, spec: ProbeSpec, plan: LaunchPlan, handle: Any) -> ProbeOutcome:
-        """Ask once, by http, tcp, exec or log_line."""
-        ...
-
-    async def answers_on(self, handle: Any, port: int) -> bool:
-        """Return whether the listener on a port belongs to the process set."""
+    def probe(
+        self,
+        plan: LaunchPlan,
+        handle: Any,
+        generation: int,
+        kind: ProbeKind,
+        spec: ProbeSpec,
+        on_answer: Callable[[Answer], None],
+        completion: Completion | None,
+    ) -> Probe:
+        """Begin to ask, until it is closed."""
         ...
 
     async def usage_all(self, handles: Sequence[Any]) -> list[Usage]:
@@ -70,3 +85,63 @@ class Machine(Protocol):
     async def signal(self, handle: Any, name: str) -> bool:
         """Send a signal to the leader; False when it is gone."""
         ...
+
+
+class HostMachine:
+    """This machine, by fleetd.host."""
+
+    def __init__(self, host: Host, parent_env: Mapping[str, str]) -> None:
+        self.host = host
+        self._parent_env = parent_env
+        self.spawn = host.spawn
+        self.adopt = host.adopt
+        self.sweep = host.sweep
+        self.signal = host.signal
+
+    async def stop(self, handle: Any, policy: StopPolicy, force: bool) -> tuple[int, ...]:
+        return await self.host.stop(handle, policy, force=force)
+
+    async def run(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, timeout_s: float
+    ) -> tuple[bool, str]:
+        result = await self.host.command(Program(argv=tuple(argv), env=env, cwd=cwd), timeout_s)
+        if result.timed_out:
+            return False, f"{argv[0]} was killed after {timeout_s:g} s"
+        return result.ok, result.output
+
+    async def last_words(self, handle: Any, lines: int) -> tuple[str, ...]:
+        found = await self.host.logs.tail(handle.name, lines)
+        return tuple(line.text for line in found)
+
+    def probe(
+        self,
+        plan: LaunchPlan,
+        handle: Any,
+        generation: int,
+        kind: ProbeKind,
+        spec: ProbeSpec,
+        on_answer: Callable[[Answer], None],
+        completion: Completion | None,
+    ) -> Probe:
+        headers = {}
+        if plan.endpoint is not None and plan.endpoint.api_key:
+            headers["Authorization"] = f"Bearer {plan.endpoint.api_key}"
+        target = Target(
+            name=plan.name,
+            generation=generation,
+            host=plan.context.host,
+            port=plan.context.port,
+            env=plan.environment(self._parent_env) if spec.exec else {},
+            cwd=plan.execution.cwd,
+            headers=headers,
+            own_listener=not plan.external,
+            handle=handle,
+        )
+        if plan.external and plan.endpoint is not None:
+            url = urlsplit(plan.endpoint.base_url)
+            target = replace(target, host=url.hostname or "127.0.0.1", port=url.port or 80)
+            spec = replace(spec, http=url.path.rstrip("/") + spec.http) if spec.http else spec
+        return Prober(self.host, target, kind, spec, on_answer, completion)
+
+    async def usage_all(self, handles: Sequence[Any]) -> list[Usage]:
+        return await self.host.usage_all(handles)
