@@ -30,7 +30,7 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
         ExitKind.BAD_CONFIG,
         (
             "unknown argument",
-            "invalid argument",
+            "error: invalid argument",
             "error while handling argument",
             "needs a value",
             "error: --",
@@ -41,8 +41,6 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
             "failed to initialize chat template",
             "quantized v cache requires",
             "failed to load lora",
-            "does not support",
-            "no such file or directory",
             "is a directory",
             "permission denied",
             "xllamacpp wheel cannot be imported",
