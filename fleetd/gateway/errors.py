@@ -1,0 +1,90 @@
+"""Answers that are not success: a status, a stable code, one sentence, and what a client should do next.
+
+The rules of this file
+- The shape of a body belongs to the dialect of the route (`ErrorShape`); status, code and headers do not.
+- 429 and 503 carry Retry-After (1 to 120 seconds: clients ignore what is longer). What must not be tried again says so.
+- Whatever a client sent is cut to a decent length before it is repeated, and never stands in a header.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from http import HTTPStatus
+
+import orjson
+
+from fleetd.core.commands import Reject
+from fleetd.errors import ApiError
+
+ErrorShape = Callable[[ApiError], bytes]
+
+STATUS_LINES: dict[int, bytes] = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+
+REJECT_STATUS = {
+    "model_not_found": 404,
+    "model_too_large": 422,
+    "queue_full": 429,
+    "rate_limited": 429,
+    "queue_timeout": 504,
+    "model_failed": 503,
+    "model_blocked": 503,
+    "draining": 503,
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_DEFAULT_RETRY_AFTER_S = 5.0
+# A 502 has been tried as often as it may be; the others are the client's own.
+_FINAL = frozenset({400, 401, 403, 404, 405, 411, 413, 414, 415, 417, 422, 431, 501, 502, 505})
+
+
+def status_line(status: int) -> bytes:
+    """Return the first line of a response, for any status from 100 to 999."""
+    return STATUS_LINES.get(status) or b"HTTP/1.1 %d Status\r\n" % status
+
+
+def error_type(status: int) -> str:
+    """Return OpenAI's `type` for a status."""
+    return _TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
+
+
+def openai_shape(error: ApiError) -> bytes:
+    """Return the body that OpenAI's clients read: always an object under `error`."""
+    return orjson.dumps(
+        {
+            "error": {
+                "message": str(error),
+                "type": error_type(error.status),
+                "param": None,
+                "code": error.code,
+            }
+        }
+    )
+
+
+def error_headers(error: ApiError) -> bytes:
+    """Return the header lines that tell a client whether and when to try again."""
+    lines = b"X-Fleet-Error-Source: gateway\r\n"
+    if error.status in (429, 503):
+        wait_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        lines += b"Retry-After: %d\r\n" % min(120, max(1, math.ceil(wait_s)))
+    final = error.status in _FINAL if error.should_retry is None else not error.should_retry
+    if final:
+        lines += b"x-should-retry: false\r\n"
+    return lines
+
+
+def from_reject(reject: Reject) -> ApiError:
+    """Return the answer to a request that the core refused."""
+    status = REJECT_STATUS.get(reject.code, 503)
+    return ApiError(status, reject.code, reject.reason, retry_after_s=reject.retry_after_s)
+
+
+def invalid_request(message: str, status: int = 400, code: str = "invalid_request") -> ApiError:
+    """Return the answer to a request that is wrong in itself."""
+    return ApiError(status, code, message)
+
+
+def quoted(text: str, limit: int = 80) -> str:
+    """Return `text` in quotes, cut to `limit` characters, with nothing that a terminal or a log would act on."""
+    cut = text if len(text) <= limit else text[:limit] + "…"
+    return repr(cut)

@@ -1,0 +1,496 @@
+"""The server half: one `ServerConnection` per client, from bytes to `Request` and back. Parsing is llhttp's.
+
+The rules of this file
+- llhttp stays strict: two lengths, a length beside chunks, bare LF, folded lines and bad chunks are errors, and an error
+  ends the connection after everything before it was answered. Nothing that was not understood is ever passed on.
+- Limits hold from the first byte: head size and count, target, body (declared and as it arrives), deadlines, pipelining.
+- What is wrong with a request is known at the end of its headers, and said before its body is read where that is long.
+- Answers leave in the order of the requests. One request of a connection is in progress at a time.
+- A client that closes is noticed while its request waits: reading goes on all the time. A *half*-closed one looks the
+  same to the kernel, so before the answer began it is asked with an interim `100 Continue`: a client that is gone answers
+  with a reset, one that only finished sending skips it, as HTTP/1.1 demands, and gets its answer. Once the answer has
+  begun, and for HTTP/1.0, end of input means that the client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+import httptools
+
+from fleetd.errors import ApiError
+from fleetd.gateway.errors import error_headers, invalid_request, openai_shape, status_line
+from fleetd.gateway.request import Request
+
+if TYPE_CHECKING:
+    from fleetd.gateway.server import Gateway
+
+log = logging.getLogger("fleetd.gateway")
+
+NEVER = float("inf")
+SMALL_BODY_BYTES = 64 * 1024  # what a refused request may still send on a connection that goes on
+PROBE_DELAYS_S = (0.005, 0.02, 0.06)  # when a client that may be gone is looked at again
+PROBE_AGAIN_S = 5.0
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+# What a connection waits for; ACTIVE alone has no deadline of its own.
+IDLE: Final = 0
+HEAD: Final = 1
+BODY: Final = 2
+ACTIVE: Final = 3
+CLOSING: Final = 4
+LINGER: Final = 5
+
+
+class Handler(Protocol):
+    """Whatever works on the request in progress and wants to know about its client."""
+
+    relaying: bool
+
+    def client_left(self) -> None: ...
+    def client_paused(self) -> None: ...
+    def client_resumed(self) -> None: ...
+    def tick(self, now: float) -> None: ...
+
+
+class ServerConnection(asyncio.Protocol):
+    """A client's connection."""
+
+    __slots__ = (
+        "_current",
+        "_deaf",
+        "_in_head",
+        "_parser",
+        "_probes",
+        "_queue",
+        "_raw_bytes",
+        "_raw_left",
+        "_reading_paused",
+        "_starting",
+        "active",
+        "client",
+        "deadline",
+        "eof",
+        "gateway",
+        "handler",
+        "phase",
+        "stalled_bytes",
+        "stalled_since",
+        "transport",
+    )
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.client = ""
+        self.active: Request | None = None
+        self.handler: Handler | None = None
+        self.phase = IDLE
+        self.deadline = NEVER
+        self.stalled_since = NEVER
+        self.stalled_bytes = 0
+        self.eof = False
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Request] = deque()
+        self._starting = False
+        self._reading_paused = False
+        self._deaf = False
+        self._in_head = True
+        self._current: Request | None = None  # the one being read
+        self._raw_bytes = 0
+        self._raw_left = 0
+        self._probes = 0
+
+    # -- the connection -------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) and peer else "local"
+        if self.gateway.register(self):
+            self.phase = IDLE
+            self.deadline = self.gateway.clock + self.gateway.options.head_timeout_s
+        else:
+            self._deaf = True
+            self._refuse_now(ApiError(503, "too_many_connections", "Too many connections are open.", retry_after_s=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the reason is nobody's business
+        self.gateway.forget(self)
+        self.deadline = NEVER
+        self.stalled_since = NEVER
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler.client_left()
+        for request in (*self._queue, self.active, self._current):
+            if request is not None:
+                self.give_back(request)
+        self.active = self._current = None
+        self._queue.clear()
+        self._deaf = True
+        self._parser = cast(httptools.HttpRequestParser, None)  # the parser holds us: break the cycle
+
+    def eof_received(self) -> bool:
+        self.eof = True
+        if self.active is None or self.phase >= CLOSING:
+            return False
+        handler = self.handler
+        if handler is None or handler.relaying or not self.active.http11:
+            self._gone()
+            return False
+        self._probes = 0
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Ask the kernel whether a client that sent its end of input is still there."""
+        if self.handler is None or self.handler.relaying or self.transport.is_closing():
+            return
+        turn = self._probes % (len(PROBE_DELAYS_S) + 1)
+        if turn == 0:
+            self.transport.write(CONTINUE)
+        elif self._reset_seen():
+            self._gone()
+            return
+        delay_s = PROBE_DELAYS_S[turn] if turn < len(PROBE_DELAYS_S) else PROBE_AGAIN_S
+        self._probes += 1
+        self.gateway.loop.call_later(delay_s, self._probe)
+
+    def _reset_seen(self) -> bool:
+        sock = self.transport.get_extra_info("socket")
+        try:
+            return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        except OSError:
+            return True
+
+    def _gone(self) -> None:
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler.client_left()
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        self.stalled_since = self.gateway.clock
+        self.stalled_bytes = self.transport.get_write_buffer_size()
+        if self.handler is not None:
+            self.handler.client_paused()
+
+    def resume_writing(self) -> None:
+        self.stalled_since = NEVER
+        if self.handler is not None:
+            self.handler.client_resumed()
+        elif self._queue:
+            self._start_next()
+
+    # -- bytes in -------------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._raw_bytes += len(data)
+        try:
+            if self._raw_left:
+                data = self._take_raw(data)
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._after_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            if not self._deaf:
+                self._give_up(invalid_request(f"This is not valid HTTP/1.1: {error}."))
+        if self._current is not None:
+            self._check_partial(self._current)
+        if self.active is None and self._queue:
+            self._start_next()
+
+    def _take_raw(self, data: bytes) -> bytes:
+        """Take the body of a request that asked for an upgrade: llhttp leaves it to us. Returns what comes after it."""
+        body, rest = data[: self._raw_left], data[self._raw_left :]
+        self._raw_left -= len(body)
+        self.on_body(body)
+        if not self._raw_left:
+            self._complete()
+        return rest
+
+    def _after_upgrade(self, rest: bytes) -> None:
+        """An upgrade is ignored, as HTTP allows: the request is answered as if it had not asked (JDK clients do ask)."""
+        if self._deaf or self._current is None:
+            return
+        self._raw_left = max(0, self._current.length)
+        if not self._raw_left:
+            self._complete()
+        if rest:
+            self.data_received(rest)
+
+    def _check_partial(self, request: Request) -> None:
+        """A request is half read: guard its size, and say when the rest must be there."""
+        options = self.gateway.options
+        if self._in_head:
+            if self._raw_bytes > options.max_head_bytes:
+                if len(request.target) > options.max_target_bytes:
+                    self._give_up(invalid_request("The request line is too long.", 414, "uri_too_long"))
+                else:
+                    self._give_up(invalid_request("The headers are too large.", 431, "headers_too_large"))
+            elif self.active is None and self.phase != HEAD:
+                self.phase = HEAD
+                self.deadline = self.gateway.clock + options.head_timeout_s
+        # Chunk extensions and trailers are no body, and llhttp takes any number of them.
+        elif request.chunked and self._raw_bytes > options.max_head_bytes + 8 * (len(request.body) + 1024):
+            self._give_up(invalid_request("The chunked body is nearly all framing."))
+        elif self.active is None:
+            self.phase = BODY
+            self.deadline = self.gateway.clock + options.body_idle_timeout_s
+
+    # -- what llhttp saw ------------------------------------------------------------------------------------------------
+
+    def on_url(self, url: bytes) -> None:
+        if self._current is None:
+            self._current = Request(url)
+            self._in_head = True
+        else:
+            self._current.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head and self._current is not None:  # else a trailer
+            self._current.header(name, value)
+
+    def on_headers_complete(self) -> None:
+        request = self._current
+        if self._deaf or request is None:
+            return
+        self._in_head = False
+        parser = self._parser
+        request.method = parser.get_method()
+        request.keep_alive = parser.should_keep_alive()
+        if request.connection is not None or not request.keep_alive:
+            version = parser.get_http_version()
+            request.http11 = version == "1.1"
+            request.keep_alive = request.keep_alive and request.http11
+            request.version_refused = version not in ("1.1", "1.0")
+            request.drop_named_by_connection()
+        gateway = self.gateway
+        request.request_id = gateway.request_id(request.client_request_id)
+        error = request.error = gateway.policy.check(request)
+        if error is not None:
+            if request.chunked or request.length > SMALL_BODY_BYTES or request.expect or request.method == b"CONNECT":
+                self._give_up(error)
+        elif request.chunked and parser.should_upgrade():
+            self._give_up(invalid_request("An upgrade with a chunked body is not understood here."))
+        elif request.expect and request.http11 and self.active is None and not self._queue:
+            self.transport.write(CONTINUE)
+            request.expect = False
+
+    def on_body(self, data: bytes) -> None:
+        request = self._current
+        if self._deaf or request is None or request.error is not None:
+            return
+        body = request.body
+        if not body:
+            request.body = data
+            size = len(data)
+        else:
+            if isinstance(body, bytes):
+                body = request.body = bytearray(body)
+            body += data
+            size = len(body)
+        if size <= SMALL_BODY_BYTES:
+            return
+        gateway = self.gateway
+        if size > gateway.options.max_body_bytes:
+            self._give_up(gateway.policy.body_too_large())
+            return
+        gateway.buffered_bytes += size - request.buffered_bytes
+        request.buffered_bytes = size
+        if gateway.buffered_bytes > gateway.options.max_buffered_bytes:
+            self._give_up(ApiError(503, "overloaded", "Too many large requests are being read.", retry_after_s=2))
+
+    def on_message_complete(self) -> None:
+        if not self._parser.should_upgrade():
+            self._complete()
+
+    def _complete(self) -> None:
+        request = self._current
+        if request is None:
+            return
+        self._current = None
+        self._raw_bytes = 0
+        self._queue.append(request)
+        if len(self._queue) > self.gateway.options.max_pipelined and not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    # -- one request after another --------------------------------------------------------------------------------------
+
+    def _start_next(self) -> None:
+        if self._starting:
+            return
+        self._starting = True
+        # A client that sends requests and reads no answers gets no more of them made.
+        while self.active is None and self._queue and self.phase < CLOSING and self.stalled_since == NEVER:
+            request = self._queue.popleft()
+            self.active = request
+            self.phase = ACTIVE
+            self.deadline = NEVER
+            error = request.error
+            try:
+                if error is not None:
+                    self.respond_error(error)
+                elif request.route is not None:
+                    request.route.handle(self, request)
+            except Exception:
+                log.exception("a request failed inside the gateway")
+                self.fail()
+        self._starting = False
+
+    def fail(self) -> None:
+        """Answer a bug of ours: 500 where nothing was sent yet, else a cut connection."""
+        handler, self.handler = self.handler, None
+        relaying = handler.relaying if handler is not None else False
+        if handler is not None:
+            handler.client_left()
+        if self.active is None or relaying:
+            self.transport.abort()
+        else:
+            self.respond_error(
+                ApiError(500, "internal_error", "The gateway failed on this request.", should_retry=False)
+            )
+
+    def respond(self, status: int, body: bytes, extra: bytes = b"", content_type: bytes = b"application/json") -> None:
+        """Answer the request in progress with a body of our own."""
+        request = self.active
+        if request is None:
+            return
+        keep = request.keep_alive and not self.gateway.draining
+        pieces = [status_line(status)]
+        if body or status != 204:
+            pieces.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, len(body)))
+        pieces += (b"X-Request-Id: ", request.request_id, b"\r\n", extra)
+        pieces.append(b"\r\n" if keep else b"Connection: close\r\n\r\n")
+        if request.method != b"HEAD":
+            pieces.append(body)
+        self.transport.write(b"".join(pieces))
+        self.done(keep)
+
+    def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
+        """Answer the request in progress with an error in the shape of its route."""
+        request = self.active
+        shape = openai_shape if request is None or request.route is None else request.route.shape
+        if request is not None and request.close_unread:
+            request.keep_alive = False
+        self.respond(error.status, shape(error), error_headers(error) + extra)
+
+    def done(self, keep: bool) -> None:
+        """The request in progress has its whole answer."""
+        request, self.active = self.active, None
+        self.handler = None
+        if request is not None and request.buffered_bytes:
+            self.give_back(request)
+        if not keep or self.gateway.draining:
+            self._finish_writing(linger=request is not None and request.close_unread)
+            return
+        if self._queue:
+            self._start_next()
+            return
+        if self._reading_paused:
+            self._reading_paused = False
+            self.transport.resume_reading()
+        if self.eof:
+            self._finish_writing(linger=False)
+        elif self._current is not None:
+            self._wait_for_rest(self._current)
+        else:
+            self.phase = IDLE
+            self.deadline = self.gateway.clock + self.gateway.options.keepalive_timeout_s
+
+    def _wait_for_rest(self, request: Request) -> None:
+        """A pipelined request is half read: its clock starts now."""
+        self.phase = IDLE
+        if request.expect and not self._in_head:
+            self.transport.write(CONTINUE)
+            request.expect = False
+        self._check_partial(request)
+
+    def give_back(self, request: Request) -> None:
+        """Its body is no longer in memory."""
+        self.gateway.buffered_bytes -= request.buffered_bytes
+        request.buffered_bytes = 0
+
+    # -- the end --------------------------------------------------------------------------------------------------------
+
+    def _give_up(self, error: ApiError) -> None:
+        """Nothing after this can be understood or is wanted: answer what came before, then this error, then close."""
+        self._deaf = True
+        request = self._current or Request(b"")
+        self._current = None
+        request.error = error
+        request.close_unread = True
+        request.request_id = request.request_id or self.gateway.request_id(None)
+        request.body = b""
+        self.give_back(request)
+        self._queue.append(request)
+
+    def _refuse_now(self, error: ApiError) -> None:
+        self.active = Request(b"")
+        self.active.request_id = self.gateway.request_id(None)
+        self.active.close_unread = True
+        self.respond_error(error)
+
+    def _finish_writing(self, linger: bool) -> None:
+        options = self.gateway.options
+        self._deaf = True
+        self._queue.clear()
+        if linger and not self.eof and self.transport.can_write_eof():
+            # Closing with unread input would reset the connection, and the client would lose the answer.
+            self.phase = LINGER
+            self.deadline = self.gateway.clock + options.linger_s
+            self.transport.write_eof()
+            if self._reading_paused:
+                self.transport.resume_reading()
+            return
+        self.phase = CLOSING
+        self.deadline = self.gateway.clock + options.write_timeout_s
+        self.transport.close()
+
+    def cut(self) -> None:
+        """End the answer in progress short of its end: the client must see that something is missing."""
+        self.handler = None
+        request, self.active = self.active, None
+        if request is not None:
+            self.give_back(request)
+        self._finish_writing(linger=False)
+
+    def close_when_idle(self) -> None:
+        """The gateway drains: close now unless a request is in progress."""
+        if self.active is None and not self._queue:
+            self.transport.close()
+
+    def tick(self, now: float) -> None:
+        """Called a few times a second by the gateway."""
+        if self.deadline <= now:
+            self._expire()
+        elif self.stalled_since != NEVER:
+            self._check_stalled(now)
+        handler = self.handler
+        if handler is not None:
+            handler.tick(now)
+
+    def _expire(self) -> None:
+        if self.phase in (HEAD, BODY) and not self._deaf:
+            what = "headers" if self.phase == HEAD else "body"
+            self._give_up(ApiError(408, "request_timeout", f"The request's {what} did not arrive in time."))
+            self._start_next()
+        elif self.phase == IDLE:
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def _check_stalled(self, now: float) -> None:
+        left_bytes = self.transport.get_write_buffer_size()
+        if left_bytes < self.stalled_bytes:
+            self.stalled_since = now
+        elif now - self.stalled_since >= self.gateway.options.write_timeout_s:
+            self._gone()
+        self.stalled_bytes = left_bytes

@@ -1,0 +1,250 @@
+"""The gateway as one object: its listeners, its connections, its pools, its clock.
+
+The rules of this file
+- One timer serves all deadlines: it goes over the connections a few times a second. No request starts a timer of its own.
+- `clock` is the loop's time as of the last tick: good enough for every timeout, and free to read.
+- A connection over the limit takes the place of the one that is idle longest; only where none is idle it is refused.
+- Closing is two steps: `drain` answers what is in progress and starts nothing new, `close` ends what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import resource
+import socket
+import ssl
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fleetd.errors import HostError
+from fleetd.gateway.http1 import IDLE, ServerConnection
+from fleetd.gateway.options import GatewayOptions
+from fleetd.gateway.policy import RequestPolicy
+from fleetd.gateway.port import FleetPort
+from fleetd.gateway.routes import Routes
+from fleetd.gateway.upstream import Pool
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_LABELS_REMEMBERED = 4096
+_SPARE_FILES = 256  # what the rest of the daemon may need
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStats:
+    """Counters since the start, and what is open now."""
+
+    connections: int
+    active: int
+    upstream_connections: int
+    buffered_bytes: int
+    requests: int
+    refused_connections: int
+
+
+class Gateway:
+    """The data plane of one daemon."""
+
+    def __init__(self, port: FleetPort, options: GatewayOptions | None = None) -> None:
+        self.port = port
+        self.options = options or GatewayOptions()
+        self.routes = Routes(self)
+        self.policy = RequestPolicy(self.options, self.routes)
+        self.loop: asyncio.AbstractEventLoop
+        self.clock = 0.0
+        self.draining = False
+        self.closed = False
+        self.buffered_bytes = 0
+        self.threads = ThreadPoolExecutor(2, thread_name_prefix="gateway-body")
+        self._servers: list[asyncio.Server] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._connections: set[ServerConnection] = set()
+        self._by_client: dict[str, int] = {}
+        self._pools: dict[str, Pool] = {}
+        self._labels: dict[tuple[str, str], bytes] = {}
+        self._id_prefix = os.urandom(6).hex().encode() + b"-"
+        self._id_count = 0
+        self._refused = 0
+        self._most_connections = self.options.max_connections
+        self._empty: asyncio.Event
+
+    # -- start and stop -------------------------------------------------------------------------------------------------
+
+    async def start(
+        self, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
+    ) -> list[tuple[str, int]]:
+        """Listen on the options' address, or on sockets that listen already. Returns the addresses.
+
+        Raises HostError when the address cannot be used.
+        """
+        self.loop = asyncio.get_running_loop()
+        self.clock = self.loop.time()
+        self._empty = asyncio.Event()
+        self._most_connections = min(self.options.max_connections, _files_for_connections())
+        settings: dict[str, Any] = {"ssl": tls, "backlog": self.options.backlog}
+        try:
+            if sockets:
+                for sock in sockets:
+                    self._servers.append(await self.loop.create_server(self._accept, sock=sock, **settings))
+            else:
+                host = self.options.host or None
+                server = await self.loop.create_server(self._accept, host, self.options.port, **settings)
+                self._servers.append(server)
+        except OSError as error:
+            where = f"{self.options.host}:{self.options.port}"
+            raise HostError(f"The gateway cannot listen on {where}: {error.strerror or error}.") from error
+        self._tick()
+        return [address for server in self._servers for address in _addresses(server)]
+
+    def drain(self) -> None:
+        """Accept nothing new; idle connections are closed, requests in progress go on."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for connection in tuple(self._connections):
+            connection.close_when_idle()
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Drain for at most `grace_s` seconds, then cut what is left."""
+        self.drain()
+        if self._connections and grace_s > 0:
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._wait_empty()
+            except TimeoutError:
+                pass
+        self.closed = True
+        for connection in tuple(self._connections):
+            connection.transport.abort()
+        await self._wait_empty()
+        if self._timer is not None:
+            self._timer.cancel()
+        for pool in self._pools.values():
+            pool.close()
+        for server in self._servers:
+            await server.wait_closed()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _wait_empty(self) -> None:
+        while self._connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def stats(self) -> GatewayStats:
+        """Return counters for metrics."""
+        return GatewayStats(
+            connections=len(self._connections),
+            active=sum(1 for connection in self._connections if connection.active is not None),
+            upstream_connections=sum(pool.open_connections for pool in self._pools.values()),
+            buffered_bytes=self.buffered_bytes,
+            requests=self._id_count,
+            refused_connections=self._refused,
+        )
+
+    # -- connections ----------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> ServerConnection:
+        return ServerConnection(self)
+
+    def register(self, connection: ServerConnection) -> bool:
+        """Count a new connection; False when it is one too many."""
+        client = connection.client
+        mine = self._by_client.get(client, 0)
+        accepted = True
+        if len(self._connections) >= self._most_connections:
+            accepted = self._make_room(None)
+        elif mine >= self.options.max_connections_per_client:
+            accepted = self._make_room(client)
+        self._connections.add(connection)
+        self._by_client[client] = self._by_client.get(client, 0) + 1
+        self._refused += not accepted
+        return accepted
+
+    def forget(self, connection: ServerConnection) -> None:
+        """A connection is gone."""
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        left = self._by_client.get(connection.client, 0) - 1
+        if left > 0:
+            self._by_client[connection.client] = left
+        else:
+            self._by_client.pop(connection.client, None)
+        if not self._connections:
+            self._empty.set()
+
+    def _make_room(self, client: str | None) -> bool:
+        """Close the connections that are idle longest, a few at once so that a flood does not search each time."""
+        idle = [c for c in self._connections if c.phase == IDLE and client in (None, c.client)]
+        if not idle:
+            return False
+        idle.sort(key=lambda c: c.deadline)
+        for connection in idle[: max(1, len(idle) // 32)]:
+            connection.transport.abort()
+        return True
+
+    def _tick(self) -> None:
+        now = self.clock = self.loop.time()
+        self._timer = self.loop.call_later(self.options.tick_s, self._tick)
+        for connection in tuple(self._connections):
+            connection.tick(now)
+        oldest = now - self.options.upstream_keepalive_s + self.options.tick_s
+        for pool in self._pools.values():
+            pool.close_idle(oldest)
+
+    # -- what requests need ---------------------------------------------------------------------------------------------
+
+    def request_id(self, from_client: bytes | None) -> bytes:
+        """Return the client's own id where it is a sane one, else a new one."""
+        self._id_count += 1
+        if from_client is not None and _SANE_ID.fullmatch(from_client):
+            return from_client
+        return self._id_prefix + b"%x" % self._id_count
+
+    def pool(self, process: str) -> Pool:
+        """Return the connections to a process. Raises KeyError when the fleet has no such process."""
+        upstream = self.port.upstream(process)
+        pool = self._pools.get(process)
+        if pool is not None and pool.upstream is upstream:
+            return pool
+        if pool is not None and pool.upstream == upstream:
+            pool.upstream = upstream
+            return pool
+        if pool is not None:
+            pool.close_idle()
+        pool = self._pools[process] = Pool(self, upstream)
+        return pool
+
+    def labels(self, model: str, process: str) -> bytes:
+        """Return the header lines that name a model and where it runs."""
+        key = (model, process)
+        lines = self._labels.get(key)
+        if lines is None:
+            if len(self._labels) >= _LABELS_REMEMBERED:
+                self._labels.clear()
+            names = tuple(_header_value(text) for text in key)
+            lines = self._labels[key] = b"X-Fleet-Model: %b\r\nX-Fleet-Instance: %b\r\n" % names
+        return lines
+
+
+def _header_value(text: str) -> bytes:
+    return "".join(c if c.isprintable() else "?" for c in text).encode()
+
+
+def _addresses(server: asyncio.Server) -> list[tuple[str, int]]:
+    found = []
+    for sock in server.sockets:
+        name = sock.getsockname()
+        found.append((str(name[0]), int(name[1])))
+    return found
+
+
+def _files_for_connections() -> int:
+    """Return how many clients the open-file limit leaves room for: each may need a second file for its engine."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1_000_000
+    return max(16, (soft - _SPARE_FILES) // 2)

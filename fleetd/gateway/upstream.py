@@ -1,0 +1,332 @@
+"""The client half: one `Pool` of kept-alive connections per process, one request at a time on each connection.
+
+The rules of this file
+- A connection goes back to its pool only after a whole answer on an orderly connection; anything odd closes it.
+- An idle connection is closed before the server does it (vLLM's closes after 5 s). One that was closed at the same moment
+  is told apart from a failing server: it was used before, and nothing was received; its user may try a new one once.
+- Cancelling closes the socket at once: that is the only signal that every engine understands.
+- Nothing here knows of models, grants or clients: it reports to an `Answered`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+import httptools
+
+from fleetd.gateway.port import Upstream
+
+if TYPE_CHECKING:
+    from fleetd.gateway.server import Gateway
+
+# What is done with a response header.
+PASS: Final = 0
+DROP: Final = 1
+CONTENT_LENGTH: Final = 2
+TRANSFER_ENCODING: Final = 3
+CONTENT_TYPE: Final = 4
+CONNECTION: Final = 5
+
+# Hop-by-hop; the engine's banner; permissions to web pages that only we may give; what only we say.
+_DROPPED = [
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "te",
+    "trailer",
+    "upgrade",
+    "server",
+    "alt-svc",
+    "x-powered-by",
+    "x-request-id",
+    "access-control-allow-origin",
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-expose-headers",
+    "access-control-max-age",
+    "x-fleet-model",
+    "x-fleet-instance",
+    "x-fleet-queue-ms",
+    "x-fleet-load-ms",
+    "x-fleet-error-source",
+]
+_SPECIAL = {
+    "content-length": CONTENT_LENGTH,
+    "transfer-encoding": TRANSFER_ENCODING,
+    "content-type": CONTENT_TYPE,
+    "connection": CONNECTION,
+}
+KINDS: dict[bytes, int] = {}
+for _name, _kind in (*_SPECIAL.items(), *((name, DROP) for name in _DROPPED)):
+    for _form in (_name, _name.title()):
+        KINDS[_form.encode()] = _kind
+
+MAX_HEAD_BYTES: Final = 256 * 1024
+JOIN_BYTES: Final = 64 * 1024
+
+
+class Answered(Protocol):
+    """Who waits for the answer."""
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        """A new connection is there; the request goes out on it now."""
+        ...
+
+    def answer_read(self, connection: UpstreamConnection) -> None:
+        """Something arrived: `status` (0: head incomplete), `head`, `pieces` and `complete` of the connection say what."""
+        ...
+
+    def upstream_lost(self, reason: str, received: bool, stale: bool) -> None:
+        """The connection broke, or none could be made. `stale`: it came from the pool and broke before a byte."""
+        ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an engine."""
+
+    __slots__ = (
+        "_parser",
+        "_received_bytes",
+        "_reused",
+        "body_bytes",
+        "chunked",
+        "complete",
+        "event_stream",
+        "head",
+        "idle_since",
+        "keep_alive",
+        "pieces",
+        "pool",
+        "sized",
+        "status",
+        "transport",
+        "user",
+    )
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.user: Answered | None = None
+        self.idle_since = 0.0
+        self._parser = httptools.HttpResponseParser(self)
+        self._reused = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.head: list[bytes] = []
+        self.pieces: list[bytes] = []  # of the body, since the last report
+        self.body_bytes = 0  # in `pieces`
+        self.sized = False  # the answer has a Content-Length
+        self.chunked = False
+        self.event_stream = False
+        self.complete = False
+        self.keep_alive = False
+        self._received_bytes = 0
+
+    def send(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> None:
+        """Send one request, whose answer `user` gets."""
+        self.user = user
+        if len(body) < JOIN_BYTES:
+            self.transport.write(b"".join((*head, body)))
+        else:
+            self.transport.writelines((b"".join(head), body))
+
+    def release(self) -> None:
+        """The answer is complete and was taken: back to the pool, or away."""
+        self.user = None
+        if self.keep_alive and not self.transport.is_closing():
+            self._reused = True
+            self._reset()
+            self.pool.give_back(self)
+        else:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once; nobody hears of it."""
+        self.user = None
+        self.transport.abort()
+
+    # -- asyncio.Protocol -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.pool.open_connections += 1
+
+    def data_received(self, data: bytes) -> None:
+        user = self.user
+        if user is None:
+            self.transport.abort()  # an answer that nobody asked for
+            return
+        if not self.status:
+            self._received_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._broken("it switched protocols unasked")
+            return
+        except httptools.HttpParserError as error:
+            if not self.complete:
+                self._broken(f"its answer is not valid HTTP/1.1: {error}")
+                return
+            self.keep_alive = False  # more bytes than the answer has
+        if self.status:
+            user.answer_read(self)
+        elif self._received_bytes > MAX_HEAD_BYTES:
+            self._broken("the headers of its answer do not end")
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.pool.lost(self)
+        user, self.user = self.user, None
+        self._parser = cast(httptools.HttpResponseParser, None)  # the parser holds us: break the cycle
+        if user is None:
+            return
+        if exc is None and self.status and not self.sized and not self.chunked:
+            self.complete = True  # the end of the connection is the end of the answer
+            self.user = user
+            user.answer_read(self)
+            return
+        received = self._received_bytes > 0
+        reason = "the connection was closed" if exc is None else f"the connection broke ({exc})"
+        user.upstream_lost(reason, received, self._reused and not received)
+
+    def pause_writing(self) -> None:
+        """Nothing to pause: a request's body is in memory as a whole."""
+
+    def resume_writing(self) -> None:
+        """See pause_writing."""
+
+    def _broken(self, reason: str) -> None:
+        user, self.user = self.user, None
+        self.transport.abort()
+        if user is not None:
+            user.upstream_lost(reason, True, False)
+
+    # -- what llhttp saw ------------------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status:
+            return  # a trailer
+        kind = KINDS.get(name)
+        if kind is None:
+            kind = KINDS.get(name.lower(), PASS)
+        if kind == PASS:
+            self.head += (name, b": ", value, b"\r\n")
+        elif kind == CONTENT_LENGTH:
+            self.sized = True
+            self.head += (name, b": ", value, b"\r\n")
+        elif kind == CONTENT_TYPE:
+            self.event_stream = value[:17].lower() == b"text/event-stream"
+            self.head += (name, b": ", value, b"\r\n")
+        elif kind == TRANSFER_ENCODING:
+            self.chunked = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            self.head = []
+            return
+        self.status = status
+        self.keep_alive = self._parser.should_keep_alive()
+        if status in (204, 304):
+            self.sized = True
+
+    def on_body(self, data: bytes) -> None:
+        self.pieces.append(data)
+        self.body_bytes += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.status:
+            self.complete = True
+
+
+class Pool:
+    """The connections to one process."""
+
+    def __init__(self, gateway: Gateway, upstream: Upstream) -> None:
+        self.gateway = gateway
+        self.upstream = upstream
+        self.open_connections = 0
+        self._idle: list[UpstreamConnection] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+        host = f"[{upstream.host}]" if ":" in upstream.host else upstream.host
+        lines = [f" HTTP/1.1\r\nHost: {host}:{upstream.port}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in upstream.headers]
+        self.head = "".join(lines).encode("latin-1", "replace")
+        self.prefix = b"POST " + upstream.base_path.encode("ascii", "replace")
+
+    def take(self) -> UpstreamConnection | None:
+        """Return an idle connection, the one used last; None: a new one is needed."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """Keep a connection for the next request."""
+        gateway = self.gateway
+        if len(self._idle) >= gateway.options.max_idle_per_upstream or gateway.closed:
+            connection.transport.close()
+            return
+        connection.idle_since = gateway.clock
+        self._idle.append(connection)
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        """A connection is gone."""
+        self.open_connections -= 1
+        if connection.user is None and connection in self._idle:
+            self._idle.remove(connection)
+
+    def connect(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> asyncio.Task[None]:
+        """Open a connection and send one request on it. Cancel the returned task to give it up."""
+        task = self.gateway.loop.create_task(self._connect(user, head, body))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+        return task
+
+    async def _connect(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> None:
+        upstream, gateway = self.upstream, self.gateway
+        context = ssl.create_default_context() if upstream.tls else None
+        connection = UpstreamConnection(self)
+        try:
+            async with asyncio.timeout(gateway.options.connect_timeout_s):
+                await gateway.loop.create_connection(lambda: connection, upstream.host, upstream.port, ssl=context)
+        except TimeoutError:
+            user.upstream_lost("no connection in time", False, False)
+            return
+        except OSError as error:
+            user.upstream_lost(f"no connection ({error.strerror or error})", False, False)
+            return
+        except asyncio.CancelledError:
+            if cast(object, connection.transport) is not None:
+                connection.abort()  # it was made in the moment when it was given up
+            raise
+        if connection.transport.is_closing():
+            user.upstream_lost("the connection was closed", False, False)
+            return
+        user.connected(connection)
+        connection.send(user, head, body)
+
+    def close_idle(self, older_than: float = float("inf")) -> None:
+        """Close connections that are idle since before `older_than` (loop time); all without it."""
+        keep: list[UpstreamConnection] = []
+        for connection in self._idle:
+            if connection.idle_since < older_than:
+                connection.transport.close()
+            else:
+                keep.append(connection)
+        self._idle = keep
+
+    def close(self) -> None:
+        """Close what is idle and give up what is being opened."""
+        self.close_idle()
+        for task in tuple(self._connecting):
+            task.cancel()
