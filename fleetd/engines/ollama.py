@@ -36,8 +36,10 @@ from fleetd.engines.base import (
 from fleetd.engines.calls import Reply, call, until
 from fleetd.engines.fields import Count, Duration, Lifetime, Size, visible_devices
 from fleetd.engines.ollama_env import RUNNER_PORTS_FROM, SCRUBBED, TYPED, env_problems, render_env
+from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.errors import EngineError
 from fleetd.models import store
+from fleetd.models.footprint import Serving
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -143,7 +145,8 @@ class Ollama:
         """The server itself costs some 50 MB, which is not accounted for; a held model costs what its GGUF header says."""
         if model is None:
             return Footprint()
-        return _estimate_held(context, _options(context), model)
+        folder = Path(_models_dir(context) or Path.home() / ".ollama" / "models")
+        return estimate_held(context, model, folder, _serving(context, _options(context)))
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         for line in reversed(log_tail):
@@ -378,25 +381,18 @@ def _held_problems(context: LaunchContext) -> list[OptionProblem]:
     return problems
 
 
-def _estimate_held(context: LaunchContext, options: OllamaOptions, model: HeldModel) -> Footprint | None:
-    """From the file named by `from`, else from the store's blob; None when there is neither."""
-    from fleetd.models.footprint import estimate_gguf  # late: it reads files, and most calls need no estimate
-
-    folder = Path(_models_dir(context) or Path.home() / ".ollama" / "models")
-    parameters: Mapping[str, Any] = model.modelfile.get("parameters") or {}
-    path: Path | None = None
-    try:
-        if model.source:
-            path = context.config_dir / Path(model.source).expanduser()
-        if path is None or not path.is_file():
-            path = store.model_file(folder, model.served_as)
-            parameters = {**store.stored_parameters(folder, model.served_as), **parameters} if path else parameters
-    except ValueError:
-        return None
-    if path is None:
-        return None
-    length = model.options.get("num_ctx") or parameters.get("num_ctx") or options.context_length
-    return estimate_gguf(path, context_length=int(length), parallel=options.num_parallel)
+def _serving(context: LaunchContext, options: OllamaOptions) -> Serving:
+    kind = options.kv_cache_type or "f16"
+    return Serving(
+        context_length=options.context_length,
+        slots=options.num_parallel,
+        cache_type_k=kind,
+        cache_type_v=kind,
+        flash_attention=options.flash_attention is not False,
+        gpu_layers=0 if context.device in (None, "host") else options.n_gpu_layers,
+        unified=context.device == "unified",
+        prompt_cache_bytes=options.cache_ram,
+    )
 
 
 # -- the wire -----------------------------------------------------------------------------------------------------------

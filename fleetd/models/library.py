@@ -168,7 +168,7 @@ class Library:
                     if not await self.api.has_blob(digest):  # the server does not see our folder: it is another one
                         digest = None
                 digests[path] = digest or await self._upload(path, progress, timeout_s)
-            copies = (0, 0, 0) < await self.api.version() and await self.api.version() >= COPIES_SINCE
+            copies = await self.api.version() >= COPIES_SINCE
             if in_place and links and copies and self.models_dir is not None:
                 await asyncio.to_thread(registration.register, self.models_dir, recipe, next(iter(digests.values())))
             else:
@@ -215,7 +215,7 @@ class Library:
         digest = _link_digest(recipe, path)
         link = store.blob_path(self.models_dir, digest)
         try:
-            if link.is_symlink() and Path(os.readlink(link)) == path:
+            if link.is_symlink() and link.readlink() == path:
                 return digest
             link.parent.mkdir(exist_ok=True)
             fresh = link.with_name(link.name + f".{os.getpid()}")

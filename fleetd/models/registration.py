@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from fleetd.models.modelfile import Recipe
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 LAYER_TYPE = "application/vnd.ollama.image."
+# general.file_type of a GGUF header, as Ollama spells it
+_FILE_TYPES: Mapping[Any, str] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16",
+}  # fmt: skip
 _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
@@ -34,7 +40,7 @@ def register(models_dir: Path, recipe: Recipe, digest: str) -> None:
     """Write config, layers and manifest of a model whose weights are the blob `digest`. Raises EngineError."""
     blob = store.blob_path(models_dir, digest)
     try:
-        header = gguf.read_header(blob)
+        header = gguf.read(blob)
         layers = [{"mediaType": store.MODEL_LAYER, "digest": digest, "size": blob.stat().st_size}]
         layers += [_layer(models_dir, kind, body) for kind, body in _bodies(recipe)]
         config = _config(recipe, header, [str(layer["digest"]) for layer in layers])
@@ -93,8 +99,8 @@ def _config(recipe: Recipe, header: gguf.Header, digests: list[str]) -> dict[str
         "model_format": "gguf",
         "model_family": family,
         "model_families": [family],
-        "model_type": _people_count(header.parameter_count),
-        "file_type": header.file_type,
+        "model_type": _people_count(sum(prod(tensor.dims) for tensor in header.tensors)),
+        "file_type": _FILE_TYPES.get(header.keys.get("general.file_type"), "unknown"),
     }
     extras = {"renderer": recipe.renderer, "parser": recipe.parser, "requires": recipe.requires}
     config |= {key: value for key, value in extras.items() if value}
