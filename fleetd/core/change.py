@@ -34,6 +34,8 @@ class Change:
                 facts.wake(name)
         for spec in event.spec.processes.values():
             self._process(spec, event.remembered.get(spec.name), now)
+            if spec.name in event.missing:
+                facts.processes[spec.name].missing = event.missing[spec.name]
         facts.names = {
             alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
         }

@@ -39,11 +39,13 @@ class SpecChanged(Event):
     """The desired fleet: at start, and again after every applied change of the configuration.
 
     `remembered` and `adopted` come with the first one only; adopted processes are not spawned again.
+    `missing` comes with every one, so that nothing starts before what it requires was looked at.
     """
 
     spec: FleetSpec
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
     adopted: tuple[Adopted, ...] = ()
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # required paths that are absent, by process
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------
