@@ -11,7 +11,6 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -38,8 +37,20 @@ def _frame(event: str, body: Mapping[str, Any], number: object = None) -> bytes:
     return f"{head}event: {event}\ndata: ".encode() + encode(body) + b"\n\n"
 
 
+async def _close(source: AsyncIterator[Mapping[str, Any]]) -> None:
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        try:
+            await close()
+        except Exception:
+            log.exception("a stream's source did not close")
+
+
 async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asyncio.Queue[bytes | None]) -> None:
-    """Move items from the source into the queue; None is the end. Raises _Stalled when nobody takes them."""
+    """Move items from the source into the queue; None is the end. Raises _Stalled when nobody takes them.
+
+    The source is closed here, before anybody cuts the connection: that would cancel whoever waits.
+    """
 
     async def put(frame: bytes | None) -> None:
         try:
@@ -59,6 +70,8 @@ async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asy
     except Exception:
         log.exception("a stream of %s events broke", event)
         await put(_frame("error", wire.error_document("internal", "A bug in fleetd: the stream broke.")))
+    finally:
+        await _close(source)
     await put(None)
 
 
@@ -101,8 +114,5 @@ async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]],
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            with contextlib.suppress(Exception):
-                await close()
+        await _close(source)  # it may never have been started
     return response

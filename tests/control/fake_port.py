@@ -233,9 +233,7 @@ class FakePort:
             "state": detail["state"],
             "reason": "a request wanted it",
             "footprint": {"source": "learned", "bytes": {"gpu0": 3 * GIB}},
-            "devices": [
-                {"name": "gpu0", "budget_bytes": 13 * GIB, "reserved_bytes": 3 * GIB, "free_bytes": 10 * GIB}
-            ],
+            "devices": [{"name": "gpu0", "budget_bytes": 13 * GIB, "reserved_bytes": 3 * GIB, "free_bytes": 10 * GIB}],
             "holders": [{"name": "ollama-1", "state": "READY", "reason": "holds it"}],
             "victims": [],
             "text": ["ulysses is loaded on ollama-1 since a request wanted it."],

@@ -1,0 +1,74 @@
+"""From what a person typed to names."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleetd.control import selection
+from fleetd.control.port import Names
+from fleetd.errors import ApiError
+
+NAMES = Names(
+    processes={"web": "web", "ollama-1": "ollama", "ollama-2": "ollama", "all-in": "all-in", "we[b]": "we[b]"},
+    models={"ulysses": ("gpt",), "org/coder:7b": (), "coder": ()},
+)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["web"], ["web"]),
+        (["all"], ["web", "ollama-1", "ollama-2", "all-in", "we[b]"]),
+        (["ollama"], ["ollama-1", "ollama-2"]),
+        (["*-1"], ["ollama-1"]),
+        (["ollama-2", "ollama"], ["ollama-2", "ollama-1"]),
+        (["we?"], ["web"]),
+        (["we[b]"], ["we[b]"]),
+        (["web", "web"], ["web"]),
+    ],
+)
+def test_processes(patterns: list[str], expected: list[str]) -> None:
+    assert selection.processes(patterns, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [(["gpt"], ["ulysses"]), (["org/*"], ["org/coder:7b"]), (["*coder*"], ["org/coder:7b", "coder"])],
+)
+def test_models(patterns: list[str], expected: list[str]) -> None:
+    assert selection.models(patterns, NAMES) == expected
+
+
+def test_all_of_nothing_is_nothing() -> None:
+    assert selection.processes(["all"], Names()) == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "hint"),
+    [
+        (["webb"], "did you mean web?"),
+        (["ulysses"], "fleetctl load ulysses"),
+        (["zzzzz"], "known: all-in"),
+        (["nothing*"], "known:"),
+        (["web", "\x00"], "known:"),
+        (["x" * 10_000], "known:"),
+    ],
+)
+def test_unknown_processes(patterns: list[str], hint: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        selection.processes(patterns, NAMES)
+    assert (caught.value.status, caught.value.code) == (404, "unknown_name")
+    assert hint in (caught.value.hint or "")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_process_is_not_a_model() -> None:
+    with pytest.raises(ApiError) as caught:
+        selection.models(["ollama"], NAMES)
+    assert "fleetctl start ollama" in (caught.value.hint or "")
+
+
+def test_nothing_named() -> None:
+    with pytest.raises(ApiError) as caught:
+        selection.models([], NAMES)
+    assert caught.value.status == 400
