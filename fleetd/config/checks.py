@@ -18,6 +18,7 @@ from fleetd.config.marks import Marks, path_text
 from fleetd.config.messages import Messages
 from fleetd.config.references import check_references
 from fleetd.config.schema import DEFAULT_ADMIN, DEFAULT_LISTEN
+from fleetd.config.unsupported import is_unsupported
 from fleetd.errors import Problem
 
 _PROCESS_NAME = re.compile(PROCESS_NAME)
@@ -33,6 +34,7 @@ def check(data: Any, marks: Marks, messages: Messages) -> list[Problem]:
         *_duplicates(index, marks),
         *_ports(data, index, marks),
         *_listeners(data, marks),
+        *_service_probes(data, marks),
         *check_references(index, marks, messages),
     ]
 
@@ -69,7 +71,8 @@ def _ports(data: Any, index: Index, marks: Marks) -> Iterator[Problem]:
     for section, default in (("gateway", DEFAULT_LISTEN), ("admin", DEFAULT_ADMIN)):
         listen = _listen(data, section, default)
         if listen.port and listen.port in taken:
-            yield marks.problem((section, "listen"), f"port {listen.port} is already the port of {taken[listen.port]}")
+            said, other = (section, "gateway") if section in mapping(data) else ("gateway", section)
+            yield marks.problem((said, "listen"), f"port {listen.port} is already the port of {other}.listen")
         elif listen.port:
             taken[listen.port] = f"{section}.listen"
     for process in index.processes:
@@ -104,11 +107,20 @@ def _listeners(data: Any, marks: Marks) -> Iterator[Problem]:
     listen = _listen(data, "gateway", DEFAULT_LISTEN)
     insecure = read(Flag(), gateway.get("insecure"))
     if not listen.is_loopback and not insecure and "keys_file" not in gateway:
-        message = f"{listen.host} can be reached from other machines: set keys_file, or say insecure: true"
+        keys = "set keys_file, or say" if not is_unsupported(("gateway", "keys_file")) else "say"
+        message = f"{listen.host} can be reached from other machines by anybody: {keys} insecure: true"
         yield marks.problem(("gateway", "listen"), message)
     admin = _listen(data, "admin", DEFAULT_ADMIN)
     if not admin.is_loopback and "keys_file" not in gateway:
-        message = (
-            f"{admin.host} can be reached from other machines: the admin listener stays on loopback without keys_file"
-        )
+        message = f"{admin.host} can be reached from other machines: without keys_file it must be a loopback address"
         yield marks.problem(("admin", "listen"), message)
+
+
+def _service_probes(data: Any, marks: Marks) -> Iterator[Problem]:
+    for name, service in mapping(mapping(data).get("services")).items():
+        for kind, probe in mapping(mapping(service).get("probes")).items():
+            if read(Flag(), mapping(probe).get("completion")):
+                path = ("services", name, "probes", kind, "completion")
+                yield marks.problem(
+                    path, "only a process with an engine can be asked for a completion: use http or tcp"
+                )

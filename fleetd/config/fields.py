@@ -37,6 +37,14 @@ PERCENT_PATTERN = r"^\d{1,3}(\.\d+)?\s*%$"
 VARIABLE_PATTERN = r"\$\{.+"
 
 
+class Misplaced(ValueError):
+    """A mistake below the value: `where` leads to it."""
+
+    def __init__(self, message: str, *where: str | int) -> None:
+        super().__init__(message)
+        self.where = where
+
+
 class FieldType:
     """Base of the types. A subclass gives `parse` and `json_schema`, and `dump` where printing differs."""
 
@@ -207,7 +215,7 @@ class MemoryType(FieldType):
             try:
                 parsed[DeviceName().parse(device)] = Size("0B").parse(size)
             except ValueError as error:
-                raise ValueError(f"{device}: {error}") from None
+                raise Misplaced(str(error), device) from None
         return parsed
 
     def dump(self, value: Any) -> Any:
@@ -260,6 +268,12 @@ class DeviceName(FieldType):
         return _or_variable({"type": "string", "pattern": "^(host|unified|gpu[0-9]{1,3})$"})
 
 
+def _word(index: int, word: object) -> str:
+    if not isinstance(word, str):
+        raise Misplaced(f"must be a string, not {shown(word)}", index)
+    return word
+
+
 class Command(FieldType):
     """A list of words, or one string that is split like a shell splits words. Never run by a shell."""
 
@@ -271,7 +285,7 @@ class Command(FieldType):
                 what = "a quote is not closed" if "quotation" in str(error) else "it ends in a backslash"
                 raise ValueError(f"cannot be split into words: {what}") from None
         elif isinstance(value, list | tuple):
-            words = [self._word(index, word) for index, word in enumerate(value)]
+            words = [_word(index, word) for index, word in enumerate(value)]
         else:
             raise ValueError(f"must be a list of words or a string, not {shown(value)}")
         if not words or not words[0]:
@@ -279,11 +293,6 @@ class Command(FieldType):
         if any("\x00" in word for word in words):
             raise ValueError("must not hold a NUL character")
         return tuple(words)
-
-    def _word(self, index: int, word: object) -> str:
-        if not isinstance(word, str):
-            raise ValueError(f"word {index + 1} must be a string, not {shown(word)}")
-        return word
 
     def json_schema(self) -> Schema:
         words = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "minItems": 1}
@@ -296,11 +305,10 @@ class Arguments(Command):
     def parse(self, value: object) -> tuple[str, ...]:
         if value in ([], (), ""):
             return ()
-        return (
-            super().parse(["-", *value] if isinstance(value, list | tuple) else f"- {value}")[1:]
-            if isinstance(value, list | tuple | str)
-            else super().parse(value)
-        )
+        if isinstance(value, list | tuple):
+            words = [_word(index, word) for index, word in enumerate(value)]
+            return super().parse(["-", *words])[1:]
+        return super().parse(f"- {value}")[1:] if isinstance(value, str) else super().parse(value)
 
     def json_schema(self) -> Schema:
         words = {"type": "array", "items": {"type": ["string", "number", "boolean"]}}
@@ -321,9 +329,9 @@ class Strings(FieldType):
             try:
                 parsed.append(self.item.parse(item))
             except ValueError as error:
-                raise ValueError(
-                    f"entry {index + 1} {error}" if isinstance(value, list | tuple) else str(error)
-                ) from None
+                if isinstance(value, list | tuple):
+                    raise Misplaced(str(error), index) from None
+                raise
         if len(parsed) < self.at_least:
             raise ValueError(f"must have at least {self.at_least} entry")
         if len(set(parsed)) < len(parsed):
@@ -347,13 +355,13 @@ class Environment(FieldType):
             raise ValueError(f"must be a mapping of variables, such as {{NODE_ENV: production}}, not {shown(value)}")
         for name, text in value.items():
             if not isinstance(name, str) or not _ENV_NAME.match(name):
-                raise ValueError(f"{shown(name)} cannot be the name of a variable")
+                raise Misplaced(f"{shown(name)} cannot be the name of a variable", str(name))
             if text is None:
-                raise ValueError(f'{name} has no value: write {name}: "" for an empty one')
+                raise Misplaced(f'has no value: write {name}: "" for an empty one', name)
             if not isinstance(text, str):
-                raise ValueError(f"{name} must be a string, not {shown(text)}")
+                raise Misplaced(f"must be a string, not {shown(text)}", name)
             if "\x00" in text:
-                raise ValueError(f"{name} must not hold a NUL character")
+                raise Misplaced("must not hold a NUL character", name)
         return dict(value)
 
     def json_schema(self) -> Schema:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fleetd.config.document import Node, compose, read_source
 from fleetd.config.marks import expand_home
+from fleetd.config.scalars import resolve
 from fleetd.config.tree import join, put_variables_in
 from fleetd.errors import ConfigError, Problem
 
@@ -92,4 +93,8 @@ def _patterns(root: Node) -> list[Node]:
     if include is None:
         return []
     nodes = include.value if isinstance(include.value, list) else [include]
-    return [node for node in nodes if isinstance(node.value, str) and node.value and "\x00" not in node.value]
+    return [node for node in nodes if isinstance(node.value, str) and _is_text(node)]
+
+
+def _is_text(node: Node) -> bool:
+    return bool(node.value) and "\x00" not in node.value and (not node.plain or isinstance(resolve(node.value), str))

@@ -74,6 +74,8 @@ def _variable(text: str, start: int, env: Mapping[str, str], depth: int) -> tupl
         if text.startswith(operator, position):
             break
     else:
+        if position >= len(text):
+            raise ValueError("'${' is not closed by '}': write $${ for a plain '${'")
         raise ValueError(f"${{{variable}… must go on with '}}', ':-default' or ':?message'")
     other, end = (
         _until(text, position + len(operator), env, closing=True, depth=depth + 1)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from fleetd.config.fields import Misplaced
 from fleetd.config.marks import Marks
 from fleetd.config.model_schema import FORMS, EngineModel, HeldModel, RouteModel
 from fleetd.config.schema import FleetConfig
@@ -53,6 +54,9 @@ class Messages:
             return self.marks.problem(location, self._unknown_key(location, form), at_key=True)
         if kind == "missing":
             return self.marks.problem(location, self._missing(location))
+        mistake = (error.get("ctx") or {}).get("error")
+        if isinstance(mistake, Misplaced):
+            location = (*location, *mistake.where)
         return self.marks.problem(location, _sentence(kind, error))
 
     def nearest(self, word: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from fleetd.config.block import (
     MODEL_NAME,
@@ -98,9 +98,16 @@ class RouteKeys(Block):
 class RouteModel(Block):
     """A name that routes to other models by weight."""
 
-    route: Annotated[tuple[RouteKeys, ...], Field(min_length=1, max_length=100)]
+    route: tuple[RouteKeys, ...]
     aliases: _Names = ()
     fallback: _Names = ()
+
+    @field_validator("route")
+    @classmethod
+    def _goes_somewhere(cls, route: tuple[RouteKeys, ...]) -> tuple[RouteKeys, ...]:
+        if not 1 <= len(route) <= 100:
+            raise ValueError("must have 1 to 100 entries, such as [{to: coder, weight: 90}]")
+        return route
 
 
 def _form(value: Any) -> str | None:

@@ -35,6 +35,7 @@ from fleetd.config.fields import (
     Environment,
     FieldType,
     HttpUrl,
+    Misplaced,
     Pattern,
     Real,
     SignalName,
@@ -71,6 +72,13 @@ class RestartKeys(Block):
     backoff: BackoffKeys = BackoffKeys()
     stable_after: SecondsOrZero = 10.0
     crash_loop: CrashLoopKeys = CrashLoopKeys()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_alone(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            raise ValueError(f"must be a mapping of keys: write restart: {{policy: {data[:40]}}}")
+        return data
 
 
 class StopKeys(Block):
@@ -241,7 +249,7 @@ class DependsOn(FieldType):
             raise ValueError(f"must be a mapping such as {{ollama: ready}} or a list of names, not {shown(value)}")
         for name, condition in value.items():
             if condition not in self.conditions:
-                raise ValueError(f"{name} must be started or ready or completed, not {shown(condition)}")
+                raise Misplaced(f"must be started or ready or completed, not {shown(condition)}", str(name))
         return dict(value)
 
     def json_schema(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _dependencies(index: Index, marks: Marks, messages: Messages) -> Iterator[Pr
         depends_on = read(_DEPENDS_ON, process.data.get("depends_on")) or {}
         for name in depends_on:
             target = index.by_name.get(name) or index.by_key.get(name)
-            path = (*process.path, "depends_on", name)
+            path = (*process.path, "depends_on", _place_in(process.data["depends_on"], name))
             if target is None:
                 held = name in index.models
                 hint = ": it is a model, a process can only wait for a process" if held else ""
@@ -53,22 +53,27 @@ def _dependencies(index: Index, marks: Marks, messages: Messages) -> Iterator[Pr
                 yield marks.problem(path, "a process cannot wait for itself")
             else:
                 graph.setdefault(process.key, []).append(target.key)
-                yield from _waits_for_ever(process, name, depends_on[name], target, marks)
+                yield from _waits_for_ever(process, name, depends_on[name], target, marks, path)
     for cycle in _cycles(graph):
         start = index.by_key[cycle[0]]
         yield marks.problem((*start.path, "depends_on"), f"waits for itself: {' → '.join(cycle)}")
 
 
+def _place_in(said: Any, name: str) -> str | int:
+    """Return the index of a name in a list, or the name as a key."""
+    return said.index(name) if isinstance(said, list) else name
+
+
 def _waits_for_ever(
-    process: ProcessEntry, name: str, condition: str, target: ProcessEntry, marks: Marks
+    process: ProcessEntry, name: str, condition: str, target: ProcessEntry, marks: Marks, path: Path_
 ) -> Iterator[Problem]:
     if condition == "completed":
         policy = mapping(target.data.get("restart")).get("policy", "always")
         if policy == "always":
             message = f"{name} never completes: its restart policy is always; say restart: {{policy: on-failure}} there"
-            yield marks.problem((*process.path, "depends_on", name), message)
+            yield marks.problem(path, message)
     elif process.enabled and not target.enabled:
-        yield marks.problem((*process.path, "depends_on", name), f"{name} is not enabled, so this would wait for ever")
+        yield marks.problem(path, f"{name} is not enabled, so this would wait for ever")
 
 
 def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
@@ -129,7 +134,8 @@ def _routes(index: Index, marks: Marks, messages: Messages, name: str, model: di
         elif to in seen:
             yield marks.problem(path, f"{to} is listed twice: give it one weight")
         seen.add(to)
-    if routes and all(isinstance(mapping(route).get("weight", 1), int) for route in routes) and total <= 0:
+    weights = [mapping(route).get("weight", 1) for route in routes]
+    if routes and total == 0 and all(isinstance(weight, int) and weight >= 0 for weight in weights):
         yield marks.problem(("models", name, "route"), "no request would go anywhere: give one entry a weight above 0")
 
 

@@ -26,9 +26,22 @@ from fleetd.config.fields import (
 )
 from fleetd.config.model_schema import AnyModel, EngineModel, HeldModel, ModelEntry, ModelKeys, RouteModel
 from fleetd.config.process_schema import EngineKeys, Instance, PlacedKeys, ProcessKeys, Service
+from fleetd.units import shown
 
 DEFAULT_LISTEN = Address("127.0.0.1", 8484)
 DEFAULT_ADMIN = Address("127.0.0.1", 8485)
+
+
+class Version(Whole):
+    """The version of the format."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def parse(self, value: object) -> int:
+        if value != 1 or isinstance(value, bool):
+            raise ValueError(f"must be 1, the only version there is, not {shown(value)}")
+        return 1
 
 
 class PathsKeys(Block):
@@ -84,7 +97,7 @@ class DefaultsKeys(Block):
 class FleetConfig(Block):
     """fleet.yaml with its includes, after interpolation and defaults."""
 
-    version: Annotated[int, Whole(1, 1)] = 1
+    version: Annotated[int, Version()] = 1
     name: Word | None = None
     include: Annotated[tuple[str, ...], Strings(what="a path")] = ()
     paths: PathsKeys = PathsKeys()

@@ -25,6 +25,11 @@ UNSUPPORTED: tuple[tuple[tuple[str, ...], str], ...] = (
 HARMLESS: dict[tuple[str, ...], tuple[object, ...]] = {("admin", "listen"): ("127.0.0.1:8485", "localhost:8485")}
 
 
+def is_unsupported(pattern: tuple[str, ...]) -> bool:
+    """Return whether a path pattern stands in the list."""
+    return any(pattern == listed for listed, _ in UNSUPPORTED)
+
+
 def find_unsupported(data: Any, marks: Marks) -> list[Problem]:
     """Return a problem for every value of plain data that stands at an unsupported path. Empty and false values do not count."""
     found = []

@@ -135,7 +135,8 @@ def test_unclosed_quotes_and_brackets_are_refused_with_a_place() -> None:
 
 
 BOMBS = {
-    "lol": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "lol": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
     "merge": "a0: &a0 {k: [x,x,x,x,x,x,x,x,x]}\n"
     + "".join(f"a{i}: &a{i} {{{','.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 12)),
     "deep aliases": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 5000)),
@@ -196,13 +197,22 @@ def test_a_big_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 BAD_FILES = {
-    "invalid UTF-8": (b"a: 1\nb: \xff\n", "f.yaml:2:4: byte 0xff is not valid UTF-8: save the file as UTF-8\n    b: \n       ^"),
-    "Latin-1": ("a: ü".encode("latin-1"), "f.yaml:1:4: byte 0xfc is not valid UTF-8: save the file as UTF-8\n    a: \n       ^"),
+    "invalid UTF-8": (
+        b"a: 1\nb: \xff\n",
+        "f.yaml:2:4: byte 0xff is not valid UTF-8: save the file as UTF-8\n    b: \n       ^",
+    ),
+    "Latin-1": (
+        "a: ü".encode("latin-1"),
+        "f.yaml:1:4: byte 0xfc is not valid UTF-8: save the file as UTF-8\n    a: \n       ^",
+    ),
     "UTF-16": ("a: 1".encode("utf-16"), "f.yaml:1:1: is UTF-16: save the file as UTF-8"),
     "control character": (b"a: 1\nb: \x07\n", "f.yaml:2:4: the control character U+0007 is not allowed here"),
     "NUL": (b"\x00" * 10, "f.yaml:1:1: the control character U+0000 is not allowed here"),
     "escape": (b"a: \x1b[31m\n", "f.yaml:1:4: the control character U+001B is not allowed here"),
-    "directive": (b"%TAG ! x\n--- a\n", "f.yaml:1:1: YAML directives are not supported: remove this line\n    %TAG ! x\n    ^"),
+    "directive": (
+        b"%TAG ! x\n--- a\n",
+        "f.yaml:1:1: YAML directives are not supported: remove this line\n    %TAG ! x\n    ^",
+    ),
 }
 
 
@@ -233,18 +243,22 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 @given(st.text(alphabet=st.sampled_from(list("ab:-[]{},&*!|>'\"%@`#? \n\t$0.~<")), max_size=60))
 def test_any_text_is_read_or_refused(text: str) -> None:
+    messages = ["a message"]
     try:
         read(text)
     except ConfigError as error:
-        assert error.problems
-        assert all("\n" not in problem.message for problem in error.problems)
+        messages = [problem.message for problem in error.problems]
+    assert messages
+    assert not any("\n" in message for message in messages)
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(raw)
+    problems = 1
     try:
         plain(compose(read_source(path, "any.yaml")))
     except ConfigError as error:
-        assert error.problems
+        problems = len(error.problems)
+    assert problems
