@@ -12,7 +12,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,16 @@ class Records:
                 if place is not None:
                     moved.append(place)
         return records, moved
+
+
+def encode_records(records: Sequence[HandleRecord]) -> bytes:
+    """Return records as JSON, descriptors included: for an execv, where they stay what they are."""
+    return json.dumps([{"version": _VERSION, **asdict(record)} for record in records]).encode()
+
+
+def decode_records(data: bytes) -> list[HandleRecord]:
+    """Read what `encode_records` wrote. Raises ValueError."""
+    return [parse_record(json.dumps(entry).encode()) for entry in json.loads(data)]
 
 
 def parse_record(data: bytes) -> HandleRecord:

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -40,13 +41,15 @@ from fleetd.host.types import HandleRecord, HostPaths, KillScope, PortOwner, Raw
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_HOUSEKEEPING_S = 2.0
+_HOUSEKEEPING_S = 0.5
 
 
 class Host:
     """One daemon's hold on the machine."""
 
-    def __init__(self, paths: HostPaths, *, table: ProcessTable | None = None) -> None:
+    def __init__(
+        self, paths: HostPaths, *, table: ProcessTable | None = None, logs_total_bytes: int | None = None
+    ) -> None:
         self.paths = paths
         self.table = table or system_table()
         self.records = Records(paths.handles)
@@ -61,7 +64,7 @@ class Host:
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
         self._closed = False
-        self.logs = LogBook(paths.logs, self._pool)
+        self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes)
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -101,6 +104,7 @@ class Host:
             await asyncio.sleep(_HOUSEKEEPING_S)
             self._oom.sample()
             CHILDREN.reap_unknown()
+            await self.logs.housekeep()
 
     # -- spawn and death ------------------------------------------------------------------------------------------
 
@@ -273,6 +277,9 @@ class Host:
             child=child,
             started=time.monotonic() - age,
         )
+        for fd in (record.pipe_fd, record.ipc_fd):
+            if fd is not None:
+                os.set_inheritable(fd, False)
         self._attach(handle)
         self.logs.attach(handle, record.pipe_fd)
         if record.ipc_fd is not None:
@@ -301,6 +308,22 @@ class Host:
         if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
             return None
         return f"pid {record.pid} carries neither our token nor our program"
+
+    async def prepare_exec(self) -> list[HandleRecord]:
+        """Make pipes and channels survive an execv of this process and return the records to `adopt` after it.
+
+        From here on no output is read and no death is reported: close the host and exec, at once. `encode_records` and
+        `decode_records` carry the list over.
+        """
+        pipes = await self.thread(self.logs.release_pipes)
+        records = []
+        for token, handle in self._handles.items():
+            channel = handle.channel.detach() if handle.channel is not None and handle.channel.open else None
+            if channel is not None:
+                os.set_inheritable(channel, True)
+            handle.channel = None
+            records.append(replace(handle.record, pipe_fd=pipes.get(token), ipc_fd=channel))
+        return records
 
     async def sweep_record(self, record: HandleRecord) -> tuple[int, ...]:
         """End what is left of a run whose leader is gone: only processes that carry its token or sit in its cgroup.

@@ -35,6 +35,10 @@ class NodeChannel:
         end.setblocking(False)
         loop.add_reader(end.fileno(), self._readable)
 
+    @property
+    def open(self) -> bool:
+        return self._open
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -85,4 +89,4 @@ class NodeChannel:
         """Give up the descriptor, for a daemon that executes itself anew and opens the channel again."""
         self._open = False
         self._loop.remove_reader(self._socket.fileno())
-        return self._socket.detach()
+        return self._socket.detach()  # the number stays open; only this object lets go of it

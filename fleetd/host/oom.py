@@ -28,7 +28,7 @@ class OomWatch:
     """Keeps the counts of the last seconds."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), oom_kills())], maxlen=8)
+        self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), oom_kills())], maxlen=16)
 
     def sample(self) -> None:
         self._samples.append((time.monotonic(), oom_kills()))

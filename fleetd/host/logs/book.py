@@ -11,16 +11,24 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fleetd.host.handle import ProcessHandle
 from fleetd.host.logs.files import LogFiles
+from fleetd.host.logs.follow import LogFollower, follow
+from fleetd.host.logs.hole import can_punch
+from fleetd.host.logs.pump import Pump, Stream
+from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, current_state, due, recover, rotate
 from fleetd.host.logs.scan import LogScanner
-from fleetd.host.logs.tail import Line, read_tail
+from fleetd.host.logs.tail import Line, Wanted, read_tail
+from fleetd.host.names import unescape
 from fleetd.host.types import Capture, LogPolicy, RawExit
+
+_LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
 
 
 def exit_mark(ended: RawExit) -> str:
@@ -46,54 +54,261 @@ def append_mark(path: Path, mark: str) -> None:
         os.close(fd)
 
 
-class LogBook:
-    """The logs of one daemon, by process name."""
+class TimeIndex:
+    """When a file-captured log had which length: such lines have no time of their own. Good to about a second."""
 
-    def __init__(self, folder: Path, pool: Executor) -> None:
-        self.folder, self._pool = folder, pool
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque(maxlen=4096)
+
+    def sample(self, at: float, size: int) -> None:
+        if not self._samples or self._samples[-1][1] != size:
+            self._samples.append((at, size))
+
+    def offset_at(self, since: float) -> int | None:
+        """Return an offset before which everything is older than `since`; None when that is further back than known."""
+        best = None
+        for at, size in self._samples:
+            if at > since:
+                break
+            best = size
+        return best
+
+
+class LogBook:
+    """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives."""
+
+    def __init__(self, folder: Path, pool: Executor, *, total_bytes: int | None = None) -> None:
+        self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
+        self._archiver = ThreadPoolExecutor(1, thread_name_prefix="fleetd-archive")
         self._policies: dict[str, LogPolicy] = {}
+        self._starts: dict[str, int] = {}
+        self._times: dict[str, TimeIndex] = {}
+        self._rotating: set[str] = set()
+        self._streams: dict[str, Stream] = {}  # by the token of the run
+        self._pump: Pump | None = None
+        self._can_punch = True
+        self.problems: dict[str, str] = {}
 
     def files(self, name: str) -> LogFiles:
         return LogFiles(self.folder, name)
 
-    def open_for_child(self, name: str, policy: LogPolicy) -> int:
-        """Open the live file for appending. Raises HostError."""
-        self._policies[name] = policy
-        return self.files(name).open_for_append()
+    # -- life ------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Finish what an earlier daemon left half done."""
+        """Finish what an earlier daemon left half done. Blocks."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.problems["*"] = f"the log folder {self.folder} cannot be made: {error.strerror}"
+            return
+        self._can_punch = can_punch(self.folder)
+        if not self._can_punch:
+            self.problems["*"] = (
+                f"the file system of {self.folder} cannot free the head of a file: rotation of a log that is written to "
+                "without a pause waits, and may lose a line; `capture: pipe` has no such limit"
+            )
+        for path in self.folder.glob("*.log.json"):
+            recover(self.files(unescape(path.name.removesuffix(".log.json"))), can_punch=self._can_punch)
+
+    async def close(self) -> None:
+        """Let go of everything: pipes are read to what is in them now, rotations under way end."""
+        if self._pump is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._pump.close)
+            self._pump = None
+        self._archiver.shutdown(wait=True, cancel_futures=True)
+
+    # -- output of runs --------------------------------------------------------------------------------------------
+
+    def open_for_child(self, name: str, policy: LogPolicy) -> int:
+        """Open the live file for appending. Raises HostError. Blocks."""
+        self._policies[name] = policy
+        fd = self.files(name).open_for_append()
+        try:
+            if os.fstat(fd).st_size > _LONGEST_FILE:  # offsets come to an end: nobody writes now, so begin a new file
+                rotate(self.files(name), replace(policy, max_size_bytes=_LONGEST_FILE), force=True)
+                self.files(name).live.unlink(missing_ok=True)
+                os.close(fd)
+                fd = self.files(name).open_for_append()
+        except OSError:
+            pass
+        return fd
+
+    def set_policy(self, name: str, policy: LogPolicy) -> None:
+        """Change the limits of a log; its capture stays what it was at the start of the run."""
+        self._policies[name] = policy
+        for stream in self._streams.values():
+            if stream.files.name == name:
+                stream.policy = policy
 
     def attach(self, handle: ProcessHandle, pipe: int | None) -> None:
         """Begin with the output of one run."""
+        self._policies.setdefault(handle.name, handle.record.logs)
+        self._times.setdefault(handle.name, TimeIndex()).sample(time.time(), handle.record.log_start)
+        if pipe is not None:
+            if self._pump is None:
+                self._pump = Pump(self._pump_rotated)
+            stream = Stream(pipe, self.files(handle.name), self._policies[handle.name])
+            self._streams[handle.lineage.token] = stream
+            self._watch(handle, self._pump.add(stream))
 
     def ended(self, handle: ProcessHandle) -> None:
-        """The leader is dead: close its output with a mark."""
-        if handle.exit is not None and handle.record.logs.capture == Capture.FILE:
-            self._later(handle, append_mark, Path(handle.record.log_path), exit_mark(handle.exit))
+        """The leader is dead: close its output with a mark, after all that it said."""
+        if handle.exit is None:
+            return
+        text, stream = exit_mark(handle.exit), self._streams.get(handle.lineage.token)
+        if stream is not None and self._pump is not None:
+            self._watch(handle, self._pump.mark(stream, text))
+        elif handle.record.logs.capture == Capture.FILE:
+            path = Path(handle.record.log_path)
+            work = asyncio.get_running_loop().run_in_executor(self._pool, append_mark, path, text)
+            handle.background.add(work)
+            work.add_done_callback(handle.background.discard)
 
-    def _later(self, handle: ProcessHandle, call: Callable[..., object], *args: Any) -> None:
-        work = asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+    def _watch(self, handle: ProcessHandle, done: Future[None]) -> None:
+        work = asyncio.wrap_future(done)
         handle.background.add(work)
         work.add_done_callback(handle.background.discard)
 
-    async def settle(self, handle: ProcessHandle) -> None:
-        """Return when all output and the mark of this run are in the file."""
+    async def written(self, handle: ProcessHandle) -> None:
+        """Return when all that the leader said, and the mark of its end, are in the file."""
         if handle.background:
             await asyncio.gather(*handle.background, return_exceptions=True)
 
-    async def tail(self, name: str, lines: int = 50) -> list[Line]:
-        """Return the last lines, oldest first."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, read_tail, self.files(name), lines)
+    async def settle(self, handle: ProcessHandle) -> None:
+        """The set is empty: close its output."""
+        stream = self._streams.pop(handle.lineage.token, None)
+        if stream is not None and self._pump is not None:
+            self._watch(handle, self._pump.finish(stream))
+        await self.written(handle)
+
+    def release_pipes(self) -> dict[str, int]:
+        """Stop reading every pipe and make it survive an execv; returns descriptors by the token of the run. Blocks."""
+        if self._pump is None:
+            return {}
+        pipes = {}
+        for token, stream in list(self._streams.items()):
+            self._pump.release(stream).result(timeout=5.0)
+            os.set_inheritable(stream.fd, True)
+            pipes[token] = stream.fd
+        self._streams.clear()
+        return pipes
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def tail(
+        self, name: str, lines: int = 50, *, since: float | None = None, grep: re.Pattern[str] | None = None
+    ) -> list[Line]:
+        """Return the last lines, oldest first. `since` is wall clock."""
+        begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
+        if self._is_piped(name):
+            begin = None  # its lines carry their times
+        return await self._read(name, Wanted(lines, begin, None, since, grep))
+
+    async def run_tail(self, handle: ProcessHandle, lines: int = 30) -> list[Line]:
+        """Return the last lines of this run alone, the mark of its end left out."""
+        await self.written(handle)
+        begin = None if self._is_piped(handle.name) else handle.record.log_start
+        since = handle.record.spawned_at - 0.01 if begin is None else None
+        found = await self._read(handle.name, Wanted(lines + 1, begin, None, since))
+        if found and handle.exit is not None and found[-1].text == exit_mark(handle.exit):
+            found.pop()
+        return found[-lines:]
+
+    async def _read(self, name: str, wanted: Wanted) -> list[Line]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, read_tail, self.files(name), wanted)
+
+    async def follow(
+        self, name: str, lines: int = 10, *, since: float | None = None
+    ) -> tuple[list[Line], AsyncGenerator[list[Line], None]]:
+        """Return the last lines and a generator of the lines that come after them: none is missing, none twice."""
+        loop = asyncio.get_running_loop()
+        follower = await loop.run_in_executor(self._pool, LogFollower, self.files(name), lambda: self.start_of(name))
+        begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
+        wanted = Wanted(lines, None if self._is_piped(name) else begin, follower.offset, since)
+        try:
+            before = await self._read(name, wanted) if lines else []
+        except BaseException:
+            follower.close()
+            raise
+        return before, follow(self._pool, follower)
 
     def scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
         """Return what looks for a line in the output of this run, from its beginning on."""
-        record, files = handle.record, self.files(handle.name)
-        return LogScanner(self._pool, record.log_path, record.log_start, pattern, lambda: files.read_state().start)
+        record, name = handle.record, handle.name
+        return LogScanner(self._pool, record.log_path, record.log_start, pattern, lambda: self.start_of(name))
 
-    async def close(self) -> None:
-        """Let go of everything."""
+    def start_of(self, name: str) -> int:
+        """Return where the live lines of a log begin."""
+        if name not in self._starts:
+            self._starts[name] = self.files(name).read_state().start
+        return self._starts[name]
 
+    def _is_piped(self, name: str) -> bool:
+        policy = self._policies.get(name)
+        return policy is not None and policy.capture == Capture.PIPE
 
-def now() -> float:
-    return time.time()
+    # -- rotation --------------------------------------------------------------------------------------------------
+
+    def look(self) -> list[str]:
+        """Return the names whose live file is due, and note their lengths. Blocks for one stat per log."""
+        found = []
+        for name, policy in list(self._policies.items()):
+            if policy.capture == Capture.PIPE:
+                continue
+            files = self.files(name)
+            try:
+                size = files.live.stat().st_size
+                self._times.setdefault(name, TimeIndex()).sample(time.time(), size)
+                near = size - self.start_of(name) >= policy.max_size_bytes or policy.max_age_s is not None
+                if near and due(size, current_state(files), policy):
+                    found.append(name)
+            except OSError:
+                continue
+        return found
+
+    async def housekeep(self) -> None:
+        """Rotate what is due and hold the total bound. Called every half second or so; returns before the work is done."""
+        loop = asyncio.get_running_loop()
+        for name in await loop.run_in_executor(self._pool, self.look):
+            if name not in self._rotating:
+                self._rotating.add(name)
+                loop.run_in_executor(self._archiver, self._rotate, name, False)
+        if self.total_bytes is not None and "*total" not in self._rotating:
+            self._rotating.add("*total")
+            loop.run_in_executor(self._archiver, self._bound)
+
+    async def rotate(self, name: str) -> Rotation:
+        """Archive what is there now, due or not."""
+        return await asyncio.get_running_loop().run_in_executor(self._archiver, self._rotate, name, True)
+
+    def _rotate(self, name: str, force: bool) -> Rotation:
+        files, policy = self.files(name), self._policies.get(name, LogPolicy())
+        try:
+            done = rotate(files, policy, force=force, can_punch=self._can_punch)
+            self._starts.pop(name, None)
+            problem = done.problem
+            if done.archived and policy.compress:
+                problem = problem or compress_archives(files)
+            if problem is None:
+                self.problems.pop(name, None)
+            else:
+                self.problems[name] = problem
+            return done
+        finally:
+            self._rotating.discard(name)
+
+    def _pump_rotated(self, files: LogFiles, policy: LogPolicy) -> None:
+        if policy.compress:
+            try:
+                self._archiver.submit(compress_archives, files)
+            except RuntimeError:  # closing: the next daemon compresses it with the next rotation
+                return
+
+    def _bound(self) -> None:
+        try:
+            if self.total_bytes is not None and self.folder.is_dir():
+                bound_total(self.folder, self.total_bytes)
+        except OSError:
+            pass
+        finally:
+            self._rotating.discard("*total")

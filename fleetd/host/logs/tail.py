@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fleetd.host.logs.files import LogFiles
 _BLOCK = 64 * 1024
 _LONGEST_LINE = 64 * 1024
 _LARGEST_ANSWER = 16 * 1024 * 1024
+_MOST_LOOKED_AT = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,38 +81,63 @@ def _mark_dropped(piece: bytes, dropped: int) -> bytes:
     return shorten(piece) if not dropped else shorten(piece) + f" (and {dropped} bytes more)".encode()
 
 
-def read_tail(files: LogFiles, lines: int, *, since_offset: int | None = None) -> list[Line]:
-    """Return the last `lines` lines, oldest first, from the live file and then its archives.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which lines. `begin` and `until` are offsets of the live file (None: from its archives on; up to its end).
 
-    `since_offset` limits it to what was written at or after that offset of the live file.
+    `since` is wall clock: lines with a time of their own are compared with it, archives by when they were closed.
     """
+
+    lines: int = 50
+    begin: int | None = None
+    until: int | None = None
+    since: float | None = None
+    grep: re.Pattern[str] | None = None
+
+
+def read_tail(files: LogFiles, wanted: Wanted) -> list[Line]:
+    """Return the last lines that are wanted, oldest first, from the live file and then its archives."""
     found: list[Line] = []
-    total = 0
-    for raw in _all_backwards(files, since_offset):
-        total += len(raw)
-        if len(found) >= lines or total > _LARGEST_ANSWER:
+    total, looked = 0, 0
+    for raw in _all_backwards(files, wanted):
+        looked += len(raw)
+        if len(found) >= wanted.lines or looked > _MOST_LOOKED_AT:
             break
-        found.append(parse_line(raw))
+        line = parse_line(raw)
+        if wanted.since is not None and line.at is not None and line.at < wanted.since:
+            break
+        if wanted.grep is not None and not wanted.grep.search(line.text):
+            continue
+        total += len(raw)
+        if total > _LARGEST_ANSWER:
+            break
+        found.append(line)
     found.reverse()
     return found
 
 
-def _all_backwards(files: LogFiles, since_offset: int | None) -> Iterator[bytes]:
-    start = max(files.read_state().start, since_offset or 0)
+def _all_backwards(files: LogFiles, wanted: Wanted) -> Iterator[bytes]:
+    start = max(files.read_state().start, wanted.begin or 0)
     try:
         fd = os.open(files.live, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         fd = -1
     if fd >= 0:
         try:
-            yield from _lines_backwards(fd, start, os.fstat(fd).st_size)
+            size = os.fstat(fd).st_size
+            yield from _lines_backwards(fd, start, size if wanted.until is None else min(size, wanted.until))
         except OSError:
             pass
         finally:
             os.close(fd)
-    if since_offset is not None:
+    if wanted.begin is not None:
         return
     for path in files.archives():
+        try:
+            if wanted.since is not None and path.stat().st_mtime < wanted.since:
+                return
+        except OSError:
+            continue
         yield from _archive_backwards(path)
 
 

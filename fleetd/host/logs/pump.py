@@ -1,0 +1,282 @@
+"""Capture by pipe: one thread reads what children say and writes it as JSON lines with times.
+
+The rules of this file
+- A line is `{"t": seconds since 1970, "line": "…"}`. Lines read together share a time. Bytes that are no UTF-8 are replaced.
+- The thread never waits for anything but its pipes and the disk. What a full disk refuses is dropped and counted, so that
+  the child goes on; when the disk takes lines again, one line says how many were lost.
+- Memory is bounded: 256 KiB per read, and a line is cut into pieces of 1 MiB.
+- The pump is the only writer of these files: it rotates by rename, between two lines.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import orjson
+
+from fleetd.host.logs.files import LogFiles, LogState
+from fleetd.host.logs.rotate import _LOCKS, drop_surplus, shift
+from fleetd.host.types import LogPolicy
+
+_READ = 256 * 1024
+_LONGEST_LINE = 1024 * 1024
+_PIPE_BYTES = 1024 * 1024
+_F_SETPIPE_SZ = 1031
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One run's pipe and file. Touched by the pump's thread alone, once it is added."""
+
+    fd: int
+    files: LogFiles
+    policy: LogPolicy
+    out: int = -1
+    size: int = 0
+    since: float = 0.0
+    rest: bytes = b""
+    lost: int = 0
+    open: bool = True
+
+
+class Pump:
+    """The thread and its streams. `on_rotated(files, policy)` is called in the thread after a file was put away."""
+
+    def __init__(self, on_rotated: Callable[[LogFiles, LogPolicy], None]) -> None:
+        self._on_rotated = on_rotated
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+        self._streams: set[Stream] = set()
+        self._running = True
+        self._thread = threading.Thread(target=self._run, name="fleetd-pump", daemon=True)
+        self._thread.start()
+
+    # -- called from the loop --------------------------------------------------------------------------------------
+
+    def add(self, stream: Stream) -> Future[None]:
+        """Begin to read a pipe."""
+        return self._order(lambda: self._add(stream))
+
+    def mark(self, stream: Stream, text: str) -> Future[None]:
+        """Write all that is in the pipe now, the unfinished line included, and then a line of our own."""
+        return self._order(lambda: self._mark(stream, text))
+
+    def finish(self, stream: Stream) -> Future[None]:
+        """Write what is left in the pipe and close it."""
+        return self._order(lambda: self._finish(stream))
+
+    def release(self, stream: Stream) -> Future[None]:
+        """Write what is there and let go of the pipe without closing it, for an execv."""
+        return self._order(lambda: self._release(stream))
+
+    def close(self) -> None:
+        """Finish every stream and end the thread."""
+
+        def stop() -> None:
+            for stream in list(self._streams):
+                self._finish(stream)
+            self._running = False
+
+        self._order(stop)
+        self._thread.join()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _order(self, call: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._orders.put((call, done))
+        try:
+            os.write(self._wake_write, b"x")
+        except BlockingIOError:
+            pass
+        return done
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._running:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    self._obey()
+                elif isinstance(key.data, Stream) and key.data.open:
+                    self._read(key.data)
+
+    def _obey(self) -> None:
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                call, done = self._orders.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                call()
+            except (OSError, ValueError, KeyError) as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    def _add(self, stream: Stream) -> None:
+        os.set_blocking(stream.fd, False)
+        _widen(stream.fd)
+        self._open(stream)
+        self._streams.add(stream)
+        self._selector.register(stream.fd, selectors.EVENT_READ, stream)
+
+    def _open(self, stream: Stream) -> None:
+        try:
+            stream.files.folder.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            stream.out = os.open(stream.files.live, flags, 0o640)
+            status = os.fstat(stream.out)
+            state = stream.files.read_state()
+            if state.inode != status.st_ino:
+                state = LogState(status.st_ino, 0, time.time())
+                stream.files.write_state(state, durable=False)
+            stream.size, stream.since = status.st_size - state.start, state.since
+        except OSError:
+            if stream.out >= 0:
+                stream.size, stream.since = os.fstat(stream.out).st_size, time.time()
+
+    def _read(self, stream: Stream) -> bool:
+        """Read once; False when there is nothing more now."""
+        try:
+            data = os.read(stream.fd, _READ)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._flush_rest(stream)
+            self._unregister(stream)
+            return False
+        now = time.time()
+        lines = (stream.rest + data).split(b"\n")
+        stream.rest = lines.pop()
+        while len(stream.rest) >= _LONGEST_LINE:
+            lines.append(stream.rest[:_LONGEST_LINE])
+            stream.rest = stream.rest[_LONGEST_LINE:]
+        if lines:
+            self._write(stream, lines, now)
+        return True
+
+    def _flush_rest(self, stream: Stream) -> None:
+        if stream.rest:
+            rest, stream.rest = stream.rest, b""
+            self._write(stream, [rest], time.time())
+
+    def _write(self, stream: Stream, lines: list[bytes], now: float) -> None:
+        at = round(now, 3)
+        if stream.lost:
+            lines = [f"--- {stream.lost} lines lost: the disk refused them ---".encode(), *lines]
+        text = b"".join(
+            orjson.dumps({"t": at, "line": line.decode("utf-8", "replace")}, option=orjson.OPT_APPEND_NEWLINE)
+            for line in lines
+        )
+        counted = len(lines) - (1 if stream.lost else 0)
+        if stream.out < 0:
+            self._open(stream)
+        if stream.out < 0 or not _write_whole(stream.out, text):
+            stream.lost += counted
+            return
+        stream.lost = 0
+        stream.size += len(text)
+        old = stream.policy.max_age_s is not None and now - stream.since >= stream.policy.max_age_s
+        if stream.size >= stream.policy.max_size_bytes or old:
+            self._rotate(stream)
+
+    def _rotate(self, stream: Stream) -> None:
+        files, policy = stream.files, stream.policy
+        try:
+            with _LOCKS[files.live]:
+                drop_surplus(files, policy.keep - 1)
+                if policy.keep > 0:
+                    shift(files, files.live)
+                else:
+                    files.live.unlink()
+        except OSError:
+            return
+        os.close(stream.out)
+        stream.out = -1
+        self._open(stream)
+        self._on_rotated(files, policy)
+
+    def _drain(self, stream: Stream) -> None:
+        deadline = time.monotonic() + 1.0  # a descendant that writes without end must not hold up the others
+        while stream.open and time.monotonic() < deadline and self._read(stream):
+            pass
+
+    def _mark(self, stream: Stream, text: str) -> None:
+        self._drain(stream)
+        self._flush_rest(stream)
+        self._write(stream, [text.encode()], time.time())
+
+    def _finish(self, stream: Stream) -> None:
+        self._drain(stream)
+        self._flush_rest(stream)
+        self._unregister(stream)
+        if stream.fd >= 0:
+            os.close(stream.fd)
+            stream.fd = -1
+        self._close_out(stream)
+
+    def _release(self, stream: Stream) -> None:
+        self._drain(stream)
+        self._flush_rest(stream)
+        self._unregister(stream)
+        self._close_out(stream)
+
+    def _close_out(self, stream: Stream) -> None:
+        if stream.out >= 0:
+            os.close(stream.out)
+            stream.out = -1
+        self._streams.discard(stream)
+
+    def _unregister(self, stream: Stream) -> None:
+        if stream.open:
+            stream.open = False
+            if stream in self._streams:
+                self._selector.unregister(stream.fd)
+
+
+def _write_whole(fd: int, text: bytes) -> bool:
+    """Write all of it or nothing: a torn end is taken back. False when the disk refuses."""
+    before = os.fstat(fd).st_size
+    view = memoryview(text)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        if error.errno == errno.EINTR:
+            return False
+        try:
+            os.ftruncate(fd, before)
+        except OSError:
+            pass
+        return False
+    return True
+
+
+def _widen(fd: int) -> None:
+    """Give the pipe more room, so that a busy moment of ours does not hold up the child (Linux)."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        pass

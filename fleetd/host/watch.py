@@ -1,0 +1,251 @@
+"""Noticing saved files, whatever way the editor saves them.
+
+The rules of this file
+- Folders are watched, never inodes: a rename over the file, a swapped symbolic link and a new folder are all seen.
+- What is reported is a changed *content* (configuration) or a changed name in a tree (watch.paths), after a quiet moment.
+- The kernel's word is checked by a slow look every few seconds, for file systems that say nothing (network, containers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from watchfiles import Change, awatch
+
+_SLOW_LOOK_S = 5.0
+_LARGEST = 16 * 1024 * 1024
+IGNORED = (
+    ".git",
+    "node_modules",
+    "__pycache__",
+    ".venv",
+    ".mypy_cache",
+    "*.swp",
+    "*.swx",
+    "*~",
+    ".#*",
+    "#*#",
+    "4913",
+    "*.tmp",
+)
+
+
+def folders_to_watch(files: Iterable[Path]) -> frozenset[Path]:
+    """Return the existing folders in which a change of these files shows: of each file, each link on its way, and its target."""
+    found: set[Path] = set()
+    for file in files:
+        place = file.absolute()
+        for _ in range(16):
+            for part in (place, *place.parents):
+                if part.is_symlink():
+                    found.add(_existing(part.parent))
+            found.add(_existing(place.parent))
+            if not place.is_symlink():
+                break
+            place = place.parent / place.readlink()
+        try:
+            found.add(_existing(file.resolve().parent))
+        except OSError:
+            continue
+    return frozenset(found)
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def content_mark(file: Path) -> str:
+    """Return what changes when the content does; an absent or unreadable file has a mark of its own."""
+    try:
+        with file.open("rb") as source:
+            return hashlib.sha256(source.read(_LARGEST)).hexdigest()
+    except OSError as error:
+        return f"!{type(error).__name__}"
+
+
+class FileWatch:
+    """Calls `on_change(files)` on the loop when the content of some of these files differs. `update` changes the list.
+
+    A file that vanishes is reported only when it stays away: editors and deployments remove before they write.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], on_change: Callable[[list[Path]], None], *, debounce_s: float = 0.1
+    ) -> None:
+        self._on_change, self._debounce_s = on_change, debounce_s
+        self._marks = {file: content_mark(file) for file in files}
+        self._renewed = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
+
+    def update(self, files: Iterable[Path]) -> None:
+        """Watch these files from now on; what is new counts as seen."""
+        self._marks = {file: self._marks.get(file) or content_mark(file) for file in files}
+        self._renewed.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._renewed.clear()
+            folders = folders_to_watch(self._marks)
+            await self._watch(folders)
+
+    async def _watch(self, folders: frozenset[Path]) -> None:
+        """Watch one list of folders, until the list has to be another."""
+        renewed = asyncio.ensure_future(self._renewed.wait())
+        changes = _Changes(folders, recursive=False, debounce_s=self._debounce_s)
+        try:
+            while not self._renewed.is_set():
+                waiting = asyncio.ensure_future(changes.next())
+                await asyncio.wait({waiting, renewed}, timeout=_SLOW_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
+                await self._look()
+                if folders_to_watch(self._marks) != folders:
+                    return
+        finally:
+            renewed.cancel()
+            await changes.close()
+
+    async def _look(self) -> None:
+        changed = [file for file, mark in self._marks.items() if content_mark(file) != mark]
+        if not changed:
+            return
+        await asyncio.sleep(self._debounce_s)
+        now = {file: content_mark(file) for file in changed}
+        if any(mark.startswith("!") for mark in now.values()):  # half way through a save, or really gone
+            await asyncio.sleep(max(0.25, 2 * self._debounce_s))
+            now = {file: content_mark(file) for file in changed}
+        differing = [file for file, mark in now.items() if file in self._marks and self._marks[file] != mark]
+        for file in differing:
+            self._marks[file] = now[file]
+        if differing:
+            self._on_change(differing)
+
+
+class TreeWatch:
+    """Calls `on_change(paths)` on the loop after changes in these files and folders have been quiet for `debounce_s`.
+
+    Paths that do not exist yet are waited for. `ignore` holds glob patterns, matched on names and on relative paths.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        on_change: Callable[[list[Path]], None],
+        *,
+        ignore: Sequence[str] = (),
+        debounce_s: float = 0.5,
+    ) -> None:
+        self._paths = [path.absolute() for path in paths]
+        self._ignore = (*IGNORED, *ignore)
+        self._on_change, self._debounce_s = on_change, debounce_s
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="tree-watch")
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def ignored(self, path: Path) -> bool:
+        """Say whether a change of this path means nothing."""
+        for root in self._paths:
+            if path == root:
+                return False
+            if path.is_relative_to(root):
+                relative = path.relative_to(root)
+                names = (*relative.parts, str(relative))
+                return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in self._ignore)
+        return True
+
+    async def _run(self) -> None:
+        while True:
+            present = {path: path.exists() for path in self._paths}
+            trees = frozenset(path for path, there in present.items() if there and path.is_dir())
+            beside = frozenset(_existing(path.parent) for path in self._paths if path not in trees)
+            if await self._watch(trees, beside, present):
+                self._on_change([path for path in self._paths if path.exists() != present[path]])
+
+    async def _watch(self, trees: frozenset[Path], beside: frozenset[Path], present: dict[Path, bool]) -> bool:
+        """Report changes until a watched path comes or goes; True then."""
+        sources = [_Changes(trees, recursive=True, debounce_s=self._debounce_s)] if trees else []
+        sources += [_Changes(beside, recursive=False, debounce_s=self._debounce_s)] if beside else []
+        waiting: dict[asyncio.Future[set[Path]], _Changes] = {}
+        try:
+            while True:
+                for source in sources:
+                    if source not in waiting.values():
+                        waiting[asyncio.ensure_future(source.next())] = source
+                done, _ = await asyncio.wait(waiting, timeout=_SLOW_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                changed: set[Path] = set()
+                for future in done:
+                    waiting.pop(future)
+                    changed |= future.result()
+                if any(path.exists() != there for path, there in present.items()):
+                    await asyncio.sleep(self._debounce_s)
+                    return any(path.exists() != there for path, there in present.items())
+                wanted = sorted(path for path in changed if not self.ignored(path))
+                if wanted:
+                    self._on_change(wanted)
+        finally:
+            for future in waiting:
+                future.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for source in sources:
+                await source.close()
+
+
+class _Changes:
+    """Changed paths under some folders, collected until it has been quiet for `debounce_s`."""
+
+    def __init__(self, folders: Iterable[Path], *, recursive: bool, debounce_s: float) -> None:
+        self._stop = asyncio.Event()
+        self._found: set[Path] = set()
+        self._news = asyncio.Event()
+        self._quiet_s = debounce_s
+        self._task = asyncio.get_running_loop().create_task(self._read(list(folders), recursive))
+
+    async def _read(self, folders: list[Path], recursive: bool) -> None:
+        try:
+            async for changes in awatch(
+                *folders,
+                watch_filter=_everything,
+                recursive=recursive,
+                debounce=max(20, int(self._quiet_s * 1000)),
+                step=20,
+                stop_event=self._stop,
+                ignore_permission_denied=True,
+            ):
+                self._found |= {Path(path) for _, path in changes}
+                self._news.set()
+        except (OSError, RuntimeError):  # a folder that vanished, or no watches left: the slow look remains
+            return
+
+    async def next(self) -> set[Path]:
+        """Return what has changed, once there is something and it has been quiet."""
+        await self._news.wait()
+        while True:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._quiet_s):
+                    await self._news.wait()
+            except TimeoutError:
+                break
+        found, self._found = self._found, set()
+        return found
+
+    async def close(self) -> None:
+        self._stop.set()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _everything(_change: Change, _path: str) -> bool:
+    return True
