@@ -107,9 +107,15 @@ class Assembler:
             plans=self.plans,
             ports=ports,
             sources=sources,
-            problems=tuple(self.problems),
-            warnings=tuple(self.warnings),
+            problems=self._sorted(self.problems),
+            warnings=self._sorted(self.warnings),
         )
+
+    def _sorted(self, problems: list[Problem]) -> tuple[Problem, ...]:
+        """Sort by place, each once: replicas share their mistakes."""
+        once = dict.fromkeys(problems)
+        order = self.loaded.marks.order_of
+        return tuple(sorted(once, key=lambda one: (order(one.file), one.line, one.column, one.path)))
 
     def _paths(self) -> FleetPaths:
         paths = self.config.paths
@@ -263,8 +269,8 @@ class Assembler:
             args=tuple(substitute(word, places) for word in keys.args),
             env=env,
             config_dir=self.loaded.folder_of((*entry.path, "options") if entry.engine_keys else entry.path),
-            device=device,
-            device_uuid=uuid,
+            device=device if entry.engine_keys is not None else None,  # a service sees every card
+            device_uuid=uuid if entry.engine_keys is not None else None,
             device_total_bytes=spec.total_bytes if spec is not None else None,
             served_as=served_as,
             models=tuple(held_models(self.loaded, models)),

@@ -10,15 +10,13 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from fleetd.core.commands import Spawn, Stop, Sweep
 from fleetd.core.contract import ExitKind, ExitReport
-from fleetd.core.events import Adopted, Event, Exited, RequirementsChanged, SetEmpty, Spawned, SpawnFailed
+from fleetd.core.events import Adopted, Event, Exited, SetEmpty, Spawned, SpawnFailed
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Handle, Machine
 from fleetd.daemon.tasks import Tasks
@@ -85,12 +83,6 @@ class Processes:
             self._dispatch(
                 SpawnFailed(command.name, command.generation, "it is no longer in fleet.yaml", recoverable=False)
             )
-            return
-        missing = missing_paths(plan.requires)
-        if missing:
-            self._dispatch(RequirementsChanged(command.name, missing))
-            said = f"requires {', '.join(missing)}, absent now"
-            self._dispatch(SpawnFailed(command.name, command.generation, said, recoverable=True))
             return
         run = self.runs[command.name] = Run(command.name, command.generation, plan)
         run.starting = self._tasks.start(self._spawn(run), f"spawn {command.name}")
@@ -207,24 +199,6 @@ def written(plan: LaunchPlan) -> LaunchPlan:
 
     launch: Launch = plan.engine.launch(plan.context)
     return replace(plan, launch=launch, missing_program=None)
-
-
-def missing_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those of `paths` that are absent; below a mount root such as /Volumes the first folder must be a mount."""
-    return tuple(path for path in paths if not present(path))
-
-
-def present(path: str) -> bool:
-    """Return whether a required path is there. A folder of a removable volume that is only an empty mount point is not."""
-    place = Path(path)
-    try:
-        if not place.exists():
-            return False
-        if len(place.parts) == 3 and place.parts[1] in ("Volumes", "mnt", "media"):
-            return os.path.ismount(path) or place.is_symlink() or any(place.iterdir())
-    except OSError:
-        return False
-    return True
 
 
 def sentence(error: FleetError) -> str:

@@ -1,0 +1,119 @@
+"""Looking at what the fleet uses: cpu and memory of every process set, the devices, and what many-model servers hold.
+
+The rules of this file
+- One look at the process table for all sets, in a thread, every two seconds; the devices every five.
+- A sample becomes an event only where the core has use for it: a process with a memory limit, a model's own process, or a
+  change worth a number on the screen. An idle fleet stays quiet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from fleetd.core.events import Event, MemorySampled
+from fleetd.core.state import SERVING
+from fleetd.daemon.assembly import MachineDevice
+from fleetd.daemon.machine import Machine
+from fleetd.daemon.processes import Processes, Run
+from fleetd.daemon.residency import Residency
+from fleetd.host.memory import Devices, DeviceSample
+from fleetd.host.types import Usage
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+
+PERIOD_S = 2.0
+_DEVICES_EVERY = 3  # periods
+_RESIDENTS_EVERY = 3
+_WORTH_SAYING = 0.01
+
+
+class Sampling:
+    """Keeps the last samples and tells the fleet what it needs of them."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        processes: Processes,
+        residency: Residency,
+        fleet: Fleet,
+        dispatch: Callable[[Event], None],
+        devices: Devices,
+    ) -> None:
+        self._machine = machine
+        self._processes = processes
+        self._residency = residency
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._devices = devices
+        self._said: dict[str, tuple[int, int]] = {}  # process to generation and bytes
+        self.devices: dict[str, DeviceSample] = {}
+
+    async def look_at_devices(self) -> list[MachineDevice]:
+        """Sample the devices once; return what there is."""
+        samples = await asyncio.to_thread(self._devices.sample)
+        self.devices = {sample.name: sample for sample in samples}
+        return machine_devices(samples)
+
+    async def run(self) -> None:
+        """Sample for ever."""
+        turn = 0
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            turn += 1
+            await self.sample()
+            if turn % _DEVICES_EVERY == 0:
+                await self.look_at_devices()
+            if turn % _RESIDENTS_EVERY == 0:
+                await self._observe_residents()
+
+    async def sample(self) -> None:
+        """Look at every live process set once."""
+        runs = list(self._processes.live())
+        if not runs:
+            return
+        usages = await self._machine.usage_all([run.handle for run in runs])
+        now = time.monotonic()
+        for run, usage in zip(runs, usages, strict=True):
+            if not run.dead:
+                self._take(run, usage, now)
+
+    def _take(self, run: Run, usage: Usage, now: float) -> None:
+        if run.sampled_at and now > run.sampled_at:
+            used_s = max(0.0, usage.cpu_s - run.usage.cpu_s)
+            run.cpu_percent = round(100.0 * used_s / (now - run.sampled_at), 1)
+        run.usage, run.sampled_at = usage, now
+        process = self._fleet.processes.get(run.name)
+        if process is None or process.generation != run.generation:
+            return
+        generation, said = self._said.get(run.name, (0, 0))
+        limited = process.spec.memory_limit_bytes is not None
+        moved = abs(usage.rss_bytes - said) > _WORTH_SAYING * max(said, 1 << 20)
+        if limited or generation != run.generation or moved:
+            self._said[run.name] = (run.generation, usage.rss_bytes)
+            self._dispatch(MemorySampled(run.name, run.generation, usage.rss_bytes, self._on_devices(run, usage)))
+
+    def _on_devices(self, run: Run, usage: Usage) -> Mapping[str, int]:
+        """Return what a model's own process holds per device, as far as it can be seen."""
+        process = self._fleet.processes[run.name]
+        if process.spec.own_model is None:
+            return {}
+        device = run.plan.device
+        if device in ("host", "unified"):
+            return {device: usage.rss_bytes}
+        sample = self.devices.get(device)
+        held = sum(sample.pid_bytes.get(pid, 0) for pid in usage.pids) if sample is not None else 0
+        return {device: held} if held else {}
+
+    async def _observe_residents(self) -> None:
+        for name, process in list(self._fleet.processes.items()):
+            if process.spec.capabilities.many_models and process.state in SERVING:
+                await self._residency.observe(name, process.generation)
+
+
+def machine_devices(samples: list[DeviceSample]) -> list[MachineDevice]:
+    """Return the pools that the assembly may plan with."""
+    return [MachineDevice(one.name, one.kind, one.limit_bytes or one.total_bytes, one.uuid) for one in samples]

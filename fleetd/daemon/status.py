@@ -1,0 +1,242 @@
+"""The whole fleet as JSON: what `GET /v1/status` answers. Read from memory, never from the machine.
+
+The rules of this file
+- Status is advisory: nothing decides by it.
+- Times of the core are monotonic; here they become UTC.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+
+from fleetd import __version__
+from fleetd.control.wire import (
+    DaemonStatus,
+    DeviceStatus,
+    HostStatus,
+    LastExit,
+    ModelStatus,
+    ProcessStatus,
+    Status,
+    rfc3339,
+)
+from fleetd.core.state import RUNNING, Model, Process, ProcessState, Residency
+from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.processes import Processes
+from fleetd.daemon.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+
+
+@dataclass(slots=True)
+class DaemonFacts:
+    """What the daemon knows of itself, beside the fleet."""
+
+    config_path: str
+    started: float = field(default_factory=time.monotonic)
+    config_error: str | None = None
+    config_differs: bool = False
+    gateway: str | None = None
+    stopping: bool = False
+
+
+class StatusView:
+    """Renders status from the fleet, the newest assembly and the last samples."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        assembly: Callable[[], Assembly],
+        processes: Processes,
+        sampling: Sampling,
+        facts: DaemonFacts,
+    ) -> None:
+        self._fleet = fleet
+        self._assembly = assembly
+        self._processes = processes
+        self._sampling = sampling
+        self.facts = facts
+        self._me = psutil.Process()
+
+    def status(self) -> Status:
+        now = time.monotonic()
+        ready, _ = self.ready()
+        queued = self._queued()
+        return {
+            "name": self._assembly().name,
+            "ready": ready,
+            "daemon": self._daemon(now),
+            "devices": self.devices(),
+            "processes": [self.process(process, now) for process in self._in_order()],
+            "models": [self.model(model, now, queued) for model in self._models_in_order()],
+            "host": self._host(),
+        }
+
+    def ready(self) -> tuple[bool, Sequence[str]]:
+        """Return whether the fleet is what fleet.yaml asks for, and a sentence for everything that is not."""
+        reasons = []
+        for process in self._fleet.processes.values():
+            spec = process.spec
+            if spec.on_demand or not spec.enabled or process.stopped or process.removed:
+                continue
+            if process.state not in (ProcessState.READY, ProcessState.EXITED):
+                reasons.append(f"{process.name} is {process.state}: {process.reason}")
+        reasons += [
+            f"{model.name} is {model.state}" + (f": {model.failure}" if model.failure else "")
+            for model in self._fleet.models.values()
+            if model.spec.preload and model.state is not Residency.LOADED
+        ]
+        if self.facts.stopping:
+            reasons.append("the fleet is shutting down")
+        return not reasons, reasons
+
+    def _in_order(self) -> list[Process]:
+        order = {name: index for index, name in enumerate(self._assembly().spec.processes)}
+        return sorted(self._fleet.processes.values(), key=lambda process: order.get(process.name, len(order)))
+
+    def _models_in_order(self) -> list[Model]:
+        order = {name: index for index, name in enumerate(self._assembly().spec.models)}
+        return sorted(self._fleet.models.values(), key=lambda model: order.get(model.name, len(order)))
+
+    def _daemon(self, now: float) -> DaemonStatus:
+        facts = self.facts
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_s": round(now - facts.started, 3),
+            "config": facts.config_path,
+            "config_hash": self._assembly().loaded.config_hash,
+            "rss_bytes": self._me.memory_info().rss,
+            "config_error": facts.config_error,
+            "config_differs": facts.config_differs,
+            "gateway": facts.gateway,
+            "stopping": facts.stopping,
+        }
+
+    def _host(self) -> HostStatus:
+        memory = psutil.virtual_memory()
+        return {
+            "hostname": socket.gethostname(),
+            "cpus": os.cpu_count() or 1,
+            "cpu_percent": psutil.cpu_percent(None),
+            "load1": os.getloadavg()[0],
+            "memory_total_bytes": memory.total,
+            "memory_used_bytes": memory.total - memory.available,
+        }
+
+    def devices(self) -> list[DeviceStatus]:
+        ledger = self._fleet.ledger
+        return [
+            {
+                "name": name,
+                "kind": spec.kind,
+                "total_bytes": spec.total_bytes,
+                "budget_bytes": spec.budget_bytes,
+                "reserved_bytes": ledger.reserved_bytes(name),
+                "used_bytes": sample.used_bytes if (sample := self._sampling.devices.get(name)) is not None else None,
+                "utilization": sample.utilization if sample is not None else None,
+                "temperature_c": sample.temperature_c if sample is not None else None,
+            }
+            for name, spec in self._assembly().spec.devices.items()
+        ]
+
+    def process(self, process: Process, now: float) -> ProcessStatus:
+        spec = process.spec
+        run = self._processes.run_of(process.name, process.generation)
+        running = process.state in RUNNING and process.spawned
+        placements = list(self._fleet.facts.placements_on(process.name))
+        status: ProcessStatus = {
+            "name": process.name,
+            "kind": str(spec.kind),
+            "engine": spec.engine,
+            "state": str(process.state),
+            "desired": "up" if self._fleet.supervision.wanted(process) else "down",
+            "reason": process.reason,
+            "pid": process.pid if running else None,
+            "generation": process.generation,
+            "port": spec.port,
+            "restarts": process.restarts,
+            "uptime_s": round(now - process.started_s, 3) if running else None,
+            "cpu_percent": run.cpu_percent if running and run is not None else None,
+            "rss_bytes": run.usage.rss_bytes if running and run is not None and run.sampled_at else None,
+            "next_start_s": round(max(0.0, process.next_start_s - now), 3)
+            if process.state is ProcessState.BACKOFF and process.next_start_s is not None
+            else None,
+            "last_exit": last_exit(process, now),
+            "base": spec.base,
+            "device_bytes": self._held_bytes([placement.key for placement in placements]),
+            "in_flight": sum(placement.in_flight for placement in placements),
+            "draining": process.drained,
+        }
+        return status
+
+    def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for key in keys:
+            for device, size in self._fleet.ledger.reservations.get(key, {}).items():
+                total[device] = total.get(device, 0) + size
+        return total
+
+    def _queued(self) -> Mapping[str, int]:
+        return {model.name: model.waiting for model in self._fleet.models.values()}
+
+    def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
+        spec = model.spec
+        plans = self._assembly().plans
+        plan = plans.get(spec.holders[0]) if spec.holders else None
+        context = plan.context.options if plan is not None else None
+        return {
+            "name": model.name,
+            "state": "ROUTE" if spec.routes else str(model.state),
+            "engine": plan.engine_name if plan is not None else None,
+            "instances": [
+                name for name, placement in model.placements.items() if placement.state is not Residency.UNLOADING
+            ],
+            "device_bytes": self._held_bytes([placement.key for placement in model.placements.values()]),
+            "footprint": None if spec.routes else str(model.footprint.source),
+            "pinned": model.pinned,
+            "priority": spec.priority,
+            "in_flight": model.in_flight,
+            "queued": queued.get(model.name, 0),
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "last_used": wall(model.last_used_s, now),
+            "ttl_left_s": self._ttl_left(model, now),
+            "load_s": round(model.load_s, 4) if model.load_s is not None else None,
+            "ttl_s": spec.ttl_s,
+            "context_length": getattr(context, "context_length", None) or getattr(context, "max_model_len", None),
+            "reason": model.failure
+            or next((placement.reason for placement in model.placements.values()), "not in memory"),
+            "aliases": list(spec.aliases),
+            "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
+        }
+
+    def _ttl_left(self, model: Model, now: float) -> float | None:
+        ends = [
+            deadline
+            for placement in model.placements.values()
+            if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
+        ]
+        return round(max(0.0, min(ends) - now), 1) if ends else None
+
+
+def wall(moment_s: float | None, now: float) -> str | None:
+    """Return a monotonic moment as UTC."""
+    return rfc3339(time.time() - (now - moment_s)) if moment_s else None
+
+
+def last_exit(process: Process, now: float) -> LastExit | None:
+    """Return how the process ended last."""
+    report = process.last_exit
+    if report is None:
+        return None
+    at = wall(process.last_exit_s, now) or rfc3339(time.time())
+    return {"code": report.code, "signal": report.signal, "oom": report.oom, "at": at, "reason": report.reason}
