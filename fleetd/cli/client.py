@@ -8,6 +8,7 @@ The rules of this file
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -146,7 +147,8 @@ class Client:
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
-            http_connection.request(method, target_, raw, headers)
+            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the answer says why
+                http_connection.request(method, target_, raw, headers)
             response = http_connection.getresponse()
             content = _read_all(response, connection, time.monotonic() + limit_s)
         except TimeoutError:

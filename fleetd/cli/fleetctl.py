@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -24,11 +25,24 @@ from fleetd.cli.session import FORMS, Session
 PROGRAM = "fleetctl"
 
 
+class _ReaderLeft(Exception):
+    """Who read standard output has gone, as `head` does."""
+
+
 class _Verbs(click.Group):
     """Lists verbs in the order in which they are added, and knows the nearest name to a mistyped one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
         return list(self.commands)  # not sorted: what is used most comes first
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. A reader that left is told apart here: click would make it exit code 1."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise _ReaderLeft from None
+        return result
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -68,8 +82,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Carry out one command line and return its exit code."""
     try:
         code = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
+    except (_ReaderLeft, BrokenPipeError):
         close_stdout()
         return EXIT_OK
     except click.exceptions.Abort:

@@ -16,10 +16,11 @@ LABEL = "org.fleetd.fleetd"
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is installed: programs by absolute path, the configuration, and who runs it (None: the caller's own session)."""
+    """What is installed: the words that start each program, the configuration, and who runs it (None: the caller's own
+    session)."""
 
-    fleetd: str
-    fleetctl: str
+    fleetd: tuple[str, ...]
+    fleetctl: tuple[str, ...]
     config: str
     path: str
     user: str | None
@@ -42,8 +43,8 @@ def native_platform() -> str:
 def systemd(service: Service) -> ServiceFile:
     """Return the unit: in the user's own folder, or, with `user`, a system unit that runs as that user."""
     text = Template((TEMPLATES / "fleetd.service").read_text("utf-8")).substitute(
-        fleetd=_unit_word(service.fleetd),
-        fleetctl=_unit_word(service.fleetctl),
+        fleetd=" ".join(map(_unit_word, service.fleetd)),
+        fleetctl=" ".join(map(_unit_word, service.fleetctl)),
         config=_unit_word(service.config),
         path=_unit_word(f"PATH={service.path}"),
         identity=f"User={service.user}\n" if service.user else "",
@@ -71,7 +72,7 @@ def launchd(service: Service) -> ServiceFile:
     log = service.home / ("Library/Logs/fleetd.log" if sys.platform == "darwin" else ".local/state/fleetd/fleetd.log")
     identity = f"  <key>UserName</key><string>{escape(service.user)}</string>\n" if service.user else ""
     text = Template((TEMPLATES / "fleetd.plist").read_text("utf-8")).substitute(
-        fleetd=escape(service.fleetd),
+        fleetd="".join(f"<string>{escape(word)}</string>" for word in service.fleetd),
         config=escape(service.config),
         path=escape(service.path),
         log=escape(str(log)),

@@ -53,8 +53,8 @@ def install_service(
     """Start fleetd at boot: a systemd unit or launchd service."""
     user = None if own else run_as or os.environ.get("SUDO_USER") or _current_user()
     service = service_files.Service(
-        fleetd=_program("fleetd"),
-        fleetctl=_program("fleetctl"),
+        fleetd=_program("fleetd", "fleetd"),
+        fleetctl=_program("fleetctl", "fleetd.cli.fleetctl"),
         config=str(_config(config)),
         path=os.environ.get("PATH", os.defpath),
         user=user,
@@ -101,15 +101,13 @@ def _home_of(user: str | None) -> Path:
         raise CliError(f"there is no user {user!r}", EXIT_USAGE) from None
 
 
-def _program(name: str) -> str:
-    """Return the absolute path of a console script: the one beside this Python first."""
+def _program(name: str, module: str) -> tuple[str, ...]:
+    """Return the words that start a console script: the one beside this Python, one on PATH, or this Python itself."""
     beside = Path(sys.executable).parent / name
     if beside.is_file():
-        return str(beside)
+        return (str(beside),)
     found = shutil.which(name)
-    if found is None:
-        raise CliError(f"the program {name} is not on PATH", EXIT_FAILED, "install fleetd first: pipx install fleetd")
-    return str(Path(found).absolute())
+    return (str(Path(found).absolute()),) if found else (sys.executable, "-m", module)
 
 
 def _config(given: str | None) -> Path:
