@@ -210,6 +210,9 @@ class LlamaCpp(OpenAI):
             exchange.send(200, {"total_slots": self.args.slots or 1, "model_alias": self.args.model})
         elif exchange.path == "/slots":
             busy = stats["in_flight"]
+            if "fail_on_no_slot" in exchange.query and self.args.slots and busy >= self.args.slots:
+                self.error(exchange, 503, "no slot available", "unavailable_error")
+                return True
             exchange.send(200, [{"id": i, "is_processing": i < busy} for i in range(self.args.slots or 1)])
         elif exchange.path == "/metrics":
             lines = (
