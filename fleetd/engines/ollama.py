@@ -39,7 +39,7 @@ from fleetd.engines.ollama_env import RUNNER_PORTS_FROM, SCRUBBED, TYPED, env_pr
 from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.errors import EngineError
 from fleetd.models import store
-from fleetd.models.footprint import Serving
+from fleetd.models.footprint import PROCESS_BYTES, Serving
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -117,7 +117,7 @@ class Ollama:
         options = _options(context)
         problems = env_problems(_rendered(context), context.env)
         if context.args:
-            problems.append(OptionProblem((), "`ollama serve` takes no arguments: `args` must be empty"))
+            problems.append(OptionProblem(("args",), "`ollama serve` takes no arguments"))
         if options.kv_cache_type not in (None, "f32", "f16", "bf16"):
             if options.flash_attention is False:
                 problems.append(
@@ -253,9 +253,12 @@ _EXITS = (
 
 
 def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
-    """Split one entry of /api/ps: `size_vram` lies on the server's own device, named "gpu" here, the rest on "host"."""
+    """Split one entry of /api/ps: `size_vram` lies on the server's own device, named "gpu" here, the rest on "host".
+
+    The runner's own process, which Ollama leaves out, is added to the host's part.
+    """
     size, vram = _count(entry.get("size")), _count(entry.get("size_vram"))
-    parts = {"gpu": min(size, vram), "host": max(0, size - vram)}
+    parts = {"gpu": min(size, vram), "host": max(0, size - vram) + PROCESS_BYTES}
     return {name: count for name, count in parts.items() if count}
 
 

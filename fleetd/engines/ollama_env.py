@@ -136,13 +136,13 @@ def env_problems(rendered: Mapping[str, tuple[str, str]], env: Mapping[str, str]
         if key in rendered:
             option = rendered[key][1]
             where = option if option in ("port", "device") else f"options.{option}"
-            problems.append(OptionProblem((), f"env.{key}: {where} sets {key} already; state it there only"))
+            problems.append(OptionProblem(("env", key), f"{where} sets it already; state it there only"))
         elif key in SCRUBBED:
             problems.append(
-                OptionProblem((), f"env.{key}: Ollama reaches its runners without it, so every load would fail")
+                OptionProblem(("env", key), "Ollama reaches its runners without it, so every load would fail")
             )
         elif key in REMOVED:
-            problems.append(OptionProblem((), f"env.{key}: has no effect, Ollama no longer reads it", warning=True))
+            problems.append(OptionProblem(("env", key), "has no effect, Ollama no longer reads it", warning=True))
         elif key.startswith("OLLAMA_"):
             problems.extend(_value_problems(key, value))
     return problems
@@ -151,9 +151,9 @@ def env_problems(rendered: Mapping[str, tuple[str, str]], env: Mapping[str, str]
 def _value_problems(key: str, value: str) -> list[OptionProblem]:
     text = value.strip().strip("\"'")
     if key in _BOOLEANS and text and text not in GO_BOOLEANS:
-        return [OptionProblem((), f"env.{key}: {value!r} is neither true nor false; Ollama would take it as true")]
+        return [OptionProblem(("env", key), f"{value!r} is neither true nor false; Ollama would take it as true")]
     if key in _NUMBERS and text and not text.isdecimal():
-        return [OptionProblem((), f"env.{key}: {value!r} is not a whole number; Ollama would take its default")]
+        return [OptionProblem(("env", key), f"{value!r} is not a whole number; Ollama would take its default")]
     if key in _DURATIONS and text and not _GO_DURATION.fullmatch(text):
         message = (
             f"env.{key}: {value!r} is no duration that Ollama reads (5m, 1h30m, or seconds); it would take its default"
@@ -163,5 +163,5 @@ def _value_problems(key: str, value: str) -> list[OptionProblem]:
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return [OptionProblem((), f"env.{key}: Ollama has no variable of this name{hint}", warning=True)]
+        return [OptionProblem(("env", key), f"Ollama has no variable of this name{hint}", warning=True)]
     return []

@@ -217,7 +217,6 @@ class Library:
         try:
             if link.is_symlink() and link.readlink() == path:
                 return digest
-            link.parent.mkdir(exist_ok=True)
             fresh = link.with_name(link.name + f".{os.getpid()}")
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(path)
