@@ -304,8 +304,10 @@ class _Reader:
         return name, dims, self.number("I", 4), self.number("Q", 8)
 
     def tensors(self, rows: list[tuple[str, tuple[int, ...], int, int]], data: int) -> tuple[Tensor, ...]:
+        if not rows:  # a vocabulary alone
+            return ()
         room = self.size - data
-        if room < 0 and rows:
+        if room < 0:
             raise self.wrong(f"it ends after {self.size} bytes, before its tensors")
         starts = sorted({offset for *_, offset in rows})
         following = dict(zip(starts, [*starts[1:], room], strict=True))
