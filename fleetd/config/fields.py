@@ -31,7 +31,7 @@ from fleetd.units import (
 Schema = dict[str, Any]
 _INT_TEXT = re.compile(r"[-+]?[0-9]{1,18}\Z")
 _ENV_NAME = re.compile(r"[^=\x00\s]{1,200}\Z")
-DURATION_PATTERN = r"^(0|(\d+(\.\d+)?d)?(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?(\d+(\.\d+)?ms)?|.*\$\{.+)$"
+DURATION_PATTERN = r"^(0|(?=\d)(\d+(\.\d+)?d)?(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?(\d+(\.\d+)?ms)?|.*\$\{.+)$"
 SIZE_PATTERN = r"^(\d+|\d+(\.\d+)?\s*(B|[KMGT]i?B|[KMGT]i)|.*\$\{.+)$"
 PERCENT_PATTERN = r"^\d{1,3}(\.\d+)?\s*%$"
 VARIABLE_PATTERN = r"\$\{.+"

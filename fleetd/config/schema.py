@@ -7,7 +7,7 @@ The rules of this file
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -42,6 +42,9 @@ class Version(Whole):
         if value != 1 or isinstance(value, bool):
             raise ValueError(f"must be 1, the only version there is, not {shown(value)}")
         return 1
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"const": 1}
 
 
 class PathsKeys(Block):

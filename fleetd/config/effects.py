@@ -1,0 +1,64 @@
+"""What a change of each key costs: the one table of field classes.
+
+The rules of this file
+- hot: acts on the running process. restart: the process is started again. reload: a held model is loaded again.
+  scale: replicas are added or removed. daemon: acts when fleetd itself is started again.
+- The longest entry that begins a path decides. Every key of the schema has an entry; a test walks the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Effect(StrEnum):
+    HOT = "hot"
+    RELOAD = "reload"
+    SCALE = "scale"
+    RESTART = "restart"
+    DAEMON = "daemon"
+
+
+_HOT, _RELOAD, _SCALE, _RESTART, _DAEMON = Effect.HOT, Effect.RELOAD, Effect.SCALE, Effect.RESTART, Effect.DAEMON
+
+_PROCESS: dict[str, Effect] = {
+    "command": _RESTART, "args": _RESTART, "env": _RESTART, "env_file": _RESTART, "cwd": _RESTART, "user": _RESTART,
+    "umask": _RESTART, "port": _RESTART, "replicas": _SCALE, "depends_on": _HOT, "requires": _HOT, "restart": _HOT,
+    "stop": _HOT, "probes": _HOT, "logs": _HOT, "logs.capture": _RESTART, "limits.memory": _HOT, "limits.nofile": _RESTART,
+    "limits.nice": _RESTART, "limits.cpu": _RESTART, "schedule": _HOT, "watch": _HOT, "max_age": _HOT, "hooks": _HOT,
+    "enabled": _HOT,
+}  # fmt: skip
+_ENGINE: dict[str, Effect] = {
+    "engine": _RESTART, "device": _RESTART, "options": _RESTART, "runtime": _RESTART, "external": _RESTART, "start": _HOT,
+}  # fmt: skip
+_MODEL: dict[str, Effect] = {
+    "memory": _HOT, "preload": _HOT, "pin": _HOT, "priority": _HOT, "ttl": _HOT, "min_resident": _HOT, "concurrency": _HOT,
+    "queue": _HOT, "load_timeout": _HOT, "request": _HOT, "fallback": _HOT, "aliases": _HOT,
+}  # fmt: skip
+_HELD: dict[str, Effect] = {
+    "instance": _RELOAD, "served_as": _RELOAD, "from": _RELOAD, "quantize": _RELOAD, "modelfile": _RELOAD,
+    "embedding": _RELOAD, "options": _RELOAD,
+}  # fmt: skip
+
+EFFECTS: Mapping[str, Mapping[str, Effect]] = {
+    "service": _PROCESS,
+    "instance": {**_PROCESS, **_ENGINE},
+    "held model": {**_MODEL, **_HELD},
+    "engine model": {**_PROCESS, **_ENGINE, **_MODEL, "served_as": _RESTART},
+    "route": {"route": _HOT, "aliases": _HOT, "fallback": _HOT},
+    "fleet": {
+        "version": _HOT, "name": _HOT, "include": _HOT, "paths": _DAEMON, "gateway": _HOT, "gateway.listen": _DAEMON,
+        "gateway.tls": _DAEMON, "gateway.keys_file": _HOT, "admin": _DAEMON, "devices": _HOT, "watch": _HOT, "defaults": _HOT,
+    },
+}  # fmt: skip
+
+
+def effect_of(kind: str, path: tuple[str, ...]) -> Effect:
+    """Return the effect of a change at a path below an entry of a kind. Raises KeyError for a path that nobody classed."""
+    table = EFFECTS[kind]
+    for length in range(len(path), 0, -1):
+        found = table.get(".".join(path[:length]))
+        if found is not None:
+            return found
+    raise KeyError(f"no effect is given for {kind}: {'.'.join(path)}")
