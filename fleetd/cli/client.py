@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump holds a whole journal
+TARGET_MAX = 8000  # a server takes a line of 8190 bytes
 LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
@@ -61,6 +62,7 @@ class Refused(CliError):
         message = str(found.get("message") or f"the daemon answered {status}")
         exits = {
             "unknown_name": EXIT_UNKNOWN,
+            "unknown_route": EXIT_UNKNOWN,  # a name such as `..`, which is no path
             "model_not_found": EXIT_UNKNOWN,
             "invalid_config": EXIT_USAGE,
             "invalid_request": EXIT_USAGE,
@@ -206,9 +208,12 @@ def target(path: str, query: Mapping[str, Any] | None = None) -> str:
         for key, value in (query or {}).items()
         if value is not None
     }
-    return quote(path, safe="/:,", errors="surrogateescape") + (
-        "?" + urlencode(pairs, errors="surrogateescape") if pairs else ""
-    )
+    found = quote(path, safe="/:,", errors="surrogateescape")
+    if pairs:
+        found += "?" + urlencode(pairs, errors="surrogateescape")
+    if len(found) > TARGET_MAX:
+        raise CliError("the names are too long, or too many", EXIT_UNKNOWN)
+    return found
 
 
 def _not_fleetd(path: Path) -> Unreachable:

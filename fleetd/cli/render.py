@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, DIM, BOLD = "31", "32", "33", "34", "35", "36", "2", "1"
+SHRUNK = 16  # columns that a name keeps while another column can go instead
 PREFIX_COLOURS = (CYAN, YELLOW, GREEN, MAGENTA, BLUE, RED)
 STATE_COLOURS = {
     "READY": GREEN,
@@ -200,7 +201,7 @@ def _fit(screen: Screen, columns: Sequence[Column], widths: list[int]) -> list[i
         return sum(widths[index] for index in shown) + 2 * (len(shown) - 1) - (screen.columns or 0)
 
     def spare(index: int) -> int:
-        return max(0, widths[index] - 8) if columns[index].shrink else 0
+        return max(0, widths[index] - SHRUNK) if columns[index].shrink else 0
 
     while excess() > sum(spare(index) for index in shown):
         removable = [index for index in shown if columns[index].keep]

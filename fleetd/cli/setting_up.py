@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from fleetd.cli import service_files
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.session import Session, forms, say
 
@@ -51,6 +50,8 @@ def install_service(
     session: Session, own: bool, only_print: bool, config: str | None, run_as: str | None, platform: str | None
 ) -> int:
     """Start fleetd at boot: a systemd unit or launchd service."""
+    from fleetd.cli import service_files
+
     user = None if own else run_as or os.environ.get("SUDO_USER") or _current_user()
     service = service_files.Service(
         fleetd=_program("fleetd", "fleetd"),

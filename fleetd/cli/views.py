@@ -406,7 +406,9 @@ def plan(screen: Screen, document: Row) -> None:
 def _value(value: object) -> str:
     import json
 
-    return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "(absent)"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def explanation(screen: Screen, document: Row) -> None:

@@ -190,12 +190,12 @@ class ModelDetail(TypedDict):
 
 
 class KeyChange(TypedDict):
-    """One changed key. `before`/`after` are normalised and redacted; null where it was or becomes absent."""
+    """One changed key. `before`/`after` are fit to be shown: redacted, short texts; null where it is absent."""
 
     path: str
     before: Any
     after: Any
-    effect: str  # hot | restart
+    effect: str  # hot | reload | scale | restart | daemon
 
 
 class Change(TypedDict):

@@ -194,7 +194,7 @@ def test_diff_codes(fleet: Path, files: Path) -> None:
     changed = on(fleet, "diff", str(files / "other.yaml"))
     assert changed.code == 1
     assert "+ service new (start)" in changed.out
-    assert 'services.web.env.A: "1" → "2" (restart)' in changed.out
+    assert "services.web.env.A: 1 → 2 (restart)" in changed.out
     assert "− instance old (stop)" in changed.out
     bad = on(fleet, "diff", str(files / "bad.yaml"))
     assert (bad.code, bad.out) == (2, "")
@@ -255,3 +255,16 @@ def test_shutdown_waits_for_the_lock(short: Path) -> None:
 
 def test_reexec_that_does_not_happen_is_a_timeout(fleet: Path) -> None:
     assert on(fleet, "daemon-reexec", "--timeout", "300ms").code == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../web", "/", "a/b", "?x", "%2e", "#", "\n", "x" * 20_000, "日本", "\x1b[31m", "[", "we[b"]
+)
+@pytest.mark.parametrize(
+    "verb", [["status"], ["story"], ["explain"], ["start"], ["load"], ["logs"]], ids=lambda value: value[0]
+)
+def test_odd_names_are_unknown_names(fleet: Path, verb: list[str], name: str) -> None:
+    ran = on(fleet, *verb, name)
+    assert (ran.code, ran.out) == (4, ""), ran
+    assert len(ran.err.splitlines()) <= 2
+    assert "\x1b" not in ran.err

@@ -1,0 +1,56 @@
+"""`fleetctl` starts fast: it imports little, and `status` is there before a person notices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import FLEETCTL, environment
+
+HEAVY = (
+    "aiohttp",
+    "asyncio",
+    "pydantic",
+    "rich",
+    "structlog",
+    "uvloop",
+    "orjson",
+    "yaml",
+    "fleetd.config",
+    "fleetd.core",
+)
+BUDGET_S = 0.150
+
+
+def test_nothing_heavy_is_imported(fleet: Path) -> None:
+    script = (
+        "import sys; from fleetd.cli.fleetctl import run; code = run(['status']);"
+        f"found = [name for name in {HEAVY!r} if name in sys.modules];"
+        "print(found, file=sys.stderr); raise SystemExit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=environment(FLEETD_SOCKET=str(fleet)), check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"[]\n")
+
+
+def processor_s(command: list[str], fleet: Path) -> float:
+    """Return the least processor time of several runs: it is not stretched by what else the machine does."""
+    took = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(command, stdout=subprocess.DEVNULL, env=environment(FLEETD_SOCKET=str(fleet)), check=True)
+        after = os.times()
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(took)
+
+
+@pytest.mark.parametrize("verb", ["status", "ps"])
+def test_within_the_budget(fleet: Path, verb: str) -> None:
+    """150 ms on a quiet machine, where a bare interpreter takes 20; a slower or busier one gets as much more."""
+    bare = processor_s([sys.executable, "-c", "pass"], fleet)
+    assert processor_s([*FLEETCTL, verb], fleet) < BUDGET_S * max(1.0, bare / 0.020)
