@@ -155,10 +155,8 @@ def _value_problems(key: str, value: str) -> list[OptionProblem]:
     if key in _NUMBERS and text and not text.isdecimal():
         return [OptionProblem(("env", key), f"{value!r} is not a whole number; Ollama would take its default")]
     if key in _DURATIONS and text and not _GO_DURATION.fullmatch(text):
-        message = (
-            f"env.{key}: {value!r} is no duration that Ollama reads (5m, 1h30m, or seconds); it would take its default"
-        )
-        return [OptionProblem((), message)]
+        message = f"{value!r} is no duration that Ollama reads (5m, 1h30m, or seconds); it would take its default"
+        return [OptionProblem(("env", key), message)]
     known = [*TYPED.values(), *UNTYPED, "OLLAMA_MODELS"]
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
