@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fleetd.core.commands import Grant, ReadAhead
-from fleetd.core.events import RequestArrived, RequestFinished
+from fleetd.core.events import LoadAsked, RequestArrived, RequestFinished
 from fleetd.core.facts import Facts, Waiting
+from fleetd.core.holders import holder
 from fleetd.core.line import Line
 from fleetd.core.planner import Evict, Fits, Never, Wait, demand_at, plan
 from fleetd.core.residency import Residencies
@@ -22,13 +23,14 @@ from fleetd.core.router import resolve, serving
 from fleetd.core.state import Model, Placement, Residency
 
 _RETRY_AFTER_S = 2.0
+_NAME_SHOWN = 200
 
 
 class Admission:
     def __init__(self, facts: Facts, residencies: Residencies) -> None:
         self.facts = facts
         self.residencies = residencies
-        self.line = Line(facts, residencies)
+        self.line = Line(facts)
 
     # -- the warm path: one dictionary look-up away from its answer ---------------------------------------------------------
 
@@ -71,29 +73,28 @@ class Admission:
         if facts.shutting_down:
             self.line.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif model is None:
+            said = event.model if len(event.model) <= _NAME_SHOWN else event.model[:_NAME_SHOWN] + "..."
+            self.line.reject(event.request_id, "model_not_found", f"the model {said!r} does not exist in this fleet")
+        else:
+            patience_s, priority = self.line.deadline(model, now), model.spec.priority
+            waiting = Waiting(event.request_id, model.name, now, patience_s, priority, event.avoid, fallback)
+            placement = None if model.waiting else serving(facts, model, event.avoid, facts.closed)
+            if placement is None:
+                self.line.enter(waiting, now)
+            else:
+                self._grant(waiting, model, placement, now)
+
+    def wish(self, event: LoadAsked, now: float) -> None:
+        """An operator wants a model in memory: a place in the line that needs no grant."""
+        model, _ = resolve(self.facts, event.model, now)
+        if model is None:
             self.line.reject(
                 event.request_id, "model_not_found", f"the model {event.model!r} does not exist in this fleet"
             )
-        else:
-            waiting = Waiting(
-                event.request_id,
-                model.name,
-                now,
-                self.line.deadline(model, now),
-                model.spec.priority,
-                event.avoid,
-                fallback,
-            )
-            self.line.enter(waiting, now)
-
-    def wish(self, request_id: int, model: Model, now: float) -> None:
-        """An operator wants a model in memory: a place in the line that needs no grant."""
-        if model.failure:
-            model.failure, model.failure_final, model.retry_s = None, False, now
-        self.line.enter(
-            Waiting(request_id, model.name, now, now + model.spec.load_timeout_s, model.spec.priority, client=False),
-            now,
-        )
+            return
+        model.failure, model.failure_final, model.retry_s = None, False, now
+        until = now + model.spec.load_timeout_s
+        self.line.enter(Waiting(event.request_id, model.name, now, until, model.spec.priority, client=False), now)
 
     def _order(self, now: float) -> list[Waiting]:
         bound = self.facts.spec.queue.max_wait_s
@@ -105,7 +106,7 @@ class Admission:
 
     def reconcile(self, now: float) -> None:
         """Serve the line as far as it goes."""
-        self.facts.closed = set()
+        self.facts.closed, self.facts.held = set(), set()
         if not self.facts.queue:
             return
         for waiting in list(self.facts.queue.values()):
@@ -115,11 +116,10 @@ class Admission:
         for waiting in line:
             if waiting.request_id in self.facts.queue:
                 self._serve_warm(waiting, closed, now)
-        held: set[str] = set()
         awaited: set[tuple[str, str]] = set()
         for waiting in line:
             if waiting.request_id in self.facts.queue:
-                self._bring(waiting, held, awaited, now)
+                self._bring(waiting, self.facts.held, awaited, now)
 
     # -- from memory ----------------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Admission:
             if model.placements:
                 awaited.update(placement.key for placement in model.placements.values())
                 continue
-            process = self.residencies.holder(model, waiting.avoid)
+            process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
             if process is None:
                 continue
             verdict = plan(
@@ -159,20 +159,15 @@ class Admission:
         if placement is None:
             return
         self.line.leave(waiting.request_id)
+        self._grant(waiting, model, placement, now)
+
+    def _grant(self, waiting: Waiting, model: Model, placement: Placement, now: float) -> None:
         self._count(model, placement, now)
         self.facts.granted[waiting.request_id] = (placement, now)
         load_s = 0.0 if waiting.load_began_s is None else now - max(waiting.load_began_s, waiting.arrived_s)
-        self.facts.emit(
-            Grant(
-                waiting.request_id,
-                model.name,
-                placement.process,
-                placement.generation,
-                now - waiting.arrived_s,
-                load_s,
-                waiting.why,
-            )
-        )
+        wait_s = now - waiting.arrived_s
+        where = (placement.process, placement.generation)
+        self.facts.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.why))
 
     # -- from disk --------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +180,7 @@ class Admission:
             waiting.load_began_s = waiting.load_began_s or coming[0].order_s
             waiting.why = f"{model.name} is loading on {coming[0].process}"
             return
-        process = self.residencies.holder(model, waiting.avoid) or self.residencies.holder(model)
+        process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
         if process is None:
             waiting.why = f"every server that may hold {model.name} is busy or not ready"
             return
@@ -198,7 +193,7 @@ class Admission:
         if isinstance(verdict, Fits):
             waiting.load_began_s = now
             waiting.why = f"{model.name} is loading on {process.name}"
-            self.residencies.start(model, process, now, f"wanted by request {waiting.request_id}")
+            self.residencies.start(model, process, now, f"wanted by request {waiting.request_id}", for_line=True)
         elif isinstance(verdict, Never):
             if not spread:
                 self.line.out(
@@ -218,7 +213,7 @@ class Admission:
             names = ", ".join(victim.model for victim in verdict.victims)
             waiting.why = f"waiting for {names} to be unloaded"
             for victim in verdict.victims:
-                self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True)
+                self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True, returns=True)
         else:
             waiting.why = verdict.reason
         if first and waiting.load_began_s is None:

@@ -13,8 +13,11 @@ from fleetd.core.events import Adopted, SpecChanged
 from fleetd.core.facts import Facts
 from fleetd.core.measuring import learn
 from fleetd.core.residency import Residencies
+from fleetd.core.retention import due, stays
 from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
+
+OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
 
 
 class Change:
@@ -32,6 +35,7 @@ class Change:
             if name not in event.spec.processes:
                 process.removed = True
                 facts.wake(name)
+        before = {name: process.spec for name, process in facts.processes.items()}
         for spec in event.spec.processes.values():
             self._process(spec, event.remembered.get(spec.name), now)
             if spec.name in event.missing:
@@ -39,8 +43,16 @@ class Change:
         facts.names = {
             alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
         }
+        hosted: dict[str, list[str]] = {}
         for model in event.spec.models.values():
             self._model(model, now)
+            for holder in model.holders:
+                hosted.setdefault(holder, []).append(model.name)
+        facts.hosted = {name: tuple(models) for name, models in hosted.items()}
+        for spec in event.spec.processes.values():
+            own = facts.models.get(spec.own_model or "")
+            if own is not None and not own.placements and not spec.on_demand and _was_on_demand(before.get(spec.name)):
+                due(facts, own)
         for adopted in event.adopted:
             self._adopt(adopted, now)
 
@@ -48,10 +60,11 @@ class Change:
         process = self.facts.processes.get(spec.name)
         if process is None:
             process = self.facts.processes[spec.name] = Process(spec, since_s=now)
-            if remembered is not None:
-                self._remember(process, remembered)
+            process.generation = self.facts.retired.pop(spec.name, 0)
         else:
             self._respec(process, spec, now)
+        if remembered is not None and process.state is ProcessState.STOPPED:
+            self._remember(process, remembered)
         process.removed = False
         if not spec.on_demand or process.state not in (ProcessState.STOPPED, ProcessState.FAILED):
             self.facts.wake(spec.name)
@@ -60,7 +73,7 @@ class Change:
         process.stopped = remembered.stopped
         process.restarts = remembered.restarts
         process.record.deaths = remembered.deaths
-        process.generation = remembered.generation
+        process.generation = max(process.generation, remembered.generation)
         if process.stopped:
             process.reason = "stopped by an operator"
         if remembered.failed is not None and not process.stopped:
@@ -71,31 +84,25 @@ class Change:
         if old == spec:
             return
         changed = old.launch_hash != spec.launch_hash
+        running = process.state in SERVING or process.state is ProcessState.STARTING
         if process.state is ProcessState.FAILED or (process.state is ProcessState.EXITED and changed):
             process.record.reset()
-            process.impossible = False
             self.facts.journal.note(process.name, "the configuration changed: trying again")
-            process.move(ProcessState.STOPPED, now, "the configuration changed")
-            for model in self._models_on(process.name):
-                model.failure, model.failure_final, model.retry_s = None, False, now
+            self.supervision.ending.revive(process, now, "the configuration changed")
+            self.residencies.forgive(process.name, now)
         elif process.state is ProcessState.BACKOFF:
             process.next_start_s = now
-        elif changed and (process.state in SERVING or process.state is ProcessState.STARTING):
+        elif changed and running:
             process.restart_wanted = "the configuration changed"
-        if old.probes != spec.probes and process.state in SERVING and not changed:
-            process.readiness.reset()
-            process.liveness.reset()
-            self.supervision.reprobe(process)
-
-    def _models_on(self, process: str) -> list[Model]:
-        return [model for model in self.facts.models.values() if process in model.spec.holders]
+        if old.probes != spec.probes and running and process.spawned and not changed:
+            self.supervision.reprobe(process, now)
 
     def _model(self, spec: ModelSpec, now: float) -> None:
         model = self.facts.models.get(spec.name)
         if model is None:
             model = self.facts.models[spec.name] = Model(spec, demand_s=now)
-            if self.residencies.stays(model):
-                self.residencies.due(model)
+            if stays(self.facts, model):
+                due(self.facts, model)
             return
         old, model.spec = model.spec, spec
         if old == spec:
@@ -103,11 +110,14 @@ class Change:
         model.failure, model.failure_final, model.retry_s = None, False, now
         if old.footprint_hash != spec.footprint_hash:
             model.learned.clear()
+        if old.footprint != spec.footprint:
+            for placement in model.placements.values():
+                self.facts.ledger.correct(placement.key, model.footprint.bytes)
         for process, placement in list(model.placements.items()):
             if process not in spec.holders or old.served_as != spec.served_as:
-                self.residencies.leave(placement, now, "the configuration changed")
-        if self.residencies.stays(model) and not model.placements:
-            self.residencies.due(model)
+                self.residencies.leave(placement, now, "the configuration changed", returns=True)
+        if stays(self.facts, model) and not model.placements:
+            due(self.facts, model)
 
     def _models_leave(self, event: SpecChanged, now: float) -> None:
         for name in [name for name in self.facts.models if name not in event.spec.models]:
@@ -115,7 +125,7 @@ class Change:
             self.facts.due.discard(name)
             model.preload_due = False
             for placement in list(model.placements.values()):
-                self.residencies.leave(placement, now, "no longer in the configuration")
+                self.residencies.leave(placement, now, "no longer in the configuration", returns=True)
             self.facts.leaving.add(name)
         self.facts.leaving -= set(event.spec.models)
 
@@ -137,7 +147,7 @@ class Change:
         process.generation = event.generation
         process.move(ProcessState.STARTING, now, "adopted from the daemon before")
         self.supervision.begin_run(process, now)
-        process.started_s = now - event.age_s
+        process.started_s, process.adopted = now - event.age_s, True
         own = process.spec.own_model
         model = self.facts.models.get(own) if own is not None else None
         if model is not None:
@@ -151,18 +161,34 @@ class Change:
 
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
         """Lay what a server says it holds over what we believe: by model name of the fleet."""
-        for placement in list(self.facts.placements_on(process.name)):
-            if placement.state is Residency.LOADED and placement.model not in served and not placement.ordered:
-                self.facts.journal.note(placement.model, f"{process.name} no longer holds it")
-                self.residencies.gone(placement)
-            elif placement.state is Residency.LOADED and served.get(placement.model):
-                learn(self.facts, placement, served[placement.model])
+        facts = self.facts
+        process.adopted = False
+        for placement in list(facts.placements_on(process.name)):
+            if placement.state is not Residency.LOADED:
+                continue
+            if served.get(placement.model):
+                learn(facts, placement, served[placement.model])
+            elif placement.model not in served and not placement.in_flight and _settled(placement.loaded_s, now):
+                facts.journal.note(placement.model, f"{process.name} no longer holds it")
+                self.residencies.gone(placement, now)
         for name, measured in sorted(served.items()):
-            model = self.facts.models.get(name)
+            model = facts.models.get(name)
             if model is None or process.name in model.placements or process.name not in model.spec.holders:
                 continue
-            self.facts.ledger.correct((name, process.name), measured or model.footprint.bytes)
-            placement = self.facts.place(model, process.name, now, "found on the server")
+            if not _settled(facts.freed.get((name, process.name)), now):
+                continue
+            facts.ledger.correct((name, process.name), measured or model.footprint.bytes)
+            placement = facts.place(model, process.name, now, "found on the server")
             placement.generation, placement.ordered = process.generation, True
             self.residencies.loaded(placement, measured, now)
-            self.facts.due.discard(name)
+        for key in [key for key, freed_s in facts.freed.items() if _settled(freed_s, now)]:
+            del facts.freed[key]
+
+
+def _settled(since_s: float | None, now: float) -> bool:
+    """Return whether a look at the server, which took its time, can have seen what happened at `since_s`."""
+    return since_s is None or now - since_s >= OBSERVATION_AGE_S
+
+
+def _was_on_demand(spec: ProcessSpec | None) -> bool:
+    return spec is not None and spec.on_demand

@@ -76,15 +76,30 @@ def _dependency(facts: Facts, dependency: Dependency) -> Gate:
 
 def _lane(facts: Facts, process: Process) -> Gate:
     """On one lane nothing starts while another starts or stops, if either of them demands it."""
+    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING))
+    return Gate(False, busy) if busy else _OPEN
+
+
+def stop_waits(facts: Facts, process: Process) -> str:
+    """Say which start on its lane an ordered stop would disturb; empty: none."""
+    return _on_lane(facts, process, (ProcessState.STARTING,))
+
+
+def _on_lane(facts: Facts, process: Process, states: tuple[ProcessState, ...]) -> str:
     lane = process.spec.lane
     if lane is None:
-        return _OPEN
-    for name in facts.awake:
-        other = facts.processes.get(name)
-        if other is None or other is process or other.spec.lane != lane:
-            continue
-        if not (process.spec.capabilities.exclusive_start or other.spec.capabilities.exclusive_start):
-            continue
-        if other.state in (ProcessState.STARTING, ProcessState.STOPPING):
-            return Gate(False, f"waiting for its turn on {lane}: {other.name} is {other.state}")
-    return _OPEN
+        return ""
+    mine = process.spec.capabilities.exclusive_start
+    busy = [
+        other
+        for name in facts.awake
+        if (other := facts.processes.get(name)) is not None
+        and other is not process
+        and other.spec.lane == lane
+        and other.state in states
+        and (mine or other.spec.capabilities.exclusive_start)
+    ]
+    if not busy:
+        return ""
+    first = min(busy, key=lambda other: other.name)
+    return f"waiting for its turn on {lane}: {first.name} is {first.state}"

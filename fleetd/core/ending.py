@@ -1,7 +1,8 @@
 """The end of a run: ordered or by itself, always of the whole set.
 
 The rules of this file
-- Nothing starts again before the set was seen to be empty, whatever the leader did.
+- Nothing starts again before the set was seen to be empty, whatever the leader did. What survives SIGKILL is swept again after
+  a long pause, or when an operator asks; until then it keeps its memory, its reservations and its place in the status.
 - An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are: they are counted when the
   set is empty.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 from fleetd.core.commands import Stop, StopProbes, Sweep
 from fleetd.core.contract import ExitReport
 from fleetd.core.facts import Facts
-from fleetd.core.restart import Again, Decision, Done, GiveUp, after_death, describe
+from fleetd.core.restart import Again, Decision, Done, GiveUp, after_death, after_loss, describe
 from fleetd.core.state import Process, ProcessState
+
+RESWEEP_S = 60.0
 
 
 class Ending:
@@ -49,36 +52,65 @@ class Ending:
         if self._restartable(process):
             self.settle_death(process, report, now)
         else:
-            self.facts.move(process, ProcessState.STOPPED, now, process.reason)
+            self.facts.move(process, ProcessState.STOPPED, now, self._said(process))
 
     def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
         """Nothing of this generation lives any more (or it cannot be killed): what now?"""
+        process.survivors = survivors
         if survivors:
+            process.outcome = process.restart_wanted = None
             pids = ", ".join(map(str, survivors))
             self.facts.move(process, ProcessState.FAILED, now, f"cannot be killed: pid {pids} survives SIGKILL")
             self.facts.persist(process, "unkillable")
             return
         outcome, process.outcome = process.outcome, None
         process.rss_bytes = 0
-        if outcome is None or not self._restartable(process):
-            process.again = process.restart_wanted is not None
-            self.facts.move(process, ProcessState.STOPPED, now, process.restart_wanted or process.reason)
-            process.restart_wanted = None
+        if outcome is not None and self._restartable(process):
+            self.settle_death(process, outcome, now)
             return
-        self.settle_death(process, outcome, now)
+        process.again = process.restart_wanted is not None
+        self.facts.move(process, ProcessState.STOPPED, now, process.restart_wanted or self._said(process))
+        process.restart_wanted = None
+
+    def revive(self, process: Process, now: float, reason: str) -> None:
+        """Leave FAILED or EXITED for a new chance; what survived the last sweep is swept first."""
+        process.impossible = False
+        if process.survivors:
+            self.facts.move(process, ProcessState.STOPPING, now, reason)
+            self.facts.emit(Sweep(process.name, process.generation, reason))
+        else:
+            self.facts.move(process, ProcessState.STOPPED, now, reason)
+
+    def resweep(self, process: Process, now: float) -> None:
+        """What could not be killed may be gone by now."""
+        if now >= process.since_s + RESWEEP_S:
+            self.revive(process, now, "sweeping again what could not be killed")
+
+    def _said(self, process: Process) -> str:
+        if process.stopped:
+            return "stopped by an operator"
+        if self.facts.shutting_down:
+            return "shutting down"
+        return process.reason
 
     def _restartable(self, process: Process) -> bool:
         return not (self.facts.shutting_down or process.stopped or process.removed or not process.spec.enabled)
 
     def settle_death(self, process: Process, report: ExitReport, now: float) -> Decision:
-        decision = after_death(
-            process.spec.restart,
-            process.record,
-            report,
-            zero_is_failure=process.spec.capabilities.exit_zero_is_failure,
-            now=now,
-            rng=self.facts.rng,
-        )
+        """Count a death and move to what the restart policy says."""
+        decision: Decision
+        capabilities = process.spec.capabilities
+        if capabilities.owns_process:
+            decision = after_death(
+                process.spec.restart,
+                process.record,
+                report,
+                zero_is_failure=capabilities.exit_zero_is_failure,
+                now=now,
+                rng=self.facts.rng,
+            )
+        else:
+            decision = after_loss(process.spec.restart, process.record, report, self.facts.rng)
         if isinstance(decision, Again):
             process.next_start_s = now + decision.delay_s
             self.facts.move(process, ProcessState.BACKOFF, now, decision.reason)
@@ -92,5 +124,5 @@ class Ending:
     def escalate(self) -> None:
         """A second order to shut down: no grace for anybody."""
         for process in self.facts.processes.values():
-            if process.state is ProcessState.STOPPING:
+            if process.state is ProcessState.STOPPING and process.spec.capabilities.owns_process:
                 self.facts.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))

@@ -53,13 +53,15 @@ class Facts:
         default_factory=dict
     )  # request id to placement and time of grant
     placed: dict[str, set[str]] = field(default_factory=dict)  # process to models placed on it
+    hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that name it as a holder
+    freed: dict[tuple[str, str], float] = field(default_factory=dict)  # when a placement's memory was last seen free
+    retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
     leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
     awake: set[str] = field(default_factory=set)
     due: set[str] = field(default_factory=set)  # models whose preload is due
     out: list[Command] = field(default_factory=list)
-    closed: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # placements that only drain, for an overdue head of the line
+    closed: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line
+    held: set[str] = field(default_factory=set)  # devices that somebody in line waits for room on
     shutting_down: bool = False
     forced: bool = False
     finished: bool = False
@@ -78,6 +80,7 @@ class Facts:
             spec.on_demand
             and process.state in RESTING
             and process.state is not ProcessState.BACKOFF
+            and not (process.asked or process.impossible or process.survivors or process.removed)
             and not self.placed.get(spec.name)
         ):
             self.awake.discard(spec.name)
@@ -99,12 +102,17 @@ class Facts:
         self.wake(process)
         return placement
 
-    def drop(self, placement: Placement) -> None:
+    def drop(self, placement: Placement, now: float) -> None:
         """Forget a placement and free its reservation: its memory was seen to be free."""
         model = self.models[placement.model]
         model.placements.pop(placement.process, None)
-        self.placed.get(placement.process, set()).discard(placement.model)
+        placed = self.placed.get(placement.process)
+        if placed is not None:
+            placed.discard(placement.model)
+            if not placed:
+                del self.placed[placement.process]
         self.ledger.release(placement.key)
+        self.freed[placement.key] = now
         self.wake(placement.process)
 
     def move(self, process: Process, state: ProcessState, now: float, reason: str) -> None:

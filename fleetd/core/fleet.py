@@ -21,6 +21,7 @@ from fleetd.core.facts import Facts
 from fleetd.core.intake import Intake
 from fleetd.core.journal import Journal
 from fleetd.core.residency import Residencies
+from fleetd.core.retention import preload
 from fleetd.core.state import Model, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
 from fleetd.errors import FleetError
@@ -41,6 +42,7 @@ class Fleet:
         self.admission = Admission(self.facts, self.residencies)
         self.change = Change(self.facts, self.supervision, self.residencies)
         self._intake = Intake(self.facts, self.supervision, self.residencies, self.admission, self.change)
+        self._now = 0.0  # when facts were last reconciled
         self._deadline: float | None = None
         self._deadline_known = False
         if spec.processes or spec.models or spec.devices:
@@ -75,6 +77,7 @@ class Fleet:
             return []
         self._intake.table[type(event)](event, now)
         self._reconcile(now)
+        self._now = now
         commands, self.facts.out = self.facts.out, []
         self.facts.journal.record(now, event, commands)
         self._deadline_known = False
@@ -111,6 +114,7 @@ class Fleet:
             self.supervision.reconcile(now)
             self.residencies.reconcile(now)
             self.admission.reconcile(now)
+            preload(facts, self.residencies, now)
             if (len(facts.out), facts.journal.noted) == before:
                 break
         else:
@@ -121,9 +125,13 @@ class Fleet:
             facts.emit(Finished("nothing of the fleet runs any more"))
 
     def next_deadline(self) -> float | None:
-        """Return the monotonic time at which a Tick may change something; None: never, as things stand."""
+        """Return the monotonic time at which a Tick may change something; None: never, as things stand.
+
+        What is past was acted on when facts were last reconciled, or waits for an event: it never asks for a Tick.
+        """
         if not self._deadline_known:
-            self._deadline, self._deadline_known = min(self._deadlines(), default=None), True
+            times = (time for time in self._deadlines() if time > self._now)
+            self._deadline, self._deadline_known = min(times, default=None), True
         return self._deadline
 
     def _deadlines(self) -> list[float]:

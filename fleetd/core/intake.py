@@ -16,6 +16,7 @@ from fleetd.core.change import Change
 from fleetd.core.contract import ExitKind, ExitReport, ProbeKind
 from fleetd.core.facts import Facts
 from fleetd.core.measuring import learn
+from fleetd.core.orders import Orders
 from fleetd.core.residency import Residencies
 from fleetd.core.state import SERVING, Placement, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
@@ -27,6 +28,7 @@ class Intake:
     def __init__(
         self, facts: Facts, supervision: Supervision, residencies: Residencies, admission: Admission, change: Change
     ) -> None:
+        orders = Orders(facts, supervision, residencies, admission)
         self.facts, self.supervision, self.residencies = facts, supervision, residencies
         self.admission, self.change = admission, change
         self.table: dict[type[e.Event], Callable[[Any, float], None]] = {
@@ -50,14 +52,14 @@ class Intake:
             e.RequestArrived: self.admission.arrive,
             e.RequestCancelled: lambda event, _now: self.cancelled(event),
             e.RequestFinished: self.finished,
-            e.StartAsked: self.start_asked,
-            e.StopAsked: self.stop_asked,
-            e.RestartAsked: self.restart_asked,
-            e.DrainAsked: self.drain_asked,
-            e.LoadAsked: self.load_asked,
-            e.UnloadAsked: self.unload_asked,
-            e.PinAsked: self.pin_asked,
-            e.ShutdownAsked: self.shutdown_asked,
+            e.StartAsked: orders.start_asked,
+            e.StopAsked: orders.stop_asked,
+            e.RestartAsked: orders.restart_asked,
+            e.DrainAsked: orders.drain_asked,
+            e.LoadAsked: orders.load_asked,
+            e.UnloadAsked: orders.unload_asked,
+            e.PinAsked: orders.pin_asked,
+            e.ShutdownAsked: orders.shutdown_asked,
         }
 
     def _current(self, name: str, generation: int) -> Process | None:
@@ -120,7 +122,7 @@ class Intake:
         if process is not None and process.state is ProcessState.STARTING:
             process.progress_s, process.phase = now, event.phase
 
-    def requirements_changed(self, event: e.RequirementsChanged, now: float) -> None:
+    def requirements_changed(self, event: e.RequirementsChanged, _now: float) -> None:
         process = self.facts.processes.get(event.name)
         if process is None or process.missing == event.missing:
             return
@@ -147,7 +149,8 @@ class Intake:
 
     def restart_due(self, event: e.RestartDue, _now: float) -> None:
         process = self.facts.processes.get(event.name)
-        if process is not None and process.state in SERVING and process.restart_wanted is None:
+        running = process is not None and (process.state in SERVING or process.state is ProcessState.STARTING)
+        if process is not None and running and process.restart_wanted is None:
             process.restart_wanted = event.reason
             self.facts.wake(event.name)
 
@@ -170,14 +173,14 @@ class Intake:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.LOADING and placement.ordered:
             self.residencies.fail(self.facts.models[event.model], event.message, now, final=not event.recoverable)
-            self.residencies.gone(placement)
+            self.residencies.gone(placement, now)
 
-    def unloaded(self, event: e.Unloaded, _now: float) -> None:
+    def unloaded(self, event: e.Unloaded, now: float) -> None:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.UNLOADING and placement.ordered:
-            self.residencies.gone(placement)
+            self.residencies.gone(placement, now)
 
-    def unload_failed(self, event: e.UnloadFailed, _now: float) -> None:
+    def unload_failed(self, event: e.UnloadFailed, now: float) -> None:
         placement = self._placement(event)
         process = self.facts.processes.get(event.process)
         if (
@@ -186,7 +189,7 @@ class Intake:
             and placement.state is Residency.UNLOADING
             and placement.ordered
         ):
-            self.residencies.unload_failed(placement, process, event.message)
+            self.residencies.unload_failed(placement, process, event.message, now)
 
     def residents_observed(self, event: e.ResidentsObserved, now: float) -> None:
         process = self._current(event.process, event.generation)
@@ -202,88 +205,3 @@ class Intake:
         placement = self.admission.finish(event, now)
         if placement is not None:
             self.facts.wake(placement.process)
-
-    # -- the operator ---------------------------------------------------------------------------------------------------------
-
-    def start_asked(self, event: e.StartAsked, now: float) -> None:
-        process = self.facts.processes.get(event.name)
-        if process is None:
-            return
-        process.stopped = process.drained = process.impossible = False
-        process.record.reset()
-        if process.state in (ProcessState.FAILED, ProcessState.EXITED):
-            process.move(ProcessState.STOPPED, now, "started by an operator")
-        elif process.state is ProcessState.BACKOFF:
-            process.next_start_s = now
-        self._forgive(process, now)
-        own = process.spec.own_model
-        if own is not None and not self.facts.models[own].placements:
-            self.residencies.due(self.facts.models[own])
-        self.facts.wake(event.name)
-        self.facts.persist(process, "started by an operator")
-
-    def _forgive(self, process: Process, now: float) -> None:
-        for model in self.facts.models.values():
-            if process.name in model.spec.holders:
-                model.failure, model.failure_final, model.retry_s = None, False, now
-
-    def stop_asked(self, event: e.StopAsked, now: float) -> None:
-        process = self.facts.processes.get(event.name)
-        if process is None:
-            return
-        process.stopped = True
-        own = process.spec.own_model
-        if own is not None:
-            self.facts.due.discard(own)
-        if process.state in (ProcessState.FAILED, ProcessState.EXITED):
-            process.move(ProcessState.STOPPED, now, "stopped by an operator")
-        process.restart_wanted = None
-        self.facts.wake(event.name)
-        self.facts.persist(process, "stopped by an operator")
-
-    def restart_asked(self, event: e.RestartAsked, now: float) -> None:
-        process = self.facts.processes.get(event.name)
-        if process is None:
-            return
-        if process.state in SERVING or process.state is ProcessState.STARTING:
-            process.stopped = False
-            process.record.reset()
-            process.restart_wanted = "restarted by an operator"
-            self.facts.wake(event.name)
-        elif process.state is ProcessState.STOPPING:
-            process.stopped, process.outcome, process.restart_wanted = False, None, "restarted by an operator"
-        else:
-            self.start_asked(e.StartAsked(event.name), now)
-
-    def drain_asked(self, event: e.DrainAsked, _now: float) -> None:
-        process = self.facts.processes.get(event.name)
-        if process is not None:
-            process.drained = event.drain
-            self.facts.wake(event.name)
-
-    def load_asked(self, event: e.LoadAsked, now: float) -> None:
-        model = self.facts.models.get(self.facts.names.get(event.model, event.model))
-        if model is not None:
-            self.admission.wish(event.request_id, model, now)
-
-    def unload_asked(self, event: e.UnloadAsked, now: float) -> None:
-        model = self.facts.models.get(self.facts.names.get(event.model, event.model))
-        if model is None:
-            return
-        self.facts.due.discard(model.name)
-        for placement in list(model.placements.values()):
-            self.residencies.leave(placement, now, "unloaded by an operator")
-
-    def pin_asked(self, event: e.PinAsked, _now: float) -> None:
-        model = self.facts.models.get(self.facts.names.get(event.model, event.model))
-        if model is not None:
-            model.pinned_by_hand = event.pin
-            self.facts.journal.note(model.name, "pinned by an operator" if event.pin else "unpinned by an operator")
-
-    def shutdown_asked(self, event: e.ShutdownAsked, _now: float) -> None:
-        if event.force and not self.facts.forced:
-            self.facts.forced = True
-            self.supervision.ending.escalate()
-        self.facts.shutting_down = True
-        for name in self.facts.processes:
-            self.facts.wake(name)

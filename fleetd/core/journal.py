@@ -17,6 +17,7 @@ from fleetd.core.events import Event, SpecChanged
 
 _PER_SUBJECT = 64
 _IN_ALL = 4096
+_SUBJECTS = 16384  # clients may ask for any name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,12 @@ class Journal:
         self.serial += 1
         entry = Entry(self.serial, now, event, tuple(commands), notes)
         self.entries.append(entry)
-        for subject in entry.subjects():
-            self._by_subject.setdefault(subject, deque(maxlen=_PER_SUBJECT)).append(entry)
-
-    def forget(self, subject: str) -> None:
-        self._by_subject.pop(subject, None)
+        for subject in sorted(entry.subjects()):
+            last = self._by_subject.pop(subject, None) or deque(maxlen=_PER_SUBJECT)
+            last.append(entry)
+            self._by_subject[subject] = last  # last touched, last forgotten
+        while len(self._by_subject) > _SUBJECTS:
+            del self._by_subject[next(iter(self._by_subject))]
 
     def of(self, subject: str) -> tuple[Entry, ...]:
         """Return the last entries about one process or model, oldest first."""

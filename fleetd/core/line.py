@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from fleetd.core.commands import Reject
 from fleetd.core.facts import Facts, Waiting
-from fleetd.core.residency import Residencies
-from fleetd.core.state import Model, ProcessState, Residency
+from fleetd.core.holders import holder, hopeful
+from fleetd.core.state import Model, Process, ProcessState, Residency
 
 _RETRY_AFTER_S = 2.0
 
 
 class Line:
-    def __init__(self, facts: Facts, residencies: Residencies) -> None:
+    def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.residencies = residencies
 
-    def deadline(self, model: Model, now: float) -> float:
-        return now + min(model.spec.queue_timeout_s, self.facts.spec.queue.timeout_s)
+    def deadline(self, model: Model, arrived_s: float) -> float:
+        return arrived_s + min(model.spec.queue_timeout_s, self.facts.spec.queue.timeout_s)
 
     def enter(self, waiting: Waiting, now: float) -> None:
         facts = self.facts
@@ -67,35 +66,46 @@ class Line:
                 now,
                 max(1.0, model.retry_s - now),
             )
-        elif not model.placements and self.residencies.holder(model) is None:
+        elif not any(hopeful(facts, p) for p in model.placements.values()) and holder(facts, model) is None:
             self.blocked(waiting, model, now)
+
+    def withdraw(self, model: Model, reason: str) -> None:
+        """An operator changed their mind: loads that they asked for are called off."""
+        for waiting in [w for w in self.facts.queue.values() if w.model == model.name and not w.client]:
+            self.leave(waiting.request_id)
+            self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
 
     def has_loaded(self, model: Model) -> bool:
         return any(placement.state is Residency.LOADED for placement in model.placements.values())
 
     def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
-        reasons = [
-            f"{name} is {process.state}: {process.reason}"
-            for name in model.spec.holders
-            if (process := self.facts.processes.get(name)) is not None
-        ]
-        failed = any(
-            self.facts.processes[name].state is ProcessState.FAILED
-            for name in model.spec.holders
-            if name in self.facts.processes
-        )
-        code = "model_failed" if failed else "model_blocked"
-        self.out(
-            waiting, code, f"{model.name} cannot be served: " + ("; ".join(reasons) or "nothing holds it"), now, 30.0
-        )
+        """No process that may hold the model can come: say what each of them is."""
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        said = "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
+        if any(p.drained and not p.stopped for p in processes):
+            code = "draining"
+        elif any(p.state in (ProcessState.FAILED, ProcessState.EXITED) and not p.impossible for p in processes):
+            code = "model_failed"
+        else:
+            code = "model_blocked"
+        self.out(waiting, code, f"{model.name} cannot be served: {said}", now, 30.0)
+
+    def _standing(self, process: Process) -> str:
+        if process.stopped:
+            return "stopped by an operator"
+        if process.drained:
+            return "drained by an operator"
+        if process.missing:
+            return f"{process.state}: requires {', '.join(process.missing)}, absent now"
+        return f"{process.state}: {process.reason}"
 
     def out(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
         self.leave(waiting.request_id)
         self.refuse(waiting, code, reason, now, retry_after_s)
 
     def refuse(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
-        """Reject, unless there is a model to fall back to."""
-        for index, name in enumerate(waiting.fallback):
+        """Reject, unless there is a model to fall back to; patience that is over is over for all of them."""
+        for index, name in enumerate(waiting.fallback if code != "queue_timeout" else ()):
             model = self.facts.models.get(self.facts.names.get(name, name))
             if model is None or model.spec.routes or model.name == waiting.model:
                 continue
@@ -103,7 +113,7 @@ class Line:
                 model.name, f"request {waiting.request_id} falls back from {waiting.model}: {reason}"
             )
             waiting.model, waiting.fallback = model.name, waiting.fallback[index + 1 :]
-            waiting.deadline_s, waiting.load_began_s = self.deadline(model, now), None
+            waiting.deadline_s, waiting.load_began_s = self.deadline(model, waiting.arrived_s), None
             self.enter(waiting, now)
             return
         self.reject(waiting.request_id, code, reason, retry_after_s)

@@ -50,7 +50,7 @@ def over_budget_victims(facts: Facts) -> list[Placement]:
         for p in m.placements.values()
         if p.state is Residency.LOADED and not p.in_flight and not p.closing and not m.pinned and not m.waiting
     ]
-    for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s)):
+    for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s, p.key)):
         held = facts.ledger.reservations.get(placement.key, {})
         if any(excess.get(device, 0) > 0 and size for device, size in held.items()):
             victims.append(placement)

@@ -106,11 +106,13 @@ def plan(
     return Wait("waiting for models that are still starting or awaited")
 
 
-def _cost(placement: Placement, model: Model, ledger: Ledger, now: float) -> tuple[int, bool, float, float]:
+def _cost(
+    placement: Placement, model: Model, ledger: Ledger, now: float
+) -> tuple[int, bool, float, float, tuple[str, str]]:
     freed = max(1, sum(ledger.reservations.get(placement.key, {}).values()))
     young = placement.loaded_s is not None and now - placement.loaded_s < model.spec.min_resident_s
     reload_s = model.load_s if model.load_s is not None else _UNKNOWN_LOAD_S
-    return (model.spec.priority, young, reload_s * demand_at(model, now) / freed, placement.last_used_s)
+    return (model.spec.priority, young, reload_s * demand_at(model, now) / freed, placement.last_used_s, placement.key)
 
 
 def _frees(placement: Placement, lack: Mapping[str, int], ledger: Ledger) -> bool:

@@ -4,7 +4,7 @@ The rules of this file
 - A reservation is taken when a load is decided and given back when the memory was seen to be free, never earlier.
 - A model that is a process of its own follows its process; a model held by a server is loaded and unloaded by order.
 - A failed load is remembered with the time before which it is not tried again; the requests that waited for it are told.
-- What should stay (preload, or a process that always runs) comes back by itself, but evicts nobody for it.
+- A load that was begun for a request is dropped if nobody waits for it any more before anything was done.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 
 from fleetd.core.commands import Load, Unload
 from fleetd.core.facts import Facts
+from fleetd.core.holders import usable
 from fleetd.core.measuring import learn, over_budget_victims
-from fleetd.core.planner import Fits, Never, plan
+from fleetd.core.retention import due, stays, ttl_deadline
 from fleetd.core.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency
 
 UNLOAD_ATTEMPTS = 3
@@ -28,24 +29,27 @@ class Residencies:
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
-    def start(self, model: Model, process: Process, now: float, reason: str) -> Placement:
+    def start(self, model: Model, process: Process, now: float, reason: str, for_line: bool = False) -> Placement:
         """Reserve and begin to load. Raises CapacityError when the room is not there (a bug of the caller)."""
         need = model.footprint.bytes
         self.facts.ledger.reserve((model.name, process.name), need)
         placement = self.facts.place(model, process.name, now, reason)
-        placement.generation = process.generation
+        placement.generation, placement.for_line = process.generation, for_line
         model.preload_due = False
         self.facts.due.discard(model.name)
         self.facts.journal.note(model.name, f"ABSENT -> LOADING on {process.name}: {reason}")
         return placement
 
-    def leave(self, placement: Placement, now: float, reason: str, evicted: bool = False) -> None:
-        """Unload as soon as nothing is in flight; no new grants from now on."""
+    def leave(
+        self, placement: Placement, now: float, reason: str, evicted: bool = False, returns: bool = False
+    ) -> None:
+        """Unload as soon as nothing is in flight; no new grants from now on. `returns`: what stays may come back."""
         if placement.state is Residency.UNLOADING:
+            placement.returns = placement.returns and returns
             return
         if placement.closing is None:
             self.facts.journal.note(placement.model, f"leaving {placement.process}: {reason}")
-        placement.closing, placement.evicted = reason, evicted
+        placement.closing, placement.evicted, placement.returns = reason, evicted, returns
         self._leave_if_idle(placement, now)
 
     def _leave_if_idle(self, placement: Placement, now: float) -> None:
@@ -59,11 +63,11 @@ class Residencies:
     # -- reconciliation -----------------------------------------------------------------------------------------------
 
     def reconcile(self, now: float) -> None:
-        for name in sorted(key for key, models in self.facts.placed.items() if models):
+        for name in sorted(self.facts.placed):
             process = self.facts.processes.get(name)
             for placement in list(self.facts.placements_on(name)):
                 if process is None:
-                    self.facts.drop(placement)
+                    self.facts.drop(placement, now)
                 elif process.spec.own_model is not None:
                     self._follow(placement, process, now)
                 else:
@@ -72,79 +76,81 @@ class Residencies:
                     self._leave_if_idle(placement, now)
                 elif placement.state is Residency.LOADED:
                     self._expire(placement, now)
-        self._preload(now)
         for placement in over_budget_victims(self.facts):
             self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
+
+    def _unwanted(self, placement: Placement) -> bool:
+        """A load for the line, of which nothing was done yet, and for which nobody waits any more."""
+        model = self.facts.models[placement.model]
+        return placement.for_line and not placement.ordered and not model.waiting and not stays(self.facts, model)
 
     def _follow(self, placement: Placement, process: Process, now: float) -> None:
         """A model that is its process."""
         model = self.facts.models[placement.model]
         state = process.state
         if placement.state is Residency.UNLOADING:
-            if state in RESTING:
-                self.gone(placement)
+            if process.empty:
+                self.gone(placement, now)
         elif placement.state is Residency.LOADING:
             if state in (ProcessState.READY, ProcessState.DRAINING):
                 self._loaded(placement, process.generation, now)
-            elif state in (ProcessState.FAILED, ProcessState.EXITED):
+            elif process.survivors:
+                self._move(placement, Residency.UNLOADING, now, process.reason)
+                placement.returns = True
+            elif state in (ProcessState.FAILED, ProcessState.EXITED) and not process.impossible:
                 self.fail(model, process.reason, now, final=True)
-                self.gone(placement, again=False)
-            elif state in RESTING and not self.usable(process):
-                self.gone(placement)
+                self.gone(placement, now, again=False)
+            elif state in RESTING and (not usable(process) or self._unwanted(placement)):
+                self.gone(placement, now)
             elif state is ProcessState.BACKOFF and process.generation > placement.generation:
                 self.fail(model, process.reason, now, retry_s=process.next_start_s)
                 placement.generation = process.generation
-                if not self.stays(model):
-                    self.gone(placement)
+                if not stays(self.facts, model):
+                    self.gone(placement, now)
         elif state not in SERVING:
-            placement.generation = process.generation
+            placement.generation, placement.order_s = process.generation, now
             self._move(placement, Residency.LOADING, now, f"{process.name} is {state}: {process.reason}")
 
     def _serve(self, placement: Placement, process: Process, now: float) -> None:
         """A model held by a server."""
-        lost = placement.generation != process.generation or process.state in RESTING
-        if placement.state is Residency.LOADING:
-            if placement.ordered and lost and process.state in RESTING:
-                self.fail(
-                    self.facts.models[placement.model], f"{process.name} ended while loading: {process.reason}", now
-                )
-                self.gone(placement)
-            elif process.state in RESTING and (
-                process.stopped or process.state in (ProcessState.FAILED, ProcessState.EXITED)
-            ):
-                self.fail(
-                    self.facts.models[placement.model], f"{process.name} is {process.state}: {process.reason}", now
-                )
-                self.gone(placement)
-            elif not placement.ordered and process.state in (ProcessState.READY, ProcessState.UNHEALTHY):
-                placement.generation, placement.ordered = process.generation, True
-                self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
-            elif placement.ordered and not lost and now >= self._load_deadline(placement):
-                timeout_s = self.facts.models[placement.model].spec.load_timeout_s
-                self.fail(self.facts.models[placement.model], f"not loaded within {timeout_s:g} s", now)
-                self._move(placement, Residency.UNLOADING, now, "the load took too long")
-        elif lost:
-            if process.state in RESTING or process.state in SERVING:
-                self.gone(placement)
-        elif (
-            placement.state is Residency.UNLOADING
-            and not placement.ordered
-            and process.state in SERVING
-            and now >= placement.since_s + self._pause(placement)
-        ):
-            placement.ordered = True
+        ended = process.empty or (placement.generation != process.generation and not process.survivors)
+        if placement.state is not Residency.LOADING:
+            if ended:
+                self.gone(placement, now)
+            elif placement.state is Residency.UNLOADING:
+                self._order_unload(placement, process, now)
+        elif not placement.ordered:
+            self._order_load(placement, process, now)
+        elif ended:  # not by a death, which is told below before the set is empty: by an order
+            placement.ordered, placement.generation = False, process.generation
+            self.facts.journal.note(placement.model, f"{process.name} restarted while it loaded: again")
+            self._order_load(placement, process, now)
+        elif process.state is ProcessState.STOPPING and process.outcome is not None:
+            reason = f"{process.name} ended while loading: {process.reason}"
+            self.fail(self.facts.models[placement.model], reason, now)
+            self._move(placement, Residency.UNLOADING, now, reason)
+        elif process.survivors:
+            self._move(placement, Residency.UNLOADING, now, process.reason)
+        elif now >= self._load_deadline(placement):
+            timeout_s = self.facts.models[placement.model].spec.load_timeout_s
+            self.fail(self.facts.models[placement.model], f"not loaded within {timeout_s:g} s", now)
+            self._move(placement, Residency.UNLOADING, now, "the load took too long")
+
+    def _order_load(self, placement: Placement, process: Process, now: float) -> None:
+        hopeless = process.drained or (process.state in RESTING and not usable(process))
+        if hopeless or self._unwanted(placement):
+            self.gone(placement, now)
+        elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY):
+            placement.generation, placement.ordered, placement.ordered_s = process.generation, True, now
+            self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
+
+    def _order_unload(self, placement: Placement, process: Process, now: float) -> None:
+        if not placement.ordered and process.state in SERVING and now >= placement.retry_s:
+            placement.ordered, placement.ordered_s = True, now
             self.facts.emit(Unload(placement.model, process.name, process.generation, placement.reason))
 
-    def _pause(self, placement: Placement) -> float:
-        return 0.0 if not placement.attempts else 0.5 * 2.0**placement.attempts
-
     def _load_deadline(self, placement: Placement) -> float:
-        return placement.since_s + self.facts.models[placement.model].spec.load_timeout_s
-
-    def stays(self, model: Model) -> bool:
-        """Return whether the configuration wants this model in memory without being asked."""
-        holders = [self.facts.processes[name].spec for name in model.spec.holders if name in self.facts.processes]
-        return model.spec.preload or any(spec.own_model is not None and not spec.on_demand for spec in holders)
+        return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s
 
     def _loaded(self, placement: Placement, generation: int, now: float) -> None:
         model = self.facts.models[placement.model]
@@ -153,6 +159,8 @@ class Residencies:
         model.loads += 1
         model.load_s = now - placement.order_s
         model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
+        model.preload_due = False
+        self.facts.due.discard(model.name)
 
     def loaded(self, placement: Placement, measured: Mapping[str, int], now: float) -> None:
         """The server says that it holds the model."""
@@ -162,26 +170,26 @@ class Residencies:
         if measured:
             learn(self.facts, placement, measured)
 
-    def unload_failed(self, placement: Placement, process: Process, message: str) -> None:
+    def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
         """Try again a few times; a server that cannot unload is restarted."""
         placement.ordered = False
         placement.attempts += 1
+        placement.retry_s = now + 0.5 * 2.0 ** min(placement.attempts, 6)
+        self.facts.journal.note(placement.model, f"unload failed: {message}")
         if placement.attempts >= UNLOAD_ATTEMPTS and process.restart_wanted is None:
             process.restart_wanted = f"cannot unload {placement.model}: {message}"
-            placement.attempts = 0
 
-    def gone(self, placement: Placement, again: bool = True) -> None:
+    def gone(self, placement: Placement, now: float, again: bool = True) -> None:
         """The memory was seen to be free: unloaded by order, or by itself."""
         model = self.facts.models[placement.model]
         if placement.state is Residency.UNLOADING and placement.evicted:
             model.evictions += 1
-        left_by_itself = placement.state is not Residency.UNLOADING
         self.facts.journal.note(
             model.name, f"{placement.state} -> ABSENT on {placement.process}: {placement.closing or placement.reason}"
         )
-        self.facts.drop(placement)
-        if again and self.stays(model) and (left_by_itself or not model.spec.preload) and not model.placements:
-            self.due(model)
+        self.facts.drop(placement, now)
+        if again and placement.returns and stays(self.facts, model) and not model.placements:
+            due(self.facts, model)
 
     def fail(self, model: Model, message: str, now: float, final: bool = False, retry_s: float | None = None) -> None:
         """Remember a failed load; the requests that wait for it will be told."""
@@ -190,17 +198,17 @@ class Residencies:
         model.failure, model.failure_s, model.failure_final = message, now, final
         model.retry_s = retry_s if retry_s is not None else now + pause
         self.facts.journal.note(model.name, f"load failed: {message}")
-        if self.stays(model) and not final:
-            self.due(model)
+        if not final and stays(self.facts, model):
+            due(self.facts, model)
 
-    # -- what stays, what goes ------------------------------------------------------------------------------------------
+    def forgive(self, process: str, now: float) -> None:
+        """The models of a process get a new chance at once."""
+        for name in self.facts.hosted.get(process, ()):
+            model = self.facts.models.get(name)
+            if model is not None:
+                model.failure, model.failure_final, model.retry_s = None, False, now
 
-    def due(self, model: Model) -> None:
-        """Want it loaded without being asked, as soon as there is room."""
-        if model.name in self.facts.leaving:
-            return
-        model.preload_due = True
-        self.facts.due.add(model.name)
+    # -- by time ----------------------------------------------------------------------------------------------------------
 
     def _expire(self, placement: Placement, now: float) -> None:
         deadline = self.ttl_deadline(placement)
@@ -210,69 +218,14 @@ class Residencies:
 
     def ttl_deadline(self, placement: Placement) -> float | None:
         """Return when an idle placement leaves by itself; None: not as things stand."""
-        model = self.facts.models[placement.model]
-        spec = model.spec
-        if (
-            placement.state is not Residency.LOADED
-            or placement.in_flight
-            or model.waiting
-            or model.pinned
-            or not spec.ttl_s
-        ):
-            return None
-        process = self.facts.processes.get(placement.process)
-        if process is not None and process.spec.own_model is not None and not process.spec.on_demand:
-            return None
-        return placement.last_used_s + spec.ttl_s
-
-    def _preload(self, now: float) -> None:
-        """Load what should stay, where there is room without evicting anybody; one per server at a time."""
-        if self.facts.shutting_down:
-            return
-        for name in sorted(self.facts.due, key=lambda key: (-self.facts.models[key].spec.priority, key)):
-            model = self.facts.models[name]
-            if model.placements or now < model.retry_s or model.failure_final:
-                continue
-            process = self.holder(model)
-            if process is None:
-                continue
-            verdict = plan(model.footprint.bytes, (name, process.name), self.facts.resident(), self.facts.ledger, now)
-            if isinstance(verdict, Fits):
-                self.start(model, process, now, "preload" if model.spec.preload else "always running")
-            elif isinstance(verdict, Never) and not verdict.pinned:
-                self.fail(model, verdict.reason, now, final=True)
-
-    def holder(self, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
-        """Return the best process for a new placement: usable, not holding it yet, with the fewest models on it."""
-        usable = [
-            process
-            for index, name in enumerate(model.spec.holders)
-            if (process := self.facts.processes.get(name)) is not None
-            and self.usable(process)
-            and name not in model.placements
-            and name not in avoid
-        ]
-        if not usable:
-            return None
-        return min(
-            usable,
-            key=lambda process: (
-                process.state is not ProcessState.READY and not process.spec.on_demand,
-                len(self.facts.placed.get(process.name, ())),
-            ),
-        )
-
-    def usable(self, process: Process) -> bool:
-        """Return whether a model may be placed on it now or soon."""
-        if process.stopped or process.removed or not process.spec.enabled or process.missing or process.drained:
-            return False
-        return process.state not in (ProcessState.FAILED, ProcessState.EXITED)
+        return ttl_deadline(self.facts, placement)
 
     def deadlines(self, placement: Placement) -> Iterator[float]:
+        """Yield the times at which `reconcile` may decide differently without another event."""
         if placement.state is Residency.LOADING and placement.ordered:
             yield self._load_deadline(placement)
         elif placement.state is Residency.UNLOADING and placement.attempts and not placement.ordered:
-            yield placement.since_s + self._pause(placement)
+            yield placement.retry_s
         ttl = self.ttl_deadline(placement)
         if ttl is not None and placement.closing is None:
             yield ttl

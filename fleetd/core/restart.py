@@ -30,8 +30,13 @@ class RestartRecord:
     slow: bool = False
 
     def reset(self) -> None:
+        """Forget everything: a person, or an edit of the configuration, gave it a new chance."""
         self.deaths, self.slow = 0, False
         self.times.clear()
+
+    def stable(self) -> None:
+        """A stable run ends the backoff; the window of the crash loop goes on sliding."""
+        self.deaths, self.slow = 0, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +86,21 @@ def describe(report: ExitReport) -> str:
 
 def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:
     """Return the jittered delay after the `deaths`-th death in a row (from 1), never above `max_s`."""
-    exponent = min(deaths - 1, 64)
-    plain = min(backoff.max_s, backoff.initial_s * backoff.factor**exponent)
+    plain = backoff.initial_s
+    for _ in range(deaths - 1):
+        if plain >= backoff.max_s or backoff.factor <= 1.0:
+            break
+        plain *= backoff.factor
+    plain = min(backoff.max_s, plain)
     spread = rng.uniform(1 - backoff.jitter, 1 + backoff.jitter) if backoff.jitter else 1.0
     return min(backoff.max_s, plain * spread)
+
+
+def after_loss(policy: RestartPolicy, record: RestartRecord, report: ExitReport, rng: Random) -> Again:
+    """An external server went away: it is looked for again for ever, since nobody here could start it."""
+    record.deaths += 1
+    delay = delay_s(policy.backoff, record.deaths, rng)
+    return Again(delay, f"{report.reason}; looked for again in {delay:.2f} s")
 
 
 def after_death(

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fleetd.core.facts import Facts
+from fleetd.core.holders import usable
 from fleetd.core.state import Model, Placement, ProcessState, Residency
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _ROUTE_DEPTH = 8
 
 def resolve(facts: Facts, name: str, now: float) -> tuple[Model | None, tuple[str, ...]]:
     """Return the model that `name` means now, and the models to fall back to, in order."""
-    model = facts.models.get(facts.names.get(name, name))
+    model = _target(facts, name)
     fallback: list[str] = []
     for _ in range(_ROUTE_DEPTH):
         if model is None or not model.spec.routes:
@@ -46,7 +47,8 @@ def _along(facts: Facts, model: Model, now: float, rng: Random) -> tuple[Model |
 
 
 def _target(facts: Facts, name: str) -> Model | None:
-    return facts.models.get(facts.names.get(name, name))
+    model = facts.models.get(facts.names.get(name, name))
+    return None if model is None or model.name in facts.leaving else model
 
 
 def can_serve(facts: Facts, model: Model, now: float) -> bool:
@@ -55,14 +57,7 @@ def can_serve(facts: Facts, model: Model, now: float) -> bool:
         return True
     if model.failure_final or (model.failure and now < model.retry_s) or model.waiting >= model.spec.queue_max:
         return False
-    return any(
-        process.state is not ProcessState.FAILED
-        and not process.stopped
-        and not process.missing
-        and process.spec.enabled
-        for name in model.spec.holders
-        if (process := facts.processes.get(name)) is not None
-    )
+    return any(usable(process) for name in model.spec.holders if (process := facts.processes.get(name)) is not None)
 
 
 def serving(

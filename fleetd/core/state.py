@@ -54,7 +54,7 @@ PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
     _S.STOPPING: frozenset({_S.STOPPED, _S.BACKOFF, _S.EXITED, _S.FAILED}),
     _S.BACKOFF: frozenset({_S.STARTING, _S.BLOCKED, _S.STOPPED, _S.FAILED}),
     _S.EXITED: frozenset({_S.STOPPED}),
-    _S.FAILED: frozenset({_S.STOPPED}),
+    _S.FAILED: frozenset({_S.STOPPED, _S.STOPPING}),  # STOPPING: what survived is swept again
 }
 _R = Residency
 RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
@@ -93,14 +93,18 @@ class Process:
     readiness: Verdict = field(default_factory=Verdict)
     liveness: Verdict = field(default_factory=Verdict)
     missing: tuple[str, ...] = ()
+    survivors: tuple[int, ...] = ()  # of its set, not killable: its memory is not free, and nothing may start
     last_exit: ExitReport | None = None
     last_exit_s: float | None = None
     rss_bytes: int = 0
     memory_strikes: int = 0
     # wishes
     stopped: bool = False  # an operator's durable stop
+    asked: bool = False  # an operator wants this on-demand process up although no model needs it
+    adopted: bool = False  # taken over, and what it holds was not seen yet
     removed: bool = False  # no longer in the configuration
     restart_wanted: str | None = None  # restart once drained, and why
+    leave_s: float | None = None  # since when it drains in order to stop
     drained: bool = False  # an operator took it out of routing
     outcome: ExitReport | None = None  # the death to count once the set is empty; None: the stop was ordered
     impossible: bool = False  # FAILED only because a dependency cannot come
@@ -109,6 +113,11 @@ class Process:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def empty(self) -> bool:
+        """Nothing of it lives: its memory is free."""
+        return self.state in RESTING and not self.survivors
 
     def move(self, state: ProcessState, now: float, reason: str) -> None:
         """Enter `state`. Raises InvalidTransition when the table does not know the move."""
@@ -131,12 +140,16 @@ class Placement:
     since_s: float = 0.0
     order_s: float = 0.0  # when the load was decided
     ordered: bool = False  # Load or Unload was sent and its answer is awaited
+    ordered_s: float = 0.0  # when it was sent
+    for_line: bool = False  # begun for a request or an operator, not for its own sake
     loaded_s: float | None = None
     in_flight: int = 0
     last_used_s: float = 0.0
     closing: str | None = None  # no new grants; unload when idle
     evicted: bool = False  # leaving to make room, not for its own sake
+    returns: bool = True  # comes back by itself if the configuration wants it in memory
     attempts: int = 0  # failed unloads in a row
+    retry_s: float = 0.0  # no new unload before
 
     @property
     def key(self) -> tuple[str, str]:
@@ -182,11 +195,11 @@ class Model:
 
     @property
     def footprint(self) -> Footprint:
-        """Declared before learned before estimated."""
+        """Declared before learned before estimated; a device that nobody could measure keeps its estimate."""
         spec = self.spec.footprint
         if spec.source is FootprintSource.DECLARED or not self.learned:
             return spec
-        return Footprint(dict(self.learned), FootprintSource.LEARNED)
+        return Footprint({**spec.bytes, **self.learned}, FootprintSource.LEARNED)
 
     @property
     def state(self) -> Residency:

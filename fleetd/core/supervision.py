@@ -4,6 +4,7 @@ The rules of this file
 - `reconcile` looks at every awake process and moves it one step towards what is desired; asked twice, it does nothing twice.
 - What runs is stopped as a *set*; whatever the leader did, nothing starts again before the set was seen to be empty.
 - An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are.
+- On a lane that demands it, an ordered stop waits for a start as a start waits for a stop: engines measure memory as they start.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 
 from fleetd.core.commands import Spawn, StartProbe, StopProbes
 from fleetd.core.contract import ProbeKind
-from fleetd.core.dependencies import dependents_running, gate
-from fleetd.core.ending import Ending
+from fleetd.core.dependencies import dependents_running, gate, stop_waits
+from fleetd.core.ending import RESWEEP_S, Ending
 from fleetd.core.facts import Facts
 from fleetd.core.state import RESTING, SERVING, Process, ProcessState, Residency
 
@@ -30,7 +31,7 @@ class Supervision:
         spec = process.spec
         if self.facts.shutting_down or process.stopped or process.removed or not spec.enabled:
             return False
-        if spec.own_model is None and not spec.on_demand:
+        if spec.own_model is None and (not spec.on_demand or process.asked or process.adopted):
             return True
         return any(
             p.state is not Residency.UNLOADING or spec.own_model is None for p in self.facts.placements_on(spec.name)
@@ -56,34 +57,21 @@ class Supervision:
             self._watch_serving(process, now)
         elif state is ProcessState.STOPPING:
             return
+        elif process.survivors:
+            self.ending.resweep(process, now)
         elif process.removed:
             self.forget(process)
         elif state in (ProcessState.EXITED, ProcessState.FAILED):
             if process.impossible and not gate(self.facts, process).impossible:
-                process.impossible = False
-                self.facts.move(process, ProcessState.STOPPED, now, "the dependency may come again")
+                self.ending.revive(process, now, "the dependency may come again")
                 self._rest(process, now)
         else:
             self._rest(process, now)
 
     def _rest(self, process: Process, now: float) -> None:
         """STOPPED, BLOCKED or BACKOFF: start when it is wanted, due and allowed."""
-        blocked = ProcessState.BLOCKED
         if not self.wanted(process):
-            process.next_start_s = None
-            if (
-                process.missing
-                and process.spec.enabled
-                and not process.stopped
-                and process.state is ProcessState.STOPPED
-            ):
-                self.facts.move(process, blocked, now, gate(self.facts, process).reason)
-            elif (
-                process.state is ProcessState.BACKOFF
-                or (process.state is blocked and not process.missing)
-                or (process.state is blocked and process.stopped)
-            ):
-                self.facts.move(process, ProcessState.STOPPED, now, self._why_not(process))
+            self._idle(process, now)
             return
         if process.state is ProcessState.BACKOFF and process.next_start_s is not None and now < process.next_start_s:
             return
@@ -93,10 +81,22 @@ class Supervision:
         elif verdict.impossible:
             process.impossible = True
             self.facts.move(process, ProcessState.FAILED, now, verdict.reason)
-        elif process.state is not blocked:
-            self.facts.move(process, blocked, now, verdict.reason)
+        elif process.state is not ProcessState.BLOCKED:
+            process.again = process.again or process.state is ProcessState.BACKOFF
+            self.facts.move(process, ProcessState.BLOCKED, now, verdict.reason)
         else:
             process.reason = verdict.reason
+
+    def _idle(self, process: Process, now: float) -> None:
+        """Not wanted: STOPPED, or BLOCKED where something it requires is absent, so that a person sees it."""
+        process.next_start_s, process.again = None, False
+        hushed = process.stopped or not process.spec.enabled or self.facts.shutting_down
+        target = ProcessState.BLOCKED if process.missing and not hushed else ProcessState.STOPPED
+        if process.state is not target:
+            absent = target is ProcessState.BLOCKED
+            self.facts.move(
+                process, target, now, gate(self.facts, process).reason if absent else self._why_not(process)
+            )
 
     def _why_not(self, process: Process) -> str:
         for placement in self.facts.placements_on(process.name):
@@ -132,7 +132,9 @@ class Supervision:
     def begin_run(self, process: Process, now: float) -> None:
         """Forget what was known of the generation before."""
         process.started_s = process.progress_s = now
-        process.ready_s = process.next_start_s = process.restart_wanted = process.outcome = None
+        process.ready_s = process.next_start_s = process.leave_s = None
+        process.restart_wanted = process.outcome = None
+        process.adopted = False
         process.startup_done, process.phase, process.memory_strikes, process.rss_bytes = False, "", 0, 0
         process.readiness.reset()
         process.liveness.reset()
@@ -175,6 +177,8 @@ class Supervision:
             detail = process.readiness.detail or process.phase
             reason = f"not ready within {deadline - process.progress_s:g} s" + (f" ({detail})" if detail else "")
             self.ending.kill(process, now, reason)
+        elif process.startup_done:
+            self.maybe_ready(process, now)
 
     def _start_deadline(self, process: Process) -> float | None:
         startup = process.spec.probes.startup
@@ -191,19 +195,27 @@ class Supervision:
             and process.ready_s is not None
             and now >= process.ready_s + spec.restart.stable_after_s
         ):
-            process.record.reset()
+            process.record.stable()
+            self.facts.journal.note(process.name, f"stable for {spec.restart.stable_after_s:g} s")
             self.facts.persist(process, "stable again")
         if spec.max_age_s is not None and process.restart_wanted is None and now >= process.started_s + spec.max_age_s:
             process.restart_wanted = f"older than {spec.max_age_s:g} s"
         leaving = process.restart_wanted if self.wanted(process) else self._why_not(process)
         if leaving is None:
+            process.leave_s = None
             self._settle_routing(process, now)
             return
         if self.facts.shutting_down and not self.facts.forced and dependents_running(self.facts, process.name):
             return
+        if process.leave_s is None:
+            process.leave_s = now
         if process.state is not ProcessState.DRAINING:
             self.facts.move(process, ProcessState.DRAINING, now, leaving)
-        if not self.in_flight(process) or now >= process.since_s + spec.drain_timeout_s or self.facts.forced:
+        if self.in_flight(process) and now < process.leave_s + spec.drain_timeout_s and not self.facts.forced:
+            process.reason = leaving
+            return
+        process.reason = leaving if self.facts.shutting_down else stop_waits(self.facts, process) or leaving
+        if process.reason == leaving:
             self.ending.stop(process, now, leaving)
 
     def _settle_routing(self, process: Process, now: float) -> None:
@@ -219,9 +231,12 @@ class Supervision:
             self.facts.move(process, target, now, reason)
 
     def forget(self, process: Process) -> None:
+        """Drop a process that left the configuration; its generation is kept, lest a late event fits a successor."""
         if not self.facts.placed.get(process.name):
             self.facts.processes.pop(process.name, None)
             self.facts.awake.discard(process.name)
+            self.facts.retired[process.name] = process.generation
+            self.facts.journal.note(process.name, "forgotten: no longer in the configuration")
 
     def deadlines(self, process: Process) -> Iterator[float]:
         """Yield the times at which `reconcile` may decide differently without another event."""
@@ -237,21 +252,26 @@ class Supervision:
                 yield process.ready_s + spec.restart.stable_after_s
             if spec.max_age_s is not None and process.restart_wanted is None:
                 yield process.started_s + spec.max_age_s
-            if process.state is ProcessState.DRAINING and not process.drained:
-                yield process.since_s + spec.drain_timeout_s
+            if process.leave_s is not None:
+                yield process.leave_s + spec.drain_timeout_s
+        elif process.survivors:
+            yield process.since_s + RESWEEP_S
 
     def all_rest(self) -> bool:
         return all(process.state in RESTING for process in self.facts.processes.values())
 
-    def reprobe(self, process: Process) -> None:
+    def reprobe(self, process: Process, now: float) -> None:
         """The probes of a running process changed: begin again with the new ones."""
         self.facts.emit(StopProbes(process.name, process.generation, "the probes changed"))
-        for kind, spec in (
-            (ProbeKind.READINESS, process.spec.probes.readiness),
-            (ProbeKind.LIVENESS, process.spec.probes.liveness),
-        ):
-            if spec is not None:
-                self._probe(process, kind)
+        process.readiness.reset()
+        process.liveness.reset()
+        if not process.startup_done:
+            self.spawned(process, process.pid, now)
+            return
+        if process.spec.probes.readiness is not None:
+            self._probe(process, ProbeKind.READINESS)
+        if process.spec.probes.liveness is not None and process.state in SERVING:
+            self._probe(process, ProbeKind.LIVENESS)
 
     def _probe(self, process: Process, probe: ProbeKind) -> None:
         self.facts.emit(

@@ -1,0 +1,49 @@
+"""Which processes may hold a model, and whether a model that is on its way can still come.
+
+The rules of this file
+- Pure questions over the facts.
+- An operator's stop or drain, an absent requirement and a process that gave up all mean the same to a request: not from here.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.facts import Facts
+from fleetd.core.state import RESTING, Model, Placement, Process, ProcessState
+
+
+def usable(process: Process) -> bool:
+    """Return whether a model may be placed on it now or soon."""
+    if process.stopped or process.removed or not process.spec.enabled or process.missing or process.drained:
+        return False
+    return process.state not in (ProcessState.FAILED, ProcessState.EXITED)
+
+
+def holder(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
+    """Return the best process for a new placement: usable, not holding it yet, with the fewest models on it."""
+    able = [
+        process
+        for name in model.spec.holders
+        if (process := facts.processes.get(name)) is not None
+        and usable(process)
+        and name not in model.placements
+        and name not in avoid
+    ]
+    if not able:
+        return None
+    return min(
+        able,
+        key=lambda process: (
+            process.state is not ProcessState.READY and not process.spec.on_demand,
+            len(facts.placed.get(process.name, ())),
+        ),
+    )
+
+
+def hopeful(facts: Facts, placement: Placement) -> bool:
+    """Return whether a request may still wait for this placement, or for what follows when it has left."""
+    process = facts.processes.get(placement.process)
+    if process is None or process.survivors:
+        return False
+    if process.stopped or process.removed or not process.spec.enabled or process.drained:
+        return False
+    return not (process.state in RESTING and not usable(process))
