@@ -28,6 +28,35 @@ _RUN = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]|\\.){0,256}+"){1,1000}+', re.DOT
 _SPACE = b" \t\r\n"
 
 
+_USUAL_KEYS = frozenset(
+    {
+        "dimensions",
+        "encoding_format",
+        "frequency_penalty",
+        "input",
+        "logit_bias",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "model",
+        "n",
+        "presence_penalty",
+        "prompt",
+        "reasoning_effort",
+        "response_format",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "temperature",
+        "tool_choice",
+        "tools",
+        "top_p",
+        "user",
+    }
+)
+
+
 class Asked(NamedTuple):
     """What a body asks for. `span` is where the value of `model` stands, when that is known."""
 
@@ -44,9 +73,10 @@ def read(body: bytes | bytearray) -> Asked:
         raise _not_json(str(error)) from None
     if type(document) is not dict:
         raise invalid_request("The body must be a JSON object.")
-    for key in document:
-        if len(key) <= 6 and key != "model" and key != "stream" and key.lower() in ("model", "stream"):
-            raise _ambiguous(key)
+    if not _USUAL_KEYS.issuperset(document):
+        for key in document:
+            if key not in _USUAL_KEYS and key.lower() in ("model", "stream"):
+                raise _ambiguous(key)
     model = document.get("model")
     if type(model) is not str or not model or len(model) > MAX_MODEL_CHARS or not model.isprintable():
         raise _bad_model(model)

@@ -24,7 +24,7 @@ import httptools
 
 from fleetd.errors import ApiError
 from fleetd.gateway.errors import error_headers, invalid_request, openai_shape, status_line
-from fleetd.gateway.request import Request
+from fleetd.gateway.request import APART_SIZES, Request
 
 if TYPE_CHECKING:
     from fleetd.gateway.server import Gateway
@@ -65,6 +65,7 @@ class ServerConnection(asyncio.Protocol):
         "_current",
         "_deaf",
         "_in_head",
+        "_lines",
         "_parser",
         "_probes",
         "_queue",
@@ -101,6 +102,7 @@ class ServerConnection(asyncio.Protocol):
         self._reading_paused = False
         self._deaf = False
         self._in_head = True
+        self._lines: list[bytes] = []  # of the head being read: name, value, name, value …
         self._current: Request | None = None  # the one being read
         self._raw_bytes = 0
         self._raw_left = 0
@@ -238,7 +240,7 @@ class ServerConnection(asyncio.Protocol):
                 self.phase = HEAD
                 self.deadline = self.gateway.clock + options.head_timeout_s
         # Chunk extensions and trailers are no body, and llhttp takes any number of them.
-        elif request.chunked and self._raw_bytes > options.max_head_bytes + 8 * (len(request.body) + 1024):
+        elif request.head.chunked and self._raw_bytes > options.max_head_bytes + 8 * (len(request.body) + 1024):
             self._give_up(invalid_request("The chunked body is nearly all framing."))
         elif self.active is None:
             self.phase = BODY
@@ -254,34 +256,46 @@ class ServerConnection(asyncio.Protocol):
             self._current.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head and self._current is not None:  # else a trailer
-            self._current.header(name, value)
+        if not self._in_head:
+            return  # a trailer
+        if len(name) in APART_SIZES and self._current is not None:
+            # What differs from request to request is kept apart: the other lines are looked up as a whole.
+            lower = name.lower()
+            if lower == b"content-length":
+                self._current.length = int(value)
+                return
+            if lower == b"x-request-id":
+                self._current.request_id = value
+                return
+        self._lines += (name, value)
 
     def on_headers_complete(self) -> None:
         request = self._current
         if self._deaf or request is None:
             return
         self._in_head = False
-        parser = self._parser
-        request.method = parser.get_method()
-        request.keep_alive = parser.should_keep_alive()
-        if request.connection is not None or not request.keep_alive:
+        parser, gateway = self._parser, self.gateway
+        head = request.head = gateway.heads.get(self._lines)
+        self._lines = []
+        method = request.method = parser.get_method()
+        keep_alive = request.keep_alive = parser.should_keep_alive()
+        if head.connection is not None or not keep_alive:
             version = parser.get_http_version()
             request.http11 = version == "1.1"
-            request.keep_alive = request.keep_alive and request.http11
+            request.keep_alive = keep_alive and request.http11
             request.version_refused = version not in ("1.1", "1.0")
-            request.drop_named_by_connection()
-        gateway = self.gateway
-        request.request_id = gateway.request_id(request.client_request_id)
+        request.request_id = gateway.request_id(request.request_id)
         error = request.error = gateway.policy.check(request)
         if error is not None:
-            if request.chunked or request.length > SMALL_BODY_BYTES or request.expect or request.method == b"CONNECT":
+            if head.chunked or request.length > SMALL_BODY_BYTES or head.expect or method == b"CONNECT":
                 self._give_up(error)
-        elif request.chunked and parser.should_upgrade():
+        elif head.chunked and parser.should_upgrade():
             self._give_up(invalid_request("An upgrade with a chunked body is not understood here."))
-        elif request.expect and request.http11 and self.active is None and not self._queue:
-            self.transport.write(CONTINUE)
-            request.expect = False
+        elif head.expect and request.http11:
+            if self.active is None and not self._queue:
+                self.transport.write(CONTINUE)
+            else:
+                request.expect = True
 
     def on_body(self, data: bytes) -> None:
         request = self._current
@@ -427,14 +441,14 @@ class ServerConnection(asyncio.Protocol):
         self._current = None
         request.error = error
         request.close_unread = True
-        request.request_id = request.request_id or self.gateway.request_id(None)
+        request.request_id = self.gateway.request_id(request.request_id)
         request.body = b""
         self.give_back(request)
         self._queue.append(request)
 
     def _refuse_now(self, error: ApiError) -> None:
         self.active = Request(b"")
-        self.active.request_id = self.gateway.request_id(None)
+        self.active.request_id = self.gateway.request_id(b"")
         self.active.close_unread = True
         self.respond_error(error)
 

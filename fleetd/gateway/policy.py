@@ -6,7 +6,7 @@ The rules of this file
   gateway listens on every address.
 - Without this, any web page could talk to the fleet by DNS rebinding. And a page of another origin may send nothing that
   costs something: its Origin must be our own Host, and JSON must be called JSON, which no HTML form can do.
-- What passed once is remembered (bounded), so that the usual request costs two set look-ups.
+- What passed once is remembered (bounded), on the head itself, so that the usual request costs one look-up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetd.gateway.errors import invalid_request
 from fleetd.gateway.options import GatewayOptions
 
 if TYPE_CHECKING:
-    from fleetd.gateway.request import Request
+    from fleetd.gateway.request import Head, Request
     from fleetd.gateway.routes import Routes
 
 _REMEMBERED = 1024
@@ -117,25 +117,34 @@ class RequestPolicy:
 
     def check(self, request: Request) -> ApiError | None:
         """Return what is wrong with a head, or None. Sets the route of its request."""
-        return (
+        head = request.head
+        if head.allowed and request.method == b"POST" and not request.version_refused:
+            route = self.routes.by_path.get(request.target)
+            if route is not None and route.method == b"POST" and request.length <= self.options.max_body_bytes:
+                request.route = route
+                return None
+        error = (
             self._check_form(request)
             or self._check_origin(request)
             or self.routes.find(request)
-            or (self._check_body(request) if request.method == b"POST" else None)
+            or (self._check_body(head) if request.method == b"POST" else None)
         )
+        if error is None and request.method == b"POST" and request.target[:1] == b"/" and head.host is not None:
+            head.allowed = True
+        return error
 
     def _check_form(self, request: Request) -> ApiError | None:
         options = self.options
         target = request.target
         if len(target) > options.max_target_bytes:
             return invalid_request("The request line is too long.", 414, "uri_too_long")
-        if request.header_count > options.max_headers or request.head_bytes > options.max_head_bytes:
+        if request.head.header_count > options.max_headers or request.head.head_bytes > options.max_head_bytes:
             return invalid_request("The headers are too many or too large.", 431, "headers_too_large")
         if request.version_refused:
             return invalid_request("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505, "http_version")
         if request.length > options.max_body_bytes:
             return self.body_too_large()
-        host = request.host
+        host = request.head.host
         if host is None and not request.http11:
             return None
         if not host:
@@ -155,7 +164,7 @@ class RequestPolicy:
         if url.schema not in (b"http", b"https") or not url.host or url.userinfo:
             return invalid_request("The request target must be a path.")
         name = b"[%b]" % url.host if b":" in url.host else url.host
-        if not self.hosts.allows(name) or not self.hosts.allows(request.host or b""):
+        if not self.hosts.allows(name) or not self.hosts.allows(request.head.host or b""):
             return self._foreign_host()
         request.target = (url.path or b"/") + (b"?" + url.query if url.query else b"")
         return None
@@ -168,17 +177,17 @@ class RequestPolicy:
         )
 
     def _check_origin(self, request: Request) -> ApiError | None:
-        origin = request.origin
+        origin = request.head.origin
         if origin is None or request.method in (b"GET", b"HEAD"):
             return None  # nothing to steal: no answer ever allows another origin to read it
-        if request.host and self.hosts.same_origin(origin, request.host):
+        if request.head.host and self.hosts.same_origin(origin, request.head.host):
             return None
         return ApiError(403, "origin_not_allowed", "Web pages of another origin may not use this gateway.")
 
-    def _check_body(self, request: Request) -> ApiError | None:
-        if request.content_encoding is not None:
+    def _check_body(self, head: Head) -> ApiError | None:
+        if head.content_encoding is not None:
             return invalid_request("Compressed requests are not accepted.", 415, "unsupported_media_type")
-        content_type = request.content_type
+        content_type = head.content_type
         if content_type in self._json_types:
             return None
         if content_type is None or content_type.partition(b";")[0].strip().lower() != b"application/json":

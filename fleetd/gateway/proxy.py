@@ -174,10 +174,10 @@ class Exchange:
             return
         if served_name != asked.model:
             body = bodies.rename(body, asked, served_name)
-        head = [pool.prefix, request.target, pool.head, *request.forward]
-        if request.accept_encoding is not None and not asked.stream:
+        head = [pool.prefix, request.target, pool.head, request.head.forward]
+        if request.head.accept_encoding is not None and not asked.stream:
             # A stream must stay readable: an error event may have to follow it.
-            head += (b"Accept-Encoding: ", request.accept_encoding, b"\r\n")
+            head += (b"Accept-Encoding: ", request.head.accept_encoding, b"\r\n")
         head += (b"X-Request-Id: ", request.request_id, b"\r\nContent-Length: %d\r\n\r\n" % len(body))
         self._last_read = self.gateway.clock
         connection = None if fresh else pool.take()
@@ -204,13 +204,13 @@ class Exchange:
         if not self._piping:
             self._forget_body()
             if self._early:
-                if connection.status != 200 or not connection.event_stream:
+                if connection.status != 200 or not connection.head.event_stream:
                     self._error_pieces = []
                     self._collect_error(connection)
                     return
             else:
                 self._head(connection, out)
-            self._event_stream = connection.event_stream
+            self._event_stream = connection.head.event_stream
             self._piping = self.relaying = True
         if connection.body_bytes:
             if self._chunks:
@@ -238,16 +238,22 @@ class Exchange:
     def _head(self, connection: UpstreamConnection, out: list[bytes]) -> None:
         """Write the head of the answer, and decide how its end will be known."""
         request = self.request
-        out.append(status_line(connection.status))
-        out += connection.head
-        out += (b"X-Request-Id: ", request.request_id, b"\r\n", self._labels())
-        if not connection.sized:
+        head = connection.head
+        out += (
+            status_line(connection.status),
+            head.lines,
+            b"X-Request-Id: ",
+            request.request_id,
+            b"\r\n",
+            self._labels(),
+        )
+        if not head.sized and connection.status not in (204, 304):
             if request.http11:
                 self._chunks = True
                 out.append(b"Transfer-Encoding: chunked\r\n")
             else:
                 request.keep_alive = False
-            if connection.event_stream:
+            if head.event_stream:
                 out.append(b"X-Accel-Buffering: no\r\n")
         if self.gateway.draining:
             request.keep_alive = False

@@ -3,7 +3,7 @@
 The rules of this file
 - Everything is passed on but: what concerns this hop only, credentials (they are for us, never for an engine), what a
   browser says of its page, what other proxies claim, and what only we may say.
-- Attributes have their defaults on the class: most requests set few of them.
+- The lines of a head are read once and remembered: clients repeat themselves.
 """
 
 from __future__ import annotations
@@ -15,30 +15,26 @@ from fleetd.errors import ApiError
 if TYPE_CHECKING:
     from fleetd.gateway.routes import Route
 
-# What is done with a header. Plain integers: this is looked at for every header of every request.
+# What is done with a header.
 PASS: Final = 0
 DROP: Final = 1
 HOST: Final = 2
-CONTENT_LENGTH: Final = 3
 CONTENT_TYPE: Final = 4
 ACCEPT_ENCODING: Final = 5
 CONNECTION: Final = 6
 TRANSFER_ENCODING: Final = 7
 EXPECT: Final = 8
 ORIGIN: Final = 9
-REQUEST_ID: Final = 10
-CONTENT_ENCODING: Final = 11
+CONTENT_ENCODING: Final = 10
 
 _SPECIAL = {
     "host": HOST,
-    "content-length": CONTENT_LENGTH,
     "content-type": CONTENT_TYPE,
     "accept-encoding": ACCEPT_ENCODING,
     "connection": CONNECTION,
     "transfer-encoding": TRANSFER_ENCODING,
     "expect": EXPECT,
     "origin": ORIGIN,
-    "x-request-id": REQUEST_ID,
     "content-encoding": CONTENT_ENCODING,
 }
 _DROPPED = [
@@ -71,69 +67,48 @@ _DROPPED = [
     "access-control-request-method",
     "access-control-request-headers",
 ]
-KINDS: dict[bytes, int] = {}
-for _name, _kind in (*_SPECIAL.items(), *((name, DROP) for name in _DROPPED)):
-    for _form in (_name, _name.title()):
-        KINDS[_form.encode()] = _kind
+KINDS: dict[bytes, int] = {name.encode(): DROP for name in _DROPPED}
+KINDS.update((name.encode(), kind) for name, kind in _SPECIAL.items())
+APART_SIZES: Final = frozenset({len(b"content-length"), len(b"x-request-id")})
+
+_REMEMBERED: Final = 256  # heads, of at most
+_REMEMBERED_BYTES: Final = 4096
 
 
-class Request:
-    """A request of a client. `forward` holds header lines as pieces to join: name, ": ", value, CRLF."""
+class Head:
+    """What the header lines of a request say, length and request id aside. Built once for equal lines, then shared."""
 
-    method: bytes = b"GET"
-    http11: bool = True
-    keep_alive: bool = False
-    version_refused: bool = False
-    header_count: int = 0
-    head_bytes: int = 0
-    host: bytes | None = None
-    length: int = -1
-    chunked: bool = False
-    content_type: bytes | None = None
-    content_encoding: bytes | None = None
-    accept_encoding: bytes | None = None
-    connection: bytes | None = None
-    expect: bool = False
-    origin: bytes | None = None
-    client_request_id: bytes | None = None
+    def __init__(self, lines: tuple[bytes, ...]) -> None:
+        """`lines` is name, value, name, value …"""
+        self.header_count = len(lines) // 2
+        self.head_bytes = sum(map(len, lines)) + 2 * len(lines)
+        self.host: bytes | None = None
+        self.chunked = False
+        self.content_type: bytes | None = None
+        self.content_encoding: bytes | None = None
+        self.accept_encoding: bytes | None = None
+        self.connection: bytes | None = None
+        self.expect = False
+        self.origin: bytes | None = None
+        self.allowed = False  # the policy has nothing against these lines on a POST of JSON
+        passed: list[tuple[bytes, bytes]] = []
+        for at in range(0, len(lines), 2):
+            self._take(lines[at], lines[at + 1], passed)
+        named = self._named_by_connection()
+        self.forward = b"".join(b"%b: %b\r\n" % line for line in passed if line[0].lower() not in named)
 
-    request_id: bytes = b""
-    route: Route | None = None
-    error: ApiError | None = None
-    close_unread: bool = False  # input after this request is not to be understood
-    body: bytes | bytearray = b""
-    buffered_bytes: int = 0  # what the gateway's account of large bodies holds for it
-
-    def __init__(self, target: bytes) -> None:
-        self.target = target
-        self.forward: list[bytes] = []
-
-    def header(self, name: bytes, value: bytes) -> None:
-        """Take one header line."""
-        self.header_count += 1
-        self.head_bytes += len(name) + len(value) + 4
-        kind = KINDS.get(name)
-        if kind is None:
-            kind = KINDS.get(name.lower(), PASS)
-        if kind == PASS:
-            self.forward += (name, b": ", value, b"\r\n")
-        elif kind == HOST:
+    def _take(self, name: bytes, value: bytes, passed: list[tuple[bytes, bytes]]) -> None:
+        kind = KINDS.get(name.lower(), PASS)
+        if kind in (PASS, CONTENT_TYPE):
+            passed.append((name, value))
+        if kind == HOST:
             self.host = value if self.host is None else b""
-        elif kind == CONTENT_LENGTH:
-            self.length = int(value)
         elif kind == CONTENT_TYPE:
-            self.content_type = value
-            self.forward += (name, b": ", value, b"\r\n")
-        elif kind != DROP:
-            self._rarer_header(kind, value)
-
-    def _rarer_header(self, kind: int, value: bytes) -> None:
-        if kind == ACCEPT_ENCODING:
+            self.content_type = value if self.content_type in (None, value) else b""
+        elif kind == ACCEPT_ENCODING:
             self.accept_encoding = value
         elif kind == CONNECTION:
             self.connection = value if self.connection is None else self.connection + b"," + value
-        elif kind == REQUEST_ID:
-            self.client_request_id = value
         elif kind == TRANSFER_ENCODING:
             self.chunked = True
             if value.lower() != b"chunked":
@@ -145,14 +120,49 @@ class Request:
         elif kind == CONTENT_ENCODING and value.lower() != b"identity":
             self.content_encoding = value
 
-    def drop_named_by_connection(self) -> None:
-        """Drop the headers that `Connection` declares to be for this hop only."""
-        named = {part.strip() for part in (self.connection or b"").lower().split(b",")} - {b"close", b"keep-alive"}
-        if not named:
-            return
-        lines = self.forward
-        kept: list[bytes] = []
-        for at in range(0, len(lines), 4):
-            if lines[at].lower() not in named:
-                kept += lines[at : at + 4]
-        self.forward = kept
+    def _named_by_connection(self) -> frozenset[bytes]:
+        """Return the headers that `Connection` declares to be for this hop only."""
+        if self.connection is None:
+            return frozenset()
+        return frozenset(part.strip() for part in self.connection.lower().split(b","))
+
+
+class Request:
+    """A request of a client."""
+
+    method: bytes = b"GET"
+    http11: bool = True
+    keep_alive: bool = False
+    version_refused: bool = False
+    length: int = -1
+    expect: bool = False  # the client still waits for a word before it sends the body
+
+    head: Head = Head(())
+    request_id: bytes = b""
+    route: Route | None = None
+    error: ApiError | None = None
+    close_unread: bool = False  # input after this request is not to be understood
+    body: bytes | bytearray = b""
+    buffered_bytes: int = 0  # what the gateway's account of large bodies holds for it
+
+    def __init__(self, target: bytes) -> None:
+        self.target = target
+
+
+class Heads:
+    """Heads by their lines. A client sends the same lines with every request, so most heads are looked up, not read."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, ...], Head] = {}
+
+    def get(self, lines: list[bytes]) -> Head:
+        """Return what these lines say."""
+        key = tuple(lines)
+        head = self._known.get(key)
+        if head is None:
+            head = Head(key)
+            if head.head_bytes <= _REMEMBERED_BYTES:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[key] = head
+        return head

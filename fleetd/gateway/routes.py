@@ -53,7 +53,7 @@ class Routes:
         proxied = Route(b"POST", self._proxy, json=True)
         self._options = Route(b"OPTIONS", self._answer_options)
         self._one_model = Route(b"GET", self._answer_one_model)
-        self._by_path: dict[bytes, Route] = {
+        self.by_path: dict[bytes, Route] = {
             b"/v1/chat/completions": proxied,
             b"/v1/completions": proxied,
             b"/v1/embeddings": proxied,
@@ -65,7 +65,7 @@ class Routes:
     def find(self, request: Request) -> ApiError | None:
         """Set the route of a request, or say why there is none."""
         target = request.target
-        route = self._by_path.get(target) or self._find_rarer(target)
+        route = self.by_path.get(target) or self._find_rarer(target)
         if route is None:
             if target == b"*":
                 request.route = self._options
@@ -83,7 +83,7 @@ class Routes:
 
     def _find_rarer(self, target: bytes) -> Route | None:
         path = target.partition(b"?")[0]
-        route = self._by_path.get(path)
+        route = self.by_path.get(path)
         if route is None and path.startswith(MODELS_PREFIX) and len(path) > len(MODELS_PREFIX):
             return self._one_model
         return route

@@ -25,6 +25,7 @@ from fleetd.gateway.http1 import IDLE, ServerConnection
 from fleetd.gateway.options import GatewayOptions
 from fleetd.gateway.policy import RequestPolicy
 from fleetd.gateway.port import FleetPort
+from fleetd.gateway.request import Heads
 from fleetd.gateway.routes import Routes
 from fleetd.gateway.upstream import Pool
 
@@ -51,6 +52,7 @@ class Gateway:
     def __init__(self, port: FleetPort, options: GatewayOptions | None = None) -> None:
         self.port = port
         self.options = options or GatewayOptions()
+        self.heads = Heads()
         self.routes = Routes(self)
         self.policy = RequestPolicy(self.options, self.routes)
         self.loop: asyncio.AbstractEventLoop
@@ -64,6 +66,7 @@ class Gateway:
         self._connections: set[ServerConnection] = set()
         self._by_client: dict[str, int] = {}
         self._pools: dict[str, Pool] = {}
+        self._all_pools: set[Pool] = set()  # also those of an earlier address, until their connections are gone
         self._labels: dict[tuple[str, str], bytes] = {}
         self._id_prefix = os.urandom(6).hex().encode() + b"-"
         self._id_count = 0
@@ -122,11 +125,14 @@ class Gateway:
         await self._wait_empty()
         if self._timer is not None:
             self._timer.cancel()
-        for pool in self._pools.values():
+        for pool in self._all_pools:
             pool.close()
         for server in self._servers:
             await server.wait_closed()
         self.threads.shutdown(wait=False, cancel_futures=True)
+        while any(pool.open_connections for pool in self._all_pools):
+            self._empty.clear()
+            await self._empty.wait()
 
     async def _wait_empty(self) -> None:
         while self._connections:
@@ -138,7 +144,7 @@ class Gateway:
         return GatewayStats(
             connections=len(self._connections),
             active=sum(1 for connection in self._connections if connection.active is not None),
-            upstream_connections=sum(pool.open_connections for pool in self._pools.values()),
+            upstream_connections=sum(pool.open_connections for pool in self._all_pools),
             buffered_bytes=self.buffered_bytes,
             requests=self._id_count,
             refused_connections=self._refused,
@@ -197,12 +203,12 @@ class Gateway:
 
     # -- what requests need ---------------------------------------------------------------------------------------------
 
-    def request_id(self, from_client: bytes | None) -> bytes:
+    def request_id(self, from_client: bytes) -> bytes:
         """Return the client's own id where it is a sane one, else a new one."""
-        self._id_count += 1
-        if from_client is not None and _SANE_ID.fullmatch(from_client):
+        count = self._id_count = self._id_count + 1
+        if from_client and _SANE_ID.fullmatch(from_client):
             return from_client
-        return self._id_prefix + b"%x" % self._id_count
+        return b"%b%x" % (self._id_prefix, count)
 
     def pool(self, process: str) -> Pool:
         """Return the connections to a process. Raises KeyError when the fleet has no such process."""
@@ -215,8 +221,15 @@ class Gateway:
             return pool
         if pool is not None:
             pool.close_idle()
-        pool = self._pools[process] = Pool(self, upstream)
+        pool = self._pools[process] = Pool(self, process, upstream)
+        self._all_pools.add(pool)
         return pool
+
+    def pool_emptied(self, pool: Pool) -> None:
+        """The last connection of a pool is gone."""
+        if self._pools.get(pool.process) is not pool:
+            self._all_pools.discard(pool)
+        self._empty.set()
 
     def labels(self, model: str, process: str) -> bytes:
         """Return the header lines that name a model and where it runs."""

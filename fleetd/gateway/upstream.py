@@ -59,13 +59,40 @@ _SPECIAL = {
     "content-type": CONTENT_TYPE,
     "connection": CONNECTION,
 }
-KINDS: dict[bytes, int] = {}
-for _name, _kind in (*_SPECIAL.items(), *((name, DROP) for name in _DROPPED)):
-    for _form in (_name, _name.title()):
-        KINDS[_form.encode()] = _kind
+KINDS: dict[bytes, int] = {name.encode(): DROP for name in _DROPPED}
+KINDS.update((name.encode(), kind) for name, kind in _SPECIAL.items())
 
-MAX_HEAD_BYTES: Final = 256 * 1024
+MAX_HEAD_BYTES: Final = 64 * 1024
+_REMEMBERED: Final = 32  # heads of answers
 JOIN_BYTES: Final = 64 * 1024
+
+
+class AnswerHead:
+    """What the header lines of an answer say. Built once for equal lines, then shared: engines repeat themselves."""
+
+    __slots__ = ("chunked", "event_stream", "lines", "sized")
+
+    def __init__(self, raw: tuple[bytes, ...]) -> None:
+        """`raw` is name, value, name, value …"""
+        self.sized = False  # the answer has a Content-Length
+        self.chunked = False
+        self.event_stream = False
+        named: set[bytes] = set()
+        passed: list[tuple[bytes, bytes]] = []
+        for at in range(0, len(raw), 2):
+            name, value = raw[at], raw[at + 1]
+            kind = KINDS.get(name.lower(), PASS)
+            if kind in (PASS, CONTENT_LENGTH, CONTENT_TYPE):
+                passed.append((name, value))
+            if kind == CONTENT_LENGTH:
+                self.sized = True
+            elif kind == CONTENT_TYPE:
+                self.event_stream = value[:17].lower() == b"text/event-stream"
+            elif kind == TRANSFER_ENCODING:
+                self.chunked = True
+            elif kind == CONNECTION:
+                named.update(part.strip() for part in value.lower().split(b","))
+        self.lines = b"".join(b"%b: %b\r\n" % line for line in passed if line[0].lower() not in named)
 
 
 class Answered(Protocol):
@@ -84,23 +111,24 @@ class Answered(Protocol):
         ...
 
 
+_NO_HEAD: Final = AnswerHead(())
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an engine."""
 
     __slots__ = (
         "_parser",
+        "_raw",
         "_received_bytes",
         "_reused",
         "body_bytes",
-        "chunked",
         "complete",
-        "event_stream",
         "head",
         "idle_since",
         "keep_alive",
         "pieces",
         "pool",
-        "sized",
         "status",
         "transport",
         "user",
@@ -117,12 +145,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self.status = 0
-        self.head: list[bytes] = []
+        self._raw: list[bytes] = []
+        self.head: AnswerHead = _NO_HEAD
         self.pieces: list[bytes] = []  # of the body, since the last report
         self.body_bytes = 0  # in `pieces`
-        self.sized = False  # the answer has a Content-Length
-        self.chunked = False
-        self.event_stream = False
         self.complete = False
         self.keep_alive = False
         self._received_bytes = 0
@@ -138,7 +164,7 @@ class UpstreamConnection(asyncio.Protocol):
     def release(self) -> None:
         """The answer is complete and was taken: back to the pool, or away."""
         self.user = None
-        if self.keep_alive and not self.transport.is_closing():
+        if self.keep_alive:
             self._reused = True
             self._reset()
             self.pool.give_back(self)
@@ -187,7 +213,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._parser = cast(httptools.HttpResponseParser, None)  # the parser holds us: break the cycle
         if user is None:
             return
-        if exc is None and self.status and not self.sized and not self.chunked:
+        if exc is None and self.status and not self.head.sized and not self.head.chunked:
             self.complete = True  # the end of the connection is the end of the answer
             self.user = user
             user.answer_read(self)
@@ -211,31 +237,18 @@ class UpstreamConnection(asyncio.Protocol):
     # -- what llhttp saw ------------------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.status:
-            return  # a trailer
-        kind = KINDS.get(name)
-        if kind is None:
-            kind = KINDS.get(name.lower(), PASS)
-        if kind == PASS:
-            self.head += (name, b": ", value, b"\r\n")
-        elif kind == CONTENT_LENGTH:
-            self.sized = True
-            self.head += (name, b": ", value, b"\r\n")
-        elif kind == CONTENT_TYPE:
-            self.event_stream = value[:17].lower() == b"text/event-stream"
-            self.head += (name, b": ", value, b"\r\n")
-        elif kind == TRANSFER_ENCODING:
-            self.chunked = True
+        if not self.status:  # else a trailer
+            self._raw += (name, value)
 
     def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
+        parser = self._parser
+        status = parser.get_status_code()
         if status < 200:
-            self.head = []
+            self._raw = []
             return
         self.status = status
-        self.keep_alive = self._parser.should_keep_alive()
-        if status in (204, 304):
-            self.sized = True
+        self.head = self.pool.answer_head(self._raw)
+        self.keep_alive = parser.should_keep_alive()
 
     def on_body(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -249,26 +262,33 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """The connections to one process."""
 
-    def __init__(self, gateway: Gateway, upstream: Upstream) -> None:
+    def __init__(self, gateway: Gateway, process: str, upstream: Upstream) -> None:
         self.gateway = gateway
+        self.process = process
         self.upstream = upstream
         self.open_connections = 0
         self._idle: list[UpstreamConnection] = []
         self._connecting: set[asyncio.Task[None]] = set()
+        self._heads: dict[tuple[bytes, ...], AnswerHead] = {}
         host = f"[{upstream.host}]" if ":" in upstream.host else upstream.host
         lines = [f" HTTP/1.1\r\nHost: {host}:{upstream.port}\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in upstream.headers]
         self.head = "".join(lines).encode("latin-1", "replace")
         self.prefix = b"POST " + upstream.base_path.encode("ascii", "replace")
 
+    def answer_head(self, raw: list[bytes]) -> AnswerHead:
+        """Return what these header lines say; a Date makes them new once a second."""
+        key = tuple(raw)
+        head = self._heads.get(key)
+        if head is None:
+            if len(self._heads) >= _REMEMBERED:
+                self._heads.clear()
+            head = self._heads[key] = AnswerHead(key)
+        return head
+
     def take(self) -> UpstreamConnection | None:
         """Return an idle connection, the one used last; None: a new one is needed."""
-        idle = self._idle
-        while idle:
-            connection = idle.pop()
-            if not connection.transport.is_closing():
-                return connection
-        return None
+        return self._idle.pop() if self._idle else None
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection for the next request."""
@@ -284,6 +304,8 @@ class Pool:
         self.open_connections -= 1
         if connection.user is None and connection in self._idle:
             self._idle.remove(connection)
+        if not self.open_connections:
+            self.gateway.pool_emptied(self)
 
     def connect(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> asyncio.Task[None]:
         """Open a connection and send one request on it. Cancel the returned task to give it up."""
