@@ -1,0 +1,243 @@
+"""A list of model entities (config-aientities.json and its like) to models of a fleet.
+
+The rules of this file
+- Field names are a mapping, not a schema: `FIELDS` says which paths mean what, and a caller may add his own.
+- What was not understood is in the report, by field, with the number of entities that have it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fleetd.config.importers.emit import to_yaml
+from fleetd.config.importers.report import Imported, Report
+from fleetd.errors import ConfigError, Problem
+
+# What a model of the fleet wants to know → the paths under which files are known to say it; the first that is there counts.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "name": ("id", "name", "key", "slug"),
+    "title": ("displayName", "display_name", "title", "label"),
+    "enabled": ("enabled", "active"),
+    "from": ("model.path", "modelPath", "model_path", "path", "file", "gguf", "from", "model.file"),
+    "format": ("model.format", "format"),
+    "quantization": ("model.quantization", "quantization", "quant", "model.quant"),
+    "template": ("prompt.template", "template"),
+    "system": ("prompt.system", "systemPrompt", "system_prompt", "system"),
+    "parameters": ("parameters", "params", "options", "model.parameters"),
+    "aliases": ("aliases", "alias"),
+    "served_as": ("model.name", "ollamaModel", "ollama_model", "tag"),
+}
+# Parameters that a Modelfile has; anything else would be dropped by the server in silence.
+PARAMETERS = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu",
+    "num_thread", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "seed", "stop", "use_mmap", "numa",
+    "tfs_z", "mirostat", "mirostat_eta", "mirostat_tau", "penalize_newline", "draft_num_predict",
+})  # fmt: skip
+_SERVERS = ("lmStudioServers", "lm_studio_servers", "lmstudio")
+_LISTS = ("entities", "models", "aiEntities", "items")
+_VOLUME = re.compile(r"(/Volumes/[^/]+|/mnt/[^/]+|/media/[^/]+/[^/]+)/")
+_QUANTIZE = frozenset({"q8_0", "q4_K_M", "q4_K_S", "q6_K", "q5_K_M", "q4_0", "f16", "f32"})
+
+
+def import_entities(
+    text: str,
+    *,
+    instance: Sequence[str] = (),
+    fields: Mapping[str, Sequence[str]] | None = None,
+    shown: str = "entities",
+) -> Imported:
+    """Return models for every entity. Without `instance` an Ollama server is added for them. Raises ConfigError.
+
+    `fields` adds paths to `FIELDS`, tried first: {"from": ["weights.file"]}.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, column = getattr(error, "lineno", 0), getattr(error, "colno", 0)
+        raise ConfigError([Problem(shown, line, column, "", f"is not JSON: {getattr(error, 'msg', error)}")]) from None
+    report = Report()
+    entities = _entities(document, report, shown)
+    known = {name: (*(fields or {}).get(name, ()), *paths) for name, paths in FIELDS.items()}
+    reader = _Reader(known, report, tuple(instance) or ("ollama",))
+    models: dict[str, Any] = {}
+    for number, entity in enumerate(entities):
+        reader.read(entity, number, models)
+    reader.report_unknown(len(entities))
+    data = _fleet(document, models, reader, bool(instance), report)
+    head = [
+        f"{len(models)} models from {shown}",
+        *(["left out: " + ", ".join(reader.left_out)] if reader.left_out else []),
+    ]
+    comments = {"": head, **{f"models.{name}": [title] for name, title in reader.titles.items()}}
+    return Imported(to_yaml(data, comments), data, report)
+
+
+def _entities(document: Any, report: Report, shown: str) -> list[Any]:
+    if isinstance(document, list):
+        return document
+    if isinstance(document, dict):
+        for key in _LISTS:
+            if isinstance(document.get(key), list):
+                for other in document:
+                    if other == "version" or other in _SERVERS:
+                        continue
+                    if other == "maxConcurrentWorkers":
+                        detail = (
+                            "fleetd has no workers: requests queue per model, and queue.max and concurrency bound them"
+                        )
+                        report.approximated("", other, detail)
+                    elif other != key:
+                        report.refused("", other, "not understood")
+                return list(document[key])
+    raise ConfigError([Problem(shown, 0, 0, "", f"has no list of entities: looked for {', '.join(_LISTS)}")])
+
+
+def _fleet(
+    document: Any, models: dict[str, Any], reader: _Reader, has_instance: bool, report: Report
+) -> dict[str, Any]:
+    instances: dict[str, Any] = {}
+    if not has_instance and models:
+        instances["ollama"] = {"engine": "ollama"}
+        if reader.volumes:
+            instances["ollama"]["requires"] = sorted(reader.volumes)
+    elif reader.volumes:
+        volumes = ", ".join(sorted(reader.volumes))
+        report.warn(
+            "", "", f"files lie on {volumes}: say requires: [{volumes}] at the instances that hold these models"
+        )
+    servers: list[Any] = next(
+        (document[key] for key in _SERVERS if isinstance(document, dict) and isinstance(document.get(key), list)), []
+    )
+    for number, server in enumerate(servers, start=1):
+        host = server.get("ip") or server.get("host") if isinstance(server, dict) else None
+        if not host:
+            report.refused("", f"lmStudioServers[{number - 1}]", "has no ip")
+            continue
+        name = _slug(str(server.get("name") or f"lmstudio-{number}"))
+        while name in instances or name in models:
+            name += "-server"
+        instances[name] = {"engine": "lmstudio", "external": f"http://{host}:{server.get('port', 1234)}"}
+        report.mapped("", f"lmStudioServers[{number - 1}]", f"instances.{name}, an external server")
+    return {"version": 1, **({"instances": instances} if instances else {}), **({"models": models} if models else {})}
+
+
+class _Reader:
+    def __init__(self, known: Mapping[str, tuple[str, ...]], report: Report, instance: tuple[str, ...]) -> None:
+        self.known = known
+        self.report = report
+        self.instance = instance
+        self.volumes: set[str] = set()
+        self.titles: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._unknown: Counter[str] = Counter()
+
+    def read(self, entity: Any, number: int, models: dict[str, Any]) -> None:
+        if not isinstance(entity, dict):
+            self.report.refused("", f"entities[{number}]", "is not a mapping")
+            return
+        said, used = self._said(entity)
+        for path in _leaves(entity):
+            if not any(path == one or path.startswith(one + ".") for one in used):
+                self._unknown[path] += 1
+        name = _slug(str(said.get("name") or f"entity-{number + 1}"))
+        if name in models:
+            self.report.refused(name, "", "is there twice: the first one stands")
+            return
+        if said.get("enabled") is False:
+            self.left_out.append(name)
+            self.report.refused(name, "enabled", "is false: left out")
+            return
+        models[name] = self._model(name, said)
+        if said.get("title"):
+            self.titles[name] = " ".join(str(said["title"]).split())
+
+    def _said(self, entity: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        said, used = {}, []
+        for name, paths in self.known.items():
+            for path in paths:
+                value = _at(entity, path)
+                if value is not None:
+                    said[name] = value
+                    used.append(path)
+                    break
+        return said, used
+
+    def _model(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
+        model: dict[str, Any] = {"instance": self.instance[0] if len(self.instance) == 1 else list(self.instance)}
+        if isinstance(said.get("served_as"), str):
+            model["served_as"] = said["served_as"]
+        aliases = said.get("aliases")
+        if aliases:
+            model["aliases"] = aliases if isinstance(aliases, list) else [aliases]
+        if isinstance(said.get("from"), str):
+            model["from"] = said["from"]
+            self.report.mapped(name, "from", said["from"])
+            volume = _VOLUME.match(said["from"])
+            if volume:
+                self.volumes.add(volume[1])
+        else:
+            self.report.warn(name, "from", "no file is named: the server must have the model already")
+        self._quantize(name, said, model)
+        modelfile = {key: said[key] for key in ("template", "system") if isinstance(said.get(key), str) and said[key]}
+        parameters = self._parameters(name, said.get("parameters"))
+        if parameters:
+            modelfile["parameters"] = parameters
+        if modelfile:
+            model["modelfile"] = modelfile
+            self.report.mapped(name, "modelfile", ", ".join(modelfile))
+        return model
+
+    def _quantize(self, name: str, said: dict[str, Any], model: dict[str, Any]) -> None:
+        wanted, source = said.get("quantization"), str(said.get("from", "")).lower()
+        form = said.get("format")
+        if form not in (None, "gguf", "safetensors"):
+            self.report.warn(name, "format", f"{form} is not a format that a held model can have")
+        if not isinstance(wanted, str) or wanted.lower() in source.rsplit("/", 1)[-1]:
+            return
+        match = next((one for one in _QUANTIZE if one.lower() == wanted.lower()), None)
+        if match is None or ("f16" not in source.rsplit("/", 1)[-1] and "f32" not in source.rsplit("/", 1)[-1]):
+            self.report.refused(
+                name, "quantization", f"{wanted}: the file has another one, which only an f16 or f32 file can change"
+            )
+            return
+        model["quantize"] = match
+        self.report.mapped(name, "quantization", f"quantize: {match} on import")
+
+    def _parameters(self, name: str, parameters: Any) -> dict[str, Any]:
+        if parameters is None:
+            return {}
+        if not isinstance(parameters, dict):
+            self.report.refused(name, "parameters", "is not a mapping")
+            return {}
+        for key in parameters:
+            if key not in PARAMETERS:
+                self.report.refused(name, f"parameters.{key}", "is no parameter of a Modelfile")
+        return {key: value for key, value in parameters.items() if key in PARAMETERS and value is not None}
+
+    def report_unknown(self, count: int) -> None:
+        for path, times in sorted(self._unknown.items()):
+            self.report.refused("", path, f"not understood; {times} of {count} entities have it")
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._:/@+-]+", "-", text.strip()).strip("-.").lower()[:200] or "model"
