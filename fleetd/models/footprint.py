@@ -217,10 +217,11 @@ def compute_bytes(header: Header, serving: Serving) -> int:
     width, heads = header.number("embedding_length") or 0, _heads(header)
     vocabulary = header.vocabulary if serving.logits else 0
     inner = max(header.numbers("feed_forward_length"), default=0)
-    graph = 4 * batch * (4 * width + 2 * inner)
-    mask = 4 * batch * cells(serving)
-    if not serving.flash_attention:
-        mask += 4 * batch * heads * -(-serving.context_length // CELL_STEP) * CELL_STEP
+    graph = 4 * batch * (6 * width + 5 * inner // 2)
+    per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
+    mask = 2 * batch * per_slot
+    if not serving.flash_attention:  # the mask in f32, and the scores of every head
+        mask = 4 * batch * per_slot * (1 + heads)
     return max(graph, 4 * batch * (width + vocabulary)) + mask
 
 
