@@ -18,7 +18,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from fleetd.control import routes, socket
+from fleetd.control import routes, socket, sse
 from fleetd.control.answers import Handler, QuietHTTP, answer, errors_as_json
 from fleetd.control.port import ControlPort
 from fleetd.control.wire import error_document
@@ -50,6 +50,8 @@ def create_app(
     guards = [_guard_changes(may_change)] if read_only else []
     app = web.Application(middlewares=[errors_as_json, *middlewares, *guards], client_max_size=BODY_MAX_BYTES)
     app[routes.PORT] = port
+    app[sse.STREAMS] = set()
+    app.on_shutdown.append(sse.cut_all)
     app.add_routes(routes.table())
     if metrics is not None:
         _add_metrics(app, metrics)

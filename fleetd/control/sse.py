@@ -28,6 +28,9 @@ PING_S = 10.0
 log = logging.getLogger("fleetd.control")
 
 
+STREAMS: web.AppKey[set[asyncio.Task[object]]] = web.AppKey("streams", set)
+
+
 class _Stalled(Exception):
     """The reader takes nothing."""
 
@@ -96,6 +99,9 @@ async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]],
     )
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE_ITEMS)
     tasks: list[asyncio.Task[None]] = []
+    streams, this = request.app[STREAMS], asyncio.current_task()
+    assert this is not None
+    streams.add(this)
     try:
         await response.prepare(request)
         await response.write(b": fleetctl/v1\n\n")
@@ -111,8 +117,16 @@ async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]],
     except ConnectionError:
         pass  # the reader left
     finally:
+        streams.discard(this)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await _close(source)  # it may never have been started
     return response
+
+
+async def cut_all(app: web.Application) -> None:
+    """End every stream: followers would otherwise hold up the end of the daemon."""
+    streams: set[asyncio.Task[object]] = app[STREAMS]
+    for task in tuple(streams):
+        task.cancel()

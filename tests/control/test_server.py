@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from fleetd.control import routes, sse
 from fleetd.control.port import ControlPort
-from fleetd.control.server import ControlServer, create_app
+from fleetd.control.server import SHUTDOWN_S, ControlServer, create_app
 from tests.control.fake_port import FAILURES, FakePort
 
 Test = Callable[[FakePort, aiohttp.ClientSession], Awaitable[None]]
@@ -384,6 +384,23 @@ def test_silence_is_filled_with_comments(place: Path, monkeypatch: pytest.Monkey
             response.close()
 
     with_server(place, test)
+
+
+def test_followers_do_not_hold_up_the_end(place: Path) -> None:
+    async def run() -> None:
+        port = FakePort()
+        server = ControlServer(port, place)
+        await server.start()
+        async with aiohttp.ClientSession("http://fleetd", connector=aiohttp.UnixConnector(str(place))) as session:
+            async with session.get("/v1/events") as response:
+                assert await response.content.readline()
+                started = asyncio.get_running_loop().time()
+                await server.close()
+                assert asyncio.get_running_loop().time() - started < SHUTDOWN_S
+                assert port.closed_streams == 1
+                response.close()
+
+    asyncio.run(run())
 
 
 # -- the same application, elsewhere ------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""`fleetctl import KIND FILE`: other programs' files become parts of a fleet.yaml, with a report of what did not carry over.
+
+The rules of this file
+- The kinds are the modules of `fleetd.config.importers` that have `import_KIND(text, shown=…)`, where `shown` is the
+  file's name in messages; they return the text of a fleet.yaml and a report.
+- The parts go to standard output or a new file, the report to standard error. No daemon is needed, nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import click
+
+from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
+from fleetd.cli.render import clean
+from fleetd.cli.session import say
+from fleetd.errors import FleetError
+
+PACKAGE = "fleetd.config.importers"
+FILE_MAX_BYTES = 64 * 1024 * 1024
+FOLDER = Path(__file__).resolve().parent.parent / "config" / "importers"
+
+
+def kinds() -> list[str]:
+    """Return what can be imported, without importing it."""
+    if not FOLDER.is_dir():
+        return []
+    names = (path.stem for path in FOLDER.glob("*.py"))
+    return sorted(name.replace("_", "-") for name in names if _is_kind(FOLDER / f"{name}.py"))
+
+
+def _is_kind(path: Path) -> bool:
+    return not path.stem.startswith("_") and f"\ndef import_{path.stem}(" in path.read_text("utf-8")
+
+
+@click.command(name="import")
+@click.argument("kind", type=click.Choice(kinds()))
+@click.argument("file", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to this new file, not standard output.")
+@click.option("--instance", multiple=True, metavar="NAME", help="entities: the servers that are to hold the models.")
+def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...]) -> int:
+    """Turn another program's file into parts of a fleet.yaml.
+
+    What could not be carried over is reported on standard error.
+    """
+    content = _read(file)
+    name = kind.replace("-", "_")
+    convert = getattr(importlib.import_module(f"{PACKAGE}.{name}"), f"import_{name}")
+    accepted = inspect.signature(convert).parameters
+    if instance and "instance" not in accepted:
+        raise click.UsageError(f"--instance means nothing for {kind}")
+    try:
+        imported = convert(content, shown=file, **({"instance": instance} if instance else {}))
+    except FleetError as error:
+        raise CliError(str(error), EXIT_USAGE, error.hint) from None
+    text = str(imported.text)
+    if output is None:
+        click.echo(text, nl=not text.endswith("\n"))
+    else:
+        _write_new(Path(output).expanduser(), text)
+    for line in imported.report.lines():
+        say(clean(line))
+    return EXIT_OK
+
+
+def _read(file: str) -> str:
+    """Return the text of the file; `-` is standard input. Raises CliError (exit 2)."""
+    try:
+        if file == "-":
+            raw = sys.stdin.buffer.read(FILE_MAX_BYTES + 1)
+        else:
+            with Path(file).expanduser().open("rb") as source:
+                raw = source.read(FILE_MAX_BYTES + 1)
+        if len(raw) > FILE_MAX_BYTES:
+            raise CliError(f"{file}: too large", EXIT_USAGE)
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise CliError(f"{file}: {error.strerror or error}", EXIT_USAGE) from None
+    except UnicodeDecodeError:
+        raise CliError(f"{file}: not a text in UTF-8", EXIT_USAGE) from None
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as out:
+            out.write(text if text.endswith("\n") else text + "\n")
+    except FileExistsError:
+        raise CliError(f"{path} is there already", EXIT_FAILED, "name a new file; nothing was written") from None
+    except OSError as error:
+        raise CliError(f"{path}: {error.strerror or error}", EXIT_FAILED) from None
+
+
+VERBS: tuple[click.Command, ...] = (import_,) if kinds() else ()
