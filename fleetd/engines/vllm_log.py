@@ -1,0 +1,111 @@
+"""What vLLM's log says: how far a start has come, how much KV cache there was room for, and why it ended.
+
+The rules of this file
+- Pure: lines in, values out. Unknown lines say nothing; vLLM's wording changes between versions, so nothing depends on one line.
+- An exit that only an edit of fleet.yaml can mend is BAD_CONFIG, so that no restart loop burns a minute of start-up each time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from fleetd.core.contract import ExitKind
+from fleetd.engines.base import ExitVerdict
+
+_PHASES = (
+    (re.compile(r"Loading [\w ]*checkpoint shards:\s+(\d+)%"), "loading weights {}%"),
+    (re.compile(r"Fetching \d+ files:\s+(\d+)%|Downloading .*?(\d+)%"), "downloading {}%"),
+    (re.compile(r"Downloading|Time spent downloading"), "downloading"),
+    (re.compile(r"Starting to load model"), "loading weights"),
+    (re.compile(r"Loading weights took|Model loading took"), "weights loaded"),
+    (
+        re.compile(
+            r"bytecode transform time|torch\.compile took|Directly load|Compiling a graph|cache dir.*torch.compile"
+        ),
+        "compiling",
+    ),
+    (re.compile(r"Available KV cache memory|GPU KV cache size|CPU KV cache size"), "memory measured"),
+    (re.compile(r"Capturing CUDA graphs?.*?(\d+)%"), "capturing graphs {}%"),
+    (re.compile(r"Capturing CUDA graph|Graph capturing finished"), "capturing graphs"),
+    (re.compile(r"init engine \(profile"), "engine initialised"),
+    (re.compile(r"Starting vLLM (API )?server|Started server process|Application startup complete"), "serving"),
+    (re.compile(r"Initializing a V\d LLM engine|non-default args|vLLM API server version"), "initialising"),
+)
+
+_FITS = re.compile(r"--kv-cache-memory(?:-bytes)?=(\d+)`?[^`]{0,40}?to fit into requested memory")
+_AVAILABLE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+
+_CAUSES: tuple[tuple[re.Pattern[str], ExitKind], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), kind)
+    for pattern, kind in (
+        (r"address already in use|\[Errno 98\]|\[Errno 48\]", ExitKind.PORT_IN_USE),
+        (r"is less than desired (GPU|CPU) memory utilization", ExitKind.BAD_CONFIG),
+        (r"No available memory for the cache blocks", ExitKind.BAD_CONFIG),
+        (r"To serve at least one request with|estimated maximum model length", ExitKind.BAD_CONFIG),
+        (r"User-specified max_model_len .* is greater than", ExitKind.BAD_CONFIG),
+        (r"Sleep mode is not supported", ExitKind.BAD_CONFIG),
+        (
+            r"unrecognized arguments|error: argument |the following arguments are required|invalid choice",
+            ExitKind.BAD_CONFIG,
+        ),
+        (r"Repository Not Found|GatedRepoError|gated repo|\b(401|403|404) Client Error", ExitKind.BAD_CONFIG),
+        (r"is not a local folder and is not a valid model identifier", ExitKind.BAD_CONFIG),
+        (r"Can't load (the configuration|tokenizer)|Invalid repository ID or local directory", ExitKind.BAD_CONFIG),
+        (r"Model architectures? .* (is|are) not supported|Head size \d+ is not supported", ExitKind.BAD_CONFIG),
+        (r"trust_remote_code=True", ExitKind.BAD_CONFIG),
+        (r"Failed to infer device type|PackageNotFoundError|No module named '?vllm", ExitKind.BAD_CONFIG),
+        (r"Total number of attention heads .* must be divisible|World size .* is larger than", ExitKind.BAD_CONFIG),
+        (r"CUDA out of memory|OutOfMemoryError|HIP out of memory|std::bad_alloc|Cannot allocate memory", ExitKind.OOM),
+        (r"Error in memory profiling", ExitKind.CRASH),
+        (r"EngineDeadError|EngineCore encountered a fatal error|Engine core proc .* died", ExitKind.CRASH),
+        (r"validation errors? for \w+|Value error, ", ExitKind.BAD_CONFIG),
+    )
+)
+_ANY_ERROR = re.compile(r"\b([A-Z]\w*(Error|Exception))\b: \S")
+_USELESS = re.compile(r"See root cause above|Engine core initialization failed")
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
+
+
+def phase(line: str) -> str | None:
+    """Return how far a start has come, when the line says so: `loading weights 50%`, `compiling`, `serving` …"""
+    for pattern, text in _PHASES:
+        match = pattern.search(line)
+        if match:
+            number = next((group for group in match.groups() if group), "") if match.groups() else ""
+            return text.format(number)
+    return None
+
+
+def learned_kv_bytes(lines: Iterable[str]) -> int | None:
+    """Return the KV cache that vLLM found room for: its own advice for `kv_cache_memory`, else what it measured."""
+    advised = measured = None
+    for line in lines:
+        if found := _FITS.search(line):
+            advised = int(found[1])
+        elif found := _AVAILABLE.search(line):
+            measured = int(float(found[1]) * 2**30)
+    return advised or measured
+
+
+def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
+    """Say why it ended. Every exit that nobody asked for is a failure, code 0 included."""
+    for pattern, kind in _CAUSES:
+        line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
+        if line is not None:
+            return ExitVerdict(kind, _sentence(line))
+    last = next((line for line in reversed(log_tail) if _ANY_ERROR.search(line) and not _USELESS.search(line)), None)
+    because = f": {_sentence(last)}" if last is not None else ""
+    if signal is not None:
+        return ExitVerdict(ExitKind.CRASH, f"ended by {signal}{because}")
+    if code == 0:
+        return ExitVerdict(ExitKind.CRASH, f"ended with code 0 though nobody asked: its engine process died{because}")
+    if code == 2:
+        return ExitVerdict(ExitKind.BAD_CONFIG, f"vLLM does not know an argument (code 2){because}")
+    if code is None:
+        return ExitVerdict(ExitKind.UNKNOWN, f"died while nobody watched{because}")
+    return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
+
+
+def _sentence(line: str) -> str:
+    return _PREFIX.sub("", line.strip())[:400]
