@@ -13,18 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-HIDDEN = "••••"
+from fleetd.config.secrets import HIDDEN, is_secret
 
 _DAEMONS_OWN = frozenset({
     "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "JOURNAL_STREAM",
     "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
     "MEMORY_PRESSURE_WRITE",
 })  # fmt: skip
-_SECRET = re.compile(
-    r"(?:^|_)(?:API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSWORDS?|CREDENTIALS?|AUTH|PRIVATE)(?:$|_)",
-    re.IGNORECASE,
-)
-_SECRET_FLAG = re.compile(r"^--?[a-z0-9_-]*(?:key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
 _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 _PLACE = re.compile(r"\{(port|host|name|replica)\}")
 _LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
@@ -48,11 +43,6 @@ def mentions_port(texts: Sequence[str]) -> bool:
     return any("{port}" in text for text in texts)
 
 
-def is_secret(name: str) -> bool:
-    """Return whether a variable of this name holds a secret, as far as its name tells."""
-    return _SECRET.search(name) is not None
-
-
 def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[str, str]:
     """Return `env` fit to be shown."""
     return {
@@ -69,12 +59,16 @@ def redacted_argv(argv: Sequence[str], secrets: Collection[str] = ()) -> list[st
         flag, equals, value = word.partition("=")
         if hide_next or word in secrets:
             shown.append(HIDDEN)
-        elif equals and (_SECRET_FLAG.match(flag) or value in secrets):
+        elif equals and (_is_secret_flag(flag) or value in secrets):
             shown.append(f"{flag}={HIDDEN}")
         else:
             shown.append(_CREDENTIAL_URL.sub(HIDDEN, word))
-        hide_next = not hide_next and not equals and _SECRET_FLAG.match(word) is not None
+        hide_next = not hide_next and not equals and _is_secret_flag(word)
     return shown
+
+
+def _is_secret_flag(word: str) -> bool:
+    return word.startswith("-") and is_secret(word)
 
 
 def parse_env_file(text: str) -> tuple[dict[str, str], list[tuple[int, str]]]:

@@ -12,7 +12,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any
 
 from fleetd.control.wire import FleetEvent, rfc3339
@@ -46,7 +46,7 @@ class Feed:
         self._by_name: dict[str, deque[FleetEvent]] = {}
         self._readers: set[_Reader] = set()
 
-    def publish(self, entry: Entry, processes: frozenset[str] | set[str]) -> None:
+    def publish(self, entry: Entry, processes: Collection[str]) -> None:
         """Tell one entry of the journal. `processes` are the names that are processes; other names are models."""
         for what, name, reason, extra in tell(entry):
             kind = "daemon" if name is None else "process" if name in processes else "model"

@@ -126,6 +126,16 @@ class DaemonFleetPort:
             self._fault("a grant could not be delivered", error)
             self.finish(command.request_id, failed=True)
 
+    def wish(self, on_reject: OnReject) -> int:
+        """Return a request id for an operator's wish to load a model; its rejection, if there is one, comes back."""
+        self._next = request_id = self._next + 1
+        self._waiting[request_id] = (lambda _: None, on_reject)
+        return request_id
+
+    def forget_wish(self, request_id: int) -> None:
+        """Nobody waits for this wish any more; it stays a wish."""
+        self._waiting.pop(request_id, None)
+
     def rejected(self, command: Reject) -> None:
         """Tell the waiting request that it may not."""
         callbacks = self._waiting.pop(command.request_id, None)

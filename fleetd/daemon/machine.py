@@ -110,7 +110,7 @@ class HostMachine:
         return result.ok, result.output
 
     async def last_words(self, handle: Any, lines: int) -> tuple[str, ...]:
-        found = await self.host.logs.tail(handle.name, lines)
+        found = await self.host.logs.run_tail(handle, lines)
         return tuple(line.text for line in found)
 
     def probe(

@@ -1,0 +1,67 @@
+"""Taking over what an earlier daemon left running.
+
+The rules of this file
+- What is proven to be ours and still in fleet.yaml goes on as it is; its deaths in the meantime are noticed.
+- What is proven but no longer in fleet.yaml, and what a dead leader left behind, is ended: it carries our token.
+- What cannot be proven is left alone and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fleetd.core.events import Adopted
+from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.machine import HostMachine
+from fleetd.daemon.processes import Processes
+from fleetd.errors import HostError
+from fleetd.host.types import HandleRecord
+
+
+@dataclass(slots=True)
+class Adoption:
+    """What was taken over. `changed` names those that fleet.yaml now wants to run differently."""
+
+    adopted: list[Adopted] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+
+async def adopt_all(
+    machine: HostMachine,
+    processes: Processes,
+    plans: Mapping[str, LaunchPlan],
+    tell: Callable[[str, str], None],
+    records: list[HandleRecord] | None = None,
+) -> Adoption:
+    """Go through `records`, by default those that the host kept; `tell(name, sentence)` hears of each."""
+    if records is None:
+        records, moved = await machine.host.thread(machine.host.load_records)
+    else:
+        moved = []
+    for place in moved:
+        tell(place.name, f"an unreadable record was set aside: {place}")
+    found = Adoption()
+    for record in records or []:
+        plan = plans.get(record.name)
+        if plan is None or plan.external:
+            await _end(machine, record, "no longer in fleet.yaml", tell)
+            continue
+        run = processes.adopt(plan, record)
+        try:
+            handle = await machine.adopt(record, processes.exit_seen(run))
+        except HostError as error:
+            await _end(machine, record, str(error), tell)
+            continue
+        event = processes.adopted(run, handle)
+        found.adopted.append(event)
+        if record.extra.get("launch_hash") != plan.launch_hash():
+            found.changed.append(record.name)
+        tell(record.name, f"adopted: pid {event.pid}, generation {event.generation}")
+    return found
+
+
+async def _end(machine: HostMachine, record: HandleRecord, why: str, tell: Callable[[str, str], None]) -> None:
+    survivors = await machine.host.sweep_record(record)
+    left = f"; cannot be killed: {', '.join(map(str, survivors))}" if survivors else ""
+    tell(record.name, f"not adopted: {why}{left}")

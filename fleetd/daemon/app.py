@@ -1,0 +1,283 @@
+"""The daemon's life: start, run, shut down. The composition root.
+
+The rules of this file
+- Start: read the file, take the lock, look at the machine, take over what runs, listen, and only then decide anything.
+- A start that fails leaves nothing behind: what was opened is closed in reverse order.
+- The run ends with Finished, or with an execv into a new program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetd import __version__
+from fleetd.config.load import load
+from fleetd.core.events import RestartAsked, ShutdownAsked, SpecChanged
+from fleetd.daemon import reexec, signals
+from fleetd.daemon.adoption import adopt_all
+from fleetd.daemon.assembly import Assembly, Surroundings
+from fleetd.daemon.configuration import Configuration, Reader
+from fleetd.daemon.control_port import DaemonControlPort
+from fleetd.daemon.daemon import Daemon
+from fleetd.daemon.environment import inherited
+from fleetd.daemon.logreading import LogSource
+from fleetd.daemon.operations import Operations
+from fleetd.daemon.outside import Outside
+from fleetd.daemon.sampling import machine_devices
+from fleetd.daemon.status import DaemonFacts
+from fleetd.errors import ConfigError
+from fleetd.host.host import Host
+from fleetd.host.lock import DaemonLock
+from fleetd.host.memory import Devices
+from fleetd.host.notify import Notifier
+from fleetd.host.store import Store
+from fleetd.host.types import HostPaths
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from fleetd.control.server import ControlServer
+    from fleetd.daemon.logsetup import LogSink
+    from fleetd.gateway.server import Gateway
+
+SOCKET_NAME = "fleetd.sock"
+_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """`config` is absolute."""
+
+    config: Path
+
+
+class App:
+    """One run of `fleetd run`."""
+
+    def __init__(self, options: RunOptions, log: FilteringBoundLogger, sink: LogSink) -> None:
+        self._options = options
+        self._log = log
+        self._sink = sink
+        self._done = asyncio.Event()
+        self._reexecuting = False
+        self._began = time.monotonic()
+        self._notifier = Notifier()
+        self._learned: dict[str, dict[str, int]] = {}
+        self._devices = Devices()
+        self._daemon: Daemon
+        self._operations: Operations
+        self._gateway: Gateway
+        self._control: ControlServer
+        self._lock: DaemonLock
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, and clean up. Returns the exit code; raises FleetError when it cannot start."""
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            await self._done.wait()
+            self._notifier.stopping("shutting down")
+            if self._reexecuting:
+                await self._leave_for_reexec(stack)
+            await self._gateway.close(_DRAIN_S)
+        self._log.info("stopped", uptime_s=round(time.monotonic() - self._began, 1))
+        return 0
+
+    # -- start ----------------------------------------------------------------------------------------------------------
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        taken = reexec.taken_over()
+        reader = Reader(dict(os.environ), socket.gethostname(), self._running)
+        loaded = await asyncio.to_thread(load, self._options.config, os.environ)
+        paths = HostPaths(
+            *(loaded.resolve(("paths", key), getattr(loaded.config.paths, key)) for key in ("state", "run", "logs"))
+        )
+        self._lock = DaemonLock.acquire(paths.run) if taken is None else DaemonLock.inherit(paths.run, taken.lock_fd)
+        stack.callback(self._lock.release)
+        host = Host(paths)
+        await host.start()
+        stack.push_async_callback(host.close)
+        store = Store(paths.state)
+        _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
+        stack.push_async_callback(store.close)
+        self._learned = await store.learned()
+        around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, self._learned)
+        assembly = await asyncio.to_thread(reader.assemble, loaded, around)
+        await asyncio.to_thread(reader.keep, assembly)
+        configuration = Configuration(reader, self._options.config, assembly, self._around)
+        facts = DaemonFacts(str(self._options.config))
+        self._daemon = daemon = Daemon(
+            host, store, self._devices, configuration, inherited(os.environ), self._log, facts, self._done.set
+        )
+        daemon.sampling.devices = {sample.name: sample for sample in samples}
+        stack.push_async_callback(self._close_daemon)
+        await self._listen(stack, assembly, paths)
+        await self._take_over(assembly, taken)
+        self._outside(stack)
+        self._ready(assembly)
+
+    def _running(self) -> set[str]:
+        """Return the names of processes whose ports are ours, running now."""
+        return set(self._daemon.processes.runs) if hasattr(self, "_daemon") else set()
+
+    def _around(self) -> Surroundings:
+        devices = machine_devices(list(self._daemon.sampling.devices.values()))
+        return Surroundings(tuple(devices), dict(os.environ), {}, self._learned)
+
+    async def _close_daemon(self) -> None:
+        daemon = self._daemon
+        daemon.loop.close()
+        daemon.probing.close()
+        await daemon.tasks.close(grace_s=0.5)
+        await daemon.close_http()
+
+    async def _listen(self, stack: AsyncExitStack, assembly: Assembly, paths: HostPaths) -> None:
+        from fleetd.control.server import ControlServer
+        from fleetd.daemon.metrics import render
+        from fleetd.gateway.options import GatewayOptions
+        from fleetd.gateway.server import Gateway
+
+        daemon = self._daemon
+        keys = assembly.loaded.config.gateway
+        options = GatewayOptions(
+            host=keys.listen.host,
+            port=keys.listen.port,
+            allowed_hosts=keys.allowed_hosts,
+            max_body_bytes=keys.max_body,
+            retry_attempts=keys.retry.attempts,
+        )
+        self._gateway = gateway = Gateway(daemon.port, options)
+        addresses = await gateway.start()
+        stack.push_async_callback(gateway.close)
+        host, port = addresses[0]
+        daemon.facts.gateway = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._operations = Operations(daemon, self._applied, self._stop, self._reexec)
+        control = DaemonControlPort(
+            daemon.fleet,
+            daemon.view,
+            daemon.feed,
+            daemon.verbs,
+            daemon.configuration,
+            daemon.processes,
+            daemon.probing,
+            daemon.requirements,
+            LogSource(daemon.host.logs, daemon.host.table),
+            self._operations,
+        )
+
+        async def metrics() -> bytes:
+            return await asyncio.to_thread(render, daemon.view.status(), gateway.stats())
+
+        self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics)
+        await self._control.start()
+        stack.push_async_callback(self._control.close)
+
+    async def _take_over(self, assembly: Assembly, taken: reexec.TakenOver | None) -> None:
+        """Adopt what runs, then tell the fleet everything at once."""
+        daemon = self._daemon
+
+        def tell(name: str, sentence: str) -> None:
+            self._log.info("adoption", name=name, reason=sentence)
+            daemon.feed.say("process", name, "adoption", sentence)
+
+        records = taken.records if taken is not None else None
+        adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, tell, records)
+        missing = await daemon.requirements.look(assembly.plans)
+        daemon.requirements.accept(missing)
+        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, tuple(adoption.adopted), missing))
+        daemon.port.spec_changed()
+        for name in adoption.changed:
+            daemon.dispatch(RestartAsked(name))
+
+    def _outside(self, stack: AsyncExitStack) -> None:
+        """Begin to listen to the world: signals, saved files, clocks, samples."""
+        daemon = self._daemon
+        loop = asyncio.get_running_loop()
+        actions = signals.SignalActions(stop=self._stop, reload=self._reload, reopen=self._sink.reopen)
+        stack.callback(signals.install(loop, actions))
+        self._world = Outside(daemon, self._file_saved)
+        self._world.follow(daemon.configuration.assembly)
+        stack.push_async_callback(self._world.close)
+        daemon.tasks.start(daemon.sampling.run(), "sampling")
+        daemon.tasks.start(daemon.requirements.run(), "requirements")
+        if self._notifier.watchdog_interval_s is not None:
+            daemon.tasks.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
+
+    async def _feed_watchdog(self, period_s: float) -> None:
+        """Tell systemd that the loop turns: it is the loop that says so."""
+        while True:
+            self._notifier.watchdog()
+            await asyncio.sleep(period_s)
+
+    def _ready(self, assembly: Assembly) -> None:
+        spec = assembly.spec
+        took = time.monotonic() - self._began
+        self._log.info(
+            "fleetd is up",
+            version=__version__,
+            name=assembly.name,
+            config=str(self._options.config),
+            gateway=self._daemon.facts.gateway,
+            socket=str(self._control.path),
+            processes=len(spec.processes),
+            models=len(spec.models),
+            took_ms=round(took * 1000),
+        )
+        for warning in assembly.warnings:
+            self._log.warning("configuration", problem=str(warning))
+        self._notifier.ready(f"{len(spec.processes)} processes, {len(spec.models)} models")
+
+    # -- while it runs --------------------------------------------------------------------------------------------------
+
+    def _applied(self, assembly: Assembly) -> None:
+        self._world.follow(assembly)
+
+    def _file_saved(self) -> None:
+        self._daemon.tasks.start(self._operations.file_saved(), "apply a saved file")
+
+    def _reload(self) -> None:
+        async def reload() -> None:
+            self._notifier.reloading()
+            try:
+                await self._operations.file_saved()
+            finally:
+                self._notifier.ready()
+
+        self._daemon.tasks.start(reload(), "reload")
+
+    def _stop(self, force: bool, why: str) -> None:
+        daemon = self._daemon
+        force = force or daemon.facts.stopping
+        self._log.info("shutting down", why=why, forced=force)
+        daemon.facts.stopping = True
+        daemon.feed.say("daemon", None, "shutdown", f"shutting down: {why}")
+        daemon.dispatch(ShutdownAsked(force=force))
+
+    def _reexec(self) -> None:
+        self._reexecuting = True
+        self._done.set()
+
+    async def _leave_for_reexec(self, stack: AsyncExitStack) -> None:
+        """Hand everything over to a new program in this very process. Does not return when it works."""
+        daemon = self._daemon
+        self._log.info("executing itself anew", program=sys.executable)
+        daemon.loop.close()
+        await self._world.close()
+        await self._gateway.close(1.0)
+        records = await daemon.host.prepare_exec()
+        lock_fd = self._lock.keep_over_exec()
+        await daemon.store.flush()
+        await self._control.close()
+        reexec.execute(lock_fd, records, self._notifier.environment, stack)
+
+
+def explain_config_error(error: ConfigError) -> str:
+    """Return every problem of a file, one below the other."""
+    return "\n".join(str(problem) for problem in error.problems)

@@ -1,0 +1,199 @@
+"""Everything of a running daemon, wired together: the fleet, its loop, its hands, its two listeners.
+
+The rules of this file
+- Wiring and nothing else: who knows whom. What each part does is in its own file.
+- Closures hand out the *current* assembly, so that an applied change reaches every part at once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from fleetd.core import commands as c
+from fleetd.core.contract import FleetSpec
+from fleetd.core.events import Event, Exited, RequestArrived, RequestCancelled, RequestFinished
+from fleetd.core.fleet import Fleet
+from fleetd.daemon.configuration import Configuration
+from fleetd.daemon.executor import Executor
+from fleetd.daemon.feed import Feed
+from fleetd.daemon.fleet_port import DaemonFleetPort
+from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.loop import FleetLoop
+from fleetd.daemon.machine import HostMachine
+from fleetd.daemon.probing import Probing
+from fleetd.daemon.processes import Processes
+from fleetd.daemon.requirements import Requirements
+from fleetd.daemon.residency import Residency
+from fleetd.daemon.sampling import Sampling
+from fleetd.daemon.status import DaemonFacts, StatusView
+from fleetd.daemon.tasks import Tasks
+from fleetd.daemon.verbs import Verbs
+from fleetd.daemon.waiting import Changes
+from fleetd.host.host import Host
+from fleetd.host.memory import Devices
+from fleetd.host.store import Store
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+    from structlog.typing import FilteringBoundLogger
+
+_HOT = (RequestArrived, RequestFinished, RequestCancelled)
+
+
+class Daemon:
+    """The parts. `finished` is called once, when nothing of the fleet runs any more after a shutdown."""
+
+    def __init__(
+        self,
+        host: Host,
+        store: Store,
+        devices: Devices,
+        configuration: Configuration,
+        parent_env: Mapping[str, str],
+        log: FilteringBoundLogger,
+        facts: DaemonFacts,
+        finished: Any,
+    ) -> None:
+        self.host, self.store, self.configuration, self.log, self.facts = host, store, configuration, log, facts
+        self._finished = finished
+        self._session: ClientSession | None = None
+        self._serial = 0
+        self.feed = Feed()
+        self.changes = Changes()
+        self.tasks = Tasks(self._task_failed)
+        self.machine = HostMachine(host, parent_env)
+        self.fleet = Fleet(FleetSpec(), random.Random())
+        self.processes = Processes(self.machine, self.dispatch, self.plans, self.tasks, parent_env, self._complain)
+        self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks)
+        self.requirements = Requirements(self.dispatch, self.plans)
+        self.sampling = Sampling(self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices)
+        self.view = StatusView(self.fleet, lambda: configuration.assembly, self.processes, self.sampling, facts)
+        self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
+        self.probing = Probing(
+            self.machine,
+            self.http,
+            self.dispatch,
+            self.processes,
+            lambda name: self.plans().get(name),
+            self.port.last_success,
+        )
+        self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
+        self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
+
+    # -- what the parts ask for ---------------------------------------------------------------------------------------
+
+    def plans(self) -> Mapping[str, LaunchPlan]:
+        return self.configuration.assembly.plans
+
+    def model_specs(self) -> Mapping[str, Any]:
+        return self.configuration.assembly.spec.models
+
+    def dispatch(self, event: Event) -> None:
+        """Hand an event to the fleet."""
+        self.loop.dispatch(event)
+
+    def http(self) -> ClientSession:
+        """Return the client for everything outside the data plane."""
+        if self._session is None:
+            from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+            connector = TCPConnector(limit=0, keepalive_timeout=10.0, enable_cleanup_closed=False)
+            self._session = ClientSession(connector=connector, timeout=ClientTimeout(total=600.0), trust_env=False)
+        return self._session
+
+    async def close_http(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    # -- commands -------------------------------------------------------------------------------------------------------
+
+    def _executor(self) -> Executor:
+        def spawn(command: c.Spawn) -> None:
+            plan = self.plans().get(command.name)
+            if plan is not None:
+                self.host.logs.set_policy(command.name, plan.execution.logs)
+            self.processes.spawn(command)
+
+        def nothing(_: c.Command) -> None:
+            return
+
+        return Executor(
+            {
+                c.Spawn: spawn,
+                c.Stop: self.processes.stop,
+                c.Sweep: self.processes.sweep,
+                c.StartProbe: self.probing.start,
+                c.StopProbes: self.probing.stop,
+                c.Load: self.residency.load,
+                c.Unload: self.residency.unload,
+                c.Grant: self.port.granted,
+                c.Reject: self.port.rejected,
+                c.ReadAhead: self.residency.read_ahead,
+                c.Persist: lambda command: self.store.remember(command.name, command.remembered),
+                c.LearnFootprint: lambda command: self.store.learn(
+                    command.footprint_hash, command.model, command.bytes
+                ),
+                c.Finished: lambda _: self._finished(),
+            },
+            say=self._say,
+            fault=self._command_failed,
+        )
+
+    @cached_property
+    def _quiet(self) -> frozenset[type[c.Command]]:
+        """What is not worth a line of the log for people: it belongs to another line that is."""
+        return frozenset({c.Persist, c.StartProbe, c.StopProbes, c.ReadAhead})
+
+    def _say(self, command: c.Command) -> None:
+        kind = type(command)
+        say = self.log.debug if kind in self._quiet else self.log.info
+        fields = {
+            key: value
+            for key in ("name", "model", "process", "generation", "request_id", "code", "reason")
+            if (value := getattr(command, key, None)) not in (None, "")
+        }
+        say(kind.__name__.lower(), **fields)
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
+
+    def _observe(self, event: Event, _commands: list[c.Command], _now: float) -> None:
+        """See each step: tell the feed what the journal has, wake who waits, end calls to the dead."""
+        journal = self.fleet.journal
+        if journal.serial != self._serial:
+            self._serial = journal.serial
+            self.feed.publish(journal.entries[-1], self.fleet.processes.keys())
+        elif isinstance(event, _HOT):
+            return
+        if isinstance(event, Exited):
+            self.residency.process_died(event.name)
+            if event.report.log_tail or event.report.code:
+                self.log.warning(
+                    "exited",
+                    name=event.name,
+                    generation=event.generation,
+                    code=event.report.code,
+                    signal=event.report.signal,
+                    reason=event.report.reason,
+                    last_lines=list(event.report.log_tail[-5:]),
+                )
+        self.changes.happened()
+
+    def _complain(self, name: str, sentence: str) -> None:
+        self.log.warning("complaint", name=name, reason=sentence)
+        self.feed.say("process", name, "complaint", sentence)
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        self.log.error("a task failed", task=name, exc_info=error)
+
+    def _port_failed(self, what: str, error: Exception) -> None:
+        self.log.error(what, exc_info=error)
+
+    def _fleet_failed(self, event: Event, error: Exception) -> None:
+        self.log.error("the fleet could not handle an event", event_seen=repr(event), exc_info=error)
+        self.feed.say("daemon", None, "fault", f"{type(event).__name__}: {error}")
+
+    def _command_failed(self, command: c.Command, error: Exception) -> None:
+        self.log.error("a command could not be started", command=repr(command), exc_info=error)

@@ -1,0 +1,45 @@
+"""A fleet.yaml read without a daemon, for `check` and `render`: the same assembly, nothing written.
+
+The rules of this file
+- Kept ports and learned footprints are read if they are there, so that the answer is what a start would do.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+
+from fleetd.config.load import load
+from fleetd.daemon.assemble import assemble, checked
+from fleetd.daemon.assembly import Assembly, Surroundings
+from fleetd.daemon.configuration import kept_ports
+from fleetd.daemon.sampling import machine_devices
+from fleetd.host.memory import Devices
+
+
+def assembled(path: Path, env: Mapping[str, str]) -> Assembly:
+    """Load and assemble. Raises ConfigError with every problem."""
+    loaded = load(path, env)
+    state = loaded.resolve(("paths", "state"), loaded.config.paths.state)
+    devices = tuple(machine_devices(Devices().sample()))
+    around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))
+    return checked(assemble(loaded, around, hostname=socket.gethostname()))
+
+
+def learned_footprints(state: Path) -> dict[str, dict[str, int]]:
+    """Return what a daemon has measured; nothing when there is no such file, or it cannot be read."""
+    file = state / "fleetd.db"
+    if not file.is_file():
+        return {}
+    try:
+        database = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)
+        try:
+            rows = database.execute("SELECT hash, bytes FROM footprint").fetchall()
+        finally:
+            database.close()
+        return {str(key): {str(device): int(size) for device, size in json.loads(text).items()} for key, text in rows}
+    except (sqlite3.Error, ValueError, AttributeError, TypeError):
+        return {}

@@ -1,0 +1,139 @@
+"""What changes the daemon as a whole: plan, apply, reload, re-execution, shutdown.
+
+The rules of this file
+- A bad file changes nothing; its first problem stays in the status until a good one comes.
+- Apply tells the fleet everything in one event; the fleet restarts only what a restart alone can change.
+- Re-execution replaces the program in the same PID; children, their pipes, the lock and both ports go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from fleetd.control.port import ActOptions, ApplyOptions
+from fleetd.control.wire import Applied, Outcome, Plan
+from fleetd.core.events import SpecChanged
+from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.daemon import Daemon
+from fleetd.daemon.plans import affected, plan_of
+from fleetd.errors import ApiError, ConfigError
+
+
+class Operations:
+    """Implements control_port.Operations. `applied(assembly)` is called after each change; `leave(how)` ends the run."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        applied: Callable[[Assembly], None],
+        leave: Callable[[bool, str], None],
+        reexecute: Callable[[], None],
+    ) -> None:
+        self._daemon = daemon
+        self._applied = applied
+        self._leave = leave
+        self._reexecute = reexecute
+
+    async def plan(self, path: str | None, text: str | None) -> Plan:
+        configuration = self._daemon.configuration
+        new = await configuration.read(Path(path) if path else None, text)
+        return plan_of(configuration.assembly, new, path or str(configuration.path))
+
+    async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
+        configuration = self._daemon.configuration
+        if configuration.applying.locked():
+            raise ApiError(409, "locked", "Another change is being applied.", hint="Try again in a moment.")
+        async with configuration.applying:
+            new = await configuration.read(Path(path) if path else None)
+            old = configuration.assembly
+            plan = plan_of(old, new, path or str(configuration.path))
+            if options.expect_hash is not None and options.expect_hash != new.loaded.config_hash:
+                raise ApiError(
+                    409,
+                    "plan_changed",
+                    "The file was changed after the plan was shown.",
+                    hint="Look at the plan again.",
+                )
+            if options.dry_run:
+                return {"plan": plan, "results": []}
+            self._check_unmovable(old, new)
+            wait_for = affected(old, new)
+            generations = {name: self._generation(name) for name in wait_for}
+            await self._change(new, Path(path) if path else None)
+        results = await self._outcomes(wait_for, generations, options) if wait_for else []
+        return {"plan": plan, "results": results}
+
+    def _check_unmovable(self, old: Assembly, new: Assembly) -> None:
+        """Some keys take effect with the next start of the daemon only; refuse them rather than half obey."""
+        before, after = old.loaded.config, new.loaded.config
+        moved = [
+            name
+            for name, one, other in (
+                ("paths", old.paths, new.paths),
+                ("gateway.listen", before.gateway.listen, after.gateway.listen),
+            )
+            if one != other
+        ]
+        if moved:
+            said = f"{' and '.join(moved)} can only change when fleetd starts anew"
+            self._daemon.feed.say("config", None, "restart needed", said)
+            self._daemon.log.warning("restart needed", reason=said)
+
+    def _generation(self, name: str) -> int:
+        process = self._daemon.fleet.processes.get(name)
+        return process.generation if process is not None else 0
+
+    async def _change(self, new: Assembly, path: Path | None) -> None:
+        daemon = self._daemon
+        before = set(daemon.configuration.assembly.spec.processes) | set(daemon.configuration.assembly.spec.models)
+        missing = await daemon.requirements.look(new.plans)
+        await daemon.configuration.accept(new, path)
+        daemon.requirements.accept(missing)
+        daemon.facts.config_error, daemon.facts.config_differs = None, False
+        daemon.facts.config_path = str(daemon.configuration.path)
+        for name, plan in new.plans.items():
+            daemon.host.logs.set_policy(name, plan.execution.logs)
+        daemon.dispatch(SpecChanged(new.spec, missing=missing))
+        daemon.port.spec_changed()
+        after = set(new.spec.processes) | set(new.spec.models)
+        daemon.feed.say(
+            "config", None, "applied", f"{daemon.configuration.path} applied", config_hash=new.loaded.config_hash
+        )
+        daemon.feed.forget(sorted(before - after))
+        for name in set(daemon.store.remembered) - set(new.spec.processes):
+            daemon.store.forget(name)
+        daemon.log.info("applied", config=str(daemon.configuration.path), config_hash=new.loaded.config_hash)
+        self._applied(new)
+
+    async def _outcomes(self, names: list[str], generations: dict[str, int], options: ApplyOptions) -> list[Outcome]:
+        if not options.wait:
+            return [{"name": name, "result": "accepted", "state": None, "reason": None} for name in names]
+        return await self._daemon.verbs.settled(names, generations, ActOptions(timeout_s=options.timeout_s))
+
+    async def file_saved(self) -> None:
+        """The configuration's files differ from what was read: apply them, or show what is wrong."""
+        try:
+            applied = await self.apply(None, ApplyOptions(wait=False))
+        except ConfigError as error:
+            self.refuse(error)
+            return
+        except ApiError:
+            return  # another apply reads the same file
+        if not applied["plan"]["changes"]:
+            self._daemon.log.info("unchanged", config=str(self._daemon.configuration.path))
+
+    def refuse(self, error: ConfigError) -> None:
+        """Keep the old fleet, and show why."""
+        first = self._daemon.configuration.refused(error)
+        self._daemon.facts.config_error = first
+        self._daemon.facts.config_differs = True
+        self._daemon.log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
+        self._daemon.feed.say("config", None, "refused", first)
+
+    async def reexec(self) -> None:
+        asyncio.get_running_loop().call_later(0.05, self._reexecute)
+
+    def stop(self, force: bool, why: str) -> None:
+        self._leave(force, why)

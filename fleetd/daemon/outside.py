@@ -1,0 +1,120 @@
+"""What comes from outside by itself: saved files, changed sources, clocks.
+
+The rules of this file
+- One watch for the configuration's own files; one per process that has `watch`; one task per `schedule`.
+- What did not change keeps its watch over a change of the configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, tzinfo
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetd.core.events import RestartDue
+from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.launches import LaunchPlan, Schedule, WatchPlan
+
+if TYPE_CHECKING:
+    from fleetd.daemon.daemon import Daemon
+    from fleetd.host.watch import FileWatch, TreeWatch
+
+
+class Outside:
+    """The watches and clocks of a running daemon."""
+
+    def __init__(self, daemon: Daemon, saved: Callable[[], None]) -> None:
+        self._daemon = daemon
+        self._saved = saved
+        self._files: FileWatch | None = None
+        self._trees: dict[str, tuple[WatchPlan, TreeWatch]] = {}
+        self._clocks: dict[str, tuple[Schedule, asyncio.Task[None]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def follow(self, assembly: Assembly) -> None:
+        """Watch what this assembly asks for, and no more."""
+        self._follow_files(assembly)
+        for name in [name for name, (plan, _) in self._trees.items() if _plan(assembly, name, "watch") != plan]:
+            self._drop_tree(name)
+        for name in [
+            name for name, (schedule, _) in self._clocks.items() if _plan(assembly, name, "schedule") != schedule
+        ]:
+            self._clocks.pop(name)[1].cancel()
+        for name, plan in assembly.plans.items():
+            if plan.watch is not None and name not in self._trees:
+                self._trees[name] = (plan.watch, self._tree(plan, plan.watch))
+            if plan.schedule is not None and name not in self._clocks:
+                task = self._daemon.tasks.start(self._clock(name, plan.schedule), f"schedule of {name}")
+                self._clocks[name] = (plan.schedule, task)
+
+    def _follow_files(self, assembly: Assembly) -> None:
+        wanted = assembly.loaded.config.watch
+        if not wanted:
+            if self._files is not None:
+                self._later(self._files.close())
+                self._files = None
+            return
+        if self._files is not None:
+            self._files.update(assembly.loaded.files)
+            return
+        from fleetd.host.watch import FileWatch
+
+        self._files = FileWatch(assembly.loaded.files, lambda _: self._saved())
+
+    def _tree(self, plan: LaunchPlan, watch: WatchPlan) -> TreeWatch:
+        from fleetd.host.watch import TreeWatch
+
+        def changed(paths: list[Path]) -> None:
+            names = ", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else "")
+            self._daemon.dispatch(RestartDue(plan.name, f"changed: {names}"))
+
+        return TreeWatch(watch.paths, changed, ignore=watch.ignore, debounce_s=watch.debounce_s)
+
+    def _drop_tree(self, name: str) -> None:
+        _, watch = self._trees.pop(name)
+        self._later(watch.close())
+
+    async def _clock(self, name: str, schedule: Schedule) -> None:
+        from cronsim import CronSim
+
+        zone = time_zone(schedule.timezone)
+        while True:
+            now = datetime.now(zone)
+            due = next(CronSim(schedule.cron, now))
+            # In small steps: a suspended machine and a changed clock are noticed within a minute.
+            while (left_s := (due - datetime.now(zone)).total_seconds()) > 0:  # noqa: ASYNC110
+                await asyncio.sleep(min(left_s, 60.0))
+            self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}"))
+
+    def _later(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        if self._files is not None:
+            await self._files.close()
+            self._files = None
+        for name in list(self._trees):
+            self._drop_tree(name)
+        for _, task in self._clocks.values():
+            task.cancel()
+        self._clocks.clear()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+
+def _plan(assembly: Assembly, name: str, what: str) -> object:
+    plan = assembly.plans.get(name)
+    return getattr(plan, what) if plan is not None else None
+
+
+def time_zone(name: str | None) -> tzinfo:
+    """Return a time zone by name. Raises KeyError for a name that the database does not have."""
+    if name in (None, "UTC"):
+        return UTC
+    from zoneinfo import ZoneInfo
+
+    return ZoneInfo(str(name))

@@ -1,0 +1,216 @@
+"""Actions of an operator: an event to the fleet, then a look until the goal is reached or cannot be.
+
+The rules of this file
+- Each verb is one row: the event that it posts, and how its end looks.
+- The order of several names follows their dependencies: started from the bottom, stopped from the top.
+- Waiting is for people: what was asked for goes on when they stop waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fleetd.control.port import ActOptions
+from fleetd.control.wire import PROCESS_VERBS, Outcome, OutcomeCode
+from fleetd.core import events as e
+from fleetd.core.commands import Reject
+from fleetd.core.state import RUNNING, Process, ProcessState, Residency
+from fleetd.daemon.fleet_port import DaemonFleetPort
+from fleetd.daemon.machine import Machine
+from fleetd.daemon.processes import Processes
+from fleetd.daemon.waiting import Changes
+from fleetd.errors import ApiError, HostError
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+
+_S = ProcessState
+Judgement = tuple[OutcomeCode, str]
+
+_EVENTS: Mapping[str, Callable[[str], e.Event]] = {
+    "start": e.StartAsked,
+    "stop": e.StopAsked,
+    "restart": e.RestartAsked,
+    "drain": e.DrainAsked,
+    "undrain": lambda name: e.DrainAsked(name, drain=False),
+    "unload": e.UnloadAsked,
+    "pin": e.PinAsked,
+    "unpin": lambda name: e.PinAsked(name, pin=False),
+}
+
+
+class Verbs:
+    """Carries out `act` of the control plane."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        dispatch: Callable[[e.Event], None],
+        changes: Changes,
+        processes: Processes,
+        machine: Machine,
+        port: DaemonFleetPort,
+    ) -> None:
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._changes = changes
+        self._processes = processes
+        self._machine = machine
+        self._port = port
+
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[Outcome]:
+        """Do one verb to each name; the outcomes come in the order of `names`."""
+        if verb == "signal":
+            return [await self._signal(name, options.signal or "") for name in names]
+        ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
+        looks = {name: self._post(verb, name) for name in ordered}
+        if not options.wait:
+            return [self._outcome(name, OutcomeCode.ACCEPTED, None) for name in names]
+        found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
+        judged = dict(zip(ordered, found, strict=True))
+        return [self._outcome(name, *judged[name]) for name in names]
+
+    async def settled(self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions) -> list[Outcome]:
+        """Wait until each process runs a newer generation than given and is where it should be."""
+
+        def look_at(name: str) -> Callable[[], Judgement | None]:
+            return lambda: self._started(name, generations[name] if generations.get(name) else None)
+
+        found = await asyncio.gather(*(self._await(look_at(name), options.timeout_s) for name in names))
+        return [self._outcome(name, *one) for name, one in zip(names, found, strict=True)]
+
+    def _post(self, verb: str, name: str) -> Callable[[], Judgement | None]:
+        """Tell the fleet, and return how to see that it is done."""
+        process = self._fleet.processes.get(name)
+        generation = process.generation if process is not None else 0
+        if verb == "load":
+            return self._ask_load(name)
+        self._dispatch(_EVENTS[verb](name))
+        if verb in ("start", "restart"):
+            return lambda: self._started(name, generation if verb == "restart" else None)
+        if verb == "stop":
+            return lambda: self._stopped(name)
+        if verb == "drain":
+            return lambda: self._drained(name)
+        if verb == "unload":
+            return lambda: self._unloaded(name)
+        return lambda: (OutcomeCode.OK, "")
+
+    async def _await(self, look: Callable[[], Judgement | None], timeout_s: float) -> tuple[OutcomeCode, str | None]:
+        found = await self._changes.wait_for(look, timeout_s)
+        return found if found is not None else (OutcomeCode.TIMEOUT, None)
+
+    def _outcome(self, name: str, code: OutcomeCode, reason: str | None) -> Outcome:
+        process, model = self._fleet.processes.get(name), self._fleet.models.get(name)
+        state = (
+            str(model.state)
+            if process is None and model is not None
+            else str(process.state)
+            if process is not None
+            else None
+        )
+        if not reason and process is not None:
+            reason = process.reason
+        return {"name": name, "result": str(code), "state": state, "reason": reason or None}
+
+    # -- how an end looks -----------------------------------------------------------------------------------------------
+
+    def _started(self, name: str, since: int | None) -> Judgement | None:
+        process = self._fleet.processes.get(name)
+        if process is None:
+            return OutcomeCode.FAILED, "it is no longer in the fleet"
+        fresh = since is None or process.generation > since
+        if process.state is _S.READY and fresh and process.restart_wanted is None:
+            return OutcomeCode.OK, "ready"
+        if process.state is _S.EXITED and fresh:
+            return OutcomeCode.OK, process.reason
+        if process.state in (_S.FAILED, _S.BLOCKED):
+            return OutcomeCode.FAILED, process.reason
+        if process.state is _S.STOPPED and not self._fleet.supervision.wanted(process):
+            if process.spec.on_demand and not process.stopped:
+                return OutcomeCode.OK, "it starts when its model is wanted"
+            return OutcomeCode.FAILED, process.reason
+        return None
+
+    def _stopped(self, name: str) -> Judgement | None:
+        process = self._fleet.processes.get(name)
+        if process is None or process.state not in RUNNING:
+            if process is not None and process.state is _S.FAILED and "cannot be killed" in process.reason:
+                return OutcomeCode.FAILED, process.reason
+            return OutcomeCode.OK, "stopped"
+        return None
+
+    def _drained(self, name: str) -> Judgement | None:
+        process = self._fleet.processes.get(name)
+        if process is None or not self._in_flight(process):
+            return OutcomeCode.OK, "nothing is in flight"
+        return None
+
+    def _in_flight(self, process: Process) -> int:
+        return sum(placement.in_flight for placement in self._fleet.facts.placements_on(process.name))
+
+    def _ask_load(self, name: str) -> Callable[[], Judgement | None]:
+        refused: list[str] = []
+        before = self._fleet.models[name].loads if name in self._fleet.models else 0
+
+        def reject(command: Reject) -> None:
+            refused.append(command.reason)
+            self._changes.happened()
+
+        request_id = self._port.wish(reject)
+        self._dispatch(e.LoadAsked(name, request_id))
+
+        def look() -> Judgement | None:
+            model = self._fleet.models.get(name)
+            found: Judgement | None = None
+            if model is None:
+                found = OutcomeCode.FAILED, "it is no longer in the fleet"
+            elif refused:
+                found = OutcomeCode.FAILED, refused[0]
+            elif model.state is Residency.LOADED:
+                found = OutcomeCode.OK, "loaded" if model.loads > before else "it was loaded already"
+            elif model.failure and not model.placements and not model.waiting:
+                found = OutcomeCode.FAILED, model.failure
+            if found is not None:
+                self._port.forget_wish(request_id)
+            return found
+
+        return look
+
+    def _unloaded(self, name: str) -> Judgement | None:
+        model = self._fleet.models.get(name)
+        return (OutcomeCode.OK, "not in memory") if model is None or not model.placements else None
+
+    # -- the rest ---------------------------------------------------------------------------------------------------------
+
+    async def _signal(self, name: str, signal: str) -> Outcome:
+        run = self._processes.runs.get(name)
+        if run is None or run.handle is None or run.dead:
+            return self._outcome(name, OutcomeCode.FAILED, "it is not running")
+        try:
+            sent = await self._machine.signal(run.handle, signal)
+        except HostError as error:
+            raise ApiError(400, "invalid_request", str(error)) from error
+        return self._outcome(
+            name, OutcomeCode.OK if sent else OutcomeCode.FAILED, f"{signal} sent" if sent else "it is gone"
+        )
+
+    def _ordered(self, names: Sequence[str], *, stopping: bool) -> list[str]:
+        """Return names so that what others need comes first; reversed for a stop."""
+        wanted, done, order = set(names), set(), []
+
+        def visit(name: str, path: tuple[str, ...]) -> None:
+            process = self._fleet.processes.get(name)
+            if name in done or name in path or process is None:
+                return
+            for dependency in process.spec.depends_on:
+                visit(dependency.name, (*path, name))
+            done.add(name)
+            if name in wanted:
+                order.append(name)
+
+        for name in names:
+            visit(name, ())
+        return order[::-1] if stopping else order
