@@ -103,7 +103,7 @@ def contain(
     return Contained(
         launch=Launch(tuple(argv), launch.env, launch.unset_env, launch.requires, launch.secret_env),
         name=name,
-        stop=(runtime.program, "stop", "--time", str(stop_s), name),
+        stop=(runtime.program, "stop", "-t", str(stop_s), name),
         remove=(runtime.program, "rm", "--force", name),
         find=find_command(fleet, runtime.program),
     )

@@ -1,0 +1,116 @@
+"""An engine's command line in a container, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fleetd.engines.base import Launch
+from fleetd.engines.container import DockerRuntime, contain, container_name, find_command, found
+from fleetd.errors import EngineError
+
+IMAGE = "vllm/vllm-openai:v0.33.0"
+LAUNCH = Launch(
+    argv=("vllm", "serve", "/models/qwen", "--port", "8001"),
+    env={"VLLM_API_KEY": "s3cret", "CUDA_VISIBLE_DEVICES": "GPU-1"},
+    unset_env=("VLLM_PORT",),
+    requires=("/models/qwen",),
+    secret_env=frozenset({"VLLM_API_KEY"}),
+)
+
+
+def plan(launch: Launch = LAUNCH, **changes: Any) -> Any:
+    arguments = {"instance": "coder", "fleet": "box", "port": 8001, **changes.pop("arguments", {})}
+    return contain(launch, DockerRuntime(IMAGE, **changes), **arguments)
+
+
+def test_a_whole_line() -> None:
+    made = plan(
+        gpus=("all",), mounts=("/srv/models:/models:ro",), args=("--ipc", "host"), arguments={"env_names": ("HF_HOME",)}
+    )
+    assert list(made.launch.argv) == [
+        "docker", "run", "--rm", "--init", "--name", "fleetd-box-coder",
+        "--label", "fleetd.instance=coder", "--label", "fleetd.fleet=box",
+        "--pull", "missing", "--stop-timeout", "10", "--network", "host", "--gpus", "all",
+        "--mount", "type=bind,source=/srv/models,target=/models,readonly",
+        "--env", "CUDA_VISIBLE_DEVICES", "--env", "HF_HOME", "--env", "VLLM_API_KEY",
+        "--ipc", "host", "--entrypoint", "vllm", IMAGE, "serve", "/models/qwen", "--port", "8001",
+    ]  # fmt: skip
+    assert made.stop == ("docker", "stop", "-t", "10", "fleetd-box-coder")
+    assert made.remove == ("docker", "rm", "--force", "fleetd-box-coder")
+
+
+def test_values_stay_off_the_line_and_in_the_environment() -> None:
+    made = plan()
+    assert not any("s3cret" in word for word in made.launch.argv)
+    assert made.launch.env["VLLM_API_KEY"] == "s3cret"
+    assert made.launch.secret_env == {"VLLM_API_KEY"}
+    assert made.launch.unset_env == ("VLLM_PORT",)
+    assert made.launch.requires == ("/models/qwen",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpus": ("0", "1")}, ("--gpus", '"device=0,1"')),
+        ({"gpus": ("GPU-1",)}, ("--gpus", "device=GPU-1")),
+        (
+            {"gpus": ("0", "1"), "program": "/usr/bin/podman"},
+            ("--device", "nvidia.com/gpu=0", "--device", "nvidia.com/gpu=1"),
+        ),
+        ({"network": "bridge"}, ("--network", "bridge", "--publish", "127.0.0.1:8001:8001")),
+        ({"network": "bridge", "arguments": {"host": "::1"}}, ("--publish", "[::1]:8001:8001")),
+        ({"pull": "never"}, ("--pull", "never")),
+        ({"arguments": {"stop_timeout_s": 29.2}}, ("--stop-timeout", "30")),
+        ({"mounts": ("/a b:/b",)}, ("--mount", "type=bind,source=/a b,target=/b")),
+        ({}, ("--mount", "type=bind,source=/models/qwen,target=/models/qwen,readonly")),
+    ],
+)
+def test_parts(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    argv = plan(**changes).launch.argv
+    assert any(argv[start : start + len(words)] == words for start in range(len(argv))), argv
+
+
+def test_a_store_is_mounted_to_be_written() -> None:
+    launch = Launch(("ollama", "serve"), {"OLLAMA_MODELS": "/store"}, requires=("/store",))
+    assert "type=bind,source=/store,target=/store" in plan(launch).launch.argv
+
+
+@pytest.mark.parametrize("mounts", [("/models:/models:ro",), ("/a:/b", "/:/models/qwen")])
+def test_what_a_mount_covers_is_not_mounted_again(mounts: tuple[str, ...]) -> None:
+    assert sum(word == "--mount" for word in plan(mounts=mounts).launch.argv) == len(mounts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mounts": ("/a",)},
+        {"mounts": ("/a:/b:rx",)},
+        {"mounts": (":/b",)},
+        {"mounts": ("/a,b:/c",)},
+        {"args": ("--name", "mine")},
+        {"args": ("--network=host",)},
+        {"launch": Launch(())},
+    ],
+)
+def test_what_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="coder") as caught:
+        plan(**changes)
+    assert not caught.value.recoverable
+
+
+@pytest.mark.parametrize(
+    ("fleet", "instance", "name"),
+    [("mac studio", "a/b:c", "fleetd-mac-studio-a-b-c"), ("box", "coder", "fleetd-box-coder")],
+)
+def test_names(fleet: str, instance: str, name: str) -> None:
+    assert container_name(fleet, instance) == name
+
+
+def test_orphans_are_found_by_label() -> None:
+    command = find_command("box")
+    assert command[:5] == ("docker", "ps", "--all", "--filter", "label=fleetd.fleet=box")
+    output = "abc\tcoder\ndef\tgone\n\nbroken line\n"
+    assert found(output, {"coder"}) == [("def", "gone")]
+    assert found("", ()) == []
