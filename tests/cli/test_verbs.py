@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fleetd.cli.fleetctl import run
 from tests.cli.running import Ran, fake_fleet, fleetctl
 
 TABLE = [
@@ -263,8 +264,11 @@ def test_reexec_that_does_not_happen_is_a_timeout(fleet: Path) -> None:
 @pytest.mark.parametrize(
     "verb", [["status"], ["story"], ["explain"], ["start"], ["load"], ["logs"]], ids=lambda value: value[0]
 )
-def test_odd_names_are_unknown_names(fleet: Path, verb: list[str], name: str) -> None:
-    ran = on(fleet, *verb, name)
-    assert (ran.code, ran.out) == (4, ""), ran
-    assert len(ran.err.splitlines()) <= 2
-    assert "\x1b" not in ran.err
+def test_odd_names_are_unknown_names(
+    fleet: Path, verb: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(["--socket", str(fleet), *verb, name])
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (4, ""), shown
+    assert len(shown.err.splitlines()) <= 2
+    assert "\x1b" not in shown.err
