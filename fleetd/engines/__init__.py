@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fleetd.engines.base import Engine
 
 GROUP = "fleetd.engines"
-BUILT_IN = ("llamacpp", "lmstudio", "ollama", "process", "vllm")
+BUILT_IN = ("external", "llamacpp", "lmstudio", "ollama", "process", "vllm")
 _MEMBERS = (
     "name",
     "capabilities",

@@ -82,16 +82,16 @@ def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[Op
 def _environment(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
     for key in context.env:
         if key in FLEETD_OWN:
-            yield OptionProblem((), f"env.{key}: fleetd gives this itself, on the command line")
+            yield OptionProblem(("env", key), "fleetd gives this itself, on the command line")
         elif (option := ENV.get(key)) and option in options.model_fields_set:
-            yield OptionProblem((option,), f"is also set by env.{key}: keep one of the two")
+            yield OptionProblem(("env", key), f"options.{option} sets it already; state it there only")
         elif key == "LLAMA_API_KEY":
-            yield OptionProblem(("api_key",), "use this option in place of env.LLAMA_API_KEY: fleetd needs the key too")
+            yield OptionProblem(("env", key), "state it as options.api_key: fleetd needs the key too")
 
 
 def _arguments(context: LaunchContext, options: LlamaCppOptions, *, embedded: bool) -> Iterator[OptionProblem]:
     known = llamacpp_child.known_flags()
-    for where, words in ((("extra_args",), options.extra_args), ((), context.args)):
+    for where, words in ((("extra_args",), options.extra_args), (("args",), context.args)):
         for word in words:
             flag = word.partition("=")[0]
             if not flag.startswith("-") or flag.lstrip("-").replace(".", "", 1).isdigit():

@@ -72,13 +72,13 @@ class Process:
 
     def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
         if not context.command:
-            return [OptionProblem((), "the engine process needs a command: it starts whatever you name")]
+            return [OptionProblem(("command",), "the engine process needs a command: it starts whatever you name")]
         return []
 
     def launch(self, context: LaunchContext) -> Launch:
         if not context.command:
             raise EngineError(f"{context.name}: the engine process needs a command", recoverable=False)
-        env = visible_devices(context.device_uuid, context.device)
+        env = visible_devices(context.device_uuid, None)  # nothing is hidden from a program that we do not know
         return Launch(
             argv=(*context.command, *context.args),
             env={key: value for key, value in env.items() if key not in context.env},

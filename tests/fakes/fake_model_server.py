@@ -67,10 +67,26 @@ def parse(argv: list[str]) -> Namespace:
     add("--garbage", action="store_true", help="inference is answered with bytes that are not HTTP")
     add("--rst-mid-stream", action="store_true")
     add("--error-after", type=int, metavar="N", help="ollama: a stream breaks off with an error line after N words")
-    add("--slots", "--parallel", "-np", "--max-num-seqs", dest="slots", type=int, default=0, help="0: no limit")
+    add(
+        "--slots",
+        nargs="?",
+        type=int,
+        default=0,
+        help="requests at once; 0: no limit (bare, it is llama-server's own flag)",
+    )
+    add(
+        "--parallel",
+        "-np",
+        "--max-num-seqs",
+        dest="parallel",
+        type=int,
+        default=0,
+        help="the engines' names for --slots",
+    )
     add("--busy", action="store_true", help="ollama: every request that needs a load gets 503 server busy")
     args, _ = parser.parse_known_args(argv)
     args.model = args.alias or args.model
+    args.slots = args.slots or args.parallel
     kind, limit = args.crash_after or ("", None)
     args.crash_after_requests = limit if kind == "requests" else None
     args.crash_after_seconds = limit if kind == "seconds" else None
