@@ -108,7 +108,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _tell(error: CliError) -> None:
     lines = [clean(line) for line in str(error).split("\n")]
     if len(lines) > 1:  # problems of a file, each with its line and a caret: as they are
-        click.echo("\n".join(line.rstrip() for line in str(error).split("\n")), err=True)
+        click.echo("\n".join(line.rstrip() for line in lines), err=True)
     else:
         click.echo(f"{PROGRAM}: {lines[0]}", err=True)
     if error.hint:

@@ -209,7 +209,7 @@ def warnings_of(status: Row) -> list[str]:
     config = clean(daemon.get("config") or "fleet.yaml")
     found = []
     if daemon.get("config_error"):
-        found.append(f"warning: {config} cannot be used, the last good one still runs: {clean(daemon['config_error'])}")
+        found.append(f"warning: the file cannot be used, what ran before still runs: {clean(daemon['config_error'])}")
     elif daemon.get("config_differs"):
         found.append(f"warning: {config} differs from what runs (see: fleetctl diff)")
     if daemon.get("stopping"):

@@ -136,7 +136,7 @@ def status(**daemon: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("daemon", "words"),
     [
-        ({"config_error": "line 3: no"}, "/f.yaml cannot be used, the last good one still runs: line 3: no"),
+        ({"config_error": "line 3: no"}, "the file cannot be used, what ran before still runs: line 3: no"),
         ({"config_differs": True}, "fleetctl diff"),
         ({"stopping": True}, "shutting down"),
     ],
