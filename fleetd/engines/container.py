@@ -101,7 +101,7 @@ def contain(
         argv += ["--env", key]
     argv += [*runtime.args, "--entrypoint", launch.argv[0], runtime.image, *launch.argv[1:]]
     return Contained(
-        launch=Launch(tuple(argv), launch.env, launch.unset_env, launch.requires, launch.secret_env),
+        launch=Launch(tuple(argv), launch.env, launch.unset_env, _outside(launch, runtime), launch.secret_env),
         name=name,
         stop=(runtime.program, "stop", "-t", str(stop_s), name),
         remove=(runtime.program, "rm", "--force", name),
@@ -179,6 +179,20 @@ def _required(launch: Launch, runtime: DockerRuntime) -> list[str]:
         if not covered and "," not in path:
             mounts.append(_bind(path, path, readonly=path not in written))
     return mounts
+
+
+def _outside(launch: Launch, runtime: DockerRuntime) -> tuple[str, ...]:
+    """Return the required paths of this machine: one that a mount covers is looked for where the mount takes it from."""
+    mounts = [text.split(":")[:2] for text in runtime.mounts]
+    found = []
+    for path in launch.requires:
+        inside = PurePosixPath(path)
+        for source, target in mounts:
+            if inside.is_relative_to(target):
+                path = str(PurePosixPath(source) / inside.relative_to(target))
+                break
+        found.append(path)
+    return tuple(found)
 
 
 def _bind(source: str, target: str, *, readonly: bool) -> str:

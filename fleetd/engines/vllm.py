@@ -34,15 +34,20 @@ from fleetd.engines.base import (
 from fleetd.engines.calls import call
 from fleetd.engines.fields import visible_devices
 from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems
-from fleetd.engines.vllm_estimate import GIB, Need, reckon
 from fleetd.engines.vllm_log import verdict
 from fleetd.engines.vllm_sleep import is_sleeping
 from fleetd.errors import EngineError
+from fleetd.models import safetensors
+from fleetd.models.safetensors import ModelFolder, Serving
+from fleetd.units import show_size
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 DEFAULT_SEQUENCES = 256
+DEFAULT_BATCHED_TOKENS = 8192
+PROCESS_BYTES = 1536 << 20  # host memory of the API server and the engine's own process
+CPU_PROCESS_BYTES = 2560 << 20  # on the CPU a worker process comes on top
 DEFAULT_UTILIZATION = 0.92
 PROBED_PATHS = "/health,/metrics,/ping,/v1/models,/is_sleeping"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -148,10 +153,11 @@ class Vllm:
         options = _options(context)
         device = context.device or "host"
         total = context.device_total_bytes
-        need = _needed(context, options)
-        if need is not None:
-            parts = {device: need.device_bytes, "host": need.host_bytes}
-            return Footprint({device: sum(parts.values())} if device in ("host", "unified") else parts)
+        needed = _needed(context, options)
+        if needed is not None:
+            if device in ("host", "unified"):
+                return Footprint({device: needed + CPU_PROCESS_BYTES})
+            return Footprint({device: needed, "host": PROCESS_BYTES})
         if total is None or options.kv_cache_memory is not None or options.cpu_kvcache_space is not None:
             return None
         share = DEFAULT_UTILIZATION if options.gpu_memory_utilization is None else options.gpu_memory_utilization
@@ -274,29 +280,51 @@ def _option_problems(context: LaunchContext, options: VllmOptions) -> list[Optio
             "set gpu_memory_utilization too: vLLM starts only where that share of the device is free, 0.92 by default"
         )
         found.append(OptionProblem(("kv_cache_memory",), message, warning=True))
+    stated = _folder(context, options) if options.kv_cache_memory is not None else None
+    least = safetensors.minimum_kv_bytes(*stated) if stated is not None else 0
+    if options.kv_cache_memory is not None and options.kv_cache_memory < least:
+        message = (
+            f"{show_size(least)} are needed for one request of the longest length: raise it, or lower max_model_len"
+        )
+        found.append(OptionProblem(("kv_cache_memory",), message))
     if _world(options) > 1 and "CUDA_VISIBLE_DEVICES" not in context.env:
         message = f"{_world(options)} devices are needed: name them in env.CUDA_VISIBLE_DEVICES, by UUID"
         found.append(OptionProblem(("tensor_parallel_size",), message, warning=True))
     return found
 
 
-def _needed(context: LaunchContext, options: VllmOptions) -> Need | None:
-    """Weights, the KV cache as given, and overhead; None where no cache is stated, or the model's files are not here."""
+def _folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFolder, Serving] | None:
+    """Return the model's shape and how it will be served; None where its files are not here, or not to be read."""
     _, path = _model(context, options)
-    space = options.cpu_kvcache_space
-    kv_bytes = options.kv_cache_memory if space is None else space * GIB
-    if path is None or kv_bytes is None:
+    if path is None:
         return None
-    return reckon(
-        Path(path),
-        kv_bytes=kv_bytes,
-        shards=options.tensor_parallel_size * options.pipeline_parallel_size,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_num_seqs=options.max_num_seqs,
-        eager=bool(options.enforce_eager) or options.optimization_level == 0,
-        half_weights=options.quantization == "fp8",
-        on_cpu=context.device == "host",
+    try:
+        model = safetensors.read_folder(Path(path))
+    except (EngineError, OSError):
+        return None
+    space = options.cpu_kvcache_space
+    length = options.max_model_len
+    serving = Serving(
+        max_model_len=length if isinstance(length, int) and length > 0 else None,
+        max_num_seqs=options.max_num_seqs or DEFAULT_SEQUENCES,
+        max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS,
+        tensor_parallel=options.tensor_parallel_size * options.pipeline_parallel_size,
+        block_size=options.block_size or (128 if context.device == "host" else 16),
+        dtype=options.dtype or "auto",
+        kv_dtype=options.kv_cache_dtype or "auto",
+        weight_factor=0.55 if options.quantization == "fp8" and "quantization_config" not in model.config else 1.0,
+        enforce_eager=bool(options.enforce_eager) or options.optimization_level == 0,
+        kv_cache_bytes=options.kv_cache_memory if space is None else space << 30,
     )
+    return model, serving
+
+
+def _needed(context: LaunchContext, options: VllmOptions) -> int | None:
+    """Return what it takes of its device: weights, the KV cache as stated, and overhead; None where that cannot be said."""
+    if options.kv_cache_memory is None and options.cpu_kvcache_space is None:
+        return None
+    found = _folder(context, options)
+    return safetensors.estimate(*found).total_bytes if found is not None else None
 
 
 def _fitting_utilization(context: LaunchContext, options: VllmOptions) -> float | None:
@@ -304,9 +332,10 @@ def _fitting_utilization(context: LaunchContext, options: VllmOptions) -> float 
     total = context.device_total_bytes
     if options.gpu_memory_utilization is not None or options.kv_cache_memory is None or not total:
         return None
-    need = _needed(context, options)
-    wanted = (need.device_bytes or need.host_bytes) if need is not None else total + 1
-    return max(0.01, ceil(100 * wanted / total) / 100) if wanted <= total else None
+    needed = _needed(context, options)
+    if needed is None or needed > total:
+        return None
+    return max(0.01, ceil(100 * needed / total) / 100)
 
 
 async def _one_token(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> ProbeOutcome:

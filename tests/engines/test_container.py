@@ -83,6 +83,19 @@ def test_what_a_mount_covers_is_not_mounted_again(mounts: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize(
+    ("mounts", "requires"),
+    [
+        ((), "/models/qwen"),
+        (("/srv:/models:ro",), "/srv/qwen"),
+        (("/srv/q:/models/qwen",), "/srv/q"),
+        (("/a:/mod",), "/models/qwen"),
+    ],
+)
+def test_what_must_exist_is_looked_for_on_this_machine(mounts: tuple[str, ...], requires: str) -> None:
+    assert plan(mounts=mounts).launch.requires == (requires,)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"mounts": ("/a",)},

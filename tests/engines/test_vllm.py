@@ -17,12 +17,12 @@ from fleetd.core.contract import ExitKind
 from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.engines.vllm import CONSTANTS, ENGINE
 from fleetd.engines.vllm_args import REMOVED, VllmOptions, words
-from fleetd.engines.vllm_estimate import GIB, reckon, weight_bytes
 from fleetd.engines.vllm_log import learned_kv_bytes, phase
 from fleetd.engines.vllm_sleep import canary, is_garbage, is_sleeping, sleep, wake
 from fleetd.errors import EngineError
 from tests.engines.rig import fake
 
+GIB = 1 << 30
 UUID = "GPU-2f9b3c6a-1111-2222-3333-444455556666"
 
 
@@ -43,11 +43,20 @@ def after(argv: list[str], flag: str) -> str:
     return argv[argv.index(flag) + 1]
 
 
-def folder(tmp_path: Path, weights: int = 1000) -> Path:
+def folder(tmp_path: Path, **config: Any) -> Path:
+    """A model of one small tensor, 2 layers, 2 KV heads of 32: 512 bytes of KV cache per token."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1000}))
-    (model / "model.safetensors").write_bytes(b"\0" * weights)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1000, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "bfloat16",
+    }
+    (model / "config.json").write_text(json.dumps({**shape, **heads, **config}))
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [500], "data_offsets": [0, 1000]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1000))
     return model
 
 
@@ -227,7 +236,8 @@ def test_an_explicit_cache_gives_a_share_that_fits(tmp_path: Path) -> None:
     ready = context(options={"model": str(folder(tmp_path)), "kv_cache_memory": "2GiB"})
     footprint = ENGINE.estimate(ready, None)
     assert footprint is not None
-    assert 3 * GIB < footprint.bytes["gpu0"] < 5 * GIB
+    assert 2 * GIB < footprint.bytes["gpu0"] < 5 * GIB
+    assert footprint.bytes["host"] > GIB
     share = float(after(list(ENGINE.launch(ready).argv), "--gpu-memory-utilization"))
     assert footprint.bytes["gpu0"] <= share * 80 * GIB < footprint.bytes["gpu0"] + GIB
     assert not [problem for problem in ENGINE.validate(ready) if "gpu_memory_utilization" in problem.message]
@@ -237,24 +247,30 @@ def test_a_model_on_the_hub_cannot_be_estimated() -> None:
     assert ENGINE.estimate(context(options={"kv_cache_memory": "2GiB"}), None) is None
 
 
-def test_weights_are_those_of_the_index(tmp_path: Path) -> None:
-    model = folder(tmp_path, 500)
-    (model / "consolidated.safetensors").write_bytes(b"\0" * 9999)
-    assert weight_bytes(model) == 500
-    (model / "a.safetensors").write_bytes(b"\0" * 70)
-    index = {"weight_map": {"x": "a.safetensors", "y": "a.safetensors", "z": "../../etc/passwd"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert weight_bytes(model) == 70
-    assert weight_bytes(tmp_path / "absent") is None
+def test_on_the_cpu_everything_is_host(tmp_path: Path) -> None:
+    options = {"model": str(folder(tmp_path)), "kv_cache_memory": "1GiB", "enforce_eager": True}
+    footprint = ENGINE.estimate(context(options=options, device="host", device_total_bytes=24 * GIB), None)
+    assert footprint is not None
+    assert set(footprint.bytes) == {"host"}
+    assert 3 * GIB < footprint.bytes["host"] < 5 * GIB
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"hidden_size": "x", "vocab_size": -1}', "[" * 100_000])
-def test_a_broken_config_is_survived(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("length", "cache", "enough"), [(4096, "4MiB", True), (4096, "1MiB", False), (1024, "1MiB", True)]
+)
+def test_a_cache_that_cannot_hold_one_request(tmp_path: Path, length: int, cache: str, enough: bool) -> None:
+    options = {"model": str(folder(tmp_path)), "kv_cache_memory": cache, "max_model_len": length}
+    found = [problem for problem in ENGINE.validate(context(options=options)) if not problem.warning]
+    assert [problem.path for problem in found] == ([] if enough else [("kv_cache_memory",)])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_a_broken_folder_is_survived(tmp_path: Path, text: str) -> None:
     model = folder(tmp_path)
     (model / "config.json").write_text(text)
-    need = reckon(model, kv_bytes=GIB)
-    assert need is not None
-    assert need.device_bytes > GIB
+    ready = context(options={"model": str(model), "kv_cache_memory": "2GiB"})
+    assert ENGINE.estimate(ready, None) is None
+    assert ENGINE.launch(ready).argv
 
 
 # -- the log ------------------------------------------------------------------------------------------------------------
