@@ -75,7 +75,10 @@ async def run_command(
     table: ProcessTable,
     end_lineage: Callable[[Lineage], Awaitable[object]],
 ) -> CommandResult:
-    """Run a program to its end or its timeout. Raises HostError when it cannot be started."""
+    """Run a program to its end or its timeout. Raises HostError when it cannot be started.
+
+    `end_lineage` begins at once to end a whole set, whether or not its result is awaited.
+    """
     loop = asyncio.get_running_loop()
     token = token_hex(8)
     program = replace(program, env={**program.env, TOKEN_VARIABLE: token})
@@ -103,23 +106,17 @@ async def run_command(
             await ended.wait()
     except TimeoutError:
         timed_out = True
-        await end_lineage_now(table, lineage, end_lineage)
+        table.send(lineage.pid, lineage.start, signals.SIGKILL)  # over its time: no grace
+        await end_lineage(lineage)
     except asyncio.CancelledError:
         watch.close()
         output.finish()
         kill_and_forget(pid)
+        end_lineage(lineage)  # goes on without us
         raise
     watch.close()
     _kill_group(pid)
     return CommandResult(_collect(pid), output.finish(), timed_out)
-
-
-async def end_lineage_now(
-    table: ProcessTable, lineage: Lineage, end_lineage: Callable[[Lineage], Awaitable[object]]
-) -> None:
-    """Kill the leader first: a probe that ran over its time gets no grace. Its rest is hunted as a set."""
-    table.send(lineage.pid, lineage.start, signals.SIGKILL)
-    await end_lineage(lineage)
 
 
 def _kill_group(pid: int) -> None:
@@ -136,13 +133,9 @@ def _collect(pid: int) -> Status:
 
 
 def kill_and_forget(pid: int) -> None:
-    """Kill a child of ours with its group and take its status."""
+    """Kill a child of ours with its group; the reaper takes its status whenever it is dead."""
     _kill_group(pid)
-    try:
-        os.waitpid(pid, 0)
-    except OSError:
-        pass
-    CHILDREN.collect(pid)
+    CHILDREN.disown(pid)
 
 
 def _abandon(starting: asyncio.Future[int]) -> None:

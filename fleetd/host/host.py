@@ -59,6 +59,7 @@ class Host:
         self._boot_id = boot_id()
         prefix = "fleetd-" + hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]
         self._cgroups = cgroup.detect(prefix)
+        self._hunts: set[asyncio.Task[tuple[int, ...]]] = set()
         self._entering: set[asyncio.Future[bool]] = set()
         self._handles: dict[str, ProcessHandle] = {}
         self._oom = OomWatch()
@@ -91,7 +92,8 @@ class Host:
                     waiting.cancel()
                     await asyncio.gather(waiting, return_exceptions=True)
             await asyncio.gather(*handle.background, return_exceptions=True)
-        await asyncio.gather(*self._entering, return_exceptions=True)
+        await asyncio.gather(*self._entering, *self._hunts, return_exceptions=True)
+        CHILDREN.reap_unknown()
         await self.logs.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -233,9 +235,13 @@ class Host:
 
     async def command(self, program: Program, timeout_s: float) -> CommandResult:
         """Run a short program with a time limit. Raises HostError when it cannot be started."""
-        return await run_command(
-            program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._stopper.end_lineage
-        )
+        return await run_command(program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._hunt)
+
+    def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
+        hunt = asyncio.get_running_loop().create_task(self._stopper.end_lineage(lineage))
+        self._hunts.add(hunt)
+        hunt.add_done_callback(self._hunts.discard)
+        return hunt
 
     async def _scan(self, lineage: Lineage, scope: str) -> dict[int, int]:
         found = await self.thread(self._scanner.scan, lineage, scope)

@@ -102,6 +102,11 @@ class Children:
             self._known.discard(pid)
         return Status() if status == -1 else decode_status(status)
 
+    def disown(self, pid: int) -> None:
+        """Nobody waits for this child any more: it is reaped like an orphan."""
+        with self._lock:
+            self._known.discard(pid)
+
     def reap_unknown(self) -> list[int]:
         """Take the statuses of dead orphans. Children in our own session are left: somebody else started those."""
         reaped: list[int] = []

@@ -121,8 +121,10 @@ class Prober:
 
     async def ask(self) -> Answer:
         """Ask once, within the timeout; the first success of a startup probe is checked to come from our process."""
+        # An exec has a limit of its own, at which it is killed with its family.
+        limit_s = None if self.spec.exec else self.spec.timeout_s
         try:
-            async with asyncio.timeout(self.spec.timeout_s):
+            async with asyncio.timeout(limit_s):
                 answer = await self._question()
         except TimeoutError:
             return Answer(False, f"no answer within {self.spec.timeout_s:g} s")

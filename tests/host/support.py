@@ -46,8 +46,6 @@ async def host_in(folder: Path, **options: Any) -> AsyncIterator[Host]:
         await host.close()
 
 
-
-
 class Exits:
     """Collects deaths and lets a test wait for the next one."""
 

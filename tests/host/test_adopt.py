@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -44,7 +45,8 @@ DAEMON = """
 
 
 def daemon_that_is_killed(folder: Path, argv: tuple[str, ...]) -> int:
-    """Run a daemon until it has spawned, kill it, and return the pid of what it has left."""
+    """Run a daemon until it has spawned, kill it, and return the pid of what it has left: a child of init, not of ours."""
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER off: an earlier test's host switched it on
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(DAEMON), str(folder), *argv],
         stdout=subprocess.PIPE,
@@ -71,7 +73,12 @@ def test_after_a_crash_the_process_is_adopted_and_its_death_seen(tmp_path: Path)
         async with host_in(tmp_path) as host:
             exits = Exits()
             record = only_record(host)
-            assert (record.name, record.generation, record.pid, record.extra) == ("worker", 3, pid, {"launch_hash": "abc"})
+            assert (record.name, record.generation, record.pid, record.extra) == (
+                "worker",
+                3,
+                pid,
+                {"launch_hash": "abc"},
+            )
             handle = await host.adopt(record, exits)
             assert alive(pid)
             assert handle.uptime_s > 0
@@ -100,7 +107,9 @@ def test_an_adopted_process_is_stopped_with_all_that_descends_from_it(tmp_path: 
     async def run() -> None:
         async with host_in(tmp_path) as host:
             host._cgroups = None
-            record = replace(only_record(host), cgroup=None)  # the token alone must find the orphan, which is init's child now
+            record = replace(
+                only_record(host), cgroup=None
+            )  # the token alone must find the orphan, which is init's child now
             exits = Exits()
             handle = await host.adopt(record, exits)
             lines = await log_says(host, handle, "up")
@@ -132,7 +141,7 @@ def test_a_leader_that_died_unwatched_leaves_orphans_that_are_swept(tmp_path: Pa
             worker = int(worker_line.split()[1])
             os.kill(pid, signal.SIGKILL)
             await until(lambda: not alive(pid))
-            with pytest.raises(HostError, match="gone|dead"):
+            with pytest.raises(HostError, match=r"gone|dead"):
                 await host.adopt(record, lambda _: None)
             assert alive(worker)
             assert await host.sweep_record(record) == ()
@@ -187,13 +196,11 @@ EXEC_DAEMON = """
     from fleetd.host.spawn import inheritable_env
     from fleetd.host.types import HostPaths, LogPolicy, SpawnRequest, StopPolicy
 
-    SOURCE = '''
-import os, sys, time
-print("before", flush=True)
-while not os.path.exists(sys.argv[1]): time.sleep(0.01)
-print("after", flush=True)
-os._exit(42)
-'''
+    SOURCE = (
+        "import os, sys, time\\nprint('before', flush=True)\\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\\n"
+        "print('after', flush=True)\\nos._exit(42)"
+    )
 
     async def main(folder, carried):
         host = Host(HostPaths(folder / "state", folder / "run", folder / "logs"))

@@ -105,7 +105,9 @@ def test_exit_is_reported_after_spawn_has_returned(tmp_path: Path) -> None:
         async with host_in(tmp_path) as host:
             for generation in range(1, 20):
                 order: list[str] = []
-                handle = await spawn(host, ("/bin/true",), lambda _, order=order: order.append("exit"), generation=generation)
+                handle = await spawn(
+                    host, ("/bin/true",), lambda _, order=order: order.append("exit"), generation=generation
+                )
                 order.append("spawned")
                 await handle.exited.wait()
                 assert order == ["spawned", "exit"]
@@ -140,7 +142,7 @@ def test_adopted_orphans_are_reaped(tmp_path: Path) -> None:
 def test_statuses_of_others_are_not_taken(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
-            other = subprocess.Popen([sys.executable, "-I", "-S", "-c", "raise SystemExit(5)"])
+            other = subprocess.Popen([sys.executable, "-I", "-S", "-c", "raise SystemExit(5)"])  # noqa: ASYNC220
             exits = Exits()
             handle = await spawn(host, ("/bin/true",), exits)
             await exits.next()

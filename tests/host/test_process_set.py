@@ -16,7 +16,9 @@ LEADER = Entry(pid=100, ppid=50, pgid=100, sid=100, start=1000, dead=False)
 LINEAGE = Lineage(pid=100, start=1000, token="mine")
 
 
-def entry(pid: int, ppid: int = 1, pgid: int | None = None, sid: int | None = None, start: int = 1001, dead: bool = False) -> Entry:
+def entry(
+    pid: int, ppid: int = 1, pgid: int | None = None, sid: int | None = None, start: int = 1001, dead: bool = False
+) -> Entry:
     return Entry(pid, ppid, pid if pgid is None else pgid, pid if sid is None else sid, start, dead)
 
 
@@ -41,7 +43,11 @@ CASES = {
     "older than the leader": ([LEADER, entry(99, ppid=1, sid=100, start=999)], {}, {100}),
     "leader dead, worker left in the group": ([entry(101, pgid=100, sid=100)], {}, {101}),
     "leader dead, tree of an orphan with the token": ([entry(101), entry(102, ppid=101)], {101: "mine"}, {101, 102}),
-    "the leader's number given out again": ([LEADER._replace(start=5000), entry(101, ppid=100, sid=100, start=5001)], {}, set()),
+    "the leader's number given out again": (
+        [LEADER._replace(start=5000), entry(101, ppid=100, sid=100, start=5001)],
+        {},
+        set(),
+    ),
     "recycled number, but an old member by token": ([LEADER._replace(start=5000), entry(101)], {101: "mine"}, {101}),
 }
 
@@ -74,7 +80,11 @@ def test_scopes() -> None:
     assert found(table[1:], scope="leader") == set()
 
 
-@given(st.dictionaries(st.integers(2, 40), st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(900, 1100), st.booleans())))
+@given(
+    st.dictionaries(
+        st.integers(2, 40), st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(900, 1100), st.booleans())
+    )
+)
 def test_never_a_dead_one_never_an_older_root_always_closed_under_children(
     rows: dict[int, tuple[int, int, int, bool]],
 ) -> None:

@@ -64,7 +64,9 @@ def test_what_is_the_daemons_stays_with_the_daemon(tmp_path: Path) -> None:
     assert inheritable_env(outer) == {"HOME": "/h", "PATH": os.environ["PATH"]}
     env = report(tmp_path, env={**outer, "FLEETD_REPLICA": "2"})["env"]
     assert isinstance(env, dict)
-    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"} & set(env)
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"} & set(
+        env
+    )
     assert env["FLEETD_INSTANCE"] == "child:1"
     assert env["FLEETD_REPLICA"] == "2"
 
@@ -109,13 +111,21 @@ REFUSED = {
     "not executable": (lambda t: {"argv": (make_file(t / "plain", "x", 0o644),)}, "is not executable", False),
     "a directory": (lambda t: {"argv": (str(t),)}, "is a directory", False),
     "no interpreter": (lambda t: {"argv": (make_file(t / "s", "#!/none/sh\n", 0o755),)}, "interpreter", False),
-    "no program": (lambda t: {"argv": (make_file(t / "b", "\0\1\2garbage", 0o755),)}, "no program for this machine", False),
+    "no program": (
+        lambda t: {"argv": (make_file(t / "b", "\0\1\2garbage", 0o755),)},
+        "no program for this machine",
+        False,
+    ),
     "cwd missing": (lambda t: {"argv": ("true",), "cwd": str(t / "none")}, "working directory", False),
     "cwd a file": (lambda t: {"argv": ("true",), "cwd": make_file(t / "f", "", 0o644)}, "not a directory", False),
     "no such user": (lambda _: {"argv": ("true",), "user": "no-such-user"}, "no user", False),
     "empty": (lambda _: {"argv": ()}, "empty", False),
     "NUL": (lambda _: {"argv": ("true", "a\0b")}, "NUL", False),
-    "bad variable": (lambda _: {"argv": ("true",), "env": {"A=B": "1", "PATH": os.environ["PATH"]}}, "environment variable", False),
+    "bad variable": (
+        lambda _: {"argv": ("true",), "env": {"A=B": "1", "PATH": os.environ["PATH"]}},
+        "environment variable",
+        False,
+    ),
     "too long": (lambda _: {"argv": ("true", "x" * 3_000_000)}, "longer than the kernel allows", False),
     "no such CPU": (lambda _: {"argv": ("true",), "cpu": (4000,)}, "cannot run on CPUs", False),
 }
@@ -139,7 +149,9 @@ def test_refusals_are_sentences(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_a_machine_that_is_full_is_worth_another_try(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_full_is_worth_another_try(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args: object, **_fields: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -174,13 +186,15 @@ def test_a_log_path_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             async with asyncio.timeout(5):
-                with pytest.raises(HostError, match="regular file|cannot be written"):
+                with pytest.raises(HostError, match=r"regular file|cannot be written"):
                     await spawn(host, ("/bin/true",))
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("bound", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
+@pytest.mark.parametrize(
+    ("bound", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")]
+)
 def test_a_taken_port_names_its_owner(bound: str, asked: str, tmp_path: Path) -> None:
     async def run() -> str:
         with socket.socket() as listener:
@@ -211,7 +225,7 @@ def test_a_closed_connection_does_not_keep_a_port_taken(tmp_path: Path) -> None:
             for generation in (1, 2):  # the first server's side is in TIME_WAIT when the second one starts
                 exits = Exits()
                 handle = await spawn(host, python(serve_once, str(port)), exits, port=port, generation=generation)
-                await until(lambda: (tmp_path / "logs" / "child.log").read_text().count("up\n") == generation)
+                await until(lambda g=generation: (tmp_path / "logs" / "child.log").read_text().count("up\n") == g)
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 assert await reader.read() == b"x"
                 writer.close()
@@ -221,7 +235,20 @@ def test_a_closed_connection_does_not_keep_a_port_taken(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-NAMES = ["plain", "a/b", "../up", "with space", "ünï-код", "a+b", ".hidden", "%41", "x" * 300, "-rf", "new\nline", "CON"]
+NAMES = [
+    "plain",
+    "a/b",
+    "../up",
+    "with space",
+    "ünï-код",
+    "a+b",
+    ".hidden",
+    "%41",
+    "x" * 300,
+    "-rf",
+    "new\nline",
+    "CON",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -256,7 +283,9 @@ def test_a_start_that_nobody_waits_for_is_undone(tmp_path: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: not list(host.paths.handles.glob("*.json")), "the record gone")
-            marked = [p for p in host.table.snapshot() if b"FLEETD_INSTANCE=gone:1" in (host.table.environment(p) or b"")]
+            marked = [
+                p for p in host.table.snapshot() if b"FLEETD_INSTANCE=gone:1" in (host.table.environment(p) or b"")
+            ]
             assert marked == []
 
     asyncio.run(run())

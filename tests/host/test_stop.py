@@ -75,7 +75,9 @@ async def up(host: Host, handle: ProcessHandle) -> list[int]:
     return pids_in(lines, "worker")
 
 
-@pytest.mark.parametrize("program", [SETSID_CHILD, DOUBLE_FORK, STUBBORN_FAMILY], ids=["setsid", "double fork", "stubborn"])
+@pytest.mark.parametrize(
+    "program", [SETSID_CHILD, DOUBLE_FORK, STUBBORN_FAMILY], ids=["setsid", "double fork", "stubborn"]
+)
 @pytest.mark.parametrize("cgroups", [True, False], ids=["cgroup", "no cgroup"])
 def test_nobody_is_left(program: str, cgroups: bool, tmp_path: Path) -> None:
     async def run() -> None:
@@ -313,7 +315,11 @@ def test_the_stop_signal_is_a_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "exit_signal"),
-    [(("/bin/sh", "-c", "kill -USR1 $MAINPID"), "SIGUSR1"), (("/bin/false",), "SIGTERM"), (("/none/at/all",), "SIGTERM")],
+    [
+        (("/bin/sh", "-c", "kill -USR1 $MAINPID"), "SIGUSR1"),
+        (("/bin/false",), "SIGTERM"),
+        (("/none/at/all",), "SIGTERM"),
+    ],
     ids=["works", "fails", "missing"],
 )
 def test_a_stop_command_and_its_fall_back(command: tuple[str, ...], exit_signal: str, tmp_path: Path) -> None:
@@ -370,7 +376,9 @@ def test_other_processes_are_left_alone(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             one = await spawn(host, ("sleep", "600"), name="same")
-            async with host_in(tmp_path / "other") as stranger:  # another daemon with a process of the same name and generation
+            async with host_in(
+                tmp_path / "other"
+            ) as stranger:  # another daemon with a process of the same name and generation
                 two = await spawn(stranger, ("sleep", "600"), name="same")
                 assert await host.stop(one, POLITE, force=True) == ()
                 assert alive(two.pid)

@@ -28,6 +28,7 @@ from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.names import unescape
 from fleetd.host.types import Capture, LogPolicy, RawExit
 
+_MARK = re.compile(r"--- exited .* generation=\d+ ---$")
 _LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
 
 
@@ -212,7 +213,8 @@ class LogBook:
         found = await self._read(handle.name, Wanted(lines + 1, begin, None, since))
         if found and handle.exit is not None and found[-1].text == exit_mark(handle.exit):
             found.pop()
-        return found[-lines:]
+        earlier = [number for number, line in enumerate(found) if _MARK.match(line.text)]
+        return found[earlier[-1] + 1 if earlier else 0 :][-lines:]
 
     async def _read(self, name: str, wanted: Wanted) -> list[Line]:
         return await asyncio.get_running_loop().run_in_executor(self._pool, read_tail, self.files(name), wanted)

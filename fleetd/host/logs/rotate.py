@@ -96,9 +96,9 @@ def rotate(files: LogFiles, policy: LogPolicy, *, force: bool = False, can_punch
             state = current_state(files)
             while True:
                 size = os.fstat(fd).st_size
+                state = _skip_doomed(fd, files, state, size, policy)
                 if not (due(size, state, policy) or (force and archived == 0)):
                     return Rotation(archived)
-                state = _skip_doomed(fd, files, state, size, policy)
                 cut = _segment_end(fd, state.start, size, policy)
                 if cut <= state.start:
                     return Rotation(archived)
@@ -118,6 +118,8 @@ def _skip_doomed(fd: int, files: LogFiles, state: LogState, size: int, policy: L
     if size - state.start <= keep_bytes:
         return state
     cut = next_line_end(fd, size - keep_bytes, size)
+    if cut == size:  # one line longer than all that is kept: it is not cut, and not dropped
+        return state
     moved = replace(state, start=cut)
     files.write_state(moved)
     punch(fd, 0, cut)

@@ -73,7 +73,7 @@ def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
             tail = tail[:_LONGEST_LINE] + tail[-_LONGEST_LINE:]
         if not block:
             return
-    if tail:
+    if end > start:  # the first line, which may be empty
         yield _mark_dropped(tail, dropped)
 
 
