@@ -19,6 +19,7 @@ from fleetd.control.wire import FleetEvent, rfc3339
 from fleetd.core import commands as c
 from fleetd.core import events as e
 from fleetd.core.journal import Entry
+from fleetd.core.state import Residency
 
 _IN_ALL = 5000
 _PER_NAME = 100
@@ -36,6 +37,12 @@ _QUIET_EVENTS = (
     e.SpecChanged,
 )
 
+_RESIDENCIES = frozenset(Residency)
+_ABOUT_MODELS = frozenset({
+    "Load", "Unload", "LearnFootprint", "ReadAhead", "Loaded", "LoadFailed", "Unloaded", "UnloadFailed", "LoadAsked",
+    "UnloadAsked", "PinAsked",
+})  # fmt: skip
+
 
 class Feed:
     """The stream. `publish` takes journal entries, `say` anything else worth telling."""
@@ -49,8 +56,7 @@ class Feed:
     def publish(self, entry: Entry, processes: Collection[str]) -> None:
         """Tell one entry of the journal. `processes` are the names that are processes; other names are models."""
         for what, name, reason, extra in tell(entry):
-            kind = "daemon" if name is None else "process" if name in processes else "model"
-            self._add(kind, name, what, reason, extra)
+            self._add(kind_of(what, name, extra, processes), name, what, reason, extra)
 
     def say(self, kind: str, name: str | None, what: str, reason: str, **data: Any) -> None:
         """Tell something that no command of the core stands for."""
@@ -119,6 +125,15 @@ class _Reader:
             self._news.clear()
             await self._news.wait()
         return self._queue.popleft()
+
+
+def kind_of(what: str, name: str | None, extra: dict[str, Any], processes: Collection[str]) -> str:
+    """Say what an event is about: a model and the process that it is may have one name."""
+    if name is None:
+        return "daemon"
+    if "state" in extra:
+        return "model" if {extra["before"], extra["state"]} <= _RESIDENCIES else "process"
+    return "model" if what in _ABOUT_MODELS or name not in processes else "process"
 
 
 def tell(entry: Entry) -> Iterator[tuple[str, str | None, str, dict[str, Any]]]:

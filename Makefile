@@ -1,0 +1,48 @@
+# Everything here works on a fresh machine with Python >= 3.11 (and its venv module), nothing else installed.
+# The second run of a target installs nothing: stamps in .venv say what is there.
+
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST_ARGS ?=
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test lint format clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "fleetd needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+
+$(VENV)/.installed-demo: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo  ## six workers over six models, with room for three: loads, evictions, answers, a table
+	@$(PY) -m bench.demo
+
+run: $(VENV)/.installed-demo  ## start fleetd on the repository's own fleet.yaml, and stay
+	@$(PY) -m bench.demo --write-models .run/models
+	@exec $(VENV)/bin/fleetd run --config fleet.yaml
+
+test: $(VENV)/.installed-test  ## all tests
+	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-test  ## let ruff format the code
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) .demo .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
