@@ -30,6 +30,9 @@ class OpenAI:
         self.ready = False
 
     def start(self) -> bool:
+        if not self.args.load_time:
+            self._load()
+            return True
         threading.Thread(target=self._load, daemon=True).start()
         return True
 
