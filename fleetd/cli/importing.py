@@ -1,8 +1,8 @@
 """`fleetctl import KIND FILE`: other programs' files become parts of a fleet.yaml, with a report of what did not carry over.
 
 The rules of this file
-- The kinds are the modules of `fleetd.config.importers` that have `import_KIND(text, shown=…)`, where `shown` is the
-  file's name in messages; they return the text of a fleet.yaml and a report.
+- The kinds are the modules of `fleetd.config.importers` that have `import_KIND(path, …)` or `import_KIND(text, shown=…)`,
+  where `shown` is the file's name in messages; they return the text of a fleet.yaml and a report.
 - The parts go to standard output or a new file, the report to standard error. No daemon is needed, nothing is overwritten.
 """
 
@@ -42,19 +42,27 @@ def _is_kind(path: Path) -> bool:
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to this new file, not standard output.")
 @click.option("--instance", multiple=True, metavar="NAME", help="entities: the servers that are to hold the models.")
-def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...]) -> int:
+@click.option("--env", metavar="PROFILE", help="pm2: what `pm2 start --env PROFILE` would have chosen.")
+def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
     """Turn another program's file into parts of a fleet.yaml.
 
     What could not be carried over is reported on standard error.
     """
-    content = _read(file)
+    content = _read(file)  # the mistakes that every kind shares
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(f"{PACKAGE}.{name}"), f"import_{name}")
     accepted = inspect.signature(convert).parameters
-    if instance and "instance" not in accepted:
-        raise click.UsageError(f"--instance means nothing for {kind}")
+    options = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
+    for name, option in (("instance", "--instance"), ("profile", "--env")):
+        if name in options and name not in accepted:
+            raise click.UsageError(f"{option} means nothing for {kind}")
     try:
-        imported = convert(content, shown=file, **({"instance": instance} if instance else {}))
+        if "path" in accepted:
+            if file == "-":
+                raise click.UsageError(f"{kind} is read from a file, not from standard input")
+            imported = convert(Path(file).expanduser(), **options)
+        else:
+            imported = convert(content, shown=file, **options)
     except FleetError as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     text = str(imported.text)

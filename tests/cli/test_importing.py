@@ -23,8 +23,13 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         report = SimpleNamespace(lines=lambda: ["watch: not carried\x1b[2J over"])
         return SimpleNamespace(text="services: {}", report=report)
 
-    monkeypatch.setattr(importing.import_.params[0], "type", click.Choice(["pm2"]))
-    monkeypatch.setattr(importlib, "import_module", lambda _name: SimpleNamespace(import_pm2=convert))
+    def from_path(path: Path, *, profile: str | None = None) -> Any:
+        report = SimpleNamespace(lines=list)
+        return SimpleNamespace(text=f"path: {path.name}, profile: {profile}", report=report)
+
+    found = SimpleNamespace(import_pm2=convert, import_other=from_path)
+    monkeypatch.setattr(importing.import_.params[0], "type", click.Choice(["pm2", "other"]))
+    monkeypatch.setattr(importlib, "import_module", lambda _name: found)
     path = tmp_path / "ecosystem.json"
     path.write_text("{}")
     return path
@@ -70,8 +75,16 @@ def test_what_cannot_be_read(source: Path) -> None:
 
 
 def test_an_option_of_another_kind(source: Path) -> None:
-    with pytest.raises(click.UsageError, match="means nothing"):
-        run("pm2", str(source), "--instance", "ollama")
+    for option in ("--instance", "--env"):
+        with pytest.raises(click.UsageError, match="means nothing"):
+            run("pm2", str(source), option, "x")
+
+
+def test_an_importer_that_wants_the_file_itself(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("other", str(source), "--env", "production") == 0
+    assert capsys.readouterr().out == "path: ecosystem.json, profile: production\n"
+    with pytest.raises(CliError):
+        run("other", str(source.with_name("absent")))
 
 
 def test_the_kinds_are_the_importers_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
