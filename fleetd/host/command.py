@@ -87,7 +87,7 @@ async def run_command(
     try:
         pid = await asyncio.shield(starting)
     except asyncio.CancelledError:
-        starting.add_done_callback(_abandon)
+        starting.add_done_callback(lambda done: _abandon(done, token, end_lineage))
         os.close(reader)
         raise
     except BaseException:
@@ -138,6 +138,8 @@ def kill_and_forget(pid: int) -> None:
     CHILDREN.disown(pid)
 
 
-def _abandon(starting: asyncio.Future[int]) -> None:
+def _abandon(starting: asyncio.Future[int], token: str, end_lineage: Callable[[Lineage], Awaitable[object]]) -> None:
+    """Undo a start that nobody waits for any more."""
     if not starting.cancelled() and starting.exception() is None:
         kill_and_forget(starting.result())
+        end_lineage(Lineage(-1, 0, token))

@@ -34,7 +34,7 @@ from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, sig
 from fleetd.host.process_set import Lineage, SetScanner, read_token
 from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
 from fleetd.host.spawn import Program
-from fleetd.host.spawning import Spawner
+from fleetd.host.spawning import Spawner, Started
 from fleetd.host.stop import Stopper
 from fleetd.host.types import HandleRecord, HostPaths, KillScope, PortOwner, RawExit, SpawnRequest, StopPolicy, Usage
 
@@ -120,7 +120,7 @@ class Host:
         try:
             started = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            starting.add_done_callback(self._spawner.abandon)
+            starting.add_done_callback(self._abandon)
             raise
         handle = ProcessHandle(started.record, started.lineage, on_exit)
         self._attach(handle)
@@ -129,6 +129,12 @@ class Host:
             handle.channel = NodeChannel(loop, started.channel)
         self._enter_cgroup(handle)
         return handle
+
+    def _abandon(self, starting: asyncio.Future[Started]) -> None:
+        """Undo a start that nobody waits for any more."""
+        if not starting.cancelled() and starting.exception() is None:
+            self._spawner.abandon(starting.result())
+            self._hunt(starting.result().lineage)
 
     def _enter_cgroup(self, handle: ProcessHandle) -> None:
         """Begin to move the process into its leaf, after the spawn was reported: the kernel takes some 10 ms for it."""

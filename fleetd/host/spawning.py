@@ -7,7 +7,6 @@ The rules of this file
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import time
@@ -102,11 +101,8 @@ class Spawner:
         self._records.write(record)
         return Started(record, Lineage(pid, start, record.token), reader, channel)
 
-    def abandon(self, starting: asyncio.Future[Started]) -> None:
-        """Undo a start that nobody waits for any more."""
-        if starting.cancelled() or starting.exception() is not None:
-            return
-        started = starting.result()
+    def abandon(self, started: Started) -> None:
+        """Kill what was just started and forget it; whatever fled from its group is hunted by the caller."""
         kill_and_forget(started.lineage.pid)
         if started.pipe is not None:
             os.close(started.pipe)

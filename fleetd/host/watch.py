@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -38,20 +39,29 @@ def folders_to_watch(files: Iterable[Path]) -> frozenset[Path]:
     """Return the existing folders in which a change of these files shows: of each file, each link on its way, and its target."""
     found: set[Path] = set()
     for file in files:
-        place = file.absolute()
-        for _ in range(16):
-            for part in (place, *place.parents):
-                if part.is_symlink():
-                    found.add(_existing(part.parent))
-            found.add(_existing(place.parent))
-            if not place.is_symlink():
+        place, hops = file.absolute(), 0
+        while hops < 40:
+            link = _first_link(place)
+            if link is None:
+                found.add(_existing(Path(os.path.normpath(place)).parent))  # safe: no link is left on it
                 break
-            place = place.parent / place.readlink()
-        try:
-            found.add(_existing(file.resolve().parent))
-        except OSError:
-            continue
+            folder, rest = link
+            found.add(folder.parent)
+            place, hops = folder.parent / folder.readlink() / rest, hops + 1
     return frozenset(found)
+
+
+def _first_link(path: Path) -> tuple[Path, Path] | None:
+    """Return the first symbolic link on a path, and what comes after it; None when there is none."""
+    current = Path(path.anchor)
+    for number, part in enumerate(path.parts[1:], start=2):
+        if part == "..":
+            current = current.parent
+            continue
+        current /= part
+        if current.is_symlink():
+            return current, Path(*path.parts[number:])
+    return None
 
 
 def _existing(folder: Path) -> Path:

@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
+from pathlib import Path
 
 from fleetd.host.logs.files import LogFiles
 from fleetd.host.logs.tail import Line, parse_line
@@ -34,9 +35,9 @@ class LogFollower:
         if self._open():
             self._offset = self._line_start(os.fstat(self._fd).st_size)
 
-    def _open(self) -> bool:
+    def _open(self, path: Path | None = None) -> bool:
         try:
-            self._fd = os.open(self._files.live, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path or self._files.live, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         self._inode = os.fstat(self._fd).st_ino
@@ -62,12 +63,25 @@ class LogFollower:
         try:
             lines = self._read()
             if not lines and self._replaced():
-                os.close(self._fd)
-                self._fd = -1
-                return self._read() if self._open() else []
+                lines = self._read()  # written between the last look and the rename
+                if not lines and self._next_file():
+                    lines = self._read()
             return lines
         except OSError:
             return []
+
+    def _next_file(self) -> bool:
+        """Go on with the file that was begun after ours: the live one, or an archive when there were several rotations."""
+        following = self._files.live
+        for path in self._files.archives():
+            if path.stat().st_ino == self._inode:
+                break
+            following = path
+        else:
+            following = self._files.live
+        os.close(self._fd)
+        self._fd = -1
+        return self._open(following if following.suffix != ".gz" else self._files.live)
 
     def _replaced(self) -> bool:
         try:
