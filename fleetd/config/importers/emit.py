@@ -19,6 +19,12 @@ _WIDTH = 110
 _LITERAL = re.compile(r"[^\x00-\x09\x0b-\x1f\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*")
 
 
+class Variable(str):
+    """A text such as ${HF_TOKEN} that fleetd is to interpolate; every other `$` stands for itself."""
+
+    __slots__ = ()
+
+
 def to_yaml(data: Mapping[str, Any], comments: Mapping[str, list[str]] | None = None) -> str:
     """Return the text; `comments` are lines to stand above `section` or `section.name`, and above all under ""."""
     said = comments or {}
@@ -75,7 +81,7 @@ def _flow(value: Any) -> str:
 
 
 def _string(value: str) -> str:
-    text = value.replace("$", "$$")
+    text = value if isinstance(value, Variable) else value.replace("$", "$$")
     if _SIMPLE.fullmatch(text) and isinstance(resolve(text), str):
         return text
     return _quoted(text)

@@ -1,0 +1,67 @@
+"""Asks Node what a JavaScript configuration exports. The file is the user's own program and is run as such.
+
+The rules of this file
+- JavaScript is never read by patterns: without Node the import is refused, with what to do instead.
+- What the file prints itself comes before a marker and is not taken for its value; it has ten seconds and 16 MiB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fleetd.errors import ConfigError, Problem
+
+TIMEOUT_S = 10.0
+_LONGEST = 16 * 1024 * 1024
+_MARKER = "\0fleetd\0"
+_SCRIPT = """
+const path = process.argv[1];
+const read = new Set();
+process.env = new Proxy(process.env, {get: (env, key) => { if (typeof key === 'string') read.add(key); return env[key]; }});
+const load = path.endsWith('.mjs') ? import(require('url').pathToFileURL(path)) : Promise.resolve().then(() => require(path));
+load.then(async found => {
+  let value = found && found.default !== undefined ? found.default : found;
+  if (typeof value === 'function') value = await value();
+  const text = JSON.stringify({value, read: [...read]}, (key, item) =>
+    typeof item === 'function' || item instanceof RegExp ? String(item) : item);
+  process.stdout.write(%s + text, () => process.exit(0));
+}).catch(error => { process.stderr.write(String(error && error.message || error)); process.exit(1); });
+"""
+
+
+def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
+    """Return what a file exports, and the names of the variables it read. Raises ConfigError."""
+    node = shutil.which("node")
+    if node is None:
+        hint = "install Node, or export the list with `pm2 jlist > apps.json` and import that"
+        raise ConfigError([Problem(str(path), 0, 0, "", f"is JavaScript and needs Node, which is not on PATH: {hint}")])
+    code, output, errors = asyncio.run(_run(node, path.resolve(), timeout_s))
+    if code is None:
+        raise ConfigError([Problem(str(path), 0, 0, "", f"did not finish within {timeout_s:g} s")])
+    _, marker, text = output.rpartition(_MARKER)
+    if code != 0 or not marker:
+        reason = errors.strip().splitlines()[-1][:300] if errors.strip() else f"Node ended with {code}"
+        raise ConfigError([Problem(str(path), 0, 0, "", f"cannot be read by Node: {reason}")])
+    found = json.loads(text)
+    internal = {"NODE_OPTIONS", "NODE_PATH", "NODE_V8_COVERAGE", "WATCH_REPORT_DEPENDENCIES", "NODE_DEBUG"}
+    return found.get("value"), sorted(set(found["read"]) - internal)
+
+
+async def _run(node: str, path: Path, timeout_s: float) -> tuple[int | None, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        node, "-e", _SCRIPT % json.dumps(_MARKER), str(path),
+        cwd=path.parent, limit=_LONGEST, start_new_session=True,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.communicate()
+        return None, "", ""
+    return process.returncode, output[-_LONGEST:].decode("utf-8", "replace"), errors[-65536:].decode("utf-8", "replace")

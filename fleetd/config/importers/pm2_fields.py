@@ -1,0 +1,413 @@
+"""One app of PM2 to one service: every field PM2 knows, and what becomes of it.
+
+The rules of this file
+- A field is read once and reported once. A field that PM2 itself does not know is reported as such.
+- Where fleetd does better than PM2 (the whole process set, real windows), the difference is said, not hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
+from fleetd.config.importers.report import Report
+from fleetd.units import format_duration, format_size
+
+_ALIASES = {
+    "exec": "script", "cmd": "script", "command": "script", "exec_interpreter": "interpreter", "interpreter_args": "node_args",
+    "out": "out_file", "output": "out_file", "out_log": "out_file", "error": "error_file", "err": "error_file",
+    "err_file": "error_file", "err_log": "error_file", "log": "log_file", "pid": "pid_file", "cron": "cron_restart",
+    "combine_logs": "merge_logs", "uid": "user", "username": "user",
+}  # fmt: skip
+_BY_SUFFIX = {
+    ".js": "node", ".mjs": "node", ".cjs": "node", ".py": "python3", ".sh": "bash", ".rb": "ruby", ".php": "php", ".pl": "perl",
+    ".ts": "bun", ".tsx": "bun", ".coffee": "coffee", ".ls": "lsc",
+}  # fmt: skip
+_COSMETIC = frozenset({
+    "force", "execute_command", "windows_hide", "write", "vizion", "pmx", "automation", "trace", "disable_trace", "v8",
+    "event_loop_inspector", "deep_monitoring", "io", "install_url", "post_update", "instance_var", "name_prefix",
+    "append_env_to_name", "disable_source_map_support", "kill_retry_time", "pid_file",
+})  # fmt: skip
+_TIMES = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SIZES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
+
+
+def snake(key: str) -> str:
+    """Return the name that PM2's documents use for a field: maxMemoryRestart → max_memory_restart, cmd → script."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower() if not key.startswith("env_") else key
+    return _ALIASES.get(name, name)
+
+
+class App:
+    """One app on its way. `take(field)` reads a field once; what is never taken is reported at the end."""
+
+    def __init__(
+        self, raw: dict[str, Any], folder: Path | None, profile: str | None, timezone: str | None, report: Report
+    ) -> None:
+        self.fields = {snake(str(key)): value for key, value in raw.items()}
+        self.folder, self.profile, self.timezone, self.report = folder, profile, timezone, report
+        self.name = _name(self.fields)
+        self.entry: dict[str, Any] = {}
+        self.is_instance = False
+
+    def take(self, field: str) -> Any:
+        value = self.fields.pop(field, None)
+        return None if value in ("", []) else value
+
+    def mapped(self, field: str, detail: str) -> None:
+        self.report.mapped(self.name, field, detail)
+
+    def differs(self, field: str, detail: str) -> None:
+        self.report.approximated(self.name, field, detail)
+
+    def refused(self, field: str, detail: str) -> None:
+        self.report.refused(self.name, field, detail)
+
+    def read(self) -> dict[str, Any]:
+        """Return the entry for `services`, or for `instances` where `is_instance` is set."""
+        self.take("name")
+        env = self._env()
+        words = self._command()
+        if is_ollama(words):
+            self.is_instance = True
+            self.entry = to_instance(self.name, words, env, self.report)
+            self.take("port")
+        else:
+            self.entry = {"command": words} if words else {}
+            self._python(env, words)
+            self._port(env)
+            if env:
+                self.entry["env"] = env
+        self._cwd()
+        for step in _STEPS:
+            step(self)
+        self._rest()
+        return self.entry
+
+    # -- what is started -------------------------------------------------------------------------------------------
+
+    def _command(self) -> list[str]:
+        script, args = self.take("script"), self.take("args")
+        interpreter, options = self.take("interpreter"), _words(self.take("node_args"))
+        if not isinstance(script, str):
+            self.refused("script", "is missing: there is nothing to start")
+            return []
+        rest = _words(args)
+        if " " in script and not rest and script.split()[0].rsplit("/", 1)[-1] == "ollama":
+            return script.split()
+        if " " in script:
+            self.differs("script", "has blanks, so PM2 ran it with bash -c: kept as that")
+            return ["bash", "-c", " ".join([script, *map(shlex.quote, rest)])]
+        program = self._interpreter(script, interpreter)
+        if program is None and "/" not in script and self.folder is not None and (self.folder / script).is_file():
+            script = f"./{script}"
+        words = [*([program, *options] if program else []), script, *rest]
+        if options and not program:
+            self.refused("node_args", "belong to an interpreter, and there is none")
+        self.mapped("script", shlex.join(words))
+        self._speaks_to_pm2(script)
+        return words
+
+    def _interpreter(self, script: str, said: Any) -> str | None:
+        if said == "none":
+            return None
+        if isinstance(said, str) and said:
+            if "@" in said:
+                self.report.warn(
+                    self.name, "interpreter", f"{said} was chosen by nvm: write the whole path of that node"
+                )
+                return said.split("@", 1)[0]
+            return said
+        return _BY_SUFFIX.get(PurePosixPath(script).suffix)
+
+    def _speaks_to_pm2(self, script: str) -> None:
+        path = (self.folder or Path()) / str(self.fields.get("cwd") or ".") / script
+        try:
+            with path.open("rb") as stream:
+                text = stream.read(1 << 20)
+        except (OSError, ValueError):
+            return
+        if b"process.send(" in text:
+            self.report.warn(
+                self.name, "script", "calls process.send, which only exists under PM2: guard it, if (process.send)"
+            )
+
+    def _python(self, env: dict[str, str], words: list[str]) -> None:
+        if words and words[0].startswith("python"):
+            env.setdefault("PYTHONUNBUFFERED", "1")
+
+    def _cwd(self) -> None:
+        cwd = self.take("cwd")
+        if isinstance(cwd, str):
+            path = Path(cwd).expanduser()
+            self.entry["cwd"] = str(path if path.is_absolute() or self.folder is None else self.folder / path)
+            self.mapped("cwd", self.entry["cwd"])
+        elif self.folder is not None and not self.is_instance:
+            self.entry["cwd"] = str(self.folder)
+            self.differs("cwd", f"not said: PM2 used the folder it was started in; here it is {self.folder}")
+
+    # -- environment and ports -------------------------------------------------------------------------------------
+
+    def _env(self) -> dict[str, str]:
+        said = self.take("env")
+        if said is not None and not isinstance(said, dict):
+            self.refused("env", "is not a mapping")
+        env = _env_texts(said)
+        profiles = [key[4:] for key in self.fields if key.startswith("env_") and key != "env_file"]
+        for profile in profiles:
+            values = self.take(f"env_{profile}")
+            if profile == self.profile and isinstance(values, dict):
+                env.update(_env_texts(values))
+                self.mapped(f"env_{profile}", "laid over env")
+            else:
+                detail = f"not applied, as by `pm2 start` without --env: import with the profile {profile} to use it"
+                self.report.warn(self.name, f"env_{profile}", detail)
+        if env:
+            self.mapped("env", ", ".join(env))
+        return env
+
+    def _port(self, env: dict[str, str]) -> None:
+        port = self.take("port")
+        if port is None and re.fullmatch(r"\d{1,5}", env.get("PORT", "")) and 0 < int(env["PORT"]) < 65536:
+            port = env.pop("PORT")
+            self.mapped("env.PORT", f"port: {port}; fleetd sets PORT")
+        if port is not None and str(port).isdigit():
+            self.entry["port"] = int(port)
+            self.mapped("port", str(port))
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _rest(self) -> None:
+        for field, value in self.fields.items():
+            if field in _COSMETIC:
+                self.refused(field, "has no meaning here")
+            elif field in _REFUSED:
+                if value not in (False, None, "", []):
+                    self.refused(field, _REFUSED[field])
+            else:
+                self.refused(field, "is not a field that PM2 knows either")
+
+
+_REFUSED = {
+    "namespace": "there are no groups: fleetctl takes names with * instead",
+    "shutdown_with_message": "fleetd sends a signal: let the program end on SIGINT",
+    "wait_ready": "process.send('ready') is not heard: add probes.startup with http or tcp",
+    "listen_timeout": "goes with wait_ready: say probes.startup.deadline",
+    "filter_env": "say what the process needs in env",
+    "log_file": "fleetd writes output and errors to one file, logs/NAME.log",
+    "log_date_format": "the times in the log have one form, RFC 3339",
+    "log_type": "say logs: {capture: pipe} for JSON with times",
+    "disable_logs": "logs are rotated, so they stay small",
+    "merge_logs": "every replica has its own log; fleetctl logs NAME shows them together",
+    "gid": "the group is the user's own",
+    "source_map_support": "say env: {NODE_OPTIONS: --enable-source-maps}",
+    "watch_options": "polling and links are chosen by fleetd",
+    "increment_var": "only PORT is counted up",
+    "ignore_watch": "nothing is watched",
+    "watch_delay": "nothing is watched",
+}
+
+
+def _replicas(app: App) -> None:
+    mode, count = str(app.take("exec_mode") or "fork"), app.take("instances")
+    cluster = mode.startswith("cluster")
+    number = _instances(count)
+    if count is not None and number is None:
+        app.refused("instances", f"{count!r} is not a number")
+    elif number is not None and str(count) in ("max", "0", "-1") and number > 1:
+        app.differs("instances", f"{count} means {number} on this machine: say the number you want")
+    if cluster and (number or 1) > 1:
+        detail = (
+            f"{number} workers share one port under PM2, which replicas cannot: imported as one process; say replicas: {number} "
+            "if each may have a port of its own"
+        )
+        app.report.warn(app.name, "exec_mode", detail)
+        return
+    if cluster:
+        app.differs("exec_mode", "cluster with one worker: started as a plain process")
+    if number is not None and number > 1:
+        app.entry["replicas"] = number
+        counted = "port" not in app.entry or app.take("increment_var") == "PORT"
+        app.mapped("instances", f"replicas: {number}")
+        if not counted:
+            app.report.warn(
+                app.name, "instances", "each replica gets the next port; under PM2 all were told the same one"
+            )
+
+
+def _instances(count: Any) -> int | None:
+    cores = os.cpu_count() or 1
+    if count is None or isinstance(count, bool):
+        return None
+    if count in ("max", "0", 0):
+        return cores
+    try:
+        number = int(count)
+    except (TypeError, ValueError):
+        return None
+    return max(1, cores + number) if number < 0 else min(number, 256)
+
+
+def _restart(app: App) -> None:
+    restart: dict[str, Any] = {}
+    codes = app.take("stop_exit_codes")
+    if app.take("autorestart") is False:
+        restart["policy"] = "never"
+        app.mapped("autorestart", "restart.policy: never")
+    elif codes is not None:
+        listed = [int(code) for code in (codes if isinstance(codes, list) else [codes]) if str(code).isdigit()]
+        restart |= {"policy": "on-failure", "success_codes": listed}
+        app.mapped("stop_exit_codes", f"restart.success_codes: {listed}")
+    fixed, growing = _ms(app.take("restart_delay")), _ms(app.take("exp_backoff_restart_delay"))
+    if growing:
+        restart["backoff"] = {"initial": _duration(growing), "factor": 1.5, "max": "15s"}
+        app.mapped("exp_backoff_restart_delay", "restart.backoff")
+    elif fixed:
+        restart["backoff"] = {"initial": _duration(fixed), "factor": 1, "max": _duration(fixed), "jitter": 0}
+        app.mapped("restart_delay", "restart.backoff with factor 1")
+    uptime, most = _ms(app.take("min_uptime")), app.take("max_restarts")
+    if uptime:
+        restart["stable_after"] = _duration(uptime)
+        app.mapped("min_uptime", f"restart.stable_after: {_duration(uptime)}")
+    if isinstance(most, int | str) and str(most).isdigit() and int(most) > 0:
+        window = _duration(max(60_000, int(most) * 2 * (uptime or 1000)))
+        restart["crash_loop"] = {"count": int(most), "window": window}
+        app.differs(
+            "max_restarts", f"restart.crash_loop: {most} deaths within {window}; PM2 counts short runs in a row"
+        )
+    if restart:
+        app.entry["restart"] = restart
+    if app.take("autostart") is False:
+        app.entry["enabled"] = False
+        app.mapped("autostart", "enabled: false")
+
+
+def _stop(app: App) -> None:
+    stop: dict[str, Any] = {} if app.is_instance else {"signal": "SIGINT"}
+    timeout = _ms(app.take("kill_timeout"))
+    if timeout:
+        stop["timeout"] = _duration(timeout)
+        app.mapped("kill_timeout", f"stop.timeout: {stop['timeout']}")
+    elif not app.is_instance:
+        app.differs("kill_timeout", "not said: PM2 kills after 1.6 s, fleetd after 10 s")
+    if app.take("treekill") is False:
+        stop["kill"] = "leader"
+        app.mapped("treekill", "stop.kill: leader")
+    if stop:
+        app.entry["stop"] = stop
+
+
+def _limits(app: App) -> None:
+    size = _bytes(app.take("max_memory_restart"))
+    if size:
+        app.entry["limits"] = {"memory": format_size(size)}
+        detail = f"limits.memory: {format_size(size)} of the whole process set; PM2 looked at its first process only"
+        app.differs("max_memory_restart", detail)
+
+
+def _schedule(app: App) -> None:
+    cron = app.take("cron_restart")
+    if not isinstance(cron, str) or cron in ("0", "false"):
+        return
+    fields = cron.split()
+    if len(fields) == 6 and fields[0] == "0":
+        fields = fields[1:]
+    if len(fields) != 5:
+        app.refused("cron_restart", f"{cron!r}: five fields are needed, without seconds")
+        return
+    app.entry["schedule"] = {"restart": " ".join(fields), "timezone": app.timezone or "UTC"}
+    if app.timezone:
+        app.mapped("cron_restart", f"schedule.restart, in {app.timezone} as this machine")
+    else:
+        app.report.warn(
+            app.name, "cron_restart", "PM2 means this machine's time, whose zone is not known: UTC is written"
+        )
+
+
+def _watch(app: App) -> None:
+    watch, ignored, delay = app.fields.get("watch"), app.fields.get("ignore_watch"), _ms(app.fields.get("watch_delay"))
+    app.take("watch")
+    if not watch:
+        return
+    paths = [str(path) for path in watch] if isinstance(watch, list) else [watch] if isinstance(watch, str) else ["."]
+    ignore = ignored if isinstance(ignored, list) else [ignored] if isinstance(ignored, str) else ["node_modules", ".*"]
+    entry: dict[str, Any] = {"paths": paths, "ignore": [str(one) for one in ignore]}
+    if delay:
+        entry["debounce"] = _duration(max(delay, 10))
+    for field in ("ignore_watch", "watch_delay"):
+        app.take(field)
+    app.entry["watch"] = entry
+    app.mapped("watch", f"watch.paths: {', '.join(paths)}")
+
+
+def _logs(app: App) -> None:
+    files = [str(name) for name in (app.take("out_file"), app.take("error_file")) if name]
+    if files:
+        app.differs("out_file", f"{' and '.join(files)}: fleetd writes both to logs/{app.name}.log and rotates it")
+    if app.take("time"):
+        app.entry["logs"] = {"capture": "pipe"}
+        app.mapped("time", "logs.capture: pipe, every line with its time")
+
+
+def _identity(app: App) -> None:
+    user, env_file = app.take("user"), app.take("env_file")
+    if user is not None:
+        app.entry["user"] = str(user)
+        app.mapped("user", str(user))
+    if isinstance(env_file, str):
+        path = Path(env_file).expanduser()
+        app.entry["env_file"] = str(path if path.is_absolute() or app.folder is None else app.folder / path)
+        app.mapped("env_file", app.entry["env_file"])
+
+
+_STEPS: tuple[Callable[[App], None], ...] = (_replicas, _restart, _stop, _limits, _schedule, _watch, _logs, _identity)
+
+
+def _name(fields: dict[str, Any]) -> str:
+    name = fields.get("name") or PurePosixPath(str(fields.get("script") or "app").split(" ")[0]).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(name)).strip("-._")[:63] or "app"
+
+
+def _words(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [str(word) for word in value]
+    try:
+        return shlex.split(str(value))
+    except ValueError:
+        return str(value).split()
+
+
+def _env_texts(values: Any) -> dict[str, str]:
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(key): _env_text(value) for key, value in items if re.fullmatch(r"[^=\x00\s]{1,200}", str(key))}
+
+
+def _env_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
+def _ms(value: Any) -> int | None:
+    """Return milliseconds from PM2's numbers and texts: 200, "200", "10s", "5m"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", str(value)) if value is not None else None
+    return round(float(found[1]) * _TIMES[found[2] or "ms"]) if found else None
+
+
+def _duration(milliseconds: int) -> str:
+    return format_duration(milliseconds / 1000)
+
+
+def _bytes(value: Any) -> int | None:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value)) if value is not None else None
+    return max(2**20, round(float(found[1]) * _SIZES[found[2].lower()])) if found and float(found[1]) > 0 else None
