@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetd.config import document
 from fleetd.config.document import MAX_FILE_BYTES, MAX_NODES, Source, compose, read_source
 from fleetd.config.scalars import resolve
 from fleetd.config.tree import plain
@@ -262,3 +264,17 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     except ConfigError as error:
         problems = len(error.problems)
     assert problems
+
+
+@pytest.mark.parametrize("name", [*BAD_YAML])
+def test_the_pure_parser_refuses_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "_Loader", yaml.SafeLoader)
+    text, messages = BAD_YAML[name]
+    assert [message.split(":")[0] for message in refused(text)] == [message.split(":")[0] for message in messages]
+
+
+def test_the_pure_parser_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(__file__).with_name("contract.yaml").read_text("utf-8")
+    fast = read(text)
+    monkeypatch.setattr(document, "_Loader", yaml.SafeLoader)
+    assert read(text) == fast
