@@ -317,8 +317,8 @@ def serve(argv: Sequence[str]) -> int:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = serve(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)
+    signal.alarm(5)  # an ordinary exit lets llama.cpp write the log lines that it holds back; it must not hang there
+    sys.exit(code)
 
 
 if __name__ == "__main__":

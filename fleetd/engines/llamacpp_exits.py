@@ -40,6 +40,7 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
             "chat template parsing error",
             "failed to initialize chat template",
             "quantized v cache requires",
+            "does not divide n_embd_head",
             "failed to load lora",
             "is a directory",
             "permission denied",

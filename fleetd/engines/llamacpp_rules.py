@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import LaunchContext, OptionProblem
 from fleetd.errors import EngineError
-from fleetd.models import gguf
+from fleetd.models import footprint, gguf
 
 if TYPE_CHECKING:
     from fleetd.engines.llamacpp import LlamaCppOptions
@@ -41,6 +41,7 @@ ENV: dict[str, str] = {
     "LLAMA_ARG_CACHE_RAM": "cache_ram", "LLAMA_ARG_SPLIT_MODE": "split_mode", "LLAMA_ARG_MAIN_GPU": "main_gpu",
     "LLAMA_ARG_TENSOR_SPLIT": "tensor_split",
 }  # fmt: skip
+BLOCK = 32  # numbers that a quantised cache packs together
 FLEETD_OWN = ("LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_ALIAS", "LLAMA_ARG_API_PREFIX")
 
 
@@ -123,6 +124,12 @@ def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionPr
     except EngineError as error:
         yield OptionProblem(("model",), str(error))
         return
+    for field, width in zip(("cache_type_k", "cache_type_v"), footprint.head_widths(header), strict=True):
+        kind = getattr(options, field)
+        if kind not in ("f32", "f16", "bf16") and width % BLOCK:
+            yield OptionProblem(
+                (field,), f"{kind} needs heads that are a multiple of {BLOCK} wide; this model's are {width}"
+            )
     trained = header.number("context_length")
     if trained and options.context_length > trained:
         message = f"{options.context_length} is more than the model was trained for ({trained})"

@@ -132,8 +132,8 @@ def _heads(header: Header) -> int:
     return max(header.numbers("attention.head_count"), default=0)
 
 
-def _widths(header: Header, suffix: str = "") -> tuple[int, int]:
-    """Return the length of a key and of a value per head."""
+def head_widths(header: Header, suffix: str = "") -> tuple[int, int]:
+    """Return the length of a key and of a value per head, in numbers."""
     heads = _heads(header)
     default = (header.number("embedding_length") or 0) // heads if heads else 0
     key = header.number(f"attention.key_length{suffix}") or header.number("attention.key_length") or default
@@ -147,7 +147,7 @@ def _cell_bytes(key: int, value: int, serving: Serving) -> float:
 
 
 def _grouped(header: Header, serving: Serving, layers: int) -> int:
-    key, value = _widths(header)
+    key, value = head_widths(header)
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     return int(sum(heads) * _cell_bytes(key, value, serving) * cells(serving))
 
@@ -167,7 +167,7 @@ def _hybrid(header: Header, serving: Serving, layers: int) -> int:
         full = [count for layer, count in enumerate(heads) if (layer + 1) % interval == 0]
     else:
         full = [count for count in heads if count]  # a layer without heads is recurrent
-    key, value = _widths(header)
+    key, value = head_widths(header)
     inner, state = header.number("ssm.inner_size") or 0, header.number("ssm.state_size") or 0
     groups, kernel = header.number("ssm.group_count") or 0, header.number("ssm.conv_kernel") or 1
     per_slot = ((kernel - 1) * (inner + 2 * groups * state) + state * inner) * 4
@@ -181,7 +181,10 @@ def _windowed(header: Header, serving: Serving, layers: int) -> int:
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
     short = min(per_slot, -(-(window + serving.ubatch) // CELL_STEP) * CELL_STEP) * serving.slots
-    full_cell, short_cell = _cell_bytes(*_widths(header), serving), _cell_bytes(*_widths(header, "_swa"), serving)
+    full_cell, short_cell = (
+        _cell_bytes(*head_widths(header), serving),
+        _cell_bytes(*head_widths(header, "_swa"), serving),
+    )
     total = 0.0
     for count, sliding in zip(heads, _sliding(header, layers), strict=True):
         total += count * (short_cell * short if sliding else full_cell * cells(serving))
