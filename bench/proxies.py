@@ -215,7 +215,7 @@ def serve(port: int, origin: int) -> None:
             self.to = Upstream("127.0.0.1", origin)
             self.last = 0
 
-        def admit(self, model: str, on_grant, on_reject, avoid=()):  # type: ignore[no-untyped-def]
+        def admit(self, model: str, on_grant, _on_reject, _avoid=()):  # type: ignore[no-untyped-def]
             self.last += 1
             on_grant(Grant(self.last, model, "origin", 1))
             return self.last
@@ -224,10 +224,10 @@ def serve(port: int, origin: int) -> None:
 
         def finish(self, request_id: int, failed: bool = False) -> None: ...
 
-        def upstream(self, process: str) -> Upstream:
+        def upstream(self, _process: str) -> Upstream:
             return self.to
 
-        def served_name(self, model: str, process: str) -> str:
+        def served_name(self, model: str, _process: str) -> str:
             return model
 
         def models(self):  # type: ignore[no-untyped-def]

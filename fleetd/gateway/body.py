@@ -130,18 +130,18 @@ def rename(body: bytes | bytearray, asked: Asked, served_name: str) -> bytes | b
     """Return the body with the engine's own name for the model."""
     if served_name == asked.model:
         return body
-    name = orjson.dumps(served_name)
-    if asked.span is not None:
-        start, end = asked.span
-        return b"".join((memoryview(body)[:start], name, memoryview(body)[end:]))
-    keys = _MODEL_KEY.findall(body)
-    if len(keys) == 1 and b"\\u" not in body:
-        match = _MODEL_KEY.search(body)
-        if match is not None and _load(match.group(1)) == asked.model:
-            return b"".join((body[: match.start(1)], name, body[match.end(1) :]))
-    document = orjson.loads(body)
-    document["model"] = served_name
-    return orjson.dumps(document)
+    span = asked.span or _simple_span(body, asked.model) or scan(body).span
+    assert span is not None
+    view = memoryview(body)
+    return b"".join((view[: span[0]], orjson.dumps(served_name), view[span[1] :]))
+
+
+def _simple_span(body: bytes | bytearray, model: str) -> tuple[int, int] | None:
+    """Return where the value of `model` stands, where one look is enough: one such key, and no key written in escapes."""
+    if b"\\u" in body or len(_MODEL_KEY.findall(body)) != 1:
+        return None
+    match = _MODEL_KEY.search(body)
+    return match.span(1) if match is not None and _load(match.group(1)) == model else None
 
 
 def _load(piece: bytes | bytearray) -> object:

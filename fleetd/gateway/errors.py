@@ -67,6 +67,8 @@ def error_headers(error: ApiError) -> bytes:
     if error.status in (429, 503):
         wait_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         lines += b"Retry-After: %d\r\n" % min(120, max(1, math.ceil(wait_s)))
+    if error.status == 405 and error.hint:
+        lines += b"Allow: %b\r\n" % error.hint.encode()
     final = error.status in _FINAL if error.should_retry is None else not error.should_retry
     if final:
         lines += b"x-should-retry: false\r\n"

@@ -6,23 +6,22 @@ The rules of this file
 - Limits hold from the first byte: head size and count, target, body (declared and as it arrives), deadlines, pipelining.
 - What is wrong with a request is known at the end of its headers, and said before its body is read where that is long.
 - Answers leave in the order of the requests. One request of a connection is in progress at a time.
-- A client that closes is noticed while its request waits: reading goes on all the time. A *half*-closed one looks the
-  same to the kernel, so before the answer began it is asked with an interim `100 Continue`: a client that is gone answers
-  with a reset, one that only finished sending skips it, as HTTP/1.1 demands, and gets its answer. Once the answer has
-  begun, and for HTTP/1.0, end of input means that the client is gone.
+- A client that closes is noticed while its request waits: reading goes on all the time. One that only finished sending looks
+  the same and gets its answer all the same, if it had not begun: departure.py tells them apart. Once an answer has begun, and
+  for HTTP/1.0, end of input means that the client is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import httptools
 
 from fleetd.errors import ApiError
+from fleetd.gateway.departure import Departure
 from fleetd.gateway.errors import error_headers, invalid_request, openai_shape, status_line
 from fleetd.gateway.request import APART_SIZES, Request
 
@@ -33,8 +32,6 @@ log = logging.getLogger("fleetd.gateway")
 
 NEVER = float("inf")
 SMALL_BODY_BYTES = 64 * 1024  # what a refused request may still send on a connection that goes on
-PROBE_DELAYS_S = (0.005, 0.02, 0.06)  # when a client that may be gone is looked at again
-PROBE_AGAIN_S = 5.0
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -67,7 +64,6 @@ class ServerConnection(asyncio.Protocol):
         "_in_head",
         "_lines",
         "_parser",
-        "_probes",
         "_queue",
         "_raw_bytes",
         "_raw_left",
@@ -76,6 +72,7 @@ class ServerConnection(asyncio.Protocol):
         "active",
         "client",
         "deadline",
+        "departure",
         "eof",
         "gateway",
         "handler",
@@ -106,7 +103,7 @@ class ServerConnection(asyncio.Protocol):
         self._current: Request | None = None  # the one being read
         self._raw_bytes = 0
         self._raw_left = 0
-        self._probes = 0
+        self.departure: Departure | None = None  # only of a client that sent its end of input
 
     # -- the connection -------------------------------------------------------------------------------------------------
 
@@ -123,6 +120,7 @@ class ServerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the reason is nobody's business
         self.gateway.forget(self)
+        self.answer_begins()
         self.deadline = NEVER
         self.stalled_since = NEVER
         handler, self.handler = self.handler, None
@@ -144,30 +142,17 @@ class ServerConnection(asyncio.Protocol):
         if handler is None or handler.relaying or not self.active.http11:
             self._gone()
             return False
-        self._probes = 0
-        self._probe()
+        self._watch()
         return True
 
-    def _probe(self) -> None:
-        """Ask the kernel whether a client that sent its end of input is still there."""
-        if self.handler is None or self.handler.relaying or self.transport.is_closing():
-            return
-        turn = self._probes % (len(PROBE_DELAYS_S) + 1)
-        if turn == 0:
-            self.transport.write(CONTINUE)
-        elif self._reset_seen():
-            self._gone()
-            return
-        delay_s = PROBE_DELAYS_S[turn] if turn < len(PROBE_DELAYS_S) else PROBE_AGAIN_S
-        self._probes += 1
-        self.gateway.loop.call_later(delay_s, self._probe)
+    def _watch(self) -> None:
+        self.departure = Departure(self.gateway.loop, self.transport, self._gone)
 
-    def _reset_seen(self) -> bool:
-        sock = self.transport.get_extra_info("socket")
-        try:
-            return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        except OSError:
-            return True
+    def answer_begins(self) -> None:
+        """From now on writing tells whether the client is there."""
+        departure, self.departure = self.departure, None
+        if departure is not None:
+            departure.stop()
 
     def _gone(self) -> None:
         handler, self.handler = self.handler, None
@@ -287,7 +272,8 @@ class ServerConnection(asyncio.Protocol):
         request.request_id = gateway.request_id(request.request_id)
         error = request.error = gateway.policy.check(request)
         if error is not None:
-            if head.chunked or request.length > SMALL_BODY_BYTES or head.expect or method == b"CONNECT":
+            final = head.expect or method == b"CONNECT" or request.version_refused
+            if final or head.chunked or request.length > SMALL_BODY_BYTES:
                 self._give_up(error)
         elif head.chunked and parser.should_upgrade():
             self._give_up(invalid_request("An upgrade with a chunked body is not understood here."))
@@ -354,6 +340,8 @@ class ServerConnection(asyncio.Protocol):
                     self.respond_error(error)
                 elif request.route is not None:
                     request.route.handle(self, request)
+                    if self.eof and self.handler is not None and not self.handler.relaying:
+                        self._watch()
             except Exception:
                 log.exception("a request failed inside the gateway")
                 self.fail()
@@ -377,6 +365,7 @@ class ServerConnection(asyncio.Protocol):
         request = self.active
         if request is None:
             return
+        self.answer_begins()
         keep = request.keep_alive and not self.gateway.draining
         pieces = [status_line(status)]
         if body or status != 204:

@@ -203,6 +203,8 @@ class Exchange:
         out: list[bytes] = []
         if not self._piping:
             self._forget_body()
+            if self.conn.departure is not None:
+                self.conn.answer_begins()
             if self._early:
                 if connection.status != 200 or not connection.head.event_stream:
                     self._error_pieces = []
@@ -404,6 +406,7 @@ class Exchange:
         self._comment_at = now + self.gateway.options.loading_comment_s
         out = chunk(COMMENT)
         if not self._early:
+            self.conn.answer_begins()
             self._early = self._chunks = self.relaying = True
             self.request.keep_alive = False
             head = (EARLY_HEAD, b"X-Request-Id: ", self.request.request_id, b"\r\nTransfer-Encoding: chunked\r\n")

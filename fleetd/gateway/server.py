@@ -198,7 +198,7 @@ class Gateway:
         for connection in tuple(self._connections):
             connection.tick(now)
         oldest = now - self.options.upstream_keepalive_s + self.options.tick_s
-        for pool in self._pools.values():
+        for pool in tuple(self._all_pools):
             pool.close_idle(oldest)
 
     # -- what requests need ---------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ class UpstreamConnection(asyncio.Protocol):
             return
         except httptools.HttpParserError as error:
             if not self.complete:
+                if self.status:
+                    user.answer_read(self)  # what came before the nonsense
                 self._broken(f"its answer is not valid HTTP/1.1: {error}")
                 return
             self.keep_alive = False  # more bytes than the answer has
