@@ -157,27 +157,42 @@ class Library:
 
     async def _make(self, recipe: Recipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
         files = await asyncio.to_thread(_files, recipe)
-        in_place = recipe.quantize is None and len(files) == 1 and recipe.source in files
         digests: dict[Path, str] = {}
         links: list[str] = []
         try:
             for path in files:
-                digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
-                if digest is not None:
-                    links.append(digest.replace(":", "-"))
-                    if not await self.api.has_blob(digest):  # the server does not see our folder: it is another one
-                        digest = None
+                digest = await self._shared(recipe, path, links)
                 digests[path] = digest or await self._upload(path, progress, timeout_s)
-            copies = await self.api.version() >= COPIES_SINCE
-            if in_place and links and copies and self.models_dir is not None:
-                await asyncio.to_thread(registration.register, self.models_dir, recipe, next(iter(digests.values())))
-            else:
+            if not await self._registered(recipe, digests, links):
                 await self.api.create(recipe.request(digests, files), progress, timeout_s)
         except BaseException:
             await asyncio.to_thread(self._drop_links, links)
             raise
         kept = await asyncio.to_thread(self._keep, recipe, content_hash, links)
         progress("in place" if kept else "made", 1, 1)
+
+    async def _shared(self, recipe: Recipe, path: Path, links: list[str]) -> str | None:
+        """Link a file into the store; None where the server does not see the link. `links` collects what was made."""
+        digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
+        if digest is None:
+            return None
+        link = digest.replace(":", "-")
+        if not await self.api.has_blob(digest):  # the folder is not this server's: a container, another machine
+            await asyncio.to_thread(self._drop_links, [link])
+            return None
+        links.append(link)
+        return digest
+
+    async def _registered(self, recipe: Recipe, digests: Mapping[Path, str], links: Sequence[str]) -> bool:
+        """Enter the model by its manifest where /api/create would copy the file; False where that is not the way."""
+        whole = recipe.quantize is None and len(digests) == len(links) == 1 and recipe.source in digests
+        if self.models_dir is None or not whole or await self.api.version() < COPIES_SINCE:
+            return False
+        try:
+            await asyncio.to_thread(registration.register, self.models_dir, recipe, next(iter(digests.values())))
+        except EngineError:
+            return False  # a header that we cannot read may yet be one that the server can
+        return True
 
     async def _upload(self, path: Path, progress: Progress, timeout_s: float) -> str:
         digest = "sha256:" + await asyncio.to_thread(self._sha256, path, progress)

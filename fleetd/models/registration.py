@@ -110,10 +110,10 @@ def _config(recipe: Recipe, header: gguf.Header, digests: list[str]) -> dict[str
 
 
 def _people_count(count: int) -> str:
-    """111232 → 111K, 7_620_000_000 → 7.6B: as Ollama's lists show the size of a model."""
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+    """Return 115K, 494.03M, 7.6B: the size of a model as Ollama's own lists show it."""
+    for size, letter, digits in ((10**12, "T", 1), (10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
         if count >= size:
-            return f"{count / size:.1f}{letter}" if size > 10**6 and count % size else f"{count // size}{letter}"
+            return f"{count / size:.{digits if count % size else 0}f}{letter}"
     return str(count)
 
 
