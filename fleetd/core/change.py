@@ -35,6 +35,8 @@ class Change:
             if name not in event.spec.processes:
                 process.removed = True
                 facts.wake(name)
+        for name, kept in event.remembered.items():
+            facts.retired[name] = max(facts.retired.get(name, 0), kept.generation)
         before = {name: process.spec for name, process in facts.processes.items()}
         for spec in event.spec.processes.values():
             self._process(spec, event.remembered.get(spec.name), now)

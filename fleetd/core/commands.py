@@ -6,6 +6,7 @@ The rules of this file
 
     Spawn → Spawned | SpawnFailed          Stop, Sweep → SetEmpty (Exited may come first)
     Load → Loaded | LoadFailed             Unload → Unloaded | UnloadFailed
+    Unload comes while a Load is unanswered only if that Load is overdue: its answer must then come before Unloaded, or never
     StartProbe → ProbeResult, repeated, until StopProbes or the end of the generation
 """
 

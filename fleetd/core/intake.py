@@ -172,8 +172,7 @@ class Intake:
     def load_failed(self, event: e.LoadFailed, now: float) -> None:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.LOADING and placement.ordered:
-            self.residencies.fail(self.facts.models[event.model], event.message, now, final=not event.recoverable)
-            self.residencies.gone(placement, now)
+            self.residencies.load_failed(placement, event.message, now, final=not event.recoverable)
 
     def unloaded(self, event: e.Unloaded, now: float) -> None:
         placement = self._placement(event)

@@ -65,7 +65,7 @@ class Orders:
         else:
             self.start_asked(e.StartAsked(event.name), now)
             return
-        process.stopped = False
+        process.stopped = process.drained = False
         process.record.reset()
         self.residencies.forgive(process.name, now)
         self.facts.wake(event.name)

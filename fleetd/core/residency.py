@@ -4,6 +4,8 @@ The rules of this file
 - A reservation is taken when a load is decided and given back when the memory was seen to be free, never earlier.
 - A model that is a process of its own follows its process; a model held by a server is loaded and unloaded by order.
 - A failed load is remembered with the time before which it is not tried again; the requests that waited for it are told.
+- What leaves while its load is not answered yet waits for the answer: a server told to unload meanwhile would load all the same.
+  Only a load that is overdue beyond a grace is unloaded over its head.
 - A load that was begun for a request is dropped if nobody waits for it any more before anything was done.
 """
 
@@ -19,6 +21,8 @@ from fleetd.core.retention import due, stays, ttl_deadline
 from fleetd.core.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency
 
 UNLOAD_ATTEMPTS = 3
+LOAD_GRACE_S = 10.0  # the shell's own timeout comes first
+LINGER_S = 0.2  # the death of a server is seen within this time after its calls broke
 FAILURE_BASE_S = 5.0
 FAILURE_MAX_S = 300.0
 
@@ -53,10 +57,11 @@ class Residencies:
         self._leave_if_idle(placement, now)
 
     def _leave_if_idle(self, placement: Placement, now: float) -> None:
+        loading = placement.state is Residency.LOADING and not placement.ordered
         if (
             placement.closing
             and not placement.in_flight
-            and placement.state in (Residency.LOADED, Residency.ASLEEP, Residency.LOADING)
+            and (loading or placement.state in (Residency.LOADED, Residency.ASLEEP))
         ):
             self._move(placement, Residency.UNLOADING, now, placement.closing)
 
@@ -79,6 +84,10 @@ class Residencies:
         for placement in over_budget_victims(self.facts):
             self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
 
+    def _hopeless(self, process: Process) -> bool:
+        """A process at rest that will not start again as things stand."""
+        return self.facts.shutting_down or not usable(process)
+
     def _unwanted(self, placement: Placement) -> bool:
         """A load for the line, of which nothing was done yet, and for which nobody waits any more."""
         model = self.facts.models[placement.model]
@@ -100,7 +109,7 @@ class Residencies:
             elif state in (ProcessState.FAILED, ProcessState.EXITED) and not process.impossible:
                 self.fail(model, process.reason, now, final=True)
                 self.gone(placement, now, again=False)
-            elif state in RESTING and (not usable(process) or self._unwanted(placement)):
+            elif state in RESTING and (self._hopeless(process) or self._unwanted(placement)):
                 self.gone(placement, now)
             elif state is ProcessState.BACKOFF and process.generation > placement.generation:
                 self.fail(model, process.reason, now, retry_s=process.next_start_s)
@@ -137,20 +146,23 @@ class Residencies:
             self._move(placement, Residency.UNLOADING, now, "the load took too long")
 
     def _order_load(self, placement: Placement, process: Process, now: float) -> None:
-        hopeless = process.drained or (process.state in RESTING and not usable(process))
-        if hopeless or self._unwanted(placement):
+        if process.drained or (process.state in RESTING and self._hopeless(process)) or self._unwanted(placement):
             self.gone(placement, now)
         elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY):
             placement.generation, placement.ordered, placement.ordered_s = process.generation, True, now
             self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
 
     def _order_unload(self, placement: Placement, process: Process, now: float) -> None:
-        if not placement.ordered and process.state in SERVING and now >= placement.retry_s:
+        if placement.ordered or process.state not in SERVING or now < placement.retry_s:
+            return
+        if placement.lingers:
+            self.gone(placement, now)
+        else:
             placement.ordered, placement.ordered_s = True, now
             self.facts.emit(Unload(placement.model, process.name, process.generation, placement.reason))
 
     def _load_deadline(self, placement: Placement) -> float:
-        return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s
+        return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S
 
     def _loaded(self, placement: Placement, generation: int, now: float) -> None:
         model = self.facts.models[placement.model]
@@ -169,6 +181,12 @@ class Residencies:
         self._loaded(placement, placement.generation, now)
         if measured:
             learn(self.facts, placement, measured)
+
+    def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
+        """Tell it at once, but free the memory a moment later: if the server is dying, its set has to be empty first."""
+        self.fail(self.facts.models[placement.model], message, now, final=final)
+        self._move(placement, Residency.UNLOADING, now, f"load failed: {message}")
+        placement.lingers, placement.retry_s = True, now + LINGER_S
 
     def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
         """Try again a few times; a server that cannot unload is restarted."""
@@ -224,7 +242,7 @@ class Residencies:
         """Yield the times at which `reconcile` may decide differently without another event."""
         if placement.state is Residency.LOADING and placement.ordered:
             yield self._load_deadline(placement)
-        elif placement.state is Residency.UNLOADING and placement.attempts and not placement.ordered:
+        elif placement.state is Residency.UNLOADING and not placement.ordered:
             yield placement.retry_s
         ttl = self.ttl_deadline(placement)
         if ttl is not None and placement.closing is None:

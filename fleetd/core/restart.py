@@ -78,6 +78,8 @@ def describe(report: ExitReport) -> str:
     elif report.signal:
         how = f"killed by {report.signal}"
     elif report.code is None:
+        if report.reason and report.kind is not ExitKind.UNKNOWN:
+            return report.reason  # nobody saw it die: it never ran, or we ended it ourselves
         how = "died unseen"
     else:
         how = f"exited with code {report.code}"

@@ -150,6 +150,7 @@ class Placement:
     returns: bool = True  # comes back by itself if the configuration wants it in memory
     attempts: int = 0  # failed unloads in a row
     retry_s: float = 0.0  # no new unload before
+    lingers: bool = False  # its load failed: it is gone at retry_s, unless its server dies until then
 
     @property
     def key(self) -> tuple[str, str]:
