@@ -91,6 +91,9 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "gpus": "all, or the numbers of GPUs.",
         "mounts": "Folders, as /host:/container[:ro].",
         "pull": "missing, always or never.",
+        "args": "More words for docker run.",
+        "network": "host, or bridge with a port published on loopback.",
+        "program": "docker, podman, or a path to one of them.",
     },
     "ModelKeys": {
         "memory": "auto, a size, or a size per device.",

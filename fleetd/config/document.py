@@ -28,12 +28,20 @@ MAX_DEPTH = 32
 MAX_NODES = 100_000
 MAX_PROBLEMS = 100
 _LONGEST_EXCERPT = 160
+_LONGEST_MESSAGE = 1000
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 _DIRECTIVE = re.compile(r"^%(?!YAML 1\.[12]\s*$).*", re.MULTILINE)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what the parser counts as the end of a line
 _TAB_INDENT = re.compile(r"^ *\t", re.MULTILINE)
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, of bounded length, without characters that a terminal would obey."""
+    if len(text) > _LONGEST_MESSAGE:
+        text = text[:_LONGEST_MESSAGE] + "…"
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +63,7 @@ class Source:
         return self._lines[line - 1].replace("\t", " ")[:_LONGEST_EXCERPT]
 
     def problem(self, line: int, column: int, message: str, path: str = "") -> Problem:
-        return Problem(self.shown, line, column, path, message, self.excerpt(line, column))
+        return Problem(self.shown, line, column, printable(path), printable(message), self.excerpt(line, column))
 
 
 class Node:

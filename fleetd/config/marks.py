@@ -22,8 +22,12 @@ def path_text(path: Path_) -> str:
     """Return `models.coder.route[0].to` for a path."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        text += f"[{part}]" if isinstance(part, int) else f".{_key(part)}" if text else _key(part)
     return text
+
+
+def _key(part: str) -> str:
+    return part or '""'
 
 
 def expand_home(text: str) -> str:

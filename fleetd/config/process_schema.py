@@ -272,13 +272,29 @@ class Service(PlacedKeys):
     command: Argv
 
 
+class GpuName(Text):
+    """all, the number of a GPU, or its UUID."""
+
+    def __init__(self) -> None:
+        super().__init__(128, pattern=r"all|[0-9]{1,3}|[A-Za-z0-9-]+", what="all, a number or a UUID of a GPU")
+
+    def parse(self, value: object) -> str:
+        return super().parse(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": ["string", "integer"]}
+
+
 class DockerKeys(Block):
     image: Annotated[str, Text(512, pattern=r"[^\s]+", what="the name of an image")]
-    gpus: Annotated[tuple[str, ...], Strings(what="all, or a number of a GPU")] | None = None
+    gpus: Annotated[tuple[str, ...], Strings(GpuName())] = ()
     mounts: Annotated[
         tuple[str, ...], Strings(Text(pattern=r"[^:]+:[^:]+(:(ro|rw))?", what="a mount such as /a:/b:ro"))
     ] = ()
     pull: Annotated[Literal["missing", "always", "never"], Choice("missing", "always", "never")] = "missing"
+    args: Annotated[tuple[str, ...], Arguments()] = ()
+    network: Annotated[Literal["host", "bridge"], Choice("host", "bridge")] = "host"
+    program: PathText = "docker"
 
 
 class RuntimeKeys(Block):

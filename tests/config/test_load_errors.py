@@ -125,3 +125,11 @@ def test_a_mutated_configuration_is_loaded_or_refused(tmp_path: Path) -> None:
             assert load(path, ENV).config
         except ConfigError as error:
             assert error.problems  # noqa: PT017 - either outcome is right, an empty refusal is not
+
+
+def test_what_a_terminal_would_obey_is_not_printed(tmp_path: Path) -> None:
+    text = 'services: {"\\e[31mred\\n": {command: x, depends_on: ["\\e[2J"]}}\nmodels: {m: {engine: vllm, aliases: ["\\e[2J"]}}\n'
+    for problem in problems(tmp_path, text + f"? {'k' * 200_000}\n: 1\n"):
+        head = str(problem).splitlines()[0]
+        assert head.isprintable()
+        assert len(head) < 3000
