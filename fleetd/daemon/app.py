@@ -33,7 +33,7 @@ from fleetd.daemon.operations import Operations
 from fleetd.daemon.outside import Outside
 from fleetd.daemon.sampling import machine_devices
 from fleetd.daemon.status import DaemonFacts
-from fleetd.errors import ConfigError
+from fleetd.errors import HostError
 from fleetd.host.host import Host
 from fleetd.host.lock import DaemonLock
 from fleetd.host.memory import Devices
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 SOCKET_NAME = "fleetd.sock"
 _DRAIN_S = 5.0
+_UNDO_S = 20.0
+_BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class App:
         self._reexecuting = False
         self._began = time.monotonic()
         self._notifier = Notifier()
+        self._recorded: set[str] | None = None  # until this daemon knows better
         self._learned: dict[str, dict[str, int]] = {}
         self._devices = Devices()
         self._daemon: Daemon
@@ -106,6 +109,8 @@ class App:
         stack.push_async_callback(host.close)
         store = Store(paths.state)
         _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
+        left = taken.records if taken is not None else (await host.thread(host.load_records))[0]
+        self._recorded = {record.name for record in left}
         stack.push_async_callback(store.close)
         self._learned = await store.learned()
         around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, self._learned)
@@ -118,14 +123,21 @@ class App:
         )
         daemon.sampling.devices = {sample.name: sample for sample in samples}
         stack.push_async_callback(self._close_daemon)
-        await self._listen(stack, assembly, paths)
+        listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
+        stack.callback(listener.close)
         await self._take_over(assembly, taken)
+        self._recorded = None
+        try:
+            await self._listen(stack, assembly, paths, listener)
+        except BaseException:
+            await self._undo()
+            raise
         self._outside(stack)
         self._ready(assembly)
 
     def _running(self) -> set[str]:
-        """Return the names of processes whose ports are ours, running now."""
-        return set(self._daemon.processes.runs) if hasattr(self, "_daemon") else set()
+        """Return the names of processes that hold their ports now: ours, or those of the daemon before."""
+        return set(self._daemon.processes.runs) if self._recorded is None else self._recorded
 
     def _around(self) -> Surroundings:
         devices = machine_devices(list(self._daemon.sampling.devices.values()))
@@ -135,10 +147,13 @@ class App:
         daemon = self._daemon
         daemon.loop.close()
         daemon.probing.close()
+        await daemon.background.close()
         await daemon.tasks.close(grace_s=0.5)
         await daemon.close_http()
 
-    async def _listen(self, stack: AsyncExitStack, assembly: Assembly, paths: HostPaths) -> None:
+    async def _listen(
+        self, stack: AsyncExitStack, assembly: Assembly, paths: HostPaths, listener: socket.socket
+    ) -> None:
         from fleetd.control.server import ControlServer
         from fleetd.daemon.metrics import render
         from fleetd.gateway.options import GatewayOptions
@@ -154,7 +169,7 @@ class App:
             retry_attempts=keys.retry.attempts,
         )
         self._gateway = gateway = Gateway(daemon.port, options)
-        addresses = await gateway.start()
+        addresses = await gateway.start([listener])
         stack.push_async_callback(gateway.close)
         host, port = addresses[0]
         daemon.facts.gateway = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -178,6 +193,15 @@ class App:
         self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics)
         await self._control.start()
         stack.push_async_callback(self._control.close)
+
+    async def _undo(self) -> None:
+        """Stop what was begun: a start that fails leaves nothing running."""
+        self._daemon.dispatch(ShutdownAsked(force=True))
+        try:
+            async with asyncio.timeout(_UNDO_S):
+                await self._done.wait()
+        except TimeoutError:
+            self._log.error("not everything could be stopped")
 
     async def _take_over(self, assembly: Assembly, taken: reexec.TakenOver | None) -> None:
         """Adopt what runs, then tell the fleet everything at once."""
@@ -205,10 +229,10 @@ class App:
         self._world = Outside(daemon, self._file_saved)
         self._world.follow(daemon.configuration.assembly)
         stack.push_async_callback(self._world.close)
-        daemon.tasks.start(daemon.sampling.run(), "sampling")
-        daemon.tasks.start(daemon.requirements.run(), "requirements")
+        daemon.background.start(daemon.sampling.run(), "sampling")
+        daemon.background.start(daemon.requirements.run(), "requirements")
         if self._notifier.watchdog_interval_s is not None:
-            daemon.tasks.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
+            daemon.background.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
 
     async def _feed_watchdog(self, period_s: float) -> None:
         """Tell systemd that the loop turns: it is the loop that says so."""
@@ -278,6 +302,20 @@ class App:
         reexec.execute(lock_fd, records, self._notifier.environment, stack)
 
 
-def explain_config_error(error: ConfigError) -> str:
-    """Return every problem of a file, one below the other."""
-    return "\n".join(str(problem) for problem in error.problems)
+def listening(assembly: Assembly) -> socket.socket:
+    """Return the gateway's listening socket. Raises HostError when its address cannot be used."""
+    address = assembly.loaded.config.gateway.listen
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address.host, address.port))
+        found.listen(_BACKLOG)
+    except OSError as error:
+        found.close()
+        raise HostError(
+            f"the gateway cannot listen on {address.host}:{address.port}: {error.strerror or error}",
+            hint="stop the program that holds it, or set gateway.listen in fleet.yaml to another address",
+            recoverable=False,
+        ) from error
+    return found

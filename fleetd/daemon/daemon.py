@@ -63,7 +63,8 @@ class Daemon:
         self._serial = 0
         self.feed = Feed()
         self.changes = Changes()
-        self.tasks = Tasks(self._task_failed)
+        self.tasks = Tasks(self._task_failed)  # each ends by itself
+        self.background = Tasks(self._task_failed)  # each runs until the end
         self.machine = HostMachine(host, parent_env)
         self.fleet = Fleet(FleetSpec(), random.Random())
         self.processes = Processes(self.machine, self.dispatch, self.plans, self.tasks, parent_env, self._complain)
@@ -170,7 +171,10 @@ class Daemon:
         if isinstance(event, Exited):
             self.residency.process_died(event.name)
             if event.report.log_tail or event.report.code:
-                self.log.warning(
+                process = self.fleet.processes.get(event.name)
+                ordered = process is not None and process.outcome is None
+                say = self.log.info if ordered else self.log.warning
+                say(
                     "exited",
                     name=event.name,
                     generation=event.generation,

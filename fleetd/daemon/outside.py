@@ -46,7 +46,7 @@ class Outside:
             if plan.watch is not None and name not in self._trees:
                 self._trees[name] = (plan.watch, self._tree(plan, plan.watch))
             if plan.schedule is not None and name not in self._clocks:
-                task = self._daemon.tasks.start(self._clock(name, plan.schedule), f"schedule of {name}")
+                task = self._daemon.background.start(self._clock(name, plan.schedule), f"schedule of {name}")
                 self._clocks[name] = (plan.schedule, task)
 
     def _follow_files(self, assembly: Assembly) -> None:
