@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal as signals
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from secrets import token_hex
@@ -55,16 +55,18 @@ class _Output:
             self._loop.remove_reader(self._fd)
         self._data = (self._data + data)[-_KEPT_BYTES:]
 
-    def finish(self) -> str:
-        self._loop.remove_reader(self._fd)
-        for _ in range(16):  # what is in the pipe now, and no more: somebody may still be writing
+    def text(self) -> str:
+        """Return the end of what was said, with what is in the pipe now: somebody may still be writing."""
+        for _ in range(16):
             before = self._data
             self._read()
             if self._data == before:
                 break
+        return self._data.decode("utf-8", "replace").strip()
+
+    def close(self) -> None:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
-        return self._data.decode("utf-8", "replace").strip()
 
 
 async def run_command(
@@ -73,7 +75,7 @@ async def run_command(
     *,
     pool: Executor,
     table: ProcessTable,
-    end_lineage: Callable[[Lineage], Awaitable[object]],
+    end_lineage: Callable[[Lineage], asyncio.Future[tuple[int, ...]]],
 ) -> CommandResult:
     """Run a program to its end or its timeout. Raises HostError when it cannot be started.
 
@@ -100,23 +102,30 @@ async def run_command(
     output = _Output(loop, reader)
     entry = table.entry(pid)
     lineage = Lineage(pid, entry.start if entry else 0, token)
-    timed_out = False
+    try:
+        timed_out = await _wait_ended(ended, timeout_s)
+        if timed_out:
+            table.send(lineage.pid, lineage.start, signals.SIGKILL)  # over its time: no grace
+            await asyncio.shield(end_lineage(lineage))
+        _kill_group(pid)
+        return CommandResult(_collect(pid), output.text(), timed_out)
+    except asyncio.CancelledError:
+        kill_and_forget(pid)
+        end_lineage(lineage)  # goes on without us
+        raise
+    finally:
+        watch.close()
+        output.close()
+
+
+async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
+    """Return True when the time is over first."""
     try:
         async with asyncio.timeout(timeout_s):
             await ended.wait()
     except TimeoutError:
-        timed_out = True
-        table.send(lineage.pid, lineage.start, signals.SIGKILL)  # over its time: no grace
-        await end_lineage(lineage)
-    except asyncio.CancelledError:
-        watch.close()
-        output.finish()
-        kill_and_forget(pid)
-        end_lineage(lineage)  # goes on without us
-        raise
-    watch.close()
-    _kill_group(pid)
-    return CommandResult(_collect(pid), output.finish(), timed_out)
+        return True
+    return False
 
 
 def _kill_group(pid: int) -> None:
@@ -129,7 +138,10 @@ def _kill_group(pid: int) -> None:
 
 def _collect(pid: int) -> Status:
     status = CHILDREN.collect(pid)
-    return Status() if status is None else status
+    if status is None:  # it hangs in the kernel: reaped like an orphan, some day
+        CHILDREN.disown(pid)
+        return Status()
+    return status
 
 
 def kill_and_forget(pid: int) -> None:
@@ -138,7 +150,9 @@ def kill_and_forget(pid: int) -> None:
     CHILDREN.disown(pid)
 
 
-def _abandon(starting: asyncio.Future[int], token: str, end_lineage: Callable[[Lineage], Awaitable[object]]) -> None:
+def _abandon(
+    starting: asyncio.Future[int], token: str, end_lineage: Callable[[Lineage], asyncio.Future[tuple[int, ...]]]
+) -> None:
     """Undo a start that nobody waits for any more."""
     if not starting.cancelled() and starting.exception() is None:
         kill_and_forget(starting.result())
