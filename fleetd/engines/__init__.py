@@ -56,7 +56,7 @@ def load(name: str) -> Engine:
     if name in added:
         return _from_entry_point(name, added[name])
     known = names()
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else None
     raise EngineError(f"there is no engine {name!r}; there are {', '.join(known)}", hint=hint, recoverable=False)
 

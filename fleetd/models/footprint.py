@@ -23,10 +23,11 @@ KV_BYTES = {
     "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q5_1": 0.75, "q5_0": 0.6875, "q4_1": 0.625, "q4_0": 0.5625,
     "iq4_nl": 0.5625,
 }  # fmt: skip
-PROCESS_BYTES = 30 * MIB  # the server itself, with its code pages
+PROCESS_BYTES = 32 * MIB  # the server itself, with its code pages
 GPU_CONTEXT_BYTES = 400 * MIB  # driver context and allocator slack per process
 MMPROJ_HEADROOM_BYTES = 1024 * MIB
 CELL_STEP = 256
+MAX_LAYERS = 4_096  # a header may state any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +103,14 @@ def kv_bytes(header: Header, serving: Serving) -> int:
     causal = header.keys.get(f"{header.architecture}.attention.causal")
     if layers <= 0 or causal is False:  # an encoder keeps nothing between tokens
         return 0
-    layers = min(layers, 100_000)
+    layers = min(layers, MAX_LAYERS)
     if header.number("attention.kv_lora_rank"):
-        return _latent(header, serving, layers)
+        return max(0, _latent(header, serving, layers))
     if header.number("ssm.state_size") or header.number("ssm.inner_size"):
-        return _hybrid(header, serving, layers)
+        return max(0, _hybrid(header, serving, layers))
     if header.number("attention.sliding_window"):
-        return _windowed(header, serving, layers)
-    return _grouped(header, serving, layers)
+        return max(0, _windowed(header, serving, layers))
+    return max(0, _grouped(header, serving, layers))
 
 
 def cells(serving: Serving) -> int:
@@ -225,7 +226,7 @@ def compute_bytes(header: Header, serving: Serving) -> int:
     mask = 2 * batch * per_slot
     if not serving.flash_attention:  # the mask in f32, and the scores of every head
         mask = 4 * batch * per_slot * (1 + heads)
-    return max(graph, 4 * batch * (width + vocabulary)) + mask
+    return max(0, graph, 4 * batch * (width + vocabulary)) + max(0, mask)
 
 
 def _embedding_on_host(headers: Sequence[Header]) -> int:
