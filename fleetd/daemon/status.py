@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import psutil
-
 from fleetd import __version__
 from fleetd.control.wire import (
     DaemonStatus,
@@ -31,6 +29,7 @@ from fleetd.core.state import RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.processes import Processes
 from fleetd.daemon.sampling import Sampling
+from fleetd.host.load import machine_load, own_rss_bytes
 
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
@@ -64,7 +63,6 @@ class StatusView:
         self._processes = processes
         self._sampling = sampling
         self.facts = facts
-        self._me = psutil.Process()
 
     def status(self) -> Status:
         now = time.monotonic()
@@ -114,7 +112,7 @@ class StatusView:
             "uptime_s": round(now - facts.started, 3),
             "config": facts.config_path,
             "config_hash": self._assembly().loaded.config_hash,
-            "rss_bytes": self._me.memory_info().rss,
+            "rss_bytes": own_rss_bytes(),
             "config_error": facts.config_error,
             "config_differs": facts.config_differs,
             "gateway": facts.gateway,
@@ -122,14 +120,14 @@ class StatusView:
         }
 
     def _host(self) -> HostStatus:
-        memory = psutil.virtual_memory()
+        load = machine_load()
         return {
             "hostname": socket.gethostname(),
             "cpus": os.cpu_count() or 1,
-            "cpu_percent": psutil.cpu_percent(None),
+            "cpu_percent": load.cpu_percent,
             "load1": os.getloadavg()[0],
-            "memory_total_bytes": memory.total,
-            "memory_used_bytes": memory.total - memory.available,
+            "memory_total_bytes": load.memory_total_bytes,
+            "memory_used_bytes": load.memory_used_bytes,
         }
 
     def devices(self) -> list[DeviceStatus]:
