@@ -1,0 +1,69 @@
+"""What an Ollama server already has (`ollama list`, or `GET /api/tags`) to models of a fleet.
+
+The rules of this file
+- Nothing is downloaded or made: each name is served as it is. Sizes on disk are not memory, so none is declared.
+- Models that run on Ollama's own servers are left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fleetd.config.block import MODEL_NAME
+from fleetd.config.importers.emit import to_yaml
+from fleetd.config.importers.report import Imported, Report
+from fleetd.errors import ConfigError, Problem
+
+_EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
+_NAME = re.compile(MODEL_NAME)
+
+
+def import_ollama(text: str, *, shown: str = "ollama list", instance: Sequence[str] = ()) -> Imported:
+    """Return a model for every name. Without `instance` an Ollama server is added for them. Raises ConfigError."""
+    report = Report()
+    holders = list(instance) or ["ollama"]
+    models: dict[str, Any] = {}
+    for name, details in _listed(text, shown):
+        key = name.removesuffix(":latest")
+        if details.get("remote_host") or key.endswith(("-cloud", ":cloud")):
+            report.refused(name, "", "runs on Ollama's servers, not here: left out")
+        elif not _NAME.fullmatch(key):
+            report.refused(name, "", "cannot be the name of a model of the fleet: left out")
+        elif key in models:
+            report.refused(name, "", "is there twice")
+        else:
+            models[key] = {"instance": holders[0] if len(holders) == 1 else holders}
+            if key != name:
+                models[key]["served_as"] = name
+            if _EMBEDDING & set(details.get("details", {}).get("families") or ()):
+                models[key]["embedding"] = True
+            report.mapped(name, "", f"models.{key}")
+    data: dict[str, Any] = {"version": 1}
+    if not instance and models:
+        data["instances"] = {"ollama": {"engine": "ollama"}}
+    if models:
+        data["models"] = models
+    return Imported(to_yaml(data, {"": [f"{len(models)} models that Ollama has, from {shown}"]}), data, report)
+
+
+def _listed(text: str, shown: str) -> list[tuple[str, dict[str, Any]]]:
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            line, column = getattr(error, "lineno", 0), getattr(error, "colno", 0)
+            raise ConfigError(
+                [Problem(shown, line, column, "", f"is not JSON: {getattr(error, 'msg', error)}")]
+            ) from None
+        found = document.get("models") if isinstance(document, dict) else document
+        if isinstance(found, list):
+            named = [one for one in found if isinstance(one, dict) and isinstance(one.get("name"), str)]
+            return [(one["name"], one if isinstance(one.get("details"), dict) else {}) for one in named]
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if lines and lines[0][0].upper() == "NAME":
+        return [(words[0], {}) for words in lines[1:]]
+    message = "is neither the output of `ollama list` nor of GET /api/tags"
+    raise ConfigError([Problem(shown, 0, 0, "", message)])
