@@ -37,16 +37,19 @@ from fleetd.engines.calls import Reply, call, until
 from fleetd.engines.fields import Count, Duration, Lifetime, Size, visible_devices
 from fleetd.engines.ollama_env import RUNNER_PORTS_FROM, SCRUBBED, TYPED, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
+from fleetd.engines.ollama_models import LOAD_TIME_OPTIONS, held_problems, prepare
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.footprint import PROCESS_BYTES, Serving
+from fleetd.models.library import Change
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+    from fleetd.models.ollama_api import Progress
+
+
 DEFAULT_LOADED_MODELS = 8
-# options of a request that make Ollama start a new runner when they differ from the loaded one's
-LOAD_TIME_OPTIONS = frozenset({"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"})
 GENERATE_REFUSED = "does not support generate"
 POLL_S = 0.015
 
@@ -128,7 +131,7 @@ class Ollama:
             elif options.flash_attention is None:
                 message = f"{options.kv_cache_type} takes effect with flash attention only: set flash_attention: true"
                 problems.append(OptionProblem(("kv_cache_type",), message, warning=True))
-        return [*problems, *_warnings(context, options), *_held_problems(context)]
+        return [*problems, *_warnings(context, options), *held_problems(context.models)]
 
     def launch(self, context: LaunchContext) -> Launch:
         rendered = {variable: value for variable, (value, _) in _rendered(context).items()}
@@ -145,8 +148,7 @@ class Ollama:
         """The server itself costs some 50 MB, which is not accounted for; a held model costs what its GGUF header says."""
         if model is None:
             return Footprint()
-        folder = Path(_models_dir(context) or Path.home() / ".ollama" / "models")
-        return estimate_held(context, model, folder, _serving(context, _options(context)))
+        return estimate_held(context, model, _store(context), _serving(context, _options(context)))
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         for line in reversed(log_tail):
@@ -163,6 +165,23 @@ class Ollama:
         return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
 
     # -- models ---------------------------------------------------------------------------------------------------------
+
+    async def prepare(
+        self,
+        http: ClientSession,
+        endpoint: Endpoint,
+        context: LaunchContext,
+        model: HeldModel,
+        state_dir: Path,
+        progress: Progress | None = None,
+    ) -> str | None:
+        """Make a model that fleet.yaml gives a `from` for, before it is loaded; return a sentence when something was done."""
+        step = await prepare(
+            http, endpoint, context, model, models_dir=_store(context), state_dir=state_dir, progress=progress
+        )
+        if step is None or step.change in (Change.NONE, Change.FOREIGN):
+            return None
+        return f"{model.served_as}: {step.change}d, {step.reason}"
 
     async def load(
         self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
@@ -297,6 +316,11 @@ def _models_dir(context: LaunchContext) -> str | None:
     return str(context.config_dir.absolute() / Path(text).expanduser())
 
 
+def _store(context: LaunchContext) -> Path:
+    """The store's folder, Ollama's own default included."""
+    return Path(_models_dir(context) or Path.home() / ".ollama" / "models")
+
+
 def _rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
     """Variable → (value, the option that sets it)."""
     options = _options(context)
@@ -357,31 +381,6 @@ def _warnings(context: LaunchContext, options: OllamaOptions) -> list[OptionProb
 
 
 _LIBRARIES = ("cuda_", "rocm", "vulkan", "metal", "mlx")
-
-
-def _held_problems(context: LaunchContext) -> list[OptionProblem]:
-    problems = []
-    for model in context.models:
-        try:
-            store.ModelName.parse(model.served_as)
-        except ValueError as error:
-            problems.append(OptionProblem((), f"models.{model.name}: served_as: {error}"))
-        if model.served_as.lower().endswith((":local", ":cloud", "-cloud")):
-            problems.append(
-                OptionProblem(
-                    (), f"models.{model.name}: served_as: Ollama keeps the ending of {model.served_as!r} for itself"
-                )
-            )
-        for key in model.options:
-            if key not in LOAD_TIME_OPTIONS:
-                known = ", ".join(sorted(LOAD_TIME_OPTIONS))
-                problems.append(
-                    OptionProblem(
-                        (),
-                        f"models.{model.name}: options.{key}: a model held by Ollama takes {known}; others go under modelfile.parameters",
-                    )
-                )
-    return problems
 
 
 def _serving(context: LaunchContext, options: OllamaOptions) -> Serving:

@@ -205,9 +205,14 @@ def test_three_replicas_share_a_store(tmp_path: Path) -> None:
         async with contextlib.AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(served(tmp_path, one)) for one in ready]
             first = servers[0]
-            lib = Library(first.http, first.endpoint.base_url, tmp_path / "state", tmp_path / "store")
-            await lib.ensure(recipe("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE}))
-            model = HeldModel("a", "a")
+            model = HeldModel("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE})
+            said = await asyncio.gather(
+                *(
+                    ENGINE.prepare(one.http, one.endpoint, where, model, tmp_path / "state")
+                    for one, where in zip(servers, ready, strict=True)
+                )
+            )
+            assert sorted(filter(None, said)) == ["a: created, not in the store"]  # by the first; the others found it
             await asyncio.gather(*(ENGINE.load(one.http, one.endpoint, model, TIMEOUT_S) for one in servers))
             assert [names(await ENGINE.loaded(one.http, one.endpoint)) for one in servers] == [{"a"}] * 3
             await ENGINE.unload(first.http, first.endpoint, model, TIMEOUT_S)

@@ -1,0 +1,96 @@
+"""The models that fleet.yaml gives an Ollama server: what is wrong with their entries, and making them before a load.
+
+The rules of this file
+- What Ollama keeps (`from`, `quantize`, `modelfile`) is checked here, since Ollama says so only when a model is made.
+- One store is worked on by one call at a time, whichever replica asks: the first makes the model, the others find it made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProblem
+from fleetd.errors import EngineError
+from fleetd.models import store
+from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recipe, source_mistakes
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+    from fleetd.models.library import Step
+    from fleetd.models.ollama_api import Progress
+
+# options of a request that make Ollama start a new runner when they differ from the loaded one's
+LOAD_TIME_OPTIONS = frozenset({"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"})
+_RESERVED = (":local", ":cloud", "-cloud")
+_STORES: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+
+
+def held_problems(models: Iterable[HeldModel]) -> list[OptionProblem]:
+    """Return what is wrong with the entries of the models that a server shall hold."""
+    return [
+        OptionProblem((), f"models.{model.name}.{where}: {message}")
+        for model in models
+        for where, message in _mistakes(model)
+    ]
+
+
+def _mistakes(model: HeldModel) -> Iterator[tuple[str, str]]:
+    try:
+        store.ModelName.parse(model.served_as)
+    except ValueError as error:
+        yield "served_as", str(error)
+    if model.served_as.lower().endswith(_RESERVED):
+        yield "served_as", f"Ollama keeps the ending of {model.served_as!r} for itself"
+    for key in model.options:
+        if key not in LOAD_TIME_OPTIONS:
+            known = ", ".join(sorted(LOAD_TIME_OPTIONS))
+            yield f"options.{key}", f"a model held by Ollama takes {known}; others go under modelfile.parameters"
+    for message in source_mistakes(model.source):
+        yield "from", message
+    if model.source is None and (model.quantize or model.modelfile):
+        yield "from", "is needed: there is nothing that quantize or modelfile could change"
+    for path, message in (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile)):
+        yield ".".join(map(str, path)), message
+
+
+async def prepare(
+    http: ClientSession,
+    endpoint: Endpoint,
+    context: LaunchContext,
+    model: HeldModel,
+    *,
+    models_dir: Path,
+    state_dir: Path,
+    progress: Progress | None = None,
+    timeout_s: float = 3600.0,
+) -> Step | None:
+    """Make the model in the server's store as fleet.yaml says; return what was done, None where there is nothing to make.
+
+    `models_dir` is where the server keeps its models, as seen from here; `state_dir` holds the record of what was made.
+    Raises EngineError; where only a drive is missing it is worth another try.
+    """
+    from fleetd.models.library import Library
+    from fleetd.models.ollama_api import ignore_progress
+
+    if model.source is None:
+        return None
+    try:
+        wanted = recipe(
+            model.name,
+            model.served_as,
+            source=model.source,
+            quantize=model.quantize,
+            modelfile=model.modelfile,
+            config_dir=context.config_dir,
+        )
+    except ValueError as error:
+        raise EngineError(str(error).replace("\n", "; "), recoverable=False) from error
+    library = Library(http, endpoint.base_url, state_dir, models_dir if models_dir.is_dir() else None)
+    key = (id(asyncio.get_running_loop()), library.key)
+    async with _STORES.setdefault(key, asyncio.Lock()):
+        return await library.ensure(wanted, progress or ignore_progress, timeout_s)
