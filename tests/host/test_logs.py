@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gzip
+import json
 import os
 import random
 import re
@@ -15,11 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleetd.host.logs import book as book_module
 from fleetd.host.logs import rotate as rotate_module
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.hole import can_punch, punch
+from fleetd.host.logs.pump import as_json_lines
 from fleetd.host.logs.rotate import bound_total, compress_archives, recover, rotate
 from fleetd.host.logs.tail import Wanted, read_tail
 from fleetd.host.types import LogPolicy
@@ -317,6 +321,17 @@ def test_a_hole_frees_and_reads_as_nothing(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 <= 40_000
 
 
+NASTY = st.text(alphabet=st.sampled_from("\",\\'{}[]:ab\t\0ü€😀\r"), max_size=12)
+
+
+@given(st.lists(NASTY | st.text(max_size=20), min_size=1, max_size=8), st.floats(0, 4e9))
+def test_json_lines_say_what_was_said(lines: list[str], at: float) -> None:
+    clean = [line.encode("utf-8", "replace").decode() for line in lines]
+    objects = [json.loads(row) for row in as_json_lines(clean, at).split(b"\n")[:-1]]
+    assert [entry["line"] for entry in objects] == clean
+    assert all(abs(entry["t"] - at) < 0.001 for entry in objects)
+
+
 # -- with real children ----------------------------------------------------------------------------------------------
 
 WRITER = """
@@ -347,8 +362,6 @@ def test_200_000_lines_under_rotation(capture: str, tmp_path: Path) -> None:
     assert len(files.archives()) > 3
     lines = everything(files).splitlines()
     if capture == "pipe":
-        import json
-
         lines = [json.loads(line)["line"].encode() for line in lines]
     assert lines[-1].startswith(b"--- exited code=0 ")
     assert len(lines) == count + 1
