@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.model_schema import EngineModel, HeldModel, ModelKeys, RouteModel
@@ -38,6 +38,7 @@ class ModelAssembler:
     holders: Mapping[str, list[str]]
     problem: Say
     warn: Say
+    _own: dict[str, list[str]] = field(default_factory=dict)
 
     def specs(self) -> dict[str, ModelSpec]:
         result: dict[str, ModelSpec] = {}
@@ -83,7 +84,11 @@ class ModelAssembler:
         )
 
     def _own_processes(self, name: str) -> list[str]:
-        return [process for process, spec in self.processes.items() if spec.own_model == name]
+        if not self._own:
+            for process, spec in self.processes.items():
+                if spec.own_model is not None:
+                    self._own.setdefault(spec.own_model, []).append(process)
+        return self._own.get(name, [])
 
     def _hash(self, plan: LaunchPlan, held: Held | None) -> str:
         parts = [plan.engine_name, plan.device, plain(plan.context.options), plan.context.args, plan.context.command]

@@ -1,0 +1,218 @@
+"""From fleet.yaml to processes, models and devices: every rule of the assembly, on values."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fleetd.config.load import load
+from fleetd.core.contract import FootprintSource, ProcessKind
+from fleetd.daemon.assemble import assemble
+from fleetd.daemon.assembly import Assembly, MachineDevice, Surroundings
+from fleetd.daemon.plans import plan_of, restarting
+
+GIB = 2**30
+HOST = MachineDevice("host", "host", 10 * GIB)
+GPU = MachineDevice("gpu0", "gpu", 8 * GIB, "GPU-1")
+
+
+def assembled(folder: Path, fleet: str, *devices: MachineDevice, **around: object) -> Assembly:
+    path = folder / "fleet.yaml"
+    path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
+    surroundings = Surroundings(devices or (HOST,), env={"PATH": "/bin", "HOME": "/root"}, **around)  # type: ignore[arg-type]
+    return assemble(load(path, {}), surroundings, hostname="box")
+
+
+def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path, 'services: {w: {command: [x, "{port}", "{replica}", "{other}"], replicas: 3, port: 3000}}'
+    )
+    assert list(found.plans) == ["w-1", "w-2", "w-3"]
+    assert [plan.launch.argv for plan in found.plans.values()] == [
+        ("x", str(2999 + n), str(n), "{other}") for n in (1, 2, 3)
+    ]
+    assert found.plans["w-2"].own_env == {"FLEETD_REPLICA": "2", "PORT": "3001", "FLEETD_NAME": "w-2"}
+    assert {spec.base for spec in found.spec.processes.values()} == {"w"}
+
+
+def test_dependencies_on_a_replicated_name_mean_all_of_them(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "services: {w: {command: x, replicas: 2}, a: {command: y, depends_on: {w: started}}}")
+    assert [(d.name, d.condition) for d in found.spec.processes["a"].depends_on] == [
+        ("w-1", "started"),
+        ("w-2", "started"),
+    ]
+
+
+def test_a_port_is_assigned_where_one_is_asked_for_and_kept(tmp_path: Path) -> None:
+    fleet = 'services: {a: {command: [x, "{port}"]}, b: {command: y}}'
+    first = assembled(tmp_path, fleet)
+    assert first.spec.processes["b"].port is None
+    port = first.spec.processes["a"].port
+    again = assembled(
+        tmp_path, fleet.replace("services: {", 'services: {new: {command: [z, "{port}"]}, '), ports=first.ports
+    )
+    assert again.spec.processes["a"].port == port
+    assert again.spec.processes["new"].port != port
+
+
+def test_later_environment_wins(tmp_path: Path) -> None:
+    (tmp_path / "one.env").write_text("A=file\nB=file\n")
+    found = assembled(tmp_path, "services: {a: {command: x, env_file: one.env, env: {A: entry}}}")
+    env = found.plans["a"].environment({"A": "parent", "PATH": "/bin", "NOTIFY_SOCKET": "/run/n", "FLEETD_X": "1"})
+    assert env == {"PATH": "/bin", "A": "entry", "B": "file", "FLEETD_NAME": "a"}
+
+
+def test_an_env_file_that_is_absent_or_broken_is_a_problem_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "bad.env").write_text("A=1\nnonsense\n")
+    found = assembled(
+        tmp_path, "services:\n  a: {command: x, env_file: gone.env}\n  b: {command: x, env_file: bad.env}\n"
+    )
+    said = [str(problem).splitlines()[0] for problem in found.problems]
+    assert any("fleet.yaml:3:" in line and "gone.env cannot be read" in line for line in said)
+    assert any("bad.env:2:" in line for line in said)
+
+
+def test_option_mistakes_carry_their_place_and_a_hint(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path, "models:\n  m:\n    engine: llamacpp\n    options: {model: x.gguf, context_lenght: 4}\n"
+    )
+    line = str(found.problems[0]).splitlines()[0]
+    assert "fleet.yaml:5:" in line
+    assert "models.m.options.context_lenght: unknown option: did you mean context_length?" in line
+
+
+def test_an_unknown_engine_is_a_problem(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "models: {m: {engine: lamacpp, options: {}}}")
+    assert "no engine 'lamacpp'" in str(found.problems[0])
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [((HOST,), "host"), ((HOST, GPU), "gpu0"), ((MachineDevice("unified", "unified", GIB),), "unified")],
+)
+def test_the_device_of_an_entry_that_names_none(
+    tmp_path: Path, devices: tuple[MachineDevice, ...], expected: str
+) -> None:
+    found = assembled(tmp_path, "models: {m: {engine: llamacpp, options: {model: x.gguf}}}", *devices)
+    assert found.plans["m"].device == expected
+
+
+def test_budgets(tmp_path: Path) -> None:
+    fleet = "devices: {gpu0: {budget: 50%}, host: {budget: 4GiB}, gpu7: {budget: 1GiB}}\nservices: {}\n"
+    found = assembled(tmp_path, fleet, HOST, GPU)
+    assert {name: spec.budget_bytes for name, spec in found.spec.devices.items()} == {
+        "host": 4 * GIB,
+        "gpu0": 4 * GIB,
+        "gpu7": GIB,
+    }
+    assert "this machine has no gpu7" in str(found.warnings[0])
+    plain = assembled(tmp_path, "services: {}\n", HOST, GPU)
+    assert plain.spec.devices["host"].budget_bytes == int(8 * GIB)
+    assert plain.spec.devices["gpu0"].budget_bytes == int(7.2 * GIB)
+
+
+def test_a_uuid_binds_a_name_to_a_card(tmp_path: Path) -> None:
+    other = MachineDevice("gpu1", "gpu", 16 * GIB, "GPU-2")
+    found = assembled(tmp_path, "devices: {gpu0: {uuid: GPU-2}}\nservices: {}\n", HOST, GPU, other)
+    assert found.spec.devices["gpu0"].total_bytes == 16 * GIB
+
+
+def test_declared_before_learned_before_estimated(tmp_path: Path) -> None:
+    fleet = "models: {{m: {{engine: process, command: [x], memory: {memory}}}}}"
+    declared = assembled(tmp_path, fleet.format(memory="1GiB"))
+    assert declared.spec.models["m"].footprint.source is FootprintSource.DECLARED
+    unknown = assembled(tmp_path, fleet.format(memory="auto"))
+    assert unknown.spec.models["m"].footprint.bytes == {}
+    assert "counts as nothing" in str(unknown.warnings[-1])
+    key = unknown.spec.models["m"].footprint_hash
+    learned = assembled(tmp_path, fleet.format(memory="auto"), learned={key: {"host": 7}})
+    assert learned.spec.models["m"].footprint.source is FootprintSource.LEARNED
+    assert learned.spec.models["m"].footprint.bytes == {"host": 7}
+
+
+def test_a_model_larger_than_its_budget_is_a_warning(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 100GiB}}")
+    assert not found.problems
+    assert "can never fit: needs 100GiB on host" in str(found.warnings[-1])
+
+
+def test_held_models_are_expanded_over_replicas(tmp_path: Path) -> None:
+    fleet = """
+    instances: {o: {engine: ollama, command: [ollama, serve], replicas: 2, port: 11434}}
+    models: {m: {instance: o, served_as: "x:q8", memory: 1GiB}, one: {instance: o-2, memory: 1GiB}}
+    """
+    found = assembled(tmp_path, fleet)
+    assert found.spec.models["m"].holders == ("o-1", "o-2")
+    assert found.spec.models["one"].holders == ("o-2",)
+    assert set(found.plans["o-1"].held) == {"m"}
+    assert found.plans["o-2"].held["m"].served_as == "x:q8"
+    assert found.spec.processes["o-1"].own_model is None
+    assert found.spec.processes["o-1"].kind is ProcessKind.INSTANCE
+
+
+def test_a_models_own_process_is_started_on_demand(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 1GiB}}")
+    spec = found.spec.processes["m"]
+    assert (spec.on_demand, spec.own_model, found.spec.models["m"].holders) == (True, "m", ("m",))
+    assert spec.port is not None
+
+
+def test_an_external_server_is_only_probed(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "instances: {s: {engine: lmstudio, external: 'http://10.0.0.1:1234'}}")
+    assert found.spec.processes["s"].capabilities.owns_process is False
+    endpoint = found.plans["s"].endpoint
+    assert endpoint is not None
+    assert endpoint.base_url == "http://10.0.0.1:1234"
+
+
+def test_a_probe_without_a_port_is_a_problem(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "services: {a: {command: x, probes: {startup: {http: /health}}}}")
+    assert "needs a port" in str(found.problems[0])
+
+
+def test_a_probe_keeps_what_its_entry_does_not_say(tmp_path: Path) -> None:
+    found = assembled(tmp_path, "services: {a: {command: x, port: 1234, probes: {readiness: {http: /h, failures: 9}}}}")
+    probe = found.spec.processes["a"].probes.readiness
+    assert probe is not None
+    assert (probe.http, probe.failures, probe.period_s) == ("/h", 9, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "restarts"),
+    [
+        ("env: {A: '2'}", True),
+        ("args: [more]", True),
+        ("cwd: /tmp", True),
+        ("limits: {nofile: 100}", True),
+        ("stop: {timeout: 3s}", False),
+        ("limits: {memory: 1GiB}", False),
+        ("restart: {policy: never}", False),
+        ("logs: {keep: 2}", False),
+        ("logs: {capture: pipe}", True),
+    ],
+)
+def test_only_what_a_restart_alone_can_change_restarts(tmp_path: Path, change: str, restarts: bool) -> None:
+    before = assembled(tmp_path, "services: {a: {command: x}}")
+    after = assembled(tmp_path, f"services: {{a: {{command: x, {change}}}}}")
+    assert restarting(before, after) == ({"a"} if restarts else set())
+    plan = plan_of(before, after, None)
+    assert plan["changes"][0]["effect"] == ("restart" if restarts else "hot")
+    assert plan["unchanged"] == (0 if restarts else 1)
+
+
+def test_adding_a_name_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    one = "models: {a: {engine: process, command: [x], memory: 1GiB}%s}"
+    before = assembled(tmp_path, one % "")
+    after = assembled(tmp_path, one % ", b: {engine: process, command: [y], memory: 1GiB}", ports=before.ports)
+    assert restarting(before, after) == set()
+    assert plan_of(before, after, None)["changes"][0]["change"] == "add"
+
+
+def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path, "models: {m: {engine: vllm, options: {model: /no/such}, memory: 1GiB, env: {PATH: /nowhere}}}"
+    )
+    if not found.problems:
+        assert found.plans["m"].missing_program is not None
