@@ -53,7 +53,9 @@ def _dependencies(index: Index, marks: Marks, messages: Messages) -> Iterator[Pr
                 yield marks.problem(path, "a process cannot wait for itself")
             else:
                 graph.setdefault(process.key, []).append(target.key)
-                yield from _waits_for_ever(process, name, depends_on[name], target, marks, path)
+                mistake = _never_completes(name, depends_on[name], target)
+                if mistake is not None:
+                    yield marks.problem(path, mistake)
     for cycle in _cycles(graph):
         start = index.by_key[cycle[0]]
         yield marks.problem((*start.path, "depends_on"), f"waits for itself: {' → '.join(cycle)}")
@@ -64,16 +66,11 @@ def _place_in(said: Any, name: str) -> str | int:
     return said.index(name) if isinstance(said, list) else name
 
 
-def _waits_for_ever(
-    process: ProcessEntry, name: str, condition: str, target: ProcessEntry, marks: Marks, path: Path_
-) -> Iterator[Problem]:
-    if condition == "completed":
-        policy = mapping(target.data.get("restart")).get("policy", "always")
-        if policy == "always":
-            message = f"{name} never completes: its restart policy is always; say restart: {{policy: on-failure}} there"
-            yield marks.problem(path, message)
-    elif process.enabled and not target.enabled:
-        yield marks.problem(path, f"{name} is not enabled, so this would wait for ever")
+def _never_completes(name: str, condition: str, target: ProcessEntry) -> str | None:
+    """Return what is wrong with waiting for the end of a process that is always started again."""
+    if condition == "completed" and mapping(target.data.get("restart")).get("policy", "always") == "always":
+        return f"{name} never completes: its restart policy is always; say restart: {{policy: on-failure}} there"
+    return None
 
 
 def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
