@@ -87,6 +87,11 @@ class CgroupTree:
         """Name the leaf of one run of a process; `enter` makes it."""
         return Cgroup(self.root / f"{self.prefix}.{escape(name)[:150]}.{generation}")
 
+    def purge(self) -> None:
+        """Remove the empty leaves of earlier daemons of this state folder; the kernel refuses those that hold somebody."""
+        for path in self.root.glob(f"{self.prefix}.*"):
+            Cgroup(path).remove()
+
 
 def _mount_point(mounts: str) -> Path | None:
     for line in mounts.splitlines():

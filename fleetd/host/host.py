@@ -74,6 +74,8 @@ class Host:
         """Become subreaper, and begin housekeeping (orphans, rotation). Needed once, before anything else."""
         become_subreaper()
         await self.thread(self.logs.recover)
+        if self._cgroups is not None:
+            await self.thread(self._cgroups.purge)
         self._chores = asyncio.get_running_loop().create_task(self._housekeeping(), name="host-housekeeping")
 
     async def close(self) -> None:
@@ -94,6 +96,8 @@ class Host:
             await asyncio.gather(*handle.background, return_exceptions=True)
         await asyncio.gather(*self._entering, *self._hunts, return_exceptions=True)
         CHILDREN.reap_unknown()
+        if self._cgroups is not None:
+            self._cgroups.purge()
         await self.logs.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
