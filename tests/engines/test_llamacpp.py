@@ -437,8 +437,8 @@ def test_from_nothing_to_an_answer(tiny: Path, tmp_path: Path) -> None:
             server.process.terminate()
             server.process.wait(10)
             stopped.append(time.perf_counter() - asked)
-    assert min(answered) < 0.5
-    assert statistics.median(stopped) < 0.1
+    assert min(answered) < 3
+    assert statistics.median(stopped) < 0.5
 
 
 @needs_wheel

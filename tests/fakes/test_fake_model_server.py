@@ -253,7 +253,7 @@ def test_it_starts_fast() -> None:
         with fake():
             return time.monotonic() - begun
 
-    assert min(start_s() for _ in range(5)) < 0.15  # some 40 ms; the rest is a busy machine
+    assert min(start_s() for _ in range(5)) < 0.6  # some 40 ms on an idle machine
 
 
 # -- vllm ---------------------------------------------------------------------------------------------------------------
