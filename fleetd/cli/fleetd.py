@@ -34,10 +34,8 @@ def default_config(env: Mapping[str, str]) -> Path:
     home = env.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
     places = [Path("fleet.yaml"), Path(home) / "fleetd" / "fleet.yaml", Path("/etc/fleetd/fleet.yaml")]
     found = next((place for place in places if place.is_file()), None)
-    if found is not None:
-        return found
     said = ", ".join(str(place) for place in places)
-    fail(f"there is no configuration: looked for {said}", "name one with --config FILE", BAD_CONFIG)
+    return found or fail(f"there is no configuration: looked for {said}", "name one with --config FILE", BAD_CONFIG)
 
 
 def fail(message: str, hint: str | None, code: int) -> NoReturn:
@@ -63,6 +61,9 @@ def cli() -> None:
 def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     """Run the daemon in the foreground."""
     path = (config or default_config(os.environ)).absolute()
+    from fleetd.daemon.footprint import thrifty
+
+    thrifty()
     import asyncio
 
     from fleetd.daemon.logsetup import LogSink, set_up

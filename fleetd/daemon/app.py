@@ -28,6 +28,7 @@ from fleetd.daemon.configuration import Configuration, Reader
 from fleetd.daemon.control_port import DaemonControlPort
 from fleetd.daemon.daemon import Daemon
 from fleetd.daemon.environment import inherited
+from fleetd.daemon.footprint import settled
 from fleetd.daemon.logreading import LogSource
 from fleetd.daemon.operations import Operations
 from fleetd.daemon.outside import Outside
@@ -85,6 +86,7 @@ class App:
         """Start, serve until told to stop, and clean up. Returns the exit code; raises FleetError when it cannot start."""
         async with AsyncExitStack() as stack:
             await self._start(stack)
+            settled()
             await self._done.wait()
             self._notifier.stopping("shutting down")
             if self._reexecuting:

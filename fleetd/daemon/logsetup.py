@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from fleetd.daemon.footprint import with_rich, without_rich
+
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
@@ -86,9 +88,12 @@ def _json(_: Any, __: str, event: dict[str, Any]) -> str:
 
 def set_up(sink: LogSink, level: str = "info") -> FilteringBoundLogger:
     """Configure structlog on `sink` and return the daemon's logger. `level` is one of LEVELS."""
+    terminal = sink.is_terminal
+    if not terminal:
+        without_rich()
     import structlog
 
-    terminal = sink.is_terminal
+    with_rich()
     if terminal:
         colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         tail: list[Any] = [
