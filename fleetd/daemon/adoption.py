@@ -8,10 +8,11 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fleetd.core.events import Adopted
+from fleetd.core.contract import ExitKind, ExitReport
+from fleetd.core.events import Adopted, Exited
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import HostMachine
 from fleetd.daemon.processes import Processes
@@ -21,9 +22,11 @@ from fleetd.host.types import HandleRecord
 
 @dataclass(slots=True)
 class Adoption:
-    """What was taken over. `changed` names those that fleet.yaml now wants to run differently."""
+    """What was taken over. `died` ended while nobody watched; `changed` names those that fleet.yaml now wants to run
+    differently."""
 
     adopted: list[Adopted] = field(default_factory=list)
+    died: list[Exited] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
 
@@ -32,17 +35,11 @@ async def adopt_all(
     processes: Processes,
     plans: Mapping[str, LaunchPlan],
     tell: Callable[[str, str], None],
-    records: list[HandleRecord] | None = None,
+    records: Iterable[HandleRecord],
 ) -> Adoption:
-    """Go through `records`, by default those that the host kept; `tell(name, sentence)` hears of each."""
-    if records is None:
-        records, moved = await machine.host.thread(machine.host.load_records)
-    else:
-        moved = []
-    for place in moved:
-        tell(place.name, f"an unreadable record was set aside: {place}")
+    """Go through `records`; `tell(name, sentence)` hears of each."""
     found = Adoption()
-    for record in records or []:
+    for record in records:
         plan = plans.get(record.name)
         if plan is None or plan.external:
             await _end(machine, record, "no longer in fleet.yaml", tell)
@@ -51,7 +48,11 @@ async def adopt_all(
         try:
             handle = await machine.adopt(record, processes.exit_seen(run))
         except HostError as error:
-            await _end(machine, record, str(error), tell)
+            gone = await machine.host.gone(record)
+            survivors = await _end(machine, record, str(error), tell)
+            if gone and not survivors:
+                report = ExitReport(None, kind=ExitKind.UNKNOWN, reason="it ended while no daemon ran")
+                found.died.append(Exited(record.name, record.generation, report))
             continue
         event = processes.adopted(run, handle)
         found.adopted.append(event)
@@ -61,7 +62,10 @@ async def adopt_all(
     return found
 
 
-async def _end(machine: HostMachine, record: HandleRecord, why: str, tell: Callable[[str, str], None]) -> None:
+async def _end(
+    machine: HostMachine, record: HandleRecord, why: str, tell: Callable[[str, str], None]
+) -> tuple[int, ...]:
     survivors = await machine.host.sweep_record(record)
     left = f"; cannot be killed: {', '.join(map(str, survivors))}" if survivors else ""
     tell(record.name, f"not adopted: {why}{left}")
+    return survivors

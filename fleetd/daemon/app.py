@@ -40,7 +40,7 @@ from fleetd.host.lock import DaemonLock
 from fleetd.host.memory import Devices
 from fleetd.host.notify import Notifier
 from fleetd.host.store import Store
-from fleetd.host.types import HostPaths
+from fleetd.host.types import HandleRecord, HostPaths
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -111,7 +111,7 @@ class App:
         stack.push_async_callback(host.close)
         store = Store(paths.state)
         _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
-        left = taken.records if taken is not None else (await host.thread(host.load_records))[0]
+        left, unreadable = (taken.records, []) if taken is not None else await host.thread(host.load_records)
         self._recorded = {record.name for record in left}
         stack.push_async_callback(store.close)
         self._learned = await store.learned()
@@ -127,7 +127,9 @@ class App:
         stack.push_async_callback(self._close_daemon)
         listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
         stack.callback(listener.close)
-        await self._take_over(assembly, taken)
+        for place in unreadable:
+            self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
+        await self._take_over(assembly, left)
         self._recorded = None
         try:
             await self._listen(stack, assembly, paths, listener)
@@ -205,19 +207,18 @@ class App:
         except TimeoutError:
             self._log.error("not everything could be stopped")
 
-    async def _take_over(self, assembly: Assembly, taken: reexec.TakenOver | None) -> None:
+    def _told_of_adoption(self, name: str, sentence: str) -> None:
+        self._log.info("adoption", name=name, reason=sentence)
+        self._daemon.feed.say("process", name, "adoption", sentence)
+
+    async def _take_over(self, assembly: Assembly, left: list[HandleRecord]) -> None:
         """Adopt what runs, then tell the fleet everything at once."""
         daemon = self._daemon
-
-        def tell(name: str, sentence: str) -> None:
-            self._log.info("adoption", name=name, reason=sentence)
-            daemon.feed.say("process", name, "adoption", sentence)
-
-        records = taken.records if taken is not None else None
-        adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, tell, records)
+        adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, self._told_of_adoption, left)
         missing = await daemon.requirements.look(assembly.plans)
         daemon.requirements.accept(missing)
-        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, tuple(adoption.adopted), missing))
+        adopted, died = tuple(adoption.adopted), tuple(adoption.died)
+        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, adopted, missing, died))
         daemon.port.spec_changed()
         for name in adoption.changed:
             daemon.dispatch(RestartAsked(name))

@@ -38,6 +38,7 @@ from fleetd.daemon.model_specs import ModelAssembler
 from fleetd.daemon.ports import NoPortLeftError, assign
 from fleetd.engines import load as find_engine
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext
+from fleetd.engines.container import Contained, DockerRuntime, contain, container_name
 from fleetd.errors import ConfigError, EngineError, Problem
 
 Path_ = tuple[str | int, ...]
@@ -265,7 +266,7 @@ class Assembler:
             host=HOST,
             port=entry.port,
             replica=entry.replica,
-            command=tuple(substitute(word, places) for word in keys.command or ()),
+            command=tuple(substitute(word, places) for word in keys.command or _image_command(entry)),
             args=tuple(substitute(word, places) for word in keys.args),
             env=env,
             config_dir=self.loaded.folder_of((*entry.path, "options") if entry.engine_keys else entry.path),
@@ -290,11 +291,31 @@ class Assembler:
         if entry.external is not None:
             return Launch(argv=()), None
         try:
-            return engine.launch(context), None
+            launch = engine.launch(context)
+            contained = self._contained(entry, context, launch)
+            return (contained.launch if contained is not None else launch), None
         except EngineError as error:
             said = f"{error} ({error.hint})" if error.hint else str(error)
             self.warn(entry.path, said)
             return Launch(argv=()), said
+
+    def _contained(self, entry: Entry, context: LaunchContext, launch: Launch) -> Contained | None:
+        """Return the launch through a container, where the entry asks for one. Raises EngineError."""
+        keys = entry.engine_keys
+        if keys is None or keys.runtime is None:
+            return None
+        docker = keys.runtime.docker
+        runtime = DockerRuntime(docker.image, docker.gpus or (), docker.mounts, docker.pull)
+        return contain(
+            launch,
+            runtime,
+            instance=entry.name,
+            fleet=self.config.name or "fleet",
+            port=context.port,
+            host=context.host,
+            env_names=tuple(context.env),
+            stop_timeout_s=keys.stop.timeout,
+        )
 
     def _plan(
         self,
@@ -330,10 +351,18 @@ class Assembler:
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),
+            cleanup=self._cleanup(entry),
             schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
             watch=self._watch(entry),
             source=self._source(path),
         )
+
+    def _cleanup(self, entry: Entry) -> tuple[str, ...]:
+        """A killed client leaves its container running: this removes it, before a start and after a stop."""
+        keys = entry.engine_keys
+        if keys is None or keys.runtime is None:
+            return ()
+        return ("docker", "rm", "--force", container_name(self.config.name or "fleet", entry.name))
 
     def _execution(self, entry: Entry) -> Execution:
         keys, path = entry.keys, entry.path
@@ -404,6 +433,15 @@ class Assembler:
             for name in self.behind.get(base, [])
             if name != entry.name
         )
+
+
+_IN_IMAGE = {"vllm": ("vllm", "serve"), "ollama": ("ollama", "serve"), "llamacpp": ("llama-server",)}
+
+
+def _image_command(entry: Entry) -> tuple[str, ...]:
+    """Return the program of a container image for an entry that names none: what is on this machine's PATH says nothing."""
+    keys = entry.engine_keys
+    return _IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
 
 
 def _endpoint(entry: Entry, options: Any) -> Endpoint | None:

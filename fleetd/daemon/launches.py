@@ -82,6 +82,7 @@ class LaunchPlan:
     own_model: HeldModel | None = None
     schedule: Schedule | None = None
     watch: WatchPlan | None = None
+    cleanup: tuple[str, ...] = ()  # run before a start and after a stop; may fail: there is nothing to clean then
     source: tuple[str, int] = ("", 0)
 
     def environment(self, parent: Mapping[str, str]) -> dict[str, str]:

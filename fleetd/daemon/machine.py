@@ -134,7 +134,7 @@ class HostMachine:
             env=plan.environment(self._parent_env) if spec.exec else {},
             cwd=plan.execution.cwd,
             headers=headers,
-            own_listener=not plan.external,
+            own_listener=not plan.external and not plan.cleanup,  # a container's listener is no child of ours
             handle=handle,
         )
         if plan.external and plan.endpoint is not None:

@@ -112,6 +112,7 @@ class Processes:
     async def _spawn(self, run: Run) -> None:
         try:
             plan = run.plan = written(run.plan)
+            await self._clean(plan)
             await self._hook(plan, plan.execution.pre_start, "pre_start")
             request = plan.request(run.generation, self._parent_env)
             handle = await self._machine.spawn(request, self.exit_seen(run))
@@ -174,12 +175,20 @@ class Processes:
             survivors = await self._machine.stop(run.handle, plan.stop, force)
         if run.reporting is not None:
             await asyncio.wait({run.reporting})
+        await self._clean(run.plan)
         if not survivors and plan.execution.post_stop:
             try:
                 await self._hook(plan, plan.execution.post_stop, "post_stop")
             except HostError as error:
                 self._complain(run.name, sentence(error))
         return survivors
+
+    async def _clean(self, plan: LaunchPlan) -> None:
+        if plan.cleanup:
+            try:
+                await self._machine.run(plan.cleanup, plan.environment(self._parent_env), None, _HOOK_S)
+            except HostError:
+                return  # no such program: the start says so itself
 
     async def _hook(self, plan: LaunchPlan, argv: tuple[str, ...], which: str) -> None:
         """Run a hook to its end. Raises HostError when it fails: a process whose pre_start failed is not started."""

@@ -214,5 +214,24 @@ def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Pat
     found = assembled(
         tmp_path, "models: {m: {engine: vllm, options: {model: /no/such}, memory: 1GiB, env: {PATH: /nowhere}}}"
     )
-    if not found.problems:
-        assert found.plans["m"].missing_program is not None
+    assert not found.problems
+    assert found.plans["m"].missing_program is not None
+    assert "vllm" in str(found.warnings[0])
+
+
+def test_a_container_is_a_launch_like_any_other(tmp_path: Path) -> None:
+    fleet = """
+    name: box
+    instances:
+      o:
+        engine: ollama
+        port: 11434
+        env: {SOME_TOKEN: hush}
+        runtime: {docker: {image: "ollama/ollama:0.30", mounts: [/data:/root/.ollama]}}
+    """
+    plan = assembled(tmp_path, fleet).plans["o"]
+    assert plan.launch.argv[:2] == ("docker", "run")
+    assert plan.launch.argv[-2:] == ("ollama/ollama:0.30", "serve")
+    assert "hush" not in plan.launch.argv
+    assert "SOME_TOKEN" in plan.launch.argv
+    assert plan.cleanup == ("docker", "rm", "--force", "fleetd-box-o")
