@@ -144,6 +144,8 @@ class Admission:
                 now,
                 awaited,
             )
+            if isinstance(verdict, Evict):  # idle by now: theirs to leave, not to be given out again
+                return {p.key for p in verdict.victims}
             return {p.key for p in verdict.drain} if isinstance(verdict, Wait) else set()
         return set()
 

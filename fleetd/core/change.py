@@ -8,9 +8,9 @@ The rules of this file
 
 from __future__ import annotations
 
-from fleetd.core.contract import ModelSpec, ProcessSpec, Remembered
-from fleetd.core.events import Adopted, SpecChanged
-from fleetd.core.facts import Facts
+from fleetd.core.contract import ExitKind, ExitReport, ModelSpec, ProcessSpec, Remembered
+from fleetd.core.events import Adopted, Exited, SpecChanged
+from fleetd.core.facts import Facts, spec_hash
 from fleetd.core.measuring import learn
 from fleetd.core.residency import Residencies
 from fleetd.core.retention import due, stays
@@ -57,6 +57,8 @@ class Change:
                 due(facts, own)
         for adopted in event.adopted:
             self._adopt(adopted, now)
+        for exited in event.died:
+            self._died(exited, now)
 
     def _process(self, spec: ProcessSpec, remembered: Remembered | None, now: float) -> None:
         process = self.facts.processes.get(spec.name)
@@ -74,12 +76,18 @@ class Change:
     def _remember(self, process: Process, remembered: Remembered) -> None:
         process.stopped = remembered.stopped
         process.restarts = remembered.restarts
-        process.record.deaths = remembered.deaths
         process.generation = max(process.generation, remembered.generation)
         if process.stopped:
             process.reason = "stopped by an operator"
-        if remembered.failed is not None and not process.stopped:
+        edited = remembered.spec_hash not in ("", spec_hash(process.spec))
+        if process.stopped or edited:
+            return
+        process.record.deaths = remembered.deaths
+        if remembered.failed is not None:
             process.state, process.reason = ProcessState.FAILED, remembered.failed
+        elif remembered.exited is not None:
+            process.state, process.reason = ProcessState.EXITED, remembered.exited
+            process.last_exit = ExitReport(remembered.code, kind=ExitKind.EXPECTED, reason=remembered.exited)
 
     def _respec(self, process: Process, spec: ProcessSpec, now: float) -> None:
         old, process.spec = process.spec, spec
@@ -160,6 +168,18 @@ class Change:
         self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
         self.facts.wake(process.name)
         self.supervision.spawned(process, event.pid, now)
+
+    def _died(self, event: Exited, now: float) -> None:
+        """A run ended while nobody watched: a death as any other, though nobody saw its code."""
+        process = self.facts.processes.get(event.name)
+        if process is None or process.state is not ProcessState.STOPPED or process.generation > event.generation:
+            return
+        process.generation = event.generation
+        process.last_exit, process.last_exit_s = event.report, now
+        if process.stopped or not process.spec.enabled:
+            return
+        process.state = ProcessState.STOPPING  # as if this daemon had seen the end and emptied the set
+        self.supervision.ending.settle_death(process, event.report, now)
 
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
         """Lay what a server says it holds over what we believe: by model name of the fleet."""

@@ -250,3 +250,6 @@ class Remembered:
     deaths: int = 0  # since the last stable run
     failed: str | None = None  # the reason, when it had given up
     generation: int = 0
+    exited: str | None = None  # the reason, when it had ended as expected; not kept over an ordered end of the daemon
+    code: int | None = None  # the exit code of that end
+    spec_hash: str = ""  # of the spec that failed or ended: an edited one gets a new chance

@@ -38,7 +38,8 @@ class Adopted(Event):
 class SpecChanged(Event):
     """The desired fleet: at start, and again after every applied change of the configuration.
 
-    `remembered` and `adopted` come with the first one only; adopted processes are not spawned again.
+    `remembered`, `adopted` and `died` come with the first one only; adopted processes are not spawned again. `died` are
+    runs that ended while no daemon watched, nothing of whose sets lives any more.
     `missing` comes with every one, so that nothing starts before what it requires was looked at.
     """
 
@@ -46,6 +47,7 @@ class SpecChanged(Event):
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
     adopted: tuple[Adopted, ...] = ()
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # required paths that are absent, by process
+    died: tuple[Exited, ...] = ()
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------

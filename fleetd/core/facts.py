@@ -7,13 +7,14 @@ The rules of this file
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fleetd.core.capacity import Ledger
 from fleetd.core.commands import Command, Persist
-from fleetd.core.contract import FleetSpec, Remembered
+from fleetd.core.contract import FleetSpec, ProcessSpec, Remembered
 from fleetd.core.journal import Journal
 from fleetd.core.state import RESTING, Model, Placement, Process, ProcessState, Residency
 from fleetd.errors import InvalidTransition
@@ -128,6 +129,9 @@ class Facts:
         return self.journal.story(name)
 
     def persist(self, process: Process, reason: str) -> None:
+        """Keep what must outlive the daemon. An ordered end of it ends what had ended too: the next start begins anew."""
+        kept = process.state is ProcessState.EXITED and not self.shutting_down
+        over = kept or process.state is ProcessState.FAILED
         self.emit(
             Persist(
                 process.name,
@@ -137,7 +141,15 @@ class Facts:
                     deaths=process.record.deaths,
                     failed=process.reason if process.state is ProcessState.FAILED else None,
                     generation=process.generation,
+                    exited=process.reason if kept else None,
+                    code=process.last_exit.code if kept and process.last_exit is not None else None,
+                    spec_hash=spec_hash(process.spec) if over else "",
                 ),
                 reason,
             )
         )
+
+
+def spec_hash(spec: ProcessSpec) -> str:
+    """Return what changes with any field of a spec; equal specs give equal hashes in every run of the program."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

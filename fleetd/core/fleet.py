@@ -122,7 +122,9 @@ class Fleet:
         self.change.sweep_models()
         if facts.shutting_down and not facts.finished and not facts.queue and self.supervision.all_rest():
             facts.finished = True
-            facts.emit(Finished("nothing of the fleet runs any more"))
+            left = [process.name for process in facts.processes.values() if process.survivors]
+            what = "nothing of the fleet runs any more"
+            facts.emit(Finished(f"{what}, but for what cannot be killed: {', '.join(left)}" if left else what))
 
     def next_deadline(self) -> float | None:
         """Return the monotonic time at which a Tick may change something; None: never, as things stand.

@@ -101,5 +101,7 @@ class Orders:
             self.facts.forced = True
             self.supervision.ending.escalate()
         self.facts.shutting_down = True
-        for name in self.facts.processes:
+        for name, process in self.facts.processes.items():
             self.facts.wake(name)
+            if process.state is ProcessState.EXITED:
+                self.facts.persist(process, "shutting down")

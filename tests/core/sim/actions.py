@@ -18,7 +18,7 @@ from tests.core.sim.checks import holds
 from tests.core.sim.specs import random_fleet
 from tests.core.sim.world import Run, World
 
-NAMES = ("m1", "m2", "m3", "f1", "va", "vb", "lc", "ld", "gpt", "any", "huge", "nobody")
+NAMES = ("m1", "m2", "m3", "big", "f1", "va", "vb", "lc", "ld", "gpt", "any", "huge", "nobody")
 
 
 def process_name(world: World, rng: Random) -> str:
@@ -42,7 +42,7 @@ def ask(world: World, rng: Random) -> None:
 
 def ask_many(world: World, rng: Random) -> None:
     for _ in range(rng.randint(2, 10)):
-        world.ask(rng.choice(NAMES[:9]))
+        world.ask(rng.choice(NAMES[:10]))
 
 
 def cancel(world: World, rng: Random) -> None:
@@ -60,7 +60,7 @@ def unload(world: World, rng: Random) -> None:
 
 
 def pin(world: World, rng: Random) -> None:
-    name = rng.choice(NAMES[:8])
+    name = rng.choice(NAMES[:9])
     world.pins[name] = rng.random() < 0.4
     world.deliver(e.PinAsked(name, world.pins[name]))
 
@@ -169,7 +169,7 @@ def ghost(world: World, rng: Random) -> None:
 
 def busy_neighbour(world: World, rng: Random) -> None:
     """One model is asked for all the time; another that does not fit beside it must get its turn all the same."""
-    loved, poor = rng.choice((("va", "vb"), ("vb", "va"), ("m2", "va"), ("lc", "ld"), ("va", "m2")))
+    loved, poor = rng.choice((("va", "big"), ("big", "va"), ("m2", "big"), ("lc", "ld"), ("ld", "lc")))
     want = world.ask(poor)
     for _ in range(90):
         if want not in world.clients:
@@ -286,7 +286,7 @@ def calm_down(world: World) -> None:
     world.calm = True
     world.crashy.clear()
     for run in world.living():
-        run.sick = run.unready = run.ignores_term = False
+        run.sick = run.unready = run.ignores_term = run.unkillable = False
     for name in sorted(world.spec.processes):
         if world.missing.get(name):
             world.missing[name] = ()
@@ -301,6 +301,7 @@ def calm_down(world: World) -> None:
     world.advance(320.0)
     converged(world)
     everybody_is_served(world)
+    nobody_starves(world)
 
 
 def converged(world: World) -> None:
@@ -349,6 +350,38 @@ def everybody_is_served(world: World) -> None:
         pins = any(model.pinned for model in world.fleet.models.values())
         if able and fits and not pins and not spec.routes:
             holds(world, granted, f"the request for {name} was refused in a calm fleet: {world.outcomes}")
+
+
+NEIGHBOURS = (
+    ("lc", ("ld",)), ("va", ("m1", "m2")), ("big", ("m1", "m3")), ("big", ("vb", "m2")), ("m2", ("va", "vb")), ("va", ("big",)),
+)  # fmt: skip
+SLOWEST_S = 10.0 + 5.0 + 5.0 + 2.0  # a request in flight, a start, a load, a stop
+
+
+def nobody_starves(world: World) -> None:
+    """However much the neighbours are asked for, a request that needs their room gets it within the fairness bound."""
+    for poor, loved in NEIGHBOURS:
+        names = (poor, *loved)
+        holders = [p for name in names if name in world.spec.models for p in world.spec.models[name].holders]
+        there = all(name in world.spec.models for name in names)
+        up = all(p in world.spec.processes and world.spec.processes[p].enabled for p in holders)
+        pins = any(model.pinned for model in world.fleet.models.values())
+        if not there or not up or pins or world.fleet.ledger.never_fits(world.fleet.models[poor].footprint.bytes):
+            continue
+        for name in loved:
+            world.ask(name)
+        world.advance(15.0)
+        granted = len(world.grants[poor])
+        want = world.ask(poor)
+        bound_s = world.spec.queue.max_wait_s + SLOWEST_S
+        for _ in range(int(bound_s * 2)):
+            if want not in world.clients or world.clients[want].grant is not None:
+                break
+            for name in loved:
+                world.ask(name)
+            world.advance(0.5)
+        holds(world, len(world.grants[poor]) > granted, f"{poor} waits behind {loved} for more than {bound_s:g} s")
+        world.advance(60.0)
 
 
 def shut_down(world: World) -> None:

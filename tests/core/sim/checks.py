@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from fleetd.core import commands as c
 from fleetd.core import events as e
-from fleetd.core.contract import FootprintSource
 from fleetd.core.state import RESTING, SERVING, ProcessState, Residency
 
 if TYPE_CHECKING:
@@ -108,6 +107,7 @@ def end(world: World, command: c.Stop | c.Unload) -> None:
     if model is None:
         return
     busy = active(world, model, name, command.generation)
+    calm_stop(world, command, run)
     for_others = command.reason.startswith(("evicted", "measured", "idle for"))
     if isinstance(command, c.Unload):
         holds(world, not busy, f"{command} while {busy} requests are in flight on it")
@@ -124,6 +124,17 @@ def end(world: World, command: c.Stop | c.Unload) -> None:
     if command.reason.startswith("idle for") and spec is not None:
         idle_s = world.now - world.last_end.get((model, name), 0.0)
         holds(world, idle_s >= spec.ttl_s - 1e-6 or world.corrected, f"{command} after {idle_s:.2f} s")
+
+
+def calm_stop(world: World, command: c.Stop | c.Unload, run: Run) -> None:
+    """On a lane that demands it, nothing is ordered to stop while another starts."""
+    orders = ("evicted", "idle for", "unloaded by", "stopped by", "restarted by", "measured", "older than")
+    if run.spec.lane is None or world.shutting_down or not command.reason.startswith(orders) or not run.startup_ok:
+        return
+    for other in world.living():
+        starts = other.spec.lane == run.spec.lane and other is not run and other.reported and not other.startup_ok
+        starts = starts and other.leader and not other.ordered_away and other.spec.capabilities.exclusive_start
+        holds(world, not starts, f"{command} while {other.name} starts on the same lane")
 
 
 def fulfilled(world: World, client: Client) -> None:
@@ -325,6 +336,5 @@ def residencies(world: World) -> None:
             elif placement.state is Residency.LOADING and process.state in RESTING:
                 hope = process.state in (ProcessState.BACKOFF, ProcessState.BLOCKED) and not process.missing
                 holds(world, hope, f"{said}, but {process.name} is {process.state}: {process.reason}")
-            if not model.pinned and placement.state is Residency.LOADED and world.honest:
-                source = model.footprint.source
-                holds(world, source is not FootprintSource.DECLARED, f"{said} has an unexpected footprint")
+            if placement.state is Residency.LOADED and placement.evicted:
+                holds(world, False, f"{said} was evicted with {exact} requests in flight")

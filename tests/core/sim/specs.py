@@ -47,13 +47,13 @@ def service(name: str, **changes: object) -> ProcessSpec:
 
 def server(name: str, **changes: object) -> ProcessSpec:
     """A server that holds many models."""
-    spec = service(name, kind=ProcessKind.INSTANCE, engine="many", capabilities=Capabilities(many_models=True))
+    spec = service(name, kind=ProcessKind.INSTANCE, engine="many", capabilities=Capabilities(many_models=True), drain_timeout_s=5.0)
     return replace(spec, probes=Probes(startup=STARTUP, readiness=READINESS), **changes)  # type: ignore[arg-type]
 
 
 def own(name: str, **changes: object) -> ProcessSpec:
     """A process that is its model."""
-    spec = service(name, kind=ProcessKind.INSTANCE, engine="one", own_model=name, on_demand=True, drain_timeout_s=8.0)
+    spec = service(name, kind=ProcessKind.INSTANCE, engine="one", own_model=name, on_demand=True, drain_timeout_s=3.0)
     return replace(spec, probes=Probes(startup=STARTUP, liveness=LIVENESS), **changes)  # type: ignore[arg-type]
 
 
@@ -99,9 +99,10 @@ def random_fleet(rng: Random) -> FleetSpec:
         model("m1", ("pool-1", "pool-2"), gpu=3, preload=rng.random() < 0.5, aliases=("gpt",)),
         model("m2", ("pool-1", "pool-2"), gpu=4, host=1, fallback=("m1",)),
         model("m3", ("pool-2",), gpu=2, priority=rng.choice((0, 0, 5))),
+        model("big", ("pool-1",), gpu=9),
         model("f1", ("far",)),
-        model("va", gpu=6),
-        model("vb", gpu=5, host=2, pin=rng.random() < 0.2),
+        model("va", gpu=5),
+        model("vb", gpu=4, host=2, pin=rng.random() < 0.2),
         model("lc", host=3, fallback=("ld",), ttl_s=15.0),
         model("ld", host=4, gpu=1),
         model("huge", ("pool-1",), gpu=50),

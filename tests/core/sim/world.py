@@ -9,6 +9,7 @@ The rules of this file
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -72,6 +73,7 @@ class World:
         self.seed = seed
         self.honest = honest
         self.calm = False
+        self.weather = 1.0 if seed % 2 else 0.2  # how much goes wrong by itself
         self.now = 100.0
         self.spec = spec
         self.heap: list[tuple[float, int, bool, Callable[[], None]]] = []
@@ -81,6 +83,7 @@ class World:
         self.clients: dict[int, Client] = {}  # waiting or granted
         self.ended: set[int] = set()
         self.outcomes: dict[str, int] = {}
+        self.grants: dict[str, list[float]] = defaultdict(list)
         self.disk: dict[str, Remembered] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
         self.stopped: set[str] = set()
@@ -226,7 +229,7 @@ class World:
         return [run for runs in self.runs.values() for run in runs if run.alive]
 
     def chance(self, probability: float) -> bool:
-        return not self.calm and self.rng.random() < probability
+        return not self.calm and self.rng.random() < probability * self.weather
 
     def soon(self) -> float:
         return self.rng.choice((0.0, 0.0, 0.01, 0.1, 0.4))
@@ -316,9 +319,9 @@ class World:
             self.vanish(run)
         self._break_streams(run)
         for model in sorted(run.loads):
-            self.say(0.0, e.LoadFailed(model, run.name, run.generation, f"{run.name} ended"))
+            self.say(self.soon(), e.LoadFailed(model, run.name, run.generation, f"{run.name} ended"))
         for model in sorted(run.unloads):
-            self.say(0.0, e.UnloadFailed(model, run.name, run.generation, f"{run.name} ended"))
+            self.say(self.soon(), e.UnloadFailed(model, run.name, run.generation, f"{run.name} ended"))
         self.say(0.0, empty)
 
     def _thaw(self, run: Run) -> None:
@@ -484,6 +487,7 @@ class World:
     def _do_grant(self, command: c.Grant) -> None:
         client = self.clients[command.request_id]
         client.grant = command
+        self.grants[command.model].append(self.now)
         self.outcomes["granted"] = self.outcomes.get("granted", 0) + 1
         run = self.run(command.process, command.generation)
         lasts_s = self.rng.choice((0.05, 0.5, 2.0, 10.0)) if not self.chance(0.04) else 60.0
