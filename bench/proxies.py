@@ -97,8 +97,14 @@ model_list:
 """
 FLEET = """
 devices: {{host: {{budget: 1GiB}}}}
-instances: {{origin: {{engine: process, external: "http://127.0.0.1:{origin}", options: {{api: openai}}}}}}
-models: {{tiny: {{instance: origin, memory: 1MiB, concurrency: 512, queue: {{max: 4096}}}}}}
+models:
+  tiny:
+    engine: vllm
+    external: "http://127.0.0.1:{origin}"
+    options: {{model: tiny, gpu_memory_utilization: 0.1}}
+    memory: 1MiB
+    concurrency: 512
+    queue: {{max: 4096}}
 """
 
 

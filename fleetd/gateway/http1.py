@@ -8,7 +8,7 @@ The rules of this file
 - Answers leave in the order of the requests. One request of a connection is in progress at a time.
 - A client that closes is noticed while its request waits: reading goes on all the time. One that only finished sending looks
   the same and gets its answer all the same, if it had not begun: departure.py tells them apart. Once an answer has begun, and
-  for HTTP/1.0, end of input means that the client is gone.
+  for HTTP/1.0 and TLS, end of input means that the client is gone.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class ServerConnection(asyncio.Protocol):
         if self.active is None or self.phase >= CLOSING:
             return False
         handler = self.handler
-        if handler is None or handler.relaying or not self.active.http11:
+        if handler is None or handler.relaying or not self.active.http11 or not self.transport.can_write_eof():
             self._gone()
             return False
         self._watch()

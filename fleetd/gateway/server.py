@@ -10,6 +10,7 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import resource
@@ -31,6 +32,7 @@ from fleetd.gateway.upstream import Pool
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LABELS_REMEMBERED = 4096
+_UPSTREAM_CLOSE_S = 1.0  # closing takes one turn of the loop; TLS a little longer
 _SPARE_FILES = 256  # what the rest of the daemon may need
 
 
@@ -114,11 +116,9 @@ class Gateway:
         """Drain for at most `grace_s` seconds, then cut what is left."""
         self.drain()
         if self._connections and grace_s > 0:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
                     await self._wait_empty()
-            except TimeoutError:
-                pass
         self.closed = True
         for connection in tuple(self._connections):
             connection.transport.abort()
@@ -130,9 +130,11 @@ class Gateway:
         for server in self._servers:
             await server.wait_closed()
         self.threads.shutdown(wait=False, cancel_futures=True)
-        while any(pool.open_connections for pool in self._all_pools):
-            self._empty.clear()
-            await self._empty.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_UPSTREAM_CLOSE_S):
+                while any(pool.open_connections for pool in self._all_pools):
+                    self._empty.clear()
+                    await self._empty.wait()
 
     async def _wait_empty(self) -> None:
         while self._connections:
