@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.daemon.rig import ROOT, Fleetd, fake, fleetd, free_port, until
+from tests.daemon.rig import ROOT, fake, fleetd, free_port, until
 
 SLEEPER = '[sleep, "1000"]'
 
@@ -169,7 +169,8 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 
 def test_sigterm_during_a_load_leaves_nothing(tmp_path: Path) -> None:
-    fleet = f"models:\n  slow: {{engine: process, command: {fake('--load-time', '60', '--orphan-worker')}, memory: 1MiB, stop: {{timeout: 1s}}}}\n"
+    command = fake("--load-time", "60", "--orphan-worker")
+    fleet = f"models:\n  slow: {{engine: process, command: {command}, memory: 1MiB, stop: {{timeout: 1s}}}}\n"
     with fleetd(tmp_path, fleet) as daemon:
         daemon.start()
         with ThreadPoolExecutor(1) as pool:
@@ -212,7 +213,8 @@ def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
-        fleet = f"services:\n  web: {{command: {fake()}, port: {port}, restart: {{backoff: {{initial: 50ms, max: 50ms}}, crash_loop: {{count: 1000}}}}}}\n"
+        restart = "{backoff: {initial: 50ms, max: 50ms}, crash_loop: {count: 1000}}"
+        fleet = f"services:\n  web: {{command: {fake()}, port: {port}, restart: {restart}}}\n"
         with fleetd(tmp_path, fleet) as daemon:
             daemon.start()
             until(lambda: f"port {port}" in str(daemon.process_row("web")), "the reason names the port")
@@ -433,7 +435,3 @@ def test_stop_empties_the_whole_set(tmp_path: Path, flag: str) -> None:
         answer = daemon.control("POST", "/v1/processes/a/stop", {})
         assert answer.status == 200
         assert daemon.children() == []
-
-
-def is_idle(daemon: Fleetd) -> bool:
-    return all(row["in_flight"] == 0 for row in daemon.status()["models"])

@@ -99,7 +99,9 @@ def all_lines(folder: Path, name: str) -> list[str]:
         return int(path.name.removesuffix(".gz").rsplit(".", 1)[1])
 
     logs = folder / "logs"
-    archives = [path for path in logs.glob(f"{name}.log.*") if path.name.removesuffix(".gz").rsplit(".", 1)[1].isdigit()]
+    archives = [
+        path for path in logs.glob(f"{name}.log.*") if path.name.removesuffix(".gz").rsplit(".", 1)[1].isdigit()
+    ]
     data = b"".join(
         gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for path in sorted(archives, key=number, reverse=True)

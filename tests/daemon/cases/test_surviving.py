@@ -108,7 +108,9 @@ def test_case_04_no_line_is_lost_when_the_collector_dies_mid_stream(tmp_path: Pa
     ("policy", "code", "again"),
     [("always", 0, True), ("always", 3, True), ("on-failure", 0, True), ("never", 3, False)],
 )
-def test_case_06_a_death_while_the_daemon_is_away_is_noticed(tmp_path: Path, policy: str, code: int, again: bool) -> None:
+def test_case_06_a_death_while_the_daemon_is_away_is_noticed(
+    tmp_path: Path, policy: str, code: int, again: bool
+) -> None:
     """Nobody saw the exit code: it counts as a failure, so `on-failure` starts again."""
     wait = f"while [ ! -e go ]; do sleep 0.02; done; rm go; exit {code}"
     with fleetd(tmp_path, fleet({"a": {"command": sh(wait), "restart": {**QUICK, "policy": policy}}})) as daemon:
@@ -228,7 +230,11 @@ def test_case_31_a_link_in_the_place_of_a_record_is_not_followed_to_a_kill(tmp_p
 
 def test_case_05_supervisor_a_crash_in_the_middle_of_a_start_leaves_no_second_copy(tmp_path: Path) -> None:
     port = free_port()
-    slow = json.loads(fake("--bind-after", "2")) if "--bind-after" in fake_flags() else json.loads(fake("--load-time", "2"))
+    slow = (
+        json.loads(fake("--bind-after", "2"))
+        if "--bind-after" in fake_flags()
+        else json.loads(fake("--load-time", "2"))
+    )
     services = {"a": {"command": slow, "port": port, "probes": {"startup": {"http": "/health"}}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
