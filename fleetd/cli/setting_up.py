@@ -53,13 +53,15 @@ def install_service(
     from fleetd.cli import service_files
 
     user = None if own else run_as or os.environ.get("SUDO_USER") or _current_user()
+    file_given = _config(config)
     service = service_files.Service(
         fleetd=_program("fleetd", "fleetd"),
         fleetctl=_program("fleetctl", "fleetd.cli.fleetctl"),
-        config=str(_config(config)),
+        config=str(file_given),
         path=os.environ.get("PATH", os.defpath),
         user=user,
         home=_home_of(user),
+        socket=_socket(file_given, _home_of(user)),
     )
     make = (
         service_files.launchd if (platform or service_files.native_platform()) == "launchd" else service_files.systemd
@@ -109,6 +111,24 @@ def _program(name: str, module: str) -> tuple[str, ...]:
         return (str(beside),)
     found = shutil.which(name)
     return (str(Path(found).absolute()),) if found else (sys.executable, "-m", module)
+
+
+def _socket(config: Path, home: Path) -> str | None:
+    """Return where the daemon of this file will listen; None where fleetctl looks anyway. A bad file is a warning here."""
+    from fleetd.config.load import load
+    from fleetd.errors import ConfigError
+
+    if not config.is_file():
+        return None
+    try:
+        loaded = load(config, {**os.environ, "HOME": str(home)})
+    except ConfigError as error:
+        say(f"warning: {config} cannot be used as it is: {str(error).splitlines()[0]}")
+        return None
+    written = loaded.config.paths.run
+    folder = home / written[2:] if written.startswith("~/") else loaded.resolve(("paths", "run"), written)
+    found = folder / "fleetd.sock"
+    return None if found == home / ".fleetd/run/fleetd.sock" else str(found)
 
 
 def _config(given: str | None) -> Path:

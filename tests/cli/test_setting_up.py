@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.cli.pages import page
-from fleetd.cli.service_files import Service, launchd, systemd
+from fleetd.cli.service_files import Service, examples, launchd, systemd
 from tests.cli.running import FLEETCTL, REPOSITORY, environment, fleetctl, raw_server
 
 ODD = Service(
@@ -46,6 +46,44 @@ def test_a_system_unit_has_a_user() -> None:
     assert "WantedBy=multi-user.target" in file.text
 
 
+def test_a_system_unit_is_hardened_and_lets_engines_be() -> None:
+    def unit(user: str | None) -> configparser.SectionProxy:
+        parsed = configparser.ConfigParser(interpolation=None, strict=False)
+        parsed.optionxform = str  # type: ignore[assignment,method-assign]
+        parsed.read_string(systemd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user})).text)
+        return parsed["Service"]
+
+    assert unit("fleet")["NoNewPrivileges"] == "yes"
+    assert unit("fleet")["CapabilityBoundingSet"] == ""
+    assert "CapabilityBoundingSet" not in unit("root"), "root starts processes of other users"
+    assert "NoNewPrivileges" not in unit(None), "a session's systemd has no right to most of it"
+    breaks_cuda = {"PrivateDevices", "DeviceAllow", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute"}
+    loses_on_restart = {"PrivateTmp", "RemoveIPC", "ProtectControlGroups"}
+    for user in (None, "root", "fleet"):
+        assert not set(unit(user)) & (breaks_cuda | loses_on_restart)
+
+
+@pytest.mark.parametrize("name", sorted(examples()))
+def test_the_examples_in_the_repository_are_what_the_templates_give(name: str) -> None:
+    said = "run: python -m fleetd.cli.service_files ."
+    assert (REPOSITORY / name).read_text("utf-8") == examples()[name], said
+
+
+def test_the_unit_finds_the_daemons_socket(tmp_path: Path) -> None:
+    config = tmp_path / "fleet.yaml"
+
+    def reload_line(text: str) -> str:
+        config.write_text(text)
+        ran = fleetctl("install-service", "--user", "--print", "--platform", "systemd", "--config", str(config))
+        assert ran.code == 0, ran.err
+        return next(line for line in ran.out.splitlines() if line.startswith("ExecReload="))
+
+    assert reload_line("version: 1\n").endswith("fleetctl reload")
+    moved = reload_line("version: 1\npaths: {run: ./run, state: ./s, logs: ./l}\n")
+    assert moved.endswith(f"fleetctl --socket {tmp_path}/run/fleetd.sock reload")
+    assert reload_line("version: [\n").endswith("fleetctl reload"), "a bad file is said, and does not stop the installation"
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "fleetd.service"
@@ -64,6 +102,16 @@ def test_a_property_list_is_one(user: str | None) -> None:
     assert parsed["KeepAlive"] == {"SuccessfulExit": False}
     assert parsed.get("UserName") == user
     assert ("LaunchDaemons" in str(file.destination)) == (user is not None)
+    assert parsed["Label"] == file.destination.stem
+    assert parsed["RunAtLoad"] is True
+    assert parsed["ThrottleInterval"] <= 10
+    assert parsed["ExitTimeOut"] == 600, "stopping engines takes longer than launchd's own patience"
+    assert parsed["ProcessType"] == "Interactive"
+    assert parsed["SoftResourceLimits"]["NumberOfFiles"] == parsed["HardResourceLimits"]["NumberOfFiles"] >= 65536
+    assert parsed["Umask"] == 0o077
+    assert {"HOME", "PATH"} <= set(parsed["EnvironmentVariables"]), "launchd reads no shell profile"
+    assert parsed["StandardOutPath"] == parsed["StandardErrorPath"]
+    assert "LaunchOnlyOnce" not in parsed
 
 
 def test_installing_writes_the_file_and_says_what_to_run(tmp_path: Path) -> None:
