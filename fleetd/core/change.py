@@ -51,6 +51,8 @@ class Change:
             for holder in model.holders:
                 hosted.setdefault(holder, []).append(model.name)
         facts.hosted = {name: tuple(models) for name, models in hosted.items()}
+        for name in event.spec.models:
+            self.residencies.requires(name, event.missing_models.get(name, ()), now)
         for spec in event.spec.processes.values():
             own = facts.models.get(spec.own_model or "")
             if own is not None and not own.placements and not spec.on_demand and _was_on_demand(before.get(spec.name)):

@@ -47,6 +47,7 @@ class SpecChanged(Event):
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
     adopted: tuple[Adopted, ...] = ()
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # required paths that are absent, by process
+    missing_models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same for held models
     died: tuple[Exited, ...] = ()
 
 
@@ -155,6 +156,24 @@ class LoadFailed(Event):
     generation: int
     message: str
     recoverable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress(Event):
+    """The model is still being made for its server (copied, quantised): the load's deadline is counted again from now."""
+
+    model: str
+    process: str
+    generation: int
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequirementsChanged(Event):
+    """What a held model is read from and that is absent now (its drive is unplugged); empty: all there."""
+
+    model: str
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

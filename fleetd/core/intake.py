@@ -46,6 +46,8 @@ class Intake:
             e.RestartDue: self.restart_due,
             e.Loaded: self.loaded,
             e.LoadFailed: self.load_failed,
+            e.LoadProgress: self.load_progress,
+            e.ModelRequirementsChanged: lambda event, now: self.residencies.requires(event.model, event.missing, now),
             e.Unloaded: self.unloaded,
             e.UnloadFailed: self.unload_failed,
             e.ResidentsObserved: self.residents_observed,
@@ -156,7 +158,9 @@ class Intake:
 
     # -- models -----------------------------------------------------------------------------------------------------------
 
-    def _placement(self, event: e.Loaded | e.LoadFailed | e.Unloaded | e.UnloadFailed) -> Placement | None:
+    def _placement(
+        self, event: e.Loaded | e.LoadFailed | e.LoadProgress | e.Unloaded | e.UnloadFailed
+    ) -> Placement | None:
         model = self.facts.models.get(event.model)
         placement = model.placements.get(event.process) if model is not None else None
         if placement is None or placement.generation != event.generation:
@@ -173,6 +177,11 @@ class Intake:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.LOADING and placement.ordered:
             self.residencies.load_failed(placement, event.message, now, final=not event.recoverable)
+
+    def load_progress(self, event: e.LoadProgress, now: float) -> None:
+        placement = self._placement(event)
+        if placement is not None and placement.state is Residency.LOADING and placement.ordered:
+            placement.ordered_s, placement.reason = now, event.phase
 
     def unloaded(self, event: e.Unloaded, now: float) -> None:
         placement = self._placement(event)

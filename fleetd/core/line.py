@@ -54,6 +54,9 @@ class Line:
             self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif now >= waiting.deadline_s:
             self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.why}", now)
+        elif model.missing and not self.has_loaded(model):
+            reason = f"{model.name} cannot be served: it requires {', '.join(model.missing)}, absent now"
+            self.out(waiting, "model_blocked", reason, now, 30.0)
         elif (
             model.failure
             and (model.failure_final or model.failure_s >= waiting.arrived_s or now < model.retry_s)

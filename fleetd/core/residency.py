@@ -226,6 +226,23 @@ class Residencies:
             if model is not None:
                 model.failure, model.failure_final, model.retry_s = None, False, now
 
+    def requires(self, name: str, missing: tuple[str, ...], now: float) -> None:
+        """What a held model is read from came or went: a model without its file leaves memory, and comes back with it."""
+        model = self.facts.models.get(name)
+        if model is None or model.missing == missing:
+            return
+        model.missing = missing
+        if missing:
+            said = f"requires {', '.join(missing)}, absent now"
+            self.facts.journal.note(name, f"blocked: {said}")
+            for placement in list(model.placements.values()):
+                self.leave(placement, now, said, returns=True)
+        else:
+            self.facts.journal.note(name, "all it requires is there")
+            model.failure, model.failure_final, model.retry_s = None, False, now
+            if stays(self.facts, model) and not model.placements:
+                due(self.facts, model)
+
     # -- by time ----------------------------------------------------------------------------------------------------------
 
     def _expire(self, placement: Placement, now: float) -> None:

@@ -60,7 +60,7 @@ def preload(facts: Facts, residencies: Residencies, now: float) -> None:
     for name in sorted(facts.due, key=lambda key: (-facts.models[key].spec.priority, key)):
         model = facts.models[name]
         need = model.footprint.bytes
-        if model.placements or now < model.retry_s or model.failure_final or facts.held & set(need):
+        if model.missing or model.placements or now < model.retry_s or model.failure_final or facts.held & set(need):
             continue
         process = holder(facts, model)
         if process is None:

@@ -57,6 +57,8 @@ def can_serve(facts: Facts, model: Model, now: float) -> bool:
         return True
     if model.failure_final or (model.failure and now < model.retry_s) or model.waiting >= model.spec.queue_max:
         return False
+    if model.missing and not model.placements:
+        return False
     return any(usable(process) for name in model.spec.holders if (process := facts.processes.get(name)) is not None)
 
 

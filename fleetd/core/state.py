@@ -172,6 +172,7 @@ class Model:
     placements: dict[str, Placement] = field(default_factory=dict)  # by process; absent ones are not kept
     pinned_by_hand: bool | None = None
     preload_due: bool = False
+    missing: tuple[str, ...] = ()  # what it is read from and that is absent now
     waiting: int = 0
     loads: int = 0
     evictions: int = 0
