@@ -13,7 +13,7 @@ from fleetd.core.admission import Admission
 from fleetd.core.facts import Facts
 from fleetd.core.residency import Residencies
 from fleetd.core.retention import due
-from fleetd.core.state import SERVING, ProcessState
+from fleetd.core.state import SERVING, ProcessState, Residency
 from fleetd.core.supervision import Supervision
 
 
@@ -35,7 +35,7 @@ class Orders:
             process.next_start_s = now
         self.residencies.forgive(process.name, now)
         own = self.facts.models.get(process.spec.own_model or "")
-        if own is not None and not own.placements:
+        if own is not None and own.state not in (Residency.LOADED, Residency.LOADING):
             due(self.facts, own)
         self.facts.wake(event.name)
         self.facts.persist(process, "started by an operator")
