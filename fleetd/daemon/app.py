@@ -218,7 +218,7 @@ class App:
         missing = await daemon.requirements.look(assembly.plans)
         daemon.requirements.accept(missing)
         adopted, died = tuple(adoption.adopted), tuple(adoption.died)
-        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, adopted, missing, died))
+        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, adopted, missing, died=died))
         daemon.port.spec_changed()
         for name in adoption.changed:
             daemon.dispatch(RestartAsked(name))

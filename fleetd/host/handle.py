@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -111,6 +112,10 @@ class Records:
     def _path(self, name: str) -> Path:
         return self._folder / f"{escape(name)}.json"
 
+    def pipe_path(self, token: str) -> Path:
+        """Return where the pipe of a captured run is."""
+        return self._folder / f"{token}.pipe"
+
     def write(self, record: HandleRecord) -> None:
         content = {"version": _VERSION, **asdict(record)}
         try:
@@ -122,7 +127,11 @@ class Records:
             self.problem = None
 
     def remove(self, record: HandleRecord) -> None:
-        """Forget a record, unless a later run has already replaced it."""
+        """Forget a record, unless a later run has already replaced it, and the pipe of its run."""
+        try:
+            self.pipe_path(record.token).unlink(missing_ok=True)
+        except OSError:
+            pass
         path = self._path(record.name)
         try:
             current = parse_record(path.read_bytes())
@@ -147,6 +156,9 @@ class Records:
                 place = quarantine(path)
                 if place is not None:
                     moved.append(place)
+        known = {self.pipe_path(record.token) for record in records}
+        for pipe in set(self._folder.glob("*.pipe")) - known:
+            pipe.unlink(missing_ok=True)
         return records, moved
 
 
@@ -172,7 +184,7 @@ def parse_record(data: bytes) -> HandleRecord:
     strings = ("name", "token", "boot_id", "host", "exe", "log_path")
     if not all(isinstance(known.get(key, ""), str) for key in strings) or not known.get("name"):
         raise ValueError("a field has the wrong type")
-    if not isinstance(known.get("generation"), int) or not known.get("token"):
+    if not isinstance(known.get("generation"), int) or not re.fullmatch(r"[\w-]+", known.get("token", "")):
         raise ValueError("a field is missing")
     pid = known.get("pid")
     if not (pid is None or (isinstance(pid, int) and pid > 1)) or not isinstance(known.get("start_ticks", 0), int):

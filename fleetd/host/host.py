@@ -28,6 +28,7 @@ from fleetd.host.command import CommandResult, run_command
 from fleetd.host.handle import OnExit, ProcessHandle, Records
 from fleetd.host.ipc import NodeChannel
 from fleetd.host.logs.book import LogBook
+from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.scan import LogScanner
 from fleetd.host.oom import OomWatch
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
@@ -36,7 +37,17 @@ from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable
 from fleetd.host.spawn import Program
 from fleetd.host.spawning import Spawner, Started
 from fleetd.host.stop import Stopper
-from fleetd.host.types import HandleRecord, HostPaths, KillScope, PortOwner, RawExit, SpawnRequest, StopPolicy, Usage
+from fleetd.host.types import (
+    Capture,
+    HandleRecord,
+    HostPaths,
+    KillScope,
+    PortOwner,
+    RawExit,
+    SpawnRequest,
+    StopPolicy,
+    Usage,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -297,7 +308,10 @@ class Host:
             if fd is not None:
                 os.set_inheritable(fd, False)
         self._attach(handle)
-        self.logs.attach(handle, record.pipe_fd)
+        pipe = record.pipe_fd
+        if pipe is None and record.logs.capture == Capture.PIPE:
+            pipe = await self.thread(reopen, self.records.pipe_path(record.token))
+        self.logs.attach(handle, pipe)
         if record.ipc_fd is not None:
             end = socket.socket(fileno=record.ipc_fd)
             handle.channel = NodeChannel(asyncio.get_running_loop(), end)
@@ -324,6 +338,16 @@ class Host:
         if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
             return None
         return f"pid {record.pid} carries neither our token nor our program"
+
+    async def gone(self, record: HandleRecord) -> bool:
+        """Say whether the run of a record is proven to have ended since this boot of the machine."""
+        return await self.thread(self._gone, record)
+
+    def _gone(self, record: HandleRecord) -> bool:
+        if record.boot_id != self._boot_id or record.pid is None:
+            return False
+        entry = self.table.entry(record.pid)
+        return entry is None or entry.dead or entry.start != record.start_ticks
 
     async def prepare_exec(self) -> list[HandleRecord]:
         """Make pipes and channels survive an execv of this process and return the records to `adopt` after it.

@@ -19,6 +19,7 @@ from fleetd.host.command import kill_and_forget
 from fleetd.host.handle import Records
 from fleetd.host.ipc import channel_env
 from fleetd.host.logs.book import LogBook
+from fleetd.host.logs.fifo import open_pair
 from fleetd.host.process_set import Lineage
 from fleetd.host.proctable import ProcessTable, executable_of
 from fleetd.host.spawn import Program, launch, tagged_env
@@ -69,7 +70,7 @@ class Spawner:
             self._records.write(record)
             output = log_fd
             if request.logs.capture == Capture.PIPE:
-                reader, output = os.pipe()
+                reader, output = open_pair(self._records.pipe_path(record.token))
                 opened.append(output)
             env = tagged_env(request, record.token)
             passed: tuple[int, ...] = ()

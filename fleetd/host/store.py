@@ -1,7 +1,8 @@
 """What the daemon knows for longer than it lives.
 
 The rules of this file
-- `remembered.json` (durable stops, restart counters) is small and written by rename with fsync: it decides what runs.
+- `remembered.json` (durable stops, restart counters) is small and written by rename with fsync: it decides what runs. A
+  boot of the machine leaves only the stops and the counts: what had given up, or ended, gets a new chance.
 - `fleetd.db` (sqlite, WAL) holds learned footprints, history and small facts; losing it costs knowledge, never correctness.
 - One thread does all writing and reading, in order. Writers never wait; at most 10 000 writes may be pending, older
   history is dropped then. A full disk is a `problem` that goes away by itself.
@@ -16,13 +17,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fleetd.core.contract import Remembered
 from fleetd.errors import HostError
 from fleetd.host.handle import write_atomically
+from fleetd.host.proctable import boot_id
 
 T = TypeVar("T")
 
@@ -157,6 +159,7 @@ class Store:
         self._unsaved = False
         content = {
             "version": _VERSION,
+            "boot_id": boot_id(),
             "processes": {name: asdict(value) for name, value in list(self._remembered.items())},
         }
         try:
@@ -178,13 +181,16 @@ class Store:
             if content["version"] != _VERSION:
                 raise ValueError("unknown version")
             fields = Remembered.__dataclass_fields__
-            return {
+            found = {
                 str(name): Remembered(**{key: value for key, value in entry.items() if key in fields})
                 for name, entry in content["processes"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._set_aside(path)
             return {}
+        if content.get("boot_id") in (None, boot_id()):
+            return found
+        return {name: replace(one, failed=None, exited=None, code=None, deaths=0) for name, one in found.items()}
 
     # -- learned footprints ----------------------------------------------------------------------------------------
 
