@@ -4,6 +4,7 @@ The rules of this file
 - What is proven to be ours and still in fleet.yaml goes on as it is; its deaths in the meantime are noticed.
 - What is proven but no longer in fleet.yaml, and what a dead leader left behind, is ended: it carries our token.
 - What cannot be proven is left alone and said.
+- A container outlives its client: one that no adopted client belongs to is found by its label, and removed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 
 from fleetd.core.contract import ExitKind, ExitReport
 from fleetd.core.events import Adopted, Exited
-from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.containers import remove_by, remove_orphans
+from fleetd.daemon.launches import REMOVAL, LaunchPlan
 from fleetd.daemon.machine import HostMachine
 from fleetd.daemon.processes import Processes
 from fleetd.errors import HostError
@@ -59,12 +61,19 @@ async def adopt_all(
         if record.extra.get("launch_hash") != plan.launch_hash():
             found.changed.append(record.name)
         tell(record.name, f"adopted: pid {event.pid}, generation {event.generation}")
+    live = {event.name for event in found.adopted}
+    for name, sentence in await remove_orphans(machine, plans.values(), live, machine.parent_env):
+        tell(name, sentence)
     return found
 
 
 async def _end(
     machine: HostMachine, record: HandleRecord, why: str, tell: Callable[[str, str], None]
 ) -> tuple[int, ...]:
+    removal = record.extra.get(REMOVAL)
+    if isinstance(removal, list) and removal and all(isinstance(word, str) for word in removal):
+        failed = await remove_by(machine, removal, machine.parent_env)
+        why += f"; its container: {failed or 'removed'}"
     survivors = await machine.host.sweep_record(record)
     left = f"; cannot be killed: {', '.join(map(str, survivors))}" if survivors else ""
     tell(record.name, f"not adopted: {why}{left}")

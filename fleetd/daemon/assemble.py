@@ -8,6 +8,7 @@ The rules of this file
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from fleetd.core.contract import (
 )
 from fleetd.daemon import policies
 from fleetd.daemon.assembly import Assembly, FleetPaths, Surroundings
+from fleetd.daemon.containers import IN_IMAGE, Recipe, inner_host, runtime_of, user_ids
 from fleetd.daemon.devices import default_device, device_specs
 from fleetd.daemon.entries import Entry, entries, holders, needs_assigned_port, process_names
 from fleetd.daemon.environment import parse_env_file, substitute
@@ -38,7 +40,7 @@ from fleetd.daemon.model_specs import ModelAssembler
 from fleetd.daemon.ports import NoPortLeftError, assign
 from fleetd.engines import load as find_engine
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext
-from fleetd.engines.container import Contained, DockerRuntime, contain, container_name
+from fleetd.engines.container import Contained
 from fleetd.errors import ConfigError, EngineError, Problem
 
 Path_ = tuple[str | int, ...]
@@ -152,16 +154,21 @@ class Assembler:
         if options is None:
             return
         device = self._device(entry)
-        places = {"port": entry.port, "host": HOST, "name": entry.name, "replica": entry.replica}
+        places = {
+            "port": entry.port,
+            "host": inner_host(entry.engine_keys),
+            "name": entry.name,
+            "replica": entry.replica,
+        }
         own_env = self._environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env)
         before = len(self.problems)
         if entry.engine_keys is not None:
             self._validate(entry, engine, context)
-        launch, missing = self._launch(entry, engine, context)
+        recipe = self._recipe(entry, engine, context)
         if len(self.problems) > before:
             return
-        plan = self._plan(entry, engine, context, launch, missing, device, own_env)
+        plan = self._plan(entry, engine, context, recipe, device, own_env)
         port_probe = policies.needs_port(plan.probes)
         if port_probe is not None and plan.endpoint is None:
             self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port: state one")
@@ -172,10 +179,6 @@ class Assembler:
         keys = entry.engine_keys
         if keys is None:
             return find_engine("process")
-        if keys.runtime is not None:
-            self.problem(
-                (*entry.path, "runtime"), "containers are not supported yet: give the program itself as command"
-            )
         try:
             return find_engine(keys.engine)
         except EngineError as error:
@@ -286,48 +289,56 @@ class Assembler:
             )
             (self.warn if found.warning else self.problem)(path, found.message)
 
-    def _launch(self, entry: Entry, engine: Engine, context: LaunchContext) -> tuple[Launch, str | None]:
+    def _written(
+        self, entry: Entry, engine: Engine, context: LaunchContext, recipe: Recipe | None
+    ) -> tuple[Launch, Contained | None, str | None]:
         """Return the command line, or why there is none now: the program may be installed later."""
         if entry.external is not None:
-            return Launch(argv=()), None
+            return Launch(argv=()), None, None
         try:
-            launch = engine.launch(context)
-            contained = self._contained(entry, context, launch)
-            return (contained.launch if contained is not None else launch), None
+            if recipe is None:
+                return engine.launch(context), None, None
+            contained = recipe.contain(engine, context)
+            return contained.launch, contained, None
         except EngineError as error:
             said = f"{error} ({error.hint})" if error.hint else str(error)
-            self.warn(entry.path, said)
-            return Launch(argv=()), said
+            self.warn(entry.path if recipe is None else (*entry.path, "runtime"), said)
+            return Launch(argv=()), None, said
 
-    def _contained(self, entry: Entry, context: LaunchContext, launch: Launch) -> Contained | None:
-        """Return the launch through a container, where the entry asks for one. Raises EngineError."""
+    def _recipe(self, entry: Entry, engine: Engine, context: LaunchContext) -> Recipe | None:
+        """Return how the entry's container is made, where it asks for one."""
         keys = entry.engine_keys
         if keys is None or keys.runtime is None:
             return None
-        docker = keys.runtime.docker
-        runtime = DockerRuntime(docker.image, docker.gpus or (), docker.mounts, docker.pull)
-        return contain(
-            launch,
-            runtime,
-            instance=entry.name,
-            fleet=self.config.name or "fleet",
-            port=context.port,
-            host=context.host,
-            env_names=tuple(context.env),
-            stop_timeout_s=keys.stop.timeout,
+        where = (*entry.path, "runtime")
+        if not context.command:
+            self.problem(where, f"say which program of the image it is: command, for the engine {engine.name}")
+        for key, said in (("umask", keys.umask), ("limits", keys.limits.nice)):
+            if said is not None:
+                self.warn((*entry.path, key), "umask and nice have no effect inside a container")
+        runtime = runtime_of(
+            keys.runtime.docker, context.device or "", context.device_uuid, keys.limits.cpu or (), keys.limits.nofile
         )
+        if keys.user is not None:
+            try:
+                runtime = replace(runtime, user=user_ids(keys.user))
+            except KeyError:
+                self.problem((*entry.path, "user"), f"this machine has no user {keys.user}")
+        state = hashlib.sha256(str(self._paths().state).encode()).hexdigest()[:6]
+        fleet = f"{self.config.name or 'fleet'}-{state}"
+        return Recipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
 
     def _plan(
         self,
         entry: Entry,
         engine: Engine,
         context: LaunchContext,
-        launch: Launch,
-        missing: str | None,
+        recipe: Recipe | None,
         device: str,
         env: dict[str, str],
     ) -> LaunchPlan:
         keys, path = entry.keys, entry.path
+        launch, contained, missing = self._written(entry, engine, context, recipe)
         requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
         service = entry.engine_keys is None
         options = context.options
@@ -351,30 +362,25 @@ class Assembler:
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),
-            cleanup=self._cleanup(entry),
+            recipe=recipe,
+            contained=contained,
             schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
             watch=self._watch(entry),
             source=self._source(path),
         )
 
-    def _cleanup(self, entry: Entry) -> tuple[str, ...]:
-        """A killed client leaves its container running: this removes it, before a start and after a stop."""
-        keys = entry.engine_keys
-        if keys is None or keys.runtime is None:
-            return ()
-        return ("docker", "rm", "--force", container_name(self.config.name or "fleet", entry.name))
-
     def _execution(self, entry: Entry) -> Execution:
         keys, path = entry.keys, entry.path
+        contained = entry.engine_keys is not None and entry.engine_keys.runtime is not None
         limits = keys.limits
         cwd = self.loaded.resolve((*path, "cwd"), keys.cwd) if keys.cwd is not None else self.loaded.folder_of(path)
         return Execution(
             cwd=str(cwd),
-            user=keys.user,
+            user=keys.user if not contained else None,  # inside, then
             umask=keys.umask,
-            nice=limits.nice,
-            cpu=limits.cpu or (),
-            nofile=limits.nofile,
+            nice=limits.nice if not contained else None,
+            cpu=(limits.cpu or ()) if not contained else (),
+            nofile=limits.nofile if not contained else None,
             logs=policies.log_policy(keys.logs),
             pre_start=keys.hooks.pre_start or (),
             post_stop=keys.hooks.post_stop or (),
@@ -435,13 +441,10 @@ class Assembler:
         )
 
 
-_IN_IMAGE = {"vllm": ("vllm", "serve"), "ollama": ("ollama", "serve"), "llamacpp": ("llama-server",)}
-
-
 def _image_command(entry: Entry) -> tuple[str, ...]:
     """Return the program of a container image for an entry that names none: what is on this machine's PATH says nothing."""
     keys = entry.engine_keys
-    return _IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
+    return IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
 
 
 def _endpoint(entry: Entry, options: Any) -> Endpoint | None:

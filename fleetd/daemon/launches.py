@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.core.contract import Probes, ProcessKind
+from fleetd.daemon.containers import Recipe
 from fleetd.daemon.environment import inherited, redacted_argv, redacted_env
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
+from fleetd.engines.container import Contained
 from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
+
+REMOVAL = "container_removal"  # in a record's `extra`
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ class LaunchPlan:
     own_model: HeldModel | None = None
     schedule: Schedule | None = None
     watch: WatchPlan | None = None
-    cleanup: tuple[str, ...] = ()  # run before a start and after a stop; may fail: there is nothing to clean then
+    recipe: Recipe | None = None  # where it runs in a container
+    contained: Contained | None = None  # the container, once its client is there
     source: tuple[str, int] = ("", 0)
 
     def environment(self, parent: Mapping[str, str]) -> dict[str, str]:
@@ -92,7 +97,9 @@ class LaunchPlan:
 
     def set_env(self) -> dict[str, str]:
         """Return what is set beyond the inherited part: the engine's, then the entry's."""
-        return {**self.launch.env, **self.own_env}
+        env = {**self.launch.env, **self.own_env}
+        taken = self.contained.taken if self.contained is not None else ()
+        return {key: value for key, value in env.items() if key not in taken} if taken else env
 
     def request(self, generation: int, parent: Mapping[str, str]) -> SpawnRequest:
         """Return what the host needs to start it."""
@@ -111,8 +118,12 @@ class LaunchPlan:
             logs=run.logs,
             host=self.context.host,
             port=self.context.port,
-            extra={"launch_hash": self.launch_hash()},
+            extra={"launch_hash": self.launch_hash(), **self._kept_of_container()},
         )
+
+    def _kept_of_container(self) -> dict[str, list[str]]:
+        """Return what a later daemon needs to remove the container, whatever fleet.yaml says by then."""
+        return {REMOVAL: list(self.contained.remove)} if self.contained is not None else {}
 
     def launch_hash(self) -> str:
         """Return a short hash of everything that only a restart can change."""

@@ -92,7 +92,7 @@ class HostMachine:
 
     def __init__(self, host: Host, parent_env: Mapping[str, str]) -> None:
         self.host = host
-        self._parent_env = parent_env
+        self.parent_env = parent_env
         self.spawn = host.spawn
         self.adopt = host.adopt
         self.sweep = host.sweep
@@ -131,10 +131,10 @@ class HostMachine:
             generation=generation,
             host=plan.context.host,
             port=plan.context.port,
-            env=plan.environment(self._parent_env) if spec.exec else {},
+            env=plan.environment(self.parent_env) if spec.exec else {},
             cwd=plan.execution.cwd,
             headers=headers,
-            own_listener=not plan.external and not plan.cleanup,  # a container's listener is no child of ours
+            own_listener=not plan.external and plan.recipe is None,  # a container's listener is no child of ours
             handle=handle,
         )
         if plan.external and plan.endpoint is not None:

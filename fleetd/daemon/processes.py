@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fleetd.core.commands import Spawn, Stop, Sweep
 from fleetd.core.contract import ExitKind, ExitReport
 from fleetd.core.events import Adopted, Event, Exited, SetEmpty, Spawned, SpawnFailed
+from fleetd.daemon import containers
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Handle, Machine
 from fleetd.daemon.tasks import Tasks
-from fleetd.engines.base import Launch
+from fleetd.engines.base import ExitVerdict
+from fleetd.engines.container import CANNOT_START, client_verdict, inner_signal
 from fleetd.errors import EngineError, FleetError, HostError
 from fleetd.host.types import HandleRecord, RawExit, Usage
 
@@ -65,6 +67,7 @@ class Processes:
         self._tasks = tasks
         self._parent_env = parent_env
         self._complain = complain
+        self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
         self.runs: dict[str, Run] = {}
 
     def live(self) -> Iterator[Run]:
@@ -112,7 +115,7 @@ class Processes:
     async def _spawn(self, run: Run) -> None:
         try:
             plan = run.plan = written(run.plan)
-            await self._clean(plan)
+            await self._clear_place(plan)
             await self._hook(plan, plan.execution.pre_start, "pre_start")
             request = plan.request(run.generation, self._parent_env)
             handle = await self._machine.spawn(request, self.exit_seen(run))
@@ -139,6 +142,8 @@ class Processes:
             run.early_exit = raw
             return
         run.dead = True
+        if run.plan.contained is not None and raw.code == CANNOT_START:
+            self._half_made.add(run.name)
         run.reporting = self._tasks.start(self._report(run, raw), f"last words of {run.name}")
 
     async def _report(self, run: Run, raw: RawExit) -> None:
@@ -169,13 +174,9 @@ class Processes:
         if run.handle is None:
             return ()
         plan = self._plans().get(run.name, run.plan)
-        if force is None:
-            survivors = await self._machine.sweep(run.handle, plan.stop.kill)
-        else:
-            survivors = await self._machine.stop(run.handle, plan.stop, force)
+        survivors = await self._end_client(run, plan, force)
         if run.reporting is not None:
             await asyncio.wait({run.reporting})
-        await self._clean(run.plan)
         if not survivors and plan.execution.post_stop:
             try:
                 await self._hook(plan, plan.execution.post_stop, "post_stop")
@@ -183,12 +184,37 @@ class Processes:
                 self._complain(run.name, sentence(error))
         return survivors
 
-    async def _clean(self, plan: LaunchPlan) -> None:
-        if plan.cleanup:
-            try:
-                await self._machine.run(plan.cleanup, plan.environment(self._parent_env), None, _HOOK_S)
-            except HostError:
-                return  # no such program: the start says so itself
+    async def _end_client(self, run: Run, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
+        """End the process set; where it is a container's client, the container too: first, when nobody can ask it any more."""
+        assert run.handle is not None
+        why = None
+        if force is not False:
+            why = await self._end_container(run, plan.stop.timeout_s if force is None else None)
+        if force is None:
+            survivors = await self._machine.sweep(run.handle, plan.stop.kill)
+        else:
+            survivors = await self._machine.stop(run.handle, plan.stop, force)
+        if force is False:
+            why = await self._end_container(run, None)
+        if why is not None:
+            self._complain(run.name, why)
+            return survivors or (run.handle.pid,)
+        return survivors
+
+    async def _end_container(self, run: Run, stop_s: float | None) -> str | None:
+        contained = run.plan.contained
+        if contained is None:
+            return None
+        return await containers.end(self._machine, contained, run.plan.environment(self._parent_env), stop_s)
+
+    async def _clear_place(self, plan: LaunchPlan) -> None:
+        """Remove a container that a start before left half made. Raises HostError."""
+        if plan.contained is None or plan.name not in self._half_made:
+            return
+        why = await containers.end(self._machine, plan.contained, plan.environment(self._parent_env), None)
+        if why is not None:
+            raise HostError(why)
+        self._half_made.discard(plan.name)
 
     async def _hook(self, plan: LaunchPlan, argv: tuple[str, ...], which: str) -> None:
         """Run a hook to its end. Raises HostError when it fails: a process whose pre_start failed is not started."""
@@ -204,10 +230,10 @@ def written(plan: LaunchPlan) -> LaunchPlan:
     """Return the plan with a command line. Raises EngineError when its program still cannot be found."""
     if plan.missing_program is None:
         return plan
-    from dataclasses import replace
-
-    launch: Launch = plan.engine.launch(plan.context)
-    return replace(plan, launch=launch, missing_program=None)
+    if plan.recipe is not None:
+        contained = plan.recipe.contain(plan.engine, plan.context)
+        return replace(plan, launch=contained.launch, contained=contained, missing_program=None)
+    return replace(plan, launch=plan.engine.launch(plan.context), missing_program=None)
 
 
 def sentence(error: FleetError) -> str:
@@ -219,7 +245,20 @@ def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitRepo
     """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
     if raw.code is None and raw.signal is None:
         return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "it ended while nobody watched", tail)
-    verdict = plan.engine.classify_exit(raw.code, raw.signal, tail)
+    verdict = _verdict(plan, raw, tail)
     kind = ExitKind.OOM if raw.oom else verdict.kind
     reason = "killed by the kernel: out of memory" if raw.oom else verdict.reason
     return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail)
+
+
+def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdict:
+    """Ask the engine; for a container first whether it was the client that failed, and what became of the program inside."""
+    if plan.contained is None:
+        return plan.engine.classify_exit(raw.code, raw.signal, tail)
+    if raw.signal is not None:
+        return ExitVerdict(ExitKind.CRASH, f"{plan.contained.remove[0]} itself was ended by {raw.signal}")
+    own = client_verdict(raw.code, tail)
+    if own is not None:
+        return own
+    inner = inner_signal(raw.code)
+    return plan.engine.classify_exit(raw.code if inner is None else None, inner, tail)

@@ -220,18 +220,72 @@ def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Pat
 
 
 def test_a_container_is_a_launch_like_any_other(tmp_path: Path) -> None:
+    client = tmp_path / "docker"
+    client.write_text("#!/bin/sh\n")
+    client.chmod(0o755)
     fleet = """
     name: box
     instances:
       o:
         engine: ollama
         port: 11434
-        env: {SOME_TOKEN: hush}
-        runtime: {docker: {image: "ollama/ollama:0.30", mounts: [/data:/root/.ollama]}}
+        env: {SOME_TOKEN: hush, HOME: /root}
+        user: root
+        runtime: {docker: {program: CLIENT, image: "ollama/ollama:0.30", mounts: [/data:/root/.ollama]}}
     """
-    plan = assembled(tmp_path, fleet).plans["o"]
-    assert plan.launch.argv[:2] == ("docker", "run")
+    plan = assembled(tmp_path, fleet.replace("CLIENT", str(client))).plans["o"]
+    assert plan.launch.argv[:2] == (str(client), "run")
     assert plan.launch.argv[-2:] == ("ollama/ollama:0.30", "serve")
     assert "hush" not in plan.launch.argv
     assert "SOME_TOKEN" in plan.launch.argv
-    assert plan.cleanup == ("docker", "rm", "--force", "fleetd-box-o")
+    assert plan.contained is not None
+    assert plan.contained.remove[:3] == (str(client), "rm", "--force")
+    assert plan.contained.name.startswith("fleetd-box-")
+    assert "HOME" not in plan.set_env()  # the client's own stays what it is
+    assert "HOME=/root" in plan.launch.argv
+    user = plan.launch.argv[plan.launch.argv.index("--user") + 1]
+    assert user == "0:0"
+    assert plan.execution.user is None
+    assert "/data" in plan.requires
+
+
+def test_a_container_without_docker_and_podman_is_said_and_tried_again_later(tmp_path: Path) -> None:
+    fleet = """
+    models:
+      m: {engine: vllm, options: {model: org/m, gpu_memory_utilization: 0.5}, runtime: {docker: {image: v, program: /no/docker}}}
+    """
+    found = assembled(tmp_path, fleet)
+    assert not found.problems
+    (warning,) = [one for one in found.warnings if "docker" in one.message]
+    assert warning.path == "models.m.runtime"
+    assert "there is no program /no/docker" in warning.message
+    assert found.plans["m"].missing_program is not None
+
+
+@pytest.mark.parametrize(
+    ("entry", "path", "said"),
+    [
+        ("engine: lmstudio, runtime: {docker: {image: x}}", "instances.i.runtime", "say which program of the image"),
+        (
+            "engine: ollama, user: no-such-user, runtime: {docker: {image: x}}",
+            "instances.i.user",
+            "no user no-such-user",
+        ),
+    ],
+)
+def test_containers_that_cannot_be(tmp_path: Path, entry: str, path: str, said: str) -> None:
+    problems = assembled(tmp_path, f"instances: {{i: {{{entry}}}}}").problems
+    assert [(one.path, said in one.message) for one in problems] == [(path, True)], problems
+
+
+def test_a_bridged_container_listens_on_all_of_its_own_addresses(tmp_path: Path) -> None:
+    entry = """
+    instances:
+      i: {engine: process, command: [serve, --host, "{host}"], port: 21999, options: {api: openai},
+          runtime: {docker: {image: x, network: bridge, program: /bin/true}}}
+    """
+    plan = assembled(tmp_path, entry).plans["i"]
+    assert plan.launch.argv[-2:] == ("--host", "0.0.0.0")
+    assert "127.0.0.1:21999:21999" in plan.launch.argv
+    assert plan.endpoint is not None
+    assert plan.endpoint.base_url == "http://127.0.0.1:21999"

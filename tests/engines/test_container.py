@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
+from fleetd.core.contract import ExitKind
 from fleetd.engines.base import Launch
-from fleetd.engines.container import DockerRuntime, contain, container_name, find_command, found
+from fleetd.engines.container import (
+    DockerRuntime,
+    absent,
+    client_verdict,
+    contain,
+    container_name,
+    find_command,
+    found,
+    inner_signal,
+)
 from fleetd.errors import EngineError
 
 IMAGE = "vllm/vllm-openai:v0.33.0"
@@ -27,18 +37,27 @@ def plan(launch: Launch = LAUNCH, **changes: Any) -> Any:
 
 def test_a_whole_line() -> None:
     made = plan(
-        gpus=("all",), mounts=("/srv/models:/models:ro",), args=("--ipc", "host"), arguments={"env_names": ("HF_HOME",)}
+        gpus=("all",),
+        mounts=("/srv/models:/models:ro",),
+        args=("--ipc", "host"),
+        arguments={"own_env": {"HF_HOME": "/hf", "HOME": "/root"}},
     )
     assert list(made.launch.argv) == [
         "docker", "run", "--rm", "--init", "--name", "fleetd-box-coder",
         "--label", "fleetd.instance=coder", "--label", "fleetd.fleet=box",
-        "--pull", "missing", "--stop-timeout", "10", "--network", "host", "--gpus", "all",
+        "--pull", "missing", "--log-driver", "none", "--network", "host", "--gpus", "all",
         "--mount", "type=bind,source=/srv/models,target=/models,readonly",
-        "--env", "CUDA_VISIBLE_DEVICES", "--env", "HF_HOME", "--env", "VLLM_API_KEY",
+        "--env", "CUDA_VISIBLE_DEVICES", "--env", "HF_HOME", "--env", "HOME=/root", "--env", "VLLM_API_KEY",
         "--ipc", "host", "--entrypoint", "vllm", IMAGE, "serve", "/models/qwen", "--port", "8001",
     ]  # fmt: skip
     assert made.stop == ("docker", "stop", "-t", "10", "fleetd-box-coder")
     assert made.remove == ("docker", "rm", "--force", "fleetd-box-coder")
+    assert made.where == ("docker", "inspect", "--format", "{{.State.Pid}} {{.Id}}", "fleetd-box-coder")
+    assert made.taken == {"HOME"}  # for the program inside, not for docker
+
+
+def test_the_time_to_stop_is_the_entry_s_own() -> None:
+    assert plan(arguments={"stop_timeout_s": 29.2}).stop == ("docker", "stop", "-t", "30", "fleetd-box-coder")
 
 
 def test_values_stay_off_the_line_and_in_the_environment() -> None:
@@ -62,7 +81,8 @@ def test_values_stay_off_the_line_and_in_the_environment() -> None:
         ({"network": "bridge"}, ("--network", "bridge", "--publish", "127.0.0.1:8001:8001")),
         ({"network": "bridge", "arguments": {"host": "::1"}}, ("--publish", "[::1]:8001:8001")),
         ({"pull": "never"}, ("--pull", "never")),
-        ({"arguments": {"stop_timeout_s": 29.2}}, ("--stop-timeout", "30")),
+        ({"user": "1000:100"}, ("--user", "1000:100")),
+        ({"cpus": (0, 3), "nofile": 4096}, ("--cpuset-cpus", "0,3", "--ulimit", "nofile=4096:4096")),
         ({"mounts": ("/a b:/b",)}, ("--mount", "type=bind,source=/a b,target=/b")),
         ({}, ("--mount", "type=bind,source=/models/qwen,target=/models/qwen,readonly")),
     ],
@@ -85,14 +105,14 @@ def test_what_a_mount_covers_is_not_mounted_again(mounts: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     ("mounts", "requires"),
     [
-        ((), "/models/qwen"),
-        (("/srv:/models:ro",), "/srv/qwen"),
-        (("/srv/q:/models/qwen",), "/srv/q"),
-        (("/a:/mod",), "/models/qwen"),
+        ((), ("/models/qwen",)),
+        (("/srv:/models:ro",), ("/srv", "/srv/qwen")),
+        (("/srv/q:/models/qwen",), ("/srv/q",)),
+        (("/a:/mod",), ("/a", "/models/qwen")),
     ],
 )
-def test_what_must_exist_is_looked_for_on_this_machine(mounts: tuple[str, ...], requires: str) -> None:
-    assert plan(mounts=mounts).launch.requires == (requires,)
+def test_what_must_exist_is_looked_for_on_this_machine(mounts: tuple[str, ...], requires: tuple[str, ...]) -> None:
+    assert plan(mounts=mounts).launch.requires == requires
 
 
 @pytest.mark.parametrize(
@@ -127,3 +147,40 @@ def test_orphans_are_found_by_label() -> None:
     output = "abc\tcoder\ndef\tgone\n\nbroken line\n"
     assert found(output, {"coder"}) == [("def", "gone")]
     assert found("", ()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "kind", "said"),
+    [
+        (125, "docker: Error response from daemon: pull access denied for nosuch, repository does", "BAD_CONFIG", "runtime.docker.image: "),
+        (125, "Error: initializing source docker://nosuch:latest: reading manifest latest", "BAD_CONFIG", "runtime.docker.image: "),
+        (125, "docker: Error response from daemon: No such image: nosuch:latest", "BAD_CONFIG", "runtime.docker.image: "),
+        (125, 'Error: nosuch: image not known', "BAD_CONFIG", "runtime.docker.image: "),
+        (125, 'docker: Error response from daemon: could not select device driver', "BAD_CONFIG", "runtime.docker.gpus: "),
+        (125, "invalid mount config for type bind: bind source path does not exist: /x", "BAD_CONFIG", "runtime.docker.mounts: "),
+        (125, "Error: statfs /x: no such file or directory", "BAD_CONFIG", "runtime.docker.mounts: "),
+        (125, "Bind for 127.0.0.1:80 failed: port is already allocated", "PORT_IN_USE", "port: "),
+        (125, "Cannot connect to the Docker daemon.", "CRASH", "the container could not be started: Cannot"),
+        (125, 'Error: creating container storage: the container name "f" is already in use', "CRASH", "Error: creating"),
+        (125, "unknown flag: --nosuch", "BAD_CONFIG", "runtime.docker.args: "),
+        (127, 'exec: "nosuch": executable file not found in $PATH: unknown.', "BAD_CONFIG", "command: "),
+        (126, "something else", "BAD_CONFIG", "command: the image has no such program"),
+        (125, "", "CRASH", "the container could not be started: ended with code 125"),
+    ],
+)  # fmt: skip
+def test_why_the_client_itself_ended(code: int, line: str, kind: str, said: str) -> None:
+    verdict = client_verdict(code, ["pulling", line] if line else [])
+    assert verdict is not None
+    assert verdict.kind is ExitKind[kind]
+    assert verdict.reason.startswith(said)
+
+
+def test_an_end_of_the_program_inside_is_its_engine_s_to_judge() -> None:
+    assert client_verdict(1, ["port is already allocated"]) is None
+    assert client_verdict(None, []) is None
+    assert [inner_signal(code) for code in (137, 139, 1, 0, None)] == ["SIGKILL", "SIGSEGV", None, None, None]
+
+
+def test_a_removal_of_nothing_is_a_removal() -> None:
+    assert absent("Error: No such container: fleetd-a")
+    assert not absent("Cannot connect to the Docker daemon")
