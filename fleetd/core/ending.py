@@ -48,8 +48,8 @@ class Ending:
         self.facts.emit(Sweep(process.name, process.generation, describe(report)))
 
     def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
-        """Nothing was spawned: no set to sweep."""
-        if self._restartable(process):
+        """Nothing was spawned: no set to sweep. For want of what it requires it is BLOCKED, which is no death."""
+        if self._restartable(process) and not process.missing:
             self.settle_death(process, report, now)
         else:
             self.facts.move(process, ProcessState.STOPPED, now, self._said(process))

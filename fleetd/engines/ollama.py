@@ -35,17 +35,26 @@ from fleetd.engines.base import (
 )
 from fleetd.engines.calls import Reply, call, until
 from fleetd.engines.fields import Count, Duration, Lifetime, Size, visible_devices
-from fleetd.engines.ollama_env import RUNNER_PORTS_FROM, SCRUBBED, TYPED, env_problems, render_env
+from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
-from fleetd.engines.ollama_models import LOAD_TIME_OPTIONS, held_problems, prepare
+from fleetd.engines.ollama_models import (
+    LOAD_TIME_OPTIONS,
+    held_problems,
+    library,
+    one_at_a_time,
+    prepare,
+    recipe_of,
+    shared_store,
+)
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.footprint import PROCESS_BYTES, Serving
-from fleetd.models.library import Change
+from fleetd.models.library import Change, Library
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+    from fleetd.models.modelfile import Recipe
     from fleetd.models.ollama_api import Progress
 
 
@@ -131,7 +140,7 @@ class Ollama:
             elif options.flash_attention is None:
                 message = f"{options.kv_cache_type} takes effect with flash attention only: set flash_attention: true"
                 problems.append(OptionProblem(("kv_cache_type",), message, warning=True))
-        return [*problems, *_warnings(context, options), *held_problems(context.models)]
+        return [*problems, *doubts(context, options, _models_dir(context)), *held_problems(context.models)]
 
     def launch(self, context: LaunchContext) -> Launch:
         rendered = {variable: value for variable, (value, _) in _rendered(context).items()}
@@ -163,6 +172,35 @@ class Ollama:
             return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
         last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
         return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
+
+    # -- the store ------------------------------------------------------------------------------------------------------
+
+    def store_key(self, context: LaunchContext, endpoint: Endpoint) -> str:
+        """Return what is equal for servers that share one store."""
+        folder = shared_store(endpoint, _store(context))
+        return str(folder.resolve()) if folder is not None else endpoint.base_url
+
+    def library(self, http: ClientSession, endpoint: Endpoint, context: LaunchContext, state_dir: Path) -> Library:
+        """Return the store of a server, to compare with what fleet.yaml wants."""
+        return library(http, endpoint, _store(context), state_dir)
+
+    def recipe(self, context: LaunchContext, model: HeldModel) -> Recipe:
+        """Return how a held model is made. Raises EngineError."""
+        return recipe_of(model, context.config_dir)
+
+    def one_at_a_time(self, key: str) -> asyncio.Lock:
+        return one_at_a_time(key)
+
+    def stands_alone(
+        self, context: LaunchContext, endpoint: Endpoint | None, model: HeldModel, state_dir: Path
+    ) -> bool:
+        """Return whether the store has the model's own bytes: the file that it was made from may be absent then. Blocks."""
+        if endpoint is None:
+            return False
+        folder = shared_store(endpoint, _store(context))
+        if folder is not None:
+            return store.model_file(folder, model.served_as) is not None
+        return Library(None, endpoint.base_url, state_dir).copied(model.served_as)  # type: ignore[arg-type]
 
     # -- models ---------------------------------------------------------------------------------------------------------
 
@@ -310,7 +348,7 @@ def _program(context: LaunchContext) -> str:
 
 def _models_dir(context: LaunchContext) -> str | None:
     """The store's absolute path; None where Ollama's own default applies."""
-    text = _options(context).models_dir or context.env.get("OLLAMA_MODELS")
+    text = _options(context).models_dir or context.env.get("OLLAMA_MODELS") or os.environ.get("OLLAMA_MODELS")
     if not text:
         return None
     return str(context.config_dir.absolute() / Path(text).expanduser())
@@ -336,51 +374,6 @@ def _rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
     if "GIN_MODE" not in context.env:
         rendered["GIN_MODE"] = ("release", "")  # else every start logs the list of its routes
     return rendered
-
-
-def _warnings(context: LaunchContext, options: OllamaOptions) -> list[OptionProblem]:
-    found: list[tuple[str, str]] = []
-    if options.gpu_overhead:
-        found.append(("gpu_overhead", "has no effect since Ollama 0.30; state a device budget instead"))
-    if options.keep_alive >= 0:
-        found.append(("keep_alive", "Ollama would unload by itself; leave it at -1 and use the model's ttl"))
-    if options.max_loaded_models is not None and options.max_loaded_models < len(context.models):
-        count = len(context.models)
-        found.append(
-            (
-                "max_loaded_models",
-                f"{options.max_loaded_models} is less than the {count} models held here: Ollama would evict by itself",
-            )
-        )
-    if not options.noprune and options.models_dir is not None:
-        found.append(("noprune", "false lets this server delete blobs that no manifest names, at every start"))
-    if options.llm_library is not None and not options.llm_library.startswith(_LIBRARIES):
-        found.append(
-            ("llm_library", f"{options.llm_library!r} names no GPU library: the server would run without a GPU")
-        )
-    folder = _models_dir(context)
-    if folder is not None and not Path(folder).is_dir():
-        found.append(
-            (
-                "models_dir",
-                f"{folder} does not exist; the server stays BLOCKED until it does (mount the drive, or mkdir -p {folder})",
-            )
-        )
-    if context.port is not None and context.port >= RUNNER_PORTS_FROM:
-        found.append(
-            (
-                "",
-                f"port {context.port} lies among those that Ollama's runners take at random ({RUNNER_PORTS_FROM} and up)",
-            )
-        )
-    if context.host not in ("127.0.0.1", "localhost", "::1"):
-        found.append(
-            ("", f"host {context.host}: Ollama asks nobody for a key; whoever reaches it may use and delete models")
-        )
-    return [OptionProblem((path,) if path else (), message, warning=True) for path, message in found]
-
-
-_LIBRARIES = ("cuda_", "rocm", "vulkan", "metal", "mlx")
 
 
 def _serving(context: LaunchContext, options: OllamaOptions) -> Serving:

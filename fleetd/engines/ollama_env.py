@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from fleetd.engines.base import OptionProblem, Options
+from fleetd.engines.base import LaunchContext, OptionProblem, Options
 
 RUNNER_PORTS_FROM = 32768
 MIB = 1024 * 1024
@@ -163,3 +164,48 @@ def _value_problems(key: str, value: str) -> list[OptionProblem]:
         hint = f"; did you mean {near[0]}?" if near else ""
         return [OptionProblem(("env", key), f"Ollama has no variable of this name{hint}", warning=True)]
     return []
+
+
+def doubts(context: LaunchContext, options: Any, folder: str | None) -> list[OptionProblem]:
+    """Return what is worth a warning; `folder` is the store's absolute path, None for Ollama's own default."""
+    found: list[tuple[str, str]] = []
+    if options.gpu_overhead:
+        found.append(("gpu_overhead", "has no effect since Ollama 0.30; state a device budget instead"))
+    if options.keep_alive >= 0:
+        found.append(("keep_alive", "Ollama would unload by itself; leave it at -1 and use the model's ttl"))
+    if options.max_loaded_models is not None and options.max_loaded_models < len(context.models):
+        count = len(context.models)
+        found.append(
+            (
+                "max_loaded_models",
+                f"{options.max_loaded_models} is less than the {count} models held here: Ollama would evict by itself",
+            )
+        )
+    if not options.noprune and options.models_dir is not None:
+        found.append(("noprune", "false lets this server delete blobs that no manifest names, at every start"))
+    if options.llm_library is not None and not options.llm_library.startswith(_LIBRARIES):
+        found.append(
+            ("llm_library", f"{options.llm_library!r} names no GPU library: the server would run without a GPU")
+        )
+    if folder is not None and not Path(folder).is_dir():
+        found.append(
+            (
+                "models_dir",
+                f"{folder} does not exist; the server stays BLOCKED until it does (mount the drive, or mkdir -p {folder})",
+            )
+        )
+    if context.port is not None and context.port >= RUNNER_PORTS_FROM:
+        found.append(
+            (
+                "",
+                f"port {context.port} lies among those that Ollama's runners take at random ({RUNNER_PORTS_FROM} and up)",
+            )
+        )
+    if context.host not in ("127.0.0.1", "localhost", "::1"):
+        found.append(
+            ("", f"host {context.host}: Ollama asks nobody for a key; whoever reaches it may use and delete models")
+        )
+    return [OptionProblem((path,) if path else (), message, warning=True) for path, message in found]
+
+
+_LIBRARIES = ("cuda_", "rocm", "vulkan", "metal", "mlx")

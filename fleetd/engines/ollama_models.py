@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProblem
@@ -21,7 +22,8 @@ from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recip
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-    from fleetd.models.library import Step
+    from fleetd.models.library import Library, Step
+    from fleetd.models.modelfile import Recipe
     from fleetd.models.ollama_api import Progress
 
 # options of a request that make Ollama start a new runner when they differ from the loaded one's
@@ -58,6 +60,40 @@ def _mistakes(model: HeldModel) -> Iterator[tuple[str, str]]:
         yield ".".join(map(str, path)), message
 
 
+def shared_store(endpoint: Endpoint, models_dir: Path) -> Path | None:
+    """Return the store's folder where it is ours to write; None for a server elsewhere, and one whose folder is not here."""
+    host = urlsplit(endpoint.base_url).hostname or ""
+    here = host == "localhost" or host.startswith("127.") or host == "::1"
+    return models_dir if here and models_dir.is_dir() else None
+
+
+def library(http: ClientSession, endpoint: Endpoint, models_dir: Path, state_dir: Path) -> Library:
+    """Return the store of a server."""
+    from fleetd.models.library import Library
+
+    return Library(http, endpoint.base_url, state_dir, shared_store(endpoint, models_dir))
+
+
+def recipe_of(model: HeldModel, config_dir: Path) -> Recipe:
+    """Return how the model is made. Raises EngineError with everything that is wrong with its entry."""
+    try:
+        return recipe(
+            model.name,
+            model.served_as,
+            source=model.source,
+            quantize=model.quantize,
+            modelfile=model.modelfile,
+            config_dir=config_dir,
+        )
+    except ValueError as error:
+        raise EngineError(str(error).replace("\n", "; "), recoverable=False) from error
+
+
+def one_at_a_time(key: str) -> asyncio.Lock:
+    """Return the lock of a store; hold it while anything in the store is made or deleted."""
+    return _STORES.setdefault((id(asyncio.get_running_loop()), key), asyncio.Lock())
+
+
 async def prepare(
     http: ClientSession,
     endpoint: Endpoint,
@@ -74,23 +110,11 @@ async def prepare(
     `models_dir` is where the server keeps its models, as seen from here; `state_dir` holds the record of what was made.
     Raises EngineError; where only a drive is missing it is worth another try.
     """
-    from fleetd.models.library import Library
     from fleetd.models.ollama_api import ignore_progress
 
     if model.source is None:
         return None
-    try:
-        wanted = recipe(
-            model.name,
-            model.served_as,
-            source=model.source,
-            quantize=model.quantize,
-            modelfile=model.modelfile,
-            config_dir=context.config_dir,
-        )
-    except ValueError as error:
-        raise EngineError(str(error).replace("\n", "; "), recoverable=False) from error
-    library = Library(http, endpoint.base_url, state_dir, models_dir if models_dir.is_dir() else None)
-    key = (id(asyncio.get_running_loop()), library.key)
-    async with _STORES.setdefault(key, asyncio.Lock()):
-        return await library.ensure(wanted, progress or ignore_progress, timeout_s)
+    wanted = recipe_of(model, context.config_dir)
+    found = library(http, endpoint, models_dir, state_dir)
+    async with one_at_a_time(found.key):
+        return await found.ensure(wanted, progress or ignore_progress, timeout_s)

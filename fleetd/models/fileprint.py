@@ -22,6 +22,21 @@ BLOCKS = 32
 PIECE_BYTES = 4 * 1024 * 1024
 
 
+_KNOWN: dict[Path, tuple[Any, str]] = {}
+_KNOWN_MAX = 20_000
+
+
+def known_fingerprint(path: Path) -> str:
+    """Return `fingerprint`, read anew only when size, time or inode of the file changed. Raises OSError."""
+    now = stamp(path)
+    known = _KNOWN.get(path)
+    if known is None or known[0] != now:
+        if len(_KNOWN) >= _KNOWN_MAX:
+            _KNOWN.clear()
+        known = _KNOWN[path] = (now, fingerprint(path))
+    return known[1]
+
+
 def fingerprint(path: Path) -> str:
     """Return 64 hex digits for the file's content. Raises OSError."""
     digest = hashlib.sha256()

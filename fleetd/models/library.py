@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 CREATE_TIMEOUT_S = 3600.0
+_RECORD = threading.Lock()  # one file for all stores, and each store's work is in a thread of its own
 COPIES_SINCE = (0, 30, 0)  # from here on, /api/create writes every GGUF anew; before, it takes the blob as it is
 
 
@@ -100,6 +102,8 @@ class Library:
         try:
             content_hash = recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe))
         except EngineError as error:
+            if key in present and key in made and not made[key].get("link"):
+                return step(Change.NONE, "in the store whole; the file it was made from is absent")
             return step(Change.MISSING, str(error))
         if key not in present:
             return step(Change.CREATE, "not in the store", content_hash)
@@ -207,14 +211,24 @@ class Library:
         made = stores.get(self.key) if isinstance(stores, dict) else None
         return {key: entry for key, entry in made.items() if isinstance(entry, dict)} if isinstance(made, dict) else {}
 
+    def copied(self, served_as: str) -> bool:
+        """True when the record says that the store has the model's bytes, not a link to a file elsewhere. Blocks."""
+        entry = self._made().get(store.ModelName.parse(served_as).key)
+        return entry is not None and not entry.get("link")
+
+    def made(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the record of this store: full name → {name, served_as, hash, link, made}. Blocks."""
+        return self._made()
+
     def _change_made(self, key: str, entry: dict[str, Any] | None) -> None:
-        record = fileprint.read_record(self.record_path)
-        stores = record.setdefault("stores", {})
-        made = stores.setdefault(self.key, {})
-        made.pop(key, None)
-        if entry is not None:
-            made[key] = entry
-        fileprint.write_record(self.record_path, record)
+        with _RECORD:
+            record = fileprint.read_record(self.record_path)
+            stores = record.setdefault("stores", {})
+            made = stores.setdefault(self.key, {})
+            made.pop(key, None)
+            if entry is not None:
+                made[key] = entry
+            fileprint.write_record(self.record_path, record)
 
     def _was_ours(self, recipe: Recipe) -> bool:
         """True when the store's model names the link that fleetd would make: the record was lost, not the model."""
@@ -279,9 +293,10 @@ class Library:
         if isinstance(known, dict) and known.get("stamp") == stamp:
             return str(known["sha256"])
         digest = fileprint.sha256(path, lambda done, total: progress("hashing", done, total))
-        record = fileprint.read_record(self.record_path)
-        record.setdefault("hashes", {})[str(path)] = {"stamp": stamp, "sha256": digest}
-        fileprint.write_record(self.record_path, record)
+        with _RECORD:
+            record = fileprint.read_record(self.record_path)
+            record.setdefault("hashes", {})[str(path)] = {"stamp": stamp, "sha256": digest}
+            fileprint.write_record(self.record_path, record)
         return digest
 
 
@@ -315,6 +330,6 @@ def _files(recipe: Recipe) -> dict[Path, str]:
 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
     try:
-        return {str(path): fileprint.fingerprint(path) for path in _files(recipe)}
+        return {str(path): fileprint.known_fingerprint(path) for path in _files(recipe)}
     except OSError as error:
         raise EngineError(f"{recipe.name}: {error.filename} cannot be read: {error.strerror}") from error
