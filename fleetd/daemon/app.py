@@ -88,8 +88,8 @@ class App:
             await self._start(stack)
             settled()
             await self._done.wait()
-            self._notifier.stopping("shutting down")
             if self._reexecuting:
+                self._notifier.reloading()  # not stopping: systemd would wait for the end of this very PID
                 await self._leave_for_reexec(stack)
             await self._gateway.close(_DRAIN_S)
         self._log.info("stopped", uptime_s=round(time.monotonic() - self._began, 1))
@@ -189,6 +189,7 @@ class App:
             daemon.requirements,
             LogSource(daemon.host.logs, daemon.host.table),
             self._operations,
+            daemon.preparation,
         )
 
         async def metrics() -> bytes:
@@ -215,10 +216,12 @@ class App:
         """Adopt what runs, then tell the fleet everything at once."""
         daemon = self._daemon
         adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, self._told_of_adoption, left)
-        missing = await daemon.requirements.look(assembly.plans)
-        daemon.requirements.accept(missing)
+        absent = await daemon.requirements.look(assembly.plans)
+        daemon.requirements.accept(absent)
         adopted, died = tuple(adoption.adopted), tuple(adoption.died)
-        daemon.dispatch(SpecChanged(assembly.spec, daemon.store.remembered, adopted, missing, died=died))
+        daemon.dispatch(
+            SpecChanged(assembly.spec, daemon.store.remembered, adopted, absent.processes, absent.models, died=died)
+        )
         daemon.port.spec_changed()
         for name in adoption.changed:
             daemon.dispatch(RestartAsked(name))
@@ -284,6 +287,7 @@ class App:
         force = force or daemon.facts.stopping
         self._log.info("shutting down", why=why, forced=force)
         daemon.facts.stopping = True
+        self._notifier.stopping(f"shutting down: {why}")
         daemon.feed.say("daemon", None, "shutdown", f"shutting down: {why}")
         daemon.dispatch(ShutdownAsked(force=force))
 

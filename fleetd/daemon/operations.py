@@ -88,14 +88,14 @@ class Operations:
     async def _change(self, new: Assembly, path: Path | None) -> None:
         daemon = self._daemon
         before = set(daemon.configuration.assembly.spec.processes) | set(daemon.configuration.assembly.spec.models)
-        missing = await daemon.requirements.look(new.plans)
+        absent = await daemon.requirements.look(new.plans)
         await daemon.configuration.accept(new, path)
-        daemon.requirements.accept(missing)
+        daemon.requirements.accept(absent)
         daemon.facts.config_error, daemon.facts.config_differs = None, False
         daemon.facts.config_path = str(daemon.configuration.path)
         for name, plan in new.plans.items():
             daemon.host.logs.set_policy(name, plan.execution.logs)
-        daemon.dispatch(SpecChanged(new.spec, missing=missing))
+        daemon.dispatch(SpecChanged(new.spec, missing=absent.processes, missing_models=absent.models))
         daemon.port.spec_changed()
         after = set(new.spec.processes) | set(new.spec.models)
         daemon.feed.say(
@@ -133,6 +133,8 @@ class Operations:
         self._daemon.feed.say("config", None, "refused", first)
 
     async def reexec(self) -> None:
+        """Begin a new program in this PID. Raises ConfigError when it could not start on the file as it is now."""
+        await self._daemon.configuration.read(None)
         asyncio.get_running_loop().call_later(0.05, self._reexecute)
 
     def stop(self, force: bool, why: str) -> None:

@@ -4,7 +4,9 @@ The rules of this file
 - Used only where a cgroup v2 tree is ours: delegated by systemd (user.delegate), or writable on a machine without systemd.
 - Everything here may fail at any time, and then the set is known by the other means; no caller sees an error.
 - Moving a process costs about 10 ms in the kernel, so it happens after the spawn is reported.
-- Counting OOM kills needs the memory controller, which is switched on only when nothing else lives in our own cgroup.
+- Counting OOM kills needs the memory controller, which is switched on only when nothing else lives in our own cgroup. systemd starts
+  the next daemon in that very cgroup, and the kernel takes no process into one that hands controllers on: so not under systemd,
+  unless it was told `DelegateSubgroup=fleetd.daemon` (systemd 254).
 """
 
 from __future__ import annotations
@@ -117,11 +119,13 @@ def _delegated(folder: Path) -> bool:
     return False
 
 
-def _enable_memory(folder: Path, top: bool) -> None:
+def _enable_memory(folder: Path, own: Path, top: bool) -> None:
     try:
         if "memory" not in (folder / "cgroup.controllers").read_text().split():
             return
         if not top:
+            if folder == own and Path("/run/systemd/system").exists():
+                return
             others = {int(word) for word in (folder / "cgroup.procs").read_text().split()} - {os.getpid()}
             if others:
                 return
@@ -145,10 +149,9 @@ def detect(prefix: str) -> CgroupTree | None:
     own = next((line[3:] for line in lines if line.startswith("0::")), None)
     if mount is None or own is None or own.startswith("/.."):
         return None
-    folder = mount / own.lstrip("/")
-    if folder.name == DAEMON_LEAF:
-        folder = folder.parent
+    leaf = mount / own.lstrip("/")
+    folder = leaf.parent if leaf.name == DAEMON_LEAF else leaf
     if not _delegated(folder):
         return None
-    _enable_memory(folder, top=folder == mount)
+    _enable_memory(folder, leaf, top=folder == mount)
     return CgroupTree(folder, prefix)
