@@ -55,12 +55,21 @@ def base_root() -> Path:
     return root
 
 
-def wheels(into: Path) -> None:
-    """Build this project's wheel and bring what it depends on, for the container's Python 3.11."""
+def build_wheel(into: Path) -> None:
+    """Build this project's wheel."""
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(into), str(REPOSITORY))
-    (wheel,) = into.glob("fleetd-*.whl")
-    only = ("--only-binary=:all:", "--python-version", "3.11")
-    run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(into), *only, str(wheel))
+
+
+def install_wheels(folder: Path, into: Path) -> None:
+    """Install the wheel and all that it depends on into the packages of the container's Python 3.11, from outside of it."""
+    (wheel,) = folder.glob("fleetd-*.whl")
+    only = ("--only-binary=:all:", "--python-version", "3.11", "--target", str(into))
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location", *only, str(wheel))
+    for script in (into / "bin").iterdir():  # made for the Python that installed them
+        text = script.read_text()
+        installed = into.parents[2] / "bin" / script.name
+        installed.write_text("#!/opt/fleetd/bin/python3\n" + text.partition("\n")[2])
+        installed.chmod(0o755)
 
 
 class Machine:
@@ -94,12 +103,13 @@ class Machine:
 
 @contextmanager
 def systemd_machine() -> Iterator[Machine]:
-    """Yield a container in which systemd says that it runs, with fleetd's wheels in /wheels."""
-    with tempfile.TemporaryDirectory(prefix="fleetd-systemd-", dir=CACHE if CACHE.exists() else None) as folder:
+    """Yield a container in which systemd says that it runs, with fleetd's wheel in /wheels."""
+    base = base_root()
+    with tempfile.TemporaryDirectory(prefix="fleetd-systemd-", dir=CACHE) as folder:
         root = Path(folder) / "root"
-        run("cp", "-a", str(base_root()), str(root))
+        run("cp", "-a", str(base), str(root))
         (root / "wheels").mkdir()
-        wheels(root / "wheels")
+        build_wheel(root / "wheels")
         conf = Path(folder) / "containers.conf"
         conf.write_text(CONTAINERS_CONF)
         environment = {"CONTAINERS_CONF": str(conf)}

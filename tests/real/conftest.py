@@ -1,0 +1,22 @@
+"""Tests of whole machines and engines share one for a file, since a start takes a minute: the file as a whole leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_by_the_file() -> Iterator[None]:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=5)
+    assert not alive, f"left behind: {alive}"
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> None:
+    """Take the place of the check of every single test."""

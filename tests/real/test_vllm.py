@@ -1,0 +1,172 @@
+"""fleetd over a real vLLM on the CPU: a model of random weights, a chat, a killed server, a killed engine, a bad option, a stop.
+
+The rules of this file
+- FLEETD_VLLM is the folder that `tests/real/install_vllm.sh` installed into (default: ~/.cache/fleetd-vllm).
+- One daemon for the whole file: a start of vLLM takes most of a minute. Every test leaves the model loaded, or ready to be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.daemon.rig import Fleetd, fleetd, until
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+
+CACHE = Path(os.environ.get("FLEETD_VLLM", Path.home() / ".cache" / "fleetd-vllm"))
+READY_S = 300.0  # 40 s on an idle machine with two cores; imports of libraries dominate, and the machine is shared
+GONE_S = 20.0
+
+FLEET = """
+models:
+  tiny:
+    engine: vllm
+    aliases: [gpt-tiny]
+    command: [{vllm}, serve]
+    device: host
+    env: {{VLLM_CPU_OMP_THREADS_BIND: nobind, HF_HUB_DISABLE_TELEMETRY: "1", OMP_NUM_THREADS: "2"}}
+    ttl: 0
+    queue: {{timeout: 5m}}
+    restart: {{backoff: {{initial: 100ms}}}}
+    options:
+      model: {model}
+      offline: true
+      dtype: bfloat16
+      max_model_len: 512
+      max_num_seqs: 16
+      enforce_eager: true
+      gpu_memory_utilization: {share}
+"""
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleetd]:
+    if not (CACHE / "vllm").exists():
+        pytest.skip(f"vLLM is not in {CACHE}: bash tests/real/install_vllm.sh {CACHE}")
+    folder = tmp_path_factory.mktemp("vllm")
+    made = subprocess.run(
+        [CACHE / "venv/bin/python", Path(__file__).parent / "tiny_hf.py", folder / "model"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    with fleetd(folder, text(folder)) as running:
+        running.start()
+        yield running
+
+
+def text(folder: Path, share: float = 0.15) -> str:
+    return FLEET.format(vllm=CACHE / "vllm", model=folder / "model", share=share)
+
+
+@pytest.fixture
+def loaded(fleet: Fleetd) -> Fleetd:
+    load(fleet)
+    return fleet
+
+
+def load(fleet: Fleetd) -> None:
+    """Have the model loaded, and its process ready."""
+    ask(fleet)
+    fleet.until_state("tiny", "READY")
+
+
+def ask(fleet: Fleetd, model: str = "tiny", **more: object) -> str:
+    """Ask for eight tokens; the model is loaded for it if it has to be. Return the content of the answer."""
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, **more}
+    answer = fleet.ask("POST", "/v1/chat/completions", body, timeout_s=READY_S)
+    assert answer.status == 200, (answer.body[:500], fleet.log()[-3000:], fleet.log_of("tiny")[-3000:])
+    assert answer.json["usage"]["completion_tokens"] > 0
+    return str(answer.json["choices"][0]["message"]["content"])
+
+
+def processes(fleet: Fleetd) -> dict[int, str]:
+    """Return the pids and titles of everything that the daemon started."""
+    found = {}
+    for process in fleet.children():
+        try:
+            found[process.pid] = " ".join(process.cmdline())[:60] or process.name()
+        except psutil.Error:
+            continue
+    return found
+
+
+def alive(pids: object) -> dict[int, str]:
+    found = {}
+    for pid in pids:  # type: ignore[attr-defined]
+        try:
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[pid] = process.name()
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_it_answers_whole_and_in_pieces(loaded: Fleetd) -> None:
+    assert ask(loaded, temperature=0) == ask(loaded, "gpt-tiny", temperature=0)
+    streamed = loaded.chat("tiny", stream=True)
+    events = [line[6:] for line in streamed.body.decode().splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    assert all("choices" in json.loads(event) for event in events[:-1])
+
+
+def test_its_processes_are_seen_and_counted(loaded: Fleetd) -> None:
+    row = loaded.process_row("tiny")
+    titles = processes(loaded)
+    assert row["pid"] in titles
+    assert len(titles) >= 3, "the server, its engine and a worker; their titles must not hide whose they are"
+    total = sum(psutil.Process(pid).memory_info().rss for pid in titles)
+    assert row["rss_bytes"] > 0.5 * total, "memory is that of the whole set"
+    (model,) = [entry for entry in loaded.get("/v1/models").json["data"] if entry["id"] == "tiny"]
+    assert model["fleet"]["engine"] == "vllm"
+    assert model["fleet"]["state"] == "LOADED"
+
+
+@pytest.mark.parametrize("victim", ["the server", "its engine"])
+def test_after_a_kill_nothing_is_left_and_it_serves_again(loaded: Fleetd, victim: str) -> None:
+    row, before = loaded.process_row("tiny"), processes(loaded)
+    pid = row["pid"] if victim == "the server" else next(pid for pid, title in before.items() if "Engine" in title)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(before), f"all of {before} are gone", READY_S if victim == "its engine" else GONE_S)
+    load(loaded)
+    after = loaded.process_row("tiny")
+    assert after["restarts"] == row["restarts"] + 1
+    assert after["generation"] > row["generation"]
+    assert not set(processes(loaded)) & set(before)
+
+
+def test_an_option_that_cannot_work_fails_once_with_its_reason(fleet: Fleetd) -> None:
+    """vLLM finds less memory than asked for and exits with 1 after most of a minute: trying again would not help."""
+    fleet.write(text(fleet.folder, share=1.0))
+    until(lambda: fleet.status()["daemon"]["config_hash"] != "", "the file is read")
+    assert fleet.control("POST", "/v1/reload").status == 200
+    answer = fleet.ask("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, timeout_s=READY_S)
+    assert (answer.status, answer.code) in ((503, "model_failed"), (422, "model_too_large")), answer.body
+    if answer.code == "model_failed":
+        row = fleet.until_state("tiny", "FAILED")
+        assert "memory" in row["reason"].lower(), row
+        until(lambda: not processes(fleet), "nothing is left of it")
+    fleet.write(text(fleet.folder))
+    assert fleet.control("POST", "/v1/reload").status == 200
+    load(fleet)
+
+
+def test_stop_gives_everything_back(loaded: Fleetd) -> None:
+    before = processes(loaded)
+    assert before
+    assert loaded.control("POST", "/v1/processes/tiny/stop", {"wait": True, "timeout_s": 60}).status == 200
+    loaded.until_state("tiny", "STOPPED")
+    assert alive(before) == {}
+    assert [device["reserved_bytes"] for device in loaded.status()["devices"]] == [0]
+    assert loaded.control("POST", "/v1/processes/tiny/start", {"wait": True, "timeout_s": READY_S}).status == 200
+    load(loaded)
