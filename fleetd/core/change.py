@@ -42,6 +42,7 @@ class Change:
             self._process(spec, event.remembered.get(spec.name), now)
             if spec.name in event.missing:
                 facts.processes[spec.name].missing = event.missing[spec.name]
+                facts.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
         facts.names = {
             alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
         }

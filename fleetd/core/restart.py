@@ -83,7 +83,10 @@ def describe(report: ExitReport) -> str:
         how = "died unseen"
     else:
         how = f"exited with code {report.code}"
-    return f"{how}: {report.reason}" if report.reason else how
+    if not report.reason:
+        return how
+    said = f"ended with code {report.code}"  # engines begin so when the log says no more than the code
+    return f"{how}{report.reason.removeprefix(said)}" if report.reason.startswith(said) else f"{how}: {report.reason}"
 
 
 def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:

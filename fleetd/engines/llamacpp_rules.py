@@ -122,7 +122,8 @@ def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionPr
     try:
         header = gguf.read(path)
     except EngineError as error:
-        yield OptionProblem(("model",), str(error))
+        # One broken file must not keep a whole fleet from starting: this model alone fails, when it is wanted.
+        yield OptionProblem(("model",), str(error), warning=True)
         return
     for field, width in zip(("cache_type_k", "cache_type_v"), footprint.head_widths(header), strict=True):
         kind = getattr(options, field)
