@@ -72,15 +72,21 @@ class Fleet:
         if type(event) is RequestArrived:
             grant = self.admission.grant_warm(event, now)
             if grant is not None:
-                return [grant]
+                return self._warm(event, now, [grant])
         elif type(event) is RequestFinished and self._finish_warm(event, now):
-            return []
+            return self._warm(event, now, [])
         self._intake.table[type(event)](event, now)
         self._reconcile(now)
         self._now = now
         commands, self.facts.out = self.facts.out, []
         self.facts.journal.record(now, event, commands)
         self._deadline_known = False
+        return commands
+
+    def _warm(self, event: Event, now: float, commands: list[Command]) -> list[Command]:
+        """What took the short cut is entered only in a journal that keeps everything."""
+        if self.facts.journal.keep_all:
+            self.facts.journal.record(now, event, commands)
         return commands
 
     def _finish_warm(self, event: RequestFinished, now: float) -> bool:

@@ -2,7 +2,7 @@
 
 The rules of this file
 - One entry per handled event that led to anything, with its commands; kept as values, rendered only when somebody asks.
-- Warm grants are not entered: they would push out what explains the fleet. Counters stand for them.
+- Warm grants are not entered, save in a recording journal: they would push out what explains the fleet. Counters stand for them.
 - A recording journal (`keep_all`) keeps every event from the first one, so that a test can replay it.
 """
 

@@ -4,6 +4,8 @@ Every mutant is one edit of the source text of a temporary copy of fleetd/core; 
 table; exits 1 when one survives, 2 when an edit no longer fits the source.
 """
 
+# ruff: noqa: E501 (a planted text stands on one line, as in the source)
+
 from __future__ import annotations
 
 import shutil
@@ -69,10 +71,16 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, float, str]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         root = Path(folder)
-        shutil.copytree(ROOT / "fleetd" / "core", root / "fleetd" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "fleetd" / "core", root / "fleetd" / "core", ignore=shutil.ignore_patterns("__pycache__")
+        )
         for name in ("__init__.py", "errors.py", "units.py"):
             shutil.copy(ROOT / "fleetd" / name, root / "fleetd" / name)
-        shutil.copytree(ROOT / "tests" / "core" / "sim", root / "tests" / "core" / "sim", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "tests" / "core" / "sim",
+            root / "tests" / "core" / "sim",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         target = root / "fleetd" / "core" / f"{mutant.module}.py"
         source = target.read_text("utf-8")
         if source.count(mutant.old) != 1:
@@ -80,7 +88,15 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, float, str]:
         target.write_text(source.replace(mutant.old, mutant.new), "utf-8")
         command = [sys.executable, "-m", "tests.core.sim", str(SEED), str(STEPS), str(RUNS)]
         try:
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=LIMIT_S, check=False, env={"PYTHONPATH": folder})
+            done = subprocess.run(
+                command,
+                cwd=root,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+                check=False,
+                env={"PYTHONPATH": folder},
+            )
         except subprocess.TimeoutExpired:
             return mutant, "survived", time.perf_counter() - began, f"nothing found in {LIMIT_S:g} s"
         took_s = time.perf_counter() - began

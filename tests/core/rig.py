@@ -168,4 +168,8 @@ class Rig:
 
 
 HTTP = ProbeSpec(http="/health")
-ALL_PROBES = Probes(startup=ProbeSpec(http="/", deadline_s=10.0), readiness=ProbeSpec(http="/", failures=2), liveness=ProbeSpec(http="/", failures=2))
+ALL_PROBES = Probes(
+    startup=ProbeSpec(http="/", deadline_s=10.0),
+    readiness=ProbeSpec(http="/", failures=2),
+    liveness=ProbeSpec(http="/", failures=2),
+)

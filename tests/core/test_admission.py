@@ -89,7 +89,11 @@ def test_nobody_waits_beyond_the_fairness_bound() -> None:
 
 
 def test_an_earlier_request_holds_the_line_for_later_starts_but_not_for_later_grants() -> None:
-    spec = fleet_spec([own(n) for n in "abcd"], [model("a", size=3), model("b", size=4), model("c", size=1), model("d", size=1)], budget=5)
+    spec = fleet_spec(
+        [own(n) for n in "abcd"],
+        [model("a", size=3), model("b", size=4), model("c", size=1), model("d", size=1)],
+        budget=5,
+    )
     rig = Rig(spec)
     rig.warm("a")
     rig.warm("d")
@@ -112,7 +116,9 @@ def test_loads_on_different_devices_do_not_wait_for_each_other() -> None:
 
     from fleetd.core.contract import DeviceSpec, Footprint
 
-    spec = fleet_spec([own(n) for n in "abc"], [model("a"), model("b"), replace(model("c"), footprint=Footprint({"gpu1": G}))])
+    spec = fleet_spec(
+        [own(n) for n in "abc"], [model("a"), model("b"), replace(model("c"), footprint=Footprint({"gpu1": G}))]
+    )
     spec = replace(spec, devices={**spec.devices, "gpu1": DeviceSpec("gpu1", "gpu", G, G)})
     rig = Rig(spec)
     rig.warm("a")
@@ -515,7 +521,9 @@ def test_over_budget_after_a_measurement_the_idle_one_leaves() -> None:
     rig.warm("b")
     busy = rig.ask("a")
     rig.send(e.MemorySampled("a", 1, G, {"gpu0": 2 * G}))
-    assert [(command.name, command.reason) for command in rig.take(c.Stop)] == [("b", "measured memory exceeds the budget")]
+    assert [(command.name, command.reason) for command in rig.take(c.Stop)] == [
+        ("b", "measured memory exceeds the budget")
+    ]
     rig.empty("b")
     rig.wait(5.0)
     assert rig.state("a") is S.READY
@@ -554,7 +562,9 @@ def test_an_alias_means_its_model() -> None:
 
 def test_a_route_spreads_by_weight_and_skips_what_cannot_serve() -> None:
     chat = ModelSpec("chat", routes=(Route("a", 90), Route("b", 10), Route("a", 0), Route("b", 50, shadow=True)))
-    rig = Rig(fleet_spec([own("a"), own("b")], [model("a", concurrency=9999), model("b", concurrency=9999), chat], budget=2))
+    rig = Rig(
+        fleet_spec([own("a"), own("b")], [model("a", concurrency=9999), model("b", concurrency=9999), chat], budget=2)
+    )
     for name in "ab":
         rig.warm(name)
     rig.clear()
@@ -602,7 +612,9 @@ def test_two_holders_share_the_requests_and_a_failed_one_is_avoided() -> None:
     rig.loaded("m", "p")
     rig.ask("m")
     rig.ask("m")
-    assert [command.process for command in rig.take(c.Load)] == ["p", "q"], "full here: a second copy where there is room"
+    assert [command.process for command in rig.take(c.Load)] == ["p", "q"], (
+        "full here: a second copy where there is room"
+    )
     rig.loaded("m", "q")
     assert [grant.process for grant in rig.take(c.Grant)] == ["p", "p", "q"]
     rig.clear()

@@ -67,7 +67,13 @@ class Table:
         spec = model(name, "p", pin=pin, priority=priority, min_resident_s=30.0)
         entry = self.models[name] = Model(spec, demand=demand, demand_s=NOW, load_s=load_s)
         entry.placements["p"] = Placement(
-            name, "p", state, in_flight=busy, loaded_s=NOW - age_s, last_used_s=used_s, **changes  # type: ignore[arg-type]
+            name,
+            "p",
+            state,
+            in_flight=busy,
+            loaded_s=NOW - age_s,
+            last_used_s=used_s,
+            **changes,  # type: ignore[arg-type]
         )
         self.ledger.correct((name, "p"), {"gpu0": size} if isinstance(size, int) else size)
         return self

@@ -21,7 +21,11 @@ PLAIN = RestartPolicy(backoff=Backoff(1.0, 2.0, 8.0, 0.0), crash_loop=CrashLoop(
 
 
 def decide(
-    policy: RestartPolicy, report: ExitReport = CRASH, record: RestartRecord | None = None, now: float = 0.0, zero: bool = False
+    policy: RestartPolicy,
+    report: ExitReport = CRASH,
+    record: RestartRecord | None = None,
+    now: float = 0.0,
+    zero: bool = False,
 ) -> Decision:
     return after_death(policy, record or RestartRecord(), report, zero_is_failure=zero, now=now, rng=Random(1))
 
@@ -55,7 +59,12 @@ def test_the_backoff_doubles_up_to_its_limit() -> None:
 
 
 @given(
-    st.floats(0.001, 10), st.floats(1.0, 1e6), st.floats(0.001, 600), st.floats(0, 1), st.integers(1, 10_000), st.integers()
+    st.floats(0.001, 10),
+    st.floats(1.0, 1e6),
+    st.floats(0.001, 600),
+    st.floats(0, 1),
+    st.integers(1, 10_000),
+    st.integers(),
 )
 def test_jitter_stays_in_its_bounds(
     initial: float, factor: float, top: float, jitter: float, deaths: int, seed: int
@@ -92,7 +101,11 @@ def test_stable_runs_do_not_hide_a_crash_loop() -> None:
 def test_slow_mode_goes_on_until_a_stable_run() -> None:
     policy = replace(PLAIN, crash_loop=CrashLoop(count=2, window_s=10.0, then="slow", every_s=600.0))
     record = RestartRecord()
-    delays = [decision.delay_s for now in (0.0, 1.0, 700.0, 1400.0) if isinstance(decision := decide(policy, record=record, now=now), Again)]
+    delays = [
+        decision.delay_s
+        for now in (0.0, 1.0, 700.0, 1400.0)
+        if isinstance(decision := decide(policy, record=record, now=now), Again)
+    ]
     assert delays == [1.0, 600.0, 600.0, 600.0]
     record.stable()
     after = decide(policy, record=record, now=3000.0)

@@ -180,7 +180,18 @@ def test_a_stop_lasts_until_a_start_over_a_restart_of_the_daemon() -> None:
     assert not again.take(c.Persist)[-1].remembered.stopped
 
 
-STATES = ("STARTING unspawned", "STARTING", "READY", "DRAINING", "STOPPING", "BACKOFF", "FAILED", "EXITED", "STOPPED", "BLOCKED")
+STATES = (
+    "STARTING unspawned",
+    "STARTING",
+    "READY",
+    "DRAINING",
+    "STOPPING",
+    "BACKOFF",
+    "FAILED",
+    "EXITED",
+    "STOPPED",
+    "BLOCKED",
+)
 
 
 def in_state(name: str) -> Rig:
@@ -435,7 +446,9 @@ EXCLUSIVE = Capabilities(exclusive_start=True)
 
 def test_on_a_lane_starts_and_ordered_stops_take_turns() -> None:
     names = ("a", "b", "c")
-    specs = [own(name, lane="gpu0", capabilities=EXCLUSIVE, probes=Probes(startup=ProbeSpec(http="/"))) for name in names]
+    specs = [
+        own(name, lane="gpu0", capabilities=EXCLUSIVE, probes=Probes(startup=ProbeSpec(http="/"))) for name in names
+    ]
     rig = Rig(fleet_spec(specs, [model(name) for name in names], budget=3))
     for name in names[:2]:
         rig.ask(name)
@@ -522,7 +535,9 @@ def test_old_age_restarts() -> None:
 
 def test_an_adopted_process_is_not_spawned_again_and_serves_at_once() -> None:
     rig = Rig(
-        owners("a"), remembered={"a": Remembered(restarts=3, generation=9)}, adopted=(e.Adopted("a", 9, 4711, age_s=50.0),)
+        owners("a"),
+        remembered={"a": Remembered(restarts=3, generation=9)},
+        adopted=(e.Adopted("a", 9, 4711, age_s=50.0),),
     )
     assert not rig.take(c.Spawn)
     process = rig.of("a")
@@ -532,7 +547,11 @@ def test_an_adopted_process_is_not_spawned_again_and_serves_at_once() -> None:
 
 
 def test_an_adopted_process_that_should_be_stopped_is() -> None:
-    rig = Rig(fleet_spec([process("a")]), remembered={"a": Remembered(stopped=True, generation=2)}, adopted=(e.Adopted("a", 2, 1),))
+    rig = Rig(
+        fleet_spec([process("a")]),
+        remembered={"a": Remembered(stopped=True, generation=2)},
+        adopted=(e.Adopted("a", 2, 1),),
+    )
     assert rig.take(c.Stop)[0].generation == 2
 
 

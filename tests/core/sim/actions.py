@@ -79,8 +79,8 @@ def stop(world: World, rng: Random) -> None:
     world.deliver(e.StopAsked(name))
 
 
-def restart(world: World, rng: Random) -> None:
-    name = process_name(world, rng)
+def restart(world: World, rng: Random, name: str | None = None) -> None:
+    name = name or process_name(world, rng)
     world.stopped.discard(name)
     world.drained.discard(name)
     world.forgive(name)
@@ -96,6 +96,9 @@ def drain(world: World, rng: Random) -> None:
     away = rng.random() < 0.5
     (world.drained.add if away else world.drained.discard)(name)
     world.deliver(e.DrainAsked(name, away))
+    for model in sorted(world.spec.models):
+        if name in world.spec.models[model].holders:
+            world.ask(model)
 
 
 def crash(world: World, rng: Random) -> None:
@@ -178,6 +181,46 @@ def busy_neighbour(world: World, rng: Random) -> None:
         world.advance(0.5)
 
 
+def cut_off(world: World, rng: Random) -> None:
+    """Somebody restarts, kills or unloads exactly what is loading or streaming at the moment."""
+    loading = [run.name for run in world.living() if run.loads]
+    if not loading:
+        world.wish(rng.choice(("m1", "m2", "m3", "big")))
+        world.advance(0.05)
+        loading = [run.name for run in world.living() if run.loads]
+    streaming = [client.grant.process for client in world.clients.values() if client.grant is not None]
+    waited_for = [client.model for client in world.clients.values() if client.grant is None]
+    doomed = world.newest(rng.choice(sorted(loading))) if loading and rng.random() < 0.3 else None
+    if doomed is not None:
+        world.dies(doomed, ExitReport(None, "SIGSEGV"))
+    elif loading and rng.random() < 0.5:
+        restart(world, rng, rng.choice(sorted(loading)))
+    elif streaming and rng.random() < 0.8:
+        restart(world, rng, rng.choice(sorted(streaming)))
+    elif waited_for:
+        world.deliver(e.UnloadAsked(rng.choice(waited_for)))
+    world.advance(rng.choice((1.0, 9.0)))
+
+
+def come_and_go(world: World, rng: Random) -> None:
+    """A name leaves the configuration, and comes back before or after it is really gone."""
+    spec = world.spec
+    name = process_name(world, rng)
+    processes = {key: value for key, value in spec.processes.items() if key != name}
+    own = spec.processes[name].own_model
+    change(world, replace(spec, processes=processes, models={k: v for k, v in spec.models.items() if k != own}))
+    world.advance(rng.choice((0.0, 1.0, 20.0)))
+    change(world, spec)
+
+
+def lose_files(world: World, rng: Random) -> None:
+    """The drive that a held model is read from is unplugged, or comes back."""
+    name = rng.choice(("m1", "m2", "m3", "big"))
+    missing = () if world.missing_models.get(name) else ("/mnt/drive",)
+    world.missing_models[name] = missing
+    world.deliver(e.ModelRequirementsChanged(name, missing))
+
+
 def edit(world: World, rng: Random) -> None:
     """The configuration changes: a limit, a launch, a name that comes or goes."""
     spec = world.spec
@@ -219,11 +262,10 @@ def change(world: World, spec: FleetSpec) -> None:
     for name in old.processes.keys() - spec.processes.keys():
         world.stopped.discard(name)
         world.drained.discard(name)
-        world.restarts.pop(name, None)
     for name in old.models.keys() - spec.models.keys():
         world.pins.pop(name, None)
     missing = {name: world.missing.get(name, ()) for name in spec.processes}
-    world.deliver(e.SpecChanged(spec, missing=missing))
+    world.deliver(e.SpecChanged(spec, missing=missing, missing_models=dict(world.missing_models)))
 
 
 def reexec(world: World, _rng: Random) -> None:
@@ -258,25 +300,30 @@ def reexec(world: World, _rng: Random) -> None:
     world.deaths.clear()
     world.kept_failed = {name for name, kept in world.disk.items() if kept.failed}
     world.row = {name: kept.deaths for name, kept in world.disk.items()}
-    world.restarts = {name: kept.restarts for name, kept in world.disk.items() if name in world.spec.processes}
+    world.restarts.clear()
     world.stopped = {name for name, kept in world.disk.items() if kept.stopped and name in world.spec.processes}
     world.fleet = Fleet(FleetSpec(), Random(world.serial), Journal())
     remembered = dict(world.disk)
     missing = {name: world.missing.get(name, ()) for name in world.spec.processes}
-    world.deliver(e.SpecChanged(world.spec, remembered, tuple(adopted), missing))
+    world.deliver(e.SpecChanged(world.spec, remembered, tuple(adopted), missing, dict(world.missing_models)))
+    for name, kept in remembered.items():
+        process = world.fleet.processes.get(name)
+        holds(
+            world, process is None or process.restarts >= kept.restarts, f"{name} forgot its {kept.restarts} restarts"
+        )
     world.later(1.0, world._observe_all, shell=True)
 
 
 ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
     (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (wish, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
     (restart_due, 1), (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
-    (ghost, 8), (busy_neighbour, 2), (edit, 3), (reexec, 1),
+    (ghost, 8), (busy_neighbour, 2), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
 )  # fmt: skip
 
 
-def act(world: World, rng: Random) -> None:
+def act(world: World, rng: Random, without: tuple[Callable[[World, Random], None], ...] = ()) -> None:
     """Do one of them, by weight."""
-    kinds, weights = zip(*ACTIONS, strict=True)
+    kinds, weights = zip(*(entry for entry in ACTIONS if entry[0] not in without), strict=True)
     rng.choices(kinds, weights)[0](world, rng)
 
 
@@ -291,6 +338,10 @@ def calm_down(world: World) -> None:
         if world.missing.get(name):
             world.missing[name] = ()
             world.deliver(e.RequirementsChanged(name, ()))
+    for name in sorted(world.missing_models):
+        if world.missing_models[name]:
+            world.missing_models[name] = ()
+            world.deliver(e.ModelRequirementsChanged(name))
     for name in sorted(world.pins):
         world.pins[name] = False
         world.deliver(e.PinAsked(name, False))

@@ -208,9 +208,10 @@ def state(world: World) -> None:
     requests(world)
     for process in world.fleet.processes.values():
         waiting_states(world, process.name)
-        before = world.restarts.get(process.name, 0)
+        known, before = world.restarts.get(process.name, (None, 0))
+        before = before if known is process else 0
         holds(world, process.restarts >= before, f"the restarts of {process.name} went down")
-        world.restarts[process.name] = process.restarts
+        world.restarts[process.name] = (process, process.restarts)
     residencies(world)
 
 
@@ -330,7 +331,7 @@ def residencies(world: World) -> None:
                 retry = deadline is not None and placement.retry_s > world.now - 1e-6
                 holds(world, asked or going or retry, f"{said} and nobody unloads it")
             elif placement.state is Residency.LOADING and placement.ordered:
-                asked = run is not None and model.name in run.loads
+                asked = run is not None and model.name in run.loads and run is world.newest(run.name)
                 going = process.state not in SERVING
                 holds(world, asked or going, f"{said} and nobody loads it")
             elif placement.state is Residency.LOADING and process.state in RESTING:

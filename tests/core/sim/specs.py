@@ -47,7 +47,9 @@ def service(name: str, **changes: object) -> ProcessSpec:
 
 def server(name: str, **changes: object) -> ProcessSpec:
     """A server that holds many models."""
-    spec = service(name, kind=ProcessKind.INSTANCE, engine="many", capabilities=Capabilities(many_models=True), drain_timeout_s=5.0)
+    spec = service(
+        name, kind=ProcessKind.INSTANCE, engine="many", capabilities=Capabilities(many_models=True), drain_timeout_s=5.0
+    )
     return replace(spec, probes=Probes(startup=STARTUP, readiness=READINESS), **changes)  # type: ignore[arg-type]
 
 

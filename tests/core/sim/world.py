@@ -68,7 +68,7 @@ class Client:
 class World:
     """`honest`: every footprint is right, so real memory may never exceed a budget. `calm`: nothing goes wrong."""
 
-    def __init__(self, spec: FleetSpec, seed: int, honest: bool = True) -> None:
+    def __init__(self, spec: FleetSpec, seed: int, honest: bool = True, journal: Journal | None = None) -> None:
         self.rng = Random(seed)
         self.seed = seed
         self.honest = honest
@@ -86,6 +86,7 @@ class World:
         self.grants: dict[str, list[float]] = defaultdict(list)
         self.disk: dict[str, Remembered] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
+        self.missing_models: dict[str, tuple[str, ...]] = {}
         self.stopped: set[str] = set()
         self.drained: set[str] = set()
         self.pins: dict[str, bool] = {}
@@ -97,13 +98,13 @@ class World:
         self.last_end: dict[tuple[str, str], float] = {}
         self.past: list[tuple[str, int, e.Event]] = []
         self.crashy: dict[str, int] = {}  # starts that will crash
-        self.restarts: dict[str, int] = {}
+        self.restarts: dict[str, tuple[object, int]] = {}
         self.shutting_down = self.finished = False
         self.reserved: set[tuple[str, str]] = set()
         self.corrected = False
         self.steps = 0
         self.log: list[str] = []
-        self.fleet = Fleet(FleetSpec(), Random(seed), Journal())
+        self.fleet = Fleet(FleetSpec(), Random(seed), journal)
         self.deliver(e.SpecChanged(spec))
         self.later(3.0, self._observe_all, shell=True)
 
@@ -143,7 +144,7 @@ class World:
     def deliver(self, event: e.Event) -> None:
         """Give the core one event, carry out its commands, and check everything."""
         self.steps += 1
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.5:
             deadline = self.fleet.next_deadline()
             if deadline is None or deadline > self.now:
                 early = self.fleet.handle(e.Tick(), self.now)
@@ -319,7 +320,8 @@ class World:
             self.vanish(run)
         self._break_streams(run)
         for model in sorted(run.loads):
-            self.say(self.soon(), e.LoadFailed(model, run.name, run.generation, f"{run.name} ended"))
+            late_s = self.rng.choice((0.0, 0.4, 6.0))
+            self.say(late_s, e.LoadFailed(model, run.name, run.generation, f"{run.name} ended"))
         for model in sorted(run.unloads):
             self.say(self.soon(), e.UnloadFailed(model, run.name, run.generation, f"{run.name} ended"))
         self.say(0.0, empty)
