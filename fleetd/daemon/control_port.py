@@ -31,6 +31,7 @@ from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.explaining import explain
 from fleetd.daemon.feed import Feed
 from fleetd.daemon.logreading import LogSource, read_logs
+from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.probing import Probing
 from fleetd.daemon.processes import Processes
 from fleetd.daemon.requirements import Requirements
@@ -71,7 +72,9 @@ class DaemonControlPort:
         requirements: Requirements,
         logs: LogSource,
         operations: Operations,
+        preparation: Preparation,
     ) -> None:
+        self._preparation = preparation
         self._fleet = fleet
         self._view = view
         self._feed = feed
@@ -177,7 +180,8 @@ class DaemonControlPort:
         found = self._fleet.models.get(self._fleet.facts.names.get(model, model))
         if found is None:
             raise unknown(model)
-        return explain(self._fleet, found, time.monotonic())
+        note = self._preparation.notes.get(found.name)
+        return explain(self._fleet, found, time.monotonic(), note.document() if note is not None else None)
 
     async def dump(self) -> Mapping[str, Any]:
         from fleetd.core.journal import sentences

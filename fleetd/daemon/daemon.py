@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fleetd.control.port import ActOptions
 from fleetd.core import commands as c
 from fleetd.core.contract import FleetSpec
-from fleetd.core.events import Event, Exited, RequestArrived, RequestCancelled, RequestFinished
+from fleetd.core.events import (
+    Event,
+    Exited,
+    ModelRequirementsChanged,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    UnloadAsked,
+)
 from fleetd.core.fleet import Fleet
 from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.executor import Executor
@@ -23,6 +32,7 @@ from fleetd.daemon.fleet_port import DaemonFleetPort
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.loop import FleetLoop
 from fleetd.daemon.machine import HostMachine
+from fleetd.daemon.preparation import Doing, Preparation
 from fleetd.daemon.probing import Probing
 from fleetd.daemon.processes import Processes
 from fleetd.daemon.requirements import Requirements
@@ -40,6 +50,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
     from structlog.typing import FilteringBoundLogger
 
+_TAKE_OUT_S = 60.0
 _HOT = (RequestArrived, RequestFinished, RequestCancelled)
 
 
@@ -67,11 +78,26 @@ class Daemon:
         self.background = Tasks(self._task_failed)  # each runs until the end
         self.machine = HostMachine(host, parent_env)
         self.fleet = Fleet(FleetSpec(), random.Random())
-        self.processes = Processes(self.machine, self.dispatch, self.plans, self.tasks, parent_env, self._complain)
-        self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks)
-        self.requirements = Requirements(self.dispatch, self.plans)
+        self.requirements = Requirements(self.dispatch, self.plans, self.fleet, configuration.assembly.paths.state)
+        self.processes = Processes(
+            self.machine, self.dispatch, self.plans, self.tasks, parent_env, self._complain, self.requirements.fresh
+        )
+        self.preparation = Preparation(
+            self.http,
+            self.dispatch,
+            self.plans,
+            self.fleet,
+            self.requirements,
+            lambda: configuration.assembly.paths.state,
+            self.tasks,
+            self._told_of_model,
+            Doing(self._take_out, self._bring_back),
+        )
+        self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks, self.preparation)
         self.sampling = Sampling(self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices)
-        self.view = StatusView(self.fleet, lambda: configuration.assembly, self.processes, self.sampling, facts)
+        self.view = StatusView(
+            self.fleet, lambda: configuration.assembly, self.processes, self.sampling, facts, self.preparation
+        )
         self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = Probing(
             self.machine,
@@ -183,7 +209,27 @@ class Daemon:
                     reason=event.report.reason,
                     last_lines=list(event.report.log_tail[-5:]),
                 )
+        if isinstance(event, ModelRequirementsChanged) and not event.missing:
+            self.preparation.volume_back(event.model)
+        else:
+            self.preparation.happened()
         self.changes.happened()
+
+    # -- models as code -----------------------------------------------------------------------------------------------
+
+    def _told_of_model(self, name: str, what: str, sentence: str) -> None:
+        say = self.log.warning if what.startswith(("not ", "store ")) else self.log.info
+        say(what, model=name, reason=sentence)
+        self.feed.say("model", name, what, sentence)
+
+    async def _take_out(self, name: str) -> None:
+        """Unload a model that is to be made anew; go on after a while even so."""
+        self.dispatch(UnloadAsked(name))
+        await self.changes.wait_for(lambda: True if not self.fleet.models[name].placements else None, _TAKE_OUT_S)
+
+    async def _bring_back(self, name: str) -> None:
+        if name in self.fleet.models:
+            await self.verbs.act("load", [name], ActOptions(wait=False))
 
     def _complain(self, name: str, sentence: str) -> None:
         self.log.warning("complaint", name=name, reason=sentence)

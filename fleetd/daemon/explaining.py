@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fleetd.core.holders import holder
 from fleetd.core.planner import Evict, Fits, Never, Wait, gib, plan
 from fleetd.core.state import Model, Residency
+from fleetd.daemon.status import reason_of
 
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
 
 
-def explain(fleet: Fleet, model: Model, now: float) -> Mapping[str, Any]:
-    """Return the answer of `fleetctl explain MODEL`."""
+def explain(fleet: Fleet, model: Model, now: float, store: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """Return the answer of `fleetctl explain MODEL`. `store` is what is known of it in its server's store."""
     footprint = model.footprint
     text = [_where(model)]
     victims: list[dict[str, str]] = []
@@ -26,9 +27,13 @@ def explain(fleet: Fleet, model: Model, now: float) -> Mapping[str, Any]:
         text = ["It routes to " + ", ".join(f"{route.to} (weight {route.weight})" for route in model.spec.routes) + "."]
     else:
         text.append(_cost(model))
-        if not model.placements:
+        if not model.placements and not model.missing:
             said, victims = _if_wanted(fleet, model, now)
             text.append(said)
+    if model.missing:
+        text.append(f"It is blocked: it requires {', '.join(model.missing)}, absent now. It comes back by itself.")
+    if store is not None:
+        text.append(f"In its store it is {store['state']}: {store['detail']}.")
     if model.failure:
         text.append(f"Its last load failed: {model.failure}.")
         if not model.failure_final and model.retry_s > now:
@@ -36,7 +41,8 @@ def explain(fleet: Fleet, model: Model, now: float) -> Mapping[str, Any]:
     return {
         "model": model.name,
         "state": "ROUTE" if model.spec.routes else str(model.state),
-        "reason": model.failure or next((placement.reason for placement in model.placements.values()), "not in memory"),
+        "reason": reason_of(model),
+        "store": store,
         "footprint": {"source": str(footprint.source), "bytes": dict(footprint.bytes)},
         "devices": [_device(fleet, device) for device in footprint.bytes or fleet.ledger.devices],
         "holders": [_holder(fleet, model, name) for name in model.spec.holders],

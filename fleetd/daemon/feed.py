@@ -35,6 +35,8 @@ _QUIET_EVENTS = (
     e.RequestCancelled,
     e.MemorySampled,
     e.SpecChanged,
+    e.LoadProgress,
+    e.ModelRequirementsChanged,  # its note says more
 )
 
 _RESIDENCIES = frozenset(Residency)

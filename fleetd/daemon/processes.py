@@ -10,7 +10,7 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -50,7 +50,8 @@ class Run:
 
 class Processes:
     """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
-    inherit from; `complain(name, sentence)` hears of what failed without changing anything."""
+    inherit from; `complain(name, sentence)` hears of what failed without changing anything;
+    `absent(name)` looks once more, right before a start, at what the process requires."""
 
     def __init__(
         self,
@@ -60,7 +61,9 @@ class Processes:
         tasks: Tasks,
         parent_env: Mapping[str, str],
         complain: Callable[[str, str], None] = lambda *_: None,
+        absent: Callable[[str], Awaitable[tuple[str, ...]]] | None = None,
     ) -> None:
+        self._absent = absent
         self._machine = machine
         self._dispatch = dispatch
         self._plans = plans
@@ -114,6 +117,7 @@ class Processes:
 
     async def _spawn(self, run: Run) -> None:
         try:
+            await self._look_again(run.name)
             plan = run.plan = written(run.plan)
             await self._clear_place(plan)
             await self._hook(plan, plan.execution.pre_start, "pre_start")
@@ -129,6 +133,12 @@ class Processes:
         self._dispatch(Spawned(run.name, run.generation, handle.pid))
         if run.early_exit is not None:
             self._on_exit(run, run.early_exit)
+
+    async def _look_again(self, name: str) -> None:
+        """Raise HostError when what the process requires has gone since the last look: a server would make an empty folder."""
+        missing = await self._absent(name) if self._absent is not None else ()
+        if missing:
+            raise HostError(f"requires {', '.join(missing)}, absent now")
 
     def _failed(self, run: Run, message: str, recoverable: bool) -> None:
         if self.runs.get(run.name) is run:

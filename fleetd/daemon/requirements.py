@@ -1,72 +1,331 @@
-"""What processes require to be there: looked at before anything starts, and again and again while the daemon runs.
+"""What processes and models require to be there: looked at before anything starts, and again and again while the daemon runs.
 
 The rules of this file
-- All paths of the fleet are looked at together, in one thread, every two seconds; a look that hangs is given up after a few
-  seconds, and what was not answered counts as absent.
-- Only a changed answer is an event.
+- Every two seconds the mounts are looked at, and some of the paths; when a mount came or went, and for what is absent, all of
+  them at once. A look that hangs is given up after a few seconds, and what was not answered counts as absent.
+- What runs is stopped when what it requires is gone at two looks in a row: files that are mapped from a pulled drive would end
+  it anyhow, later and worse. A path that merely does not answer stops nothing.
+- A held model needs its file only as long as the server's store has no copy of it.
+- Only a changed answer is an event. Volumes that were seen are kept over a restart, so that a swapped one is noticed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fleetd.core.events import Event, RequirementsChanged
+from fleetd.core.events import Event, ModelRequirementsChanged, RequirementsChanged, RestartDue
+from fleetd.core.state import SERVING, ProcessState, Residency
 from fleetd.daemon.launches import LaunchPlan
-from fleetd.host.volumes import Volumes
+from fleetd.errors import EngineError
+from fleetd.host.volumes import Look, Volumes
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+    from fleetd.engines.base import HeldModel
 
 PERIOD_S = 2.0
+SUSPECTED_S = 0.5
 _LIMIT_S = 3.0
+_PATHS_PER_S = 2000
+_ALONE_S = 30.0
+_SLICE = 400
+_RUNNING = SERVING | {ProcessState.STARTING}
+_IN_MEMORY = (Residency.LOADED, Residency.LOADING)
+
+Missing = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """What is absent, by process and by held model. Names without anything absent are left out."""
+
+    processes: Mapping[str, Missing]
+    models: Mapping[str, Missing]
 
 
 class Requirements:
-    """The last answer for every process that requires something."""
+    """The last answer for every process and held model that requires something.
 
-    def __init__(self, dispatch: Callable[[Event], None], plans: Callable[[], Mapping[str, LaunchPlan]]) -> None:
+    `state_dir` keeps which volumes were seen; None keeps nothing. `fleet` is only read, to know what runs.
+    """
+
+    def __init__(
+        self,
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        fleet: Fleet,
+        state_dir: Path | None = None,
+    ) -> None:
         self._dispatch = dispatch
         self._plans = plans
-        self._volumes = Volumes()
-        self.missing: dict[str, tuple[str, ...]] = {}
+        self._fleet = fleet
+        self._state_dir = state_dir
+        self._record = state_dir / "volumes.json" if state_dir is not None else None
+        self.volumes = Volumes(known=read_known(self._record))
+        self._kept = dict(self.volumes.known)
+        self._looks: dict[Path, Look] = {}
+        self._table: object = None
+        self._next = 0
+        self._for: object = None  # the plans that the two below were made from
+        self._paths: dict[str, tuple[Path, ...]] = {}
+        self._sources: dict[str, tuple[LaunchPlan, HeldModel]] = {}
+        self._suspected: dict[tuple[str, str], Missing] = {}
+        self._alone: dict[str, tuple[bool, float]] = {}
+        self._news = asyncio.Event()
+        self.missing: dict[str, Missing] = {}
+        self.missing_models: dict[str, Missing] = {}
 
-    async def look(self, plans: Mapping[str, LaunchPlan]) -> dict[str, tuple[str, ...]]:
-        """Return, for every process of `plans` that requires anything, what is absent now."""
-        paths = {Path(path) for plan in plans.values() for path in plan.requires}
-        absent = await self._absent(paths)
-        return {
-            name: tuple(absent[Path(path)] for path in plan.requires if Path(path) in absent)
-            for name, plan in plans.items()
-            if plan.requires
-        }
+    # -- looking --------------------------------------------------------------------------------------------------------
 
-    async def _absent(self, paths: set[Path]) -> dict[Path, str]:
-        if not paths:
-            return {}
-        try:
-            async with asyncio.timeout(_LIMIT_S):
-                return await asyncio.to_thread(self._look_at, paths)
-        except TimeoutError:  # one of them hangs: ask each by itself
-            found: dict[Path, str] = {}
-            for path in paths:
-                missing, _ = await self._volumes.missing([path])
-                if missing:
-                    found[path] = missing[0]
-            return found
+    async def look(self, plans: Mapping[str, LaunchPlan]) -> Absent:
+        """Return everything that is absent now, for these plans."""
+        self._learn(plans)
+        await self._look_at(self._all())
+        return await asyncio.to_thread(self._absent)
 
-    def _look_at(self, paths: Iterable[Path]) -> dict[Path, str]:
-        answers = ((path, self._volumes.look(path)[0]) for path in paths)
-        return {path: reason for path, reason in answers if reason is not None}
-
-    def accept(self, missing: Mapping[str, tuple[str, ...]]) -> None:
+    def accept(self, absent: Absent) -> None:
         """Take an answer that the fleet was told already."""
-        self.missing = dict(missing)
+        self.missing, self.missing_models = dict(absent.processes), dict(absent.models)
+        self._suspected.clear()
+
+    async def fresh(self, name: str) -> Missing:
+        """Look once more at what one process requires, right before it starts, and tell the fleet if that changed."""
+        plan = self._plans().get(name)
+        paths = [Path(path) for path in plan.requires] if plan is not None else []
+        if not paths:
+            return ()
+        await self._look_at(paths)
+        missing = _missing(self._looks, paths)
+        if missing != self.missing.get(name, ()):
+            self.missing[name] = missing
+            self._dispatch(RequirementsChanged(name, missing))
+        return missing
+
+    async def fresh_model(self, name: str) -> Missing:
+        """The same for the file of a held model."""
+        self._learn(self._plans())
+        entry = self._sources.get(name)
+        if entry is None:
+            return ()
+        await self._look_at([source_path(entry[1])])
+        missing = await asyncio.to_thread(self._missing_of, name)
+        if missing != self.missing_models.get(name, ()):
+            self.missing_models[name] = missing
+            self._dispatch(ModelRequirementsChanged(name, missing))
+        return missing
+
+    def look_soon(self) -> None:
+        """Look again now: something changed."""
+        self._table = None
+        self._alone.clear()
+        self._news.set()
+
+    def needed_by(self) -> dict[str, list[str]]:
+        """Return, for every volume that something is on, the names that need it."""
+        self._learn(self._plans())
+        found: dict[str, list[str]] = {}
+        paths = [(name, path) for name, several in self._paths.items() for path in several]
+        paths += [(name, source_path(held)) for name, (_, held) in self._sources.items()]
+        for name, path in paths:
+            mount = self._looks.get(path, Look()).mount
+            if mount is not None:
+                names = found.setdefault(str(mount), [])
+                if name not in names:
+                    names.append(name)
+        return found
+
+    def why(self, mount: str) -> str | None:
+        """Return why the volume cannot be used now; None: it can."""
+        for path, look in self._looks.items():
+            if look.missing is not None and str(look.mount) == mount:
+                return look.missing.removeprefix(str(path)).strip(" ()")
+        return None
+
+    def _learn(self, plans: Mapping[str, LaunchPlan]) -> None:
+        if plans is self._for:
+            return
+        self._for, self._sources = plans, {}
+        self._alone.clear()
+        self._paths = {
+            name: tuple(Path(path) for path in plan.requires) for name, plan in plans.items() if plan.requires
+        }
+        for plan in plans.values():
+            if hasattr(plan.engine, "prepare"):
+                for name, held in plan.held.items():
+                    if held.source is not None and held.source.startswith("/"):
+                        self._sources.setdefault(name, (plan, held))
+        wanted = set(self._all())
+        self._looks = {path: look for path, look in self._looks.items() if path in wanted}
+
+    def _all(self) -> list[Path]:
+        paths = [path for several in self._paths.values() for path in several]
+        return list(dict.fromkeys([*paths, *(source_path(held) for _, held in self._sources.values())]))
+
+    async def _look_at(self, paths: Iterable[Path]) -> None:
+        paths = list(paths)
+        if not paths:
+            return
+        try:
+            async with asyncio.timeout(_LIMIT_S + len(paths) / _PATHS_PER_S):
+                self._looks |= await asyncio.to_thread(self.volumes.look_at_all, paths)
+        except TimeoutError:  # one of them hangs: ask each by itself
+            found = await asyncio.gather(*(self.volumes.limited(path) for path in paths[:_SLICE]))
+            self._looks |= dict(zip(paths, found, strict=False))
+        await self._keep()
+
+    async def _look_again(self) -> None:
+        """Look at everything when the mounts changed, else at what is absent and at the next few."""
+        table = await asyncio.to_thread(self.volumes.table)
+        paths = self._all()
+        if table is not None and table == self._table and len(paths) > _SLICE:
+            absent = [path for path in paths if self._looks.get(path, Look()).missing is not None]
+            turn = list(islice(paths, self._next, self._next + _SLICE))
+            self._next = self._next + _SLICE if len(turn) == _SLICE else 0
+            paths = [*absent[:_SLICE], *turn]
+        if table != self._table:
+            self._alone.clear()
+        self._table = table
+        await self._look_at(paths)
+
+    def _absent(self) -> Absent:
+        processes = {name: _missing(self._looks, paths) for name, paths in self._paths.items()}
+        models = {name: self._missing_of(name) for name in self._sources}
+        return Absent(
+            {name: missing for name, missing in processes.items() if missing},
+            {name: missing for name, missing in models.items() if missing},
+        )
+
+    def _missing_of(self, name: str) -> Missing:
+        """Return what a held model lacks; nothing when its server's store has what it needs. Blocks."""
+        plan, held = self._sources[name]
+        said = self._looks.get(source_path(held), Look()).missing
+        if said is None:
+            return ()
+        return () if self._stands_alone(name, plan, held) else (f"models.{name}.from: {said}",)
+
+    def _stands_alone(self, name: str, plan: LaunchPlan, held: HeldModel) -> bool:
+        """Return whether the store has a copy; asked again after half a minute."""
+        ask, now = getattr(plan.engine, "stands_alone", None), time.monotonic()
+        if ask is None or self._state_dir is None:
+            return False
+        known = self._alone.get(name)
+        if known is None or now - known[1] > _ALONE_S:
+            try:
+                known = bool(ask(plan.context, plan.endpoint, held, self._state_dir)), now
+            except (EngineError, OSError, ValueError):
+                known = False, now
+            self._alone[name] = known
+        return known[0]
+
+    # -- telling --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Look for ever."""
         while True:
-            await asyncio.sleep(PERIOD_S)
-            now = await self.look(self._plans())
-            for name, missing in now.items():
-                if self.missing.get(name, ()) != missing:
-                    self._dispatch(RequirementsChanged(name, missing))
-            self.missing = now
+            self._news.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SUSPECTED_S if self._suspected else PERIOD_S):
+                    await self._news.wait()
+            self._learn(self._plans())
+            await self._look_again()
+            now = await asyncio.to_thread(self._absent)
+            for name in {**self.missing, **now.processes}:
+                self._tell_process(name, now.processes.get(name, ()))
+            for name in {**self.missing_models, **now.models}:
+                self._tell_model(name, now.models.get(name, ()))
+
+    def _tell_process(self, name: str, missing: Missing) -> None:
+        process = self._fleet.processes.get(name)
+        running = process is not None and process.state in _RUNNING
+        if missing != self.missing.get(name, ()):
+            if running and missing and not self._sure("process", name, missing):
+                return
+            self.missing[name] = missing
+            self._dispatch(RequirementsChanged(name, missing))
+        if not missing:
+            self.missing.pop(name, None)
+            self._suspected.pop(("process", name), None)
+        elif running and process is not None and process.restart_wanted is None and self._certain(missing):
+            self._dispatch(RestartDue(name, f"requires {', '.join(missing)}, absent now"))
+
+    def _tell_model(self, name: str, missing: Missing) -> None:
+        model = self._fleet.models.get(name)
+        if not missing:
+            self._suspected.pop(("model", name), None)
+        if missing == self.missing_models.get(name, ()):
+            return
+        if missing and model is not None and model.state in _IN_MEMORY and not self._sure("model", name, missing):
+            return
+        self.missing_models[name] = missing
+        if not missing:
+            self.missing_models.pop(name, None)
+        self._dispatch(ModelRequirementsChanged(name, missing))
+
+    def _sure(self, kind: str, name: str, missing: Missing) -> bool:
+        """Return whether what is in use is really gone: seen twice, and never for want of an answer."""
+        if not self._certain(missing):
+            return False
+        twice = self._suspected.get((kind, name)) == missing
+        if twice:
+            del self._suspected[kind, name]
+        else:
+            self._suspected[kind, name] = missing
+        return twice
+
+    @staticmethod
+    def _certain(missing: Missing) -> bool:
+        return all(Look(one).certain for one in missing)
+
+    # -- volumes that were seen -----------------------------------------------------------------------------------------
+
+    def forget(self, mount: str) -> bool:
+        """Take whatever is mounted there as the right volume from now on. False when nothing was known of it."""
+        known = self.volumes.forget(mount)
+        self.look_soon()
+        return known
+
+    async def _keep(self) -> None:
+        if self._record is None or self.volumes.known == self._kept:
+            return
+        self._kept = dict(self.volumes.known)
+        with suppress(OSError):  # it is known for the life of this daemon all the same
+            await asyncio.to_thread(write_known, self._record, self._kept)
+
+
+def source_path(held: HeldModel) -> Path:
+    """Return the file a held model is made from; only for those that have one."""
+    assert held.source is not None
+    return Path(held.source)
+
+
+def read_known(record: Path | None) -> dict[str, str]:
+    """Return the volumes that an earlier daemon saw; a damaged record counts as empty."""
+    try:
+        data = json.loads(record.read_bytes()) if record is not None else {}
+    except (OSError, ValueError):
+        return {}
+    volumes = data.get("volumes") if isinstance(data, dict) else None
+    if not isinstance(volumes, dict):
+        return {}
+    return {key: value for key, value in volumes.items() if isinstance(value, str) and key.startswith("/")}
+
+
+def write_known(record: Path, known: Mapping[str, str]) -> None:
+    """Replace the record by rename. Raises OSError."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    part = record.with_name(f"{record.name}.{os.getpid()}")
+    part.write_text(json.dumps({"volumes": dict(known)}, indent=1, sort_keys=True), "utf-8")
+    part.replace(record)
+
+
+def _missing(looks: Mapping[Path, Look], paths: Iterable[Path]) -> Missing:
+    return tuple(said for path in paths if (said := looks.get(path, Look()).missing) is not None)

@@ -18,6 +18,7 @@ from fleetd.core.commands import Load, ReadAhead, Unload
 from fleetd.core.contract import ModelSpec
 from fleetd.core.events import Event, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
 from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.processes import sentence
 from fleetd.daemon.tasks import Tasks
 from fleetd.engines.base import Endpoint, HeldModel
@@ -40,7 +41,9 @@ class Residency:
         plans: Callable[[], Mapping[str, LaunchPlan]],
         specs: Callable[[], Mapping[str, ModelSpec]],
         tasks: Tasks,
+        preparation: Preparation,
     ) -> None:
+        self._preparation = preparation
         self._http = http
         self._dispatch = dispatch
         self._plans = plans
@@ -87,7 +90,15 @@ class Residency:
         timeout_s = spec.load_timeout_s if spec is not None else 300.0
         try:
             plan, endpoint, held = self._target(model, process)
-            measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+            looked = await self._preparation.before_load(command, plan, held)
+            try:
+                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+            except EngineError:
+                if looked or not self._preparation.doubt(process, model):
+                    raise
+                if not await self._preparation.before_load(command, plan, held):
+                    raise
+                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
         except FleetError as error:
             self._dispatch(LoadFailed(model, process, generation, sentence(error), recoverable=error.recoverable))
         except asyncio.CancelledError:

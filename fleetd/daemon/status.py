@@ -27,6 +27,7 @@ from fleetd.control.wire import (
 )
 from fleetd.core.state import RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.processes import Processes
 from fleetd.daemon.sampling import Sampling
 from fleetd.host.load import machine_load, own_rss_bytes
@@ -57,7 +58,9 @@ class StatusView:
         processes: Processes,
         sampling: Sampling,
         facts: DaemonFacts,
+        preparation: Preparation,
     ) -> None:
+        self._preparation = preparation
         self._fleet = fleet
         self._assembly = assembly
         self._processes = processes
@@ -191,7 +194,7 @@ class StatusView:
         plans = self._assembly().plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
         context = plan.context.options if plan is not None else None
-        return {
+        status: ModelStatus = {
             "name": model.name,
             "state": "ROUTE" if spec.routes else str(model.state),
             "engine": plan.engine_name if plan is not None else None,
@@ -211,11 +214,16 @@ class StatusView:
             "load_s": round(model.load_s, 4) if model.load_s is not None else None,
             "ttl_s": spec.ttl_s,
             "context_length": getattr(context, "context_length", None) or getattr(context, "max_model_len", None),
-            "reason": model.failure
-            or next((placement.reason for placement in model.placements.values()), "not in memory"),
+            "reason": reason_of(model),
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
         }
+        note = self._preparation.notes.get(model.name)
+        if note is not None:
+            status["store"] = note.document()
+            if not model.placements and not model.failure and note.state in ("making", "failed"):
+                status["reason"] = note.detail
+        return status
 
     def _ttl_left(self, model: Model, now: float) -> float | None:
         ends = [
@@ -224,6 +232,13 @@ class StatusView:
             if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
         ]
         return round(max(0.0, min(ends) - now), 1) if ends else None
+
+
+def reason_of(model: Model) -> str:
+    """Return why a model is where it is, as one sentence."""
+    if model.missing:
+        return f"blocked: requires {', '.join(model.missing)}, absent now"
+    return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
 
 
 def wall(moment_s: float | None, now: float) -> str | None:

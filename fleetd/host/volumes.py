@@ -1,9 +1,10 @@
 """What a process requires to be there: files, folders, and the volumes that they are on.
 
 The rules of this file
-- A path on a removable or listed volume is there only while that volume is mounted: an empty mount point is not the volume.
+- A path on a removable, listed or known volume is there only while that volume is mounted: an empty mount point is not the
+  volume, and what somebody wrote into the mount point is not it either.
 - Looking may hang (a dead network share): each look has a thread and a limit, and what does not answer is missing.
-- A volume is known by its file system's UUID, else by its device number; another volume of the same name is noticed.
+- A volume is known by its file system's UUID; another one under the same name is refused until a person accepts it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,45 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from fleetd.host.mounts import Mounts
+
 _LOOK_LIMIT_S = 3.0
-_BY_UUID = Path("/dev/disk/by-uuid")
+SILENT = "does not answer"
 
 
-def required_mount(path: Path, listed: Iterable[Path]) -> Path | None:
-    """Return the mount point that must be mounted for this path to be meant; None: any folder will do.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at a path saw. `missing` is "PATH (why)", None when it is there; `mount` the volume it must be on."""
 
-    /Volumes/X (macOS), /media/USER/X and /run/media/USER/X (Linux desktops), and every mount point `listed` in fstab.
+    missing: str | None = None
+    mount: Path | None = None
+    identity: str | None = None
+
+    @property
+    def certain(self) -> bool:
+        """False when the path did not answer: it may be there."""
+        return self.missing is None or not self.missing.endswith(f"({SILENT})")
+
+
+def removable(path: Path) -> tuple[Path, ...]:
+    """Return where the volume of a path may be mounted by the customs of desktops, outermost first; empty: not removable.
+
+    /Volumes/X (macOS), /media/X and /media/USER/X, /run/media/USER/X (Linux desktops), /mnt and /mnt/X (by hand).
     """
     parts = path.parts
-    for prefix, depth in ((("/", "Volumes"), 3), (("/", "media"), 4), (("/", "run", "media"), 5)):
-        if parts[: len(prefix)] == prefix and len(parts) >= depth:
-            return Path(*parts[:depth])
-    above = [mount for mount in listed if mount != Path("/") and path.is_relative_to(mount)]
-    return max(above, key=lambda mount: len(mount.parts), default=None)
+    for prefix, depths in (
+        (("/", "Volumes"), (3,)),
+        (("/", "media"), (3, 4)),
+        (("/", "run", "media"), (4, 5)),
+        (("/", "mnt"), (2, 3)),
+    ):
+        if parts[: len(prefix)] == prefix:
+            return tuple(Path(*parts[:depth]) for depth in depths if len(parts) >= depth)
+    return ()
 
 
 def fstab_mounts(fstab: Path = Path("/etc/fstab")) -> list[Path]:
@@ -42,64 +64,96 @@ def fstab_mounts(fstab: Path = Path("/etc/fstab")) -> list[Path]:
     return [Path(words[1].replace("\\040", " ")) for words in fields if len(words) > 1 and words[1].startswith("/")]
 
 
-def volume_identity(path: Path) -> str:
-    """Return the UUID of the file system that holds this path, else its device number. Raises OSError."""
-    device = path.stat().st_dev
-    try:
-        for entry in _BY_UUID.iterdir():
-            if entry.stat().st_rdev == device:
-                return entry.name
-    except OSError:
-        pass
-    return f"dev-{os.major(device)}:{os.minor(device)}"
-
-
 class Volumes:
-    """Answers what is missing of a list of required paths. `is_mount` and `identity` are seams for tests."""
+    """Answers what is missing of a list of required paths. `mounts` and `listed` are seams for tests.
+
+    `known` holds the volumes that were seen: mount point to identity ("" where it has none). It is changed by looking, and by
+    `forget`; the caller keeps it.
+    """
 
     def __init__(
         self,
         *,
         listed: Sequence[Path] | None = None,
-        is_mount: Callable[[Path], bool] = os.path.ismount,
-        identity: Callable[[Path], str] = volume_identity,
+        mounts: Callable[[], Mounts] = Mounts,
+        known: Mapping[str, str] | None = None,
     ) -> None:
         self._listed = fstab_mounts() if listed is None and sys.platform == "linux" else list(listed or [])
-        self._is_mount, self._identity = is_mount, identity
+        self._mounts = mounts
+        self.known: dict[str, str] = dict(known or {})
         self._hanging: set[Path] = set()  # looks that never came back: not begun a second time
 
-    def look(self, path: Path) -> tuple[str | None, str | None]:
-        """Return (why it is missing or None, the identity of its volume or None). Blocks, perhaps for ever."""
-        mount = required_mount(path, self._listed)
+    def look(self, path: Path, mounts: Mounts | None = None) -> Look:
+        """Look at one path. Blocks, perhaps for ever."""
+        problem: OSError | None = None
         try:
-            if mount is not None and not self._is_mount(mount):
-                return f"{path} (the volume {mount} is not mounted)", None
-            path.stat()
-            return None, self._identity(mount) if mount is not None else None
-        except FileNotFoundError:
-            return f"{path} (does not exist)", None
+            path.stat()  # first, since it makes an automount point mount
         except OSError as error:
-            return f"{path} ({error.strerror or error})", None
+            problem = error
+        table = mounts or self._mounts()
+        real = Path(os.path.realpath(path))
+        mount, needed = self._mount_of(real, table)
+        if mount is not None and needed and not table.is_mount(mount):
+            return Look(f"{path} (the volume {mount} is not mounted)", mount)
+        if isinstance(problem, FileNotFoundError):
+            return Look(f"{path} (does not exist)", mount)
+        if problem is not None:
+            return Look(f"{path} ({problem.strerror or problem})", mount)
+        if mount is None or not table.is_mount(mount):
+            return Look()
+        try:
+            return self._compared(path, mount, table.identity(mount))
+        except OSError as error:
+            return Look(f"{path} ({error.strerror or error})", mount)
 
-    async def missing(self, paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[Path, str]]:
-        """Return (what is missing, identities of the volumes of the rest), within a few seconds whatever hangs."""
-        answers = await asyncio.gather(*(self._limited(path) for path in paths))
-        absent = tuple(reason for reason, _ in answers if reason is not None)
-        known = {
-            path: mark
-            for path, (reason, mark) in zip(paths, answers, strict=True)
-            if reason is None and mark is not None
-        }
-        return absent, known
+    def _mount_of(self, real: Path, table: Mounts) -> tuple[Path | None, bool]:
+        """Return the volume's mount point, and whether the path is meant only while something is mounted there."""
+        stated = [Path(one) for one in self.known] + self._listed
+        above = [mount for mount in stated if mount != Path("/") and real.is_relative_to(mount)]
+        customary = removable(real)
+        mounted = [mount for mount in customary if table.is_mount(mount)]
+        deepest = max([*above, *mounted], key=lambda mount: len(mount.parts), default=None)
+        if deepest is not None:
+            return deepest, True
+        if not customary:
+            return None, False
+        expected = customary[-1]
+        if expected.parts[1] == "mnt" or (len(expected.parts) < 4 and expected.parts[1] == "media"):
+            return expected, _is_bare(expected)
+        return expected, True
 
-    async def _limited(self, path: Path) -> tuple[str | None, str | None]:
+    def _compared(self, path: Path, mount: Path, identity: str | None) -> Look:
+        before = self.known.get(str(mount))
+        if identity and before and before != identity:
+            said = f"another volume is mounted at {mount}: {identity}, not {before}; if it is the right one now, "
+            return Look(f"{path} ({said}accept it with: fleetctl volumes accept {mount})", mount, identity)
+        if before is None or (identity and not before):
+            self.known[str(mount)] = identity or ""
+        return Look(None, mount, identity)
+
+    def forget(self, mount: str) -> bool:
+        """Take whatever is mounted there next as the right volume. False when nothing was known of it."""
+        return self.known.pop(mount, None) is not None
+
+    def look_at_all(self, paths: Iterable[Path]) -> dict[Path, Look]:
+        """Look at many paths, with one look at the mounts. Blocks."""
+        table = self._mounts()
+        return {path: self.look(path, table) for path in paths}
+
+    def table(self) -> object:
+        """Return something that differs when anything was mounted or unmounted; None where that cannot be told."""
+        points = self._mounts().points
+        return dict(points) or None
+
+    async def limited(self, path: Path) -> Look:
+        """Look at one path within a few seconds, whatever hangs."""
         if path in self._hanging:
-            return f"{path} (does not answer)", None
+            return Look(f"{path} ({SILENT})")
         self._hanging.add(path)
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[tuple[str | None, str | None]] = loop.create_future()
+        answer: asyncio.Future[Look] = loop.create_future()
 
-        def deliver(result: tuple[str | None, str | None]) -> None:
+        def deliver(result: Look) -> None:
             if not answer.done():
                 answer.set_result(result)
 
@@ -116,44 +170,13 @@ class Volumes:
             async with asyncio.timeout(_LOOK_LIMIT_S):
                 return await answer
         except TimeoutError:
-            return f"{path} (does not answer)", None
+            return Look(f"{path} ({SILENT})")
 
 
-class RequirementWatch:
-    """Calls `on_change(missing)` whenever the answer differs from the last, and at first; `on_swap(path)` when another volume
-    has taken the place of the one that was there."""
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        on_change: Callable[[tuple[str, ...]], None],
-        *,
-        on_swap: Callable[[Path], None] | None = None,
-        period_s: float = 1.0,
-        volumes: Volumes | None = None,
-    ) -> None:
-        self._paths, self._on_change, self._on_swap = list(paths), on_change, on_swap
-        self._period_s, self._volumes = period_s, volumes or Volumes()
-        self._known: dict[Path, str] = {}
-        self._last: tuple[str, ...] | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="requirement-watch")
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self) -> None:
-        while True:
-            await self._look()
-            await asyncio.sleep(self._period_s)
-
-    async def _look(self) -> None:
-        missing, marks = await self._volumes.missing(self._paths)
-        swapped = [path for path, mark in marks.items() if self._known.get(path, mark) != mark]
-        self._known.update(marks)
-        if missing != self._last:
-            self._last = missing
-            self._on_change(missing)
-        if self._on_swap is not None:
-            for path in swapped:
-                self._on_swap(path)
+def _is_bare(folder: Path) -> bool:
+    """True for an empty or absent folder: a mount point that waits for its volume."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
