@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PROGRAMS = ("docker", "podman")
 IN_IMAGE = {"vllm": ("vllm", "serve"), "ollama": ("ollama", "serve"), "llamacpp": ("llama-server",)}
 REMOVE_S = 30.0
-_EVERYWHERE = "0.0.0.0"  # noqa: S104
+_EVERYWHERE = "0.0.0.0"
 _FIND_S = 15.0
 _GRACE_S = 5.0  # beyond the time that the container itself is given to stop
 

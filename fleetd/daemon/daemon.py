@@ -94,7 +94,9 @@ class Daemon:
             Doing(self._take_out, self._bring_back),
         )
         self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks, self.preparation)
-        self.sampling = Sampling(self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices)
+        self.sampling = Sampling(
+            self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
+        )
         self.view = StatusView(
             self.fleet, lambda: configuration.assembly, self.processes, self.sampling, facts, self.preparation
         )

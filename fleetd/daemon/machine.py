@@ -82,6 +82,10 @@ class Machine(Protocol):
         """Return the usage of several sets, from one look."""
         ...
 
+    async def count_guest(self, handle: Any, pid: int | None) -> None:
+        """Count the process `pid` and its descendants, a container's, as the usage of this set from now on."""
+        ...
+
     async def signal(self, handle: Any, name: str) -> bool:
         """Send a signal to the leader; False when it is gone."""
         ...
@@ -145,3 +149,6 @@ class HostMachine:
 
     async def usage_all(self, handles: Sequence[Any]) -> list[Usage]:
         return await self.host.usage_all(handles)
+
+    async def count_guest(self, handle: Any, pid: int | None) -> None:
+        handle.guest = pid

@@ -43,6 +43,8 @@ class Run:
     early_exit: RawExit | None = None
     dead: bool = False
     reporting: asyncio.Task[None] | None = None
+    looked_inside: bool = False  # where its container's first process is was asked
+    inner_pid: int | None = None
     usage: Usage = field(default_factory=Usage)
     cpu_percent: float | None = None
     sampled_at: float = 0.0
@@ -80,6 +82,12 @@ class Processes:
     def run_of(self, name: str, generation: int) -> Run | None:
         run = self.runs.get(name)
         return run if run is not None and run.generation == generation else None
+
+    async def inner_pid(self, plan: LaunchPlan) -> int | None:
+        """Return the pid of the first process in a plan's container, as this machine sees it; None: not to be seen."""
+        if plan.contained is None:
+            return None
+        return await containers.first_pid(self._machine, plan.contained, plan.environment(self._parent_env))
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -267,7 +275,7 @@ def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdi
         return plan.engine.classify_exit(raw.code, raw.signal, tail)
     if raw.signal is not None:
         return ExitVerdict(ExitKind.CRASH, f"{plan.contained.remove[0]} itself was ended by {raw.signal}")
-    own = client_verdict(raw.code, tail)
+    own = client_verdict(raw.code, tail, plan.context.command[0] if plan.context.command else "")
     if own is not None:
         return own
     inner = inner_signal(raw.code)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from fleetd.core.events import Event, MemorySampled
 from fleetd.core.state import SERVING
 from fleetd.daemon.assembly import MachineDevice
+from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Machine
 from fleetd.daemon.processes import Processes, Run
 from fleetd.daemon.residency import Residency
@@ -42,7 +43,9 @@ class Sampling:
         fleet: Fleet,
         dispatch: Callable[[Event], None],
         devices: Devices,
+        inner_pid: Callable[[LaunchPlan], Awaitable[int | None]],
     ) -> None:
+        self._inner_pid = inner_pid
         self._machine = machine
         self._processes = processes
         self._residency = residency
@@ -75,11 +78,22 @@ class Sampling:
         runs = list(self._processes.live())
         if not runs:
             return
+        await self._look_into_containers(runs)
         usages = await self._machine.usage_all([run.handle for run in runs])
         now = time.monotonic()
         for run, usage in zip(runs, usages, strict=True):
             if not run.dead:
                 self._take(run, usage, now)
+
+    async def _look_into_containers(self, runs: list[Run]) -> None:
+        """Ask once per run where its container's first process is, as soon as it serves."""
+        for run in runs:
+            process = self._fleet.processes.get(run.name)
+            serves = process is not None and process.generation == run.generation and process.state in SERVING
+            if run.plan.contained is not None and not run.looked_inside and serves:
+                run.looked_inside = True
+                run.inner_pid = await self._inner_pid(run.plan)
+                await self._machine.count_guest(run.handle, run.inner_pid)
 
     def _take(self, run: Run, usage: Usage, now: float) -> None:
         if run.sampled_at and now > run.sampled_at:
@@ -101,6 +115,8 @@ class Sampling:
         process = self._fleet.processes[run.name]
         if process.spec.own_model is None:
             return {}
+        if run.plan.contained is not None and run.inner_pid is None:
+            return {}  # a client's own few megabytes say nothing of its container
         device = run.plan.device
         if device in ("host", "unified"):
             return {device: usage.rss_bytes}

@@ -205,14 +205,18 @@ _CAUSES: tuple[tuple[re.Pattern[str], ExitKind, str], ...] = tuple(
         (r"executable file .*not found|no such file or directory|permission denied", ExitKind.BAD_CONFIG, "command"),
     )
 )
+_NO_PROGRAM = re.compile(r"catatonit.*failed to exec|tini.*\bexec .*failed")
 _SIGNALS = {129: "SIGHUP", 130: "SIGINT", 134: "SIGABRT", 135: "SIGBUS", 137: "SIGKILL", 139: "SIGSEGV", 143: "SIGTERM"}
 
 
-def client_verdict(code: int | None, log_tail: Sequence[str]) -> ExitVerdict | None:
+def client_verdict(code: int | None, log_tail: Sequence[str], program: str = "") -> ExitVerdict | None:
     """Say why docker or podman itself ended; None: it is the program inside that did.
 
-    They end with 125 when they cannot start a container, with 126 and 127 when they cannot start its program.
+    They end with 125 when they cannot start a container, with 126 and 127 when they cannot start its program; the small init
+    inside, which starts it for them, has words of its own.
     """
+    if code and any(_NO_PROGRAM.search(line) for line in log_tail[-3:]):
+        return ExitVerdict(ExitKind.BAD_CONFIG, f"command: the image has no program {program}, or cannot run it")
     if code not in (CANNOT_START, 126, 127):
         return None
     for pattern, kind, key in _CAUSES:

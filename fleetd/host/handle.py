@@ -42,6 +42,7 @@ class ProcessHandle:
     force: asyncio.Event = field(default_factory=asyncio.Event)
     exit: RawExit | None = None
     killed_by_us: bool = False
+    guest: int | None = None  # first process of its container: counted in usage, never signalled
     watch: ExitWatch | None = None
     channel: NodeChannel | None = None
     stopping: asyncio.Task[tuple[int, ...]] | None = None

@@ -32,7 +32,7 @@ from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.scan import LogScanner
 from fleetd.host.oom import OomWatch
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
-from fleetd.host.process_set import Lineage, SetScanner, read_token
+from fleetd.host.process_set import Lineage, SetScanner, family, read_token
 from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
 from fleetd.host.spawn import Program
 from fleetd.host.spawning import Spawner, Started
@@ -393,7 +393,10 @@ class Host:
 
     def _usage_all(self, handles: list[ProcessHandle]) -> list[Usage]:
         results = []
-        for found, snapshot in self._scanner.scan_entries([handle.lineage for handle in handles]):
+        scans = self._scanner.scan_entries([handle.lineage for handle in handles])
+        for handle, (found, snapshot) in zip(handles, scans, strict=True):
+            if handle.guest is not None:
+                found = {**found, **family(snapshot, handle.guest)}
             entries = [snapshot[pid] for pid in found]
             results.append(
                 Usage(

@@ -108,6 +108,16 @@ def _add_descendants(found: dict[int, int], snapshot: Snapshot, spare: Collectio
                 open_pids.append(child.pid)
 
 
+def family(snapshot: Snapshot, pid: int) -> dict[int, int]:
+    """Return a process and everything that descends from it, as pid → start time."""
+    entry = snapshot.get(pid)
+    if entry is None or entry.dead:
+        return {}
+    found = {pid: entry.start}
+    _add_descendants(found, snapshot, ())
+    return found
+
+
 def ancestors(snapshot: Snapshot, pid: int) -> frozenset[int]:
     """Return pid and everything above it."""
     found = {0, 1, pid}

@@ -165,11 +165,13 @@ def test_orphans_are_found_by_label() -> None:
         (125, "unknown flag: --nosuch", "BAD_CONFIG", "runtime.docker.args: "),
         (127, 'exec: "nosuch": executable file not found in $PATH: unknown.', "BAD_CONFIG", "command: "),
         (126, "something else", "BAD_CONFIG", "command: the image has no such program"),
+        (1, "ERROR (catatonit:7): failed to exec pid1: No such file or directory", "BAD_CONFIG", "command: the image has no program p,"),
+        (127, "[FATAL tini (7)] exec nosuch failed: No such file or directory", "BAD_CONFIG", "command: the image has no program p,"),
         (125, "", "CRASH", "the container could not be started: ended with code 125"),
     ],
 )  # fmt: skip
 def test_why_the_client_itself_ended(code: int, line: str, kind: str, said: str) -> None:
-    verdict = client_verdict(code, ["pulling", line] if line else [])
+    verdict = client_verdict(code, ["pulling", line] if line else [], "p")
     assert verdict is not None
     assert verdict.kind is ExitKind[kind]
     assert verdict.reason.startswith(said)
