@@ -1,15 +1,13 @@
-"""Saved files, changed trees and coming and going volumes."""
+"""Saved files and changed trees."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fleetd.host.volumes import RequirementWatch, Volumes, fstab_mounts, required_mount, volume_identity
 from fleetd.host.watch import FileWatch, TreeWatch, folders_to_watch
 from tests.host.support import until
 
@@ -167,87 +165,5 @@ def test_a_tree_that_comes_and_goes(tmp_path: Path) -> None:
         await until(lambda: seen[-1] == [tree])
         assert not any(path.name == "stranger.txt" for paths in seen for path in paths)
         await watch.close()
-
-    asyncio.run(run())
-
-
-MOUNTS = [Path("/"), Path("/srv"), Path("/srv/models"), Path("/srv/mod")]
-
-
-@pytest.mark.parametrize(
-    ("path", "mount"),
-    [
-        ("/Volumes/BOWIE/_MODELS/ollama", "/Volumes/BOWIE"),
-        ("/Volumes/BOWIE", "/Volumes/BOWIE"),
-        ("/Volumes", None),
-        ("/media/ann/usb/x", "/media/ann/usb"),
-        ("/run/media/ann/usb/x", "/run/media/ann/usb"),
-        ("/srv/models/a.gguf", "/srv/models"),
-        ("/srv/modest", "/srv"),
-        ("/home/ann", None),
-    ],
-)
-def test_which_mount_a_path_needs(path: str, mount: str | None) -> None:
-    assert required_mount(Path(path), MOUNTS) == (Path(mount) if mount else None)
-
-
-def test_fstab(tmp_path: Path) -> None:
-    table = tmp_path / "fstab"
-    table.write_text(
-        "# comment\nUUID=1 / ext4\n\nUUID=2 /srv/my\\040models ext4 defaults 0 0\nUUID=3 none swap sw\nbroken\n"
-    )
-    assert fstab_mounts(table) == [Path("/"), Path("/srv/my models")]
-    assert fstab_mounts(tmp_path / "none") == []
-    assert volume_identity(tmp_path)
-
-
-def test_a_volume_that_is_unplugged_replaced_and_plugged_in(tmp_path: Path) -> None:
-    mount = tmp_path / "disk"
-    wanted = mount / "models"
-    wanted.mkdir(parents=True)
-    world = {"mounted": True, "uuid": "A"}
-
-    async def run() -> None:
-        seen: list[tuple[str, ...]] = []
-        swaps: list[Path] = []
-        volumes = Volumes(
-            listed=[mount], is_mount=lambda _: bool(world["mounted"]), identity=lambda _: str(world["uuid"])
-        )
-        watch = RequirementWatch([wanted], seen.append, on_swap=swaps.append, period_s=0.01, volumes=volumes)
-        await until(lambda: seen == [()])
-        world["mounted"] = False  # the folder below the mount point is still there: it is not the volume
-        await until(lambda: len(seen) == 2)
-        assert seen[1] == (f"{wanted} (the volume {mount} is not mounted)",)
-        world.update(mounted=True, uuid="B")
-        await until(lambda: len(seen) == 3 and swaps)
-        assert seen[2] == ()
-        assert swaps == [wanted]
-        wanted.rmdir()
-        await until(lambda: len(seen) == 4)
-        assert seen[3] == (f"{wanted} (does not exist)",)
-        await watch.close()
-
-    asyncio.run(run())
-
-
-def test_a_share_that_hangs_is_missing_and_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleetd.host.volumes._LOOK_LIMIT_S", 0.05)
-    asked, release = [], threading.Event()
-
-    def identity(_path: Path) -> str:
-        asked.append(1)
-        release.wait(30)
-        return "x"
-
-    async def run() -> None:
-        volumes = Volumes(listed=[tmp_path], is_mount=lambda _: True, identity=identity)
-        for _ in range(3):
-            missing, marks = await volumes.missing([tmp_path])
-            assert missing == (f"{tmp_path} (does not answer)",)
-            assert marks == {}
-        assert len(asked) == 1
-        release.set()
-        await until(lambda: not volumes._hanging)
-        assert (await volumes.missing([tmp_path]))[0] == ()
 
     asyncio.run(run())
