@@ -186,6 +186,9 @@ class Admission:
         if process is None:
             waiting.why = f"every server that may hold {model.name} is busy or not ready"
             return
+        if self.facts.unseen:
+            waiting.why = f"looking at what {min(self.facts.unseen)} holds after a restart of the daemon"
+            return
         need = model.footprint.bytes
         spread = bool(model.placements)  # loaded elsewhere, but full, leaving or unhealthy
         if held & set(need):

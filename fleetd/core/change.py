@@ -17,6 +17,7 @@ from fleetd.core.retention import due, stays
 from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
 
+LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server holds
 OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
 
 
@@ -160,7 +161,9 @@ class Change:
         process.generation = event.generation
         process.move(ProcessState.STARTING, now, "adopted from the daemon before")
         self.supervision.begin_run(process, now)
-        process.started_s, process.adopted = now - event.age_s, True
+        process.started_s = now - event.age_s
+        if process.spec.capabilities.many_models:
+            self.facts.unseen[process.name] = now + LOOK_S
         own = process.spec.own_model
         model = self.facts.models.get(own) if own is not None else None
         if model is not None:
@@ -187,7 +190,7 @@ class Change:
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
         """Lay what a server says it holds over what we believe: by model name of the fleet."""
         facts = self.facts
-        process.adopted = False
+        facts.unseen.pop(process.name, None)
         for placement in list(facts.placements_on(process.name)):
             if placement.state is not Residency.LOADED:
                 continue

@@ -57,6 +57,7 @@ class Ending:
     def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
         """Nothing of this generation lives any more (or it cannot be killed): what now?"""
         process.survivors = survivors
+        self.facts.unseen.pop(process.name, None)
         if survivors:
             process.outcome = process.restart_wanted = None
             pids = ", ".join(map(str, survivors))

@@ -56,6 +56,9 @@ class Facts:
     placed: dict[str, set[str]] = field(default_factory=dict)  # process to models placed on it
     hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that name it as a holder
     freed: dict[tuple[str, str], float] = field(default_factory=dict)  # when a placement's memory was last seen free
+    unseen: dict[str, float] = field(
+        default_factory=dict
+    )  # adopted servers whose models are not known yet, and until when
     retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
     leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
     awake: set[str] = field(default_factory=set)

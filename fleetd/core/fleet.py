@@ -150,4 +150,5 @@ class Fleet:
                 times.extend(self.residencies.deadlines(placement))
         times.extend(facts.models[name].retry_s for name in facts.due if facts.models[name].retry_s)
         times.extend(self.admission.deadlines())
+        times.extend(facts.unseen.values())
         return times

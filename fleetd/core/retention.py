@@ -55,7 +55,7 @@ def ttl_deadline(facts: Facts, placement: Placement) -> float | None:
 
 def preload(facts: Facts, residencies: Residencies, now: float) -> None:
     """Load what should stay, where there is room that nobody in line waits for."""
-    if facts.shutting_down:
+    if facts.shutting_down or facts.unseen:
         return
     for name in sorted(facts.due, key=lambda key: (-facts.models[key].spec.priority, key)):
         model = facts.models[name]

@@ -101,7 +101,6 @@ class Process:
     # wishes
     stopped: bool = False  # an operator's durable stop
     asked: bool = False  # an operator wants this on-demand process up although no model needs it
-    adopted: bool = False  # taken over, and what it holds was not seen yet
     removed: bool = False  # no longer in the configuration
     restart_wanted: str | None = None  # restart once drained, and why
     leave_s: float | None = None  # since when it drains in order to stop

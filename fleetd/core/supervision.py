@@ -31,7 +31,7 @@ class Supervision:
         spec = process.spec
         if self.facts.shutting_down or process.stopped or process.removed or not spec.enabled:
             return False
-        if spec.own_model is None and (not spec.on_demand or process.asked or process.adopted):
+        if spec.own_model is None and (not spec.on_demand or process.asked or spec.name in self.facts.unseen):
             return True
         return any(
             p.state is not Residency.UNLOADING or spec.own_model is None for p in self.facts.placements_on(spec.name)
@@ -41,6 +41,8 @@ class Supervision:
         return sum(placement.in_flight for placement in self.facts.placements_on(process.name))
 
     def reconcile(self, now: float) -> None:
+        for name in [name for name, until_s in self.facts.unseen.items() if now >= until_s]:
+            del self.facts.unseen[name]
         for name in sorted(self.facts.awake):
             process = self.facts.processes.get(name)
             if process is None:
@@ -134,7 +136,7 @@ class Supervision:
         process.started_s = process.progress_s = now
         process.ready_s = process.next_start_s = process.leave_s = None
         process.restart_wanted = process.outcome = None
-        process.adopted = False
+        self.facts.unseen.pop(process.name, None)
         process.startup_done, process.phase, process.memory_strikes, process.rss_bytes = False, "", 0, 0
         process.readiness.reset()
         process.liveness.reset()
@@ -274,6 +276,8 @@ class Supervision:
             self._probe(process, ProbeKind.LIVENESS)
 
     def _probe(self, process: Process, probe: ProbeKind) -> None:
+        if process.removed:
+            return  # about to be stopped: nobody knows its probes any more
         self.facts.emit(
             StartProbe(process.name, process.generation, probe, f"{probe} probe of generation {process.generation}")
         )

@@ -727,3 +727,18 @@ def test_a_shutdown_refuses_those_who_wait_and_those_who_come() -> None:
     rig.spawned("a")
     rig.empty("a")
     assert rig.take(c.Finished)
+
+
+def test_nothing_new_is_loaded_until_adopted_servers_were_looked_at() -> None:
+    spec = fleet_spec([server("s"), own("x")], [model("m", "s"), model("n", "s", preload=True), model("x")])
+    rig = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
+    waiting = rig.ask("x")
+    assert not rig.take(c.Load)
+    assert not rig.take(c.Spawn)
+    assert "looking at what s holds" in rig.fleet.facts.queue[waiting].why
+    rig.send(e.ResidentsObserved("s", 2, {"m": {"gpu0": G}}))
+    assert [command.model for command in rig.take(c.Unload)] == ["m"], "it takes the room: it is evicted, not forgotten"
+    blind = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
+    blind.ask("x")
+    blind.wait(10.0)
+    assert blind.take(c.Spawn), "a server that cannot say what it holds keeps nobody waiting for ever"

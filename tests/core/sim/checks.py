@@ -122,7 +122,7 @@ def end(world: World, command: c.Stop | c.Unload) -> None:
         holds(world, ready, f"{command} while it is starting")
     spec = world.spec.models.get(model)
     if command.reason.startswith("idle for") and spec is not None:
-        idle_s = world.now - world.last_end.get((model, name), 0.0)
+        idle_s = world.now - world.last_end.get((model, name, command.generation), 0.0)
         holds(world, idle_s >= spec.ttl_s - 1e-6 or world.corrected, f"{command} after {idle_s:.2f} s")
 
 
@@ -219,7 +219,6 @@ def memory(world: World) -> None:
     """What lives in memory is reserved, and with honest footprints fits."""
     used: dict[str, int] = {}
     ledger = world.fleet.ledger
-    unknown = any(run.unobserved for run in world.living())
     for run in world.living():
         for model, size in run.models.items():
             for device, count in size.items():
@@ -227,7 +226,7 @@ def memory(world: World) -> None:
             known = (model, run.name) in ledger.reservations
             ours = run.spec.capabilities.owns_process and not run.unobserved
             holds(world, known or not ours, f"{model} is in the memory of {run.name}, and nothing is reserved for it")
-    if world.honest and not unknown and not world.corrected:
+    if world.honest and not world.corrected:
         for device, spec in world.spec.devices.items():
             fits = used.get(device, 0) <= spec.budget_bytes
             holds(world, fits, f"{used.get(device, 0)} bytes in use on {device}, budget {spec.budget_bytes}")

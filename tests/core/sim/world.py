@@ -95,7 +95,7 @@ class World:
         self.deaths: dict[str, list[float]] = {}
         self.kept_failed: set[str] = set()  # had given up before the daemon restarted
         self.row: dict[str, int] = {}  # deaths since the last stable run
-        self.last_end: dict[tuple[str, str], float] = {}
+        self.last_end: dict[tuple[str, str, int], float] = {}
         self.past: list[tuple[str, int, e.Event]] = []
         self.crashy: dict[str, int] = {}  # starts that will crash
         self.restarts: dict[str, tuple[object, int]] = {}
@@ -483,7 +483,7 @@ class World:
         if client is not None and client.grant is not None:
             del self.clients[request_id]
             self.ended.add(request_id)
-            self.last_end[(client.grant.model, client.grant.process)] = self.now
+            self.last_end[(client.grant.model, client.grant.process, client.grant.generation)] = self.now
             self.deliver(e.RequestFinished(request_id, failed))
 
     def _do_grant(self, command: c.Grant) -> None:
