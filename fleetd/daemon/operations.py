@@ -9,7 +9,8 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fleetd.control.port import ActOptions, ApplyOptions
@@ -19,6 +20,8 @@ from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.daemon import Daemon
 from fleetd.daemon.plans import affected, plan_of
 from fleetd.errors import ApiError, ConfigError
+
+TURN_S = 20.0  # shorter than the patience of `fleetctl reload`
 
 
 class Operations:
@@ -42,28 +45,45 @@ class Operations:
         return plan_of(configuration.assembly, new, path or str(configuration.path))
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
-        configuration = self._daemon.configuration
-        if configuration.applying.locked():
-            raise ApiError(409, "locked", "Another change is being applied.", hint="Try again in a moment.")
-        async with configuration.applying:
-            new = await configuration.read(Path(path) if path else None)
-            old = configuration.assembly
-            plan = plan_of(old, new, path or str(configuration.path))
-            if options.expect_hash is not None and options.expect_hash != new.loaded.config_hash:
-                raise ApiError(
-                    409,
-                    "plan_changed",
-                    "The file was changed after the plan was shown.",
-                    hint="Look at the plan again.",
-                )
-            if options.dry_run:
-                return {"plan": plan, "results": []}
-            self._check_unmovable(old, new)
-            wait_for = affected(old, new)
-            generations = {name: self._generation(name) for name in wait_for}
-            await self._change(new, Path(path) if path else None)
+        async with self._turn():
+            plan, wait_for, generations = await self._apply_now(path, options)
         results = await self._outcomes(wait_for, generations, options) if wait_for else []
         return {"plan": plan, "results": results}
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One change at a time. A file that was just saved is being applied by itself: a reload then waits its turn."""
+        applying = self._daemon.configuration.applying
+        try:
+            async with asyncio.timeout(TURN_S):
+                await applying.acquire()
+        except TimeoutError:
+            raise ApiError(409, "locked", "Another change is being applied.", hint="Try again in a moment.") from None
+        try:
+            yield
+        finally:
+            applying.release()
+
+    async def _apply_now(self, path: str | None, options: ApplyOptions) -> tuple[Plan, list[str], dict[str, int]]:
+        """Change the fleet; return the plan, the processes whose state follows from it, and their generations before."""
+        configuration = self._daemon.configuration
+        new = await configuration.read(Path(path) if path else None)
+        old = configuration.assembly
+        plan = plan_of(old, new, path or str(configuration.path))
+        if options.expect_hash is not None and options.expect_hash != new.loaded.config_hash:
+            raise ApiError(
+                409,
+                "plan_changed",
+                "The file was changed after the plan was shown.",
+                hint="Look at the plan again.",
+            )
+        if options.dry_run:
+            return plan, [], {}
+        self._check_unmovable(old, new)
+        wait_for = affected(old, new)
+        generations = {name: self._generation(name) for name in wait_for}
+        await self._change(new, Path(path) if path else None)
+        return plan, wait_for, generations
 
     def _check_unmovable(self, old: Assembly, new: Assembly) -> None:
         """Some keys take effect with the next start of the daemon only; refuse them rather than half obey."""

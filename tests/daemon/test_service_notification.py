@@ -6,6 +6,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +35,10 @@ class Told:
 
 @contextmanager
 def told(folder: Path, **env: str) -> Iterator[tuple[Fleetd, Told]]:
-    with tempfile.TemporaryDirectory(prefix="fd-") as short, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+    with (
+        tempfile.TemporaryDirectory(prefix="fd-") as short,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
+    ):
         listener.bind(f"{short}/notify")
         listener.setblocking(False)
         env |= {"NOTIFY_SOCKET": f"{short}/notify", "BLACK_BOX_FOLDER": str(folder)}
@@ -78,4 +82,17 @@ def test_no_new_program_on_a_file_that_it_could_not_start_on(tmp_path: Path) -> 
         assert answer.status == 422, answer.body
         assert answer.json["error"]["code"] == "invalid_config"
         assert daemon.is_up()
+        assert daemon.process_row("one")["pid"] == row["pid"]
+
+
+def test_reloads_at_the_same_time_wait_for_one_another(tmp_path: Path) -> None:
+    with told(tmp_path) as (daemon, _), ThreadPoolExecutor(8) as pool:
+        daemon.start()
+        row = daemon.until_state("one", "READY")
+        for number in range(3):
+            daemon.write(FLEET + f"  more-{number}: {{command: [/bin/sleep, '86400']}}\n")
+            answers = list(pool.map(lambda _: daemon.control("POST", "/v1/reload", {}), range(8)))
+            assert [answer.status for answer in answers] == [200] * 8, [answer.body for answer in answers]
+        daemon.until_state("more-2", "READY")
+        assert {process["name"] for process in daemon.status()["processes"]} == {"more-2", "one"}
         assert daemon.process_row("one")["pid"] == row["pid"]
