@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format clean
+.PHONY: help demo run test test-systemd test-vllm chaos restarts supervisors lint format clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,6 +35,25 @@ run: $(VENV)/.installed-demo  ## start fleetd on the repository's own fleet.yaml
 
 test: $(VENV)/.installed-test  ## all tests
 	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-systemd: $(VENV)/.installed-test  ## fleetd under a real systemd in a container: root, podman, runc, debootstrap
+	$(PY) -m pytest -m real tests/real/test_systemd.py $(PYTEST_ARGS)
+
+FLEETD_VLLM ?= $(HOME)/.cache/fleetd-vllm
+test-vllm: $(VENV)/.installed-test  ## fleetd over a real vLLM on the CPU; installs it into FLEETD_VLLM once (6 GB)
+	bash tests/real/install_vllm.sh $(FLEETD_VLLM)
+	FLEETD_VLLM=$(FLEETD_VLLM) $(PY) -m pytest -m real tests/real/test_vllm.py $(PYTEST_ARGS)
+
+CHAOS_FOR ?= 5m
+CHAOS_SEED ?=
+chaos: $(VENV)/.installed-test  ## random kills, stops, edits and slow disks for CHAOS_FOR (5m); CHAOS_SEED repeats a run
+	$(PY) -m bench.chaos --for $(CHAOS_FOR) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+
+restarts: $(VENV)/.installed-test  ## ten thousand restarts: the daemon's memory and descriptors stay flat
+	$(PY) -m bench.restarts_10k
+
+supervisors: $(VENV)/.installed-test  ## fleetd beside supervisord and PM2, where they are on PATH: who loses what
+	$(PY) -m bench.supervisors
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(VENV)/bin/ruff check .

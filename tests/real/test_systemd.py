@@ -21,7 +21,12 @@ services:
   first: {command: [/bin/sleep, "86401"]}
   second: {command: [/bin/sleep, "86402"]}
 instances:
-  engine: {engine: process, command: [python3, /opt/fake/fake_model_server.py, --port, "{port}"], port: 21500, options: {api: openai}, probes: {startup: {http: /health}}}
+  engine:
+    engine: process
+    command: [python3, /opt/fake/fake_model_server.py, --port, "{port}"]
+    port: 21500
+    options: {api: openai}
+    probes: {startup: {http: /health}}
 """
 CTL = "/opt/fleetd/bin/fleetctl --socket /run/fleetd/fleetd.sock"
 PIDS = "pgrep -f 'sleep 8640[12]|fake_model_serve[r]' | sort"
