@@ -26,7 +26,8 @@ from fleetd.engines.container import CANNOT_START, client_verdict, inner_signal
 from fleetd.errors import EngineError, FleetError, HostError
 from fleetd.host.types import HandleRecord, RawExit, Usage
 
-_TAIL_LINES = 30
+_TAIL_LINES = 30  # kept with the report
+_VERDICT_LINES = 400  # an engine of several processes writes the cause first, then a traceback for each of them
 _LAST_WORDS_S = 2.0
 _HOOK_S = 60.0
 
@@ -167,7 +168,7 @@ class Processes:
     async def _report(self, run: Run, raw: RawExit) -> None:
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
-                tail = await self._machine.last_words(run.handle, _TAIL_LINES) if run.handle else ()
+                tail = await self._machine.last_words(run.handle, _VERDICT_LINES) if run.handle else ()
         except (TimeoutError, OSError, FleetError):
             tail = ()
         self._dispatch(Exited(run.name, run.generation, report_of(run.plan, raw, tail)))
@@ -262,11 +263,11 @@ def sentence(error: FleetError) -> str:
 def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:
     """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
     if raw.code is None and raw.signal is None:
-        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "it ended while nobody watched", tail)
+        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "it ended while nobody watched", tail[-_TAIL_LINES:])
     verdict = _verdict(plan, raw, tail)
     kind = ExitKind.OOM if raw.oom else verdict.kind
     reason = "killed by the kernel: out of memory" if raw.oom else verdict.reason
-    return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail)
+    return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail[-_TAIL_LINES:])
 
 
 def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdict:
