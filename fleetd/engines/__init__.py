@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import importlib
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, cast
 
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from fleetd.engines.base import Engine
 
 GROUP = "fleetd.engines"
@@ -52,7 +53,7 @@ def load(name: str) -> Engine:
                 hint=f"uninstall {_package(added[name])}, or have it name its engine otherwise",
                 recoverable=False,
             )
-        return cast("Engine", importlib.import_module(f"fleetd.engines.{name}").ENGINE)
+        return _built_in(name)
     if name in added:
         return _from_entry_point(name, added[name])
     known = names()
@@ -61,7 +62,19 @@ def load(name: str) -> Engine:
     raise EngineError(f"there is no engine {name!r}; there are {', '.join(known)}", hint=hint, recoverable=False)
 
 
+@cache
+def recall(name: str) -> Engine:
+    """Return an engine that was found before, by another process of ours: the built-in ones without a look at the packages."""
+    return _built_in(name) if name in BUILT_IN else load(name)
+
+
+def _built_in(name: str) -> Engine:
+    return cast("Engine", importlib.import_module(f"fleetd.engines.{name}").ENGINE)
+
+
 def _added() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 

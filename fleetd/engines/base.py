@@ -14,12 +14,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
+
+    from fleetd.engines.options import Options as Options  # noqa: PLC0414 - engines import it from here
 
 
 class Api(StrEnum):
@@ -30,10 +30,13 @@ class Api(StrEnum):
     NONE = "none"
 
 
-class Options(BaseModel):
-    """Base of every engine's typed options: closed and frozen."""
+def __getattr__(name: str) -> Any:
+    """Load `Options`, the base of every engine's typed options, only for an engine that has some."""
+    if name == "Options":
+        from fleetd.engines.options import Options
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+        return Options
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,10 @@ class Engine(Protocol):
 
     name: str
     capabilities: Capabilities
-    options: type[Options]
+
+    @property
+    def options(self) -> type[Options]:
+        """The model that `options` of fleet.yaml are checked by."""
 
     def api(self, options: Any) -> Api:
         """Return the dialect that a server with these options speaks."""
@@ -157,7 +163,9 @@ class Engine(Protocol):
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         """Say why it ended, from the exit code and the last log lines."""
 
-    async def load(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> Mapping[str, int]:
+    async def load(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
+    ) -> Mapping[str, int]:
         """Load a model into a many-model server; returns measured bytes per device, empty if unknown. Raises EngineError."""
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
@@ -166,5 +174,7 @@ class Engine(Protocol):
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return what a many-model server holds now. Raises EngineError."""
 
-    async def alive(self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float) -> ProbeOutcome:
+    async def alive(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
+    ) -> ProbeOutcome:
         """Do a real one-token request: the only proof that a server still works."""

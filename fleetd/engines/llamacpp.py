@@ -36,9 +36,10 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import Count, Size, visible_devices
+from fleetd.engines.fields import Count, Size
 from fleetd.engines.llamacpp_exits import classify
 from fleetd.engines.llamacpp_rules import problems
+from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf
 

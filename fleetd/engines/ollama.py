@@ -34,7 +34,7 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import Reply, call, until
-from fleetd.engines.fields import Count, Duration, Lifetime, Size, visible_devices
+from fleetd.engines.fields import Count, Duration, Lifetime, Size
 from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.engines.ollama_models import (
@@ -46,6 +46,7 @@ from fleetd.engines.ollama_models import (
     recipe_of,
     shared_store,
 )
+from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.footprint import PROCESS_BYTES, Serving

@@ -12,8 +12,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
@@ -23,30 +21,22 @@ from fleetd.engines.base import (
     Launch,
     LaunchContext,
     OptionProblem,
-    Options,
     ProbeOutcome,
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import Count, visible_devices
+from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+    from fleetd.engines.options import Options
+    from fleetd.engines.process_options import ProcessOptions
+
 _PORT = ("address already in use", "eaddrinuse", "only one usage of each socket address")
 _MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "memoryerror", "bad_alloc")
 _LONGEST = 300
-
-
-class ProcessOptions(Options):
-    """What fleetd must be told of a program that it does not know."""
-
-    api: Api = Field(
-        Api.OPENAI, description="the dialect of its port; none: it is supervised, and nothing is routed to it"
-    )
-    concurrency: Count = Field(4, description="requests that it works on at once")
-    health: str | None = Field(None, pattern=r"^/", description="a path that answers 2xx once it is ready")
 
 
 class Process:
@@ -54,7 +44,13 @@ class Process:
 
     name = "process"
     capabilities = Capabilities()
-    options: type[Options] = ProcessOptions
+
+    @property
+    def options(self) -> type[Options]:
+        """Loaded when asked for: a daemon that runs services needs none of it."""
+        from fleetd.engines.process_options import ProcessOptions
+
+        return ProcessOptions
 
     def api(self, options: ProcessOptions) -> Api:
         return options.api

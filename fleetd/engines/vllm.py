@@ -32,7 +32,7 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import visible_devices
+from fleetd.engines.visible import visible_devices
 from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems
 from fleetd.engines.vllm_log import verdict
 from fleetd.engines.vllm_sleep import is_sleeping
