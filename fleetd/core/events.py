@@ -130,10 +130,14 @@ class MemorySampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class RestartDue(Event):
-    """Schedule, watched file or another outside reason: restart, without counting as a death."""
+    """Schedule, watched file or another outside reason: restart, without counting as a death.
+
+    `revive`: what gave up, ended or waits for its next try starts now; without it only what runs is restarted.
+    """
 
     name: str
     reason: str
+    revive: bool = False
 
 
 # -- models -------------------------------------------------------------------------------------------------------------

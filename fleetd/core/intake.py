@@ -149,12 +149,19 @@ class Intake:
                 if placement.state is Residency.LOADED:
                     learn(self.facts, placement, event.device_bytes)
 
-    def restart_due(self, event: e.RestartDue, _now: float) -> None:
+    def restart_due(self, event: e.RestartDue, now: float) -> None:
         process = self.facts.processes.get(event.name)
-        running = process is not None and (process.state in SERVING or process.state is ProcessState.STARTING)
-        if process is not None and running and process.restart_wanted is None:
-            process.restart_wanted = event.reason
-            self.facts.wake(event.name)
+        if process is None:
+            return
+        if process.state in SERVING or process.state is ProcessState.STARTING:
+            process.restart_wanted = process.restart_wanted or event.reason
+        elif event.revive and not process.stopped:
+            process.record.reset()
+            if process.state in (ProcessState.FAILED, ProcessState.EXITED):
+                self.supervision.ending.revive(process, now, event.reason)
+            elif process.state is ProcessState.BACKOFF:
+                process.next_start_s = now
+        self.facts.wake(event.name)
 
     # -- models -----------------------------------------------------------------------------------------------------------
 

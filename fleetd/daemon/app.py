@@ -53,6 +53,7 @@ SOCKET_NAME = "fleetd.sock"
 _DRAIN_S = 5.0
 _UNDO_S = 20.0
 _BACKLOG = 1024
+_CLOCK_STEP_S = 0.02  # file times are taken from a clock that ticks in steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class App:
         self._sink = sink
         self._done = asyncio.Event()
         self._reexecuting = False
+        self._up = False
         self._began = time.monotonic()
         self._notifier = Notifier()
         self._recorded: set[str] | None = None  # until this daemon knows better
@@ -100,6 +102,7 @@ class App:
     async def _start(self, stack: AsyncExitStack) -> None:
         taken = reexec.taken_over()
         reader = Reader(dict(os.environ), socket.gethostname(), self._running)
+        began = time.time()
         loaded = await asyncio.to_thread(load, self._options.config, os.environ)
         paths = HostPaths(
             *(loaded.resolve(("paths", key), getattr(loaded.config.paths, key)) for key in ("state", "run", "logs"))
@@ -127,6 +130,7 @@ class App:
         stack.push_async_callback(self._close_daemon)
         listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
         stack.callback(listener.close)
+        await self._watch(stack, assembly)
         for place in unreadable:
             self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
         await self._take_over(assembly, left)
@@ -138,6 +142,9 @@ class App:
             raise
         self._outside(stack)
         self._ready(assembly)
+        self._up = True
+        if loaded.config.watch and any(changed_since(file, began) for file in loaded.files):
+            self._file_saved()  # after it was read, before anybody could apply it
 
     def _running(self) -> set[str]:
         """Return the names of processes that hold their ports now: ours, or those of the daemon before."""
@@ -226,15 +233,19 @@ class App:
         for name in adoption.changed:
             daemon.dispatch(RestartAsked(name))
 
+    async def _watch(self, stack: AsyncExitStack, assembly: Assembly) -> None:
+        """Watch files before anything starts: what changes after a program read it is a reason to start it again."""
+        self._world = Outside(self._daemon, self._file_saved)
+        stack.push_async_callback(self._world.close)
+        self._world.follow(assembly)
+        await asyncio.sleep(0)  # a watch takes hold with the first step of its task
+
     def _outside(self, stack: AsyncExitStack) -> None:
-        """Begin to listen to the world: signals, saved files, clocks, samples."""
+        """Begin to listen to the world: signals, samples."""
         daemon = self._daemon
         loop = asyncio.get_running_loop()
         actions = signals.SignalActions(stop=self._stop, reload=self._reload, reopen=self._sink.reopen)
         stack.callback(signals.install(loop, actions))
-        self._world = Outside(daemon, self._file_saved)
-        self._world.follow(daemon.configuration.assembly)
-        stack.push_async_callback(self._world.close)
         daemon.background.start(daemon.sampling.run(), "sampling")
         daemon.background.start(daemon.requirements.run(), "requirements")
         if self._notifier.watchdog_interval_s is not None:
@@ -270,6 +281,8 @@ class App:
         self._world.follow(assembly)
 
     def _file_saved(self) -> None:
+        if not self._up:
+            return  # the start looks again at its end
         self._daemon.tasks.start(self._operations.file_saved(), "apply a saved file")
 
     def _reload(self) -> None:
@@ -307,6 +320,14 @@ class App:
         await daemon.store.flush()
         await self._control.close()
         reexec.execute(lock_fd, records, self._notifier.environment, stack)
+
+
+def changed_since(file: Path, moment_s: float) -> bool:
+    """Return whether a file, or the link that leads to it, may have been replaced or written to since a moment."""
+    try:
+        return max(file.stat().st_ctime, file.lstat().st_ctime) >= moment_s - _CLOCK_STEP_S
+    except OSError:
+        return True
 
 
 def listening(assembly: Assembly) -> socket.socket:

@@ -194,6 +194,7 @@ class Daemon:
         if journal.serial != self._serial:
             self._serial = journal.serial
             self.feed.publish(journal.entries[-1], self.fleet.processes.keys())
+            self.processes.hooks.break_off(self._unwanted)
         elif isinstance(event, _HOT):
             return
         if isinstance(event, Exited):
@@ -232,6 +233,10 @@ class Daemon:
     async def _bring_back(self, name: str) -> None:
         if name in self.fleet.models:
             await self.verbs.act("load", [name], ActOptions(wait=False))
+
+    def _unwanted(self, name: str) -> bool:
+        process = self.fleet.processes.get(name)
+        return process is None or not self.fleet.supervision.wanted(process)
 
     def _complain(self, name: str, sentence: str) -> None:
         self.log.warning("complaint", name=name, reason=sentence)

@@ -38,6 +38,7 @@ class Operations:
         self._applied = applied
         self._leave = leave
         self._reexecute = reexecute
+        self._saving = self._saved_again = False
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         configuration = self._daemon.configuration
@@ -133,14 +134,34 @@ class Operations:
         return await self._daemon.verbs.settled(names, generations, ActOptions(timeout_s=options.timeout_s))
 
     async def file_saved(self) -> None:
-        """The configuration's files differ from what was read: apply them, or show what is wrong."""
+        """The configuration's files differ from what was read: apply them, or show what is wrong.
+
+        However often it is called meanwhile, the file is read once more after the last call, and no apply runs beside another.
+        """
+        self._saved_again = True
+        if self._saving:
+            return
+        self._saving = True
+        try:
+            while self._saved_again:
+                self._saved_again = False
+                await self._apply_saved()
+        finally:
+            self._saving = False
+
+    async def _apply_saved(self) -> None:
+        applying = self._daemon.configuration.applying
+        while applying.locked():  # it may have read the file before it was saved
+            async with applying:
+                pass
         try:
             applied = await self.apply(None, ApplyOptions(wait=False))
         except ConfigError as error:
             self.refuse(error)
             return
         except ApiError:
-            return  # another apply reads the same file
+            self._saved_again = True
+            return
         if not applied["plan"]["changes"]:
             self._daemon.log.info("unchanged", config=str(self._daemon.configuration.path))
 

@@ -3,6 +3,7 @@
 The rules of this file
 - One watch for the configuration's own files; one per process that has `watch`; one task per `schedule`.
 - What did not change keeps its watch over a change of the configuration.
+- A changed file starts again what gave up, ended or waits for its next try; a schedule only what runs.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING
 
 from fleetd.core.events import RestartDue
 from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.flapping import COUNT, QUIET_S, WINDOW_S, FlapGuard
 from fleetd.daemon.launches import LaunchPlan, Schedule, WatchPlan
 
 if TYPE_CHECKING:
     from fleetd.daemon.daemon import Daemon
     from fleetd.host.watch import FileWatch, TreeWatch
+
+FLAPPING = f"its files changed more than {COUNT} times within {WINDOW_S:g} s: it restarts when they were quiet for {QUIET_S:g} s"
 
 
 class Outside:
@@ -30,6 +34,7 @@ class Outside:
         self._saved = saved
         self._files: FileWatch | None = None
         self._trees: dict[str, tuple[WatchPlan, TreeWatch]] = {}
+        self._quiet: dict[str, asyncio.TimerHandle] = {}  # restarts that wait until their files are quiet
         self._clocks: dict[str, tuple[Schedule, asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -66,27 +71,42 @@ class Outside:
     def _tree(self, plan: LaunchPlan, watch: WatchPlan) -> TreeWatch:
         from fleetd.host.watch import TreeWatch
 
+        guard = FlapGuard()
+        loop = asyncio.get_running_loop()
+
+        def restart(names: str) -> None:
+            self._quiet.pop(plan.name, None)
+            self._daemon.dispatch(RestartDue(plan.name, f"changed: {names}", revive=True))
+
         def changed(paths: list[Path]) -> None:
             names = ", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else "")
-            self._daemon.dispatch(RestartDue(plan.name, f"changed: {names}"))
+            waiting = self._quiet.pop(plan.name, None)
+            if waiting is not None:
+                waiting.cancel()
+            elif guard.passes(loop.time()):
+                restart(names)
+                return
+            else:
+                self._daemon.feed.say("process", plan.name, "watch", FLAPPING)
+            self._quiet[plan.name] = loop.call_later(QUIET_S, restart, names)
 
         return TreeWatch(watch.paths, changed, ignore=watch.ignore, debounce_s=watch.debounce_s)
 
     def _drop_tree(self, name: str) -> None:
         _, watch = self._trees.pop(name)
+        waiting = self._quiet.pop(name, None)
+        if waiting is not None:
+            waiting.cancel()
         self._later(watch.close())
 
     async def _clock(self, name: str, schedule: Schedule) -> None:
-        from cronsim import CronSim
+        from fleetd.daemon.timetable import Timetable
 
-        zone = time_zone(schedule.timezone)
+        timetable = Timetable(schedule.cron, time_zone(schedule.timezone), datetime.now(UTC))
         while True:
-            now = datetime.now(zone)
-            due = next(CronSim(schedule.cron, now))
-            # In small steps: a suspended machine and a changed clock are noticed within a minute.
-            while (left_s := (due - datetime.now(zone)).total_seconds()) > 0:  # noqa: ASYNC110
-                await asyncio.sleep(min(left_s, 60.0))
-            self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}"))
+            await asyncio.sleep(timetable.wait_s(datetime.now(UTC)))
+            if timetable.look(datetime.now(UTC)):
+                self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}"))
 
     def _later(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]

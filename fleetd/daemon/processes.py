@@ -4,6 +4,7 @@ The rules of this file
 - A run is one generation of one process. It keeps the plan that started it, whatever fleet.yaml says by now; only its stop
   policy is taken from the newest plan.
 - Each command is answered by exactly one event, whatever goes wrong: an unexpected error is an answer too.
+- Two stops of one run are one: the second only takes the grace away, if that is what it says.
 - The death of a leader is reported with the log lines of its own run, classified by its engine; it comes before SetEmpty.
 """
 
@@ -18,6 +19,7 @@ from fleetd.core.commands import Spawn, Stop, Sweep
 from fleetd.core.contract import ExitKind, ExitReport
 from fleetd.core.events import Adopted, Event, Exited, SetEmpty, Spawned, SpawnFailed
 from fleetd.daemon import containers
+from fleetd.daemon.hooks import Hooks
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Handle, Machine
 from fleetd.daemon.tasks import Tasks
@@ -29,7 +31,6 @@ from fleetd.host.types import HandleRecord, RawExit, Usage
 _TAIL_LINES = 30  # kept with the report
 _VERDICT_LINES = 400  # an engine of several processes writes the cause first, then a traceback for each of them
 _LAST_WORDS_S = 2.0
-_HOOK_S = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,7 @@ class Run:
     plan: LaunchPlan
     handle: Handle | None = None
     starting: asyncio.Task[None] | None = None
+    emptying: bool = False
     early_exit: RawExit | None = None
     dead: bool = False
     reporting: asyncio.Task[None] | None = None
@@ -74,6 +76,7 @@ class Processes:
         self._parent_env = parent_env
         self._complain = complain
         self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
+        self.hooks = Hooks(machine, tasks, parent_env)
         self.runs: dict[str, Run] = {}
 
     def live(self) -> Iterator[Run]:
@@ -129,7 +132,7 @@ class Processes:
             await self._look_again(run.name)
             plan = run.plan = written(run.plan)
             await self._clear_place(plan)
-            await self._hook(plan, plan.execution.pre_start, "pre_start")
+            await self.hooks.pre_start(plan)
             request = plan.request(run.generation, self._parent_env)
             handle = await self._machine.spawn(request, self.exit_seen(run))
         except (HostError, EngineError) as error:
@@ -179,10 +182,16 @@ class Processes:
         """Empty the process set of a generation and say so. `force` None: the leader is dead already."""
         run = self.run_of(name, generation)
         survivors: tuple[int, ...] = ()
+        if run is not None and run.emptying:
+            await self._hurry(run, force)
+            return
         try:
             if run is not None:
+                run.emptying = True
                 survivors = await self._empty_run(run, force)
         finally:
+            if run is not None:
+                run.emptying = False
             if run is not None and not survivors and self.runs.get(name) is run:
                 del self.runs[name]
             self._dispatch(SetEmpty(name, generation, survivors))
@@ -198,10 +207,18 @@ class Processes:
             await asyncio.wait({run.reporting})
         if not survivors and plan.execution.post_stop:
             try:
-                await self._hook(plan, plan.execution.post_stop, "post_stop")
+                await self.hooks.post_stop(plan)
             except HostError as error:
                 self._complain(run.name, sentence(error))
         return survivors
+
+    async def _hurry(self, run: Run, force: bool | None) -> None:
+        """A stop is under way, and its answer serves for this one too: only its grace may end."""
+        if not force:
+            return
+        self.hooks.hurry(run.name)
+        if run.handle is not None:
+            await self._end_client(run, self._plans().get(run.name, run.plan), True)
 
     async def _end_client(self, run: Run, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
         """End the process set; where it is a container's client, the container too: first, when nobody can ask it any more."""
@@ -234,15 +251,6 @@ class Processes:
         if why is not None:
             raise HostError(why)
         self._half_made.discard(plan.name)
-
-    async def _hook(self, plan: LaunchPlan, argv: tuple[str, ...], which: str) -> None:
-        """Run a hook to its end. Raises HostError when it fails: a process whose pre_start failed is not started."""
-        if not argv:
-            return
-        ok, output = await self._machine.run(argv, plan.environment(self._parent_env), plan.execution.cwd, _HOOK_S)
-        if not ok:
-            last = output.strip().splitlines()[-1:] or ["it said nothing"]
-            raise HostError(f"its {which} hook failed: {last[0][:300]}")
 
 
 def written(plan: LaunchPlan) -> LaunchPlan:

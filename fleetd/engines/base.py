@@ -163,9 +163,7 @@ class Engine(Protocol):
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         """Say why it ended, from the exit code and the last log lines."""
 
-    async def load(
-        self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
-    ) -> Mapping[str, int]:
+    async def load(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> Mapping[str, int]:
         """Load a model into a many-model server; returns measured bytes per device, empty if unknown. Raises EngineError."""
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
@@ -174,7 +172,5 @@ class Engine(Protocol):
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return what a many-model server holds now. Raises EngineError."""
 
-    async def alive(
-        self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
-    ) -> ProbeOutcome:
+    async def alive(self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float) -> ProbeOutcome:
         """Do a real one-token request: the only proof that a server still works."""

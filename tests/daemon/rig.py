@@ -240,14 +240,14 @@ class Fleetd:
         found: dict[str, Any] = {}
 
         def there() -> bool:
-            found.update(self.process_row(name))
-            return found["state"] in states
+            found.update(next((row for row in self.status()["processes"] if row["name"] == name), {}))
+            return found.get("state") in states
 
         try:
             until(there, "")
         except AssertionError:
             raise AssertionError(
-                f"{name} is {found['state']}, not {' or '.join(states)}: {found['reason']}\n{self.log()[-3000:]}"
+                f"{name} is {found.get('state')}, not {' or '.join(states)}: {found.get('reason')}\n{self.log()[-3000:]}"
             ) from None
         return found
 
