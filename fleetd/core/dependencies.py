@@ -3,6 +3,7 @@
 The rules of this file
 - Pure questions over the facts; the answer always carries its reason.
 - A dependency is judged by the *current* generation of what it names.
+- Whoever waits for a lane waits for what is under way, never for what waits itself: nobody can wait in a circle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from fleetd.core.contract import Dependency, DependencyCondition
 from fleetd.core.facts import Facts
 from fleetd.core.restart import succeeded
-from fleetd.core.state import RUNNING, SERVING, Process, ProcessState
+from fleetd.core.state import RUNNING, SERVING, Process, ProcessState, Residency
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,29 @@ def _dependency(facts: Facts, dependency: Dependency) -> Gate:
 
 
 def _lane(facts: Facts, process: Process) -> Gate:
-    """On one lane nothing starts while another starts or stops, if either of them demands it."""
-    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING))
+    """On one lane nothing starts while another starts or stops, if either of them demands it; nor while a model comes or goes."""
+    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING)) or _moving(facts, process)
     return Gate(False, busy) if busy else _OPEN
 
 
 def stop_waits(facts: Facts, process: Process) -> str:
-    """Say which start on its lane an ordered stop would disturb; empty: none."""
+    """Say which start on its lane an ordered stop, a load or an unload would disturb; empty: none."""
     return _on_lane(facts, process, (ProcessState.STARTING,))
+
+
+def _moving(facts: Facts, process: Process) -> str:
+    """Say which load or unload under way a start that demands its lane would suffer from; empty: none."""
+    lane = process.spec.lane
+    if lane is None or not process.spec.capabilities.exclusive_start:
+        return ""
+    for name in sorted(facts.placed):
+        other = facts.processes.get(name)
+        if other is None or other is process or other.spec.lane != lane:
+            continue
+        for placement in facts.placements_on(name):
+            if placement.ordered and placement.state in (Residency.LOADING, Residency.UNLOADING):
+                return f"waiting for its turn on {lane}: {placement.model} is {placement.state} on {name}"
+    return ""
 
 
 def _on_lane(facts: Facts, process: Process, states: tuple[ProcessState, ...]) -> str:

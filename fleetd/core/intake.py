@@ -107,7 +107,7 @@ class Intake:
         probes = process.spec.probes
         if event.probe is ProbeKind.STARTUP:
             if process.state is ProcessState.STARTING and not process.startup_done:
-                process.phase = event.detail if not event.ok else ""
+                process.startup_detail = event.detail if not event.ok else ""
                 if event.ok:
                     self.supervision.startup_passed(process, now)
         elif event.probe is ProbeKind.READINESS and probes.readiness is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from fleetd.core.commands import Load, Unload
+from fleetd.core.dependencies import stop_waits
 from fleetd.core.facts import Facts
 from fleetd.core.holders import usable
 from fleetd.core.measuring import learn, over_budget_victims
@@ -148,7 +149,9 @@ class Residencies:
     def _order_load(self, placement: Placement, process: Process, now: float) -> None:
         if process.drained or (process.state in RESTING and self._hopeless(process)) or self._unwanted(placement):
             self.gone(placement, now)
-        elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY):
+        elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and not self._waits_for_lane(
+            placement, process
+        ):
             placement.generation, placement.ordered, placement.ordered_s = process.generation, True, now
             self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
 
@@ -157,9 +160,17 @@ class Residencies:
             return
         if placement.lingers:
             self.gone(placement, now)
-        else:
+        elif not self._waits_for_lane(placement, process):
             placement.ordered, placement.ordered_s = True, now
             self.facts.emit(Unload(placement.model, process.name, process.generation, placement.reason))
+
+    def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
+        """A start that measures its device's free memory is under way there: nothing may come or go meanwhile."""
+        waits = stop_waits(self.facts, process)
+        if waits and waits != placement.waits:
+            self.facts.journal.note(placement.model, waits)
+        placement.waits = waits
+        return bool(waits)
 
     def _load_deadline(self, placement: Placement) -> float:
         return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S

@@ -85,7 +85,8 @@ class Process:
     started_s: float = 0.0  # when this generation was ordered
     ready_s: float | None = None  # when this generation became READY first
     progress_s: float = 0.0  # what the start deadline counts from
-    phase: str = ""
+    phase: str = ""  # how far the start has come, by its engine
+    startup_detail: str = ""  # what the startup probe last said
     restarts: int = 0
     record: RestartRecord = field(default_factory=RestartRecord)
     next_start_s: float | None = None
@@ -149,6 +150,7 @@ class Placement:
     returns: bool = True  # comes back by itself if the configuration wants it in memory
     attempts: int = 0  # failed unloads in a row
     retry_s: float = 0.0  # no new unload before
+    waits: str = ""  # which start on its server's lane its load or unload waits for
     lingers: bool = False  # its load failed: it is gone at retry_s, unless its server dies until then
 
     @property

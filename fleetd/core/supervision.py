@@ -137,7 +137,8 @@ class Supervision:
         process.ready_s = process.next_start_s = process.leave_s = None
         process.restart_wanted = process.outcome = None
         self.facts.unseen.pop(process.name, None)
-        process.startup_done, process.phase, process.memory_strikes, process.rss_bytes = False, "", 0, 0
+        process.startup_done, process.memory_strikes, process.rss_bytes = False, 0, 0
+        process.phase = process.startup_detail = ""
         process.readiness.reset()
         process.liveness.reset()
 
@@ -176,7 +177,8 @@ class Supervision:
             return
         deadline = self._start_deadline(process)
         if deadline is not None and now >= deadline:
-            detail = process.readiness.detail or process.phase
+            said = (process.phase, process.readiness.detail or process.startup_detail)
+            detail = "; ".join(one for one in said if one)
             reason = f"not ready within {deadline - process.progress_s:g} s" + (f" ({detail})" if detail else "")
             self.ending.kill(process, now, reason)
         elif process.startup_done:

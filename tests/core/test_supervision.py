@@ -469,6 +469,78 @@ def test_on_a_lane_starts_and_ordered_stops_take_turns() -> None:
     assert rig.state("c") is S.STARTING
 
 
+def measuring(budget: int = 8) -> Rig:
+    """A server of many models and two engines that measure free memory as they start, on one device."""
+    starts = Probes(startup=ProbeSpec(http="/"))
+    specs = [own(name, lane="gpu0", capabilities=EXCLUSIVE, probes=starts) for name in "vw"]
+    models = [model("v"), model("w"), model("m", "o"), model("n", "o")]
+    rig = Rig(fleet_spec([server("o", lane="gpu0"), *specs], models, budget))
+    rig.spawned("o")
+    return rig
+
+
+def test_nothing_loads_or_unloads_while_an_engine_that_measures_memory_starts() -> None:
+    rig = measuring()
+    rig.ask("m")
+    rig.send(e.Loaded("m", "o", 1))
+    rig.finish(1)
+    rig.clear()
+    rig.ask("v")
+    rig.spawned("v")
+    rig.ask("n")
+    rig.send(e.UnloadAsked("m"))
+    assert not rig.take(c.Load)
+    assert not rig.take(c.Unload)
+    assert any("waiting for its turn on gpu0: v is STARTING" in line for line in rig.fleet.facts.story("n"))
+    rig.probe("v", ProbeKind.STARTUP)
+    assert [command.model for command in rig.take(c.Load)] == ["n"]
+    assert [command.model for command in rig.take(c.Unload)] == ["m"]
+
+
+@pytest.mark.parametrize("answer", [e.Loaded("m", "o", 1), e.LoadFailed("m", "o", 1, "broken")])
+def test_an_engine_that_measures_memory_starts_when_no_model_comes_or_goes(answer: e.Event) -> None:
+    rig = measuring()
+    rig.ask("m")
+    assert rig.take(c.Load)
+    rig.ask("v")
+    assert [command.name for command in rig.take(c.Spawn)] == ["o"]
+    assert rig.of("v").reason == "waiting for its turn on gpu0: m is LOADING on o"
+    rig.send(answer)
+    assert [command.name for command in rig.take(c.Spawn)] == ["o", "v"]
+
+
+def test_room_for_one_that_measures_is_made_before_it_starts_and_after_its_neighbour_did() -> None:
+    rig = measuring(budget=2)
+    rig.ask("m")
+    rig.send(e.Loaded("m", "o", 1))
+    rig.finish(1)
+    rig.ask("v")
+    rig.spawned("v")
+    rig.ask("w")
+    rig.wait(1.0)
+    assert not rig.take(c.Unload)  # v still measures
+    rig.probe("v", ProbeKind.STARTUP)
+    assert [command.model for command in rig.take(c.Unload)] == ["m"]
+    assert rig.of("w").generation == 0
+    rig.send(e.Unloaded("m", "o", 1))
+    assert rig.state("w") is S.STARTING
+
+
+def test_the_start_deadline_counts_from_the_last_progress_and_names_it() -> None:
+    slow = Probes(startup=ProbeSpec(http="/", deadline_s=10.0))
+    rig = Rig(fleet_spec([process("a", probes=slow)]))
+    rig.spawned("a")
+    for phase in ("loading weights", "compiling"):
+        rig.wait(9.0)
+        rig.send(e.StartProgress("a", 1, phase))
+        rig.probe("a", ProbeKind.STARTUP, ok=False, detail="connection refused")
+        assert rig.of("a").phase == phase
+    rig.wait(9.0)
+    assert rig.state("a") is S.STARTING
+    rig.wait(2.0)
+    assert rig.of("a").reason == "not ready within 10 s (compiling; connection refused)"
+
+
 # -- requirements ---------------------------------------------------------------------------------------------------------------
 
 
