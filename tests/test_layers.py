@@ -31,7 +31,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models",
         "fleetd.host", "fleetd.gateway", "fleetd.control", "fleetd.observe", "fleetd.daemon",
     ),
-    "fleetd.cli": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.control.wire", "fleetd.cli"),
+    "fleetd.cli": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.control.wire", "fleetd.models", "fleetd.cli",
+    ),
     "fleetd.cli.fleetd": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.daemon", "fleetd.cli"),
     "fleetd.__main__": ("fleetd.cli",),
 }  # fmt: skip

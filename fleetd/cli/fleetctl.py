@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from fleetd.cli import acting, changing, importing, looking, setting_up
+from fleetd.cli import acting, auditing, changing, importing, looking, migrating, models, setting_up
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
 from fleetd.cli.render import clean, close_stdout
 from fleetd.cli.session import FORMS, Session
@@ -74,7 +74,16 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
     ctx.obj = Session(socket, form, color)
 
 
-for _command in (*looking.VERBS, *acting.VERBS, *changing.VERBS, *importing.VERBS, *setting_up.VERBS):
+for _command in (
+    *looking.VERBS,
+    *acting.VERBS,
+    *changing.VERBS,
+    *models.VERBS,
+    *importing.VERBS,
+    *migrating.VERBS,
+    *auditing.VERBS,
+    *setting_up.VERBS,
+):
     cli.add_command(_command)
 
 

@@ -48,7 +48,7 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
 
     What could not be carried over is reported on standard error.
     """
-    content = _read(file)  # the mistakes that every kind shares
+    content = _store_list(file) if kind == "ollama" and Path(file).expanduser().is_dir() else _read(file)
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(f"{PACKAGE}.{name}"), f"import_{name}")
     accepted = inspect.signature(convert).parameters
@@ -73,6 +73,25 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
     for line in imported.report.lines():
         say(clean(line))
     return EXIT_OK
+
+
+def _store_list(file: str) -> str:
+    """Return what a store folder holds, in the form of GET /api/tags. Raises CliError (exit 2)."""
+    import json
+
+    from fleetd.models import inventory
+
+    try:
+        found = inventory.read(Path(file).expanduser())
+    except FleetError as error:
+        raise CliError(str(error), EXIT_USAGE, error.hint) from None
+    for note in found.notes:
+        say(clean(note))
+    models = [
+        {"name": model.name, "details": {"families": ["bert"] if model.embedding else [model.architecture]}}
+        for model in found.models
+    ]
+    return json.dumps({"models": models})
 
 
 def _read(file: str) -> str:

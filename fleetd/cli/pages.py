@@ -45,7 +45,21 @@ def page() -> str:
         assert command is not None
         context = click.Context(command, root, info_name=name, terminal_width=COLUMNS, max_content_width=COLUMNS)
         parts.append(f"## fleetctl {name}\n\n{_block(command.get_help(context))}")
+        parts += _below(command, context)
     return "\n".join(parts)
+
+
+def _below(command: click.Command, context: click.Context) -> list[str]:
+    """Return the parts of a verb's own verbs."""
+    if not isinstance(command, click.Group):
+        return []
+    found = []
+    for name in command.list_commands(context):
+        verb = command.get_command(context, name)
+        assert verb is not None
+        inner = click.Context(verb, context, info_name=name, terminal_width=COLUMNS, max_content_width=COLUMNS)
+        found.append(f"### {inner.command_path}\n\n{_block(verb.get_help(inner))}")
+    return found
 
 
 def _block(text: str) -> str:

@@ -18,8 +18,9 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from fleetd.control import routes, socket, sse
+from fleetd.control import library_routes, routes, socket, sse
 from fleetd.control.answers import Handler, QuietHTTP, answer, errors_as_json
+from fleetd.control.library_port import LibraryPort
 from fleetd.control.port import ControlPort
 from fleetd.control.wire import error_document
 
@@ -38,6 +39,7 @@ def create_app(
     may_change: MayChange | None = None,
     metrics: Metrics | None = None,
     middlewares: Sequence[Middleware] = (),
+    library: LibraryPort | None = None,
 ) -> web.Application:
     """Return the application with every route of /v1.
 
@@ -45,7 +47,7 @@ def create_app(
     Prometheus
     text of GET /v1/metrics and /metrics; without it those routes are absent. `middlewares` run inside the one that
     turns
-    errors into JSON, before anything else.
+    errors into JSON, before anything else. Without `library` the routes of the stores and volumes are absent.
     """
     guards = [_guard_changes(may_change)] if read_only else []
     app = web.Application(middlewares=[errors_as_json, *middlewares, *guards], client_max_size=BODY_MAX_BYTES)
@@ -53,6 +55,9 @@ def create_app(
     app[sse.STREAMS] = set()
     app.on_shutdown.append(sse.cut_all)
     app.add_routes(routes.table())
+    if library is not None:
+        app[library_routes.LIBRARY] = library
+        app.add_routes(library_routes.table())
     if metrics is not None:
         _add_metrics(app, metrics)
     app.on_response_prepare.append(_hide_software)
@@ -114,10 +119,11 @@ class ControlServer:
         *,
         metrics: Metrics | None = None,
         allowed_uids: Collection[int] | None = None,
+        library: LibraryPort | None = None,
     ) -> None:
         self.path = path
         uids = frozenset((0, os.geteuid()) if allowed_uids is None else allowed_uids)
-        app = create_app(port, metrics=metrics, middlewares=[_check_peer(uids)])
+        app = create_app(port, metrics=metrics, middlewares=[_check_peer(uids)], library=library)
         logger = logging.getLogger("fleetd.control.http")
         if not any(isinstance(found, QuietHTTP) for found in logger.filters):
             logger.addFilter(QuietHTTP())

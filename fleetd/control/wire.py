@@ -92,7 +92,9 @@ class ModelStatus(TypedDict):
     reason: NotRequired[str]
     aliases: NotRequired[list[str]]
     routes: NotRequired[list[dict[str, Any]]]
-    store: NotRequired[dict[str, Any]]  # models as code: {state, detail, done_bytes, total_bytes}; state is unchanged | made |
+    store: NotRequired[
+        dict[str, Any]
+    ]  # models as code: {state, detail, done_bytes, total_bytes}; state is unchanged | made |
     # making | failed | blocked | missing | foreign
 
 

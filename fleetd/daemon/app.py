@@ -29,6 +29,7 @@ from fleetd.daemon.control_port import DaemonControlPort
 from fleetd.daemon.daemon import Daemon
 from fleetd.daemon.environment import inherited
 from fleetd.daemon.footprint import settled
+from fleetd.daemon.libraries import Libraries
 from fleetd.daemon.logreading import LogSource
 from fleetd.daemon.operations import Operations
 from fleetd.daemon.outside import Outside
@@ -202,7 +203,8 @@ class App:
         async def metrics() -> bytes:
             return await asyncio.to_thread(render, daemon.view.status(), gateway.stats())
 
-        self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics)
+        library = Libraries(daemon.fleet, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
+        self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics, library=library)
         await self._control.start()
         stack.push_async_callback(self._control.close)
 

@@ -205,6 +205,11 @@ class Preparation:
         progress(self.notes[name])
         return self.notes[name]
 
+    async def make_alone(self, store: Store, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]) -> Note:
+        """Make one model when no other is being made."""
+        async with self._one:
+            return await self.make(store, plan, step, progress)
+
     def _in_memory(self, name: str) -> bool:
         model = self._fleet.models.get(name)
         return model is not None and model.state in (Residency.LOADED, Residency.LOADING)

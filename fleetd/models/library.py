@@ -216,6 +216,23 @@ class Library:
         entry = self._made().get(store.ModelName.parse(served_as).key)
         return entry is not None and not entry.get("link")
 
+    def stored(self, served_as: str) -> dict[str, Any]:
+        """Return {present, digest, stored_bytes, link_to} of a model's weights, as the folder tells; nothing where it is
+        not ours to read. Blocks."""
+        if self.models_dir is None:
+            return {}
+        try:
+            manifest = store.read_manifest(self.models_dir, served_as)
+            blob = store.layer_path(self.models_dir, manifest, store.MODEL_LAYER) if manifest is not None else None
+        except ValueError as error:
+            return {"present": False, "problem": str(error)}
+        if blob is None:
+            return {"present": manifest is not None}
+        found: dict[str, Any] = {"present": True, "digest": blob.name.replace("-", ":", 1)}
+        found["link_to"] = str(blob.readlink()) if blob.is_symlink() else None
+        found["stored_bytes"] = blob.stat().st_size if blob.is_file() and not blob.is_symlink() else 0
+        return found
+
     def made(self) -> Mapping[str, Mapping[str, Any]]:
         """Return the record of this store: full name → {name, served_as, hash, link, made}. Blocks."""
         return self._made()
