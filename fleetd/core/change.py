@@ -17,7 +17,8 @@ from fleetd.core.retention import due, stays
 from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
 
-LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server holds
+LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server, once up, holds
+START_PATIENCE_S = 60.0  # the same for one that has to answer first, and has no deadline for it
 OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
 
 
@@ -163,7 +164,9 @@ class Change:
         self.supervision.begin_run(process, now)
         process.started_s = now - event.age_s
         if process.spec.capabilities.many_models:
-            self.facts.unseen[process.name] = now + LOOK_S
+            startup = process.spec.probes.startup
+            patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
+            self.facts.unseen[process.name] = now + patience_s + LOOK_S
         own = process.spec.own_model
         model = self.facts.models.get(own) if own is not None else None
         if model is not None:

@@ -40,6 +40,9 @@ def decisions(world: World, event: e.Event, commands: list[c.Command]) -> None:
             spawn(world, command)
         elif isinstance(command, c.Stop | c.Unload):
             end(world, command)
+            ordered = world.run(command.name, command.generation) if isinstance(command, c.Stop) else None
+            if ordered is not None:
+                ordered.ordered_away = True  # as the next command of this moment finds it
         elif isinstance(command, c.Sweep):
             run = world.run(command.name, command.generation)
             holds(world, run is not None and not run.leader, f"{command}: its leader lives")
@@ -226,7 +229,8 @@ def memory(world: World) -> None:
             known = (model, run.name) in ledger.reservations
             ours = run.spec.capabilities.owns_process and not run.unobserved
             holds(world, known or not ours, f"{model} is in the memory of {run.name}, and nothing is reserved for it")
-    if world.honest and not world.corrected:
+    given_up = any(run.unobserved and run.name not in world.fleet.facts.unseen for run in world.living())
+    if world.honest and not world.corrected and not given_up:
         for device, spec in world.spec.devices.items():
             fits = used.get(device, 0) <= spec.budget_bytes
             holds(world, fits, f"{used.get(device, 0)} bytes in use on {device}, budget {spec.budget_bytes}")
