@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,7 @@ def main() -> None:
                     os.kill(pid, signal.SIGKILL)
             if found:
                 keep = Path(f"/tmp/fleetd-chaos-{asked.seed}")
+                shutil.rmtree(keep, ignore_errors=True)
                 subprocess.run(["cp", "-a", str(folder), str(keep)], check=False)
                 print(f"kept: {keep}")
         print("  " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(chaos.done.items())))
