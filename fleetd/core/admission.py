@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fleetd.core.commands import Grant, ReadAhead
-from fleetd.core.events import LoadAsked, RequestArrived, RequestFinished
+from fleetd.core.events import LoadAsked, RequestArrived
 from fleetd.core.facts import Facts, Waiting
 from fleetd.core.holders import holder
 from fleetd.core.line import Line
@@ -34,22 +34,22 @@ class Admission:
 
     # -- the warm path: one dictionary look-up away from its answer ---------------------------------------------------------
 
-    def grant_warm(self, event: RequestArrived, now: float) -> Grant | None:
-        """Grant at once what needs no thought; None: it does."""
+    def take(self, request_id: int, name: str, now: float) -> Placement | None:
+        """Grant at once what needs no thought, and say where; None: it does."""
         facts = self.facts
-        model = facts.models.get(facts.names.get(event.model, event.model))
-        if model is None or model.waiting or facts.shutting_down or event.avoid or model.spec.routes:
+        model = facts.models.get(facts.names.get(name, name))
+        if model is None or model.waiting or facts.shutting_down or model.spec.routes:
             return None
         placement = serving(facts, model, (), facts.closed)
         if placement is None:
             return None
         self._count(model, placement, now)
-        facts.granted[event.request_id] = (placement, now)
-        return Grant(event.request_id, model.name, placement.process, placement.generation)
+        facts.granted[request_id] = (placement, now)
+        return placement
 
-    def finish(self, event: RequestFinished, now: float) -> Placement | None:
+    def finish(self, request_id: int, now: float) -> Placement | None:
         """Give the slot back; return the placement, or None when the request was not granted."""
-        entry = self.facts.granted.pop(event.request_id, None)
+        entry = self.facts.granted.pop(request_id, None)
         if entry is None:
             return None
         placement = entry[0]

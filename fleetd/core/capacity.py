@@ -23,7 +23,13 @@ Key = tuple[str, str]  # (model, process)
 class Ledger:
     devices: Mapping[str, DeviceSpec] = field(default_factory=dict)
     reservations: dict[Key, Mapping[str, int]] = field(default_factory=dict)
+    over: bool = False  # whether `excess` has anything to say
     _sums: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, devices: Mapping[str, DeviceSpec]) -> None:
+        """Replace the budgets; reservations stay as they are, even where they are over the new ones."""
+        self.devices = devices
+        self.over = bool(self.excess())
 
     def reserved_bytes(self, device: str) -> int:
         return self._sums.get(device, 0)
@@ -83,3 +89,4 @@ class Ledger:
         for device, size in need.items():
             self._sums[device] = self._sums.get(device, 0) + size
         self.reservations[key] = dict(need)
+        self.over = bool(self.excess())

@@ -31,7 +31,7 @@ class Change:
     def apply(self, event: SpecChanged, now: float) -> None:
         facts = self.facts
         facts.spec = event.spec
-        facts.ledger.devices = event.spec.devices
+        facts.ledger.limit(event.spec.devices)
         self._models_leave(event, now)
         for name, process in facts.processes.items():
             if name not in event.spec.processes:

@@ -3,7 +3,7 @@
 The rules of this file
 - `handle(event, now)` is the only way in, `next_deadline()` the only wish for time. No clock, no random source, no I/O.
 - An event changes facts (`intake`); then supervision, residency and admission reconcile, until nothing more is decided.
-- Warm requests take a short cut that gives the same answer: see `Admission.grant_warm`.
+- Warm requests take a short cut that gives the same answer: `take` and `give`, which `handle` uses too.
 - Handling the same facts twice gives no new command.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fleetd.core.admission import Admission
 from fleetd.core.capacity import Ledger
 from fleetd.core.change import Change
-from fleetd.core.commands import Command, Finished
+from fleetd.core.commands import Command, Finished, Grant
 from fleetd.core.contract import FleetSpec
 from fleetd.core.events import Event, RequestArrived, RequestFinished, SpecChanged
 from fleetd.core.facts import Facts
@@ -22,7 +22,7 @@ from fleetd.core.intake import Intake
 from fleetd.core.journal import Journal
 from fleetd.core.residency import Residencies
 from fleetd.core.retention import preload
-from fleetd.core.state import Model, Process, ProcessState, Residency
+from fleetd.core.state import Model, Placement, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
 from fleetd.errors import FleetError
 
@@ -70,10 +70,11 @@ class Fleet:
         Raises InvalidTransition (a bug) with the story of its subject.
         """
         if type(event) is RequestArrived:
-            grant = self.admission.grant_warm(event, now)
-            if grant is not None:
+            placement = None if event.avoid else self.admission.take(event.request_id, event.model, now)
+            if placement is not None:
+                grant = Grant(event.request_id, placement.model, placement.process, placement.generation)
                 return self._warm(event, now, [grant])
-        elif type(event) is RequestFinished and self._finish_warm(event, now):
+        elif type(event) is RequestFinished and self._finish_warm(event.request_id, now):
             return self._warm(event, now, [])
         self._intake.table[type(event)](event, now)
         self._reconcile(now)
@@ -83,17 +84,31 @@ class Fleet:
         self._deadline_known = False
         return commands
 
+    def take(self, request_id: int, model: str, now: float) -> Placement | None:
+        """Do what RequestArrived does, where it is a Grant at once, without the price of an event and a command.
+
+        Returns the placement that was granted; None: nothing was done, hand in the event.
+        """
+        return None if self.facts.journal.keep_all else self.admission.take(request_id, model, now)
+
+    def give(self, request_id: int, now: float) -> bool:
+        """Do what RequestFinished does, where no command follows. False: nothing was done, hand in the event."""
+        return not self.facts.journal.keep_all and self._finish_warm(request_id, now)
+
     def _warm(self, event: Event, now: float, commands: list[Command]) -> list[Command]:
         """What took the short cut is entered only in a journal that keeps everything."""
         if self.facts.journal.keep_all:
             self.facts.journal.record(now, event, commands)
         return commands
 
-    def _finish_warm(self, event: RequestFinished, now: float) -> bool:
-        """Give back a slot that nobody waits for; the only deadline it can bring nearer is its own idle time."""
+    def _finish_warm(self, request_id: int, now: float) -> bool:
+        """Give back a slot that nobody waits for: it frees no memory, so what is due to be loaded has no more room than before.
+
+        The only deadline it can bring nearer is its own idle time.
+        """
         facts = self.facts
-        entry = facts.granted.get(event.request_id)
-        if entry is None or facts.queue or facts.due or facts.shutting_down:
+        entry = facts.granted.get(request_id)
+        if entry is None or facts.queue or facts.shutting_down:
             return entry is None
         placement = entry[0]
         process = facts.processes.get(placement.process)
@@ -102,11 +117,11 @@ class Fleet:
             or process is None
             or process.state is not ProcessState.READY
             or process.restart_wanted
-            or facts.ledger.excess()
+            or facts.ledger.over
         ):
             return False
-        self.admission.finish(event, now)
-        if self._deadline_known:
+        self.admission.finish(request_id, now)
+        if self._deadline_known and not placement.in_flight:
             idle = self.residencies.ttl_deadline(placement) if placement.state is Residency.LOADED else None
             if idle is not None and (self._deadline is None or idle < self._deadline):
                 self._deadline = idle

@@ -217,6 +217,6 @@ class Intake:
         self.admission.line.leave(event.request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
-        placement = self.admission.finish(event, now)
+        placement = self.admission.finish(event.request_id, now)
         if placement is not None:
             self.facts.wake(placement.process)

@@ -67,16 +67,16 @@ def serving(
 ) -> Placement | None:
     """Return the placement with the most room for one more request; None: every one is full, closing or not ready."""
     best: Placement | None = None
-    for placement in model.placements.values():
+    for process, placement in model.placements.items():
         if (
             placement.state is not Residency.LOADED
             or placement.in_flight >= model.spec.concurrency
             or placement.closing is not None
         ):
             continue
-        if placement.process in avoid or placement.key in closed:
+        if (avoid and process in avoid) or (closed and placement.key in closed):
             continue
-        if facts.processes[placement.process].state is not ProcessState.READY:
+        if facts.processes[process].state is not ProcessState.READY:
             continue
         if best is None or placement.in_flight < best.in_flight:
             best = placement

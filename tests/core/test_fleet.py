@@ -67,8 +67,8 @@ class SlowFleet(Fleet):
 
     def __init__(self, rng: Random) -> None:
         super().__init__(FleetSpec(), rng)
-        self.admission.grant_warm = lambda _event, _now: None  # type: ignore[method-assign]
-        self._finish_warm = lambda _event, _now: False  # type: ignore[method-assign]
+        self.admission.take = lambda _request_id, _name, _now: None  # type: ignore[method-assign]
+        self._finish_warm = lambda _request_id, _now: False  # type: ignore[method-assign]
 
 
 def plain(commands: list[c.Command]) -> list[object]:
