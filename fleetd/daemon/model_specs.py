@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.model_schema import EngineModel, HeldModel, ModelKeys, RouteModel
@@ -39,6 +40,7 @@ class ModelAssembler:
     problem: Say
     warn: Say
     _own: dict[str, list[str]] = field(default_factory=dict)
+    _shown: tuple[str, Any] = ("", None)
 
     def specs(self) -> dict[str, ModelSpec]:
         result: dict[str, ModelSpec] = {}
@@ -91,7 +93,9 @@ class ModelAssembler:
         return self._own.get(name, [])
 
     def _hash(self, plan: LaunchPlan, held: Held | None) -> str:
-        parts = [plan.engine_name, plan.device, plain(plan.context.options), plan.context.args, plan.context.command]
+        if plan.name != self._shown[0]:  # the many models of one server come one after another
+            self._shown = (plan.name, plain(plan.context.options))
+        parts = [plan.engine_name, plan.device, self._shown[1], plan.context.args, plan.context.command]
         if held is not None:
             parts += [held.served_as, held.source, held.quantize, plain(held.modelfile), plain(held.options)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -15,7 +15,8 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -249,8 +250,23 @@ def _layers(options: LlamaCppOptions) -> int | None:
     return None if options.gpu_layers == "auto" else options.gpu_layers
 
 
+def _lately(what: tuple[str, str | None], look: Callable[[], Any]) -> Any:
+    """Return what a look found within the last second: thousands of entries ask for one program."""
+    known, now = _LATELY.get(what), time.monotonic()
+    if known is None or now - known[0] > 1.0:
+        if len(_LATELY) > 64:
+            _LATELY.clear()
+        known = _LATELY[what] = (now, look())
+    return known[1]
+
+
+_LATELY: dict[tuple[str, str | None], tuple[float, Any]] = {}
+
+
 def _server(context: LaunchContext) -> str | None:
-    return shutil.which(PROGRAM, path=context.env.get("PATH", os.environ.get("PATH")))
+    path = context.env.get("PATH", os.environ.get("PATH"))
+    found: str | None = _lately(("server", path), lambda: shutil.which(PROGRAM, path=path))
+    return found
 
 
 def _program(context: LaunchContext) -> tuple[str, ...]:
@@ -259,7 +275,7 @@ def _program(context: LaunchContext) -> tuple[str, ...]:
         return context.command
     if found := _server(context):
         return (found,)
-    if importlib.util.find_spec("xllamacpp") is not None:
+    if _lately(("embedded", None), lambda: importlib.util.find_spec("xllamacpp")) is not None:
         return (sys.executable, "-I", str(CHILD))
     raise EngineError(
         f"{context.name}: there is no {PROGRAM} on PATH and no embedded llama.cpp",

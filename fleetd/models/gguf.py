@@ -122,8 +122,13 @@ def shards(path: Path) -> tuple[str, ...]:
     )
 
 
+# The last headers, since one file is asked for several times while a fleet is checked: path → what stat said, header.
+_KNOWN: dict[str, tuple[tuple[int, int, int, int], Header]] = {}
+KNOWN_MAX = 32
+
+
 def read(path: Path) -> Header:
-    """Return the header of one file. Raises GgufError."""
+    """Return the header of one file, read anew only when the file changed. Raises GgufError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -134,7 +139,13 @@ def read(path: Path) -> Header:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise GgufError(f"{path} is {_kind(status.st_mode)}, not a GGUF file")
-        return _Reader(handle, str(path), status.st_size).header()
+        mark = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known = _KNOWN.get(str(path))
+        if known is None or known[0] != mark:
+            if len(_KNOWN) >= KNOWN_MAX:
+                del _KNOWN[next(iter(_KNOWN))]
+            known = _KNOWN[str(path)] = (mark, _Reader(handle, str(path), status.st_size).header())
+        return known[1]
     except OSError as error:
         raise GgufError(f"{path}: {error.strerror}", recoverable=True) from None
     finally:
