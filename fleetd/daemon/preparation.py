@@ -218,7 +218,7 @@ class Preparation:
         """The store has the model as wanted, for all of its servers."""
         held = store.models[step.name][1]
         known = self.notes.get(step.name)
-        if known is None or known.state != "made" or step.change is not Change.NONE:
+        if known is None or known.state != "made":
             self.notes[step.name] = Note(_DONE[step.change], step.reason)
         if step.change is not Change.FOREIGN:
             mark = (held, await asyncio.to_thread(_stamp, held))
