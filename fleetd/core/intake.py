@@ -122,6 +122,8 @@ class Intake:
     def start_progress(self, event: e.StartProgress, now: float) -> None:
         process = self._current(event.name, event.generation)
         if process is not None and process.state is ProcessState.STARTING:
+            if process.phase != event.phase:
+                self.facts.journal.note(event.name, event.phase)
             process.progress_s, process.phase = now, event.phase
 
     def requirements_changed(self, event: e.RequirementsChanged, _now: float) -> None:

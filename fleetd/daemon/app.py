@@ -34,6 +34,7 @@ from fleetd.daemon.logreading import LogSource
 from fleetd.daemon.operations import Operations
 from fleetd.daemon.outside import Outside
 from fleetd.daemon.sampling import machine_devices
+from fleetd.daemon.starts import PREFIX
 from fleetd.daemon.status import DaemonFacts
 from fleetd.errors import HostError
 from fleetd.host.host import Host
@@ -128,6 +129,7 @@ class App:
             host, store, self._devices, configuration, inherited(os.environ), self._log, facts, self._done.set
         )
         daemon.sampling.devices = {sample.name: sample for sample in samples}
+        daemon.starts.know(await store.facts(PREFIX))
         stack.push_async_callback(self._close_daemon)
         listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
         stack.callback(listener.close)

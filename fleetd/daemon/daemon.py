@@ -38,6 +38,7 @@ from fleetd.daemon.processes import Processes
 from fleetd.daemon.requirements import Requirements
 from fleetd.daemon.residency import Residency
 from fleetd.daemon.sampling import Sampling
+from fleetd.daemon.starts import Starts
 from fleetd.daemon.status import DaemonFacts, StatusView
 from fleetd.daemon.tasks import Tasks
 from fleetd.daemon.verbs import Verbs
@@ -79,9 +80,10 @@ class Daemon:
         self.machine = HostMachine(host, parent_env)
         self.fleet = Fleet(FleetSpec(), random.Random())
         self.requirements = Requirements(self.dispatch, self.plans, self.fleet, configuration.assembly.paths.state)
-        self.processes = Processes(
-            self.machine, self.dispatch, self.plans, self.tasks, parent_env, self._complain, self.requirements.fresh
+        self.starts = Starts(
+            self.machine, self.fleet, self.dispatch, self.model_specs, store, self.tasks, self._complain
         )
+        self.processes = self._processes(parent_env)
         self.preparation = Preparation(
             self.http,
             self.dispatch,
@@ -111,6 +113,18 @@ class Daemon:
         )
         self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
+
+    def _processes(self, parent_env: Mapping[str, str]) -> Processes:
+        return Processes(
+            self.machine,
+            self.dispatch,
+            self.plans,
+            self.tasks,
+            parent_env,
+            self._complain,
+            self.requirements.fresh,
+            self.starts,
+        )
 
     # -- what the parts ask for ---------------------------------------------------------------------------------------
 

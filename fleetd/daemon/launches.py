@@ -88,6 +88,7 @@ class LaunchPlan:
     watch: WatchPlan | None = None
     recipe: Recipe | None = None  # where it runs in a container
     contained: Contained | None = None  # the container, once its client is there
+    kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
     source: tuple[str, int] = ("", 0)
 
     def environment(self, parent: Mapping[str, str]) -> dict[str, str]:
@@ -127,6 +128,8 @@ class LaunchPlan:
 
     def launch_hash(self) -> str:
         """Return a short hash of everything that only a restart can change."""
+        if self.kept_hash is not None:
+            return self.kept_hash
         run = self.execution
         parts = [
             self.launch.argv, sorted(self.set_env().items()), sorted(self.launch.unset_env), run.cwd, run.user, run.umask,

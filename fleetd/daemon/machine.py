@@ -7,7 +7,7 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -86,6 +86,10 @@ class Machine(Protocol):
         """Count the process `pid` and its descendants, a container's, as the usage of this set from now on."""
         ...
 
+    def new_lines(self, handle: Any) -> Callable[[], Awaitable[list[str]]]:
+        """Return what gives, at each call, the lines that this run has logged since the last one."""
+        ...
+
     async def signal(self, handle: Any, name: str) -> bool:
         """Send a signal to the leader; False when it is gone."""
         ...
@@ -116,6 +120,9 @@ class HostMachine:
     async def last_words(self, handle: Any, lines: int) -> tuple[str, ...]:
         found = await self.host.logs.run_tail(handle, lines)
         return tuple(line.text for line in found)
+
+    def new_lines(self, handle: Any) -> Callable[[], Awaitable[list[str]]]:
+        return self.host.logs.reader(handle).new_lines
 
     def probe(
         self,

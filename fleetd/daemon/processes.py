@@ -22,6 +22,7 @@ from fleetd.daemon import containers
 from fleetd.daemon.hooks import Hooks
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Handle, Machine
+from fleetd.daemon.starts import Starts
 from fleetd.daemon.tasks import Tasks
 from fleetd.engines.base import ExitVerdict
 from fleetd.engines.container import CANNOT_START, client_verdict, inner_signal
@@ -56,7 +57,7 @@ class Run:
 class Processes:
     """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
     inherit from; `complain(name, sentence)` hears of what failed without changing anything;
-    `absent(name)` looks once more, right before a start, at what the process requires."""
+    `absent(name)` looks once more, right before a start, at what the process requires; `starts` reads along."""
 
     def __init__(
         self,
@@ -67,7 +68,9 @@ class Processes:
         parent_env: Mapping[str, str],
         complain: Callable[[str, str], None] = lambda *_: None,
         absent: Callable[[str], Awaitable[tuple[str, ...]]] | None = None,
+        starts: Starts | None = None,
     ) -> None:
+        self._starts = starts
         self._absent = absent
         self._machine = machine
         self._dispatch = dispatch
@@ -130,7 +133,7 @@ class Processes:
     async def _spawn(self, run: Run) -> None:
         try:
             await self._look_again(run.name)
-            plan = run.plan = written(run.plan)
+            plan = run.plan = self._starts.informed(written(run.plan)) if self._starts else written(run.plan)
             await self._clear_place(plan)
             await self.hooks.pre_start(plan)
             request = plan.request(run.generation, self._parent_env)
@@ -143,6 +146,8 @@ class Processes:
             return
         run.handle = handle
         self._dispatch(Spawned(run.name, run.generation, handle.pid))
+        if self._starts is not None:
+            self._starts.began(run)
         if run.early_exit is not None:
             self._on_exit(run, run.early_exit)
 

@@ -160,7 +160,7 @@ class StatusView:
             "engine": spec.engine,
             "state": str(process.state),
             "desired": "up" if self._fleet.supervision.wanted(process) else "down",
-            "reason": process.reason,
+            "reason": f"starting: {process.phase}" if self._has_phase(process) else process.reason,
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,
@@ -178,6 +178,9 @@ class StatusView:
             "draining": process.drained,
         }
         return status
+
+    def _has_phase(self, process: Process) -> bool:
+        return process.state is ProcessState.STARTING and bool(process.phase)
 
     def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:
         total: dict[str, int] = {}

@@ -3,6 +3,8 @@
 The rules of this file
 - Pure: `launch`, `estimate`, `probes`, `classify_exit`, `validate`. They read only their arguments (and, for `estimate`, file headers).
 - Awaiting: `load`, `unload`, `loaded`, `alive`. They get an aiohttp-like client injected and never keep state.
+- May be there: `phase(line)` says how far a start has come, `learned_at_start(lines)` what its log is worth for the next one,
+  `canonical_name`, `prepare`.
 - An engine never imports another engine, the host or the daemon.
 """
 
@@ -83,6 +85,7 @@ class LaunchContext:
     device_total_bytes: int | None = None
     served_as: str = ""
     models: tuple[HeldModel, ...] = ()  # what a many-model server will be asked to hold
+    learned: Mapping[str, int] = field(default_factory=dict)  # what an earlier start of the same entry found out
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,9 @@ class Engine(Protocol):
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         """Say why it ended, from the exit code and the last log lines."""
 
-    async def load(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> Mapping[str, int]:
+    async def load(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
+    ) -> Mapping[str, int]:
         """Load a model into a many-model server; returns measured bytes per device, empty if unknown. Raises EngineError."""
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
@@ -172,5 +177,7 @@ class Engine(Protocol):
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return what a many-model server holds now. Raises EngineError."""
 
-    async def alive(self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float) -> ProbeOutcome:
+    async def alive(
+        self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
+    ) -> ProbeOutcome:
         """Do a real one-token request: the only proof that a server still works."""

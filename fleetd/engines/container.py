@@ -173,6 +173,11 @@ def found(output: str, known: Collection[str]) -> list[tuple[str, str]]:
     ]
 
 
+def pulling(line: str) -> str | None:
+    """Return how far a start has come when the line is the client's own, which fetches the image first."""
+    return "pulling the image" if _PULLING.search(line) else None
+
+
 def absent(output: str) -> bool:
     """Say whether a failed removal means that there is no such container: nothing is left to be removed."""
     return "no such container" in output.lower()
@@ -204,6 +209,9 @@ _CAUSES: tuple[tuple[re.Pattern[str], ExitKind, str], ...] = tuple(
         (r"unknown (shorthand )?flag|invalid argument|unable to find user", ExitKind.BAD_CONFIG, "runtime.docker.args"),
         (r"executable file .*not found|no such file or directory|permission denied", ExitKind.BAD_CONFIG, "command"),
     )
+)
+_PULLING = re.compile(
+    r"^(Unable to find image .* locally|[\w./-]+: Pulling from |Trying to pull |Copying blob |[0-9a-f]{12}: )"
 )
 _NO_PROGRAM = re.compile(r"catatonit.*failed to exec|tini.*\bexec .*failed")
 _SIGNALS = {129: "SIGHUP", 130: "SIGINT", 134: "SIGABRT", 135: "SIGBUS", 137: "SIGKILL", 139: "SIGSEGV", 143: "SIGTERM"}

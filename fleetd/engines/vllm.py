@@ -34,7 +34,7 @@ from fleetd.engines.base import (
 from fleetd.engines.calls import call
 from fleetd.engines.visible import visible_devices
 from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems
-from fleetd.engines.vllm_log import verdict
+from fleetd.engines.vllm_log import learned_kv_bytes, phase, verdict
 from fleetd.engines.vllm_sleep import is_sleeping
 from fleetd.errors import EngineError
 from fleetd.models import safetensors
@@ -49,6 +49,7 @@ DEFAULT_BATCHED_TOKENS = 8192
 PROCESS_BYTES = 1536 << 20  # host memory of the API server and the engine's own process
 CPU_PROCESS_BYTES = 2560 << 20  # on the CPU a worker process comes on top
 DEFAULT_UTILIZATION = 0.92
+LEARNED_KV = "kv_cache_memory"
 PROBED_PATHS = "/health,/metrics,/ping,/v1/models,/is_sleeping"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -146,6 +147,12 @@ class Vllm:
             argv += ["--disable-access-log-for-endpoints", PROBED_PATHS]
         env = _environment(context, options)
         unset = tuple(name for name in SCRUBBED if name not in env and name not in context.env)
+        learned = context.learned.get(LEARNED_KV)
+        if learned and not _kv_stated(options):
+            argv += [
+                "--kv-cache-memory-bytes",
+                str(learned),
+            ]  # spares it the measurement, and the memory it needs for that
         return Launch((*argv, *context.args), env, unset, (path,) if path else (), SECRETS)
 
     def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:  # noqa: ARG002
@@ -165,6 +172,14 @@ class Vllm:
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         return verdict(code, signal, log_tail)
+
+    def phase(self, line: str) -> str | None:
+        return phase(line)
+
+    def learned_at_start(self, context: LaunchContext, lines: Sequence[str]) -> Mapping[str, int]:
+        """Return the KV cache that it found room for; nothing where fleet.yaml states one."""
+        found = None if _kv_stated(_options(context)) else learned_kv_bytes(lines)
+        return {LEARNED_KV: found} if found else {}
 
     # -- the process is the model ---------------------------------------------------------------------------------------
 
@@ -254,6 +269,12 @@ def _environment(context: LaunchContext, options: VllmOptions) -> dict[str, str]
     if options.cpu_kvcache_space is not None:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_space)
     return env
+
+
+def _kv_stated(options: VllmOptions) -> bool:
+    said = {key.replace("-", "_") for key in options.extra_args}
+    given = options.kv_cache_memory is not None or options.cpu_kvcache_space is not None
+    return given or bool(said & {"kv_cache_memory", "kv_cache_memory_bytes"})
 
 
 def _world(options: VllmOptions) -> int:

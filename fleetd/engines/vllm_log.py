@@ -2,7 +2,8 @@
 
 The rules of this file
 - Pure: lines in, values out. Unknown lines say nothing; vLLM's wording changes between versions, so nothing depends on one line.
-- An exit that only an edit of fleet.yaml can mend is BAD_CONFIG, so that no restart loop burns a minute of start-up each time.
+- An exit that only an edit of fleet.yaml can mend is BAD_CONFIG, so that no restart loop burns a minute of start-up each time; the
+  sentence begins with the key that it is about.
 """
 
 from __future__ import annotations
@@ -34,32 +35,56 @@ _PHASES = (
 )
 
 _FITS = re.compile(r"--kv-cache-memory(?:-bytes)?=(\d+)`?[^`]{0,40}?to fit into requested memory")
-_AVAILABLE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+_AVAILABLE = re.compile(r"Available KV cache memory: ([\d.]+) GiB|Auto set \(([\d.]+)/[\d.]+\) GiB for KV cache")
+_ROUNDING_GIB = 0.01  # it prints two decimals
 
-_CAUSES: tuple[tuple[re.Pattern[str], ExitKind], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), kind)
-    for pattern, kind in (
-        (r"address already in use|\[Errno 98\]|\[Errno 48\]", ExitKind.PORT_IN_USE),
-        (r"is less than desired (GPU|CPU) memory utilization", ExitKind.BAD_CONFIG),
-        (r"No available memory for the cache blocks", ExitKind.BAD_CONFIG),
-        (r"To serve at least one request with|estimated maximum model length", ExitKind.BAD_CONFIG),
-        (r"User-specified max_model_len .* is greater than", ExitKind.BAD_CONFIG),
-        (r"Sleep mode is not supported", ExitKind.BAD_CONFIG),
+_CAUSES: tuple[tuple[re.Pattern[str], ExitKind, str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), kind, key)
+    for pattern, kind, key in (
+        (r"address already in use|\[Errno 98\]|\[Errno 48\]", ExitKind.PORT_IN_USE, "port"),
+        (r"is less than desired (GPU|CPU) memory utilization", ExitKind.BAD_CONFIG, "options.gpu_memory_utilization"),
+        (r"No available memory for the cache blocks", ExitKind.BAD_CONFIG, "options.gpu_memory_utilization"),
         (
-            r"unrecognized arguments|error: argument |the following arguments are required|invalid choice",
+            r"To serve at least one request with|estimated maximum model length",
             ExitKind.BAD_CONFIG,
+            "options.max_model_len",
         ),
-        (r"Repository Not Found|GatedRepoError|gated repo|\b(401|403|404) Client Error", ExitKind.BAD_CONFIG),
-        (r"is not a local folder and is not a valid model identifier", ExitKind.BAD_CONFIG),
-        (r"Can't load (the configuration|tokenizer)|Invalid repository ID or local directory", ExitKind.BAD_CONFIG),
-        (r"Model architectures? .* (is|are) not supported|Head size \d+ is not supported", ExitKind.BAD_CONFIG),
-        (r"trust_remote_code=True", ExitKind.BAD_CONFIG),
-        (r"Failed to infer device type|PackageNotFoundError|No module named '?vllm", ExitKind.BAD_CONFIG),
-        (r"Total number of attention heads .* must be divisible|World size .* is larger than", ExitKind.BAD_CONFIG),
-        (r"CUDA out of memory|OutOfMemoryError|HIP out of memory|std::bad_alloc|Cannot allocate memory", ExitKind.OOM),
-        (r"Error in memory profiling", ExitKind.CRASH),
-        (r"EngineDeadError|EngineCore encountered a fatal error|Engine core proc .* died", ExitKind.CRASH),
-        (r"validation errors? for \w+|Value error, ", ExitKind.BAD_CONFIG),
+        (r"User-specified max_model_len .* is greater than", ExitKind.BAD_CONFIG, "options.max_model_len"),
+        (r"Sleep mode is not supported", ExitKind.BAD_CONFIG, "options.enable_sleep_mode"),
+        (
+            r"unrecognized arguments|the following arguments are required",
+            ExitKind.BAD_CONFIG,
+            "options.extra_args or args",
+        ),
+        (r"error: argument |invalid choice", ExitKind.BAD_CONFIG, "options"),
+        (r"GatedRepoError|gated repo|\b(401|403) Client Error", ExitKind.BAD_CONFIG, "options.model, or env.HF_TOKEN"),
+        (r"Repository Not Found|\b404 Client Error", ExitKind.BAD_CONFIG, "options.model"),
+        (r"is not a local folder and is not a valid model identifier", ExitKind.BAD_CONFIG, "options.model"),
+        (
+            r"Can't load (the configuration|tokenizer)|Invalid repository ID or local directory",
+            ExitKind.BAD_CONFIG,
+            "options.model",
+        ),
+        (
+            r"Model architectures? .* (is|are) not supported|Head size \d+ is not supported",
+            ExitKind.BAD_CONFIG,
+            "options.model",
+        ),
+        (r"trust_remote_code=True", ExitKind.BAD_CONFIG, "options.trust_remote_code"),
+        (r"Failed to infer device type|PackageNotFoundError|No module named '?vllm", ExitKind.BAD_CONFIG, "command"),
+        (
+            r"Total number of attention heads .* must be divisible|World size .* is larger than",
+            ExitKind.BAD_CONFIG,
+            "options.tensor_parallel_size",
+        ),
+        (
+            r"CUDA out of memory|OutOfMemoryError|HIP out of memory|std::bad_alloc|Cannot allocate memory",
+            ExitKind.OOM,
+            "",
+        ),
+        (r"Error in memory profiling", ExitKind.CRASH, ""),
+        (r"EngineDeadError|EngineCore encountered a fatal error|Engine core proc .* died", ExitKind.CRASH, ""),
+        (r"validation errors? for \w+|Value error, ", ExitKind.BAD_CONFIG, "options"),
     )
 )
 _ANY_ERROR = re.compile(r"\b([A-Z]\w*(Error|Exception))\b: \S")
@@ -84,16 +109,16 @@ def learned_kv_bytes(lines: Iterable[str]) -> int | None:
         if found := _FITS.search(line):
             advised = int(found[1])
         elif found := _AVAILABLE.search(line):
-            measured = int(float(found[1]) * 2**30)
+            measured = max(0, int((float(found[1] or found[2]) - _ROUNDING_GIB) * 2**30))
     return advised or measured
 
 
 def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
     """Say why it ended. Every exit that nobody asked for is a failure, code 0 included."""
-    for pattern, kind in _CAUSES:
+    for pattern, kind, key in _CAUSES:
         line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
         if line is not None:
-            return ExitVerdict(kind, _sentence(line))
+            return ExitVerdict(kind, f"{key}: {_sentence(line)}" if key else _sentence(line))
     last = next((line for line in reversed(log_tail) if _ANY_ERROR.search(line) and not _USELESS.search(line)), None)
     because = f": {_sentence(last)}" if last is not None else ""
     if signal is not None:
@@ -101,7 +126,9 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
     if code == 0:
         return ExitVerdict(ExitKind.CRASH, f"ended with code 0 though nobody asked: its engine process died{because}")
     if code == 2:
-        return ExitVerdict(ExitKind.BAD_CONFIG, f"vLLM does not know an argument (code 2){because}")
+        return ExitVerdict(
+            ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM does not know an argument (code 2){because}"
+        )
     if code is None:
         return ExitVerdict(ExitKind.UNKNOWN, f"died while nobody watched{because}")
     return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")

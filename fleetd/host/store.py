@@ -239,6 +239,13 @@ class Store:
         rows = await self._ask(lambda: self._rows("SELECT value FROM fact WHERE key = ?", (key,)))
         return json.loads(rows[0][0]) if rows else default
 
+    async def facts(self, prefix: str) -> dict[str, Any]:
+        """Return the facts whose key begins with `prefix`."""
+        rows = await self._ask(
+            lambda: self._rows("SELECT key, value FROM fact WHERE substr(key, 1, ?) = ?", (len(prefix), prefix))
+        )
+        return {str(key): json.loads(value) for key, value in rows}
+
     async def flush(self) -> None:
         """Return when everything written so far is in the files."""
         await self._ask(lambda: None)

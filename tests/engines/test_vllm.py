@@ -306,8 +306,23 @@ def test_learned_cache() -> None:
         "(55.9 GiB) to fully utilize gpu memory."
     )
     assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB", advice]) == 51111111111
-    assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB"]) == int(2.5 * GIB)
+    assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB"]) == int(2.49 * GIB)  # it prints two decimals
+    assert learned_kv_bytes(["INFO Auto set (0.52/8.71) GiB for KV cache on node 0, with"]) == int(0.51 * GIB)
     assert learned_kv_bytes(["nothing"]) is None
+
+
+def test_what_a_start_found_out_is_given_to_the_next_unless_fleet_yaml_says_it() -> None:
+    line = ["INFO Available KV cache memory: 2.50 GiB"]
+    learned = ENGINE.learned_at_start(context(), line)
+    assert learned == {"kv_cache_memory": int(2.49 * GIB)}
+    argv = ENGINE.launch(context(learned=learned)).argv
+    assert argv[argv.index("--kv-cache-memory-bytes") + 1] == str(int(2.49 * GIB))
+    stated = {"kv_cache_memory": GIB}
+    assert ENGINE.learned_at_start(context(options=stated), line) == {}
+    argv = ENGINE.launch(context(options=stated, learned=learned)).argv
+    assert argv.count("--kv-cache-memory-bytes") == 1
+    assert argv[argv.index("--kv-cache-memory-bytes") + 1] == str(GIB)
+    assert ENGINE.learned_at_start(context(options={"extra_args": {"kv-cache-memory": 1}}), line) == {}
 
 
 CORE = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"

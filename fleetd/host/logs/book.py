@@ -23,7 +23,7 @@ from fleetd.host.logs.follow import LogFollower, follow
 from fleetd.host.logs.hole import can_punch
 from fleetd.host.logs.pump import Pump, Stream
 from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, current_state, due, recover, rotate
-from fleetd.host.logs.scan import LogScanner
+from fleetd.host.logs.scan import LineReader, LogScanner
 from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.names import unescape
 from fleetd.host.types import Capture, LogPolicy, RawExit
@@ -238,6 +238,11 @@ class LogBook:
         """Return what looks for a line in the output of this run, from its beginning on."""
         record, name = handle.record, handle.name
         return LogScanner(self._pool, record.log_path, record.log_start, pattern, lambda: self.start_of(name))
+
+    def reader(self, handle: ProcessHandle) -> LineReader:
+        """Return what gives the lines of this run as they come, from its beginning on."""
+        record, name = handle.record, handle.name
+        return LineReader(self._pool, record.log_path, record.log_start, lambda: self.start_of(name))
 
     def start_of(self, name: str) -> int:
         """Return where the live lines of a log begin."""

@@ -1,4 +1,4 @@
-"""Waiting for a line: a regular expression on what a run has written since its start.
+"""Reading along: a regular expression on what a run has written since its start, or all of its new lines.
 
 The rules of this file
 - Only new bytes are read, in a thread, at most 8 MiB per step; a line longer than 64 KiB is matched on its first 64 KiB.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 
@@ -18,6 +19,8 @@ from fleetd.host.logs.tail import parse_line
 _STEP = 8 * 1024 * 1024
 _BLOCK = 256 * 1024
 _LONGEST_LINE = 64 * 1024
+_KEPT_LINES = 2000
+_NEVER = re.compile(rb"(?!)")
 
 
 class LogScanner:
@@ -76,4 +79,25 @@ class LogScanner:
             line = parse_line(raw[:_LONGEST_LINE])
             if self._pattern.search(line.text.encode("utf-8", "replace")):
                 return line.text
+        return None
+
+
+class LineReader(LogScanner):
+    """Gives every line once, as it comes; what overwrites itself on a terminal (a bar of progress) counts as lines."""
+
+    def __init__(self, pool: Executor, path: str, offset: int, start_of: Callable[[], int]) -> None:
+        super().__init__(pool, path, offset, _NEVER, start_of)
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    async def new_lines(self) -> list[str]:
+        """Read what is new; of a flood, the last lines of it."""
+        await self.advance()
+        found = list(self._lines)
+        self._lines.clear()
+        return found
+
+    def _match(self, data: bytes) -> str | None:
+        lines = (self._rest + data.replace(b"\r", b"\n")).split(b"\n")
+        self._rest = lines.pop()[:_LONGEST_LINE]
+        self._lines.extend(parse_line(raw[:_LONGEST_LINE]).text for raw in lines if raw)
         return None
