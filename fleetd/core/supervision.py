@@ -99,6 +99,8 @@ class Supervision:
             self.facts.move(
                 process, target, now, gate(self.facts, process).reason if absent else self._why_not(process)
             )
+        elif not process.spec.enabled:
+            process.reason = self._why_not(process)
 
     def _why_not(self, process: Process) -> str:
         for placement in self.facts.placements_on(process.name):

@@ -208,9 +208,9 @@ class Daemon:
         if journal.serial != self._serial:
             self._serial = journal.serial
             self.feed.publish(journal.entries[-1], self.fleet.processes.keys())
-            self.processes.hooks.break_off(self._unwanted)
         elif isinstance(event, _HOT):
             return
+        self.processes.hooks.break_off(self._unwanted)
         if isinstance(event, Exited):
             self.residency.process_died(event.name)
             if event.report.log_tail or event.report.code:
