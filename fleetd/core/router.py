@@ -55,7 +55,9 @@ def can_serve(facts: Facts, model: Model, now: float) -> bool:
     """Return whether a request for `model` has a chance now: not failed, not blocked, not full."""
     if model.spec.routes:
         return True
-    if model.failure_final or (model.failure and now < model.retry_s) or model.waiting >= model.spec.queue_max:
+    if model.failure_final or (model.failure and now < model.retry_s):
+        return False
+    if model.waiting >= model.spec.queue_max and serving(facts, model) is None:
         return False
     if model.missing and not model.placements:
         return False
