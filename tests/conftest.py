@@ -11,6 +11,7 @@ import asyncio
 import gc
 import importlib.util
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ ENGINES = {
     "vllm": lambda: shutil.which("vllm") is not None,
     "lmstudio": lambda: shutil.which("lms") is not None,
 }
+
+
+# A run in a script's background ignores Ctrl-C, and every program started from it would too: some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def absent_engines() -> list[str]:

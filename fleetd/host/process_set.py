@@ -9,6 +9,7 @@ The rules of this file
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fleetd.host.proctable import Entry, ProcessTable, Snapshot
 from fleetd.host.types import KillScope
 
 TOKEN_VARIABLE = "FLEETD_SPAWN"  # noqa: S105 (a label in the environment, not a secret)
+_YOUNG_S = 2.0
 _TOKEN_MARK = TOKEN_VARIABLE.encode() + b"="
 
 
@@ -33,19 +35,31 @@ class Lineage:
 
 
 class TokenCache:
-    """The token in each process' environment, read once per (pid, start time)."""
+    """The token in each process' environment, read once per (pid, start time).
 
-    def __init__(self, table: ProcessTable) -> None:
+    That there is none is believed only of a process known for `_YOUNG_S`: between fork and exec a child shows its parent's
+    environment.
+    """
+
+    def __init__(self, table: ProcessTable, clock: Callable[[], float] = time.monotonic) -> None:
         self._table = table
+        self._clock = clock
         self._tokens: dict[tuple[int, int], str | None] = {}
+        self._young: dict[tuple[int, int], float] = {}  # first seen, without a token so far
 
     def token_of(self, entry: Entry) -> str | None:
         key = (entry.pid, entry.start)
-        if key not in self._tokens:
-            if len(self._tokens) > 20_000:
-                self._tokens.clear()
-            self._tokens[key] = read_token(self._table.environment(entry.pid))
-        return self._tokens[key]
+        if key in self._tokens:
+            return self._tokens[key]
+        if len(self._tokens) + len(self._young) > 20_000:
+            self._tokens.clear()
+            self._young.clear()
+        token = read_token(self._table.environment(entry.pid))
+        now = self._clock()
+        if token is not None or now >= self._young.setdefault(key, now) + _YOUNG_S:
+            self._young.pop(key, None)
+            self._tokens[key] = token
+        return token
 
 
 def read_token(environment: bytes | None) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetd.host.logs import book as book_module
@@ -324,6 +324,8 @@ def test_a_hole_frees_and_reads_as_nothing(tmp_path: Path) -> None:
 NASTY = st.text(alphabet=st.sampled_from("\",\\'{}[]:ab\t\0ü€😀\r"), max_size=12)
 
 
+@example([","], 0.0)
+@example([",", "a", ",", '","'], 0.0)
 @given(st.lists(NASTY | st.text(max_size=20), min_size=1, max_size=8), st.floats(0, 4e9))
 def test_json_lines_say_what_was_said(lines: list[str], at: float) -> None:
     clean = [line.encode("utf-8", "replace").decode() for line in lines]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetd.host.cgroup import Cgroup
-from fleetd.host.process_set import Lineage, SetScanner, members, read_token
+from fleetd.host.process_set import Lineage, SetScanner, TokenCache, members, read_token
 from fleetd.host.proctable import Entry, parse_stat
 
 LEADER = Entry(pid=100, ppid=50, pgid=100, sid=100, start=1000, dead=False)
@@ -164,3 +165,20 @@ def test_a_cgroup_that_is_gone_is_empty(tmp_path: object) -> None:
     assert group.pids() == frozenset()
     assert group.oom_kills() == 0
     group.remove()
+
+
+def test_a_child_seen_before_its_exec_is_looked_at_again() -> None:
+    environments = {7: b"HOME=/\0"}
+    table = SimpleNamespace(environment=environments.get)
+    now = [100.0]
+    cache = TokenCache(table, lambda: now[0])  # type: ignore[arg-type]
+    young = entry(7)
+    assert cache.token_of(young) is None
+    environments[7] = b"HOME=/\0FLEETD_SPAWN=t1\0"
+    assert cache.token_of(young) == "t1"
+    other = entry(8)
+    assert cache.token_of(other) is None
+    now[0] += 3.0
+    assert cache.token_of(other) is None  # old enough: believed from now on
+    environments[8] = b"FLEETD_SPAWN=t2\0"
+    assert cache.token_of(other) is None
