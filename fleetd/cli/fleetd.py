@@ -24,6 +24,7 @@ from fleetd import __version__
 from fleetd.errors import ConfigError, FleetError, HostError
 
 if TYPE_CHECKING:
+    from fleetd.config.load import LoadedConfig
     from fleetd.daemon.assembly import Assembly
 
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
@@ -64,6 +65,12 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     from fleetd.daemon.footprint import thrifty
 
     thrifty()
+    from fleetd.daemon.early import begin_reading
+
+    try:
+        reading = begin_reading(path)  # on another core, while this one loads the daemon
+    except HostError as error:
+        fail(str(error), error.hint, FAILED)
     import asyncio
 
     from fleetd.daemon.logsetup import LogSink, set_up
@@ -76,7 +83,7 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     from fleetd.daemon.app import App, RunOptions
 
     async def body() -> int:
-        return await App(RunOptions(path), log, sink).run()
+        return await App(RunOptions(path, reading), log, sink).run()
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -102,13 +109,13 @@ def _loop_factory() -> Any:
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing when all is well; no warnings.")
 def check(file: Path | None, quiet: bool) -> None:
     """Say everything that is wrong with a fleet.yaml."""
-    assembly = _assembled(file)
+    _, assembly = _assembled(file)
     if quiet:
         return
     for warning in assembly.warnings:
         click.echo(f"warning: {warning}", err=True)
     spec = assembly.spec
-    click.echo(f"{assembly.loaded.files[0]}: ok, {len(spec.processes)} processes, {len(spec.models)} models")
+    click.echo(f"{assembly.files[0]}: ok, {len(spec.processes)} processes, {len(spec.models)} models")
 
 
 @cli.command()
@@ -118,7 +125,7 @@ def render(file: Path | None, output: str) -> None:
     """Print the normalised configuration and what would be started, exactly; secrets are hidden."""
     from fleetd.daemon.rendering import rendered
 
-    document = rendered(_assembled(file))
+    document = rendered(*_assembled(file))
     if output == "json":
         import json
 
@@ -139,7 +146,7 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-def _assembled(file: Path | None) -> Assembly:
+def _assembled(file: Path | None) -> tuple[LoadedConfig, Assembly]:
     """Read and assemble a file as the daemon would, without touching anything."""
     from fleetd.daemon.offline import assembled
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetd import __version__
-from fleetd.config.load import load
 from fleetd.core.events import RestartAsked, ShutdownAsked, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
 from fleetd.daemon.assembly import Assembly, Surroundings
-from fleetd.daemon.configuration import Configuration, Reader
+from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.control_port import DaemonControlPort
 from fleetd.daemon.daemon import Daemon
 from fleetd.daemon.environment import inherited
@@ -33,6 +32,9 @@ from fleetd.daemon.libraries import Libraries
 from fleetd.daemon.logreading import LogSource
 from fleetd.daemon.operations import Operations
 from fleetd.daemon.outside import Outside
+from fleetd.daemon.ports import keep_ports
+from fleetd.daemon.reader import FileReading
+from fleetd.daemon.readings import Circumstances
 from fleetd.daemon.sampling import machine_devices
 from fleetd.daemon.starts import PREFIX
 from fleetd.daemon.status import DaemonFacts
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from fleetd.control.server import ControlServer
     from fleetd.daemon.logsetup import LogSink
     from fleetd.gateway.server import Gateway
+    from fleetd.host.companion import Companion
 
 SOCKET_NAME = "fleetd.sock"
 _DRAIN_S = 5.0
@@ -60,9 +63,10 @@ _CLOCK_STEP_S = 0.02  # file times are taken from a clock that ticks in steps
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute."""
+    """`config` is absolute; `reading` reads it since before this module was loaded."""
 
     config: Path
+    reading: Companion
 
 
 class App:
@@ -89,7 +93,8 @@ class App:
     async def run(self) -> int:
         """Start, serve until told to stop, and clean up. Returns the exit code; raises FleetError when it cannot start."""
         async with AsyncExitStack() as stack:
-            await self._start(stack)
+            async with FileReading(self._options.reading) as reading:
+                await self._start(stack, reading)
             settled()
             await self._done.wait()
             if self._reexecuting:
@@ -101,14 +106,10 @@ class App:
 
     # -- start ----------------------------------------------------------------------------------------------------------
 
-    async def _start(self, stack: AsyncExitStack) -> None:
+    async def _start(self, stack: AsyncExitStack, reading: FileReading) -> None:
         taken = reexec.taken_over()
-        reader = Reader(dict(os.environ), socket.gethostname(), self._running)
-        began = time.time()
-        loaded = await asyncio.to_thread(load, self._options.config, os.environ)
-        paths = HostPaths(
-            *(loaded.resolve(("paths", key), getattr(loaded.config.paths, key)) for key in ("state", "run", "logs"))
-        )
+        places = await reading.places()
+        paths = HostPaths(places.state, places.run, places.logs)
         self._lock = DaemonLock.acquire(paths.run) if taken is None else DaemonLock.inherit(paths.run, taken.lock_fd)
         stack.callback(self._lock.release)
         host = Host(paths)
@@ -121,9 +122,10 @@ class App:
         stack.push_async_callback(store.close)
         self._learned = await store.learned()
         around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, self._learned)
-        assembly = await asyncio.to_thread(reader.assemble, loaded, around)
-        await asyncio.to_thread(reader.keep, assembly)
-        configuration = Configuration(reader, self._options.config, assembly, self._around)
+        read = await reading.finish(Circumstances(around, frozenset(self._running()), socket.gethostname()))
+        await asyncio.to_thread(keep_ports, paths.state, read.assembly.ports)
+        assembly = read.assembly
+        configuration = Configuration(self._options.config, read, self._around, self._running)
         facts = DaemonFacts(str(self._options.config))
         self._daemon = daemon = Daemon(
             host, store, self._devices, configuration, inherited(os.environ), self._log, facts, self._done.set
@@ -146,7 +148,7 @@ class App:
         self._outside(stack)
         self._ready(assembly)
         self._up = True
-        if loaded.config.watch and any(changed_since(file, began) for file in loaded.files):
+        if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
             self._file_saved()  # after it was read, before anybody could apply it
 
     def _running(self) -> set[str]:
@@ -161,6 +163,7 @@ class App:
         daemon = self._daemon
         daemon.loop.close()
         daemon.probing.close()
+        await daemon.configuration.close()
         await daemon.background.close()
         await daemon.tasks.close(grace_s=0.5)
         await daemon.close_http()
@@ -174,13 +177,13 @@ class App:
         from fleetd.gateway.server import Gateway
 
         daemon = self._daemon
-        keys = assembly.loaded.config.gateway
+        keys = assembly.gateway
         options = GatewayOptions(
-            host=keys.listen.host,
-            port=keys.listen.port,
+            host=keys.host,
+            port=keys.port,
             allowed_hosts=keys.allowed_hosts,
-            max_body_bytes=keys.max_body,
-            retry_attempts=keys.retry.attempts,
+            max_body_bytes=keys.max_body_bytes,
+            retry_attempts=keys.retry_attempts,
         )
         self._gateway = gateway = Gateway(daemon.port, options)
         addresses = await gateway.start([listener])
@@ -322,6 +325,7 @@ class App:
         records = await daemon.host.prepare_exec()
         lock_fd = self._lock.keep_over_exec()
         await daemon.store.flush()
+        await daemon.configuration.close()
         await self._control.close()
         reexec.execute(lock_fd, records, self._notifier.environment, stack)
 
@@ -336,7 +340,7 @@ def changed_since(file: Path, moment_s: float) -> bool:
 
 def listening(assembly: Assembly) -> socket.socket:
     """Return the gateway's listening socket. Raises HostError when its address cannot be used."""
-    address = assembly.loaded.config.gateway.listen
+    address = assembly.gateway
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:

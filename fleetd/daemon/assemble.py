@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import SecretStr, ValidationError
 
 from fleetd.config.load import LoadedConfig
+from fleetd.config.schema import FleetConfig
 from fleetd.core.contract import (
     Capabilities,
     Dependency,
@@ -29,7 +30,7 @@ from fleetd.core.contract import (
     QueueLimits,
 )
 from fleetd.daemon import policies
-from fleetd.daemon.assembly import Assembly, FleetPaths, Surroundings
+from fleetd.daemon.assembly import Assembly, FleetPaths, GatewaySettings, Surroundings
 from fleetd.daemon.containers import IN_IMAGE, Recipe, inner_host, runtime_of, user_ids
 from fleetd.daemon.devices import default_device, device_specs
 from fleetd.daemon.entries import Entry, entries, holders, needs_assigned_port, process_names
@@ -54,6 +55,25 @@ def assemble(
 ) -> Assembly:
     """Return the assembly of a configuration; its `problems` are all there are. Never raises for a bad file."""
     return Assembler(loaded, around, port_usable).assembly(hostname)
+
+
+def paths_of(loaded: LoadedConfig) -> FleetPaths:
+    """Return where the fleet of a configuration lives."""
+    paths = loaded.config.paths
+    state, run, logs = (
+        loaded.resolve(("paths", key), getattr(paths, key))
+        if key in paths.model_fields_set
+        else Path(getattr(paths, key)).expanduser()
+        for key in ("state", "run", "logs")
+    )
+    return FleetPaths(state, run, logs)
+
+
+def gateway_of(config: FleetConfig) -> GatewaySettings:
+    keys = config.gateway
+    return GatewaySettings(
+        keys.listen.host, keys.listen.port, tuple(keys.allowed_hosts), keys.max_body, keys.retry.attempts
+    )
 
 
 def checked(assembly: Assembly) -> Assembly:
@@ -103,9 +123,12 @@ class Assembler:
         sources = {("process", name): plan.source for name, plan in self.plans.items()}
         sources |= {("model", name): self._source(("models", name)) for name in self.config.models}
         return Assembly(
-            loaded=self.loaded,
+            config_hash=self.loaded.config_hash,
+            files=self.loaded.files,
+            watch=self.config.watch,
+            gateway=gateway_of(self.config),
             name=self.config.name or hostname,
-            paths=self._paths(),
+            paths=paths_of(self.loaded),
             spec=spec,
             plans=self.plans,
             ports=ports,
@@ -119,16 +142,6 @@ class Assembler:
         once = dict.fromkeys(problems)
         order = self.loaded.marks.order_of
         return tuple(sorted(once, key=lambda one: (order(one.file), one.line, one.column, one.path)))
-
-    def _paths(self) -> FleetPaths:
-        paths = self.config.paths
-        state, run, logs = (
-            self.loaded.resolve(("paths", key), getattr(paths, key))
-            if key in paths.model_fields_set
-            else Path(getattr(paths, key)).expanduser()
-            for key in ("state", "run", "logs")
-        )
-        return FleetPaths(state, run, logs)
 
     def _source(self, path: Path_) -> tuple[str, int]:
         place = self.loaded.marks.problem(path, "", at_key=True)
@@ -324,7 +337,7 @@ class Assembler:
                 runtime = replace(runtime, user=user_ids(keys.user))
             except KeyError:
                 self.problem((*entry.path, "user"), f"this machine has no user {keys.user}")
-        state = hashlib.sha256(str(self._paths().state).encode()).hexdigest()[:6]
+        state = hashlib.sha256(str(paths_of(self.loaded).state).encode()).hexdigest()[:6]
         fleet = f"{self.config.name or 'fleet'}-{state}"
         return Recipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
 

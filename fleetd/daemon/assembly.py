@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fleetd.config.load import LoadedConfig
 from fleetd.core.contract import FleetSpec
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.errors import Problem
@@ -51,10 +50,25 @@ class FleetPaths:
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
-    """Everything that follows from one configuration on one machine."""
+class GatewaySettings:
+    """What the gateway is told when it starts."""
 
-    loaded: LoadedConfig
+    host: str
+    port: int
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 0
+    retry_attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Everything that follows from one configuration on one machine. `files` are all that were read; `watch`: read them again
+    when they are saved."""
+
+    config_hash: str
+    files: tuple[Path, ...]
+    watch: bool
+    gateway: GatewaySettings
     name: str
     paths: FleetPaths
     spec: FleetSpec

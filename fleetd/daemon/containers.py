@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fleetd.config.process_schema import DockerKeys, EngineKeys
 from fleetd.engines.base import Engine, LaunchContext
 from fleetd.engines.container import Contained, DockerRuntime, absent, contain, find_command, found
 from fleetd.errors import EngineError, HostError
 
 if TYPE_CHECKING:
+    from fleetd.config.process_schema import DockerKeys, EngineKeys
     from fleetd.daemon.launches import LaunchPlan
 
 PROGRAMS = ("docker", "podman")

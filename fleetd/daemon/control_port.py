@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fleetd.config.secrets import redact
 from fleetd.control.port import ActOptions, ApplyOptions, Names
 from fleetd.control.wire import (
     Applied,
@@ -196,9 +195,12 @@ class DaemonControlPort:
         }
 
     def config(self) -> Mapping[str, Any]:
-        loaded = self._configuration.assembly.loaded
-        plain = loaded.config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
-        return {"file": str(self._configuration.path), "config_hash": loaded.config_hash, "config": redact(plain)}
+        configuration = self._configuration
+        return {
+            "file": str(configuration.path),
+            "config_hash": configuration.assembly.config_hash,
+            "config": configuration.shown(),
+        }
 
     # -- changing -------------------------------------------------------------------------------------------------------
 

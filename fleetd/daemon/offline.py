@@ -12,21 +12,21 @@ import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 
-from fleetd.config.load import load
-from fleetd.daemon.assemble import assemble, checked
+from fleetd.config.load import LoadedConfig, load
+from fleetd.daemon.assemble import assemble, checked, paths_of
 from fleetd.daemon.assembly import Assembly, Surroundings
-from fleetd.daemon.configuration import kept_ports
+from fleetd.daemon.ports import kept_ports
 from fleetd.daemon.sampling import machine_devices
 from fleetd.host.memory import Devices
 
 
-def assembled(path: Path, env: Mapping[str, str]) -> Assembly:
+def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:
     """Load and assemble. Raises ConfigError with every problem."""
     loaded = load(path, env)
-    state = loaded.resolve(("paths", "state"), loaded.config.paths.state)
+    state = paths_of(loaded).state
     devices = tuple(machine_devices(Devices().sample()))
     around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))
-    return checked(assemble(loaded, around, hostname=socket.gethostname()))
+    return loaded, checked(assemble(loaded, around, hostname=socket.gethostname()))
 
 
 def learned_footprints(state: Path) -> dict[str, dict[str, int]]:

@@ -19,7 +19,8 @@ from fleetd.core.events import SpecChanged
 from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.daemon import Daemon
 from fleetd.daemon.plans import affected, plan_of
-from fleetd.errors import ApiError, ConfigError
+from fleetd.daemon.readings import Reading
+from fleetd.errors import ApiError, ConfigError, HostError
 
 TURN_S = 20.0  # shorter than the patience of `fleetctl reload`
 
@@ -42,8 +43,8 @@ class Operations:
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         configuration = self._daemon.configuration
-        new = await configuration.read(Path(path) if path else None, text)
-        return plan_of(configuration.assembly, new, path or str(configuration.path))
+        reading = await configuration.read(Path(path) if path else None, text)
+        return plan_of(configuration.assembly, reading, path or str(configuration.path))
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
         async with self._turn():
@@ -68,10 +69,10 @@ class Operations:
     async def _apply_now(self, path: str | None, options: ApplyOptions) -> tuple[Plan, list[str], dict[str, int]]:
         """Change the fleet; return the plan, the processes whose state follows from it, and their generations before."""
         configuration = self._daemon.configuration
-        new = await configuration.read(Path(path) if path else None)
-        old = configuration.assembly
-        plan = plan_of(old, new, path or str(configuration.path))
-        if options.expect_hash is not None and options.expect_hash != new.loaded.config_hash:
+        reading = await configuration.read(Path(path) if path else None)
+        old, new = configuration.assembly, reading.assembly
+        plan = plan_of(old, reading, path or str(configuration.path))
+        if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(
                 409,
                 "plan_changed",
@@ -83,17 +84,16 @@ class Operations:
         self._check_unmovable(old, new)
         wait_for = affected(old, new)
         generations = {name: self._generation(name) for name in wait_for}
-        await self._change(new, Path(path) if path else None)
+        await self._change(reading, Path(path) if path else None)
         return plan, wait_for, generations
 
     def _check_unmovable(self, old: Assembly, new: Assembly) -> None:
         """Some keys take effect with the next start of the daemon only; refuse them rather than half obey."""
-        before, after = old.loaded.config, new.loaded.config
         moved = [
             name
             for name, one, other in (
                 ("paths", old.paths, new.paths),
-                ("gateway.listen", before.gateway.listen, after.gateway.listen),
+                ("gateway.listen", _address(old), _address(new)),
             )
             if one != other
         ]
@@ -106,11 +106,11 @@ class Operations:
         process = self._daemon.fleet.processes.get(name)
         return process.generation if process is not None else 0
 
-    async def _change(self, new: Assembly, path: Path | None) -> None:
-        daemon = self._daemon
+    async def _change(self, reading: Reading, path: Path | None) -> None:
+        daemon, new = self._daemon, reading.assembly
         before = set(daemon.configuration.assembly.spec.processes) | set(daemon.configuration.assembly.spec.models)
         absent = await daemon.requirements.look(new.plans)
-        await daemon.configuration.accept(new, path)
+        await daemon.configuration.accept(reading, path)
         daemon.requirements.accept(absent)
         daemon.facts.config_error, daemon.facts.config_differs = None, False
         daemon.facts.config_path = str(daemon.configuration.path)
@@ -119,13 +119,11 @@ class Operations:
         daemon.dispatch(SpecChanged(new.spec, missing=absent.processes, missing_models=absent.models))
         daemon.port.spec_changed()
         after = set(new.spec.processes) | set(new.spec.models)
-        daemon.feed.say(
-            "config", None, "applied", f"{daemon.configuration.path} applied", config_hash=new.loaded.config_hash
-        )
+        daemon.feed.say("config", None, "applied", f"{daemon.configuration.path} applied", config_hash=new.config_hash)
         daemon.feed.forget(sorted(before - after))
         for name in set(daemon.store.remembered) - set(new.spec.processes):
             daemon.store.forget(name)
-        daemon.log.info("applied", config=str(daemon.configuration.path), config_hash=new.loaded.config_hash)
+        daemon.log.info("applied", config=str(daemon.configuration.path), config_hash=new.config_hash)
         self._applied(new)
 
     async def _outcomes(self, names: list[str], generations: dict[str, int], options: ApplyOptions) -> list[Outcome]:
@@ -156,7 +154,7 @@ class Operations:
                 pass
         try:
             applied = await self.apply(None, ApplyOptions(wait=False))
-        except ConfigError as error:
+        except (ConfigError, HostError) as error:
             self.refuse(error)
             return
         except ApiError:
@@ -165,7 +163,7 @@ class Operations:
         if not applied["plan"]["changes"]:
             self._daemon.log.info("unchanged", config=str(self._daemon.configuration.path))
 
-    def refuse(self, error: ConfigError) -> None:
+    def refuse(self, error: ConfigError | HostError) -> None:
         """Keep the old fleet, and show why."""
         first = self._daemon.configuration.refused(error)
         self._daemon.facts.config_error = first
@@ -180,3 +178,7 @@ class Operations:
 
     def stop(self, force: bool, why: str) -> None:
         self._leave(force, why)
+
+
+def _address(assembly: Assembly) -> tuple[str, int]:
+    return assembly.gateway.host, assembly.gateway.port

@@ -55,18 +55,18 @@ class Outside:
                 self._clocks[name] = (plan.schedule, task)
 
     def _follow_files(self, assembly: Assembly) -> None:
-        wanted = assembly.loaded.config.watch
+        wanted = assembly.watch
         if not wanted:
             if self._files is not None:
                 self._later(self._files.close())
                 self._files = None
             return
         if self._files is not None:
-            self._files.update(assembly.loaded.files)
+            self._files.update(assembly.files)
             return
         from fleetd.host.watch import FileWatch
 
-        self._files = FileWatch(assembly.loaded.files, lambda _: self._saved())
+        self._files = FileWatch(assembly.files, lambda _: self._saved())
 
     def _tree(self, plan: LaunchPlan, watch: WatchPlan) -> TreeWatch:
         from fleetd.host.watch import TreeWatch

@@ -7,22 +7,23 @@ The rules of this file
 
 from __future__ import annotations
 
-from fleetd.config.diff import Action, diff
-from fleetd.config.diff import Change as FileChange
-from fleetd.config.effects import Effect
-from fleetd.control.wire import Change, KeyChange, Plan
+from collections.abc import Collection
+
+from fleetd.control.wire import Change, Plan
 from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.readings import Edit, Reading
 
 
-def plan_of(old: Assembly, new: Assembly, file: str | None) -> Plan:
-    """Return the way from what runs to another assembly."""
+def plan_of(old: Assembly, reading: Reading, file: str | None) -> Plan:
+    """Return the way from what runs to what was read."""
+    new = reading.assembly
     restarted = restarting(old, new)
-    changes = [_change(change, new, restarted) for change in diff(old.loaded.config, new.loaded.config)]
+    bases = {new.spec.processes[name].base for name in restarted}
     touched = restarted | (set(old.spec.processes) ^ set(new.spec.processes))
     return {
         "file": file,
-        "config_hash": new.loaded.config_hash,
-        "changes": changes,
+        "config_hash": new.config_hash,
+        "changes": [_change(edit, bases) for edit in reading.edits],
         "unchanged": len(set(new.spec.processes) - touched),
     }
 
@@ -42,27 +43,11 @@ def affected(old: Assembly, new: Assembly) -> list[str]:
     return [*added, *sorted(restarting(old, new))]
 
 
-def _change(change: FileChange, new: Assembly, restarted: set[str]) -> Change:
-    bases = {new.spec.processes[name].base for name in restarted}
-    keys: list[KeyChange] = [
-        {
-            "path": field.path,
-            "before": field.old,
-            "after": field.new,
-            "effect": "restart" if field.effect in (Effect.RESTART, Effect.DAEMON) else "hot",
-        }
-        for field in change.fields
-    ]
-    if change.action is Action.ADD:
+def _change(edit: Edit, restarted: Collection[str]) -> Change:
+    if edit.action == "add":
         effect = "start"
-    elif change.action is Action.REMOVE:
+    elif edit.action == "remove":
         effect = "stop"
     else:
-        effect = "restart" if change.name in bases else "hot"
-    return {
-        "kind": change.kind,
-        "name": change.name or "fleet",
-        "change": str(change.action),
-        "effect": effect,
-        "keys": keys,
-    }
+        effect = "restart" if edit.name in restarted else "hot"
+    return {"kind": edit.kind, "name": edit.name, "change": edit.action, "effect": effect, "keys": list(edit.keys)}

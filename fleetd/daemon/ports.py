@@ -9,10 +9,13 @@ The rules of this file
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 
 FIRST, LAST = 20000, 32767
+FILE = "ports.json"
 _REMEMBERED = 4096  # names that are gone keep their port as long as this many do
 
 
@@ -67,3 +70,23 @@ def remember(kept: Mapping[str, int], assigned: Mapping[str, int]) -> dict[str, 
     for name in list(old)[: max(0, len(old) - _REMEMBERED)]:
         del old[name]
     return {**old, **assigned}
+
+
+def kept_ports(state: Path) -> dict[str, int]:
+    """Return the assignments of earlier runs; an absent or torn file gives none."""
+    try:
+        content = json.loads((state / FILE).read_bytes())
+        return {str(name): int(port) for name, port in content["ports"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def keep_ports(state: Path, assigned: Mapping[str, int]) -> None:
+    """Keep assignments for later runs. Raises OSError. Blocks."""
+    from fleetd.host.handle import write_atomically
+
+    before = kept_ports(state)
+    after = remember(before, assigned)
+    if after != before:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(state / FILE, json.dumps({"version": 1, "ports": after}).encode(), durable=False)

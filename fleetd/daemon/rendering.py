@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleetd.config.load import LoadedConfig
 from fleetd.config.secrets import redact
 from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.launches import LaunchPlan
 
 
-def rendered(assembly: Assembly) -> dict[str, Any]:
+def rendered(loaded: LoadedConfig, assembly: Assembly) -> dict[str, Any]:
     """Return the document of `fleetd render`."""
-    plain = assembly.loaded.config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    plain = loaded.config.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "config": redact(plain),
-        "config_hash": assembly.loaded.config_hash,
+        "config_hash": loaded.config_hash,
         "devices": {
             name: {"kind": spec.kind, "total_bytes": spec.total_bytes, "budget_bytes": spec.budget_bytes}
             for name, spec in assembly.spec.devices.items()

@@ -114,7 +114,7 @@ class StatusView:
             "version": __version__,
             "uptime_s": round(now - facts.started, 3),
             "config": facts.config_path,
-            "config_hash": self._assembly().loaded.config_hash,
+            "config_hash": self._assembly().config_hash,
             "rss_bytes": own_rss_bytes(),
             "config_error": facts.config_error,
             "config_differs": facts.config_differs,

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from fleetd.config.load import load
+from fleetd.control.wire import Plan
 from fleetd.core.contract import FootprintSource, ProcessKind
 from fleetd.daemon.assemble import assemble
 from fleetd.daemon.assembly import Assembly, MachineDevice, Surroundings
 from fleetd.daemon.plans import plan_of, restarting
+from fleetd.daemon.reading import read
+from fleetd.daemon.readings import Circumstances, Reading, pack, unpack
 
 GIB = 2**30
 HOST = MachineDevice("host", "host", 10 * GIB)
@@ -23,6 +26,21 @@ def assembled(folder: Path, fleet: str, *devices: MachineDevice, **around: objec
     path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
     surroundings = Surroundings(devices or (HOST,), env={"PATH": "/bin", "HOME": "/root"}, **around)  # type: ignore[arg-type]
     return assemble(load(path, {}), surroundings, hostname="box")
+
+
+def planned(folder: Path, before: str, after: str) -> tuple[Assembly, Assembly, Plan]:
+    """Return both assemblies and the plan between them, as it comes out of a reading in another process."""
+    found = []
+    path = folder / "fleet.yaml"
+    kept, ports = None, {}
+    for fleet in (before, after):
+        path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
+        around = Surroundings((HOST,), env={"PATH": "/bin", "HOME": "/root"}, ports=ports)
+        reading = read(load(path, {}), Circumstances(around, frozenset(), "box", kept))
+        found.append(unpack(pack(reading), Reading))
+        kept, ports = found[-1].kept, found[-1].assembly.ports
+    old, new = found
+    return old.assembly, new.assembly, plan_of(old.assembly, new, None)
 
 
 def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
@@ -194,20 +212,17 @@ def test_a_probe_keeps_what_its_entry_does_not_say(tmp_path: Path) -> None:
     ],
 )
 def test_only_what_a_restart_alone_can_change_restarts(tmp_path: Path, change: str, restarts: bool) -> None:
-    before = assembled(tmp_path, "services: {a: {command: x}}")
-    after = assembled(tmp_path, f"services: {{a: {{command: x, {change}}}}}")
+    before, after, plan = planned(tmp_path, "services: {a: {command: x}}", f"services: {{a: {{command: x, {change}}}}}")
     assert restarting(before, after) == ({"a"} if restarts else set())
-    plan = plan_of(before, after, None)
     assert plan["changes"][0]["effect"] == ("restart" if restarts else "hot")
     assert plan["unchanged"] == (0 if restarts else 1)
 
 
 def test_adding_a_name_changes_nothing_for_the_others(tmp_path: Path) -> None:
     one = "models: {a: {engine: process, command: [x], memory: 1GiB}%s}"
-    before = assembled(tmp_path, one % "")
-    after = assembled(tmp_path, one % ", b: {engine: process, command: [y], memory: 1GiB}", ports=before.ports)
+    before, after, plan = planned(tmp_path, one % "", one % ", b: {engine: process, command: [y], memory: 1GiB}")
     assert restarting(before, after) == set()
-    assert plan_of(before, after, None)["changes"][0]["change"] == "add"
+    assert plan["changes"][0]["change"] == "add"
 
 
 def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Path) -> None:

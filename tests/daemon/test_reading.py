@@ -1,0 +1,225 @@
+"""The configuration is read in a process of its own: what crosses, what stays out of the daemon, and what happens when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fleetd.config.load import load
+from fleetd.daemon import reader
+from fleetd.daemon.assembly import Surroundings
+from fleetd.daemon.early import begin_reading
+from fleetd.daemon.reader import FileReading, Reader
+from fleetd.daemon.reading import read
+from fleetd.daemon.readings import Circumstances, Places, Reading, pack, unpack
+from fleetd.errors import ConfigError, HostError
+from fleetd.host.companion import Companion
+from tests.daemon.rig import fake, fleetd, until
+
+SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
+NOW = Circumstances(Surroundings(), frozenset(), "box")
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "fleet.yaml"
+    path.write_text(f"version: 1\n{text}", "utf-8")
+    return path
+
+
+def readers(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if "fleetd.daemon.reading" in " ".join(child.cmdline())]
+
+
+async def read_once(path: Path) -> Reading:
+    async with FileReading(begin_reading(path)) as reading:
+        await reading.places()
+        return await reading.finish(NOW)
+
+
+# -- values -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_crosses_is_what_was_assembled(tmp_path: Path) -> None:
+    text = SLEEPERS + "models: {m: {engine: llamacpp, memory: 1GiB, options: {model: ./m.gguf}}}\n"
+    path = written(tmp_path, text + "instances: {p: {engine: process, command: [x], options: {concurrency: 3}}}\n")
+    there = asyncio.run(read_once(path))
+    here = read(load(path, os.environ), NOW)
+    assert there.assembly.spec == here.assembly.spec
+    assert there.assembly.files == here.assembly.files
+    assert there.shown == here.shown
+    for name, plan in here.assembly.plans.items():
+        other = there.assembly.plans[name]
+        assert (other.launch, other.launch_hash(), other.engine) == (plan.launch, plan.launch_hash(), plan.engine)
+    assert there.assembly.plans["m"].context.options == here.assembly.plans["m"].context.options
+    options = there.assembly.plans["p"].context.options
+    assert type(options).__name__ == "SimpleNamespace", "its engine needs only the values"
+    assert (options.concurrency, options.health) == (3, None)  # type: ignore[attr-defined]
+
+
+def test_every_problem_crosses_with_its_place(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "services:\n  a: {command: x, env_file: gone.env}\n  b: {command: x, env_file: away.env}\n"
+    )
+    with pytest.raises(ConfigError) as found:
+        asyncio.run(read_once(path))
+    assert [problem.line for problem in found.value.problems] == [3, 4]
+
+
+@pytest.mark.parametrize("message", [b"", b"nonsense", pack("a text"), b"\x80\x05."])
+def test_nonsense_is_one_clear_error(message: bytes) -> None:
+    with pytest.raises(HostError, match="nonsense"):
+        unpack(message, Places)
+
+
+# -- the process --------------------------------------------------------------------------------------------------------
+
+
+def test_it_stays_for_the_next_reading_and_goes_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, SLEEPERS)
+
+    async def body() -> None:
+        several = Reader()
+        first = await several.read(path, NOW)
+        (child,) = readers(os.getpid())
+        with pytest.raises(ConfigError):
+            await several.read(written(tmp_path, "nonsense: 1\n"), NOW)
+        assert readers(os.getpid()) == [child], "a refusal is an answer like any other"
+        written(tmp_path, SLEEPERS.replace("s1:", "other:"))
+        after = await several.read(path, Circumstances(Surroundings(), frozenset(), "box", first.kept))
+        assert [(edit.action, edit.name) for edit in after.edits] == [("add", "other"), ("remove", "s1")]
+        assert readers(os.getpid()) == [child]
+        await several.close()
+        assert not readers(os.getpid())
+
+    asyncio.run(body())
+
+
+def test_an_idle_one_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    path = written(tmp_path, SLEEPERS)
+
+    async def body() -> None:
+        several = Reader()
+        await several.read(path, NOW)
+        (child,) = readers(os.getpid())
+        child.kill()
+        assert len((await several.read(path, NOW)).assembly.plans) == 3
+        await several.close()
+
+    asyncio.run(body())
+
+
+def test_two_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    path = written(tmp_path, SLEEPERS)
+
+    async def body() -> list[Reading]:
+        several = Reader()
+        found = await asyncio.gather(*(several.read(path, NOW) for _ in range(2)))
+        await several.close()
+        return list(found)
+
+    assert [len(one.assembly.plans) for one in asyncio.run(body())] == [3, 3]
+    assert not readers(os.getpid())
+
+
+def test_a_death_while_it_reads_is_a_sentence(tmp_path: Path) -> None:
+    companion = begin_reading(written(tmp_path, SLEEPERS))
+
+    async def body() -> None:
+        async with FileReading(companion) as reading:
+            await reading.places()
+            os.kill(companion.pid, signal.SIGSTOP)
+            threading.Timer(0.05, os.kill, (companion.pid, signal.SIGKILL)).start()
+            await reading.finish(NOW)
+
+    with pytest.raises(HostError, match=r"could not be read: .* ended by SIGKILL") as found:
+        asyncio.run(body())
+    assert found.value.recoverable
+
+
+def test_one_that_never_answers_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "LIMIT_S", 0.2)
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)  # opening it for reading waits for a writer, for ever
+    companion = begin_reading(path)
+    os.kill(companion.pid, signal.SIGSTOP)
+
+    async def body() -> None:
+        async with FileReading(companion) as reading:
+            await reading.places()
+
+    with pytest.raises(HostError, match="took too long"):
+        asyncio.run(body())
+    assert not psutil.pid_exists(companion.pid)
+
+
+def test_leaving_early_ends_it(tmp_path: Path) -> None:
+    companion = begin_reading(written(tmp_path, SLEEPERS))
+    os.kill(companion.pid, signal.SIGSTOP)
+
+    async def body() -> None:
+        async with FileReading(companion) as reading, asyncio.timeout(0.1):
+            await reading.places()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(body())
+    assert not psutil.pid_exists(companion.pid)
+
+
+def test_what_does_not_answer_in_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "babbler.py").write_text("def main():\n    print('hello, I am not a reader at all')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    companion = Companion("babbler")
+    with pytest.raises(HostError, match="nonsense"):
+        companion.receive(time.monotonic() + 30)
+    companion.close()
+
+
+# -- in a daemon --------------------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_of_services_loads_neither_pydantic_nor_yaml(tmp_path: Path) -> None:
+    with fleetd(tmp_path, SLEEPERS) as daemon:
+        daemon.start()
+        daemon.until_state("s1", "READY")
+        daemon.write(SLEEPERS.replace("s1:", "other:"))
+        until(lambda: "other" in {row["name"] for row in daemon.status()["processes"]}, "the saved file is applied")
+        assert daemon.control("GET", "/v1/config").json["config"]["services"].keys() == {"s0", "other", "s2"}
+        maps = Path(f"/proc/{daemon.pid}/maps").read_text()
+        assert "uvloop" in maps
+        assert "pydantic_core" not in maps
+        assert "_yaml" not in maps
+
+
+def test_a_killed_reading_changes_nothing_and_the_next_one_works(tmp_path: Path) -> None:
+    fleet = f"models: {{m: {{engine: process, command: {fake('--model', 'm')}, memory: 1MiB}}}}\n"
+    with fleetd(tmp_path, "watch: false\n" + fleet) as daemon:
+        daemon.start()
+        stop = threading.Event()
+
+        def kill_readers() -> None:
+            while not stop.is_set():
+                with suppress(psutil.NoSuchProcess):
+                    for child in readers(daemon.pid):
+                        child.kill()
+                time.sleep(0.001)
+
+        killer = threading.Thread(target=kill_readers)
+        killer.start()
+        try:
+            answer = daemon.control("POST", "/v1/reload", {})
+        finally:
+            stop.set()
+            killer.join()
+        assert answer.status >= 500
+        assert "could not be read" in answer.json["error"]["message"]
+        assert daemon.chat("m").status == 200
+        assert daemon.control("POST", "/v1/reload", {}).status == 200
