@@ -171,7 +171,7 @@ def test_a_child_seen_before_its_exec_is_looked_at_again() -> None:
     environments = {7: b"HOME=/\0"}
     table = SimpleNamespace(environment=environments.get)
     now = [100.0]
-    cache = TokenCache(table, lambda: now[0])  # type: ignore[arg-type]
+    cache = TokenCache(table, lambda: now[0])
     young = entry(7)
     assert cache.token_of(young) is None
     environments[7] = b"HOME=/\0FLEETD_SPAWN=t1\0"
