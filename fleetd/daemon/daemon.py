@@ -109,7 +109,7 @@ class Daemon:
             self.dispatch,
             self.processes,
             lambda name: self.plans().get(name),
-            self.port.last_success,
+            self.port,
         )
         self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)

@@ -51,7 +51,8 @@ class DaemonFleetPort:
         self._upstreams: dict[str, Upstream] = {}
         self._names: dict[str, str] = {}
         self._created = int(time.time())
-        self._succeeded: dict[str, float] = {}
+        self._given: dict[str, float] = {}  # process to its last grant, monotonic
+        self.heard_s: Callable[[str], float] = lambda _: 0.0  # the gateway's, once there is one
 
     # -- the gateway's side -------------------------------------------------------------------------------------------
 
@@ -69,8 +70,6 @@ class DaemonFleetPort:
         process = self._granted.pop(request_id, None)
         if process is None:
             return
-        if not failed:
-            self._succeeded[process] = time.monotonic()
         self._dispatch(RequestFinished(request_id, failed))
 
     def upstream(self, process: str) -> Upstream:
@@ -120,6 +119,7 @@ class DaemonFleetPort:
             self._dispatch(RequestFinished(command.request_id))
             return
         self._granted[command.request_id] = command.process
+        self._given[command.process] = time.monotonic()
         try:
             callbacks[0](command)
         except Exception as error:  # noqa: BLE001 - the gateway's bug must not keep the slot
@@ -159,9 +159,15 @@ class DaemonFleetPort:
                 names[alias] = spec.name
         self._names = names
 
-    def last_success(self, process: str) -> float:
-        """Return when a request on this process last succeeded, monotonic; 0: never."""
-        return self._succeeded.get(process, 0.0)
+    def full_since(self, process: str) -> float | None:
+        """Return since when all slots of a model on this process are taken, monotonic; None: one is free.
+
+        A server that works on as many requests as it can may leave one more waiting for as long as they take.
+        """
+        for placement in self._fleet.facts.placements_on(process):
+            if placement.in_flight >= self._fleet.models[placement.model].spec.concurrency:
+                return self._given.get(process)
+        return None
 
     @property
     def in_flight(self) -> int:

@@ -3,14 +3,17 @@
 The rules of this file
 - One probe per process and kind; a new StartProbe of the same kind replaces it, StopProbes and death end it, and a startup
   probe ends with its first success.
-- A completion probe is spared while real answers arrive: a request that succeeded within the period is the better proof.
+- A completion probe is spared while real answers arrive: a good answer, or a piece of one, within the period is the better
+  proof; one that comes while the probe waits makes it good after all.
+- A server with all slots taken may leave the probe waiting: that is no failure, for `_BUSY_S` after the last sign of life.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fleetd.core.commands import StartProbe, StopProbes
 from fleetd.core.contract import ProbeKind, ProbeSpec
@@ -24,9 +27,25 @@ from fleetd.host.probe import Answer, Completion
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+_BUSY_S = 600.0
+_BEFORE_THE_PROBER = 0.95  # of the timeout: the prober's own would cut the excuse off
+
+
+class Traffic(Protocol):
+    """What real requests showed. Times are monotonic seconds."""
+
+    @property
+    def heard_s(self) -> Callable[[str], float]:
+        """When a good answer of a process, or a piece of one, last came; 0: never."""
+        ...
+
+    def full_since(self, process: str) -> float | None:
+        """Since when all slots of a model on a process are taken; None: one is free."""
+        ...
+
 
 class Probing:
-    """The probes of all processes. `last_success(process)` is when a real request last succeeded, monotonic."""
+    """The probes of all processes. `traffic` tells what real requests showed of a process."""
 
     def __init__(
         self,
@@ -35,14 +54,14 @@ class Probing:
         dispatch: Callable[[Event], None],
         processes: Processes,
         plan_of: Callable[[str], LaunchPlan | None],
-        last_success: Callable[[str], float],
+        traffic: Traffic,
     ) -> None:
         self._machine = machine
         self._http = http
         self._dispatch = dispatch
         self._processes = processes
         self._plan_of = plan_of
-        self._last_success = last_success
+        self._traffic = traffic
         self._running: dict[tuple[str, ProbeKind], Probe] = {}
         self.answers: dict[tuple[str, ProbeKind], tuple[float, Answer]] = {}  # the last one, with its wall-clock time
 
@@ -86,16 +105,31 @@ class Probing:
         if probe is not None:
             probe.close()
 
+    def _excused(self, name: str, began: float, answer: Answer) -> Answer:
+        """Return a failed answer as a good one where real requests show that the server only had no time for it."""
+        heard = self._traffic.heard_s(name)
+        if heard >= began:
+            return Answer(True, "busy: it answers real requests meanwhile")
+        full = self._traffic.full_since(name)
+        if full is not None and time.monotonic() - max(full, heard) < _BUSY_S:
+            return Answer(True, "busy: all its slots are taken")
+        return answer
+
     def _completion(self, name: str, plan: LaunchPlan, spec: ProbeSpec) -> Completion:
         async def ask(timeout_s: float) -> Answer:
-            if time.monotonic() - self._last_success(name) < spec.period_s:
-                return Answer(True, "a real request just succeeded")
+            began = time.monotonic()
+            if began - self._traffic.heard_s(name) < spec.period_s:
+                return Answer(True, "it answers real requests")
             if plan.endpoint is None:
                 return Answer(False, "it has no port to ask")
             try:
-                outcome = await plan.engine.alive(self._http(), plan.endpoint, plan.own_model, timeout_s)
+                async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
+                    outcome = await plan.engine.alive(self._http(), plan.endpoint, plan.own_model, timeout_s)
+                answer = Answer(outcome.ok, outcome.detail)
+            except TimeoutError:
+                answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
-                return Answer(False, str(error))
-            return Answer(outcome.ok, outcome.detail)
+                answer = Answer(False, str(error))
+            return answer if answer.ok else self._excused(name, began, answer)
 
         return ask

@@ -212,6 +212,11 @@ class Gateway:
             return from_client
         return b"%b%x" % (self._id_prefix, count)
 
+    def heard_s(self, process: str) -> float:
+        """Return when a good answer of this process, or a piece of one, last came, monotonic; 0: never."""
+        pool = self._pools.get(process)
+        return pool.heard_s if pool is not None else 0.0
+
     def pool(self, process: str) -> Pool:
         """Return the connections to a process. Raises KeyError when the fleet has no such process."""
         upstream = self.port.upstream(process)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import httptools
@@ -202,6 +203,8 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             self.keep_alive = False  # more bytes than the answer has
         if self.status:
+            if self.status == 200:
+                self.pool.heard_s = monotonic()
             user.answer_read(self)
         elif self._received_bytes > MAX_HEAD_BYTES:
             self._broken("the headers of its answer do not end")
@@ -269,6 +272,7 @@ class Pool:
         self.process = process
         self.upstream = upstream
         self.open_connections = 0
+        self.heard_s = 0.0  # when a good answer, or a piece of one, last came: monotonic
         self._idle: list[UpstreamConnection] = []
         self._connecting: set[asyncio.Task[None]] = set()
         self._heads: dict[tuple[bytes, ...], AnswerHead] = {}
