@@ -19,7 +19,7 @@ from fleetd.core.holders import holder
 from fleetd.core.line import Line
 from fleetd.core.planner import Evict, Fits, Never, Wait, demand_at, plan
 from fleetd.core.residency import Residencies
-from fleetd.core.router import resolve, serving
+from fleetd.core.router import elsewhere, resolve, serving
 from fleetd.core.state import Model, Placement, Residency
 
 _RETRY_AFTER_S = 2.0
@@ -70,6 +70,8 @@ class Admission:
     def arrive(self, event: RequestArrived, now: float) -> None:
         facts = self.facts
         model, fallback = resolve(facts, event.model, now)
+        if model is not None and event.avoid:
+            model, fallback = elsewhere(facts, model, fallback, event.avoid, now)
         if facts.shutting_down:
             self.line.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif model is None:

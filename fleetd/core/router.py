@@ -46,6 +46,21 @@ def _along(facts: Facts, model: Model, now: float, rng: Random) -> tuple[Model |
     return _target(facts, chosen.to), [route.to for route in routes if route.to != chosen.to]
 
 
+def elsewhere(
+    facts: Facts, model: Model, fallback: tuple[str, ...], avoid: Collection[str], now: float
+) -> tuple[Model, tuple[str, ...]]:
+    """Return where a request goes on that was failed by the processes in `avoid`: a dead engine is not seen to be dead at once."""
+    if not set(model.spec.holders) <= set(avoid):
+        return model, fallback
+    for index, name in enumerate(fallback):
+        other = _target(facts, name)
+        if other is None or other.spec.routes or set(other.spec.holders) <= set(avoid):
+            continue
+        if can_serve(facts, other, now):
+            return other, fallback[index + 1 :]
+    return model, fallback
+
+
 def _target(facts: Facts, name: str) -> Model | None:
     model = facts.models.get(facts.names.get(name, name))
     return None if model is None or model.name in facts.leaving else model

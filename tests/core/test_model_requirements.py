@@ -88,3 +88,19 @@ def test_progress_moves_the_deadline_of_a_load() -> None:
     assert (placement.state, placement.reason) == (Residency.LOADING, "quantizing")
     rig.wait(31.0)
     assert "not loaded within 20 s" in str(rig.fleet.models["m"].failure)
+
+
+def test_a_request_that_its_only_engine_failed_goes_on_to_the_fallback() -> None:
+    models = [model("m", "o", fallback=("n",)), model("n", "p", size=0)]
+    rig = Rig(fleet_spec([server("o"), server("p")], models))
+    rig.spawned("o")
+    rig.spawned("p")
+    for name, holder in (("m", "o"), ("n", "p")):
+        rig.ask(name)
+        rig.loaded(name, holder)
+    rig.clear()
+    rig.ask("m", avoid=("o",))
+    assert [grant.process for grant in rig.take(c.Grant)] == ["p"]
+    rig.clear()
+    rig.ask("n", avoid=("p",))  # no fallback: the one that failed may have come back
+    assert [grant.process for grant in rig.take(c.Grant)] == ["p"]
