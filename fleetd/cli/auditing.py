@@ -34,17 +34,17 @@ _WORDS = "serve|run|pull|push|create|list|ls|ps|show|stop|rm|cp|signin|launch"
 # kind → what it looks like; the first kind that takes a place in a line keeps it
 KINDS: dict[str, re.Pattern[str]] = {
     "env": re.compile(r"\bOLLAMA_[A-Z][A-Z0-9_]*\b"),
+    "import": re.compile(
+        r"\b(?:import|from|use|using)\s+(?:langchain_|llama_index\.\w+\.|langchain_community\.\w+\.)?ollama(?:_rs)?\b"
+        r"|(?:require\s*\(|\bfrom|\bimport\s*\(?)\s*[\"'`]ollama(?:/[\w./-]+)?[\"'`]"
+        r"|\b(?:Chat)?Ollama(?:Client|Embeddings?|LLM|Functions|Multimodal)?\s*\("
+    ),
     "package": re.compile(
         r"\bollama/ollama\b|github\.com/(?:ollama|jmorganca)/ollama[\w/.-]*|@langchain/ollama|\bollama-ai-provider[\w-]*"
         r"|\b(?:langchain|llama-index-llms|llama-index-embeddings|haystack|autogen-ext)[-_\[]ollama\b|\bollama-(?:js|python|rs)\b"
         r"|[\"']ollama[\"']\s*:\s*[\"'][\^~>=<*\d]|^\s*[\"']?ollama\s*(?:\[[\w,]+\])?\s*[=<>~!]=[^\"']*"
         r"|\b(?:npm|pnpm|yarn|bun|pip|pip3|uv|brew|apt|apt-get|pipx)\s+(?:add|install|i)\s[^#;&|]*?\bollama\b",
         re.MULTILINE,
-    ),
-    "import": re.compile(
-        r"\b(?:import|from|use|using)\s+(?:langchain_|llama_index\.\w+\.|langchain_community\.\w+\.)?ollama(?:_rs)?\b"
-        r"|(?:require\s*\(|\bfrom|\bimport\s*\(?)\s*[\"'`]ollama(?:/[\w./-]+)?[\"'`]"
-        r"|\b(?:Chat)?Ollama(?:Client|Embeddings?|LLM|Functions|Multimodal)?\s*\("
     ),
     "config": re.compile(r"\b(?:engine|provider|backend|type)[\"']?\s*[:=]\s*[\"']?ollama\b"),
     "model name": re.compile(r"[\"'`]ollama(?:_chat)?/[\w.:-]+[\"'`]"),
