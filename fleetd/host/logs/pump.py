@@ -5,7 +5,8 @@ The rules of this file
 - The thread never waits for anything but its pipes and the disk. What a full disk refuses is dropped and counted, so that
   the child goes on; when the disk takes lines again, one line says how many were lost.
 - Memory is bounded: 256 KiB per read, and a line is cut into pieces of 1 MiB.
-- The pump is the only writer of these files: it rotates by rename, between two lines.
+- The pump is the only writer of these files: it rotates by rename, between two lines. A file that is deleted under it is
+  made anew.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _READ = 256 * 1024
 _LONGEST_LINE = 1024 * 1024
 _PIPE_BYTES = 1024 * 1024
 _F_SETPIPE_SZ = 1031
+_LOOK_S = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,8 @@ class Stream:
     rest: bytes = b""
     lost: int = 0
     open: bool = True
+    inode: int = 0
+    looked: float = 0.0  # monotonic: when the file was last seen in its place
 
 
 class Pump:
@@ -144,6 +148,7 @@ class Pump:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             stream.out = os.open(stream.files.live, flags, 0o640)
             status = os.fstat(stream.out)
+            stream.inode, stream.looked = status.st_ino, time.monotonic()
             state = stream.files.read_state()
             if state.inode != status.st_ino:
                 state = LogState(status.st_ino, 0, time.time())
@@ -186,6 +191,7 @@ class Pump:
             lines = [f"--- {stream.lost} lines lost: the disk refused them ---", *lines]
         text = as_json_lines(lines, now)
         counted = len(lines) - (1 if stream.lost else 0)
+        self._find_again(stream)
         if stream.out < 0:
             self._open(stream)
         if stream.out < 0 or not _write_whole(stream.out, text):
@@ -196,6 +202,20 @@ class Pump:
         old = stream.policy.max_age_s is not None and now - stream.since >= stream.policy.max_age_s
         if stream.size >= stream.policy.max_size_bytes or old:
             self._rotate(stream)
+
+    def _find_again(self, stream: Stream) -> None:
+        """Let go of a file that somebody deleted or moved away: what comes belongs into a new one."""
+        now = time.monotonic()
+        if stream.out < 0 or now - stream.looked < _LOOK_S:
+            return
+        stream.looked = now
+        try:
+            there = os.stat(stream.files.live).st_ino == stream.inode  # noqa: PTH116 - some microseconds, many times
+        except OSError:
+            there = False
+        if not there:
+            os.close(stream.out)
+            stream.out = -1
 
     def _rotate(self, stream: Stream) -> None:
         files, policy = stream.files, stream.policy
