@@ -503,6 +503,19 @@ def test_since_for_lines_without_times(tmp_path: Path) -> None:
     assert [index.offset_at(since) for since in (9.0, 10.5, 11.0, 12.5, 20.0)] == [None, 0, 100, 100, 250]
 
 
+def test_the_index_of_times_is_bounded_and_never_leaves_out_what_is_new() -> None:
+    index = book_module.TimeIndex()
+    for second in range(100_000):
+        for part in (0.0, 0.1, 0.2):  # deaths in quick succession
+            index.sample(second + part, second * 10 + int(part * 10))
+    assert len(index._at) == len(index._size) <= 2048
+    for since in (99_999.0, 99_500.0, 90_000.0):
+        offset = index.offset_at(since)
+        assert offset is not None
+        assert offset <= since * 10, "a line newer than that is before the offset"
+        assert since * 10 - offset <= max(10, (100_000 - since) * 10), "the further back, the coarser"
+
+
 def test_run_tail_shows_one_run_only(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
