@@ -513,7 +513,7 @@ def test_the_index_of_times_is_bounded_and_never_leaves_out_what_is_new() -> Non
         offset = index.offset_at(since)
         assert offset is not None
         assert offset <= since * 10, "a line newer than that is before the offset"
-        assert since * 10 - offset <= max(10, (100_000 - since) * 10), "the further back, the coarser"
+        assert since * 10 - offset <= 20 + (100_000 - since) * 10 / 50, "the further back, the coarser"
 
 
 def test_run_tail_shows_one_run_only(tmp_path: Path) -> None:

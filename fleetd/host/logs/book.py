@@ -56,26 +56,39 @@ def append_mark(path: Path, mark: str) -> None:
 
 
 class TimeIndex:
-    """When a file-captured log had which length: such lines have no time of their own. Good to about a second for the last quarter of
-    an hour; the further back, the coarser. 16 bytes for a sample, a bounded number of them.
+    """When a file-captured log had which length: such lines have no time of their own. Good to about a second, or to a hundredth of
+    how long ago it was. 16 bytes for a sample, a bounded number of them.
     """
 
     _MOST = 2048
     _SPACING_S = 0.5
+    _FINENESS = 100
 
     def __init__(self) -> None:
         self._at = array("d")
         self._size = array("q")
 
-    def sample(self, at: float, size: int) -> None:
-        """Note a length. A process that dies many times a second is one sample."""
-        if self._at and (self._size[-1] == size or 0 <= at - self._at[-1] < self._SPACING_S):
-            return
+    def sample(self, at: float, size: int) -> bool:
+        """Note a length; return whether it is another than before. A process that dies many times a second is one sample."""
+        if self._at and self._size[-1] == size:
+            return False
+        if self._at and 0 <= at - self._at[-1] < self._SPACING_S:
+            return True
         if len(self._at) >= self._MOST:
-            self._at = self._at[: self._MOST // 2 : 2] + self._at[self._MOST // 2 :]
-            self._size = self._size[: self._MOST // 2 : 2] + self._size[self._MOST // 2 :]
+            self._thin(at)
         self._at.append(at)
         self._size.append(size)
+        return True
+
+    def _thin(self, now: float) -> None:
+        """Keep of each stretch of time one sample, the longer ago the longer; what is older than even that allows goes."""
+        kept: list[int] = []
+        for index, at in enumerate(self._at):
+            if not kept or at - self._at[kept[-1]] >= (now - at) / self._FINENESS:
+                kept.append(index)
+        kept = kept[-self._MOST * 15 // 16 :]
+        self._at = array("d", (self._at[index] for index in kept))
+        self._size = array("q", (self._size[index] for index in kept))
 
     def offset_at(self, since: float) -> int | None:
         """Return an offset before which everything is older than `since`; None when that is further back than known."""
@@ -101,6 +114,7 @@ class LogBook:
         self._pump: Pump | None = None
         self._can_punch = True
         self.problems: dict[str, str] = {}
+        self.grew = True  # between the last two looks
 
     def files(self, name: str) -> LogFiles:
         return LogFiles(self.folder, name)
@@ -270,19 +284,20 @@ class LogBook:
 
     def look(self) -> list[str]:
         """Return the names whose live file is due, and note their lengths. Blocks for one stat per log."""
-        found = []
+        found, grew = [], False
         for name, policy in list(self._policies.items()):
             if policy.capture == Capture.PIPE:
                 continue
             files = self.files(name)
             try:
                 size = files.live.stat().st_size
-                self._times.setdefault(name, TimeIndex()).sample(time.time(), size)
+                grew |= self._times.setdefault(name, TimeIndex()).sample(time.time(), size)
                 near = size - self.start_of(name) >= policy.max_size_bytes or policy.max_age_s is not None
                 if near and due(size, current_state(files), policy):
                     found.append(name)
             except OSError:
                 continue
+        self.grew = grew
         return found
 
     async def housekeep(self) -> None:
