@@ -79,12 +79,13 @@ def tail(folder: str, marker: str) -> None:
 
 
 def flood(folder: str, marker: str) -> None:
-    """Write many numbered lines at the speed of the reader, then stay."""
+    """Write many numbered lines at the speed of the reader, as C's stdio does: in blocks of 4 KiB, wherever a line ends. Then stay."""
     if began(folder) == 1:
-        for start in range(0, LINES_UNDER_ROTATION, 50):
-            text = "".join(f"{line:08d} {'y' * 50}\n" for line in range(start, start + 50))
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        text = b"".join(b"%08d %s\n" % (line, b"y" * 50) for line in range(LINES_UNDER_ROTATION))
+        for start in range(0, len(text), 4096):
+            block = text[start : start + 4096]
+            while block:
+                block = block[os.write(1, block) :]
     with open(os.path.join(folder, "written"), "w"):  # noqa: PTH118, PTH123
         pass
     time.sleep(86_400)
