@@ -96,6 +96,7 @@ class Requirements:
         """Take an answer that the fleet was told already."""
         self.missing, self.missing_models = dict(absent.processes), dict(absent.models)
         self._suspected.clear()
+        self._news.set()
 
     async def fresh(self, name: str) -> Missing:
         """Look once more at what one process requires, right before it starts, and tell the fleet if that changed."""
@@ -232,8 +233,9 @@ class Requirements:
         """Look for ever."""
         while True:
             self._news.clear()
+            self._learn(self._plans())
             with suppress(TimeoutError):
-                async with asyncio.timeout(SUSPECTED_S if self._suspected else PERIOD_S):
+                async with asyncio.timeout(self._period_s()):
                     await self._news.wait()
             self._learn(self._plans())
             await self._look_again()
@@ -242,6 +244,12 @@ class Requirements:
                 self._tell_process(name, now.processes.get(name, ()))
             for name in {**self.missing_models, **now.models}:
                 self._tell_model(name, now.models.get(name, ()))
+
+    def _period_s(self) -> float | None:
+        """Return when to look again; None: nothing requires anything, until the plans change."""
+        if not self._paths and not self._sources:
+            return None
+        return SUSPECTED_S if self._suspected else PERIOD_S
 
     def _tell_process(self, name: str, missing: Missing) -> None:
         process = self._fleet.processes.get(name)

@@ -1,7 +1,8 @@
 """Looking at what the fleet uses: cpu and memory of every process set, the devices, and what many-model servers hold.
 
 The rules of this file
-- One look at the process table for all sets, in a thread, every two seconds; the devices every five.
+- One look at the process table for all sets, in a thread, every two seconds; the devices at every third. While nobody asks,
+  nothing moves and nothing is limited, every six seconds do.
 - A sample becomes an event only where the core has use for it: a process with a memory limit, a model's own process, or a
   change worth a number on the screen. An idle fleet stays quiet.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fleetd.core.events import Event, MemorySampled
@@ -26,7 +28,10 @@ from fleetd.host.types import Usage
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
 
-PERIOD_S = 2.0
+PERIOD_S, QUIET_S = 2.0, 6.0
+_ASKED_S = 15.0
+_YOUNG_S = 60.0
+_BUSY_PERCENT = 1.0
 _DEVICES_EVERY = 3  # periods
 _RESIDENTS_EVERY = 3
 _WORTH_SAYING = 0.01
@@ -54,6 +59,15 @@ class Sampling:
         self._devices = devices
         self._said: dict[str, tuple[int, int]] = {}  # process to generation and bytes
         self.devices: dict[str, DeviceSample] = {}
+        self._asked_at = 0.0
+        self._wake = asyncio.Event()
+
+    def asked(self) -> None:
+        """Somebody looks: keep the numbers fresh for a while."""
+        now = time.monotonic()
+        if now - self._asked_at > _ASKED_S:
+            self._wake.set()
+        self._asked_at = now
 
     async def look_at_devices(self) -> list[MachineDevice]:
         """Sample the devices once; return what there is."""
@@ -65,13 +79,37 @@ class Sampling:
         """Sample for ever."""
         turn = 0
         while True:
-            await asyncio.sleep(PERIOD_S)
+            await self._pause()
             turn += 1
             await self.sample()
             if turn % _DEVICES_EVERY == 0:
                 await self.look_at_devices()
             if turn % _RESIDENTS_EVERY == 0:
                 await self._observe_residents()
+
+    async def _pause(self) -> None:
+        self._wake.clear()
+        period_s = QUIET_S if self._is_quiet() else PERIOD_S
+        with suppress(TimeoutError):
+            async with asyncio.timeout(period_s):
+                await self._wake.wait()
+
+    def _is_quiet(self) -> bool:
+        """True when nobody asks, no model is young, nothing works, and no process has a limit to be held to."""
+        now = time.monotonic()
+        if now - self._asked_at <= _ASKED_S:
+            return False
+        for run in self._processes.live():
+            process = self._fleet.processes.get(run.name)
+            if process is None or process.spec.memory_limit_bytes is not None:
+                return False
+            if (
+                process.spec.own_model is not None and now - process.started_s < _YOUNG_S
+            ):  # it still grows, and is measured
+                return False
+            if run.cpu_percent is None or run.cpu_percent > _BUSY_PERCENT:
+                return False
+        return True
 
     async def sample(self) -> None:
         """Look at every live process set once."""

@@ -69,6 +69,7 @@ class StatusView:
 
     def status(self) -> Status:
         now = time.monotonic()
+        self._sampling.asked()
         ready, _ = self.ready()
         queued = self._queued()
         return {

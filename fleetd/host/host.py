@@ -52,7 +52,7 @@ from fleetd.host.types import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_HOUSEKEEPING_S = 0.5
+_HOUSEKEEPING_S, _QUIET_S = 0.5, 1.0  # while logs grow, and while none does
 
 
 class Host:
@@ -118,7 +118,7 @@ class Host:
 
     async def _housekeeping(self) -> None:
         while True:
-            await asyncio.sleep(_HOUSEKEEPING_S)
+            await asyncio.sleep(_HOUSEKEEPING_S if self.logs.grew else _QUIET_S)
             self._oom.sample()
             CHILDREN.reap_unknown()
             await self.logs.housekeep()

@@ -3,6 +3,7 @@
 The rules of this file
 - Folders are watched, never inodes: a rename over the file, a swapped symbolic link and a new folder are all seen.
 - What is reported is a changed *content* (configuration) or a changed name in a tree (watch.paths), after a quiet moment.
+- Folders by themselves cost nothing while nothing happens (inotify, on Linux); trees are watched by watchfiles, in a thread.
 - The kernel's word is checked by a slow look every few seconds, for file systems that say nothing (network, containers).
 """
 
@@ -14,10 +15,15 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from watchfiles import Change, awatch
+from fleetd.host import inotify
+
+if TYPE_CHECKING:
+    from watchfiles import Change
 
 _SLOW_LOOK_S = 5.0
+_TREE_STEP_MS = 100  # the library looks this often whether something happened
 _LARGEST = 16 * 1024 * 1024
 IGNORED = (
     ".git",
@@ -221,21 +227,35 @@ class _Changes:
         self._found: set[Path] = set()
         self._news = asyncio.Event()
         self._quiet_s = debounce_s
-        self._task = asyncio.get_running_loop().create_task(self._read(list(folders), recursive))
+        self._task: asyncio.Task[None] | None = None
+        self._watch: inotify.FolderWatch | None = None
+        loop = asyncio.get_running_loop()
+        if recursive or not inotify.AVAILABLE:
+            self._task = loop.create_task(self._read(list(folders), recursive))
+            return
+        try:
+            self._watch = inotify.FolderWatch(loop, folders, self._heard)
+        except OSError:  # a folder that vanished, or no watches left: the slow look remains
+            return
+
+    def _heard(self, paths: set[Path]) -> None:
+        self._found |= paths
+        self._news.set()
 
     async def _read(self, folders: list[Path], recursive: bool) -> None:
+        from watchfiles import awatch
+
         try:
             async for changes in awatch(
                 *folders,
                 watch_filter=_everything,
                 recursive=recursive,
                 debounce=max(20, int(self._quiet_s * 1000)),
-                step=20,
+                step=_TREE_STEP_MS,
                 stop_event=self._stop,
                 ignore_permission_denied=True,
             ):
-                self._found |= {Path(path) for _, path in changes}
-                self._news.set()
+                self._heard({Path(path) for _, path in changes})
         except (OSError, RuntimeError):  # a folder that vanished, or no watches left: the slow look remains
             return
 
@@ -254,7 +274,10 @@ class _Changes:
 
     async def close(self) -> None:
         self._stop.set()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._watch is not None:
+            self._watch.close()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 def _everything(_change: Change, _path: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fleetd.host import inotify
 from fleetd.host.watch import FileWatch, TreeWatch, folders_to_watch
 from tests.host.support import until
 
@@ -167,3 +169,28 @@ def test_a_tree_that_comes_and_goes(tmp_path: Path) -> None:
         await watch.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.skipif(not inotify.AVAILABLE, reason="only Linux has inotify")
+def test_folders_cost_no_thread_and_a_vanished_one_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    found: set[Path] = set()
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        watch = inotify.FolderWatch(loop, [folder, tmp_path / "absent"], found.update)
+        before = threading.active_count()
+        (folder / "new").write_text("x")
+        (folder / "new").rename(folder / "other")
+        await until(lambda: {folder / "new", folder / "other"} <= found)
+        (folder / "other").unlink()
+        folder.rmdir()
+        await until(lambda: folder in found)
+        assert threading.active_count() == before
+        watch.close()
+        watch.close()
+        with pytest.raises(OSError, match="No such file"):
+            inotify.FolderWatch(loop, [folder], found.update)
+
+    asyncio.run(asyncio.wait_for(body(), 20))
