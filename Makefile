@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-systemd test-vllm chaos restarts supervisors lint format clean
+.PHONY: help demo run test test-systemd test-containers test-engines test-vllm chaos restarts supervisors lint format clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,12 @@ test: $(VENV)/.installed-test  ## all tests
 
 test-systemd: $(VENV)/.installed-test  ## fleetd under a real systemd in a container: root, podman, runc, debootstrap
 	$(PY) -m pytest -m real tests/real/test_systemd.py $(PYTEST_ARGS)
+
+test-containers: $(VENV)/.installed-test  ## engines in real containers: root, podman, runc, debootstrap
+	$(PY) -m pytest -m real tests/real/test_containers.py $(PYTEST_ARGS)
+
+test-engines: $(VENV)/.installed-test  ## fleetd over the real Ollama, and vLLM, Ollama and llama.cpp in one fleet, where they are
+	$(PY) -m pytest -m real tests/real/test_ollama.py tests/real/test_engines_together.py $(PYTEST_ARGS)
 
 FLEETD_VLLM ?= $(HOME)/.cache/fleetd-vllm
 test-vllm: $(VENV)/.installed-test  ## fleetd over a real vLLM on the CPU; installs it into FLEETD_VLLM once (6 GB)
