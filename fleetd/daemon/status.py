@@ -8,6 +8,7 @@ The rules of this file
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ from fleetd.host.load import machine_load, own_rss_bytes
 
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
+
+
+_REFUSED = re.compile(r": 40[13]\b")
 
 
 @dataclass(slots=True)
@@ -161,7 +165,7 @@ class StatusView:
             "engine": spec.engine,
             "state": str(process.state),
             "desired": "up" if self._fleet.supervision.wanted(process) else "down",
-            "reason": f"starting: {process.phase}" if self._has_phase(process) else process.reason,
+            "reason": self._reason(process),
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,
@@ -180,8 +184,15 @@ class StatusView:
         }
         return status
 
-    def _has_phase(self, process: Process) -> bool:
-        return process.state is ProcessState.STARTING and bool(process.phase)
+    def _reason(self, process: Process) -> str:
+        """Return why it is what it is; of a start how far it has come, of a server that is not ours what it answers."""
+        external = not process.spec.capabilities.owns_process
+        detail = process.phase or (process.startup_detail if external else "")
+        if process.state is not ProcessState.STARTING or not detail:
+            return process.reason
+        if external and _REFUSED.search(detail):
+            detail += f" (instances.{process.spec.base}.options.api_key: it asks for another key)"
+        return f"waiting for it: {detail}" if external else f"starting: {detail}"
 
     def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:
         total: dict[str, int] = {}

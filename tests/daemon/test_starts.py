@@ -8,6 +8,8 @@ import signal
 import sqlite3
 from pathlib import Path
 
+import psutil
+
 from tests.daemon.rig import Fleetd, fake, fleetd, until
 
 KV = str(int(0.99 * 2**30))  # of the 1.00 GiB that the fake says it has
@@ -28,8 +30,7 @@ def fleet(*flags: str, options: str = "", more: str = "") -> str:
 
 
 def started_with(daemon: Fleetd) -> list[str]:
-    (child,) = daemon.children()
-    return child.cmdline()
+    return psutil.Process(daemon.process_row("m")["pid"]).cmdline()
 
 
 def test_the_phase_of_a_start_is_shown_while_it_lasts(tmp_path: Path) -> None:
