@@ -170,6 +170,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "timeout": "Time it has before it is killed.",
         "kill": "set: every process of it. group: its process group. leader: the first process only.",
         "command": "Command that ends it, instead of the signal.",
+        "message": "Message over the channel of Node programs, instead of the signal: process.on('message').",
     },
     "ProbesKeys": {
         "startup": "Is it up? Nothing else is probed before.",
@@ -182,6 +183,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "exec": "Command that ends with 0.",
         "log_line": "Regular expression that a line of its log matches.",
         "completion": "A real request for one token; engines only.",
+        "message": "startup only: what a Node program says with process.send().",
         "period": "Time between probes.",
         "timeout": "Longest wait for an answer.",
         "failures": "Failures in a row that count.",

@@ -25,7 +25,8 @@ _HOT, _RELOAD, _SCALE, _RESTART, _DAEMON = Effect.HOT, Effect.RELOAD, Effect.SCA
 _PROCESS: dict[str, Effect] = {
     "command": _RESTART, "args": _RESTART, "env": _RESTART, "env_file": _RESTART, "cwd": _RESTART, "user": _RESTART,
     "umask": _RESTART, "port": _RESTART, "replicas": _SCALE, "depends_on": _HOT, "requires": _HOT, "restart": _HOT,
-    "stop": _HOT, "probes": _HOT, "logs": _HOT, "logs.capture": _RESTART, "limits.memory": _HOT, "limits.nofile": _RESTART,
+    "stop": _HOT, "stop.message": _RESTART, "probes": _HOT, "probes.startup.message": _RESTART,
+    "logs": _HOT, "logs.capture": _RESTART, "limits.memory": _HOT, "limits.nofile": _RESTART,
     "limits.nice": _RESTART, "limits.cpu": _RESTART, "schedule": _HOT, "watch": _HOT, "max_age": _HOT, "hooks": _HOT,
     "enabled": _HOT,
 }  # fmt: skip

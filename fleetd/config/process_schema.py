@@ -82,22 +82,30 @@ class RestartKeys(Block):
 
 
 class StopKeys(Block):
-    """How a process set is stopped: `command` or `signal`, then after `timeout` a kill of set, group or leader."""
+    """How a process set is stopped: `command`, `message` or `signal`, then after `timeout` a kill of set, group or leader."""
 
     signal: Annotated[str, SignalName()] = "SIGTERM"
     timeout: Annotated[float, Duration("1ms", "1d", zero=True)] = 10.0
     kill: Annotated[Literal["set", "group", "leader"], Choice("set", "group", "leader")] = "set"
     command: Argv | None = None
+    message: Annotated[str, Text(1024, what="a message such as shutdown")] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> StopKeys:
+        if self.command is not None and self.message is not None:
+            raise ValueError("has command and message: a stop has one of them")
+        return self
 
 
 class ProbeKeys(Block):
-    """One probe; exactly one of http, tcp, exec, log_line, completion says how. None: the default of the probe's kind."""
+    """One probe; exactly one of http, tcp, exec, log_line, completion, message says how. None: the default of its kind."""
 
     http: Annotated[str, Text(2048, pattern=r"/[^\s#]*", what="a path such as /health")] | None = None
     tcp: Bool = False
     exec: Argv | None = None
     log_line: Annotated[str, Pattern()] | None = None
     completion: Bool = False
+    message: Annotated[str, Text(1024, what="a message such as ready")] | None = None
     period: Annotated[float, Duration("10ms", "1d")] | None = None
     timeout: Annotated[float, Duration("10ms", "1h")] | None = None
     failures: Annotated[int, Whole(1, 1000)] | None = None
@@ -107,14 +115,20 @@ class ProbeKeys(Block):
     @property
     def ways(self) -> tuple[str, ...]:
         """Return the ways that are set: exactly one in a loaded configuration."""
-        said = (("http", self.http), ("tcp", self.tcp), ("exec", self.exec), ("log_line", self.log_line))
+        said = (
+            ("http", self.http),
+            ("tcp", self.tcp),
+            ("exec", self.exec),
+            ("log_line", self.log_line),
+            ("message", self.message),
+        )
         return (*(name for name, value in said if value), *(("completion",) if self.completion else ()))
 
     @model_validator(mode="after")
     def _exactly_one_way(self) -> ProbeKeys:
         ways = self.ways
         if not ways:
-            raise ValueError("must say how: one of http, tcp, exec, log_line or completion")
+            raise ValueError("must say how: one of http, tcp, exec, log_line, completion or message")
         if len(ways) > 1:
             raise ValueError(f"has {' and '.join(ways)}: a probe has exactly one of them")
         return self
@@ -130,6 +144,8 @@ class ProbesKeys(Block):
     def _deadline_is_for_startup(cls, probe: ProbeKeys | None) -> ProbeKeys | None:
         if probe is not None and probe.deadline is not None:
             raise ValueError("deadline belongs to the startup probe only")
+        if probe is not None and probe.message is not None:
+            raise ValueError("message belongs to the startup probe only: a program says once that it is ready")
         return probe
 
 

@@ -25,7 +25,7 @@ _VERBATIM_KEYS = frozenset({"options", "modelfile", "request"})
 _PROCESS_KEYS = tuple(ProcessKeys.model_fields)
 _MODEL_KEYS = tuple(ModelKeys.model_fields)
 _WHOLE_KEYS = frozenset({"memory"})
-_PROBE_WAYS = frozenset({"http", "tcp", "exec", "log_line", "completion"})
+_PROBE_WAYS = frozenset({"http", "tcp", "exec", "log_line", "completion", "message"})
 _EXTERNAL_KEYS = ("probes", "enabled")
 
 Report = Callable[[Problem], None]

@@ -62,7 +62,7 @@ class ProbeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """One probe. Exactly one of http, tcp, exec, log_line, completion says how; the shell runs it, the core judges it.
+    """One probe. Exactly one of http, tcp, exec, log_line, completion, message says how; the shell runs it, the core judges it.
 
     `failures` in a row turn the verdict bad, `successes` in a row turn it good again. `deadline_s` is for startup only:
     the longest time from spawn to the first success (None: no limit).
@@ -73,6 +73,7 @@ class ProbeSpec:
     exec: tuple[str, ...] = ()
     log_line: str | None = None
     completion: bool = False
+    message: str | None = None
     period_s: float = 2.0
     timeout_s: float = 2.0
     failures: int = 3

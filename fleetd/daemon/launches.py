@@ -102,6 +102,12 @@ class LaunchPlan:
         taken = self.contained.taken if self.contained is not None else ()
         return {key: value for key, value in env.items() if key not in taken} if taken else env
 
+    @property
+    def has_channel(self) -> bool:
+        """Say whether it is given the channel of Node programs: somebody has to say, or hear, something over it."""
+        startup = self.probes.startup
+        return self.stop.message is not None or (startup is not None and startup.message is not None)
+
     def request(self, generation: int, parent: Mapping[str, str]) -> SpawnRequest:
         """Return what the host needs to start it."""
         run = self.execution
@@ -119,6 +125,7 @@ class LaunchPlan:
             logs=run.logs,
             host=self.context.host,
             port=self.context.port,
+            ipc=self.has_channel,
             extra={"launch_hash": self.launch_hash(), **self._kept_of_container()},
         )
 
@@ -136,6 +143,8 @@ class LaunchPlan:
             run.nice, run.cpu, run.nofile, run.logs.capture, self.context.host, self.context.port, self.device,
             self.endpoint.base_url if self.external and self.endpoint else None, self.missing_program is not None,
         ]  # fmt: skip
+        if self.has_channel:
+            parts.append("channel")
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def shown_argv(self) -> list[str]:

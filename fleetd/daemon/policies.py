@@ -29,7 +29,7 @@ def restart_policy(keys: RestartKeys) -> RestartPolicy:
 
 
 def stop_policy(keys: StopKeys) -> StopPolicy:
-    return StopPolicy(signal=keys.signal, timeout_s=keys.timeout, kill=keys.kill, command=keys.command or ())
+    return StopPolicy(keys.signal, keys.timeout, keys.kill, keys.command or (), keys.message)
 
 
 def log_policy(keys: LogsKeys) -> LogPolicy:
@@ -48,6 +48,7 @@ def probe(keys: ProbeKeys | None, default: ProbeSpec | None, kind: ProbeSpec) ->
         exec=keys.exec or (),
         log_line=keys.log_line,
         completion=keys.completion,
+        message=keys.message,
         period_s=keys.period if keys.period is not None else base.period_s,
         timeout_s=keys.timeout if keys.timeout is not None else base.timeout_s,
         failures=keys.failures if keys.failures is not None else base.failures,

@@ -315,6 +315,7 @@ class Host:
         if record.ipc_fd is not None:
             end = socket.socket(fileno=record.ipc_fd)
             handle.channel = NodeChannel(asyncio.get_running_loop(), end)
+            handle.channel.adopted = True
         return handle
 
     def _doubt(self, record: HandleRecord) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _LONGEST = 1024 * 1024
+_REMEMBERED = 64
 
 
 def channel_env(fd: int) -> dict[str, str]:
@@ -31,6 +32,8 @@ class NodeChannel:
         self._pending = b""
         self._open = True
         self.ready = asyncio.Event()  # the child has sent "ready"
+        self.heard: set[str] = set()  # the messages of the child that are texts
+        self.adopted = False  # what the child said before is not known
         self.on_message = on_message
         end.setblocking(False)
         loop.add_reader(end.fileno(), self._readable)
@@ -66,6 +69,8 @@ class NodeChannel:
             return
         if message == "ready":
             self.ready.set()
+        if isinstance(message, str) and len(self.heard) < _REMEMBERED:
+            self.heard.add(message)
         if self.on_message is not None:
             self.on_message(message)
 

@@ -144,6 +144,8 @@ class Prober:
             return await self._ask_exec()
         if spec.log_line is not None:
             return await self._ask_log(spec.log_line)
+        if spec.message is not None:
+            return heard(spec.message, target.handle)
         return Answer(True, "nothing to ask")
 
     async def _check_listener(self, answer: Answer) -> Answer:
@@ -184,6 +186,16 @@ class Prober:
         if line is None:
             return Answer(False, f"no line matches {pattern!r} yet")
         return Answer(True, line[:_DETAIL_CHARS])
+
+
+def heard(message: str, handle: ProcessHandle | None) -> Answer:
+    """Say whether a program has sent a message over its channel. What it said to an earlier daemon is taken as said."""
+    channel = handle.channel if handle is not None else None
+    if channel is None or channel.adopted:
+        return Answer(True, "its channel is older than this daemon")
+    if message in channel.heard:
+        return Answer(True, f"it said {message!r}")
+    return Answer(False, f"it did not say {message!r} yet" if channel.open else "it closed its channel")
 
 
 async def ask_tcp(target: Target) -> Answer:

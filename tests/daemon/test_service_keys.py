@@ -392,3 +392,50 @@ def test_ports_without_a_number_are_kept_over_restarts_and_edits(tmp_path: Path)
         daemon.start()
         ready(daemon, "a")
         assert daemon.process_row("a")["port"] == port
+
+
+NODE_LIKE = """
+import json, os, sys, time
+fd = int(os.environ["NODE_CHANNEL_FD"])
+while not os.path.exists("go"):
+    time.sleep(0.02)
+os.write(fd, b'"ready"\\n')
+said = b""
+while b'"shutdown"\\n' not in said:
+    block = os.read(fd, 1000)
+    if not block:
+        time.sleep(1000)
+    said += block
+print("ended by a message")
+"""
+
+
+def test_messages_over_the_channel_of_node_programs(tmp_path: Path) -> None:
+    """Case 26: what PM2 calls wait_ready and shutdown_with_message; silence is a failure here."""
+    service = {
+        "command": python(NODE_LIKE.replace("$", "$$")), "restart": {"crash_loop": {"count": 1}},
+        "probes": {"startup": {"message": "ready", "period": "20ms", "deadline": "20s"}},
+        "stop": {"message": "shutdown", "timeout": "20s"},
+    }  # fmt: skip
+    with started(tmp_path, service) as daemon:
+        daemon.start()
+        until(lambda: "did not say 'ready' yet" in daemon.control("GET", "/v1/processes/a").body.decode(), "it waits")
+        assert daemon.process_row("a")["state"] == "STARTING"
+        (tmp_path / "go").touch()
+        pid = ready(daemon, "a")
+        assert daemon.control("POST", "/v1/reexec", {}).status == 202
+        until(lambda: daemon.log().count("fleetd is up") == 2, "the new program is up")
+        assert ready(daemon, "a") == pid
+        assert order(daemon, "stop", "a").status == 200
+        assert daemon.process_row("a")["last_exit"]["code"] == 0
+        assert "ended by a message" in daemon.log_of("a")
+
+
+def test_a_program_that_never_says_ready_is_not_ready(tmp_path: Path) -> None:
+    service = {
+        "command": SLEEPER, "restart": {"crash_loop": {"count": 1}},
+        "probes": {"startup": {"message": "ready", "deadline": "400ms"}},
+    }  # fmt: skip
+    with started(tmp_path, service) as daemon:
+        daemon.start()
+        assert "not ready within 0.4 s" in daemon.until_state("a", "FAILED")["reason"]

@@ -196,8 +196,8 @@ class App:
 
 _REFUSED = {
     "namespace": "there are no groups: fleetctl takes names with * instead",
-    "shutdown_with_message": "fleetd sends a signal: let the program end on SIGINT",
-    "wait_ready": "process.send('ready') is not heard: add probes.startup with http or tcp",
+    "shutdown_with_message": "say stop: {message: shutdown}",
+    "wait_ready": "say probes.startup: {message: ready, deadline: 30s}; unlike in PM2, silence is a failure",
     "listen_timeout": "goes with wait_ready: say probes.startup.deadline",
     "filter_env": "say what the process needs in env",
     "log_file": "fleetd writes output and errors to one file, logs/NAME.log",
