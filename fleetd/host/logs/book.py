@@ -12,10 +12,11 @@ import os
 import re
 import time
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from fleetd.host.handle import ProcessHandle
 from fleetd.host.logs.files import LogFiles
@@ -28,7 +29,10 @@ from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.names import unescape
 from fleetd.host.types import Capture, LogPolicy, RawExit
 
+T = TypeVar("T")
+
 _MARK = re.compile(r"--- exited .* generation=\d+ ---$")
+_ROTATIONS_IN_A_ROW = 20
 _LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
 
 
@@ -249,16 +253,31 @@ class LogBook:
         self, name: str, lines: int = 10, *, since: float | None = None
     ) -> tuple[list[Line], AsyncGenerator[list[Line], None]]:
         """Return the last lines and a generator of the lines that come after them: none is missing, none twice."""
-        loop = asyncio.get_running_loop()
-        follower = await loop.run_in_executor(self._pool, LogFollower, self.files(name), lambda: self.start_of(name))
         begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
-        wanted = Wanted(lines, None if self._is_piped(name) else begin, follower.offset, since)
+        for _ in range(_ROTATIONS_IN_A_ROW):
+            before, follower = await self._tail_and_follower(
+                name, lines, None if self._is_piped(name) else begin, since
+            )
+            if not lines or not await self._in_thread(follower.replaced):
+                break
+            follower.close()  # a rotation came between: its offset is not one of the file that the tail was read from
+        else:
+            before, follower = await self._tail_and_follower(name, 0, None, None)
+        return before, follow(self._pool, follower)
+
+    async def _tail_and_follower(
+        self, name: str, lines: int, begin: int | None, since: float | None
+    ) -> tuple[list[Line], LogFollower]:
+        follower = await self._in_thread(lambda: LogFollower(self.files(name), lambda: self.start_of(name)))
         try:
-            before = await self._read(name, wanted) if lines else []
+            before = await self._read(name, Wanted(lines, begin, follower.offset, since)) if lines else []
         except BaseException:
             follower.close()
             raise
-        return before, follow(self._pool, follower)
+        return before, follower
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     def scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
         """Return what looks for a line in the output of this run, from its beginning on."""

@@ -20,6 +20,7 @@ from fleetd.host.logs.tail import Line, parse_line
 _STEP = 1024 * 1024
 _LONGEST_LINE = 64 * 1024
 _SHORTEST_S, _LONGEST_S = 0.02, 0.25
+_TRIES = 10
 
 
 class LogFollower:
@@ -62,7 +63,7 @@ class LogFollower:
             return []
         try:
             lines = self._read()
-            if not lines and self._replaced():
+            if not lines and self.replaced():
                 lines = self._read()  # written between the last look and the rename
                 if not lines and self._next_file():
                     lines = self._read()
@@ -72,18 +73,29 @@ class LogFollower:
 
     def _next_file(self) -> bool:
         """Go on with the file that was begun after ours: the live one, or an archive when there were several rotations."""
-        following = self._files.live
-        for path in self._files.archives():
-            if path.stat().st_ino == self._inode:
-                break
-            following = path
-        else:
-            following = self._files.live
-        os.close(self._fd)
-        self._fd = -1
-        return self._open(following if following.suffix != ".gz" else self._files.live)
+        for _ in range(_TRIES):
+            following, inode = self._following()
+            fd = os.open(following, os.O_RDONLY | os.O_CLOEXEC)
+            if os.fstat(fd).st_ino == inode:
+                os.close(self._fd)
+                self._fd, self._inode, self._offset, self._rest = fd, inode, 0, b""
+                return True
+            os.close(fd)  # one more rotation has moved the names on since we looked
+        return False
 
-    def _replaced(self) -> bool:
+    def _following(self) -> tuple[Path, int]:
+        """Return the path and inode of the file after ours. Raises OSError where it was renamed in this very moment."""
+        live = self._files.live
+        following = (live, live.stat().st_ino)
+        for path in self._files.archives():
+            inode = path.stat().st_ino
+            if inode == self._inode:
+                return following if following[0].suffix != ".gz" else (live, live.stat().st_ino)
+            following = (path, inode)
+        return live, live.stat().st_ino
+
+    def replaced(self) -> bool:
+        """Return whether the live file is no longer the one that is read here."""
         try:
             return os.stat(self._files.live).st_ino != self._inode  # noqa: PTH116 (the hot path)
         except FileNotFoundError:
