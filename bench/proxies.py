@@ -212,14 +212,19 @@ def serve(port: int, origin: int) -> None:
     import uvloop
 
     from fleetd.core.commands import Grant
-    from fleetd.gateway import Gateway, GatewayOptions, Upstream
+    from fleetd.gateway import Gateway, GatewayOptions, Seat, Upstream
 
     class OneModel:
         """A FleetPort without a fleet."""
 
         def __init__(self) -> None:
             self.to = Upstream("127.0.0.1", origin)
+            self.seat = Seat(MODEL, "origin", self.to, MODEL)
             self.last = 0
+
+        def take(self, _model: str) -> tuple[int, Seat]:
+            self.last += 1
+            return self.last, self.seat
 
         def admit(self, model: str, on_grant, _on_reject, _avoid=()):  # type: ignore[no-untyped-def]
             self.last += 1

@@ -113,6 +113,7 @@ class Daemon:
         )
         self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
+        self.port.warm = self.loop
 
     def _processes(self, parent_env: Mapping[str, str]) -> Processes:
         return Processes(

@@ -1,6 +1,7 @@
 """The fleet as the gateway sees it: every request passes here twice, so everything is a dictionary away.
 
 The rules of this file
+- `take` and `finish` go past the inbox where the fleet need not think; the seat they lead to is remembered.
 - `admit` dispatches one event; the core's Grant or Reject comes back through `granted` and `rejected`, often before `admit`
   has returned. No task, no future, no copy.
 - What a process answers on is remembered until the plans change, as the same object: the gateway compares by identity.
@@ -11,22 +12,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fleetd.core.commands import Grant, Reject
 from fleetd.core.events import Event, RequestArrived, RequestCancelled, RequestFinished
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.engines.base import Api
-from fleetd.gateway.port import ModelEntry, OnGrant, OnReject, Upstream
+from fleetd.gateway.port import ModelEntry, OnGrant, OnReject, Seat, Upstream
 
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
+    from fleetd.core.state import Placement
 
 _APIS: Mapping[Api, frozenset[str]] = {
     Api.OPENAI: frozenset({"openai"}),
     Api.OLLAMA: frozenset({"openai", "ollama"}),
     Api.NONE: frozenset(),
 }
+
+
+class Warm(Protocol):
+    """The part of `loop.FleetLoop` that a warm request needs."""
+
+    def take(self, request_id: int, model: str) -> Placement | None: ...
+
+    def give(self, request_id: int) -> bool: ...
 
 
 class DaemonFleetPort:
@@ -40,21 +50,46 @@ class DaemonFleetPort:
         ready: Callable[[], tuple[bool, Sequence[str]]],
         fault: Callable[[str, Exception], None],
     ) -> None:
+        """`warm` is set to the loop before the first request comes."""
         self._fleet = fleet
         self._dispatch = dispatch
         self._plans = plans
         self._ready = ready
         self._fault = fault
+        self.warm: Warm
         self._next = 0
         self._waiting: dict[int, tuple[OnGrant, OnReject]] = {}
         self._granted: dict[int, str] = {}  # request to process
         self._upstreams: dict[str, Upstream] = {}
+        self._seats: dict[tuple[str, str], Seat] = {}
         self._names: dict[str, str] = {}
         self._created = int(time.time())
         self._given: dict[str, float] = {}  # process to its last grant, monotonic
         self.heard_s: Callable[[str], float] = lambda _: 0.0  # the gateway's, once there is one
 
     # -- the gateway's side -------------------------------------------------------------------------------------------
+
+    def take(self, model: str) -> tuple[int, Seat] | None:
+        self._next = request_id = self._next + 1
+        placement = self.warm.take(request_id, model)
+        if placement is None:
+            return None
+        process = placement.process
+        self._granted[request_id] = process
+        self._given[process] = placement.last_used_s
+        seat = self._seats.get((placement.model, process))
+        if seat is None:
+            try:
+                seat = self._seat(placement.model, process)
+            except KeyError:
+                self.finish(request_id, failed=True)
+                return None
+        return request_id, seat
+
+    def _seat(self, model: str, process: str) -> Seat:
+        seat = Seat(model, process, self.upstream(process), self.served_name(model, process))
+        self._seats[model, process] = seat
+        return seat
 
     def admit(self, model: str, on_grant: OnGrant, on_reject: OnReject, avoid: tuple[str, ...] = ()) -> int:
         self._next = request_id = self._next + 1
@@ -68,7 +103,7 @@ class DaemonFleetPort:
 
     def finish(self, request_id: int, failed: bool = False) -> None:
         process = self._granted.pop(request_id, None)
-        if process is None:
+        if process is None or (not failed and self.warm.give(request_id)):
             return
         self._dispatch(RequestFinished(request_id, failed))
 
@@ -149,6 +184,7 @@ class DaemonFleetPort:
     def spec_changed(self) -> None:
         """Forget what was remembered of the plans before, but keep objects that did not change."""
         plans = self._plans()
+        self._seats.clear()
         for name, old in list(self._upstreams.items()):
             plan = plans.get(name)
             if plan is None or upstream_of(plan) != old:

@@ -5,6 +5,7 @@ The rules of this file
   while the inbox drains only appends. So the fleet never sees an event while it handles another.
 - Nothing is awaited between an event and the start of its commands. What is slow is a task of the executor, and its result
   is the next event.
+- A warm request takes `take` and `give` past the inbox: only while nothing is being handled, so that the order stays.
 - One timer exists, for `fleet.next_deadline()`. It is set again only when the deadline moved to an earlier moment, or passed.
 - An exception out of the fleet is a bug: it is reported with the event that showed it, and the daemon goes on.
 """
@@ -19,6 +20,7 @@ from typing import Protocol
 
 from fleetd.core.commands import Command
 from fleetd.core.events import Event, Tick
+from fleetd.core.state import Placement
 
 # A deadline further away than this is looked at again anyway: call_later of some loops does not take weeks.
 _LONGEST_SLEEP_S = 3600.0
@@ -28,6 +30,10 @@ class Decider(Protocol):
     """The part of `core.Fleet` that the loop needs."""
 
     def handle(self, event: Event, now: float) -> Iterable[Command]: ...
+
+    def take(self, request_id: int, model: str, now: float) -> Placement | None: ...
+
+    def give(self, request_id: int, now: float) -> bool: ...
 
     def next_deadline(self) -> float | None: ...
 
@@ -81,6 +87,19 @@ class FleetLoop:
         finally:
             self._draining = False
         self._set_timer()
+
+    def take(self, request_id: int, model: str) -> Placement | None:
+        """Ask the fleet for a model that is in memory; None: it is not that simple, dispatch RequestArrived."""
+        return None if self._draining else self._fleet.take(request_id, model, self._clock())
+
+    def give(self, request_id: int) -> bool:
+        """Give back what was granted; False: it is not that simple, dispatch RequestFinished."""
+        if self._draining or not self._fleet.give(request_id, self._clock()):
+            return False
+        deadline = self._fleet.next_deadline()
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+            self._set_timer()
+        return True
 
     def _step(self, event: Event) -> None:
         now = self._clock()

@@ -11,7 +11,7 @@ The rules of this package
 """
 
 from fleetd.gateway.options import GatewayOptions
-from fleetd.gateway.port import FleetPort, ModelEntry, Upstream
+from fleetd.gateway.port import FleetPort, ModelEntry, Seat, Upstream
 from fleetd.gateway.server import Gateway, GatewayStats
 
-__all__ = ["FleetPort", "Gateway", "GatewayOptions", "GatewayStats", "ModelEntry", "Upstream"]
+__all__ = ["FleetPort", "Gateway", "GatewayOptions", "GatewayStats", "ModelEntry", "Seat", "Upstream"]

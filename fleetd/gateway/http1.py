@@ -250,7 +250,7 @@ class ServerConnection(asyncio.Protocol):
                 self._current.length = int(value)
                 return
             if lower == b"x-request-id":
-                self._current.request_id = value
+                self._current.own_id = value
                 return
         self._lines += (name, value)
 
@@ -269,7 +269,7 @@ class ServerConnection(asyncio.Protocol):
             request.http11 = version == "1.1"
             request.keep_alive = keep_alive and request.http11
             request.version_refused = version not in ("1.1", "1.0")
-        request.request_id = gateway.request_id(request.request_id)
+        request.id_line = gateway.id_line(request.own_id)
         error = request.error = gateway.policy.check(request)
         if error is not None:
             final = head.expect or method == b"CONNECT" or request.version_refused
@@ -370,7 +370,7 @@ class ServerConnection(asyncio.Protocol):
         pieces = [status_line(status)]
         if body or status != 204:
             pieces.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, len(body)))
-        pieces += (b"X-Request-Id: ", request.request_id, b"\r\n", extra)
+        pieces += (request.id_line, extra)
         pieces.append(b"\r\n" if keep else b"Connection: close\r\n\r\n")
         if request.method != b"HEAD":
             pieces.append(body)
@@ -430,14 +430,14 @@ class ServerConnection(asyncio.Protocol):
         self._current = None
         request.error = error
         request.close_unread = True
-        request.request_id = self.gateway.request_id(request.request_id)
+        request.id_line = self.gateway.id_line(request.own_id)
         request.body = b""
         self.give_back(request)
         self._queue.append(request)
 
     def _refuse_now(self, error: ApiError) -> None:
         self.active = Request(b"")
-        self.active.request_id = self.gateway.request_id(b"")
+        self.active.id_line = self.gateway.id_line(b"")
         self.active.close_unread = True
         self.respond_error(error)
 

@@ -2,6 +2,7 @@
 
 The rules of this file
 - Everything here is called on the event loop's thread, for every request: plain calls and plain callbacks, no tasks.
+- `take` is for what is in memory; whatever else there is to decide goes through `admit`.
 - `admit` is answered by exactly one callback, unless `cancel` comes first; it may call back before it returns.
 - A granted request is ended by exactly one `finish`; a request that was not granted yet by `cancel` alone.
 - No call blocks. None raises for a request of its own, save where its docstring says so.
@@ -36,6 +37,16 @@ class Upstream:
     tls: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seat:
+    """A model on a process that has it in memory. Return the same object until something changes: it is a key by identity."""
+
+    model: str
+    process: str
+    upstream: Upstream
+    served_name: str
+
+
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
     """One entry of GET /v1/models. `created` is Unix seconds; `instance`, `engine`: None where there is none yet."""
@@ -50,6 +61,13 @@ class ModelEntry:
 
 class FleetPort(Protocol):
     """The fleet, as a request sees it."""
+
+    def take(self, model: str) -> tuple[int, Seat] | None:
+        """Grant a new request at once, without callbacks, where `model` is in memory and has room; None: use `admit`.
+
+        The id in the answer is the request's, for `finish`.
+        """
+        ...
 
     def admit(self, model: str, on_grant: OnGrant, on_reject: OnReject, avoid: tuple[str, ...] = ()) -> int:
         """Ask for `model` on behalf of a new request and return the request's id.

@@ -21,8 +21,9 @@ from fleetd.gateway import body as bodies
 from fleetd.gateway.body import Asked
 from fleetd.gateway.errors import from_reject, status_line
 from fleetd.gateway.http1 import ServerConnection
+from fleetd.gateway.place import Place
 from fleetd.gateway.request import Request
-from fleetd.gateway.upstream import Pool, UpstreamConnection
+from fleetd.gateway.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
     from fleetd.gateway.server import Gateway
@@ -51,54 +52,32 @@ def chunk(data: bytes) -> bytes:
 class Exchange:
     """One request of a client, from its body to the last byte of its answer."""
 
-    __slots__ = (
-        "_asked",
-        "_avoid",
-        "_chunks",
-        "_comment_at",
-        "_connecting",
-        "_early",
-        "_error_pieces",
-        "_event_stream",
-        "_failure",
-        "_grant",
-        "_last_read",
-        "_phase",
-        "_piping",
-        "_pool",
-        "_request_id",
-        "_stale_once",
-        "_tries",
-        "conn",
-        "gateway",
-        "relaying",
-        "request",
-        "upstream",
-    )
+    # Defaults that most requests never change stand on the class: setting them for each would cost more than using them.
+    relaying: bool = False  # the client has seen the beginning of an answer
+    upstream: UpstreamConnection | None = None
+    _phase: int = READING
+    _asked: Asked
+    _place: Place
+    _labels: bytes  # header lines that say where the request went, and after which wait
+    _avoid: tuple[str, ...] = ()
+    _chunks: bool = False  # the answer goes out in chunks
+    _comment_at: float = _NEVER
+    _connecting: asyncio.Task[None] | None = None
+    _early: bool = False  # 200 was sent before anything was granted
+    _error_pieces: list[bytes] | None = None
+    _event_stream: bool = False
+    _failure: ApiError | None = None
+    _last_read: float = _NEVER
+    _piping: bool = False  # what the engine sends goes to the client
+    _process: str = "the engine"
+    _request_id: int = 0
+    _stale_once: bool = False
+    _tries: int = 0
 
     def __init__(self, gateway: Gateway, conn: ServerConnection, request: Request) -> None:
         self.gateway = gateway
         self.conn = conn
         self.request = request
-        self.relaying = False  # the client has seen the beginning of an answer
-        self.upstream: UpstreamConnection | None = None
-        self._phase = READING
-        self._asked: Asked | None = None
-        self._avoid: tuple[str, ...] = ()
-        self._chunks = False  # the answer goes out in chunks
-        self._comment_at = _NEVER
-        self._connecting: asyncio.Task[None] | None = None
-        self._early = False  # 200 was sent before anything was granted
-        self._error_pieces: list[bytes] | None = None
-        self._event_stream = False
-        self._failure: ApiError | None = None
-        self._grant: Grant | None = None
-        self._last_read = _NEVER
-        self._piping = False  # what the engine sends goes to the client
-        self._pool: Pool | None = None
-        self._request_id = 0
-        self._stale_once = False
-        self._tries = 0
 
     # -- what is asked for ----------------------------------------------------------------------------------------------
 
@@ -131,12 +110,22 @@ class Exchange:
 
     def _admit(self, asked: Asked) -> None:
         self._asked = asked
+        gateway = self.gateway
+        taken = None if self._avoid else gateway.port.take(asked.model)
+        if taken is not None:
+            self._phase = GRANTED
+            self._request_id, seat = taken
+            self._process = seat.process
+            place = self._place = gateway.places.get(seat) or gateway.place(seat)
+            self._labels = place.labels_at_once
+            self._forward(place.pool.idle.pop() if place.pool.idle else None)
+            return
         self._phase = QUEUED
-        request_id = self.gateway.port.admit(asked.model, self._granted, self._rejected, self._avoid)
+        request_id = gateway.port.admit(asked.model, self._granted, self._rejected, self._avoid)
         if self._phase == QUEUED:  # no answer yet
             self._request_id = request_id
             if asked.stream and self.request.http11:
-                self._comment_at = self.gateway.clock + self.gateway.options.loading_comment_s
+                self._comment_at = gateway.clock + gateway.options.loading_comment_s
 
     # -- the fleet's answer ---------------------------------------------------------------------------------------------
 
@@ -150,42 +139,35 @@ class Exchange:
         if self._phase != QUEUED:
             return
         self._phase = GRANTED
-        self._grant = grant
+        self._process = grant.process
         self._request_id = grant.request_id
         self._comment_at = _NEVER
         self._stale_once = False
         try:
-            self._pool = self.gateway.pool(grant.process)
+            self._place = self.gateway.place_for(grant.model, grant.process)
         except KeyError:
-            self._fail_over(f"{grant.process} is gone")
+            self._fail_over(f"{grant.process} no longer serves {grant.model}")
             return
-        self._forward(fresh=False)
+        self._labels = self._place.labels_after(grant.queued_s, grant.load_s)
+        self._forward(self._place.pool.take())
 
-    def _forward(self, fresh: bool) -> None:
-        pool, grant, request, asked = self._pool, self._grant, self.request, self._asked
-        assert pool is not None
-        assert grant is not None
-        assert asked is not None
-        body = request.body
-        try:
-            served_name = self.gateway.port.served_name(grant.model, grant.process)
-        except KeyError:
-            self._fail_over(f"{grant.process} no longer holds {grant.model}")
-            return
-        if served_name != asked.model:
-            body = bodies.rename(body, asked, served_name)
-        head = [pool.prefix, request.target, pool.head, request.head.forward]
-        if request.head.accept_encoding is not None and not asked.stream:
+    def _forward(self, connection: UpstreamConnection | None) -> None:
+        """Send the request on an idle connection; None: on a new one."""
+        request, place = self.request, self._place
+        pool, head, body = place.pool, request.head, request.body
+        if place.served_name != self._asked.model:
+            body = bodies.rename(body, self._asked, place.served_name)
+        size_line = b"Content-Length: %d\r\n\r\n" % len(body)
+        if head.accept_encoding is not None and not self._asked.stream:
             # A stream must stay readable: an error event may have to follow it.
-            head += (b"Accept-Encoding: ", request.head.accept_encoding, b"\r\n")
-        head += (b"X-Request-Id: ", request.request_id, b"\r\nContent-Length: %d\r\n\r\n" % len(body))
+            size_line = b"Accept-Encoding: %b\r\n%b" % (head.accept_encoding, size_line)
+        pieces = (pool.prefix, request.target, pool.head, head.forward, request.id_line, size_line, body)
         self._last_read = self.gateway.clock
-        connection = None if fresh else pool.take()
         if connection is None:
-            self._connecting = pool.connect(self, head, body)
+            self._connecting = pool.connect(self, pieces)
         else:
             self.upstream = connection
-            connection.send(self, head, body)
+            connection.send(self, pieces)
 
     # -- the engine's answer --------------------------------------------------------------------------------------------
 
@@ -202,27 +184,26 @@ class Exchange:
             return
         out: list[bytes] = []
         if not self._piping:
-            self._forget_body()
             if self.conn.departure is not None:
                 self.conn.answer_begins()
-            if self._early:
-                if connection.status != 200 or not connection.head.event_stream:
-                    self._error_pieces = []
-                    self._collect_error(connection)
-                    return
-            else:
-                self._head(connection, out)
+            self._forget_body()
+            if not self._early:
+                out += self._head(connection)
+            elif connection.status != 200 or not connection.head.event_stream:
+                self._error_pieces = []
+                self._collect_error(connection)
+                return
             self._event_stream = connection.head.event_stream
             self._piping = self.relaying = True
-        if connection.body_bytes:
+        pieces = connection.pieces
+        if pieces:
             if self._chunks:
-                out.append(b"%x\r\n" % connection.body_bytes)
-                out += connection.pieces
+                out.append(b"%x\r\n" % sum(map(len, pieces)))
+                out += pieces
                 out.append(b"\r\n")
             else:
-                out += connection.pieces
-            connection.pieces = []
-            connection.body_bytes = 0
+                out += pieces
+            pieces.clear()
         if connection.complete:
             if self._chunks:
                 out.append(LAST_CHUNK)
@@ -233,42 +214,27 @@ class Exchange:
 
     def _forget_body(self) -> None:
         """An answer began: the request will not be sent again."""
-        self.request.body = b""
-        if self.request.buffered_bytes:
-            self.conn.give_back(self.request)
-
-    def _head(self, connection: UpstreamConnection, out: list[bytes]) -> None:
-        """Write the head of the answer, and decide how its end will be known."""
         request = self.request
-        head = connection.head
-        out += (
-            status_line(connection.status),
-            head.lines,
-            b"X-Request-Id: ",
-            request.request_id,
-            b"\r\n",
-            self._labels(),
-        )
+        request.body = b""
+        if request.buffered_bytes:
+            self.conn.give_back(request)
+
+    def _head(self, connection: UpstreamConnection) -> tuple[bytes, ...]:
+        """Return the head of the answer, and decide how its end will be known."""
+        request, head = self.request, connection.head
+        framing = b""
         if not head.sized and connection.status not in (204, 304):
             if request.http11:
                 self._chunks = True
-                out.append(b"Transfer-Encoding: chunked\r\n")
+                framing = b"Transfer-Encoding: chunked\r\n"
             else:
                 request.keep_alive = False
             if head.event_stream:
-                out.append(b"X-Accel-Buffering: no\r\n")
+                framing += b"X-Accel-Buffering: no\r\n"
         if self.gateway.draining:
             request.keep_alive = False
-        out.append(b"\r\n" if request.keep_alive else b"Connection: close\r\n\r\n")
-
-    def _labels(self) -> bytes:
-        grant = self._grant
-        assert grant is not None
-        labels = self.gateway.labels(grant.model, grant.process)
-        if not grant.queued_s and not grant.load_s:
-            return labels + b"X-Fleet-Queue-Ms: 0\r\nX-Fleet-Load-Ms: 0\r\n"
-        times = (int(grant.queued_s * 1000), int(grant.load_s * 1000))
-        return labels + b"X-Fleet-Queue-Ms: %d\r\nX-Fleet-Load-Ms: %d\r\n" % times
+        end = framing + (b"\r\n" if request.keep_alive else b"Connection: close\r\n\r\n")
+        return (status_line(connection.status), head.lines, request.id_line, self._labels, end)
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._phase = DONE
@@ -287,8 +253,7 @@ class Exchange:
         assert pieces is not None
         if sum(map(len, pieces)) < MAX_ERROR_BYTES:
             pieces += connection.pieces
-        connection.pieces = []
-        connection.body_bytes = 0
+        connection.pieces.clear()
         if not connection.complete:
             return
         self._phase = DONE
@@ -309,28 +274,24 @@ class Exchange:
             return
         if stale and not self._stale_once:
             self._stale_once = True
-            self._forward(fresh=True)
+            self._forward(None)
         elif received:
             self._break_off(self._upstream_failed(reason))
         else:
             self._fail_over(reason)
 
     def _upstream_failed(self, reason: str) -> ApiError:
-        process = self._grant.process if self._grant is not None else "the engine"
-        return ApiError(502, "upstream_failed", f"{process} did not answer: {reason}.")
+        return ApiError(502, "upstream_failed", f"{self._process} did not answer: {reason}.")
 
     def _fail_over(self, reason: str) -> None:
         """Nothing was received: another holder may have the request, as often as the options say."""
-        grant, asked = self._grant, self._asked
-        assert grant is not None
-        assert asked is not None
         self._failure = self._upstream_failed(reason)
         self._phase = DONE
         self._tries += 1
         self.gateway.port.finish(self._request_id, failed=True)
         if self._tries < self.gateway.options.retry_attempts:
-            self._avoid += (grant.process,)
-            self._admit(asked)
+            self._avoid += (self._process,)
+            self._admit(self._asked)
         else:
             self._refuse(self._failure)
 
@@ -409,6 +370,6 @@ class Exchange:
             self.conn.answer_begins()
             self._early = self._chunks = self.relaying = True
             self.request.keep_alive = False
-            head = (EARLY_HEAD, b"X-Request-Id: ", self.request.request_id, b"\r\nTransfer-Encoding: chunked\r\n")
+            head = (EARLY_HEAD, self.request.id_line, b"Transfer-Encoding: chunked\r\n")
             out = b"".join((*head, b"Connection: close\r\n\r\n", out))
         self.conn.transport.write(out)

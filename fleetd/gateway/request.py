@@ -138,7 +138,8 @@ class Request:
     expect: bool = False  # the client still waits for a word before it sends the body
 
     head: Head = Head(())
-    request_id: bytes = b""
+    own_id: bytes = b""  # the request id that the client sent
+    id_line: bytes = b""  # the header line with the request id that counts
     route: Route | None = None
     error: ApiError | None = None
     close_unread: bool = False  # input after this request is not to be understood

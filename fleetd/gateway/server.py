@@ -24,14 +24,15 @@ from typing import Any
 from fleetd.errors import HostError
 from fleetd.gateway.http1 import IDLE, ServerConnection
 from fleetd.gateway.options import GatewayOptions
+from fleetd.gateway.place import Place
 from fleetd.gateway.policy import RequestPolicy
-from fleetd.gateway.port import FleetPort
+from fleetd.gateway.port import FleetPort, Seat, Upstream
 from fleetd.gateway.request import Heads
 from fleetd.gateway.routes import Routes
 from fleetd.gateway.upstream import Pool
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_LABELS_REMEMBERED = 4096
+_PLACES_REMEMBERED = 4096
 _UPSTREAM_CLOSE_S = 1.0  # closing takes one turn of the loop; TLS a little longer
 _SPARE_FILES = 256  # what the rest of the daemon may need
 
@@ -69,8 +70,8 @@ class Gateway:
         self._by_client: dict[str, int] = {}
         self._pools: dict[str, Pool] = {}
         self._all_pools: set[Pool] = set()  # also those of an earlier address, until their connections are gone
-        self._labels: dict[tuple[str, str], bytes] = {}
-        self._id_prefix = os.urandom(6).hex().encode() + b"-"
+        self.places: dict[Seat, Place] = {}
+        self._id_format = b"X-Request-Id: %b-%%x\r\n" % os.urandom(6).hex().encode()
         self._id_count = 0
         self._refused = 0
         self._most_connections = self.options.max_connections
@@ -205,21 +206,20 @@ class Gateway:
 
     # -- what requests need ---------------------------------------------------------------------------------------------
 
-    def request_id(self, from_client: bytes) -> bytes:
-        """Return the client's own id where it is a sane one, else a new one."""
+    def id_line(self, from_client: bytes) -> bytes:
+        """Return the header line with the client's own request id where it is a sane one, else with a new one."""
         count = self._id_count = self._id_count + 1
         if from_client and _SANE_ID.fullmatch(from_client):
-            return from_client
-        return b"%b%x" % (self._id_prefix, count)
+            return b"X-Request-Id: %b\r\n" % from_client
+        return self._id_format % count
 
     def heard_s(self, process: str) -> float:
         """Return when a good answer of this process, or a piece of one, last came, monotonic; 0: never."""
         pool = self._pools.get(process)
         return pool.heard_s if pool is not None else 0.0
 
-    def pool(self, process: str) -> Pool:
-        """Return the connections to a process. Raises KeyError when the fleet has no such process."""
-        upstream = self.port.upstream(process)
+    def _pool(self, process: str, upstream: Upstream) -> Pool:
+        """Return the connections to a process at this address."""
         pool = self._pools.get(process)
         if pool is not None and pool.upstream is upstream:
             return pool
@@ -238,20 +238,18 @@ class Gateway:
             self._all_pools.discard(pool)
         self._empty.set()
 
-    def labels(self, model: str, process: str) -> bytes:
-        """Return the header lines that name a model and where it runs."""
-        key = (model, process)
-        lines = self._labels.get(key)
-        if lines is None:
-            if len(self._labels) >= _LABELS_REMEMBERED:
-                self._labels.clear()
-            names = tuple(_header_value(text) for text in key)
-            lines = self._labels[key] = b"X-Fleet-Model: %b\r\nX-Fleet-Instance: %b\r\n" % names
-        return lines
+    def place(self, seat: Seat) -> Place:
+        """Return what the requests for a seat have in common."""
+        if len(self.places) >= _PLACES_REMEMBERED:
+            self.places.clear()
+        place = self.places[seat] = Place(seat, self._pool(seat.process, seat.upstream))
+        return place
 
-
-def _header_value(text: str) -> bytes:
-    return "".join(c if c.isprintable() else "?" for c in text).encode()
+    def place_for(self, model: str, process: str) -> Place:
+        """Return the same for a model on a process. Raises KeyError when one of them is gone."""
+        port = self.port
+        upstream = port.upstream(process)
+        return Place(Seat(model, process, upstream, port.served_name(model, process)), self._pool(process, upstream))
 
 
 def _addresses(server: asyncio.Server) -> list[tuple[str, int]]:

@@ -67,6 +67,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 _REMEMBERED: Final = 32  # heads of answers
 JOIN_BYTES: Final = 64 * 1024
 
+Pieces = tuple[bytes | bytearray, ...]  # of a request: lines of its head, and its body last
+
 
 class AnswerHead:
     """What the header lines of an answer say. Built once for equal lines, then shared: engines repeat themselves."""
@@ -123,11 +125,11 @@ class UpstreamConnection(asyncio.Protocol):
         "_raw",
         "_received_bytes",
         "_reused",
-        "body_bytes",
         "complete",
         "head",
         "idle_since",
         "keep_alive",
+        "on_body",
         "pieces",
         "pool",
         "status",
@@ -140,34 +142,32 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.user: Answered | None = None
         self.idle_since = 0.0
-        self._parser = httptools.HttpResponseParser(self)
-        self._reused = False
-        self._reset()
-
-    def _reset(self) -> None:
         self.status = 0
-        self._raw: list[bytes] = []
         self.head: AnswerHead = _NO_HEAD
-        self.pieces: list[bytes] = []  # of the body, since the last report
-        self.body_bytes = 0  # in `pieces`
+        self.pieces: list[bytes] = []  # of the body, since the last report; its user clears it
         self.complete = False
         self.keep_alive = False
+        self._raw: list[bytes] = []
         self._received_bytes = 0
+        self._reused = False
+        self.on_body = self.pieces.append  # llhttp's callback, without a function of ours between
+        self._parser = httptools.HttpResponseParser(self)
 
-    def send(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> None:
+    def send(self, user: Answered, pieces: Pieces) -> None:
         """Send one request, whose answer `user` gets."""
         self.user = user
-        if len(body) < JOIN_BYTES:
-            self.transport.write(b"".join((*head, body)))
+        if len(pieces[-1]) < JOIN_BYTES:
+            self.transport.write(b"".join(pieces))
         else:
-            self.transport.writelines((b"".join(head), body))
+            self.transport.writelines((b"".join(pieces[:-1]), pieces[-1]))
 
     def release(self) -> None:
         """The answer is complete and was taken: back to the pool, or away."""
         self.user = None
         if self.keep_alive:
             self._reused = True
-            self._reset()
+            self.status = self._received_bytes = 0
+            self.complete = False
             self.pool.give_back(self)
         else:
             self.transport.close()
@@ -246,18 +246,15 @@ class UpstreamConnection(asyncio.Protocol):
             self._raw += (name, value)
 
     def on_headers_complete(self) -> None:
+        if self.complete:
+            raise httptools.HttpParserError("a second answer")
         parser = self._parser
         status = parser.get_status_code()
-        if status < 200:
-            self._raw = []
-            return
-        self.status = status
-        self.head = self.pool.answer_head(self._raw)
-        self.keep_alive = parser.should_keep_alive()
-
-    def on_body(self, data: bytes) -> None:
-        self.pieces.append(data)
-        self.body_bytes += len(data)
+        if status >= 200:
+            self.status = status
+            self.head = self.pool.answer_head(self._raw)
+            self.keep_alive = parser.should_keep_alive()
+        self._raw = []
 
     def on_message_complete(self) -> None:
         if self.status:
@@ -273,7 +270,7 @@ class Pool:
         self.upstream = upstream
         self.open_connections = 0
         self.heard_s = 0.0  # when a good answer, or a piece of one, last came: monotonic
-        self._idle: list[UpstreamConnection] = []
+        self.idle: list[UpstreamConnection] = []  # the one used last is at the end
         self._connecting: set[asyncio.Task[None]] = set()
         self._heads: dict[tuple[bytes, ...], AnswerHead] = {}
         host = f"[{upstream.host}]" if ":" in upstream.host else upstream.host
@@ -294,33 +291,34 @@ class Pool:
 
     def take(self) -> UpstreamConnection | None:
         """Return an idle connection, the one used last; None: a new one is needed."""
-        return self._idle.pop() if self._idle else None
+        return self.idle.pop() if self.idle else None
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection for the next request."""
         gateway = self.gateway
-        if len(self._idle) >= gateway.options.max_idle_per_upstream or gateway.closed:
+        idle = self.idle
+        if len(idle) >= gateway.options.max_idle_per_upstream or gateway.closed:
             connection.transport.close()
             return
         connection.idle_since = gateway.clock
-        self._idle.append(connection)
+        idle.append(connection)
 
     def lost(self, connection: UpstreamConnection) -> None:
         """A connection is gone."""
         self.open_connections -= 1
-        if connection.user is None and connection in self._idle:
-            self._idle.remove(connection)
+        if connection.user is None and connection in self.idle:
+            self.idle.remove(connection)
         if not self.open_connections:
             self.gateway.pool_emptied(self)
 
-    def connect(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> asyncio.Task[None]:
+    def connect(self, user: Answered, pieces: Pieces) -> asyncio.Task[None]:
         """Open a connection and send one request on it. Cancel the returned task to give it up."""
-        task = self.gateway.loop.create_task(self._connect(user, head, body))
+        task = self.gateway.loop.create_task(self._connect(user, pieces))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         return task
 
-    async def _connect(self, user: Answered, head: list[bytes], body: bytes | bytearray) -> None:
+    async def _connect(self, user: Answered, pieces: Pieces) -> None:
         upstream, gateway = self.upstream, self.gateway
         context = ssl.create_default_context() if upstream.tls else None
         connection = UpstreamConnection(self)
@@ -341,17 +339,17 @@ class Pool:
             user.upstream_lost("the connection was closed", False, False)
             return
         user.connected(connection)
-        connection.send(user, head, body)
+        connection.send(user, pieces)
 
     def close_idle(self, older_than: float = float("inf")) -> None:
         """Close connections that are idle since before `older_than` (loop time); all without it."""
         keep: list[UpstreamConnection] = []
-        for connection in self._idle:
+        for connection in self.idle:
             if connection.idle_since < older_than:
                 connection.transport.close()
             else:
                 keep.append(connection)
-        self._idle = keep
+        self.idle = keep
 
     def close(self) -> None:
         """Close what is idle and give up what is being opened."""

@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from fleetd.core.commands import Grant, Reject
-from fleetd.gateway import Gateway, GatewayOptions, ModelEntry, Upstream
+from fleetd.gateway import Gateway, GatewayOptions, ModelEntry, Seat, Upstream
 
 DEADLINE_S = 20.0
 
@@ -28,6 +28,7 @@ class ScriptedFleet:
         self.holders: dict[str, list[str]] = {}
         self.served: dict[tuple[str, str], str] = {}
         self.hold = False
+        self.seats: dict[tuple[str, str, Upstream, str], Seat] = {}
         self.rejects: dict[str, Reject] = {}
         self.held: dict[int, tuple[str, Any, Any, tuple[str, ...]]] = {}
         self.admitted: list[tuple[str, tuple[str, ...]]] = []
@@ -42,6 +43,19 @@ class ScriptedFleet:
         self.upstreams[process] = Upstream("127.0.0.1", port, **upstream)
         self.holders.setdefault(model, []).append(process)
         self.served[model, process] = served_name or model
+
+    def take(self, model: str) -> tuple[int, Seat] | None:
+        """Grant at once what has a holder; what is scripted otherwise goes through `admit`."""
+        if self.hold or model in self.rejects or not self.holders.get(model):
+            return None
+        process = self.holders[model][0]
+        if process not in self.upstreams:
+            return None
+        seat = Seat(model, process, self.upstreams[process], self.served[model, process])
+        self._last_id += 1
+        self.admitted.append((model, ()))
+        self.granted.append(self._last_id)
+        return self._last_id, self.seats.setdefault((model, process, seat.upstream, seat.served_name), seat)
 
     def admit(self, model: str, on_grant: Any, on_reject: Any, avoid: tuple[str, ...] = ()) -> int:
         self._last_id += 1

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from fleetd.core.commands import Reject
-from tests.gateway.rig import CHAT, STREAM, EngineRequest, post, rig, run, until
+from tests.gateway.rig import CHAT, STREAM, EngineRequest, get, post, rig, run, until
 
 
 def refused_port() -> int:
@@ -252,6 +252,8 @@ def test_more_bytes_than_the_answer_has_end_the_connection_only() -> None:
             client = await it.client()
             for _ in range(3):
                 assert (await client.ask(CHAT))[2] == b"{}"
+            await client.send(get("/health", "Connection: close\r\n"))
+            assert (await client.closed()).startswith(b"HTTP/1.1 200 ")  # nothing of a second answer came before it
 
     run(scenario())
 
