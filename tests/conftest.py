@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -30,6 +31,10 @@ ENGINES = {
     "lmstudio": lambda: shutil.which("lms") is not None,
 }
 
+
+# An example's time says more of what else the machine does than of the code.
+hypothesis.settings.register_profile("fleetd", deadline=None)
+hypothesis.settings.load_profile("fleetd")
 
 # A run in a script's background ignores Ctrl-C, and every program started from it would too: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

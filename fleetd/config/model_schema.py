@@ -31,7 +31,7 @@ _Names = Annotated[tuple[str, ...], Strings(Text(pattern=MODEL_NAME, what="the n
 
 class ModelQueueKeys(Block):
     max: Annotated[int, Whole(0, 1_000_000)] = 64
-    timeout: Annotated[float, Duration("1ms", "1d")] = 60.0
+    timeout: Annotated[float, Duration("1ms", "1d")] | None = None  # None: the gateway's
 
 
 class RequestKeys(Block):

@@ -207,7 +207,7 @@ class ModelSpec:
     min_resident_s: float = 30.0
     concurrency: int = 4  # slots per holder
     queue_max: int = 64
-    queue_timeout_s: float = 60.0
+    queue_timeout_s: float = 120.0  # longest wait in line, a load included
     load_timeout_s: float = 300.0
     fallback: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ()  # not empty: this name only points to others
@@ -225,10 +225,9 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """The gateway's queue: most waiting requests, longest wait, and the fairness bound (`max_wait_s`)."""
+    """The gateway's queue: most waiting requests, and the fairness bound (`max_wait_s`)."""
 
     max: int = 512
-    timeout_s: float = 120.0
     max_wait_s: float = 30.0
 
 

@@ -20,7 +20,7 @@ class Line:
         self.facts = facts
 
     def deadline(self, model: Model, arrived_s: float) -> float:
-        return arrived_s + min(model.spec.queue_timeout_s, self.facts.spec.queue.timeout_s)
+        return arrived_s + model.spec.queue_timeout_s
 
     def enter(self, waiting: Waiting, now: float) -> None:
         facts = self.facts

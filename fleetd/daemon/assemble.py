@@ -118,7 +118,7 @@ class Assembler:
         )
         queue = self.config.gateway.queue
         spec = FleetSpec(
-            self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.timeout, queue.max_wait)
+            self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.max_wait)
         )
         sources = {("process", name): plan.source for name, plan in self.plans.items()}
         sources |= {("model", name): self._source(("models", name)) for name in self.config.models}

@@ -117,5 +117,5 @@ def random_fleet(rng: Random) -> FleetSpec:
             "gpu0": DeviceSpec("gpu0", "gpu", 12 * GIB, 10 * GIB),
             "host": DeviceSpec("host", "host", 12 * GIB, rng.choice((6, 8)) * GIB),
         },
-        QueueLimits(max=24, timeout_s=120.0, max_wait_s=20.0),
+        QueueLimits(max=24, max_wait_s=20.0),
     )
