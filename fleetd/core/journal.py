@@ -3,6 +3,7 @@
 The rules of this file
 - One entry per handled event that led to anything, with its commands; kept as values, rendered only when somebody asks.
 - Warm grants are not entered, save in a recording journal: they would push out what explains the fleet. Counters stand for them.
+- Of a change of the whole fleet only the fact is kept: thousands of edits of a large fleet are no reason to keep each of them.
 - A recording journal (`keep_all`) keeps every event from the first one, so that a test can replay it.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from fleetd.core.commands import Command
+from fleetd.core.contract import FleetSpec
 from fleetd.core.events import Event, SpecChanged
 
 _PER_SUBJECT = 64
@@ -64,6 +66,8 @@ class Journal:
         notes, self._notes = tuple(self._notes), []
         if not commands and not notes and not self.keep_all and not isinstance(event, SpecChanged):
             return
+        if isinstance(event, SpecChanged) and not self.keep_all:
+            event = replace(event, spec=FleetSpec(), remembered={}, adopted=())
         self.serial += 1
         entry = Entry(self.serial, now, event, tuple(commands), notes)
         self.entries.append(entry)

@@ -25,6 +25,11 @@ def settled() -> None:
     """Give back what only the start needed, and spare the collector the objects that live for ever."""
     gc.collect()
     gc.freeze()
+    give_back()
+
+
+def give_back() -> None:
+    """Return freed memory to the system: after a change of fleet.yaml, that of the assembly before. Blocks a few milliseconds."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

@@ -18,6 +18,7 @@ from fleetd.control.wire import Applied, Outcome, Plan
 from fleetd.core.events import SpecChanged
 from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.daemon import Daemon
+from fleetd.daemon.footprint import give_back
 from fleetd.daemon.plans import affected, plan_of
 from fleetd.daemon.readings import Reading
 from fleetd.errors import ApiError, ConfigError, HostError
@@ -49,6 +50,7 @@ class Operations:
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
         async with self._turn():
             plan, wait_for, generations = await self._apply_now(path, options)
+            await asyncio.to_thread(give_back)
         results = await self._outcomes(wait_for, generations, options) if wait_for else []
         return {"plan": plan, "results": results}
 
