@@ -75,8 +75,9 @@ def loaded(fleet: Fleetd) -> Fleetd:
 
 
 def load(fleet: Fleetd) -> None:
-    """Have the model loaded, and its process ready."""
-    ask(fleet)
+    """Have the model loaded, and its process ready; a request would be patient for `gateway.queue.timeout` only."""
+    assert fleet.control("POST", "/v1/models/load", {"names": ["tiny"], "wait": False}).status in (200, 202)
+    until(lambda: fleet.model_row("tiny")["state"] == "LOADED", f"it is loaded: {fleet.log()[-2000:]}", READY_S)
     fleet.until_state("tiny", "READY")
 
 
@@ -149,11 +150,13 @@ def test_a_start_that_cannot_work_fails_once_with_its_reason(fleet: Fleetd) -> N
     """vLLM finds that one request of the longest length has no room, after most of a minute: trying again would not help."""
     try:
         reloaded(fleet, "      max_model_len: 512\n", "      max_model_len: 512\n      num_gpu_blocks_override: 1\n")
-        answer = fleet.ask("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, timeout_s=READY_S)
-        assert (answer.status, answer.code) == (503, "model_failed"), answer.body
-        row = fleet.until_state("tiny", "FAILED")
+        fleet.control("POST", "/v1/models/load", {"names": ["tiny"], "wait": False})
+        until(lambda: fleet.process_row("tiny")["state"] == "FAILED", "it failed for good", READY_S)
+        row = fleet.process_row("tiny")
         assert "No available memory for the cache blocks" in row["reason"], row
         until(lambda: not processes(fleet), "nothing is left of it")
+        answer = fleet.chat("tiny")
+        assert (answer.status, answer.code) == (503, "model_failed"), answer.body
     finally:
         reloaded(fleet, "", "")
     load(fleet)
@@ -164,6 +167,7 @@ def test_more_memory_than_there_is_is_refused_with_the_numbers(fleet: Fleetd) ->
         reloaded(fleet, "gpu_memory_utilization: 0.15", "gpu_memory_utilization: 1.0")
         answer = fleet.ask("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, timeout_s=READY_S)
         assert (answer.status, answer.code) == (422, "model_too_large"), answer.body
+        assert "GiB" in answer.json["error"]["message"]
         until(lambda: not processes(fleet), "the one that was loaded with the options before is gone")
     finally:
         reloaded(fleet, "", "")
