@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-systemd test-containers test-engines test-vllm chaos restarts supervisors lint format clean
+.PHONY: help demo run test test-systemd test-containers test-engines test-vllm chaos restarts supervisors lint format clean mutants
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ CHAOS_FOR ?= 5m
 CHAOS_SEED ?=
 chaos: $(VENV)/.installed-test  ## random kills, stops, edits and slow disks for CHAOS_FOR (5m); CHAOS_SEED repeats a run
 	$(PY) -m bench.chaos --for $(CHAOS_FOR) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+
+mutants: $(VENV)/.installed-test  ## plant bugs in the core and show that the simulation finds each
+	$(PY) -m tests.core.mutants
 
 restarts: $(VENV)/.installed-test  ## ten thousand restarts: the daemon's memory and descriptors stay flat
 	$(PY) -m bench.restarts_10k
