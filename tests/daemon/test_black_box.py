@@ -53,8 +53,10 @@ def test_a_request_loads_its_model_and_a_full_budget_evicts(tmp_path: Path) -> N
             assert answer.status == 200, answer.body
             assert answer.headers["X-Fleet-Model"] == name
             assert daemon.status()["devices"][0]["reserved_bytes"] <= 100 * 2**20
-        assert sum(daemon.model_row(name)["evictions"] for name in "abc") == 2
-        assert daemon.model_row("a")["loads"] == 2
+        rows = [daemon.model_row(name) for name in "abc"]
+        evictions = sum(row["evictions"] for row in rows)
+        assert evictions >= 1, "c needs the place of a or of b, whichever took less time to load"
+        assert sum(row["loads"] for row in rows) - evictions == 2
 
 
 def test_a_crash_is_seen_at_once_and_restarted(tmp_path: Path) -> None:
