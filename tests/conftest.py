@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import os
 import shutil
 import signal
 import threading
@@ -68,9 +69,11 @@ def _children() -> dict[int, str]:
     found = {}
     for child in psutil.Process().children(recursive=True):
         try:
-            found[child.pid] = " ".join(child.cmdline()) or child.name()
+            words = " ".join(child.cmdline()) or child.name()
         except psutil.Error:
             continue
+        if "fleetd.daemon.reading" not in words or child.ppid() == os.getpid():
+            found[child.pid] = words  # a daemon's reading process stays for the next reading, and ends by itself
     return found
 
 

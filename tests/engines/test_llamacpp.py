@@ -96,10 +96,11 @@ def test_program_is_llama_server_from_path_else_the_wheel(tmp_path: Path, monkey
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
     assert ENGINE.launch(context(env={"PATH": str(tmp_path)})).argv[0] == str(server)
+    monkeypatch.setattr(llamacpp, "_LATELY", {})  # what was found is believed for a second
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert ENGINE.launch(context(env={"PATH": "/nowhere"})).argv[:3] == (sys.executable, "-I", str(llamacpp.CHILD))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    llamacpp._LATELY.clear()  # what was found is believed for a second
+    llamacpp._LATELY.clear()
     with pytest.raises(EngineError) as caught:
         ENGINE.launch(context(env={"PATH": "/nowhere"}))
     assert caught.value.hint == "pip install 'fleetd[llamacpp]'"

@@ -325,6 +325,7 @@ NASTY = st.text(alphabet=st.sampled_from("\",\\'{}[]:ab\t\0ü€😀\r"), max_si
 
 
 @example([","], 0.0)
+@example(['",'], 0.0)
 @example([",", "a", ",", '","'], 0.0)
 @given(st.lists(NASTY | st.text(max_size=20), min_size=1, max_size=8), st.floats(0, 4e9))
 def test_json_lines_say_what_was_said(lines: list[str], at: float) -> None:

@@ -272,14 +272,9 @@ class Pump:
 
 
 def as_json_lines(lines: list[str], at: float) -> bytes:
-    """Return one JSON object per line, all with the same time.
-
-    The list is encoded at once and then taken apart at `","`: inside a JSON string a quote always follows a backslash, so
-    behind the first opening quote these three bytes stand between two strings and nowhere else. Ten times the speed of
-    one call per line.
-    """
-    head = b'{"t":%.3f,"line":"' % at
-    return head + orjson.dumps(lines)[2:-1].replace(b'","', b'"}\n' + head) + b"}\n"
+    """Return one JSON object per line, all with the same time."""
+    head = b'{"t":%.3f,"line":' % at
+    return b"".join([head + orjson.dumps(line) + b"}\n" for line in lines])
 
 
 def _write_whole(fd: int, text: bytes) -> bool:
