@@ -70,9 +70,10 @@ def _children() -> dict[int, str]:
     for child in psutil.Process().children(recursive=True):
         try:
             words = " ".join(child.cmdline()) or child.name()
+            own = child.ppid() == os.getpid()
         except psutil.Error:
             continue
-        if "fleetd.daemon.reading" not in words or child.ppid() == os.getpid():
+        if own or "fleetd.daemon.reading" not in words:
             found[child.pid] = words  # a daemon's reading process stays for the next reading, and ends by itself
     return found
 
