@@ -117,9 +117,7 @@ class Assembler:
             self.loaded, self.around, self.plans, self.specs, self.devices, self.holders, self.problem, self.warn
         )
         queue = self.config.gateway.queue
-        spec = FleetSpec(
-            self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.max_wait)
-        )
+        spec = FleetSpec(self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.max_wait))
         sources = {("process", name): plan.source for name, plan in self.plans.items()}
         sources |= {("model", name): self._source(("models", name)) for name in self.config.models}
         return Assembly(

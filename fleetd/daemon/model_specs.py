@@ -80,7 +80,9 @@ class ModelAssembler:
             min_resident_s=keys.min_resident,
             concurrency=max(1, concurrency),
             queue_max=keys.queue.max,
-            queue_timeout_s=self.loaded.config.gateway.queue.timeout if keys.queue.timeout is None else keys.queue.timeout,
+            queue_timeout_s=self.loaded.config.gateway.queue.timeout
+            if keys.queue.timeout is None
+            else keys.queue.timeout,
             load_timeout_s=keys.load_timeout,
             fallback=keys.fallback,
         )

@@ -50,7 +50,9 @@ def test_a_system_unit_is_hardened_and_lets_engines_be() -> None:
     def unit(user: str | None) -> configparser.SectionProxy:
         parsed = configparser.ConfigParser(interpolation=None, strict=False)
         parsed.optionxform = str  # type: ignore[assignment,method-assign]
-        parsed.read_string(systemd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user})).text)
+        parsed.read_string(
+            systemd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user})).text
+        )
         return parsed["Service"]
 
     assert unit("fleet")["NoNewPrivileges"] == "yes"
@@ -81,7 +83,9 @@ def test_the_unit_finds_the_daemons_socket(tmp_path: Path) -> None:
     assert reload_line("version: 1\n").endswith("fleetctl reload")
     moved = reload_line("version: 1\npaths: {run: ./run, state: ./s, logs: ./l}\n")
     assert moved.endswith(f"fleetctl --socket {tmp_path}/run/fleetd.sock reload")
-    assert reload_line("version: [\n").endswith("fleetctl reload"), "a bad file is said, and does not stop the installation"
+    assert reload_line("version: [\n").endswith("fleetctl reload"), (
+        "a bad file is said, and does not stop the installation"
+    )
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
