@@ -17,7 +17,7 @@ LINE = re.compile(rb"([a-z]+-\d+) ([0-9a-f]+-\d+) (\d{8}) (z*)")
 ADMITTED = re.compile(rb"--- (\d+) lines lost: the disk refused them ---")
 RSS_MAX_BYTES = 160 << 20
 RSS_GROWTH_BYTES = 12 << 20
-FDS_GROWTH = 8
+FDS_GROWTH = 20  # processes that edits added, and a reading process that stays for the next edit
 
 
 def _environ(pid: str) -> dict[bytes, bytes]:
