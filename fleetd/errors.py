@@ -29,6 +29,11 @@ class FleetError(Exception):
         if recoverable is not None:
             self.recoverable = recoverable
 
+    @property
+    def sentence(self) -> str:
+        """The error with its hint, as one line."""
+        return f"{self} ({self.hint})" if self.hint else str(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,13 @@ class LoadedConfig:
         return Path(os.path.normpath(self.folder_of(path) / expand_home(text)))
 
 
-def load(path: Path, env: Mapping[str, str]) -> LoadedConfig:
-    """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found."""
+def load(
+    path: Path, env: Mapping[str, str], beside: Callable[[Any, Marks], list[Problem]] | None = None
+) -> LoadedConfig:
+    """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found.
+
+    Where there is one, `beside` is asked for those that others know of in the same plain data, so that all are told at once.
+    """
     reader = Reader(env)
     root = reader.read(Path.cwd() / path, str(path))
     if root is None:
@@ -60,6 +65,7 @@ def load(path: Path, env: Mapping[str, str]) -> LoadedConfig:
     later = [problem for problem in problems if (problem.file, problem.line, problem.column) not in places]
     problems = [*reader.problems, *later]
     if problems or config is None:
+        problems += [p for p in beside(data, marks) if (p.file, p.line, p.column) not in places] if beside else ()
         raise ConfigError(_sorted(problems, reader.order))
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return LoadedConfig(config, marks, tuple(reader.files), digest)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema import FleetConfig
@@ -38,6 +38,7 @@ from fleetd.daemon.environment import parse_env_file, substitute
 from fleetd.daemon.held import held_models, own_held
 from fleetd.daemon.launches import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.daemon.model_specs import ModelAssembler
+from fleetd.daemon.option_mistakes import read_options
 from fleetd.daemon.ports import NoPortLeftError, assign
 from fleetd.engines import load as find_engine
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext
@@ -193,22 +194,14 @@ class Assembler:
         try:
             return find_engine(keys.engine)
         except EngineError as error:
-            self.problem((*entry.path, "engine"), str(error))
+            self.problem((*entry.path, "engine"), error.sentence)
             return None
 
     def _options(self, entry: Entry, engine: Engine) -> Any:
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
-        try:
-            return engine.options.model_validate(raw)
-        except ValidationError as error:
-            for item in error.errors(include_url=False):
-                path = (*entry.path, "options", *[part for part in item["loc"] if self._in_file(part)])
-                self.problem(path, _option_message(item, engine))
-            return None
-
-    def _in_file(self, part: str | int) -> bool:
-        """Pydantic adds the names of union members to its paths; those are not keys of the file."""
-        return isinstance(part, int) or not part.startswith(("function-", "literal[", "constrained-", "tagged-"))
+        options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
+        self.problems += mistakes
+        return options
 
     def _device(self, entry: Entry) -> str:
         keys = entry.engine_keys
@@ -312,9 +305,8 @@ class Assembler:
             contained = recipe.contain(engine, context)
             return contained.launch, contained, None
         except EngineError as error:
-            said = f"{error} ({error.hint})" if error.hint else str(error)
-            self.warn(entry.path if recipe is None else (*entry.path, "runtime"), said)
-            return Launch(argv=()), None, said
+            self.warn(entry.path if recipe is None else (*entry.path, "runtime"), error.sentence)
+            return Launch(argv=()), None, error.sentence
 
     def _recipe(self, entry: Entry, engine: Engine, context: LaunchContext) -> Recipe | None:
         """Return how the entry's container is made, where it asks for one."""
@@ -464,24 +456,6 @@ def _endpoint(entry: Entry, options: Any) -> Endpoint | None:
     if entry.external is not None:
         return Endpoint(entry.external.rstrip("/"), key)
     return Endpoint(f"http://{connect_host(HOST)}:{entry.port}", key) if entry.port is not None else None
-
-
-def _option_message(item: Any, engine: Engine) -> str:
-    if item["type"] == "extra_forbidden":
-        import difflib
-
-        key = str(item["loc"][-1])
-        near = difflib.get_close_matches(key, engine.options.model_fields, 1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"{engine.name} knows {', '.join(sorted(engine.options.model_fields))}"
-        )
-        return f"unknown option: {hint}"
-    if item["type"] == "missing":
-        return "is required"
-    message = str(item["msg"])
-    return message.removeprefix("Value error, ")
 
 
 __all__ = ["Assembler", "assemble", "checked"]

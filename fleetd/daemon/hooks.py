@@ -67,6 +67,6 @@ class Hooks:
         try:
             ok, output = await self._machine.run(argv, env, plan.execution.cwd, LIMIT_S)
         except HostError as error:
-            return f"{error} ({error.hint})" if error.hint else str(error)
+            return error.sentence
         last = output.strip().splitlines()[-1:] or ["it said nothing"]
         return None if ok else last[0][:300]

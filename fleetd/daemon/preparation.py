@@ -225,9 +225,8 @@ class Preparation:
             self._verified |= {(plan.name, step.name): mark for plan in store.plans}
 
     def _failed(self, name: str, error: FleetError) -> None:
-        said = str(error).removeprefix(f"{name}: ")
+        said = error.sentence.removeprefix(f"{name}: ")
         text = (f"models.{name}: " if not said.startswith("models.") else "") + said
-        text += f" ({error.hint})" if error.hint else ""
         if self.notes.get(name) != Note("failed", text):
             self.notes[name] = Note("failed", text)
             self._say(name, "not made", text)

@@ -139,7 +139,7 @@ class Processes:
             request = plan.request(run.generation, self._parent_env)
             handle = await self._machine.spawn(request, self.exit_seen(run))
         except (HostError, EngineError) as error:
-            self._failed(run, sentence(error), error.recoverable and not isinstance(error, EngineError))
+            self._failed(run, error.sentence, error.recoverable and not isinstance(error, EngineError))
             return
         except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the process
             self._failed(run, f"unexpected failure: {type(error).__name__}: {error}", True)
@@ -214,7 +214,7 @@ class Processes:
             try:
                 await self.hooks.post_stop(plan)
             except HostError as error:
-                self._complain(run.name, sentence(error))
+                self._complain(run.name, error.sentence)
         return survivors
 
     async def _hurry(self, run: Run, force: bool | None) -> None:
@@ -266,11 +266,6 @@ def written(plan: LaunchPlan) -> LaunchPlan:
         contained = plan.recipe.contain(plan.engine, plan.context)
         return replace(plan, launch=contained.launch, contained=contained, missing_program=None)
     return replace(plan, launch=plan.engine.launch(plan.context), missing_program=None)
-
-
-def sentence(error: FleetError) -> str:
-    """Return an error with its hint, as one line."""
-    return f"{error} ({error.hint})" if error.hint else str(error)
 
 
 def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:

@@ -19,7 +19,6 @@ from fleetd.core.contract import ModelSpec
 from fleetd.core.events import Event, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.preparation import Preparation
-from fleetd.daemon.processes import sentence
 from fleetd.daemon.tasks import Tasks
 from fleetd.engines.base import Endpoint, HeldModel
 from fleetd.errors import EngineError, FleetError
@@ -100,7 +99,7 @@ class Residency:
                     raise
                 measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
         except FleetError as error:
-            self._dispatch(LoadFailed(model, process, generation, sentence(error), recoverable=error.recoverable))
+            self._dispatch(LoadFailed(model, process, generation, error.sentence, recoverable=error.recoverable))
         except asyncio.CancelledError:
             self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
             raise
@@ -117,7 +116,7 @@ class Residency:
             plan, endpoint, held = self._target(model, process)
             await plan.engine.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
-            self._dispatch(UnloadFailed(model, process, generation, sentence(error)))
+            self._dispatch(UnloadFailed(model, process, generation, error.sentence))
         except asyncio.CancelledError:
             self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
             raise

@@ -10,11 +10,13 @@ import pytest
 from fleetd.config.load import load
 from fleetd.control.wire import Plan
 from fleetd.core.contract import FootprintSource, ProcessKind
+from fleetd.daemon import offline
 from fleetd.daemon.assemble import assemble
 from fleetd.daemon.assembly import Assembly, MachineDevice, Surroundings
 from fleetd.daemon.plans import plan_of, restarting
 from fleetd.daemon.reading import read
 from fleetd.daemon.readings import Circumstances, Reading, pack, unpack
+from fleetd.errors import ConfigError
 
 GIB = 2**30
 HOST = MachineDevice("host", "host", 10 * GIB)
@@ -99,6 +101,30 @@ def test_option_mistakes_carry_their_place_and_a_hint(tmp_path: Path) -> None:
     line = str(found.problems[0]).splitlines()[0]
     assert "fleet.yaml:5:" in line
     assert "models.m.options.context_lenght: unknown option: did you mean context_length?" in line
+
+
+def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(
+        "version: 1\n"
+        "services: {a: {command: x, restrt: {}}}\n"
+        "models:\n"
+        "  m: {engine: llamacpp, options: {model: x.gguf, context_lenght: 4}}\n"
+        "  n: {engine: lamacpp}\n"
+        "  o: {engine: vllm, options: {model: '${NOPE}', max_model_len: wat}}\n"
+        "  p: {engine: vllm, options: 3}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        offline.assembled(path, {})
+    said = [(problem.line, problem.path) for problem in caught.value.problems]
+    assert said == [
+        (2, "services.a.restrt"),
+        (4, "models.m.options.context_lenght"),
+        (5, "models.n.engine"),
+        (6, "models.o.options.model"),
+        (6, "models.o.options.max_model_len"),
+        (7, "models.p.options"),
+    ]
 
 
 def test_an_unknown_engine_is_a_problem(tmp_path: Path) -> None:
