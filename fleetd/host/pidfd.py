@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fleetd.host.proctable import system_table
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -112,7 +114,6 @@ class Children:
         reaped: list[int] = []
         if not hasattr(os, "waitid"):
             return reaped
-        own_session = os.getsid(0)
         while True:
             with self._lock:
                 if self._spawning:
@@ -121,13 +122,30 @@ class Children:
                     info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 except ChildProcessError:
                     return reaped
-                if info is None or info.si_pid in self._known or _session_of(info.si_pid) == own_session:
+                if info is None:
                     return reaped
-                try:
-                    os.waitpid(info.si_pid, os.WNOHANG)
-                except ChildProcessError:
-                    return reaped
-                reaped.append(info.si_pid)
+                if not self._is_orphan(info.si_pid):
+                    break
+                self._take(info.si_pid, reaped)
+        # The kernel names only this one, again and again, for as long as its owner leaves it: look behind it.
+        for pid in _dead_children():
+            with self._lock:
+                self._take_orphan(pid, reaped)
+        return reaped
+
+    def _is_orphan(self, pid: int) -> bool:
+        return pid not in self._known and _session_of(pid) != os.getsid(0)
+
+    def _take_orphan(self, pid: int, reaped: list[int]) -> None:
+        if self._spawning == 0 and self._is_orphan(pid):
+            self._take(pid, reaped)
+
+    def _take(self, pid: int, reaped: list[int]) -> None:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return
+        reaped.append(pid)
 
     def reap_orphan(self, pid: int) -> None:
         """Take the status of one dead member of a process set, if it is a child that nobody claimed."""
@@ -138,6 +156,11 @@ class Children:
                 os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
                 return
+
+
+def _dead_children() -> list[int]:
+    own = os.getpid()
+    return [entry.pid for entry in system_table().snapshot().values() if entry.ppid == own and entry.dead]
 
 
 def _session_of(pid: int) -> int:

@@ -154,6 +154,30 @@ def test_statuses_of_others_are_not_taken(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_an_orphan_behind_a_status_of_others_is_reaped(tmp_path: Path) -> None:
+    program = """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                print("worker", os.getpid(), flush=True); print("up", flush=True)
+                time.sleep(0.1)
+            os._exit(0)
+        time.sleep(600)
+    """
+
+    async def run() -> None:
+        other = subprocess.Popen([sys.executable, "-I", "-S", "-c", ""])  # noqa: ASYNC220
+        await until(lambda: not alive(other.pid))
+        async with host_in(tmp_path) as host:
+            handle = await spawn(host, python(program))
+            (orphan,) = pids_in(await log_says(host, handle, "up"), "worker")
+            await until(lambda: not psutil.pid_exists(orphan), "no zombie is left")
+        assert other.wait() == 0
+
+    asyncio.run(run())
+
+
 def test_signal_names() -> None:
     assert [signal_number(word) for word in ("SIGTERM", "term", "15", 15, "Int")] == [15, 15, 15, 15, 2]
     for wrong in ("SIGNOPE", "", "99", "TERM; rm"):
