@@ -75,7 +75,7 @@ class ApplyOptions:
 class ControlPort(Protocol):
     """The daemon, as the control plane sees it."""
 
-    def status(self) -> Status:
+    async def status(self) -> Status:
         """Return the whole fleet, without `schema`."""
 
     def process(self, name: str) -> ProcessDetail:

@@ -116,12 +116,12 @@ def signal_name(text: str) -> str:
 
 async def get_status(request: web.Request) -> web.Response:
     read_query(request, ())
-    return answer(request.app[PORT].status())
+    return answer(await request.app[PORT].status())
 
 
 async def get_processes(request: web.Request) -> web.Response:
     read_query(request, ())
-    return answer({"processes": request.app[PORT].status()["processes"]})
+    return answer({"processes": (await request.app[PORT].status())["processes"]})
 
 
 async def get_process(request: web.Request) -> web.Response:
@@ -130,7 +130,7 @@ async def get_process(request: web.Request) -> web.Response:
 
 async def get_models(request: web.Request) -> web.Response:
     read_query(request, ())
-    return answer({"models": request.app[PORT].status()["models"]})
+    return answer({"models": (await request.app[PORT].status())["models"]})
 
 
 async def get_model(request: web.Request) -> web.Response:

@@ -207,7 +207,7 @@ class App:
         )
 
         async def metrics() -> bytes:
-            return await asyncio.to_thread(render, daemon.view.status(), gateway.stats())
+            return await asyncio.to_thread(render, await daemon.view.status(), gateway.stats())
 
         library = Libraries(daemon.fleet, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
         self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics, library=library)

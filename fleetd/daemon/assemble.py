@@ -49,6 +49,7 @@ Path_ = tuple[str | int, ...]
 PortUsable = Callable[[str, int], bool]
 HOST = "127.0.0.1"
 _ENV_FILE_LIMIT_BYTES = 1024 * 1024
+_NAMED = 10  # of thousands of models, in one message
 
 
 def assemble(
@@ -429,10 +430,8 @@ class Assembler:
         if entry.kind is ProcessKind.SERVICE or plan.engine.capabilities.many_models or plan.external:
             return None
         if len(models) > 1:
-            self.problem(
-                entry.path,
-                f"a {plan.engine_name} server holds one model, but {len(models)} name it: {', '.join(models)}",
-            )
+            named = ", ".join(models[:_NAMED]) + (", …" if len(models) > _NAMED else "")
+            self.problem(entry.path, f"a {plan.engine_name} server holds one model, but {len(models)} name it: {named}")
         return models[0] if models else None
 
     def _dependencies(self, entry: Entry) -> tuple[Dependency, ...]:

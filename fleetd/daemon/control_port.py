@@ -87,8 +87,8 @@ class DaemonControlPort:
 
     # -- looking --------------------------------------------------------------------------------------------------------
 
-    def status(self) -> Status:
-        return self._view.status()
+    async def status(self) -> Status:
+        return await self._view.status()
 
     def devices(self) -> Sequence[DeviceStatus]:
         return self._view.devices()
@@ -188,7 +188,7 @@ class DaemonControlPort:
         journal = [line for entry in list(self._fleet.journal.entries) for line in sentences(entry)]
         return {
             "at": rfc3339(time.time()),
-            "status": self.status(),
+            "status": await self.status(),
             "config": self.config(),
             "journal": journal,
             "events": self._feed.recent(0.0, None),

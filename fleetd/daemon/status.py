@@ -7,13 +7,14 @@ The rules of this file
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fleetd import __version__
 from fleetd.control.wire import (
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
 
 
+Entry = TypeVar("Entry")
+Row = TypeVar("Row")
+
+_SLICE = 200  # entries: a few milliseconds
 _REFUSED = re.compile(r": 40[13]\b")
 
 
@@ -71,7 +76,8 @@ class StatusView:
         self._sampling = sampling
         self.facts = facts
 
-    def status(self) -> Status:
+    async def status(self) -> Status:
+        """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
         now = time.monotonic()
         self._sampling.asked()
         ready, _ = self.ready()
@@ -81,8 +87,8 @@ class StatusView:
             "ready": ready,
             "daemon": self._daemon(now),
             "devices": self.devices(),
-            "processes": [self.process(process, now) for process in self._in_order()],
-            "models": [self.model(model, now, queued) for model in self._models_in_order()],
+            "processes": await _in_slices(lambda process: self.process(process, now), self._in_order()),
+            "models": await _in_slices(lambda model: self.model(model, now, queued), self._models_in_order()),
             "host": self._host(),
         }
 
@@ -247,6 +253,15 @@ class StatusView:
             if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
         ]
         return round(max(0.0, min(ends) - now), 1) if ends else None
+
+
+async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -> list[Row]:
+    rows: list[Row] = []
+    for entry in entries:
+        if rows and not len(rows) % _SLICE:
+            await asyncio.sleep(0)
+        rows.append(render(entry))
+    return rows
 
 
 def reason_of(model: Model) -> str:

@@ -104,7 +104,7 @@ class FakePort:
         self.closed_streams = 0
         self.calls: list[str] = []
 
-    def status(self) -> Status:
+    async def status(self) -> Status:
         if self.raising is not None:
             raise self.raising
         return {
@@ -240,7 +240,11 @@ class FakePort:
         }
 
     async def dump(self) -> Mapping[str, Any]:
-        return {"status": self.status(), "journal": [self._event(n, "web") for n in range(3)], "nan": float("nan")}
+        return {
+            "status": await self.status(),
+            "journal": [self._event(n, "web") for n in range(3)],
+            "nan": float("nan"),
+        }
 
     def config(self) -> Mapping[str, Any]:
         return {"file": "/etc/fleetd/fleet.yaml", "config_hash": "abc123", "config": {"version": 1}}
