@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,18 +39,21 @@ def test_nothing_heavy_is_imported(fleet: Path) -> None:
 
 
 def processor_s(command: list[str], fleet: Path) -> float:
-    """Return the least processor time of several runs: it is not stretched by what else the machine does."""
-    took = []
-    for _ in range(5):
-        before = os.times()
-        subprocess.run(command, stdout=subprocess.DEVNULL, env=environment(FLEETD_SOCKET=str(fleet)), check=True)
-        after = os.times()
-        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return min(took)
+    """Return the processor time of one run: it is stretched less than the clock's by what else the machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=environment(FLEETD_SOCKET=str(fleet)), check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("verb", ["status", "ps"])
 def test_within_the_budget(fleet: Path, verb: str) -> None:
-    """150 ms on a quiet machine, where a bare interpreter takes 20; a slower or busier one gets as much more."""
-    bare = processor_s([sys.executable, "-c", "pass"], fleet)
-    assert processor_s([*FLEETCTL, verb], fleet) < BUDGET_S * max(1.0, bare / 0.020)
+    """150 ms on a quiet machine, where a bare interpreter takes 20; a slower or busier one gets as much more.
+
+    Both are run in turn, and the best of each counts, so that both had the same chances.
+    """
+    pairs = [
+        (processor_s([sys.executable, "-c", "pass"], fleet), processor_s([*FLEETCTL, verb], fleet)) for _ in range(8)
+    ]
+    bare, status = (min(took) for took in zip(*pairs, strict=True))
+    assert status < BUDGET_S * max(1.0, bare / 0.020)
