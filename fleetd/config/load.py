@@ -65,7 +65,9 @@ def load(
     later = [problem for problem in problems if (problem.file, problem.line, problem.column) not in places]
     problems = [*reader.problems, *later]
     if problems or config is None:
-        problems += [p for p in beside(data, marks) if (p.file, p.line, p.column) not in places] if beside else ()
+        told = {problem.path for problem in problems}
+        others = beside(data, marks) if beside else []
+        problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in told]
         raise ConfigError(_sorted(problems, reader.order))
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return LoadedConfig(config, marks, tuple(reader.files), digest)

@@ -8,6 +8,7 @@ The rules of this file
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,20 +19,21 @@ from fleetd.engines import load as find_engine
 from fleetd.engines.base import Engine
 from fleetd.errors import EngineError, Problem
 
+_SHOWN_AT_MOST = 35  # names in one sentence
+
 
 def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[Any, list[Problem]]:
-    """Return the typed options of the entry at `path`, or None and every mistake in them."""
+    """Return the typed options of the entry at `path`, or None and every mistake in them, one for each value."""
     try:
         return engine.options.model_validate(raw), []
     except ValidationError as error:
-        return None, [
-            marks.problem(
-                (*path, "options", *filter(_in_file, item["loc"])),
-                _message(item, engine),
-                at_key=item["type"] == "extra_forbidden",
-            )
-            for item in error.errors(include_url=False)
-        ]
+        found: dict[Path_, Problem] = {}
+        for item in error.errors(include_url=False):
+            where = _in_file(item, raw)
+            unknown = item["type"] == "extra_forbidden"
+            problem = marks.problem((*path, "options", *where), _message(item, engine), at_key=unknown)
+            found.setdefault(where, problem)
+        return None, list(found.values())
 
 
 def find(data: Any, marks: Marks) -> list[Problem]:
@@ -52,17 +54,41 @@ def _of_entry(name: str, options: dict[str, Any], path: Path_, marks: Marks) -> 
         return [marks.problem((*path, "engine"), error.sentence)]
 
 
-def _in_file(part: str | int) -> bool:
-    """Pydantic adds the names of union members to its paths; those are not keys of the file."""
-    return isinstance(part, int) or not part.startswith(("function-", "literal[", "constrained-", "tagged-"))
+def _in_file(item: Any, raw: Any) -> Path_:
+    """Return the place of a mistake below `options`: pydantic adds the names of union members, which the file does not know."""
+    mistake = (item.get("ctx") or {}).get("error")
+    location = (*item["loc"], *getattr(mistake, "where", ()))
+    where: Path_ = ()
+    for part in location:
+        known = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int))
+        if known:
+            where, raw = (*where, part), raw[part]
+        elif item["type"] == "missing" and part == location[-1]:
+            where = (*where, part)
+    return where
 
 
 def _message(item: Any, engine: Engine) -> str:
     if item["type"] == "extra_forbidden":
-        key, known = str(item["loc"][-1]), engine.options.model_fields
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"{engine.name} knows {', '.join(sorted(known))}"
-        return f"unknown option: {hint}"
+        return _unknown(item["loc"], engine)
     if item["type"] == "missing":
         return "is required"
-    return str(item["msg"]).removeprefix("Value error, ")
+    mistake = (item.get("ctx") or {}).get("error")
+    message = str(mistake if mistake is not None else item["msg"])
+    return message.replace("Input should be", "must be", 1)
+
+
+def _unknown(location: Sequence[str | int], engine: Engine) -> str:
+    key = str(location[-1])
+    if len(location) > 1:
+        return "unknown key: there is no such one here"
+    if key in engine.options.refused:
+        return engine.options.refused[key]
+    known = engine.options.model_fields
+    near = difflib.get_close_matches(key, known, 1)
+    if near:
+        return f"unknown option: did you mean {near[0]}?"
+    if len(known) <= _SHOWN_AT_MOST:
+        return f"unknown option: {engine.name} knows {', '.join(sorted(known))}"
+    untyped = "; what has no option of its own goes under extra_args" if "extra_args" in known else ""
+    return f"unknown option: {engine.name} has none of this name{untyped}"

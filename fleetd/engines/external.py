@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
@@ -27,7 +27,7 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import Count
+from fleetd.engines.fields import Count, Dialect, Secret
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class ExternalOptions(Options):
     """How the server is spoken to."""
 
-    api: Api = Field(Api.OPENAI, description="the dialect of its port")
-    api_key: SecretStr | None = Field(None, description="sent as a bearer token; write it as ${NAME}")
+    api: Dialect = Field(Api.OPENAI, description="the dialect of its port")
+    api_key: Secret | None = Field(None, description="sent as a bearer token; write it as ${NAME}")
     concurrency: Count = Field(16, description="requests that it is given at once")
 
 

@@ -18,10 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import Field, ValidationError
 
+from fleetd.config.fields import Arguments, Choice, FieldType, Flag, Misplaced, Real, Schema, Whole
+from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, Footprint, Probes, ProbeSpec
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import (
@@ -37,19 +39,20 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import Count, Size
+from fleetd.engines.fields import LARGEST, AnyOf, Count, Index, PathText, Secret, Several, Size, Switch, Template
 from fleetd.engines.llamacpp_exits import classify
 from fleetd.engines.llamacpp_rules import problems
 from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf
+from fleetd.units import shown
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 PROGRAM = "llama-server"
 CHILD = Path(llamacpp_child.__file__)
-KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+KvType = Annotated[str, Choice("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")]
 SCRUBBED = (
     "LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE", "LLAMA_ARG_API_PREFIX", "LLAMA_ARG_SSL_KEY_FILE", "LLAMA_ARG_SSL_CERT_FILE",
     "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_ALIAS", "LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL",
@@ -59,46 +62,70 @@ SCRUBBED = (
 class Lora(Options):
     """An adapter: its GGUF file and how strongly it acts."""
 
-    path: str
-    scale: float = 1.0
+    path: PathText
+    scale: Annotated[float, Real(-1000, 1000)] = 1.0
 
 
-def _lora(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+class LoraType(FieldType):
+    """A path, or `{path: …, scale: 0.5}`."""
+
+    def parse(self, value: object) -> Lora:
+        given = {"path": value} if isinstance(value, str) else value
+        if isinstance(given, Lora):
+            return given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"must be a path, or {{path: …, scale: …}}, not {shown(value)}")
+        try:
+            return Lora(**given)
+        except ValidationError as error:
+            item = error.errors(include_url=False)[0]
+            mistake = (item.get("ctx") or {}).get("error")
+            said = {"missing": "is required", "extra_forbidden": "unknown key: an adapter has path and scale"}
+            where = item["loc"] if isinstance(value, Mapping) else ()
+            raise Misplaced(said.get(item["type"], str(mistake or item["msg"])), *where) from None
+
+    def json_schema(self) -> Schema:
+        return {"type": ["string", "object"]}
 
 
 class LlamaCppOptions(Options):
     """What llama.cpp is told. A field that is None leaves llama.cpp's own default."""
 
-    model: str = Field(min_length=1, description="a GGUF file; of a split model the first part")
+    model: PathText = Field(description="a GGUF file; of a split model the first part")
     context_length: Count = Field(4096, description="tokens that one request may use; memory is taken for every slot")
-    parallel: Count = Field(1, le=256, description="slots: requests worked on at once")
+    parallel: Annotated[int, Whole(1, 256)] = Field(1, description="slots: requests worked on at once")
     threads: Count | None = Field(None, description="for generation")
     threads_batch: Count | None = Field(None, description="for prompts")
-    gpu_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    gpu_layers: Annotated[int | str, AnyOf("auto, or a whole number from 0", Choice("auto"), Whole(0, LARGEST))] = (
+        "auto"
+    )
     batch: Count | None = None
     ubatch: Count | None = Field(None, description="tokens of one compute step; the compute buffer grows with it")
     cache_type_k: KvType = "f16"
     cache_type_v: KvType = "f16"
-    flash_attention: bool | Literal["auto"] = "auto"
-    load_mode: Literal["auto", "mmap", "read", "direct"] = Field("auto", description="how the file comes into memory")
-    mmap: bool | None = Field(None, description="false is short for load_mode: read")
-    mlock: bool = Field(False, description="keep the weights in memory, never swapped")
-    embeddings: bool = Field(False, description="serve embeddings instead of completions")
-    pooling: Literal["none", "mean", "cls", "last", "rank"] | None = None
-    rerank: bool = False
-    lora: tuple[Annotated[Lora, BeforeValidator(_lora)], ...] = ()
-    mmproj: str | None = Field(None, description="the projector of a model that sees or hears")
-    chat_template: str | None = None
-    chat_template_file: str | None = None
-    jinja: bool | None = None
+    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] = "auto"
+    load_mode: Annotated[str, Choice("auto", "mmap", "read", "direct")] = Field(
+        "auto", description="how the file comes into memory"
+    )
+    mmap: Switch | None = Field(None, description="false is short for load_mode: read")
+    mlock: Switch = Field(False, description="keep the weights in memory, never swapped")
+    embeddings: Switch = Field(False, description="serve embeddings instead of completions")
+    pooling: Annotated[str, Choice("none", "mean", "cls", "last", "rank")] | None = None
+    rerank: Switch = False
+    lora: Annotated[tuple[Lora, ...], Several(LoraType())] = ()
+    mmproj: PathText | None = Field(None, description="the projector of a model that sees or hears")
+    chat_template: Template | None = None
+    chat_template_file: PathText | None = None
+    jinja: Switch | None = None
     cache_ram: Size = Field(0, description="host memory for prompts seen before")
-    split_mode: Literal["none", "layer", "row", "tensor"] | None = None
-    main_gpu: Annotated[int, Field(ge=0)] | None = None
-    tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
-    api_key: SecretStr | None = Field(None, description="asked of every request; passed in the environment")
-    extra_args: tuple[str, ...] = Field((), description="further flags of llama-server, as they are")
+    split_mode: Annotated[str, Choice("none", "layer", "row", "tensor")] | None = None
+    main_gpu: Index | None = None
+    tensor_split: Annotated[tuple[float, ...], Several(Real(0, 1e9))] = ()
+    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = None
+    api_key: Secret | None = Field(None, description="asked of every request; passed in the environment")
+    extra_args: Annotated[tuple[str, ...], Arguments()] = Field(
+        (), description="further flags of llama-server, as they are"
+    )
 
 
 class LlamaCpp:
@@ -233,7 +260,7 @@ def _options(context: LaunchContext) -> LlamaCppOptions:
 
 def _path(context: LaunchContext, text: str) -> Path:
     """Return an absolute path; a relative one is meant from the folder of the file that names it."""
-    return (context.config_dir / Path(text).expanduser()).absolute()
+    return (context.config_dir / expand_home(text)).absolute()
 
 
 def _extra_files(context: LaunchContext, options: LlamaCppOptions) -> list[str]:
@@ -247,7 +274,7 @@ def _required(context: LaunchContext, options: LlamaCppOptions) -> tuple[str, ..
 
 
 def _layers(options: LlamaCppOptions) -> int | None:
-    return None if options.gpu_layers == "auto" else options.gpu_layers
+    return options.gpu_layers if isinstance(options.gpu_layers, int) else None
 
 
 def _lately(what: tuple[str, str | None], look: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetd.config.marks import expand_home
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import LaunchContext, OptionProblem
 from fleetd.errors import EngineError
@@ -109,7 +110,7 @@ def _arguments(context: LaunchContext, options: LlamaCppOptions, *, embedded: bo
 
 
 def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
-    path = (context.config_dir / Path(options.model).expanduser()).absolute()
+    path = (context.config_dir / expand_home(options.model)).absolute()
     if path.is_dir():
         yield OptionProblem(("model",), f"{path} is a folder: name the .gguf file in it")
         return

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
@@ -33,7 +33,7 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import Reply, call, until
-from fleetd.engines.fields import Count
+from fleetd.engines.fields import Count, Secret, Switch
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class LmStudioOptions(Options):
 
     context_length: Count | None = None
     eval_batch_size: Count | None = None
-    flash_attention: bool | None = None
+    flash_attention: Switch | None = None
     num_experts: Count | None = None
-    offload_kv_cache_to_gpu: bool | None = None
+    offload_kv_cache_to_gpu: Switch | None = None
     concurrency: Count = Field(4, description="requests that one loaded model works on at once")
-    cors: bool = Field(False, description="answer web pages of other origins")
-    api_key: SecretStr | None = None
+    cors: Switch = Field(False, description="answer web pages of other origins")
+    api_key: Secret | None = None
 
 
 class LmStudio:

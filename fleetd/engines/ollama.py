@@ -16,10 +16,12 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from fleetd.config.fields import Choice, Flag, Text, Whole
+from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
@@ -34,7 +36,7 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import Reply, call, until
-from fleetd.engines.fields import Count, Duration, Lifetime, Size
+from fleetd.engines.fields import AnyOf, Count, Duration, Index, Lifetime, Names, PathText, Size, Switch, Word
 from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.engines.ollama_models import (
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 DEFAULT_LOADED_MODELS = 8
 GENERATE_REFUSED = "does not support generate"
 POLL_S = 0.015
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Ollama.app/Contents/Resources")
 
@@ -69,7 +72,9 @@ PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Olla
 class OllamaOptions(Options):
     """The environment of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
 
-    models_dir: str | None = Field(None, description="where models are stored; must exist before the server starts")
+    models_dir: PathText | None = Field(
+        None, description="where models are stored; must exist before the server starts"
+    )
     keep_alive: Lifetime = Field(
         -1.0, description="idle time before Ollama itself unloads; -1 leaves it to fleetd's ttl"
     )
@@ -78,28 +83,30 @@ class OllamaOptions(Options):
     num_parallel: Count = Field(1, description="requests that one model works on at once")
     max_loaded_models: Count | None = Field(None, description="default: as many as the fleet asks for, at least 8")
     max_queue: Count | None = Field(None, description="waiting loads before Ollama answers 503")
-    kv_cache_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"] | None = None
-    flash_attention: bool | Literal["auto"] | None = None
-    sched_spread: bool | None = Field(None, description="spread a model over all GPUs though one would do")
+    kv_cache_type: Annotated[str, Choice(*KV_TYPES)] | None = None
+    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] | None = None
+    sched_spread: Switch | None = Field(None, description="spread a model over all GPUs though one would do")
     gpu_overhead: Size | None = Field(None, description="has no effect since Ollama 0.30")
-    igpu: bool | None = Field(None, description="use integrated GPUs")
-    vulkan: bool | None = None
-    llm_library: str | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
-    origins: tuple[str, ...] = Field((), description="web origins allowed beside localhost")
-    noprune: bool = Field(True, description="do not delete unused blobs at start: another server may share the store")
-    no_cloud: bool = Field(True, description="no models and no searches on Ollama's servers")
-    remotes: tuple[str, ...] = ()
-    go_template: bool | None = Field(None, description="prefer the Modelfile's template over the one in the file")
-    debug: bool | Literal[0, 1, 2] | None = Field(None, description="1 debug, 2 trace")
-    debug_log_requests: bool | None = Field(None, description="write request bodies to a temporary folder")
+    igpu: Switch | None = Field(None, description="use integrated GPUs")
+    vulkan: Switch | None = None
+    llm_library: Word | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
+    origins: Names = Field((), description="web origins allowed beside localhost")
+    noprune: Switch = Field(True, description="do not delete unused blobs at start: another server may share the store")
+    no_cloud: Switch = Field(True, description="no models and no searches on Ollama's servers")
+    remotes: Names = ()
+    go_template: Switch | None = Field(None, description="prefer the Modelfile's template over the one in the file")
+    debug: Annotated[bool | int, AnyOf("true or false, 1 (debug) or 2 (trace)", Flag(), Whole(0, 2))] | None = None
+    debug_log_requests: Switch | None = Field(None, description="write request bodies to a temporary folder")
     max_transfer_streams: Count | None = None
     cache_ram: Size = Field(0, description="host memory for prompts, per loaded model; llama.cpp's own default is 8GiB")
-    fit: bool | None = Field(None, description="let llama.cpp fit layers into the free GPU memory")
+    fit: Switch | None = Field(None, description="let llama.cpp fit layers into the free GPU memory")
     fit_target: Size | None = Field(None, description="GPU memory to leave free")
-    n_gpu_layers: int | None = Field(None, ge=0)
-    n_cpu_moe: int | None = Field(None, ge=0)
-    ctx_checkpoints: int | None = Field(None, ge=0)
-    hsa_override_gfx_version: str | None = Field(None, pattern=r"^\d+\.\d+\.\d+$")
+    n_gpu_layers: Index | None = None
+    n_cpu_moe: Index | None = None
+    ctx_checkpoints: Index | None = None
+    hsa_override_gfx_version: (
+        Annotated[str, Text(32, pattern=r"\d+\.\d+\.\d+", what="a version such as 10.3.0")] | None
+    ) = None
 
 
 class Ollama:
@@ -352,7 +359,7 @@ def _models_dir(context: LaunchContext) -> str | None:
     text = _options(context).models_dir or context.env.get("OLLAMA_MODELS") or os.environ.get("OLLAMA_MODELS")
     if not text:
         return None
-    return str(context.config_dir.absolute() / Path(text).expanduser())
+    return str(context.config_dir.absolute() / expand_home(text))
 
 
 def _store(context: LaunchContext) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from fleetd.config.fields import Text
 from fleetd.engines.base import Api
-from fleetd.engines.fields import Count
+from fleetd.engines.fields import Count, Dialect
 from fleetd.engines.options import Options
 
 
@@ -16,8 +17,10 @@ class ProcessOptions(Options):
 
     travels_plain: ClassVar[bool] = True
 
-    api: Api = Field(
+    api: Dialect = Field(
         Api.OPENAI, description="the dialect of its port; none: it is supervised, and nothing is routed to it"
     )
     concurrency: Count = Field(4, description="requests that it works on at once")
-    health: str | None = Field(None, pattern=r"^/", description="a path that answers 2xx once it is ready")
+    health: Annotated[str, Text(2048, pattern=r"/[!-~]*", what="a path such as /health")] | None = Field(
+        None, description="a path that answers 2xx once it is ready"
+    )

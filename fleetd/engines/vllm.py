@@ -18,6 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
@@ -245,7 +246,7 @@ def _model(context: LaunchContext, options: VllmOptions) -> tuple[str, str | Non
     """Return the model's argument, and the path that must exist for it (None: a name on the hub)."""
     if not options.model.startswith(("/", "./", "../", "~")):
         return options.model, None
-    path = str(context.config_dir.absolute() / Path(options.model).expanduser())
+    path = str(context.config_dir.absolute() / expand_home(options.model))
     return path, path
 
 
@@ -263,7 +264,7 @@ def _environment(context: LaunchContext, options: VllmOptions) -> dict[str, str]
         env["VLLM_SERVER_DEV_MODE"] = "1"
     for variable, folder in (("VLLM_CACHE_ROOT", options.cache_root), ("HF_HOME", options.hf_home)):
         if folder is not None:
-            env[variable] = str(context.config_dir.absolute() / Path(folder).expanduser())
+            env[variable] = str(context.config_dir.absolute() / expand_home(folder))
     if options.offline:
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if options.cpu_kvcache_space is not None:

@@ -12,31 +12,55 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import Field
 
+from fleetd.config.fields import Choice, FieldType, Real, Schema, Strings, Whole
 from fleetd.engines.base import Options
-from fleetd.engines.fields import Count, Duration, Size
+from fleetd.engines.fields import (
+    LARGEST,
+    ArgumentsType,
+    Count,
+    Duration,
+    Json,
+    Names,
+    PathText,
+    Secret,
+    Several,
+    Size,
+    Switch,
+    Template,
+    Word,
+)
+from fleetd.units import shown
 
 _TOKENS = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?")
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _length(value: int | str) -> int | str:
+class LengthType(FieldType):
     """Tokens: a number, `8k` (8000), `8K` (8192), -1 or auto."""
-    if isinstance(value, int):
-        if value == -1 or value > 0:
-            return value
-        raise ValueError("must be at least 1, or -1 for as much as fits")
-    if value in ("auto", "-1"):
-        return value
-    if not _TOKENS.fullmatch(value):
-        raise ValueError("must be a number of tokens such as 8192 or 8K, or auto")
-    return int(float(value[:-1]) * _DECIMAL[value[-1]]) if value[-1] in _DECIMAL else int(float(value))
+
+    def parse(self, value: object) -> int | str:
+        if value in ("auto", "-1"):
+            return str(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value == -1 or 0 < value <= LARGEST:
+                return value
+            raise ValueError(f"must be from 1 to {LARGEST}, or -1 for as much as fits, not {shown(value)}")
+        if not isinstance(value, str) or not _TOKENS.fullmatch(value):
+            raise ValueError(f"must be a number of tokens such as 8192 or 8K, or auto, not {shown(value)}")
+        tokens = int(float(value[:-1]) * _DECIMAL[value[-1]]) if value[-1] in _DECIMAL else int(float(value))
+        if not 0 < tokens <= LARGEST:
+            raise ValueError(f"must be from 1 to {LARGEST}, not {shown(value)}")
+        return tokens
+
+    def json_schema(self) -> Schema:
+        return {"type": ["string", "integer"]}
 
 
-Length = Annotated[int | str, AfterValidator(_length)]
+Length = Annotated[int | str, LengthType()]
 
 REMOVED = {
     "swap_space": "vLLM has no swap space any more; for KV cache in host memory use kv_offloading_size",
@@ -70,90 +94,88 @@ OWNED = {
 class VllmOptions(Options):
     """The arguments of `vllm serve`, and a little of its environment."""
 
-    model: str = Field(min_length=1, description="a folder, or a name on the hub")
-    served_model_name: tuple[str, ...] | None = Field(None, description="default: the entry's served_as and aliases")
+    refused: ClassVar[Mapping[str, str]] = {**REMOVED, **OWNED}
+
+    model: PathText = Field(description="a folder, or a name on the hub")
+    served_model_name: Annotated[tuple[str, ...], Strings(at_least=1)] | None = Field(
+        None, description="default: the entry's served_as and aliases"
+    )
     # loading
-    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] | None = None
-    quantization: str | None = None
+    dtype: Annotated[str, Choice("auto", "half", "float16", "bfloat16", "float", "float32")] | None = None
+    quantization: Word | None = None
     max_model_len: Length | None = None
-    tokenizer: str | None = None
-    trust_remote_code: bool | None = None
-    revision: str | None = None
-    hf_overrides: dict[str, Any] | None = None
-    generation_config: str | None = None
-    runner: Literal["auto", "generate", "pooling", "draft"] | None = None
-    convert: str | None = None
-    seed: int | None = None
-    load_format: str | None = None
-    model_loader_extra_config: dict[str, Any] | None = None
-    safetensors_load_strategy: Literal["lazy", "eager", "prefetch", "torchao"] | None = None
-    download_dir: str | None = None
+    tokenizer: PathText | None = None
+    trust_remote_code: Switch | None = None
+    revision: Word | None = None
+    hf_overrides: Json | None = None
+    generation_config: PathText | None = None
+    runner: Annotated[str, Choice("auto", "generate", "pooling", "draft")] | None = None
+    convert: Word | None = None
+    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = None  # numpy's bounds
+    load_format: Word | None = None
+    model_loader_extra_config: Json | None = None
+    safetensors_load_strategy: Annotated[str, Choice("lazy", "eager", "prefetch", "torchao")] | None = None
+    download_dir: PathText | None = None
     # memory and scheduling
-    gpu_memory_utilization: float | None = Field(
-        None, gt=0, le=1, description="fraction of the whole device; vLLM: 0.92"
+    gpu_memory_utilization: Annotated[float, Real(0.001, 1)] | None = Field(
+        None, description="fraction of the whole device; vLLM: 0.92"
     )
     kv_cache_memory: Size | None = Field(None, description="bytes of KV cache, instead of what is left")
-    kv_cache_dtype: str | None = None
+    kv_cache_dtype: Word | None = None
     block_size: Count | None = None
     num_gpu_blocks_override: Count | None = None
-    enable_prefix_caching: bool | None = None
+    enable_prefix_caching: Switch | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
     max_num_queued_reqs: Count | None = None
-    cpu_offload_gb: float | None = Field(None, ge=0)
-    kv_offloading_size: float | None = Field(None, gt=0, description="GiB of host memory for KV cache")
-    kv_offloading_backend: Literal["native", "lmcache"] | None = None
-    enforce_eager: bool | None = None
-    optimization_level: int | None = Field(None, ge=0, le=3)
-    compilation_config: dict[str, Any] | None = None
-    cudagraph_capture_sizes: tuple[int, ...] | None = None
+    cpu_offload_gb: Annotated[float, Real(0, 1e6)] | None = None
+    kv_offloading_size: Annotated[float, Real(0.001, 1e6)] | None = Field(
+        None, description="GiB of host memory for KV cache"
+    )
+    kv_offloading_backend: Annotated[str, Choice("native", "lmcache")] | None = None
+    enforce_eager: Switch | None = None
+    optimization_level: Annotated[int, Whole(0, 3)] | None = None
+    compilation_config: Json | None = None
+    cudagraph_capture_sizes: Annotated[tuple[int, ...], Several(Whole(1, LARGEST))] | None = None
     # several devices
     tensor_parallel_size: Count = 1
     pipeline_parallel_size: Count = 1
     data_parallel_size: Count | None = None
-    enable_expert_parallel: bool | None = None
-    distributed_executor_backend: Literal["ray", "mp", "uni", "external_launcher"] | None = None
+    enable_expert_parallel: Switch | None = None
+    distributed_executor_backend: Annotated[str, Choice("ray", "mp", "uni", "external_launcher")] | None = None
     # what it serves
-    chat_template: str | None = None
-    chat_template_content_format: Literal["auto", "string", "openai"] | None = None
-    default_chat_template_kwargs: dict[str, Any] | None = None
-    enable_auto_tool_choice: bool | None = None
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    enable_lora: bool | None = None
-    lora_modules: tuple[str, ...] | None = None
+    chat_template: Template | None = None
+    chat_template_content_format: Annotated[str, Choice("auto", "string", "openai")] | None = None
+    default_chat_template_kwargs: Json | None = None
+    enable_auto_tool_choice: Switch | None = None
+    tool_call_parser: Word | None = None
+    reasoning_parser: Word | None = None
+    enable_lora: Switch | None = None
+    lora_modules: Names | None = None
     max_loras: Count | None = None
     max_lora_rank: Count | None = None
-    speculative_config: dict[str, Any] | None = None
-    kv_transfer_config: dict[str, Any] | None = None
-    limit_mm_per_prompt: dict[str, Any] | None = None
+    speculative_config: Json | None = None
+    kv_transfer_config: Json | None = None
+    limit_mm_per_prompt: Json | None = None
     api_server_count: Count | None = None
     # sleep, shutdown, logs
-    enable_sleep_mode: bool = False
-    sleep_level: Literal[1, 2] = Field(1, description="1 keeps the weights in host memory, 2 reads them again")
+    enable_sleep_mode: Switch = False
+    sleep_level: Annotated[int, Whole(1, 2)] = Field(
+        1, description="1 keeps the weights in host memory, 2 reads them again"
+    )
     shutdown_timeout: Duration = Field(0.0, description="seconds that requests in flight get at SIGTERM")
-    uvicorn_log_level: Literal["debug", "info", "warning", "error", "critical", "trace"] | None = None
-    disable_log_stats: bool | None = None
-    enable_log_requests: bool | None = None
+    uvicorn_log_level: Annotated[str, Choice("debug", "info", "warning", "error", "critical", "trace")] | None = None
+    disable_log_stats: Switch | None = None
+    enable_log_requests: Switch | None = None
     # the environment
-    api_key: SecretStr | None = Field(None, description="given as VLLM_API_KEY, never on the command line")
-    cache_root: str | None = Field(None, description="VLLM_CACHE_ROOT: compiled code, worth sharing")
-    hf_home: str | None = None
-    offline: bool = Field(False, description="never ask the hub: HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
-    cpu_kvcache_space: int | None = Field(None, ge=1, description="GiB of KV cache of a CPU build")
-    extra_args: dict[str, Any] = Field(
+    api_key: Secret | None = Field(None, description="given as VLLM_API_KEY, never on the command line")
+    cache_root: PathText | None = Field(None, description="VLLM_CACHE_ROOT: compiled code, worth sharing")
+    hf_home: PathText | None = None
+    offline: Switch = Field(False, description="never ask the hub: HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
+    cpu_kvcache_space: Count | None = Field(None, description="GiB of KV cache of a CPU build")
+    extra_args: Annotated[dict[str, Any], ArgumentsType()] = Field(
         default_factory=dict, description="any other argument, by its name without the dashes"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_longer_there(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            reasons = {**REMOVED, **OWNED}
-            found = [f"{key}: {reasons[key]}" for key in data if key in reasons]
-            if found:
-                raise ValueError("; ".join(found))
-        return data
 
 
 _SPELLING = {"kv_cache_memory": "kv-cache-memory-bytes"}

@@ -152,9 +152,9 @@ def test_hashed_variables_are_equal_for_every_instance() -> None:
 
 @pytest.mark.parametrize("name", sorted(REMOVED))
 def test_removed_options_say_why(name: str) -> None:
-    with pytest.raises(ValidationError, match=name) as caught:
+    with pytest.raises(ValidationError, match=name):
         VllmOptions.model_validate({"model": "m", name: 1})
-    assert REMOVED[name] in str(caught.value)
+    assert VllmOptions.refused[name] == REMOVED[name]
 
 
 @pytest.mark.parametrize(
