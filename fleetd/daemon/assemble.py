@@ -9,6 +9,8 @@ The rules of this file
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from fleetd.config.load import LoadedConfig
+from fleetd.config.marks import path_text
 from fleetd.config.schema import FleetConfig
 from fleetd.core.contract import (
     Capabilities,
@@ -48,6 +51,7 @@ from fleetd.errors import ConfigError, EngineError, Problem
 Path_ = tuple[str | int, ...]
 PortUsable = Callable[[str, int], bool]
 HOST = "127.0.0.1"
+_BESIDE_OPTIONS = (("env",), ("args",), ("command",))
 _ENV_FILE_LIMIT_BYTES = 1024 * 1024
 _NAMED = 10  # of thousands of models, in one message
 
@@ -287,11 +291,12 @@ class Assembler:
 
     def _validate(self, entry: Entry, engine: Engine, context: LaunchContext) -> None:
         for found in engine.validate(context):
-            path = (
-                (*entry.path, *found.path)
-                if found.path[:1] in (("env",), ("args",), ("command",))
-                else (*entry.path, "options", *found.path)
-            )
+            if found.path[:1] == ("models",):
+                path: Path_ = found.path
+            elif found.path[:1] in _BESIDE_OPTIONS:
+                path = (*entry.path, *found.path)
+            else:
+                path = (*entry.path, "options", *found.path)
             (self.warn if found.warning else self.problem)(path, found.message)
 
     def _written(
@@ -363,6 +368,7 @@ class Assembler:
             stop=policies.stop_policy(keys.stop),
             probes=policies.probes(keys.probes, Probes() if service else engine.probes(options)),
             requires=tuple(dict.fromkeys([*requires, *launch.requires])),
+            required_by=self._named(entry, launch),
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),
@@ -372,6 +378,16 @@ class Assembler:
             watch=self._watch(entry),
             source=self._source(path),
         )
+
+    def _named(self, entry: Entry, launch: Launch) -> dict[str, str]:
+        """Return which key names which required path, and warn of what is absent now: that is BLOCKED, no mistake."""
+        keys: dict[str, str] = {}
+        for path, option in launch.named.items():
+            where = (*entry.path, "options", *_parts(option))
+            keys[path] = path_text(where)
+            if not os.path.lexists(path):
+                self.warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
+        return keys
 
     def _execution(self, entry: Entry) -> Execution:
         keys, path = entry.keys, entry.path
@@ -441,6 +457,11 @@ class Assembler:
             for name in self.behind.get(base, [])
             if name != entry.name
         )
+
+
+def _parts(option: str) -> Path_:
+    """`lora[0]` → ("lora", 0)."""
+    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", option))
 
 
 def _image_command(entry: Entry) -> tuple[str, ...]:

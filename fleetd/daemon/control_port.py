@@ -33,7 +33,7 @@ from fleetd.daemon.logreading import LogSource, read_logs
 from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.probing import Probing
 from fleetd.daemon.processes import Processes
-from fleetd.daemon.requirements import Requirements
+from fleetd.daemon.requirements import Requirements, is_about
 from fleetd.daemon.status import StatusView
 from fleetd.daemon.verbs import Verbs
 from fleetd.errors import ApiError
@@ -122,7 +122,7 @@ class DaemonControlPort:
             detail["command"] = plan.shown_argv()
             detail["cwd"] = plan.execution.cwd
             detail["source"] = f"{plan.source[0]}:{plan.source[1]}"
-            detail["requires"] = {path: not any(one.startswith(path) for one in missing) for path in plan.requires}
+            detail["requires"] = {path: not any(is_about(one, path) for one in missing) for path in plan.requires}
         return detail
 
     def _waiting(self) -> dict[str, int]:

@@ -81,6 +81,7 @@ class LaunchPlan:
     stop: StopPolicy = StopPolicy()
     probes: Probes = Probes()
     requires: tuple[str, ...] = ()
+    required_by: Mapping[str, str] = field(default_factory=dict)  # required path → the key of fleet.yaml that names it
     device: str = "host"
     held: Mapping[str, HeldModel] = field(default_factory=dict)
     own_model: HeldModel | None = None

@@ -77,6 +77,7 @@ class Requirements:
         self._next = 0
         self._for: object = None  # the plans that the two below were made from
         self._paths: dict[str, tuple[Path, ...]] = {}
+        self._keys: dict[str, Mapping[str, str]] = {}
         self._sources: dict[str, tuple[LaunchPlan, HeldModel]] = {}
         self._suspected: dict[tuple[str, str], Missing] = {}
         self._alone: dict[str, tuple[bool, float]] = {}
@@ -105,7 +106,7 @@ class Requirements:
         if not paths:
             return ()
         await self._look_at(paths)
-        missing = _missing(self._looks, paths)
+        missing = _missing(self._looks, paths, plan.required_by if plan is not None else {})
         if missing != self.missing.get(name, ()):
             self.missing[name] = missing
             self._dispatch(RequirementsChanged(name, missing))
@@ -159,6 +160,7 @@ class Requirements:
         self._paths = {
             name: tuple(Path(path) for path in plan.requires) for name, plan in plans.items() if plan.requires
         }
+        self._keys = {name: plans[name].required_by for name in self._paths}
         for plan in plans.values():
             if hasattr(plan.engine, "prepare"):
                 for name, held in plan.held.items():
@@ -198,7 +200,7 @@ class Requirements:
         await self._look_at(paths)
 
     def _absent(self) -> Absent:
-        processes = {name: _missing(self._looks, paths) for name, paths in self._paths.items()}
+        processes = {name: _missing(self._looks, paths, self._keys[name]) for name, paths in self._paths.items()}
         models = {name: self._missing_of(name) for name in self._sources}
         return Absent(
             {name: missing for name, missing in processes.items() if missing},
@@ -335,5 +337,14 @@ def write_known(record: Path, known: Mapping[str, str]) -> None:
     part.replace(record)
 
 
-def _missing(looks: Mapping[Path, Look], paths: Iterable[Path]) -> Missing:
-    return tuple(said for path in paths if (said := looks.get(path, Look()).missing) is not None)
+def is_about(said: str, path: str) -> bool:
+    """Say whether what is told as absent is this path."""
+    return said.startswith(f"{path} (") or f": {path} (" in said
+
+
+def _missing(looks: Mapping[Path, Look], paths: Iterable[Path], keys: Mapping[str, str]) -> Missing:
+    """Return "PATH (why)" of what is absent, behind the key of fleet.yaml that names it where one does."""
+    absent = ((path, looks.get(path, Look()).missing) for path in paths)
+    return tuple(
+        f"{keys[str(path)]}: {said}" if str(path) in keys else said for path, said in absent if said is not None
+    )

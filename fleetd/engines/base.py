@@ -93,7 +93,7 @@ class Launch:
     """An exact command line. `env` is what the engine sets; the daemon adds the inherited part and the user's `env`.
 
     `requires` are paths that must exist before a start (BLOCKED until then); `secret_env` names variables whose values are
-    never shown.
+    never shown. `named` says which option names a required path: path → `mmproj`, `lora[0]`.
     """
 
     argv: tuple[str, ...]
@@ -101,6 +101,7 @@ class Launch:
     unset_env: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     secret_env: frozenset[str] = frozenset()
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,8 @@ class ProbeOutcome:
 
 @dataclass(frozen=True, slots=True)
 class OptionProblem:
-    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",).
+    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",); one that begins
+    with env, args or command is below the entry, and ("models", NAME, …) is of a model that the server shall hold.
 
     A `warning` is worth saying and stops nothing: an option without effect, a folder that is absent now.
     """

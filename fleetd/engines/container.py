@@ -138,6 +138,7 @@ def contain(
             launch.unset_env,
             _outside(launch, runtime),
             launch.secret_env,
+            launch.named,
         ),
         name=name,
         stop=(runtime.program, "stop", "-t", str(stop_s), name),

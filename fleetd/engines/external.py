@@ -28,6 +28,7 @@ from fleetd.engines.base import (
 )
 from fleetd.engines.calls import call
 from fleetd.engines.fields import Count, Dialect, Secret
+from fleetd.engines.held_options import held_option_problems, unmade_problems
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class External:
             )
         if context.options.model_dump().get("api") == Api.NONE:
             problems.append(OptionProblem(("api",), "an external server that nothing is routed to has no use"))
-        return problems
+        held = (*held_option_problems(context.models, {}, "external"), *unmade_problems(context.models, "external"))
+        return [*problems, *held]
 
     def launch(self, context: LaunchContext) -> Launch:
         raise EngineError(

@@ -19,9 +19,9 @@ from fleetd.config.fields import Choice, FieldType, Flag, Misplaced, Real, Schem
 from fleetd.config.fields import Duration as DurationType
 from fleetd.config.fields import Size as SizeType
 from fleetd.engines.base import Api
+from fleetd.engines.held_options import LARGEST
 from fleetd.units import shown
 
-LARGEST = 2**31 - 1  # what a server's own integer holds
 _LONGEST_NAME_BYTES = 255
 _ARGUMENT_NAME = re.compile(r"-{0,2}[A-Za-z][A-Za-z0-9_.-]{0,99}")
 _DEEPEST = 32

@@ -39,7 +39,8 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
-from fleetd.engines.fields import LARGEST, AnyOf, Count, Index, PathText, Secret, Several, Size, Switch, Template
+from fleetd.engines.fields import AnyOf, Count, Index, PathText, Secret, Several, Size, Switch, Template
+from fleetd.engines.held_options import LARGEST
 from fleetd.engines.llamacpp_exits import classify
 from fleetd.engines.llamacpp_rules import problems
 from fleetd.engines.visible import visible_devices
@@ -167,8 +168,9 @@ class LlamaCpp:
             argv=(*_program(context), *_flags(context, options), *options.extra_args, *context.args),
             env={key: value for key, value in env.items() if key not in context.env},
             unset_env=unset,
-            requires=_required(context, options),
+            requires=tuple(required := _required(context, options)),
             secret_env=frozenset({"LLAMA_API_KEY"}),
+            named=required,
         )
 
     def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:  # noqa: ARG002
@@ -263,14 +265,19 @@ def _path(context: LaunchContext, text: str) -> Path:
     return (context.config_dir / expand_home(text)).absolute()
 
 
-def _extra_files(context: LaunchContext, options: LlamaCppOptions) -> list[str]:
-    named = [*([options.mmproj] if options.mmproj else []), *(adapter.path for adapter in options.lora)]
-    return [str(_path(context, name)) for name in named]
+def _extra_files(context: LaunchContext, options: LlamaCppOptions) -> dict[str, str]:
+    """Return the files beside the model that take memory: path → option."""
+    named = {"mmproj": options.mmproj} if options.mmproj else {}
+    named |= {f"lora[{index}]": adapter.path for index, adapter in enumerate(options.lora)}
+    return {str(_path(context, path)): option for option, path in named.items()}
 
 
-def _required(context: LaunchContext, options: LlamaCppOptions) -> tuple[str, ...]:
-    template = [str(_path(context, options.chat_template_file))] if options.chat_template_file else []
-    return (*gguf.shards(_path(context, options.model)), *_extra_files(context, options), *template)
+def _required(context: LaunchContext, options: LlamaCppOptions) -> dict[str, str]:
+    """Return the files that have to be there, each with the option that names it."""
+    files = dict.fromkeys(gguf.shards(_path(context, options.model)), "model") | _extra_files(context, options)
+    if options.chat_template_file:
+        files[str(_path(context, options.chat_template_file))] = "chat_template_file"
+    return files
 
 
 def _layers(options: LlamaCppOptions) -> int | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fleetd.config.marks import expand_home
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import LaunchContext, OptionProblem
+from fleetd.engines.held_options import held_option_problems, unmade_problems
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf
 
@@ -53,6 +54,8 @@ def problems(context: LaunchContext, options: LlamaCppOptions, *, embedded: bool
         *_environment(context, options),
         *_arguments(context, options, embedded=embedded),
         *_file(context, options),
+        *held_option_problems(context.models, {}, "llama.cpp"),
+        *unmade_problems(context.models, "llama.cpp"),
     ]
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from fleetd.config.fields import FieldType
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
@@ -34,6 +35,7 @@ from fleetd.engines.base import (
 )
 from fleetd.engines.calls import Reply, call, until
 from fleetd.engines.fields import Count, Secret, Switch
+from fleetd.engines.held_options import COUNT, SWITCH, held_option_problems, load_options, unmade_problems
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -42,12 +44,12 @@ if TYPE_CHECKING:
 POLL_S = 0.025
 LIST_TIMEOUT_S = 5.0
 PLACES = ("~/.lmstudio/bin", "~/.cache/lm-studio/bin", "/opt/homebrew/bin", "/usr/local/bin")
-LOAD_OPTIONS: Mapping[str, type] = {
-    "context_length": int,
-    "eval_batch_size": int,
-    "flash_attention": bool,
-    "num_experts": int,
-    "offload_kv_cache_to_gpu": bool,
+LOAD_OPTIONS: Mapping[str, FieldType] = {
+    "context_length": COUNT,
+    "eval_batch_size": COUNT,
+    "flash_attention": SWITCH,
+    "num_experts": COUNT,
+    "offload_kv_cache_to_gpu": SWITCH,
 }
 
 
@@ -86,18 +88,10 @@ class LmStudio:
         )
 
     def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
-        problems: list[OptionProblem] = []
-        for model in context.models:
-            for key, value in model.options.items():
-                wanted = LOAD_OPTIONS.get(key)
-                if wanted is None:
-                    known = ", ".join(sorted(LOAD_OPTIONS))
-                    message = f"models.{model.name}: options.{key}: a load in LM Studio takes {known}"
-                    problems.append(OptionProblem((), message))
-                elif type(value) is not wanted:
-                    kind = "true or false" if wanted is bool else "a whole number"
-                    problems.append(OptionProblem((), f"models.{model.name}: options.{key}: must be {kind}"))
-        return problems
+        return [
+            *held_option_problems(context.models, LOAD_OPTIONS, "LM Studio"),
+            *unmade_problems(context.models, "LM Studio"),
+        ]
 
     def launch(self, context: LaunchContext) -> Launch:
         """`lms` starts a server in the background, so a child of ours stands for it: it starts, watches and stops it."""
@@ -227,7 +221,7 @@ def _old_hint(reply: Reply) -> str | None:
 
 
 async def _load(http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
-    payload = {"model": model.served_as, **{key: value for key, value in model.options.items() if key in LOAD_OPTIONS}}
+    payload = {"model": model.served_as, **load_options(model, LOAD_OPTIONS)}
     reply = await call(http, endpoint, "POST", "/api/v1/models/load", payload, timeout_s=timeout_s)
     answer = reply.mapping()
     if answer.get("status") != "loaded" or not isinstance(answer.get("instance_id"), str):

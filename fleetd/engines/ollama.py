@@ -37,6 +37,7 @@ from fleetd.engines.base import (
 )
 from fleetd.engines.calls import Reply, call, until
 from fleetd.engines.fields import AnyOf, Count, Duration, Index, Lifetime, Names, PathText, Size, Switch, Word
+from fleetd.engines.held_options import load_options
 from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.engines.ollama_models import (
@@ -158,7 +159,8 @@ class Ollama:
             env=rendered,
             # OLLAMA_MODELS of the daemon's own environment stays: without it a user's models would seem to be gone
             unset_env=tuple(key for key in unset if key not in context.env and key != "OLLAMA_MODELS"),
-            requires=tuple(filter(None, (_models_dir(context),))),
+            requires=tuple(filter(None, (folder := _models_dir(context),))),
+            named={folder: "models_dir"} if folder and _options(context).models_dir is not None else {},
         )
 
     def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:
@@ -329,7 +331,7 @@ def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
 
 def pinned_options(model: HeldModel) -> dict[str, Any]:
     """The load-time options that every request to this model must carry: others would make Ollama load it anew."""
-    return {key: value for key, value in model.options.items() if key in LOAD_TIME_OPTIONS}
+    return load_options(model, LOAD_TIME_OPTIONS)
 
 
 # -- configuration, from here on ----------------------------------------------------------------------------------------

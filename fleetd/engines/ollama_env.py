@@ -187,11 +187,11 @@ def doubts(context: LaunchContext, options: Any, folder: str | None) -> list[Opt
         found.append(
             ("llm_library", f"{options.llm_library!r} names no GPU library: the server would run without a GPU")
         )
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and options.models_dir is None and not Path(folder).is_dir():
         found.append(
             (
-                "models_dir",
-                f"{folder} does not exist; the server stays BLOCKED until it does (mount the drive, or mkdir -p {folder})",
+                "",
+                f"{folder}, which OLLAMA_MODELS names, does not exist: the server stays BLOCKED until it does",
             )
         )
     if context.port is not None and context.port >= RUNNER_PORTS_FROM:

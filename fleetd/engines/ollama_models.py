@@ -8,13 +8,15 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
+from fleetd.config.fields import FieldType, Whole
 from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProblem
+from fleetd.engines.held_options import COUNT, INDEX, LARGEST, SWITCH, held_option_problems
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recipe, source_mistakes
@@ -27,37 +29,40 @@ if TYPE_CHECKING:
     from fleetd.models.ollama_api import Progress
 
 # options of a request that make Ollama start a new runner when they differ from the loaded one's
-LOAD_TIME_OPTIONS = frozenset({"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"})
+LOAD_TIME_OPTIONS: Mapping[str, FieldType] = {
+    "num_ctx": COUNT,
+    "num_batch": COUNT,
+    "num_gpu": Whole(-1, LARGEST),
+    "main_gpu": INDEX,
+    "use_mmap": SWITCH,
+    "num_thread": INDEX,
+}
 _RESERVED = (":local", ":cloud", "-cloud")
 _STORES: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
 
 
 def held_problems(models: Iterable[HeldModel]) -> list[OptionProblem]:
     """Return what is wrong with the entries of the models that a server shall hold."""
+    models = tuple(models)
+    elsewhere = "; what is no option of a load goes under modelfile.parameters"
     return [
-        OptionProblem((), f"models.{model.name}.{where}: {message}")
-        for model in models
-        for where, message in _mistakes(model)
+        *(OptionProblem(("models", model.name, *where), said) for model in models for where, said in _mistakes(model)),
+        *held_option_problems(models, LOAD_TIME_OPTIONS, "Ollama", elsewhere),
     ]
 
 
-def _mistakes(model: HeldModel) -> Iterator[tuple[str, str]]:
+def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
     try:
         store.ModelName.parse(model.served_as)
     except ValueError as error:
-        yield "served_as", str(error)
+        yield ("served_as",), str(error)
     if model.served_as.lower().endswith(_RESERVED):
-        yield "served_as", f"Ollama keeps the ending of {model.served_as!r} for itself"
-    for key in model.options:
-        if key not in LOAD_TIME_OPTIONS:
-            known = ", ".join(sorted(LOAD_TIME_OPTIONS))
-            yield f"options.{key}", f"a model held by Ollama takes {known}; others go under modelfile.parameters"
+        yield ("served_as",), f"Ollama keeps the ending of {model.served_as!r} for itself"
     for message in source_mistakes(model.source):
-        yield "from", message
+        yield ("from",), message
     if model.source is None and (model.quantize or model.modelfile):
-        yield "from", "is needed: there is nothing that quantize or modelfile could change"
-    for path, message in (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile)):
-        yield ".".join(map(str, path)), message
+        yield ("from",), "is needed: there is nothing that quantize or modelfile could change"
+    yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile))
 
 
 def shared_store(endpoint: Endpoint, models_dir: Path) -> Path | None:

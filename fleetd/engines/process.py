@@ -67,9 +67,16 @@ class Process:
         )
 
     def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
+        # imported when asked for: a daemon that runs services needs none of it
+        from fleetd.engines.held_options import held_option_problems, unmade_problems
+
+        server = "a program of your own"
+        problems = [*held_option_problems(context.models, {}, server), *unmade_problems(context.models, server)]
         if not context.command:
-            return [OptionProblem(("command",), "the engine process needs a command: it starts whatever you name")]
-        return []
+            problems.append(
+                OptionProblem(("command",), "the engine process needs a command: it starts whatever you name")
+            )
+        return problems
 
     def launch(self, context: LaunchContext) -> Launch:
         if not context.command:

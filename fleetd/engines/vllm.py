@@ -33,8 +33,9 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import call
+from fleetd.engines.held_options import held_option_problems, unmade_problems
 from fleetd.engines.visible import visible_devices
-from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems
+from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems, local, local_files
 from fleetd.engines.vllm_log import learned_kv_bytes, phase, verdict
 from fleetd.engines.vllm_sleep import is_sleeping
 from fleetd.errors import EngineError
@@ -128,11 +129,12 @@ class Vllm:
             message = f"host {context.host}: vLLM listens on loopback only; requests come through the gateway"
             problems.append(OptionProblem((), message))
         problems += _option_problems(context, options)
+        problems += [*held_option_problems(context.models, {}, "vLLM"), *unmade_problems(context.models, "vLLM")]
         return problems
 
     def launch(self, context: LaunchContext) -> Launch:
         options = _options(context)
-        model, path = _model(context, options)
+        model, _ = _model(context, options)
         command = context.command or (_program(context), "serve")
         if Path(command[-1]).name == "vllm":
             command = (*command, "serve")
@@ -140,7 +142,7 @@ class Vllm:
         argv = [*command, *(("--model", model) if by_flag else (model,))]
         argv += ["--served-model-name", *_served_names(context, options)]
         argv += ["--host", context.host, "--port", str(context.port or 8000)]
-        argv += arguments(options)
+        argv += arguments(options, lambda text: _absolute(context, text))
         fraction = _fitting_utilization(context, options)
         if fraction is not None:
             argv += ["--gpu-memory-utilization", f"{fraction:g}"]
@@ -154,7 +156,8 @@ class Vllm:
                 "--kv-cache-memory-bytes",
                 str(learned),
             ]  # spares it the measurement, and the memory it needs for that
-        return Launch((*argv, *context.args), env, unset, (path,) if path else (), SECRETS)
+        named = {_absolute(context, text): option for option, text in local_files(options).items()}
+        return Launch((*argv, *context.args), env, unset, tuple(named), SECRETS, named)
 
     def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:  # noqa: ARG002
         """With explicit KV cache: weights, cache and overhead. Else vLLM takes its fraction of the whole device."""
@@ -244,10 +247,14 @@ def _program(context: LaunchContext) -> str:
 
 def _model(context: LaunchContext, options: VllmOptions) -> tuple[str, str | None]:
     """Return the model's argument, and the path that must exist for it (None: a name on the hub)."""
-    if not options.model.startswith(("/", "./", "../", "~")):
+    if not local(options.model):
         return options.model, None
-    path = str(context.config_dir.absolute() / expand_home(options.model))
+    path = _absolute(context, options.model)
     return path, path
+
+
+def _absolute(context: LaunchContext, text: str) -> str:
+    return str(context.config_dir.absolute() / expand_home(text))
 
 
 def _served_names(context: LaunchContext, options: VllmOptions) -> tuple[str, ...]:
@@ -264,7 +271,7 @@ def _environment(context: LaunchContext, options: VllmOptions) -> dict[str, str]
         env["VLLM_SERVER_DEV_MODE"] = "1"
     for variable, folder in (("VLLM_CACHE_ROOT", options.cache_root), ("HF_HOME", options.hf_home)):
         if folder is not None:
-            env[variable] = str(context.config_dir.absolute() / expand_home(folder))
+            env[variable] = _absolute(context, folder)
     if options.offline:
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if options.cpu_kvcache_space is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -19,7 +19,6 @@ from pydantic import Field
 from fleetd.config.fields import Choice, FieldType, Real, Schema, Strings, Whole
 from fleetd.engines.base import Options
 from fleetd.engines.fields import (
-    LARGEST,
     ArgumentsType,
     Count,
     Duration,
@@ -33,6 +32,7 @@ from fleetd.engines.fields import (
     Template,
     Word,
 )
+from fleetd.engines.held_options import LARGEST
 from fleetd.units import shown
 
 _TOKENS = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?")
@@ -212,11 +212,31 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def arguments(options: VllmOptions) -> list[str]:
-    """Return every argument that the options set, in the order of the fields, `extra_args` last."""
+def local(text: str) -> bool:
+    """Say whether a name of a model, a tokenizer, a template is a path of this machine; else it is looked up on the hub."""
+    return text.startswith(("/", "./", "../", "~"))
+
+
+def local_files(options: VllmOptions) -> dict[str, str]:
+    """Return option → path for everything on this machine that the options name, as it was written."""
+    named = {name: getattr(options, name) for name in ("model", "tokenizer", "chat_template", "generation_config")}
+    for index, said in enumerate(options.lora_modules or ()):
+        named[f"lora_modules[{index}]"] = said.partition("=")[2]
+    named["speculative_config.model"] = (options.speculative_config or {}).get("model")
+    return {name: text for name, text in named.items() if isinstance(text, str) and _one_path(text)}
+
+
+def _one_path(text: str) -> bool:
+    """A template may be the text itself, which has lines and braces."""
+    return local(text) and "\n" not in text and "{" not in text
+
+
+def arguments(options: VllmOptions, absolute: Callable[[str], str] = str) -> list[str]:
+    """Return every argument that the options set, in the order of the fields, `extra_args` last; paths as `absolute` gives them."""
     found: list[str] = []
+    files = local_files(options)
     for name in type(options).model_fields:
-        value = getattr(options, name)
+        value = _placed(name, getattr(options, name), files, absolute)
         if name in _NOT_ARGUMENTS or (name in _WHEN_SET and not value) or (name in _ONE and value == 1):
             continue
         if name == "shutdown_timeout":
@@ -226,6 +246,20 @@ def arguments(options: VllmOptions) -> list[str]:
     for name, value in options.extra_args.items():
         found += words(name, value)
     return found
+
+
+def _placed(name: str, value: Any, files: Mapping[str, str], absolute: Callable[[str], str]) -> Any:
+    """Return a value with what it names on this machine as an absolute path."""
+    if name in files:
+        return absolute(files[name])
+    if name == "lora_modules" and value:
+        return tuple(
+            f"{said.partition('=')[0]}={absolute(files[key])}" if (key := f"{name}[{index}]") in files else said
+            for index, said in enumerate(value)
+        )
+    if name == "speculative_config" and f"{name}.model" in files:
+        return {**value, "model": absolute(files[f"{name}.model"])}
+    return value
 
 
 def extra_problems(options: VllmOptions, args: tuple[str, ...]) -> list[tuple[tuple[str | int, ...], str]]:

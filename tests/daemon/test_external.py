@@ -1,4 +1,5 @@
-"""Servers that are not ours: unreachable, refusing our key, answering in another shape. Said with the key of fleet.yaml."""
+"""What is outside fleetd and not as fleet.yaml says: servers that are unreachable, refuse our key, are too old or answer in
+another shape, and files that are not there. Said in `status` and in the error of a request, with the key of fleet.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import fleetd, free_port, until
+from tests.daemon.rig import fake, fleetd, free_port, until
 
 
 @contextmanager
@@ -74,3 +75,25 @@ def test_answers_of_another_shape_are_an_error_and_no_crash(tmp_path: Path, body
         assert "Traceback" not in daemon.log()
         assert "unexpected failure" not in daemon.log()
         assert daemon.get("/health").status == 200
+
+
+def test_a_file_that_is_not_there_is_said_with_the_key_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"")
+    fleet = f"""
+        models:
+          m:
+            engine: llamacpp
+            command: {fake(api="llamacpp")}
+            options: {{model: ./m.gguf, mmproj: ./projector.gguf}}
+            queue: {{timeout: 1s}}
+    """
+    where = f"models.m.options.mmproj: {tmp_path / 'projector.gguf'}"
+    with fleetd(tmp_path, fleet).start() as daemon:
+        blocked = daemon.until_state("m", "BLOCKED")
+        assert f"requires {where}" in blocked["reason"]
+        answer = daemon.chat("m")
+        assert answer.status == 503
+        assert where in answer.json["error"]["message"]
+        assert daemon.control("GET", "/v1/processes/m").json["requires"][str(tmp_path / "projector.gguf")] is False
+        (tmp_path / "projector.gguf").write_bytes(b"")
+        daemon.until_state("m", "STOPPED", "STARTING", "READY")

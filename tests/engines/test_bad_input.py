@@ -19,6 +19,8 @@ from fleetd.config import fields as config_fields
 from fleetd.config.fields import FieldType
 from fleetd.daemon.offline import assembled
 from fleetd.engines import fields as engine_fields
+from fleetd.engines.lmstudio import LOAD_OPTIONS
+from fleetd.engines.ollama_models import LOAD_TIME_OPTIONS
 from fleetd.engines.vllm_args import LengthType
 from fleetd.errors import ConfigError, Problem
 
@@ -174,9 +176,18 @@ def entry(engine: str, options: Mapping[str, Any], more: Mapping[str, Any]) -> d
 
 def problems(folder: Path, section: str, entries: Mapping[str, Any]) -> list[Problem]:
     """Write a fleet and return what `fleetd check` says of it."""
-    file = folder / "fleet.yaml"
+    return complaints(write(folder, {section: dict(entries)}))
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> Path:
     where = {key: str(folder / key) for key in ("state", "run", "logs")}
-    file.write_text(yaml.safe_dump({"paths": where, section: dict(entries)}, allow_unicode=False), "utf-8")
+    file = folder / "fleet.yaml"
+    file.write_text(yaml.safe_dump({"paths": where, **content}), "utf-8")
+    return file
+
+
+def complaints(file: Path) -> list[Problem]:
+    folder = file.parent
     try:
         assembled(file, {"HOME": str(folder), "PATH": "/nowhere"})
     except ConfigError as error:
@@ -271,3 +282,147 @@ def test_what_vllm_no_longer_takes_is_told_at_its_key_with_what_to_write(tmp_pat
     assert {one.path: one.message for one in found} == {
         f"models.e.options.{key}": said for key, said in refused.items()
     }
+
+
+# -- files that are not there -------------------------------------------------------------------------------------------
+
+# engine → options that name files, and the keys that name them
+FILES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
+    "llamacpp": (
+        {
+            "model": "DIR/model.gguf",
+            "mmproj": "DIR/projector.gguf",
+            "lora": ["DIR/a.gguf", {"path": "DIR/b.gguf", "scale": 0.5}],
+            "chat_template_file": "./DIR/template.jinja",
+        },
+        {
+            "model": "model.gguf",
+            "mmproj": "projector.gguf",
+            "lora[0]": "a.gguf",
+            "lora[1]": "b.gguf",
+            "chat_template_file": "template.jinja",
+        },
+    ),
+    "ollama": ({"models_dir": "DIR/store"}, {"models_dir": "store"}),
+    "vllm": (
+        {
+            "model": "./DIR/weights",
+            "tokenizer": "./DIR/tokenizer",
+            "chat_template": "./DIR/template.jinja",
+            "generation_config": "./DIR/generation",
+            "enable_lora": True,
+            "lora_modules": ["one=./DIR/lora"],
+            "speculative_config": {"model": "./DIR/draft", "num_speculative_tokens": 3},
+            "gpu_memory_utilization": 0.5,
+        },
+        {
+            "model": "weights",
+            "tokenizer": "tokenizer",
+            "chat_template": "template.jinja",
+            "generation_config": "generation",
+            "lora_modules[0]": "lora",
+            "speculative_config.model": "draft",
+        },
+    ),
+}
+NO_FILES = {"external", "lmstudio", "process"}
+
+
+def placed(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {key: placed(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [placed(item, folder) for item in value]
+    return value.replace("DIR", folder) if isinstance(value, str) else value
+
+
+def test_every_engine_is_asked_for_its_files() -> None:
+    assert {*FILES, *NO_FILES} == set(engines.names())
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_that_is_not_there_is_a_warning_at_its_key_and_blocks(name: str, tmp_path: Path) -> None:
+    options, named = FILES[name]
+    program = tmp_path / "program"
+    keys = {"command": [str(program)], "options": placed(dict(options), "files")}
+    for section in sections(name):
+        file = write(tmp_path, {section: {"e": {"engine": name, **keys}}})
+        assembly = assembled(file, {"HOME": str(tmp_path)})[1]
+        wanted = {str(tmp_path / "files" / said): f"{section}.e.options.{key}" for key, said in named.items()}
+        assert assembly.plans["e"].required_by == wanted
+        assert set(wanted) <= set(assembly.plans["e"].requires)
+        absent = {one.path: one for one in assembly.warnings if "is not there" in one.message}
+        assert {one.message.split(" is not")[0]: path for path, one in absent.items()} == wanted
+        assert all(one.line > 0 and "BLOCKED" in one.message and sensible(one) for one in absent.values())
+        words = [*assembly.plans["e"].launch.argv, *assembly.plans["e"].launch.env.values()]
+        assert all(any(path in word for word in words) for path in wanted), words
+    for said in named.values():
+        (tmp_path / "files" / said).mkdir(parents=True)
+    if name == "llamacpp":
+        (tmp_path / "files" / "model.gguf").rmdir()
+        (tmp_path / "files" / "model.gguf").write_bytes(b"")
+    assembly = assembled(file, {"HOME": str(tmp_path)})[1]
+    assert [one for one in assembly.warnings if "is not there" in one.message] == []
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "/{% if x %}\n{{ y }}", "chatml"])
+def test_a_template_that_is_the_text_itself_is_no_file(template: str, tmp_path: Path) -> None:
+    entries = {"e": {"engine": "vllm", "options": {"model": "org/model", "chat_template": template}}}
+    assembly = assembled(write(tmp_path, {"models": entries}), {"PATH": "/nowhere"})[1]
+    assert assembly.plans["e"].required_by == {}
+
+
+# -- models that a server holds -----------------------------------------------------------------------------------------
+
+HELD: Mapping[str, Mapping[str, FieldType]] = {"ollama": LOAD_TIME_OPTIONS, "lmstudio": LOAD_OPTIONS}
+
+
+def held(folder: Path, engine: str, models: Mapping[str, Any]) -> list[Problem]:
+    """The same, for models that an instance called `it` holds."""
+    entries = {name: {"instance": ["it"], **keys} for name, keys in models.items()}
+    return complaints(write(folder, {"instances": {"it": entry(engine, {}, {})}, "models": entries}))
+
+
+@pytest.mark.parametrize("name", engines.names())
+def test_options_of_a_held_model_are_told_at_the_model(name: str, tmp_path: Path) -> None:
+    known = HELD.get(name, {})
+    wanted = {f"u{index}": {"options": {key: 1}} for index, key in enumerate(("zzz", "temperature", ""))}
+    for key, kind in known.items():
+        option = Option(name, key)
+        wanted |= {f"{key}.{index}": {"options": {key: value}} for index, value in enumerate(wrong(kind, option))}
+    for model, keys in wanted.items():
+        [key] = keys["options"]
+        found = held(tmp_path, name, {model: keys})
+        assert [one.path for one in found] == [f"models.{model}.options.{key or chr(34) * 2}"], (keys, found)
+        assert found[0].line > 0
+        assert sensible(found[0])
+    fine = {f"{key}.{index}": {"options": {key: value}} for key, kind in known.items()
+            for index, value in enumerate(right(kind, Option(name, key)))}  # fmt: skip
+    assert held(tmp_path, name, {"plain": {}, **fine} if name in HELD else {"plain": {}}) == []
+
+
+@pytest.mark.parametrize("name", [name for name in engines.names() if name != "ollama"])
+def test_what_only_ollama_makes_is_refused_elsewhere(name: str, tmp_path: Path) -> None:
+    found = held(tmp_path, name, {"m": {"from": "/m.gguf", "quantize": "q8_0", "modelfile": {"system": "Hello."}}})
+    assert {one.path for one in found} == {"models.m.quantize", "models.m.modelfile"}
+    assert all("makes no models" in one.message and one.line > 0 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        ({"from": "/m.gguf", "quantize": "q9"}, "quantize"),
+        ({"quantize": "q8_0"}, "from"),
+        ({"from": "/m.gguf", "modelfile": {"parameters": {"temprature": 1}}}, "modelfile.parameters.temprature"),
+        ({"from": "/m.gguf", "modelfile": {"parameters": {"num_ctx": "many"}}}, "modelfile.parameters.num_ctx"),
+        ({"from": "/m-00001-of-00002.gguf"}, "from"),
+        ({"served_as": "a@b"}, "served_as"),
+        ({"served_as": "a:cloud"}, "served_as"),
+    ],
+    ids=repr,
+)
+def test_what_ollama_cannot_make_is_told_at_the_model(keys: Mapping[str, Any], path: str, tmp_path: Path) -> None:
+    found = held(tmp_path, "ollama", {"m": keys})
+    assert [one.path for one in found] == [f"models.m.{path}"]
+    assert found[0].line > 0
+    assert sensible(found[0])

@@ -181,7 +181,7 @@ def test_validate_names_paths_below_options(name: str) -> None:
         assert problem.message
         assert "\n" not in problem.message
         if problem.path:
-            assert problem.path[0] in {*engine.options.model_fields, "env", "args", "command"}
+            assert problem.path[0] in {*engine.options.model_fields, "env", "args", "command", "models"}
 
 
 def mechanisms(probe: ProbeSpec) -> int:
