@@ -224,6 +224,8 @@ def story(session: Session, name: str) -> int:
     if not session.emit(told):
         for event in told["events"]:
             views.event_line(session.screen, event, with_name=event.get("name") != name)
+        if not told["events"]:
+            session.screen.line(f"nothing has happened to {name} since fleetd started")
     return EXIT_OK
 
 

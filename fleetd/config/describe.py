@@ -14,7 +14,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "name": "Name of the fleet; default: the host's name.",
         "include": "More files of the same form; patterns relative to this file. A key defined twice is an error.",
         "paths": "Where fleetd keeps its state, socket and logs.",
-        "gateway": "The listener for the APIs of OpenAI, Ollama and Anthropic.",
+        "gateway": "The listener for clients of models: the OpenAI API.",
         "admin": "The listener for dashboard, metrics and the read API.",
         "devices": "Memory budgets: host, unified, gpu0, gpu1 … What is absent is discovered.",
         "defaults": "Laid under every process and every model.",
