@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from bench.rig import RunningFleet, free_port, scratch
 
 MODEL = "tiny"
@@ -110,12 +112,23 @@ models:
 
 @dataclass
 class Proxy:
-    """One participant: where it listens, and what was measured: connections -> [(requests/s, median latency in ms)]."""
+    """One participant: where it listens, and what was measured: connections -> [(requests/s, median latency in ms)].
+
+    `cpu_us` is the processor time of each round per request, which a busy machine stretches less than the rate.
+    """
 
     name: str
     port: int
     pid: int
     figures: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    cpu_us: list[float] = field(default_factory=list)
+
+    def measure(self, connections: int, seconds: int, script: Path) -> None:
+        """Send requests for so long, and note what came of it."""
+        before = processor_s(self.pid)
+        rate, latency_ms = wrk(self.port, connections, seconds, script)
+        self.figures.setdefault(connections, []).append((rate, latency_ms))
+        self.cpu_us.append((processor_s(self.pid) - before) / (rate * seconds) * 1e6)
 
     def rate(self, connections: int) -> float:
         """Return the median of requests per second."""
@@ -275,6 +288,13 @@ def wrk(port: int, connections: int, seconds: int, script: Path) -> tuple[float,
     return float(rate.group(1)), float(half.group(1)) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[half.group(2)]
 
 
+def processor_s(pid: int) -> float:
+    """Return the processor time of a process and its children: nginx works in one."""
+    process = psutil.Process(pid)
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
 def rss_mb(pid: int) -> float:
     """Return the resident memory of one process in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) if Path("/proc").is_dir() else 0
@@ -284,13 +304,14 @@ def rss_mb(pid: int) -> float:
 def report(proxies: list[Proxy], counts: list[int]) -> None:
     """Print the table."""
     base = next(proxy for proxy in proxies if proxy.name == "nginx")
-    print(f"{'':12}" + "".join(f"{f'{count} connections':>34}" for count in counts) + f"{'RSS':>9}")
+    print(f"{'':12}" + "".join(f"{f'{count} connections':>34}" for count in counts) + f"{'CPU':>14}{'RSS':>9}")
     for proxy in proxies:
         cells = []
         for count in counts:
             rate = proxy.rate(count)
             cells.append(f"{rate:9.0f}/s {rate / base.rate(count):5.2f}x {proxy.latency_ms(count):7.3f} ms p50")
-        print(f"{proxy.name:12}" + "".join(f"{cell:>34}" for cell in cells) + f"{rss_mb(proxy.pid):6.0f} MB")
+        cpu = f"{statistics.median(proxy.cpu_us):8.1f} us/req"
+        print(f"{proxy.name:12}" + "".join(f"{cell:>34}" for cell in cells) + cpu + f"{rss_mb(proxy.pid):6.0f} MB")
 
 
 def main() -> int:
@@ -319,7 +340,7 @@ def main() -> int:
         for _ in range(options.rounds):
             for count in options.connections:
                 for proxy in proxies:
-                    proxy.figures.setdefault(count, []).append(wrk(proxy.port, count, options.seconds, script))
+                    proxy.measure(count, options.seconds, script)
         report(proxies, options.connections)
         base = next(proxy for proxy in proxies if proxy.name == "nginx")
         ours = next(proxy for proxy in proxies if proxy.name in ("gateway", "fleetd run"))
