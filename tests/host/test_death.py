@@ -116,21 +116,23 @@ def test_exit_is_reported_after_spawn_has_returned(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_adopted_orphans_are_reaped(tmp_path: Path) -> None:
-    program = """
-        import os, time
+# Its grandchild outlives the child between them for a moment.
+ORPHANING = """
+    import os, time
+    if os.fork() == 0:
+        os.setsid()
         if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                print("worker", os.getpid(), flush=True); print("up", flush=True)
-                time.sleep(0.2)
-            os._exit(0)
-        time.sleep(600)
-    """
+            print("worker", os.getpid(), flush=True); print("up", flush=True)
+            time.sleep(0.2)
+        os._exit(0)
+    time.sleep(600)
+"""
 
+
+def test_adopted_orphans_are_reaped(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
-            handle = await spawn(host, python(program))
+            handle = await spawn(host, python(ORPHANING))
             (orphan,) = pids_in(await log_says(host, handle, "up"), "worker")
             await until(lambda: psutil.Process(orphan).ppid() == os.getpid(), "the orphan is ours")
             await until(lambda: not psutil.pid_exists(orphan), "no zombie is left")
@@ -155,22 +157,11 @@ def test_statuses_of_others_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_an_orphan_behind_a_status_of_others_is_reaped(tmp_path: Path) -> None:
-    program = """
-        import os, time
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                print("worker", os.getpid(), flush=True); print("up", flush=True)
-                time.sleep(0.1)
-            os._exit(0)
-        time.sleep(600)
-    """
-
     async def run() -> None:
         other = subprocess.Popen([sys.executable, "-I", "-S", "-c", ""])  # noqa: ASYNC220
         await until(lambda: not alive(other.pid))
         async with host_in(tmp_path) as host:
-            handle = await spawn(host, python(program))
+            handle = await spawn(host, python(ORPHANING))
             (orphan,) = pids_in(await log_says(host, handle, "up"), "worker")
             await until(lambda: not psutil.pid_exists(orphan), "no zombie is left")
         assert other.wait() == 0
