@@ -64,9 +64,18 @@ class ConfigError(FleetError):
 
 
 class EngineError(FleetError):
-    """An engine refused or failed. `recoverable` is False where only an edit of fleet.yaml helps."""
+    """An engine refused or failed. `recoverable` is False where only an edit of fleet.yaml helps.
+
+    `key` is the key of the entry that it is about, where one is: `options.api_key`, or `command` for the program itself.
+    """
 
     recoverable = True
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, recoverable: bool | None = None, key: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, recoverable=recoverable)
+        self.key = key
 
 
 class CapacityError(FleetError):

@@ -20,7 +20,7 @@ from fleetd.core.line import Line
 from fleetd.core.planner import Evict, Fits, Never, Wait, demand_at, plan
 from fleetd.core.residency import Residencies
 from fleetd.core.router import elsewhere, resolve, serving
-from fleetd.core.state import Model, Placement, Residency
+from fleetd.core.state import Model, Placement, ProcessState, Residency
 
 _RETRY_AFTER_S = 2.0
 _NAME_SHOWN = 200
@@ -173,6 +173,13 @@ class Admission:
         where = (placement.process, placement.generation)
         self.facts.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.why))
 
+    def _awaited(self, name: str) -> str:
+        """Say what a server that is not ours answers instead of being ready: nobody here can do more than tell it."""
+        process = self.facts.processes.get(name)
+        if process is None or process.spec.capabilities.owns_process or process.state is not ProcessState.STARTING:
+            return ""
+        return f", which is not ready: {process.startup_detail}" if process.startup_detail else ""
+
     # -- from disk --------------------------------------------------------------------------------------------------------------
 
     def _bring(self, waiting: Waiting, held: set[str], awaited: set[tuple[str, str]], now: float) -> None:
@@ -182,7 +189,7 @@ class Admission:
         awaited.update(p.key for p in model.placements.values())
         if coming:
             waiting.load_began_s = waiting.load_began_s or coming[0].order_s
-            waiting.why = f"{model.name} is loading on {coming[0].process}"
+            waiting.why = f"{model.name} is loading on {coming[0].process}{self._awaited(coming[0].process)}"
             return
         process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
         if process is None:

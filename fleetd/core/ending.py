@@ -10,7 +10,7 @@ The rules of this file
 from __future__ import annotations
 
 from fleetd.core.commands import Stop, StopProbes, Sweep
-from fleetd.core.contract import ExitReport
+from fleetd.core.contract import ExitKind, ExitReport
 from fleetd.core.facts import Facts
 from fleetd.core.restart import Again, Decision, Done, GiveUp, after_death, after_loss, describe
 from fleetd.core.state import Process, ProcessState
@@ -32,9 +32,9 @@ class Ending:
         else:
             self.set_empty(process, (), now)
 
-    def kill(self, process: Process, now: float, reason: str) -> None:
-        """Stop it for a failure of its own: counts as a death."""
-        process.outcome = ExitReport(None, reason=reason)
+    def kill(self, process: Process, now: float, reason: str, *, final: bool = False) -> None:
+        """Stop it for a failure of its own: counts as a death. `final`: another start would end alike."""
+        process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
         self.stop(process, now, reason)
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:

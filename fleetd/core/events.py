@@ -99,6 +99,7 @@ class ProbeResult(Event):
     probe: ProbeKind
     ok: bool
     detail: str = ""
+    final: bool = False  # asking again cannot bring another answer: only an edit of fleet.yaml or of the machine helps
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,8 @@ class Intake:
                 process.startup_detail = event.detail if not event.ok else ""
                 if event.ok:
                     self.supervision.startup_passed(process, now)
+                elif event.final and process.spec.capabilities.owns_process:
+                    self.supervision.ending.kill(process, now, event.detail, final=True)
         elif event.probe is ProbeKind.READINESS and probes.readiness is not None:
             process.readiness.add(probes.readiness, event.ok, event.detail)
             self.supervision.maybe_ready(process, now)

@@ -377,6 +377,7 @@ class Assembler:
             schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
             watch=self._watch(entry),
             source=self._source(path),
+            place=path_text(path),
         )
 
     def _named(self, entry: Entry, launch: Launch) -> dict[str, str]:

@@ -20,6 +20,7 @@ from fleetd.daemon.containers import Recipe
 from fleetd.daemon.environment import inherited, redacted_argv, redacted_env
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
 from fleetd.engines.container import Contained
+from fleetd.errors import FleetError
 from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
 
 REMOVAL = "container_removal"  # in a record's `extra`
@@ -91,6 +92,19 @@ class LaunchPlan:
     contained: Contained | None = None  # the container, once its client is there
     kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
     source: tuple[str, int] = ("", 0)
+    place: str = ""  # its entry in fleet.yaml: `models.tiny`
+
+    def about(self, said: str, key: str | None) -> str:
+        """Return a sentence with the key of fleet.yaml that it is about."""
+        if key is None:
+            return said
+        if key.startswith("options.") and not hasattr(self.context.options, key.removeprefix("options.")):
+            return f"{said} ({self.place}: the engine {self.engine_name} has no {key})"
+        return f"{said} ({self.place}.{'external' if self.external and key == 'command' else key})"
+
+    def told(self, error: FleetError) -> str:
+        """Return the sentence of an error, with the key that it is about."""
+        return self.about(error.sentence, getattr(error, "key", None))
 
     def environment(self, parent: Mapping[str, str]) -> dict[str, str]:
         """Return the whole environment of the process, given the daemon's own."""

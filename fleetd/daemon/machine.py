@@ -150,7 +150,8 @@ class HostMachine:
         )
         if plan.external and plan.endpoint is not None:
             url = urlsplit(plan.endpoint.base_url)
-            target = replace(target, host=url.hostname or "127.0.0.1", port=url.port or 80)
+            tls = url.scheme == "https"
+            target = replace(target, host=url.hostname or "127.0.0.1", port=url.port or (443 if tls else 80), tls=tls)
             spec = replace(spec, http=url.path.rstrip("/") + spec.http) if spec.http else spec
         return Prober(self.host, target, kind, spec, on_answer, completion)
 

@@ -11,6 +11,7 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +28,8 @@ from fleetd.host.probe import Answer, Completion
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+_REFUSED = re.compile(r"GET \S+: (401|403)\b")
+_KEY = "options.api_key"
 _BUSY_S = 600.0
 _BEFORE_THE_PROBER = 0.95  # of the timeout: the prober's own would cut the excuse off
 
@@ -79,7 +82,9 @@ class Probing:
             self.answers[key] = (time.time(), answer)
             if answer.ok and command.probe is ProbeKind.STARTUP:
                 self._end(key)
-            self._dispatch(ProbeResult(command.name, command.generation, command.probe, answer.ok, answer.detail))
+            said = answer.detail if answer.ok or not _REFUSED.match(answer.detail) else plan.about(answer.detail, _KEY)
+            result = ProbeResult(command.name, command.generation, command.probe, answer.ok, said, answer.final)
+            self._dispatch(result)
 
         completion = self._completion(command.name, plan, spec) if spec.completion else None
         handle = run.handle if run is not None else None
@@ -125,11 +130,11 @@ class Probing:
             try:
                 async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
                     outcome = await plan.engine.alive(self._http(), plan.endpoint, plan.own_model, timeout_s)
-                answer = Answer(outcome.ok, outcome.detail)
+                answer = Answer(outcome.ok, plan.about(outcome.detail, outcome.key), outcome.final)
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
-                answer = Answer(False, str(error))
+                answer = Answer(False, plan.told(error))
             return answer if answer.ok else self._excused(name, began, answer)
 
         return ask

@@ -99,7 +99,9 @@ class Residency:
                     raise
                 measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
         except FleetError as error:
-            self._dispatch(LoadFailed(model, process, generation, error.sentence, recoverable=error.recoverable))
+            self._dispatch(
+                LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
+            )
         except asyncio.CancelledError:
             self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
             raise
@@ -116,7 +118,7 @@ class Residency:
             plan, endpoint, held = self._target(model, process)
             await plan.engine.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
-            self._dispatch(UnloadFailed(model, process, generation, error.sentence))
+            self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
         except asyncio.CancelledError:
             self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
             raise
@@ -126,6 +128,10 @@ class Residency:
             )
         else:
             self._dispatch(Unloaded(model, process, generation))
+
+    def _told(self, process: str, error: FleetError) -> str:
+        plan = self._plans().get(process)
+        return plan.told(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
         """Ask a many-model server what it holds, and tell the fleet."""

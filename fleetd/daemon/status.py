@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,6 @@ Entry = TypeVar("Entry")
 Row = TypeVar("Row")
 
 _SLICE = 200  # entries: a few milliseconds
-_REFUSED = re.compile(r": 40[13]\b")
 
 
 @dataclass(slots=True)
@@ -196,8 +194,6 @@ class StatusView:
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:
             return process.reason
-        if external and _REFUSED.search(detail):
-            detail += f" (instances.{process.spec.base}.options.api_key: it asks for another key)"
         return f"waiting for it: {detail}" if external else f"starting: {detail}"
 
     def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes
+from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -120,8 +121,16 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutcome:
+    """What a look at a server brought. `key` is the key of the entry that a failure is about; `final` that waiting cannot help."""
+
     ok: bool
     detail: str = ""
+    key: str | None = None
+    final: bool = False
+
+    @classmethod
+    def failed(cls, error: EngineError) -> ProbeOutcome:
+        return cls(False, str(error), error.key, not error.recoverable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 """HTTP calls of an engine to its own server: bounded in time and size, one sentence for everything that goes wrong.
 
 The rules of this file
-- A call raises EngineError only when no answer came; an answer of any status is returned, its caller judges it.
-- An answer is never trusted for its status alone: `Reply.mapping` and `Reply.listing` check the shape that is read from it.
+- A call raises EngineError when no answer came, or one that refuses us; an answer of any other status is returned.
+- An answer is never trusted for its status alone: what is read from it is checked for its shape, and the error says which
+  URL answered what, and what was expected. What may be left out may be null; another type is an error.
+- A server that refuses our key is an error of `options.api_key`, whatever was asked of it.
 - The client is injected; no session is made or kept here.
 """
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 EXCERPT_CHARS = 300
+_MOST = 2**62  # bytes, tokens: nothing that is counted here is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Reply:
         """The server's own error sentence, or the head of its body, or its status."""
         error = self.data.get("error") if isinstance(self.data, Mapping) else None
         if isinstance(error, Mapping):
-            error = error.get("message")
+            error = error.get("message") or error.get("type")
         if not isinstance(error, str) or not error:
             error = self.text.strip()[:EXCERPT_CHARS]
         return error or f"HTTP status {self.status}"
@@ -62,12 +65,30 @@ class Reply:
     def listing(self, key: str) -> Sequence[Mapping[str, Any]]:
         """Return the JSON objects listed under `key`; null counts as empty. Raises EngineError for any other shape."""
         value = self.mapping().get(key, ...)
+        shown = self.text.strip()[:EXCERPT_CHARS]
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            raise EngineError(f"{self.url} did not answer with a list of objects under {key!r}: {shown!r}")
+        return value
+
+    def word(self, entry: Mapping[str, Any], *keys: str) -> str:
+        """Return the text under the first of `keys` that is there. Raises EngineError where it is none, or empty."""
+        value = next((entry[key] for key in keys if entry.get(key) is not None), None)
+        if not isinstance(value, str) or not value:
             raise EngineError(
-                f"{self.url} did not answer with a list of {key!r}: {self.text.strip()[:EXCERPT_CHARS]!r}"
+                f"{self.url} did not answer with a text under {keys[0]!r}: {str(dict(entry))[:EXCERPT_CHARS]}"
             )
+        return value
+
+    def count(self, entry: Mapping[str, Any], key: str) -> int:
+        """Return the whole number under `key`, 0 where it is left out. Raises EngineError for anything else."""
+        value = entry.get(key)
+        if value is None:
+            return 0
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+            shown = str(dict(entry))[:EXCERPT_CHARS]
+            raise EngineError(f"{self.url} did not answer with a whole number from 0 under {key!r}: {shown}")
         return value
 
 
@@ -98,11 +119,23 @@ async def call(
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise EngineError(f"{method} {url} failed: {str(error) or type(error).__name__}") from error
     text = body.decode("utf-8", "replace")
+    reply = Reply(url=url, status=status, data=_parsed(text), text=text)
+    if status in (401, 403):
+        raise EngineError(
+            f"{method} {url} was refused: HTTP {status}: {reply.message}", key="options.api_key", recoverable=False
+        )
+    return reply
+
+
+def _parsed(text: str) -> Any:
+    """Return the JSON of an answer; None where it is none, or holds halves of characters, which nobody could print."""
     try:
         data = json.loads(text)
+        if "\\u" in text:
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        data = None
-    return Reply(url=url, status=status, data=data, text=text)
+        return None
+    return data
 
 
 async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:

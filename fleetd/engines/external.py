@@ -112,7 +112,7 @@ class External:
         try:
             names = await _names(http, endpoint, timeout_s)
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
         if model is not None and names and model.served_as not in names:
             return ProbeOutcome(False, f"{endpoint.base_url} no longer lists {model.served_as}")
         return ProbeOutcome(True, f"it lists {len(names)} models")
@@ -125,9 +125,4 @@ async def _names(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> t
     """Return the models it lists. Raises EngineError for a refusal, and for an answer that is no list of models."""
     path = "/models" if endpoint.base_url.endswith("/v1") else "/v1/models"
     reply = await call(http, endpoint, "GET", path, timeout_s=timeout_s)
-    if reply.status in (401, 403):
-        raise EngineError(
-            f"{endpoint.base_url} refuses us: HTTP {reply.status}", hint="options.api_key: ${NAME}", recoverable=False
-        )
-    listed = reply.expect("listing models").listing("data")
-    return tuple(str(entry["id"]) for entry in listed if "id" in entry)
+    return tuple(reply.word(entry, "id") for entry in reply.expect("listing models").listing("data"))

@@ -235,7 +235,7 @@ class LlamaCpp:
         if not health.ok:
             return ()
         reply = (await call(http, endpoint, "GET", "/v1/models", timeout_s=5.0)).expect("listing the model")
-        return tuple(Resident(str(entry.get("id"))) for entry in reply.listing("data"))
+        return tuple(Resident(reply.word(entry, "id")) for entry in reply.listing("data"))
 
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
@@ -249,7 +249,7 @@ class LlamaCpp:
             left = timeout_s - (asyncio.get_running_loop().time() - begun)
             return await _one_token(http, endpoint, model, left)
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
 
 
 ENGINE = LlamaCpp()
@@ -370,7 +370,8 @@ async def _one_token(
     for path, payload in tries:
         reply = await call(http, endpoint, "POST", path, payload, timeout_s=max(0.001, end - loop.time()))
         if reply.ok:
-            return ProbeOutcome(True)
+            done = isinstance(reply.data, (Mapping, list)) and bool(reply.data)
+            return ProbeOutcome(done, "" if done else f"{reply.url} answered without work: {reply.message}")
         if reply.status not in (400, 404, 501):
             break
     return ProbeOutcome(False, f"HTTP {reply.status}: {reply.message}")

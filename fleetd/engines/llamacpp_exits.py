@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fleetd.core.contract import ExitKind
 from fleetd.engines.base import ExitVerdict
+from fleetd.engines.llamacpp_rules import OWNED as OPTION_OF
 
 # the first row with a match in any line decides; within a row the last line that matches is the reason
 # fmt: off
@@ -54,12 +56,33 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
 )
 # fmt: on
 _LONGEST = 300
+_REFUSED_FLAG = re.compile(r"(?:invalid|unknown) argument:? (--[\w-]+)")
+# what fleetd says whatever the options are; each is older than any build that reads today's models
+_ALWAYS = frozenset(
+    {"--metrics", "--slots", "--offline", "--no-webui", "--cache-ram", "--alias", "--ctx-size", "--parallel"}
+)
+
+
+def _refused_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
+    """Return which key of fleet.yaml a flag comes from that the program does not know."""
+    flag = next((found[1] for line in reversed(log_tail) if (found := _REFUSED_FLAG.search(line))), "")
+    if flag in _ALWAYS:
+        return ExitVerdict(
+            ExitKind.BAD_CONFIG, f"command: this llama-server is too old: it does not know {flag}, which fleetd needs"
+        )
+    option = OPTION_OF.get(flag)
+    if option is None:
+        return None
+    said = f"this llama-server does not know {flag}: it is too old for it, or has it no longer"
+    return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {said}")
 
 
 def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
     """Return the kind and a sentence. A line counts only when the process failed: code not 0, or a signal of its own making."""
     if code == 0:
         return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+    if found := _refused_flag(log_tail):
+        return found
     if signal in (None, "SIGABRT", "SIGSEGV", "SIGBUS", "SIGKILL"):
         for kind, needles in _ROWS:
             for line in reversed(log_tail):

@@ -155,7 +155,7 @@ class LmStudio:
             payload = {"instance_id": instance}
             reply = await call(http, endpoint, "POST", "/api/v1/models/unload", payload, timeout_s=left)
             if reply.status != 404 and reply.mapping().get("instance_id") != instance:
-                raise EngineError(f"LM Studio did not unload {instance}: {reply.message}", hint=_old_hint(reply))
+                raise _failed(f"{reply.url} did not unload {instance}: {reply.message}", reply, recoverable=True)
 
         async def gone() -> bool:
             entry = await _find(http, endpoint, model.served_as)
@@ -183,7 +183,7 @@ class LmStudio:
                 return ProbeOutcome(True, "no model is loaded; the server answers")
             return await _one_token(http, endpoint, entries[0], timeout_s)
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
 
 
 ENGINE = LmStudio()
@@ -216,8 +216,12 @@ def _program(context: LaunchContext) -> str:
     return found
 
 
-def _old_hint(reply: Reply) -> str | None:
-    return "loading and unloading need LM Studio 0.4 or newer" if "nexpected endpoint" in reply.message else None
+def _failed(message: str, reply: Reply, *, recoverable: bool) -> EngineError:
+    """Return the error of a load or an unload; a server that lacks the route is too old for both."""
+    if "nexpected endpoint" in reply.message:
+        message = f"{reply.url} is not there: this LM Studio is older than 0.4, which loading and unloading need"
+        return EngineError(message, key="command", recoverable=False)
+    return EngineError(message, recoverable=recoverable)
 
 
 async def _load(http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
@@ -225,8 +229,8 @@ async def _load(http: ClientSession, endpoint: Endpoint, model: HeldModel, timeo
     reply = await call(http, endpoint, "POST", "/api/v1/models/load", payload, timeout_s=timeout_s)
     answer = reply.mapping()
     if answer.get("status") != "loaded" or not isinstance(answer.get("instance_id"), str):
-        message = f"{model.name}: LM Studio cannot load {model.served_as}: {reply.message}"
-        raise EngineError(message, hint=_old_hint(reply), recoverable=reply.status != 404)
+        message = f"{model.name}: {reply.url} did not load {model.served_as}: {reply.message}"
+        raise _failed(message, reply, recoverable=reply.status != 404)
 
 
 async def _find(http: ClientSession, endpoint: Endpoint, key: str) -> _Entry | None:
@@ -241,26 +245,33 @@ async def _listed(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> 
     old = await call(http, endpoint, "GET", "/api/v0/models", timeout_s=timeout_s)
     if isinstance(old.data, Mapping) and isinstance(old.data.get("data"), list):
         return list(_entries_v0(old))
-    hint = "its API key?" if 401 in (reply.status, old.status) else "is this LM Studio, 0.3.6 or newer?"
-    raise EngineError(f"{endpoint.base_url} does not list models as LM Studio does: {reply.message}", hint=hint)
+    raise EngineError(
+        f"{reply.url} does not list models as LM Studio does: {reply.message}",
+        hint="is this LM Studio, 0.3.6 or newer?",
+        key="command",
+    )
 
 
 def _entries_v1(reply: Reply) -> Iterator[_Entry]:
     for model in reply.listing("models"):
         instances = model.get("loaded_instances")
-        ids = [instance.get("id") for instance in instances or () if isinstance(instance, Mapping)]
-        size = model.get("size_bytes")
+        if instances is not None and not (
+            isinstance(instances, list) and all(isinstance(i, Mapping) for i in instances)
+        ):
+            raise EngineError(
+                f"{reply.url} did not answer with a list of objects under 'loaded_instances': {reply.message!r}"
+            )
         yield _Entry(
-            str(model.get("key")),
-            tuple(instance for instance in ids if isinstance(instance, str)),
-            size if isinstance(size, int) and size > 0 else 0,
+            reply.word(model, "key"),
+            tuple(reply.word(instance, "id") for instance in instances or ()),
+            reply.count(model, "size_bytes"),
             model.get("type") == "embedding",
         )
 
 
 def _entries_v0(reply: Reply) -> Iterator[_Entry]:
     for model in reply.listing("data"):
-        key = str(model.get("id"))
+        key = reply.word(model, "id")
         yield _Entry(key, (key,) if model.get("state") == "loaded" else (), 0, model.get("type") == "embeddings")
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from fleetd.config.fields import Choice, Flag, Text, Whole
 from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
@@ -36,7 +34,6 @@ from fleetd.engines.base import (
     Resident,
 )
 from fleetd.engines.calls import Reply, call, until
-from fleetd.engines.fields import AnyOf, Count, Duration, Index, Lifetime, Names, PathText, Size, Switch, Word
 from fleetd.engines.held_options import load_options
 from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, render_env
 from fleetd.engines.ollama_estimate import estimate_held
@@ -49,6 +46,7 @@ from fleetd.engines.ollama_models import (
     recipe_of,
     shared_store,
 )
+from fleetd.engines.ollama_options import OllamaOptions
 from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 from fleetd.models import store
@@ -65,49 +63,9 @@ if TYPE_CHECKING:
 DEFAULT_LOADED_MODELS = 8
 GENERATE_REFUSED = "does not support generate"
 POLL_S = 0.015
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+OLDEST = (0, 5, 5)  # the first whose /api/create takes files by their digest
 
 PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Ollama.app/Contents/Resources")
-
-
-class OllamaOptions(Options):
-    """The environment of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
-
-    models_dir: PathText | None = Field(
-        None, description="where models are stored; must exist before the server starts"
-    )
-    keep_alive: Lifetime = Field(
-        -1.0, description="idle time before Ollama itself unloads; -1 leaves it to fleetd's ttl"
-    )
-    load_timeout: Duration | None = Field(None, description="longest silence of a load; 0 for no limit")
-    context_length: Count = Field(4096, description="tokens per slot, for models that do not say num_ctx themselves")
-    num_parallel: Count = Field(1, description="requests that one model works on at once")
-    max_loaded_models: Count | None = Field(None, description="default: as many as the fleet asks for, at least 8")
-    max_queue: Count | None = Field(None, description="waiting loads before Ollama answers 503")
-    kv_cache_type: Annotated[str, Choice(*KV_TYPES)] | None = None
-    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] | None = None
-    sched_spread: Switch | None = Field(None, description="spread a model over all GPUs though one would do")
-    gpu_overhead: Size | None = Field(None, description="has no effect since Ollama 0.30")
-    igpu: Switch | None = Field(None, description="use integrated GPUs")
-    vulkan: Switch | None = None
-    llm_library: Word | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
-    origins: Names = Field((), description="web origins allowed beside localhost")
-    noprune: Switch = Field(True, description="do not delete unused blobs at start: another server may share the store")
-    no_cloud: Switch = Field(True, description="no models and no searches on Ollama's servers")
-    remotes: Names = ()
-    go_template: Switch | None = Field(None, description="prefer the Modelfile's template over the one in the file")
-    debug: Annotated[bool | int, AnyOf("true or false, 1 (debug) or 2 (trace)", Flag(), Whole(0, 2))] | None = None
-    debug_log_requests: Switch | None = Field(None, description="write request bodies to a temporary folder")
-    max_transfer_streams: Count | None = None
-    cache_ram: Size = Field(0, description="host memory for prompts, per loaded model; llama.cpp's own default is 8GiB")
-    fit: Switch | None = Field(None, description="let llama.cpp fit layers into the free GPU memory")
-    fit_target: Size | None = Field(None, description="GPU memory to leave free")
-    n_gpu_layers: Index | None = None
-    n_cpu_moe: Index | None = None
-    ctx_checkpoints: Index | None = None
-    hsa_override_gfx_version: (
-        Annotated[str, Text(32, pattern=r"\d+\.\d+\.\d+", what="a version such as 10.3.0")] | None
-    ) = None
 
 
 class Ollama:
@@ -124,10 +82,10 @@ class Ollama:
         return options.num_parallel
 
     def probes(self, options: Any) -> Probes:  # noqa: ARG002
-        """Readiness is an answer: the port is open long before GPUs are found, which may take 30 s."""
+        """Readiness is an answer: the port is open long before GPUs are found, which may take 30 s. The first one has a version."""
         version = "/api/version"
         return Probes(
-            startup=ProbeSpec(http=version, period_s=0.05, timeout_s=2.0, failures=1, deadline_s=120.0),
+            startup=ProbeSpec(completion=True, period_s=0.05, timeout_s=2.0, failures=1, deadline_s=120.0),
             readiness=ProbeSpec(http=version, period_s=2.0, timeout_s=2.0, failures=3),
             liveness=ProbeSpec(completion=True, period_s=30.0, timeout_s=20.0, failures=3),
         )
@@ -288,11 +246,11 @@ class Ollama:
             if model is not None:
                 entries = [entry for entry in entries if store.same_name(_name(entry), model.served_as)]
             if not entries:
-                reply = await call(http, endpoint, "GET", "/api/version", timeout_s=timeout_s)
-                return ProbeOutcome(reply.ok and "version" in reply.mapping(), "no model is loaded; the server answers")
+                version = await _check_version(http, endpoint, timeout_s)
+                return ProbeOutcome(True, f"no model is loaded; the server answers, version {version}")
             return await _one_token(http, endpoint, entries[0], model, timeout_s)
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
 
     def canonical_name(self, served_as: str) -> str:
         """Return the form in which `loaded` names a model: implied parts left out, `:latest` too."""
@@ -324,7 +282,7 @@ def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
 
     The runner's own process, which Ollama leaves out, is added to the host's part.
     """
-    size, vram = _count(entry.get("size")), _count(entry.get("size_vram"))
+    size, vram = entry["size"], entry["size_vram"]
     parts = {"gpu": min(size, vram), "host": max(0, size - vram) + PROCESS_BYTES}
     return {name: count for name, count in parts.items() if count}
 
@@ -403,17 +361,32 @@ def _serving(context: LaunchContext, options: OllamaOptions) -> Serving:
 # -- the wire -----------------------------------------------------------------------------------------------------------
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
 def _name(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("model") or entry.get("name") or "")
+    return str(entry["name"])
 
 
 async def _entries(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> list[Mapping[str, Any]]:
+    """Return what is loaded, in the shape that is read here: a name, and counts that may be left out."""
     reply = await call(http, endpoint, "GET", "/api/ps", timeout_s=timeout_s)
-    return list(reply.expect("listing loaded models").listing("models"))
+    entries = reply.expect("listing loaded models").listing("models")
+    counted = ("size", "size_vram", "context_length")
+    return [
+        {"name": reply.word(entry, "model", "name"), **{key: reply.count(entry, key) for key in counted}}
+        for entry in entries
+    ]
+
+
+async def _check_version(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> str:
+    """Return the server's version. Raises EngineError for one that lacks what is asked of it here; builds have none (0.0.0)."""
+    reply = (await call(http, endpoint, "GET", "/api/version", timeout_s=timeout_s)).expect("asking for the version")
+    text = reply.word(reply.mapping(), "version")
+    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
+    version = tuple(map(int, found.groups())) if found is not None else (0, 0, 0)
+    if (0, 0, 0) < version < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        message = f"{reply.url} says Ollama {text}; fleetd needs {oldest} or newer"
+        raise EngineError(message, key="command", recoverable=False)
+    return text
 
 
 async def _entry(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> Mapping[str, Any] | None:
@@ -471,7 +444,7 @@ async def _one_token(
     """Generate one token with the very options the model is loaded with, so that the probe causes no new load."""
     name = _name(entry)
     options = pinned_options(model) if model is not None else {}
-    context_length = _count(entry.get("context_length"))
+    context_length = entry["context_length"]
     if context_length:
         options["num_ctx"] = context_length
     payload: dict[str, Any] = {"model": name, "keep_alive": -1, "options": options}

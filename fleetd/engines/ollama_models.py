@@ -76,7 +76,7 @@ def library(http: ClientSession, endpoint: Endpoint, models_dir: Path, state_dir
     """Return the store of a server."""
     from fleetd.models.library import Library
 
-    return Library(http, endpoint.base_url, state_dir, shared_store(endpoint, models_dir))
+    return Library(http, endpoint.base_url, state_dir, shared_store(endpoint, models_dir), endpoint.api_key)
 
 
 def recipe_of(model: HeldModel, config_dir: Path) -> Recipe:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _PORT = ("address already in use", "eaddrinuse", "only one usage of each socket address")
 _MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "memoryerror", "bad_alloc")
 _LONGEST = 300
+_WORK = ("choices", "data", "embeddings", "message")  # where the dialects put what was asked for
 
 
 class Process:
@@ -127,7 +128,7 @@ class Process:
         reply = await call(http, endpoint, "GET", "/v1/models", timeout_s=5.0)
         if not reply.ok or not isinstance(reply.data, Mapping):
             return ()
-        return tuple(Resident(str(entry["id"])) for entry in reply.listing("data") if "id" in entry)
+        return tuple(Resident(reply.word(entry, "id")) for entry in reply.listing("data"))
 
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
@@ -141,12 +142,13 @@ class Process:
                 left = max(0.001, end - loop.time())
                 reply = await call(http, endpoint, "POST", path, payload, timeout_s=left)
                 if reply.ok:
-                    return ProbeOutcome(True)
+                    done = isinstance(reply.data, Mapping) and any(reply.data.get(key) for key in _WORK)
+                    return ProbeOutcome(done, "" if done else f"{reply.url} answered without work: {reply.message}")
                 said = f"HTTP {reply.status} from {path}: {reply.message}"
                 if reply.status not in (404, 405, 501):
                     break
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
         return ProbeOutcome(False, said)
 
 

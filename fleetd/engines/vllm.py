@@ -208,7 +208,7 @@ class Vllm:
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return the served names, the first of which names the model in metrics."""
         reply = await call(http, endpoint, "GET", "/v1/models", timeout_s=5.0)
-        return tuple(Resident(str(entry.get("id"))) for entry in reply.expect("listing models").listing("data"))
+        return tuple(Resident(reply.word(entry, "id")) for entry in reply.expect("listing models").listing("data"))
 
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
@@ -222,7 +222,7 @@ class Vllm:
                 served_as = next((resident.served_as for resident in await self.loaded(http, endpoint)), "")
             return await _one_token(http, endpoint, served_as, timeout_s)
         except EngineError as error:
-            return ProbeOutcome(False, str(error))
+            return ProbeOutcome.failed(error)
 
 
 ENGINE = Vllm()

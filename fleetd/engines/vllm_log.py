@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from fleetd.core.contract import ExitKind
 from fleetd.engines.base import ExitVerdict
+from fleetd.engines.vllm_args import VllmOptions
 
 _PHASES = (
     (re.compile(r"Loading [\w ]*checkpoint shards:\s+(\d+)%"), "loading weights {}%"),
@@ -87,6 +88,10 @@ _CAUSES: tuple[tuple[re.Pattern[str], ExitKind, str], ...] = tuple(
         (r"validation errors? for \w+|Value error, ", ExitKind.BAD_CONFIG, "options"),
     )
 )
+_UNRECOGNIZED = re.compile(r"^.*unrecognized arguments:")
+_VERSION = re.compile(r"\bvLLM (?:API server )?version:? v?(\d+\.\d+[\w.+]*)")
+OLDEST = "0.16"
+OWN_ARGUMENTS = frozenset({"disable_access_log_for_endpoints"})  # what fleetd always says
 _ANY_ERROR = re.compile(r"\b([A-Z]\w*(Error|Exception))\b: \S")
 _USELESS = re.compile(r"See root cause above|Engine core initialization failed")
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
@@ -115,6 +120,8 @@ def learned_kv_bytes(lines: Iterable[str]) -> int | None:
 
 def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
     """Say why it ended. Every exit that nobody asked for is a failure, code 0 included."""
+    if found := _refused_argument(log_tail):
+        return found
     for pattern, kind, key in _CAUSES:
         line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
         if line is not None:
@@ -132,6 +139,24 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
     if code is None:
         return ExitVerdict(ExitKind.UNKNOWN, f"died while nobody watched{because}")
     return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
+
+
+def _refused_argument(log_tail: Sequence[str]) -> ExitVerdict | None:
+    """Return which key of fleet.yaml an unknown argument comes from; fleetd's own means that the program is too old for it."""
+    line = next((line for line in reversed(log_tail) if _UNRECOGNIZED.search(line)), "")
+    flags = [word.partition("=")[0] for word in _UNRECOGNIZED.sub("", line).split() if word.startswith("--")]
+    for flag in flags if line else ():
+        name = flag[2:].replace("-", "_")
+        if name in OWN_ARGUMENTS:
+            version = next((f" {found[1]}" for said in reversed(log_tail) if (found := _VERSION.search(said))), "")
+            needed = f"it does not know {flag}, which came with {OLDEST}; fleetd needs {OLDEST} or newer"
+            return ExitVerdict(ExitKind.BAD_CONFIG, f"command: this vLLM{version} is too old: {needed}")
+        for spelled in (name, name.removeprefix("no_")):
+            option = {"kv_cache_memory_bytes": "kv_cache_memory"}.get(spelled, spelled)
+            if option in VllmOptions.model_fields:
+                said = f"this vLLM does not know {flag}: it is too old for it, or has it no longer"
+                return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {said}")
+    return None
 
 
 def _sentence(line: str) -> str:

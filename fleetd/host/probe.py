@@ -38,6 +38,7 @@ class Answer:
 
     ok: bool
     detail: str = ""
+    final: bool = False  # waiting cannot help
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Target:
     cwd: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     own_listener: bool = True
+    tls: bool = False
     handle: ProcessHandle | None = None
 
 
@@ -128,7 +130,7 @@ class Prober:
                 answer = await self._question()
         except TimeoutError:
             return Answer(False, f"no answer within {self.spec.timeout_s:g} s")
-        if answer.ok and not self._owned:
+        if (answer.ok or answer.final) and not self._owned:
             return await self._check_listener(answer)
         return answer
 
@@ -230,7 +232,7 @@ async def ask_http(path: str, target: Target) -> Answer:
         *(f"{k}: {v}" for k, v in headers.items()),
     ]
     try:
-        reader, writer = await asyncio.open_connection(host, port, limit=_ANSWER_BYTES)
+        reader, writer = await asyncio.open_connection(host, port, limit=_ANSWER_BYTES, ssl=target.tls or None)
     except OSError as error:
         return Answer(False, _refusal(error, port))
     try:

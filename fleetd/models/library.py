@@ -64,8 +64,15 @@ class Library:
     threads. Calls for one store must not overlap.
     """
 
-    def __init__(self, http: ClientSession, base_url: str, state_dir: Path, models_dir: Path | None = None) -> None:
-        self.api = OllamaApi(http, base_url)
+    def __init__(
+        self,
+        http: ClientSession,
+        base_url: str,
+        state_dir: Path,
+        models_dir: Path | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self.api = OllamaApi(http, base_url, api_key)
         self.models_dir = models_dir
         self.record_path = state_dir / "models.json"
         self.key = str(models_dir.resolve()) if models_dir is not None else self.api.base_url

@@ -34,8 +34,9 @@ def ignore_progress(phase: str, done: int, total: int) -> None:
 class OllamaApi:
     """The management routes of one server. The client is injected; nothing is kept between calls."""
 
-    def __init__(self, http: ClientSession, base_url: str) -> None:
+    def __init__(self, http: ClientSession, base_url: str, api_key: str | None = None) -> None:
         self.http, self.base_url = http, base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def version(self) -> tuple[int, ...]:
         """Return the server's version as numbers; (0, 0, 0) is a build without one."""
@@ -145,7 +146,7 @@ class OllamaApi:
         data: AsyncIterator[bytes] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> _Answer:
-        return _Answer(self.http, method, self.base_url + path, json_body, data, timeout_s)
+        return _Answer(self.http, method, self.base_url + path, json_body, data, timeout_s, self._headers)
 
 
 class _Answer:
@@ -159,21 +160,30 @@ class _Answer:
         json_body: Mapping[str, Any] | None,
         data: AsyncIterator[bytes] | None,
         timeout_s: float,
+        headers: Mapping[str, str],
     ) -> None:
         import aiohttp
 
         self.what, self.timeout_s = f"{method} {url}", timeout_s
         self.errors = (aiohttp.ClientError, OSError, ValueError)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        self.context = http.request(method, url, json=json_body, data=data, timeout=timeout, allow_redirects=False)
+        self.context = http.request(
+            method, url, json=json_body, data=data, timeout=timeout, headers=headers, allow_redirects=False
+        )
 
     async def __aenter__(self) -> ClientResponse:
         try:
-            return await self.context.__aenter__()
+            response = await self.context.__aenter__()
         except TimeoutError as error:
             raise EngineError(f"{self.what} did not answer within {self.timeout_s:g} s") from error
         except self.errors as error:
             raise EngineError(f"{self.what} failed: {str(error) or type(error).__name__}") from error
+        if response.status in (401, 403):
+            await self.context.__aexit__(None, None, None)
+            raise EngineError(
+                f"{self.what} was refused: HTTP {response.status}", key="options.api_key", recoverable=False
+            )
+        return response
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

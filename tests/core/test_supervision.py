@@ -814,3 +814,29 @@ def test_nothing_new_is_loaded_until_adopted_servers_were_looked_at() -> None:
     blind.ask("x")
     blind.wait(10.0)
     assert blind.take(c.Spawn), "a server that cannot say what it holds keeps nobody waiting for ever"
+
+
+def test_a_start_that_waiting_cannot_help_fails_at_once() -> None:
+    """The server answers, and is too old: another start would end alike, so there is none."""
+    rig = Rig(fleet_spec([process("a", probes=Probes(startup=ProbeSpec(http="/", deadline_s=60.0)))]))
+    rig.spawned("a")
+    rig.send(e.ProbeResult("a", 1, ProbeKind.STARTUP, False, "version 1 is too old", final=True))
+    assert rig.state("a") is S.STOPPING
+    assert len(rig.take(c.Stop)) == 1
+    rig.empty("a")
+    assert rig.state("a") is S.FAILED
+    assert "version 1 is too old (trying again cannot help)" in rig.of("a").reason
+    rig.send(e.StartAsked("a"))
+    assert rig.state("a") is S.STARTING
+
+
+def test_a_server_elsewhere_is_looked_for_whatever_it_answers() -> None:
+    away = replace(
+        process("a", probes=Probes(startup=ProbeSpec(http="/"))), capabilities=Capabilities(owns_process=False)
+    )
+    rig = Rig(fleet_spec([away]))
+    rig.send(e.ProbeResult("a", 1, ProbeKind.STARTUP, False, "version 1 is too old", final=True))
+    assert rig.state("a") is S.STARTING
+    assert rig.of("a").startup_detail == "version 1 is too old"
+    rig.probe("a", ProbeKind.STARTUP)
+    assert rig.state("a") is S.READY

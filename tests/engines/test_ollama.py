@@ -79,7 +79,7 @@ def test_each_option_is_its_variable(option: str, value: Any, variable: str, tex
 
 
 def test_every_option_has_a_variable() -> None:
-    assert set(OllamaOptions.model_fields) == set(TYPED)
+    assert set(OllamaOptions.model_fields) == {*TYPED, "api_key"}
 
 
 def test_defaults_leave_every_decision_to_fleetd() -> None:
@@ -291,7 +291,7 @@ def test_exits(code: int | None, signal: str | None, lines: list[str], kind: Exi
         (1000, 0, {"host": 1000 + PROCESS_BYTES}),
         (1000, 1000, {"gpu": 1000, "host": PROCESS_BYTES}),
         (1000, 400, {"gpu": 400, "host": 600 + PROCESS_BYTES}),
-        (None, "x", {"host": PROCESS_BYTES}),
+        (0, 0, {"host": PROCESS_BYTES}),
     ],
 )
 def test_bytes_of_a_resident(size: Any, vram: Any, expected: Mapping[str, int]) -> None:

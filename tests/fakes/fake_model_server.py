@@ -64,6 +64,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--orphan-port", action="store_true", help="the worker listens on port + 1")
     add("--orphan-setsid", action="store_true", help="the worker leads a session of its own")
     add("--fail-load", action="store_true")
+    add("--version", default="0.33.0", help="ollama, vllm: what it says of itself")
     add("--garbage", action="store_true", help="inference is answered with bytes that are not HTTP")
     add("--rst-mid-stream", action="store_true")
     add("--error-after", type=int, metavar="N", help="ollama: a stream breaks off with an error line after N words")

@@ -213,7 +213,7 @@ class Ollama(OpenAI):
             return super().handle(exchange)
         table = {
             ("GET", "/"): lambda e: e.send(200, "Ollama is running"),
-            ("GET", "/api/version"): lambda e: e.send(200, {"version": "0.33.0"}),
+            ("GET", "/api/version"): lambda e: e.send(200, {"version": self.args.version}),
             ("GET", "/api/tags"): self.tags,
             ("GET", "/api/ps"): self.ps,
             ("POST", "/api/show"): self.show,

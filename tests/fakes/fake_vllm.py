@@ -79,7 +79,7 @@ class VLLM(OpenAI):
         if path == "/ping":
             exchange.send(200)
         elif path == "/version":
-            exchange.send(200, {"version": "0.33.0"})
+            exchange.send(200, {"version": self.args.version})
         elif path == "/load":
             exchange.send(200, {"server_load": self.state.in_flight})
         elif path == "/metrics":
