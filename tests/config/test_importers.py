@@ -390,3 +390,47 @@ def test_any_apps_are_imported_or_refused(apps: list[dict[str, Any]]) -> None:
     except ConfigError as error:
         assert error.problems  # noqa: PT017 - either outcome is right, an empty refusal is not
     assert compose(Source("t", Path("t"), text=text))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "warned"),
+    [
+        ({"shutdown_with_message": True}, "shutdown", False),
+        ({"shutdownWithMessage": "true"}, "shutdown", False),
+        ({"shutdown_with_message": False}, None, False),
+        ({}, None, False),
+        ({"shutdown_with_message": True, "interpreter": "/usr/bin/python3"}, "shutdown", True),
+        ({"shutdown_with_message": True, "interpreter": "/opt/node/bin/node", "kill_timeout": 3000}, "shutdown", False),
+    ],
+)
+def test_a_stop_by_message_stays_one(fields: dict[str, Any], message: str | None, warned: bool, tmp_path: Path) -> None:
+    imported = import_document({"apps": [{"name": "a", "script": "a.js", **fields}]}, timezone="Europe/Berlin")
+    stop = loads(imported, tmp_path).config.services["a"].stop
+    assert stop.message == message
+    assert stop.signal == "SIGINT"
+    assert stop.timeout == (3.0 if "kill_timeout" in fields else 10.0)
+    report = said(imported)
+    assert ("a.shutdown_with_message", "refused") not in report
+    assert (("a.shutdown_with_message", "mapped") in report) is (message is not None)
+    assert (("a.shutdown_with_message", "warning") in report) is warned
+
+
+def test_ollama_is_not_stopped_by_a_message(tmp_path: Path) -> None:
+    app = {"name": "o", "script": "ollama", "args": "serve", "interpreter": "none", "shutdown_with_message": True}
+    imported = import_document({"apps": [app]}, timezone="Europe/Berlin")
+    assert loads(imported, tmp_path).config.instances["o"].stop.message is None
+    assert said(imported)["o.shutdown_with_message", "refused"] == "Ollama ends at a signal"
+
+
+def test_a_dump_keeps_the_stop_by_message(tmp_path: Path) -> None:
+    dumped = [
+        {
+            "name": "a",
+            "pm_exec_path": "/srv/a.js",
+            "exec_interpreter": "node",
+            "pm_cwd": "/srv",
+            "shutdown_with_message": True,
+        }
+    ]
+    imported = import_document(dumped, timezone="Europe/Berlin")
+    assert loads(imported, tmp_path).config.services["a"].stop.message == "shutdown"

@@ -39,11 +39,13 @@ _DUMPED = {
     "kill_timeout": "kill_timeout", "cron_restart": "cron_restart", "restart_delay": "restart_delay",
     "exp_backoff_restart_delay": "exp_backoff_restart_delay", "max_restarts": "max_restarts", "min_uptime": "min_uptime",
     "stop_exit_codes": "stop_exit_codes", "treekill": "treekill", "wait_ready": "wait_ready", "uid": "user",
+    "shutdown_with_message": "shutdown_with_message",
     "log_date_format": "log_date_format", "namespace": "namespace",
 }  # fmt: skip
 # What PM2 writes into every dump, whether anybody said it or not.
 _DUMP_DEFAULTS: Mapping[str, Any] = {
-    "autorestart": True, "watch": False, "treekill": True, "wait_ready": False, "namespace": "default", "node_args": [],
+    "autorestart": True, "watch": False, "treekill": True, "wait_ready": False,
+    "shutdown_with_message": False, "namespace": "default", "node_args": [],
     "kill_timeout": 1600, "max_restarts": 16, "min_uptime": 1000, "exec_interpreter": None, "instances": 1,
 }  # fmt: skip
 

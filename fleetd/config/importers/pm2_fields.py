@@ -133,9 +133,11 @@ class App:
                 text = stream.read(1 << 20)
         except (OSError, ValueError):
             return
-        if b"process.send(" in text:
+        if b"process.send(" in text and self.fields.get("shutdown_with_message") not in (True, "true"):
             self.report.warn(
-                self.name, "script", "calls process.send, which only exists under PM2: guard it, if (process.send)"
+                self.name,
+                "script",
+                "calls process.send, which is there under PM2, and here with stop.message or a startup message: else guard it",
             )
 
     def _python(self, env: dict[str, str], words: list[str]) -> None:
@@ -196,7 +198,6 @@ class App:
 
 _REFUSED = {
     "namespace": "there are no groups: fleetctl takes names with * instead",
-    "shutdown_with_message": "say stop: {message: shutdown}",
     "wait_ready": "say probes.startup: {message: ready, deadline: 30s}; unlike in PM2, silence is a failure",
     "listen_timeout": "goes with wait_ready: say probes.startup.deadline",
     "filter_env": "say what the process needs in env",
@@ -296,11 +297,26 @@ def _stop(app: App) -> None:
         app.mapped("kill_timeout", f"stop.timeout: {stop['timeout']}")
     elif not app.is_instance:
         app.differs("kill_timeout", "not said: PM2 kills after 1.6 s, fleetd after 10 s")
+    if app.take("shutdown_with_message") in (True, "true"):
+        _message(app, stop)
     if app.take("treekill") is False:
         stop["kill"] = "leader"
         app.mapped("treekill", "stop.kill: leader")
     if stop:
         app.entry["stop"] = stop
+
+
+def _message(app: App, stop: dict[str, Any]) -> None:
+    """Where PM2 sends a message instead of a signal, so does fleetd, over the same channel."""
+    if app.is_instance:
+        app.refused("shutdown_with_message", "Ollama ends at a signal")
+        return
+    stop["message"] = "shutdown"
+    app.mapped("shutdown_with_message", "stop.message: shutdown; SIGINT where the program has closed the channel")
+    words = app.entry.get("command") or [""]
+    if PurePosixPath(words[0]).name not in ("node", "bun", "nodejs"):
+        detail = f"{words[0] or 'the program'} is not Node: it has to read the channel itself, or is killed after the timeout"
+        app.report.warn(app.name, "shutdown_with_message", detail)
 
 
 def _limits(app: App) -> None:
