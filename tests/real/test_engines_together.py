@@ -22,7 +22,7 @@ from tests.real.test_vllm import CACHE, READY_S
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 FLEET = """
-devices: {{host: {{budget: 4GiB}}}}
+devices: {{host: {{budget: 5GiB}}}}
 instances:
   ollama:
     engine: ollama
@@ -39,7 +39,7 @@ models:
     engine: vllm
     command: [{vllm}, serve]
     device: host
-    memory: 3GiB
+    memory: 4GiB  # more than it is seen to take: what is declared is what is planned with
     min_resident: 0
     env: {{VLLM_CPU_OMP_THREADS_BIND: nobind, OMP_NUM_THREADS: "2"}}
     queue: {{timeout: 5m}}
