@@ -18,12 +18,22 @@ $(PY):
 	@test -n "$(PYTHON)" || { echo "fleetd needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
+# The wheel of llama.cpp wants GNU OpenMP, which comes with every C compiler and is absent from the barest of machines.
+define with_openmp
+	@$(PY) -c 'import xllamacpp' 2>/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "llama.cpp needs GNU OpenMP, which is absent here: apt-get install libgomp1" && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libgomp1 >/dev/null; } \
+		|| { echo "llama.cpp needs GNU OpenMP: apt install libgomp1, or dnf install libgomp, and make this again"; exit 1; }
+endef
+
 $(VENV)/.installed-demo: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(with_openmp)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(with_openmp)
 	@touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo  ## six workers over six models, with room for three: loads, evictions, answers, a table

@@ -292,7 +292,8 @@ def serve(argv: Sequence[str]) -> int:
         say(f"error: {error}")
         return 2
     except ImportError as error:
-        say(f"error: the xllamacpp wheel cannot be imported: {error}")
+        hint = " (apt install libgomp1, or dnf install libgomp)" if "libgomp" in str(error) else ""
+        say(f"error: the xllamacpp wheel cannot be imported: {error}{hint}")
         return 2
     try:
         server = library.Server(params)

@@ -12,6 +12,7 @@ from fleetd.engines.llamacpp_rules import OWNED as OPTION_OF
 # the first row with a match in any line decides; within a row the last line that matches is the reason
 # fmt: off
 _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
+    (ExitKind.BAD_CONFIG, ("xllamacpp wheel cannot be imported",)),  # whatever file it misses
     (ExitKind.PORT_IN_USE, ("couldn't bind http server socket", "address already in use")),
     (
         ExitKind.OOM,
@@ -46,7 +47,6 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
             "failed to load lora",
             "is a directory",
             "permission denied",
-            "xllamacpp wheel cannot be imported",
         ),
     ),
     (

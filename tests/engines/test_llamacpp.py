@@ -194,6 +194,8 @@ EXITS = [
     (None, "SIGABRT", "ggml_cuda_error: out of memory", ExitKind.OOM),
     (1, None, "error: invalid argument: --nope", ExitKind.BAD_CONFIG),
     (2, None, "error: unknown argument: --nope", ExitKind.BAD_CONFIG),
+    (2, None, "error: the xllamacpp wheel cannot be imported: libgomp.so.1: cannot open shared object file: No such file or directory",
+     ExitKind.BAD_CONFIG),
     (1, None, "llama_model_load: error loading model: unknown model architecture: 'x'", ExitKind.BAD_CONFIG),
     (1, None, "srv    load_model: failed to load model, '/m.gguf'", ExitKind.BAD_CONFIG),
     (1, None, "error: failed to load model '/m.gguf': No such file or directory", ExitKind.CRASH),
