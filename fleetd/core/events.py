@@ -134,11 +134,13 @@ class RestartDue(Event):
     """Schedule, watched file or another outside reason: restart, without counting as a death.
 
     `revive`: what gave up, ended or waits for its next try starts now; without it only what runs is restarted.
+    `in_turn`: it may wait until the other replicas of its name serve.
     """
 
     name: str
     reason: str
     revive: bool = False
+    in_turn: bool = False
 
 
 # -- models -------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class Facts:
     retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
     leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
     awake: set[str] = field(default_factory=set)
+    turns: dict[str, str] = field(default_factory=dict)  # processes to restart in their turn, and why
     due: set[str] = field(default_factory=set)  # models whose preload is due
     out: list[Command] = field(default_factory=list)
     closed: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line

@@ -158,7 +158,10 @@ class Intake:
         if process is None:
             return
         if process.state in SERVING or process.state is ProcessState.STARTING:
-            process.restart_wanted = process.restart_wanted or event.reason
+            if event.in_turn:
+                self.facts.turns.setdefault(event.name, event.reason)
+            else:
+                process.restart_wanted = process.restart_wanted or event.reason
         elif event.revive and not process.stopped:
             process.record.reset()
             if process.state in (ProcessState.FAILED, ProcessState.EXITED):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fleetd.core import turns
 from fleetd.core.commands import Spawn, StartProbe, StopProbes
 from fleetd.core.contract import ProbeKind
 from fleetd.core.dependencies import dependents_running, gate, stop_waits
@@ -50,6 +51,8 @@ class Supervision:
                 continue
             self._advance(process, now)
             self.facts.settle(process)
+        if self.facts.turns:
+            turns.give(self.facts, self.wanted)
 
     def _advance(self, process: Process, now: float) -> None:
         state = process.state
@@ -138,6 +141,7 @@ class Supervision:
         process.started_s = process.progress_s = now
         process.ready_s = process.next_start_s = process.leave_s = None
         process.restart_wanted = process.outcome = None
+        self.facts.turns.pop(process.name, None)
         self.facts.unseen.pop(process.name, None)
         process.startup_done, process.memory_strikes, process.rss_bytes = False, 0, 0
         process.phase = process.startup_detail = ""
@@ -204,8 +208,8 @@ class Supervision:
             process.record.stable()
             self.facts.journal.note(process.name, f"stable for {spec.restart.stable_after_s:g} s")
             self.facts.persist(process, "stable again")
-        if spec.max_age_s is not None and process.restart_wanted is None and now >= process.started_s + spec.max_age_s:
-            process.restart_wanted = f"older than {spec.max_age_s:g} s"
+        if self._ages(process) and now >= process.started_s + (spec.max_age_s or 0.0):
+            self.facts.turns[process.name] = f"older than {spec.max_age_s:g} s"
         leaving = process.restart_wanted if self.wanted(process) else self._why_not(process)
         if leaving is None:
             process.leave_s = None
@@ -223,6 +227,14 @@ class Supervision:
         process.reason = leaving if self.facts.shutting_down else stop_waits(self.facts, process) or leaving
         if process.reason == leaving:
             self.ending.stop(process, now, leaving)
+
+    def _ages(self, process: Process) -> bool:
+        """Say whether time alone will restart it."""
+        return (
+            process.spec.max_age_s is not None
+            and process.restart_wanted is None
+            and process.name not in self.facts.turns
+        )
 
     def _settle_routing(self, process: Process, now: float) -> None:
         """READY, UNHEALTHY or DRAINING, as readiness and the operator say."""
@@ -256,8 +268,8 @@ class Supervision:
         elif process.state in SERVING:
             if process.record.deaths and process.ready_s is not None:
                 yield process.ready_s + spec.restart.stable_after_s
-            if spec.max_age_s is not None and process.restart_wanted is None:
-                yield process.started_s + spec.max_age_s
+            if self._ages(process):
+                yield process.started_s + (spec.max_age_s or 0.0)
             if process.leave_s is not None:
                 yield process.leave_s + spec.drain_timeout_s
         elif process.survivors:

@@ -3,7 +3,8 @@
 The rules of this file
 - One watch for the configuration's own files; one per process that has `watch`; one task per `schedule`.
 - What did not change keeps its watch over a change of the configuration.
-- A changed file starts again what gave up, ended or waits for its next try; a schedule only what runs.
+- A changed file starts again what gave up, ended or waits for its next try; a schedule only what runs, its replicas one after
+  the other.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Outside:
         while True:
             await asyncio.sleep(timetable.wait_s(datetime.now(UTC)))
             if timetable.look(datetime.now(UTC)):
-                self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}"))
+                self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}", in_turn=True))
 
     def _later(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]

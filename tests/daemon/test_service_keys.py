@@ -257,7 +257,10 @@ def test_schedule_restarts_what_runs_and_not_what_is_stopped(tmp_path: Path) -> 
     """Every minute; the clock of the process is moved close to one by its own time name space is not needed: we wait for it."""
     every = {"schedule": {"restart": "* * * * *", "timezone": "Europe/Berlin"}}
     left_s = 60 - time.time() % 60
-    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, **every}, "b": {"command": SLEEPER, **every}})) as daemon:
+    services = {"a": {}, "b": {}, "c": {"replicas": 2}}
+    with fleetd(
+        tmp_path, fleet({name: {"command": SLEEPER, **every, **more} for name, more in services.items()})
+    ) as daemon:
         daemon.start()
         ready(daemon, "a")
         ready(daemon, "b")
@@ -266,6 +269,9 @@ def test_schedule_restarts_what_runs_and_not_what_is_stopped(tmp_path: Path) -> 
         until(lambda: daemon.process_row("a")["generation"] > generation, "the minute is full", left_s + 75)
         assert "schedule * * * * *" in story(daemon, "a")
         assert daemon.process_row("b")["state"] == "STOPPED"
+        for name in ("c-1", "c-2"):
+            until(lambda name=name: "its turn to restart: schedule" in story(daemon, name), f"{name} has its turn")
+            until(lambda name=name: daemon.process_row(name)["generation"] > generation, f"{name} is restarted")
 
 
 test_schedule_restarts_what_runs_and_not_what_is_stopped = pytest.mark.slow(

@@ -88,7 +88,7 @@ def restart(world: World, rng: Random, name: str | None = None) -> None:
 
 
 def restart_due(world: World, rng: Random) -> None:
-    world.deliver(e.RestartDue(process_name(world, rng), "schedule"))
+    world.deliver(e.RestartDue(process_name(world, rng), "schedule", in_turn=rng.random() < 0.5))
 
 
 def drain(world: World, rng: Random) -> None:
