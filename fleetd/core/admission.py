@@ -10,17 +10,17 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fleetd.core.commands import Grant, ReadAhead
 from fleetd.core.events import LoadAsked, RequestArrived
 from fleetd.core.facts import Facts, Waiting
-from fleetd.core.holders import holder
+from fleetd.core.holders import holder, sleeper, to_wake
 from fleetd.core.line import Line
 from fleetd.core.planner import Evict, Fits, Never, Wait, demand_at, plan
 from fleetd.core.residency import Residencies
 from fleetd.core.router import elsewhere, resolve, serving
-from fleetd.core.state import Model, Placement, ProcessState, Residency
+from fleetd.core.state import Model, Placement, Process, ProcessState, Residency
 
 _RETRY_AFTER_S = 2.0
 _NAME_SHOWN = 200
@@ -132,15 +132,16 @@ class Admission:
             if waiting.request_id not in self.facts.queue or not waiting.overdue:
                 return set()
             model = self.facts.models[waiting.model]
-            if model.placements:
+            asleep = sleeper(self.facts, model)
+            if model.placements and asleep is None:
                 awaited.update(placement.key for placement in model.placements.values())
                 continue
-            process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
-            if process is None:
+            where = self._where(waiting, model, asleep)
+            if where is None:
                 continue
             verdict = plan(
-                model.footprint.bytes,
-                (model.name, process.name),
+                where[1],
+                (model.name, where[0].name),
                 self.facts.resident(),
                 self.facts.ledger,
                 now,
@@ -191,23 +192,25 @@ class Admission:
             waiting.load_began_s = waiting.load_began_s or coming[0].order_s
             waiting.why = f"{model.name} is loading on {coming[0].process}{self._awaited(coming[0].process)}"
             return
-        process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
-        if process is None:
+        asleep = sleeper(self.facts, model)
+        where = self._where(waiting, model, asleep)
+        if where is None:
             waiting.why = f"every server that may hold {model.name} is busy or not ready"
             return
         if self.facts.unseen:
             waiting.why = f"looking at what {min(self.facts.unseen)} holds after a restart of the daemon"
             return
-        need = model.footprint.bytes
-        spread = bool(model.placements)  # loaded elsewhere, but full, leaving or unhealthy
+        process, need = where
+        spread = any(
+            p is not asleep for p in model.placements.values()
+        )  # loaded elsewhere, but full, leaving, unhealthy
         if held & set(need):
             waiting.why = "an earlier request holds the line"
             return
         verdict = plan(need, (model.name, process.name), self.facts.resident(), self.facts.ledger, now, awaited)
         if isinstance(verdict, Fits):
             waiting.load_began_s = now
-            waiting.why = f"{model.name} is loading on {process.name}"
-            self.residencies.start(model, process, now, f"wanted by request {waiting.request_id}", for_line=True)
+            self._begin(waiting, model, process, asleep, now)
         elif isinstance(verdict, Never):
             if not spread:
                 self.line.out(
@@ -220,6 +223,24 @@ class Admission:
         elif not spread:
             self._wait_for_room(waiting, model, verdict, held, now)
 
+    def _where(
+        self, waiting: Waiting, model: Model, asleep: Placement | None
+    ) -> tuple[Process, Mapping[str, int]] | None:
+        """Return where to bring the model, and the bytes that takes; None: no server can take it now."""
+        if asleep is not None:
+            return self.facts.processes[asleep.process], to_wake(self.facts, asleep)
+        process = holder(self.facts, model, waiting.avoid) or holder(self.facts, model)
+        return None if process is None else (process, model.footprint.bytes)
+
+    def _begin(self, waiting: Waiting, model: Model, process: Process, asleep: Placement | None, now: float) -> None:
+        reason = f"wanted by request {waiting.request_id}"
+        waiting.why = f"{model.name} is loading on {process.name}"
+        if asleep is None:
+            self.residencies.start(model, process, now, reason, for_line=True)
+        else:
+            waiting.why = f"{model.name} is waking on {process.name}"
+            self.residencies.sleeping.wake(asleep, now, reason, for_line=True)
+
     def _wait_for_room(self, waiting: Waiting, model: Model, verdict: Evict | Wait, held: set[str], now: float) -> None:
         first = not held
         held.update(model.footprint.bytes)
@@ -227,7 +248,11 @@ class Admission:
             names = ", ".join(victim.model for victim in verdict.victims)
             waiting.why = f"waiting for {names} to be unloaded"
             for victim in verdict.victims:
-                self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True, returns=True)
+                if victim in verdict.sleepers:
+                    waiting.why = f"waiting for {names} to go to sleep"
+                    self.residencies.sleeping.begin(victim, f"evicted for {model.name}")
+                else:
+                    self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True, returns=True)
         else:
             waiting.why = verdict.reason
         if first and waiting.load_began_s is None:

@@ -2,7 +2,7 @@
 
 The rules of this file
 - A reservation lives from the moment a load is decided until its memory is seen to be free again.
-- `reserve` refuses what does not fit; so the sum of what was *decided* never exceeds a budget at any instant.
+- `reserve` and `grow` refuse what does not fit; so the sum of what was *decided* never exceeds a budget at any instant.
 - `correct` writes down what was *measured*. It may exceed the budget, because the world does not ask; `excess` then says by
   how much, and the planner evicts.
 - A device that is not configured has no limit and is still counted.
@@ -66,6 +66,16 @@ class Ledger:
                 f"{key[0]} lacks " + ", ".join(f"{size} bytes on {device}" for device, size in lack.items())
             )
         self._set(key, need)
+
+    def grow(self, key: Key, more: Mapping[str, int]) -> None:
+        """Raise a reservation to at least `more`; raises CapacityError when the difference is not free."""
+        held = self.reservations.get(key, {})
+        lack = self.lacking({device: size - held.get(device, 0) for device, size in more.items()})
+        if lack:
+            raise CapacityError(
+                f"{key[0]} lacks " + ", ".join(f"{size} bytes on {device}" for device, size in lack.items())
+            )
+        self._set(key, {device: max(held.get(device, 0), more.get(device, 0)) for device in {**held, **more}})
 
     def correct(self, key: Key, measured: Mapping[str, int]) -> None:
         """Replace a reservation by what was measured, whether it fits or not (also for a key that holds none)."""

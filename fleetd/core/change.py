@@ -11,10 +11,11 @@ from __future__ import annotations
 from fleetd.core.contract import ExitKind, ExitReport, ModelSpec, ProcessSpec, Remembered
 from fleetd.core.events import Adopted, Exited, SpecChanged
 from fleetd.core.facts import Facts, spec_hash
+from fleetd.core.holders import holds
 from fleetd.core.measuring import learn
 from fleetd.core.residency import Residencies
 from fleetd.core.retention import due, stays
-from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency
+from fleetd.core.state import SERVING, Model, Process, ProcessState, Residency, SleepStep
 from fleetd.core.supervision import Supervision
 
 LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server, once up, holds
@@ -125,9 +126,11 @@ class Change:
         model.failure, model.failure_final, model.retry_s = None, False, now
         if old.footprint_hash != spec.footprint_hash:
             model.learned.clear()
-        if old.footprint != spec.footprint:
+            model.learned_asleep.clear()
+        model.sleepless_until_s = now
+        if (old.footprint, old.asleep) != (spec.footprint, spec.asleep):
             for placement in model.placements.values():
-                self.facts.ledger.correct(placement.key, model.footprint.bytes)
+                self.facts.ledger.correct(placement.key, holds(model, placement))
         for process, placement in list(model.placements.items()):
             if process not in spec.holders or old.served_as != spec.served_as:
                 self.residencies.leave(placement, now, "the configuration changed", returns=True)
@@ -163,7 +166,8 @@ class Change:
         process.move(ProcessState.STARTING, now, "adopted from the daemon before")
         self.supervision.begin_run(process, now)
         process.started_s = now - event.age_s
-        if process.spec.capabilities.many_models:
+        can_sleep = process.spec.capabilities.can_sleep
+        if process.spec.capabilities.many_models or can_sleep:
             startup = process.spec.probes.startup
             patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
             self.facts.unseen[process.name] = now + patience_s + LOOK_S
@@ -173,6 +177,7 @@ class Change:
             self.facts.ledger.correct((model.name, process.name), model.footprint.bytes)
             placement = self.facts.place(model, process.name, now, "adopted")
             placement.generation = event.generation
+            placement.step = SleepStep.LOOK if can_sleep else None
             self.facts.due.discard(model.name)
         self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
         self.facts.wake(process.name)

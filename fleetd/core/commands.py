@@ -6,6 +6,7 @@ The rules of this file
 
     Spawn → Spawned | SpawnFailed          Stop, Sweep → SetEmpty (Exited may come first)
     Load → Loaded | LoadFailed             Unload → Unloaded | UnloadFailed
+    Sleep, Wake, LookAsleep → SleepSeen
     Unload comes while a Load is unanswered only if that Load is overdue: its answer must then come before Unloaded, or never
     StartProbe → ProbeResult, repeated, until StopProbes or the end of the generation
 """
@@ -74,6 +75,36 @@ class Load(Command):
 
 @dataclass(frozen=True, slots=True)
 class Unload(Command):
+    model: str
+    process: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep(Command):
+    """Have an idle engine give its memory back without ending. The core grants nothing on it any more."""
+
+    model: str
+    process: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake(Command):
+    """Have it take its memory again, and hear it speak before anybody else does."""
+
+    model: str
+    process: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LookAsleep(Command):
+    """Ask an adopted engine whether it sleeps: the daemon before may have put it to sleep."""
+
     model: str
     process: str
     generation: int

@@ -54,6 +54,14 @@ class RestartPolicy:
     crash_loop: CrashLoop = CrashLoop()
 
 
+class SleepState(StrEnum):
+    """What an engine that can sleep was seen to do."""
+
+    ASLEEP = "asleep"
+    AWAKE = "awake"
+    FAILED = "failed"  # nobody knows what its memory holds
+
+
 class ProbeKind(StrEnum):
     STARTUP = "startup"
     READINESS = "readiness"
@@ -108,7 +116,9 @@ class Capabilities:
 
     owns_process: bool = True  # fleetd starts and stops it (False: external server)
     many_models: bool = False  # one server holds several models; False: the process is the model
-    can_sleep: bool = False
+    can_sleep: bool = (
+        False  # its process gives most of the memory back without ending, and is awake again sooner than started
+    )
     loads_in_place: bool = False
     can_quantize: bool = False
     exit_zero_is_failure: bool = False
@@ -209,6 +219,8 @@ class ModelSpec:
     queue_max: int = 64
     queue_timeout_s: float = 120.0  # longest wait in line, a load included
     load_timeout_s: float = 300.0
+    asleep: Mapping[str, int] | None = None  # bytes per device that it holds while it sleeps; None: it cannot
+    sleep_timeout_s: float = 60.0
     fallback: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ()  # not empty: this name only points to others
 

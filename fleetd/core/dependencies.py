@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fleetd.core.contract import Dependency, DependencyCondition
 from fleetd.core.facts import Facts
 from fleetd.core.restart import succeeded
-from fleetd.core.state import RUNNING, SERVING, Process, ProcessState, Residency
+from fleetd.core.state import RUNNING, SERVING, Process, ProcessState, SleepStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +76,37 @@ def _dependency(facts: Facts, dependency: Dependency) -> Gate:
 
 
 def _lane(facts: Facts, process: Process) -> Gate:
-    """On one lane nothing starts while another starts or stops, if either of them demands it; nor while a model comes or goes."""
-    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING)) or _moving(facts, process)
+    """On one lane nothing starts while another starts or stops, if either demands it; nor while a model comes, goes, sleeps or wakes."""
+    busy = lane_waits(facts, process)
     return Gate(False, busy) if busy else _OPEN
 
 
 def stop_waits(facts: Facts, process: Process) -> str:
-    """Say which start on its lane an ordered stop, a load or an unload would disturb; empty: none."""
-    return _on_lane(facts, process, (ProcessState.STARTING,))
+    """Say which start, sleep or wake on its lane an ordered stop, a load or an unload would disturb; empty: none."""
+    return _on_lane(facts, process, (ProcessState.STARTING,)) or _moving(facts, process, only_sleep=True)
 
 
-def _moving(facts: Facts, process: Process) -> str:
-    """Say which load or unload under way a start that demands its lane would suffer from; empty: none."""
+def lane_waits(facts: Facts, process: Process) -> str:
+    """Say what on its lane a start, a sleep or a wake waits for; empty: nothing."""
+    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING))
+    return busy or _moving(facts, process, only_sleep=not process.spec.capabilities.exclusive_start)
+
+
+def _moving(facts: Facts, process: Process, only_sleep: bool) -> str:
+    """Say what comes, goes, falls asleep or wakes on its lane now; empty: nothing. Nothing at all may disturb a sleep or a wake."""
     lane = process.spec.lane
-    if lane is None or not process.spec.capabilities.exclusive_start:
+    if lane is None:
         return ""
     for name in sorted(facts.placed):
         other = facts.processes.get(name)
         if other is None or other is process or other.spec.lane != lane:
             continue
         for placement in facts.placements_on(name):
-            if placement.ordered and placement.state in (Residency.LOADING, Residency.UNLOADING):
+            if not placement.ordered or placement.step is SleepStep.LOOK:
+                continue
+            if placement.step is not None:
+                return f"waiting for its turn on {lane}: {placement.model} is told to {placement.step} on {name}"
+            if not only_sleep:
                 return f"waiting for its turn on {lane}: {placement.model} is {placement.state} on {name}"
     return ""
 

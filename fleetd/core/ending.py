@@ -22,20 +22,22 @@ class Ending:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
 
-    def stop(self, process: Process, now: float, reason: str) -> None:
-        """Order the whole set away."""
+    def stop(self, process: Process, now: float, reason: str, force: bool = False) -> None:
+        """Order the whole set away; `force`: without any grace."""
         owns = process.spec.capabilities.owns_process
         self.facts.move(process, ProcessState.STOPPING, now, reason)
         self.facts.emit(StopProbes(process.name, process.generation, reason))
         if owns:
-            self.facts.emit(Stop(process.name, process.generation, reason, force=self.facts.forced))
+            self.facts.emit(Stop(process.name, process.generation, reason, force=force or self.facts.forced))
         else:
             self.set_empty(process, (), now)
 
-    def kill(self, process: Process, now: float, reason: str, *, final: bool = False) -> None:
+    def kill(
+        self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False
+    ) -> None:
         """Stop it for a failure of its own: counts as a death. `final`: another start would end alike."""
         process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
-        self.stop(process, now, reason)
+        self.stop(process, now, reason, force)
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:
         """The leader is dead. If nobody ordered it, sweep its set and count the death."""

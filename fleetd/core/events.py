@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fleetd.core.contract import ExitReport, FleetSpec, ProbeKind, Remembered
+from fleetd.core.contract import ExitReport, FleetSpec, ProbeKind, Remembered, SleepState
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,17 @@ class UnloadFailed(Event):
     process: str
     generation: int
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SleepSeen(Event):
+    """Answer to Sleep, Wake and LookAsleep. What is not the state that was ordered is a failure, told by `message`."""
+
+    model: str
+    process: str
+    generation: int
+    state: SleepState
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

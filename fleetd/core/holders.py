@@ -1,4 +1,4 @@
-"""Which processes may hold a model, and whether a model that is on its way can still come.
+"""Which processes may hold a model, which placement may be woken, and whether a model that is on its way can still come.
 
 The rules of this file
 - Pure questions over the facts.
@@ -8,7 +8,7 @@ The rules of this file
 from __future__ import annotations
 
 from fleetd.core.facts import Facts
-from fleetd.core.state import RESTING, Model, Placement, Process, ProcessState
+from fleetd.core.state import RESTING, Model, Placement, Process, ProcessState, Residency, SleepStep
 
 
 def usable(process: Process) -> bool:
@@ -47,3 +47,31 @@ def hopeful(facts: Facts, placement: Placement) -> bool:
     if process.stopped or process.removed or not process.spec.enabled or process.drained:
         return False
     return not (process.state in RESTING and not usable(process))
+
+
+def sleeper(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Placement | None:
+    """Return a placement of the model that sleeps, and that a request may have woken now; None: none."""
+    for name, placement in model.placements.items():
+        process = facts.processes.get(name)
+        if placement.state is not Residency.ASLEEP or process is None or name in avoid:
+            continue
+        if process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and process.restart_wanted is None:
+            return placement
+    return None
+
+
+def to_wake(facts: Facts, placement: Placement) -> dict[str, int]:
+    """Return the bytes per device that waking takes beyond what the sleeper holds."""
+    held = facts.ledger.reservations.get(placement.key, {})
+    need = facts.models[placement.model].footprint.bytes
+    return {device: max(0, size - held.get(device, 0)) for device, size in need.items()}
+
+
+def holds(model: Model, placement: Placement) -> dict[str, int]:
+    """Return what the ledger has to say of a placement, by what is planned with."""
+    awake, asleep = model.footprint.bytes, model.asleep or {}
+    if placement.state is Residency.ASLEEP:
+        return dict(asleep or awake)
+    if not (placement.slept or placement.step is SleepStep.SLEEP):
+        return dict(awake)
+    return {device: max(awake.get(device, 0), asleep.get(device, 0)) for device in {**awake, **asleep}}

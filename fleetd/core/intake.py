@@ -15,7 +15,7 @@ from fleetd.core.admission import Admission
 from fleetd.core.change import Change
 from fleetd.core.contract import ExitKind, ExitReport, ProbeKind
 from fleetd.core.facts import Facts
-from fleetd.core.measuring import learn
+from fleetd.core.measuring import learn, learn_asleep
 from fleetd.core.orders import Orders
 from fleetd.core.residency import Residencies
 from fleetd.core.state import SERVING, Placement, Process, ProcessState, Residency
@@ -50,6 +50,7 @@ class Intake:
             e.ModelRequirementsChanged: lambda event, now: self.residencies.requires(event.model, event.missing, now),
             e.Unloaded: self.unloaded,
             e.UnloadFailed: self.unload_failed,
+            e.SleepSeen: self.sleep_seen,
             e.ResidentsObserved: self.residents_observed,
             e.RequestArrived: self.admission.arrive,
             e.RequestCancelled: lambda event, _now: self.cancelled(event),
@@ -116,6 +117,8 @@ class Intake:
             process.readiness.add(probes.readiness, event.ok, event.detail)
             self.supervision.maybe_ready(process, now)
         elif event.probe is ProbeKind.LIVENESS and probes.liveness is not None and process.state in SERVING:
+            if any(p.step is not None and p.ordered for p in self.facts.placements_on(event.name)):
+                return  # on its way to sleep or from it nothing answers; that has a deadline of its own
             turned = process.liveness.add(probes.liveness, event.ok, event.detail)
             if turned and not event.ok:
                 reason = f"liveness probe failed {process.liveness.streak} times: {event.detail}"
@@ -138,7 +141,7 @@ class Intake:
         )
         self.facts.wake(event.name)
 
-    def memory_sampled(self, event: e.MemorySampled, _now: float) -> None:
+    def memory_sampled(self, event: e.MemorySampled, now: float) -> None:
         process = self._current(event.name, event.generation)
         if process is None or process.state not in SERVING:
             return
@@ -152,6 +155,8 @@ class Intake:
             for placement in self.facts.placements_on(event.name):
                 if placement.state is Residency.LOADED:
                     learn(self.facts, placement, event.device_bytes)
+                elif placement.state is Residency.ASLEEP:
+                    learn_asleep(self.facts, placement, event.device_bytes, now)
 
     def restart_due(self, event: e.RestartDue, now: float) -> None:
         process = self.facts.processes.get(event.name)
@@ -173,7 +178,7 @@ class Intake:
     # -- models -----------------------------------------------------------------------------------------------------------
 
     def _placement(
-        self, event: e.Loaded | e.LoadFailed | e.LoadProgress | e.Unloaded | e.UnloadFailed
+        self, event: e.Loaded | e.LoadFailed | e.LoadProgress | e.Unloaded | e.UnloadFailed | e.SleepSeen
     ) -> Placement | None:
         model = self.facts.models.get(event.model)
         placement = model.placements.get(event.process) if model is not None else None
@@ -212,6 +217,13 @@ class Intake:
             and placement.ordered
         ):
             self.residencies.unload_failed(placement, process, event.message, now)
+
+    def sleep_seen(self, event: e.SleepSeen, now: float) -> None:
+        placement = self._placement(event)
+        if placement is None or placement.step is None or not placement.ordered:
+            return
+        if self.residencies.sleeping.seen(placement, event.state, event.message, now):
+            self.residencies.loaded(placement, {}, now)
 
     def residents_observed(self, event: e.ResidentsObserved, now: float) -> None:
         process = self._current(event.process, event.generation)

@@ -79,7 +79,7 @@ class Line:
             self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
 
     def has_loaded(self, model: Model) -> bool:
-        return any(placement.state is Residency.LOADED for placement in model.placements.values())
+        return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
 
     def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
         """No process that may hold the model can come: say what each of them is."""

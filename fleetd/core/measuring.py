@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from fleetd.core.commands import LearnFootprint
 from fleetd.core.contract import FootprintSource
 from fleetd.core.facts import Facts
-from fleetd.core.state import Placement, Residency
+from fleetd.core.planner import coming_free
+from fleetd.core.state import Placement, Residency, SleepStep
+
+ASLEEP_HASH = "{}:asleep"  # what a learned footprint of a sleeper is filed under
+SETTLED_S = 30.0  # a look at a device may be this old
 
 
 def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> None:
@@ -30,17 +34,34 @@ def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> No
             )
 
 
+def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int], now: float) -> None:
+    """Write down what a sleeper really holds, once the look at it cannot be from before its sleep."""
+    model = facts.models[placement.model]
+    if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
+        return
+    grown = {device: size for device, size in measured.items() if size > model.learned_asleep.get(device, 0)}
+    if grown:
+        model.learned_asleep.update(grown)
+        facts.ledger.correct(placement.key, model.asleep or {})
+        key = ASLEEP_HASH.format(model.spec.footprint_hash)
+        facts.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
+
+
 def over_budget_victims(facts: Facts) -> list[Placement]:
     """Return idle, unpinned placements, cheapest first, that bring every device back under its budget as far as they can."""
     excess = facts.ledger.excess()
     if not excess:
         return []
     resident = facts.resident()
-    leaving = [
-        p for m in resident.values() for p in m.placements.values() if p.state is Residency.UNLOADING or p.closing
-    ]
-    for placement in leaving:
-        for device, size in facts.ledger.reservations.get(placement.key, {}).items():
+    there = [p for m in resident.values() for p in m.placements.values()]
+    if any(p.step is SleepStep.LOOK for p in there):
+        return []  # it may be asleep, and hold far less than the ledger has to assume
+    for placement in there:
+        model = resident[placement.model]
+        freed = coming_free(placement, model, facts.ledger)
+        if placement.closing and placement.step is None:
+            freed = dict(facts.ledger.reservations.get(placement.key, {}))
+        for device, size in freed.items():
             if device in excess:
                 excess[device] -= size
     victims: list[Placement] = []
@@ -48,7 +69,11 @@ def over_budget_victims(facts: Facts) -> list[Placement]:
         p
         for m in resident.values()
         for p in m.placements.values()
-        if p.state is Residency.LOADED and not p.in_flight and not p.closing and not m.pinned and not m.waiting
+        if p.state in (Residency.LOADED, Residency.ASLEEP)
+        and not p.in_flight
+        and not p.closing
+        and not m.pinned
+        and not m.waiting
     ]
     for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s, p.key)):
         held = facts.ledger.reservations.get(placement.key, {})

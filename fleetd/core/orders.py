@@ -60,6 +60,9 @@ class Orders:
             return
         if process.state in SERVING or process.state is ProcessState.STARTING:
             process.restart_wanted = "restarted by an operator"
+            own = self.facts.models.get(process.spec.own_model or "")
+            if own is not None and own.state is Residency.ASLEEP:
+                due(self.facts, own)  # a sleeper has no room reserved to be started in: it comes when there is
         elif process.state is ProcessState.STOPPING:
             process.outcome, process.restart_wanted = None, "restarted by an operator"
         else:

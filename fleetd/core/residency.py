@@ -19,7 +19,8 @@ from fleetd.core.facts import Facts
 from fleetd.core.holders import usable
 from fleetd.core.measuring import learn, over_budget_victims
 from fleetd.core.retention import due, stays, ttl_deadline
-from fleetd.core.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency
+from fleetd.core.sleeping import Sleeping
+from fleetd.core.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
 
 UNLOAD_ATTEMPTS = 3
 LOAD_GRACE_S = 10.0  # the shell's own timeout comes first
@@ -31,6 +32,7 @@ FAILURE_MAX_S = 300.0
 class Residencies:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.sleeping = Sleeping(facts)
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
@@ -55,6 +57,8 @@ class Residencies:
         if placement.closing is None:
             self.facts.journal.note(placement.model, f"leaving {placement.process}: {reason}")
         placement.closing, placement.evicted, placement.returns = reason, evicted, returns
+        if placement.step is SleepStep.SLEEP:
+            placement.step, placement.ordered = None, False
         self._leave_if_idle(placement, now)
 
     def _leave_if_idle(self, placement: Placement, now: float) -> None:
@@ -62,6 +66,7 @@ class Residencies:
         if (
             placement.closing
             and not placement.in_flight
+            and placement.step is not SleepStep.SLEEP
             and (loading or placement.state in (Residency.LOADED, Residency.ASLEEP))
         ):
             self._move(placement, Residency.UNLOADING, now, placement.closing)
@@ -80,7 +85,7 @@ class Residencies:
                     self._serve(placement, process, now)
                 if placement.closing:
                     self._leave_if_idle(placement, now)
-                elif placement.state is Residency.LOADED:
+                elif placement.state in (Residency.LOADED, Residency.ASLEEP):
                     self._expire(placement, now)
         for placement in over_budget_victims(self.facts):
             self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
@@ -97,6 +102,8 @@ class Residencies:
     def _follow(self, placement: Placement, process: Process, now: float) -> None:
         """A model that is its process."""
         model = self.facts.models[placement.model]
+        if self.sleeping.attend(placement, process, now):
+            return
         state = process.state
         if placement.state is Residency.UNLOADING:
             if process.empty:
@@ -179,6 +186,9 @@ class Residencies:
         model = self.facts.models[placement.model]
         placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
         self._move(placement, Residency.LOADED, now, "loaded")
+        if placement.slept:  # in a run before: this one has taken nothing for it
+            placement.slept = False
+            self.facts.ledger.correct(placement.key, model.footprint.bytes)
         model.loads += 1
         model.load_s = now - placement.order_s
         model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
@@ -236,6 +246,7 @@ class Residencies:
             model = self.facts.models.get(name)
             if model is not None:
                 model.failure, model.failure_final, model.retry_s = None, False, now
+                model.sleepless_until_s = now
 
     def requires(self, name: str, missing: tuple[str, ...], now: float) -> None:
         """What a held model is read from came or went: a model without its file leaves memory, and comes back with it."""
@@ -268,7 +279,9 @@ class Residencies:
 
     def deadlines(self, placement: Placement) -> Iterator[float]:
         """Yield the times at which `reconcile` may decide differently without another event."""
-        if placement.state is Residency.LOADING and placement.ordered:
+        if placement.step is not None:
+            yield from self.sleeping.deadlines(placement)
+        elif placement.state is Residency.LOADING and placement.ordered:
             yield self._load_deadline(placement)
         elif placement.state is Residency.UNLOADING and not placement.ordered:
             yield placement.retry_s

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fleetd.core.facts import Facts
-from fleetd.core.holders import holder
+from fleetd.core.holders import holder, sleeper, to_wake
 from fleetd.core.planner import Fits, Never, plan
 from fleetd.core.state import Model, Placement, Residency
 
@@ -40,7 +40,7 @@ def ttl_deadline(facts: Facts, placement: Placement) -> float | None:
     model = facts.models[placement.model]
     spec = model.spec
     if (
-        placement.state is not Residency.LOADED
+        placement.state not in (Residency.LOADED, Residency.ASLEEP)
         or placement.in_flight
         or model.waiting
         or model.pinned
@@ -59,14 +59,19 @@ def preload(facts: Facts, residencies: Residencies, now: float) -> None:
         return
     for name in sorted(facts.due, key=lambda key: (-facts.models[key].spec.priority, key)):
         model = facts.models[name]
-        need = model.footprint.bytes
-        if model.missing or model.placements or now < model.retry_s or model.failure_final or facts.held & set(need):
+        asleep = sleeper(facts, model)
+        if model.missing or (model.placements and asleep is None) or now < model.retry_s or model.failure_final:
             continue
-        process = holder(facts, model)
-        if process is None:
+        process = holder(facts, model) if asleep is None else facts.processes[asleep.process]
+        need = model.footprint.bytes if asleep is None else to_wake(facts, asleep)
+        if process is None or facts.held & set(need):
             continue
         verdict = plan(need, (name, process.name), facts.resident(), facts.ledger, now)
         if isinstance(verdict, Fits):
-            residencies.start(model, process, now, "preload" if model.spec.preload else "always running")
+            reason = "preload" if model.spec.preload else "always running"
+            if asleep is None:
+                residencies.start(model, process, now, reason)
+            else:
+                residencies.sleeping.wake(asleep, now, reason, for_line=False)
         elif isinstance(verdict, Never) and not verdict.pinned:
             residencies.fail(model, verdict.reason, now, final=True)

@@ -43,6 +43,14 @@ class Residency(StrEnum):
     FAILED = "FAILED"
 
 
+class SleepStep(StrEnum):
+    """What is done, or about to be done, about a placement's sleep."""
+
+    SLEEP = "sleep"  # while LOADED: no new grants, asleep once idle and its lane is free
+    WAKE = "wake"  # while LOADING
+    LOOK = "look"  # while LOADING: an adopted engine may be asleep
+
+
 _S = ProcessState
 PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
     _S.STOPPED: frozenset({_S.STARTING, _S.BLOCKED, _S.FAILED}),
@@ -151,6 +159,8 @@ class Placement:
     attempts: int = 0  # failed unloads in a row
     retry_s: float = 0.0  # no new unload before
     waits: str = ""  # which start on its server's lane its load or unload waits for
+    step: SleepStep | None = None
+    slept: bool = False  # in this run of its process: what it took on the host for that, it keeps
     lingers: bool = False  # its load failed: it is gone at retry_s, unless its server dies until then
 
     @property
@@ -162,7 +172,7 @@ class Placement:
             raise InvalidTransition(
                 f"model {self.model} on {self.process}", self.state, state, (f"wanted because: {reason}",)
             )
-        self.state, self.reason, self.since_s, self.ordered = state, reason, now, False
+        self.state, self.reason, self.since_s, self.ordered, self.step = state, reason, now, False, None
 
 
 @dataclass(slots=True)
@@ -177,7 +187,11 @@ class Model:
     waiting: int = 0
     loads: int = 0
     evictions: int = 0
+    sleeps: int = 0
+    wakes: int = 0
     load_s: float | None = None  # the last load
+    wake_s: float | None = None  # the last wake
+    sleepless_until_s: float = 0.0  # a sleep or a wake failed: unloaded for others, not put to sleep, until then
     demand: float = 0.0  # decayed count of requests
     demand_s: float = 0.0
     last_used_s: float | None = None
@@ -187,6 +201,7 @@ class Model:
     retry_s: float = 0.0  # no new load before
     failures: int = 0
     learned: dict[str, int] = field(default_factory=dict)
+    learned_asleep: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -203,6 +218,11 @@ class Model:
         if spec.source is FootprintSource.DECLARED or not self.learned:
             return spec
         return Footprint({**spec.bytes, **self.learned}, FootprintSource.LEARNED)
+
+    @property
+    def asleep(self) -> dict[str, int] | None:
+        """Return the bytes per device that it holds while it sleeps; None: it cannot sleep."""
+        return None if self.spec.asleep is None else {**self.spec.asleep, **self.learned_asleep}
 
     @property
     def state(self) -> Residency:
