@@ -87,6 +87,9 @@ class ModelStatus(TypedDict):
     last_used: str | None
     ttl_left_s: float | None
     load_s: float | None
+    sleeps: NotRequired[int]
+    wakes: NotRequired[int]
+    wake_s: NotRequired[float | None]  # the last wake
     ttl_s: NotRequired[float]
     context_length: NotRequired[int | None]
     reason: NotRequired[str]

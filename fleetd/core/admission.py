@@ -157,6 +157,7 @@ class Admission:
         if not waiting.client:
             if self.line.has_loaded(model):
                 self.line.leave(waiting.request_id)
+                self.facts.journal.note(model.name, "loaded, as an operator asked")  # nobody waits for it: look again
             return
         placement = serving(self.facts, model, waiting.avoid, closed)
         if placement is None and waiting.avoid and set(waiting.avoid) >= set(model.placements):

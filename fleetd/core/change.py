@@ -174,10 +174,11 @@ class Change:
         own = process.spec.own_model
         model = self.facts.models.get(own) if own is not None else None
         if model is not None:
-            self.facts.ledger.correct((model.name, process.name), model.footprint.bytes)
             placement = self.facts.place(model, process.name, now, "adopted")
             placement.generation = event.generation
-            placement.step = SleepStep.LOOK if can_sleep else None
+            if can_sleep:  # it may sleep now, or have slept before
+                placement.step, placement.slept = SleepStep.LOOK, True
+            self.facts.ledger.correct(placement.key, holds(model, placement))
             self.facts.due.discard(model.name)
         self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
         self.facts.wake(process.name)

@@ -184,11 +184,11 @@ class Residencies:
 
     def _loaded(self, placement: Placement, generation: int, now: float) -> None:
         model = self.facts.models[placement.model]
-        placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
-        self._move(placement, Residency.LOADED, now, "loaded")
-        if placement.slept:  # in a run before: this one has taken nothing for it
+        if placement.slept and placement.generation != generation:  # this run has taken nothing for a sleep
             placement.slept = False
             self.facts.ledger.correct(placement.key, model.footprint.bytes)
+        placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
+        self._move(placement, Residency.LOADED, now, "loaded")
         model.loads += 1
         model.load_s = now - placement.order_s
         model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0

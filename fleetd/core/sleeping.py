@@ -115,7 +115,7 @@ class Sleeping:
     def _asleep(self, placement: Placement, now: float, how: str) -> None:
         model = self.facts.models[placement.model]
         said = f"{how}: {placement.closing}" if placement.closing else how
-        model.sleeps += 1
+        model.sleeps += placement.step is SleepStep.SLEEP
         placement.closing, placement.evicted, placement.slept = None, False, True
         self._move(placement, Residency.ASLEEP, now, said)
         self.facts.ledger.correct(placement.key, holds(model, placement))

@@ -67,7 +67,7 @@ PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
 _R = Residency
 RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
     _R.ABSENT: frozenset({_R.LOADING, _R.FAILED}),
-    _R.LOADING: frozenset({_R.LOADED, _R.UNLOADING, _R.ABSENT, _R.FAILED}),
+    _R.LOADING: frozenset({_R.LOADED, _R.ASLEEP, _R.UNLOADING, _R.ABSENT, _R.FAILED}),
     _R.LOADED: frozenset({_R.ASLEEP, _R.UNLOADING, _R.LOADING, _R.ABSENT}),
     _R.ASLEEP: frozenset({_R.LOADING, _R.UNLOADING, _R.ABSENT}),
     _R.UNLOADING: frozenset({_R.ABSENT, _R.LOADED}),

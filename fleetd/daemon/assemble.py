@@ -44,7 +44,7 @@ from fleetd.daemon.model_specs import ModelAssembler
 from fleetd.daemon.option_mistakes import read_options
 from fleetd.daemon.ports import NoPortLeftError, assign
 from fleetd.engines import load as find_engine
-from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext
+from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, capabilities_of
 from fleetd.engines.container import Contained
 from fleetd.errors import ConfigError, EngineError, Problem
 
@@ -418,7 +418,9 @@ class Assembler:
     def _spec(self, entry: Entry, plan: LaunchPlan, models: list[str]) -> ProcessSpec:
         keys = entry.keys
         engine_keys = entry.engine_keys
-        capabilities = Capabilities() if engine_keys is None else plan.engine.capabilities
+        capabilities = Capabilities()
+        if engine_keys is not None:
+            capabilities = capabilities_of(plan.engine, plan.context.options)
         if plan.external:
             capabilities = replace(capabilities, owns_process=False)
         return ProcessSpec(

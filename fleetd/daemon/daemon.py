@@ -38,6 +38,7 @@ from fleetd.daemon.processes import Processes
 from fleetd.daemon.requirements import Requirements
 from fleetd.daemon.residency import Residency
 from fleetd.daemon.sampling import Sampling
+from fleetd.daemon.sleepers import Sleepers
 from fleetd.daemon.starts import Starts
 from fleetd.daemon.status import DaemonFacts, StatusView
 from fleetd.daemon.tasks import Tasks
@@ -96,6 +97,7 @@ class Daemon:
             Doing(self._take_out, self._bring_back),
         )
         self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks, self.preparation)
+        self.sleepers = Sleepers(self.http, self.dispatch, self.plans, self.model_specs, self.residency.call)
         self.sampling = Sampling(
             self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
         )
@@ -173,6 +175,9 @@ class Daemon:
                 c.StopProbes: self.probing.stop,
                 c.Load: self.residency.load,
                 c.Unload: self.residency.unload,
+                c.Sleep: self.sleepers.sleep,
+                c.Wake: self.sleepers.wake,
+                c.LookAsleep: self.sleepers.look,
                 c.Grant: self.port.granted,
                 c.Reject: self.port.rejected,
                 c.ReadAhead: self.residency.read_ahead,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fleetd.core.holders import holder
+from fleetd.core.holders import holder, sleeper, to_wake
 from fleetd.core.planner import Evict, Fits, Never, Wait, gib, plan
 from fleetd.core.state import Model, Residency
 from fleetd.daemon.status import reason_of
@@ -27,7 +27,9 @@ def explain(fleet: Fleet, model: Model, now: float, store: Mapping[str, Any] | N
         text = ["It routes to " + ", ".join(f"{route.to} (weight {route.weight})" for route in model.spec.routes) + "."]
     else:
         text.append(_cost(model))
-        if not model.placements and not model.missing:
+        if model.asleep is not None:
+            text.append(_asleep(model, now))
+        if not model.missing and (not model.placements or sleeper(fleet.facts, model) is not None):
             said, victims = _if_wanted(fleet, model, now)
             text.append(said)
     if model.missing:
@@ -73,19 +75,33 @@ def _cost(model: Model) -> str:
     return f"It takes {sizes}: {how[footprint.source]}."
 
 
+def _asleep(model: Model, now: float) -> str:
+    sizes = ", ".join(f"{gib(size)} on {device}" for device, size in (model.asleep or {}).items())
+    if now < model.sleepless_until_s:
+        return (
+            f"It can sleep, but its last try failed: for {model.sleepless_until_s - now:.0f} s it is unloaded instead."
+        )
+    return f"It can sleep, and then holds {sizes}."
+
+
 def _if_wanted(fleet: Fleet, model: Model, now: float) -> tuple[str, list[dict[str, str]]]:
-    process = holder(fleet.facts, model)
+    asleep = sleeper(fleet.facts, model)
+    process = holder(fleet.facts, model) if asleep is None else fleet.processes[asleep.process]
     if process is None:
         return "No process can take it now.", []
-    verdict = plan(model.footprint.bytes, (model.name, process.name), fleet.facts.resident(), fleet.ledger, now)
+    need = model.footprint.bytes if asleep is None else to_wake(fleet.facts, asleep)
+    verdict = plan(need, (model.name, process.name), fleet.facts.resident(), fleet.ledger, now)
     if isinstance(verdict, Fits):
-        return f"If it were asked for now, it would be loaded on {process.name} at once: there is room.", []
+        how = "loaded" if asleep is None else "woken"
+        return f"If it were asked for now, it would be {how} on {process.name} at once: there is room.", []
     if isinstance(verdict, Evict):
-        names = ", ".join(victim.model for victim in verdict.victims)
         victims = [
             {"name": victim.model, "reason": _why_victim(fleet, victim.model, now)} for victim in verdict.victims
         ]
-        return f"If it were asked for now, {names} would be unloaded for it: the cheapest to bring back.", victims
+        told = [
+            f"{p.model} would be {'put to sleep' if p in verdict.sleepers else 'unloaded'}" for p in verdict.victims
+        ]
+        return f"If it were asked for now, {', '.join(told)} for it: the cheapest to bring back.", victims
     if isinstance(verdict, Wait):
         victims = [{"name": busy.model, "reason": "busy; it would be drained first"} for busy in verdict.drain]
         return f"If it were asked for now, it would wait: {verdict.reason}.", victims

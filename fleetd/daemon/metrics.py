@@ -155,6 +155,9 @@ def _models(page: Page, status: Status) -> None:
         ("loads", "counter", "loads_total", "Loads since the daemon started."),
         ("evictions", "counter", "evictions_total", "Unloads to make room for another model."),
         ("load_s", "gauge", "load_seconds", "Duration of the last load."),
+        ("sleeps", "counter", "sleeps_total", "Times that it was put to sleep to make room for another model."),
+        ("wakes", "counter", "wakes_total", "Times that it was woken."),
+        ("wake_s", "gauge", "wake_seconds", "Duration of the last wake."),
     ):
         page.metric(f"fleetd_model_{name}", kind, what, [({"model": row["name"]}, _number(row, key)) for row in rows])
     page.metric(

@@ -12,14 +12,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.model_schema import EngineModel, HeldModel, ModelKeys, RouteModel
 from fleetd.core.contract import DeviceSpec, Footprint, FootprintSource, ModelSpec, ProcessSpec, Route
+from fleetd.core.measuring import ASLEEP_HASH
 from fleetd.daemon.assembly import Surroundings
 from fleetd.daemon.launches import LaunchPlan, plain
 from fleetd.engines.base import HeldModel as Held
+from fleetd.engines.base import Sleeper, capabilities_of
 from fleetd.errors import FleetError
 from fleetd.units import show_size
 
@@ -84,6 +86,7 @@ class ModelAssembler:
             if keys.queue.timeout is None
             else keys.queue.timeout,
             load_timeout_s=keys.load_timeout,
+            asleep=self._asleep(plan, footprint, footprint_hash),
             fallback=keys.fallback,
         )
 
@@ -117,6 +120,14 @@ class ModelAssembler:
             footprint = self._estimated(path, plan, held)
         self._check_fit(path, footprint)
         return footprint
+
+    def _asleep(self, plan: LaunchPlan, footprint: Footprint, footprint_hash: str) -> Mapping[str, int] | None:
+        if plan.external or not capabilities_of(plan.engine, plan.context.options).can_sleep:
+            return None
+        estimated = cast("Sleeper", plan.engine).asleep(plan.context, footprint.bytes)
+        if estimated is None:
+            return None
+        return {**estimated, **self.around.learned.get(ASLEEP_HASH.format(footprint_hash), {})}
 
     def _estimated(self, path: Path_, plan: LaunchPlan, held: Held | None) -> Footprint:
         try:

@@ -53,17 +53,19 @@ class Residency:
         self._reading: set[str] = set()
 
     def load(self, command: Load) -> None:
-        self._call(command.process, self._load(command), f"load {command.model} on {command.process}")
+        self.call(command.process, self._load(command), f"load {command.model} on {command.process}")
 
     def unload(self, command: Unload) -> None:
-        self._call(command.process, self._unload(command), f"unload {command.model} from {command.process}")
+        self.call(command.process, self._unload(command), f"unload {command.model} from {command.process}")
 
     def process_died(self, name: str) -> None:
         """End the calls to a process that is gone."""
         for task in self._calls.get(name, set()).copy():
             task.cancel()
 
-    def _call(self, process: str, work: Awaitable[None], title: str) -> None:
+    def call(self, process: str, work: Awaitable[None], title: str) -> None:
+        """Carry out a call that ends with the process."""
+
         async def counted() -> None:
             self._changes[process] = self._changes.get(process, 0) + 1
             try:

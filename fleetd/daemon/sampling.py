@@ -15,8 +15,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fleetd.core import state
 from fleetd.core.events import Event, MemorySampled
-from fleetd.core.state import SERVING
+from fleetd.core.measuring import SETTLED_S
+from fleetd.core.state import SERVING, Process
 from fleetd.daemon.assembly import MachineDevice
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.machine import Machine
@@ -57,7 +59,9 @@ class Sampling:
         self._fleet = fleet
         self._dispatch = dispatch
         self._devices = devices
-        self._said: dict[str, tuple[int, int]] = {}  # process to generation and bytes
+        self._said: dict[
+            str, tuple[int, int, bool]
+        ] = {}  # process to generation, bytes, and whether it was settled asleep
         self.devices: dict[str, DeviceSample] = {}
         self._asked_at = 0.0
         self._wake = asyncio.Event()
@@ -141,12 +145,20 @@ class Sampling:
         process = self._fleet.processes.get(run.name)
         if process is None or process.generation != run.generation:
             return
-        generation, said = self._said.get(run.name, (0, 0))
+        generation, said, settled = self._said.get(run.name, (0, 0, False))
+        sleeps = self._settled_asleep(process, now)
         limited = process.spec.memory_limit_bytes is not None
         moved = abs(usage.rss_bytes - said) > _WORTH_SAYING * max(said, 1 << 20)
-        if limited or generation != run.generation or moved:
-            self._said[run.name] = (run.generation, usage.rss_bytes)
+        if limited or generation != run.generation or moved or sleeps is not settled:
+            self._said[run.name] = (run.generation, usage.rss_bytes, sleeps)
             self._dispatch(MemorySampled(run.name, run.generation, usage.rss_bytes, self._on_devices(run, usage)))
+
+    def _settled_asleep(self, process: Process, now: float) -> bool:
+        """Say whether it has slept for so long that what is seen of its device is what it keeps there."""
+        return any(
+            placement.state is state.Residency.ASLEEP and now - placement.since_s >= SETTLED_S
+            for placement in self._fleet.facts.placements_on(process.name)
+        )
 
     def _on_devices(self, run: Run, usage: Usage) -> Mapping[str, int]:
         """Return what a model's own process holds per device, as far as it can be seen."""

@@ -153,7 +153,8 @@ class Verbs:
 
     def _ask_load(self, name: str) -> Callable[[], Judgement | None]:
         refused: list[str] = []
-        before = self._fleet.models[name].loads if name in self._fleet.models else 0
+        known = self._fleet.models.get(name)
+        loads, wakes = (known.loads, known.wakes) if known is not None else (0, 0)
 
         def reject(command: Reject) -> None:
             refused.append(command.reason)
@@ -170,7 +171,8 @@ class Verbs:
             elif refused:
                 found = OutcomeCode.FAILED, refused[0]
             elif model.state is Residency.LOADED:
-                found = OutcomeCode.OK, "loaded" if model.loads > before else "it was loaded already"
+                woken = "woken" if model.wakes > wakes else "it was loaded already"
+                found = OutcomeCode.OK, "loaded" if model.loads > loads else woken
             elif model.failure and not model.placements and not model.waiting:
                 found = OutcomeCode.FAILED, model.failure
             if found is not None:

@@ -4,7 +4,8 @@ The rules of this file
 - Pure: `launch`, `estimate`, `probes`, `classify_exit`, `validate`. They read only their arguments (and, for `estimate`, file headers).
 - Awaiting: `load`, `unload`, `loaded`, `alive`. They get an aiohttp-like client injected and never keep state.
 - May be there: `phase(line)` says how far a start has come, `learned_at_start(lines)` what its log is worth for the next one,
-  `canonical_name`, `prepare`.
+  `canonical_name`, `prepare`, `capabilities_for(options)` where one entry can more than another, and all of `Sleeper` where those
+  capabilities say `can_sleep`.
 - An engine never imports another engine, the host or the daemon.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes
 from fleetd.errors import EngineError
@@ -120,6 +121,14 @@ class Resident:
 
 
 @dataclass(frozen=True, slots=True)
+class Asleep:
+    """What has to be known to wake a sleeper. The daemon keeps it in between, and for the next sleep of the same run."""
+
+    level: int
+    said: str | None = None  # its answer to the canary, from before its first sleep
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeOutcome:
     """What a look at a server brought. `key` is the key of the entry that a failure is about; `final` that waiting cannot help."""
 
@@ -144,6 +153,30 @@ class OptionProblem:
     path: tuple[str | int, ...]
     message: str
     warning: bool = False
+
+
+class Sleeper(Protocol):
+    """What an engine has besides, where its process can sleep. After an error of any of these the process is killed."""
+
+    def asleep(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
+        """Return the bytes per device that it holds asleep, given what it takes awake; None: that cannot be said."""
+
+    async def sleep(
+        self, http: ClientSession, endpoint: Endpoint, options: Any, before: Asleep | None, timeout_s: float
+    ) -> Asleep:
+        """Put an idle server to sleep. `before`: what an earlier sleep of this run returned. Raises EngineError."""
+
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep | None, timeout_s: float) -> None:
+        """Wake it, and hear it speak. `before` None: nobody knows how deep it sleeps. Raises EngineError."""
+
+    async def sleeping(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
+        """Return whether it sleeps. Raises EngineError."""
+
+
+def capabilities_of(engine: Engine, options: Any) -> Capabilities:
+    """Return what one entry can: what its engine can, or what the engine says of these options."""
+    of_options = getattr(engine, "capabilities_for", None)
+    return engine.capabilities if of_options is None else cast("Capabilities", of_options(options))
 
 
 class Engine(Protocol):

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, Footprint, Probes, ProbeSpec
+from fleetd.engines import vllm_sleep
 from fleetd.engines.base import (
     Api,
+    Asleep,
     Endpoint,
     ExitVerdict,
     HeldModel,
@@ -37,7 +39,6 @@ from fleetd.engines.held_options import held_option_problems, unmade_problems
 from fleetd.engines.visible import visible_devices
 from fleetd.engines.vllm_args import VllmOptions, arguments, extra_problems, local, local_files
 from fleetd.engines.vllm_log import learned_kv_bytes, phase, verdict
-from fleetd.engines.vllm_sleep import is_sleeping
 from fleetd.errors import EngineError
 from fleetd.models import safetensors
 from fleetd.models.safetensors import ModelFolder, Serving
@@ -50,6 +51,8 @@ DEFAULT_SEQUENCES = 256
 DEFAULT_BATCHED_TOKENS = 8192
 PROCESS_BYTES = 1536 << 20  # host memory of the API server and the engine's own process
 CPU_PROCESS_BYTES = 2560 << 20  # on the CPU a worker process comes on top
+SLEEPER_BYTES = 1536 << 20  # what a sleeper keeps on its device: context, graphs, communication buffers
+PINNED_FACTOR = 1.2  # host memory of a sleeper's weights: pinned, in pools that are rounded up
 DEFAULT_UTILIZATION = 0.92
 LEARNED_KV = "kv_cache_memory"
 PROBED_PATHS = "/health,/metrics,/ping,/v1/models,/is_sleeping"
@@ -215,14 +218,50 @@ class Vllm:
     ) -> ProbeOutcome:
         """One real token: /health is well while the engine is wedged. A sleeper is not asked, it would wait for ever."""
         try:
-            if await is_sleeping(http, endpoint, timeout_s):
+            if await vllm_sleep.is_sleeping(http, endpoint, timeout_s):
                 return ProbeOutcome(True, "asleep")
             served_as = model.served_as if model is not None and model.served_as else ""
             if not served_as:
-                served_as = next((resident.served_as for resident in await self.loaded(http, endpoint)), "")
+                served_as = await self._served_as(http, endpoint)
             return await _one_token(http, endpoint, served_as, timeout_s)
         except EngineError as error:
             return ProbeOutcome.failed(error)
+
+    # -- sleep ------------------------------------------------------------------------------------------------------------
+
+    def asleep(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
+        """At level 1 its weights are on the host, where nobody can swap them out; of its device it keeps a little at both."""
+        options = _options(context)
+        device = context.device or "host"
+        held = awake.get(device, 0)
+        if not held:
+            return None
+        found = {**awake, device: min(SLEEPER_BYTES, held)}
+        pinned = ceil(_weights(context, options, held) * PINNED_FACTOR) if options.sleep_level == 1 else 0
+        pool = device if device in ("host", "unified") else "host"
+        found[pool] = found.get(pool, 0) + pinned
+        return {name: size for name, size in found.items() if size}
+
+    async def sleep(
+        self, http: ClientSession, endpoint: Endpoint, options: Any, before: Asleep | None, timeout_s: float
+    ) -> Asleep:
+        said = before.said if before is not None else None
+        if said is None:
+            said = await vllm_sleep.canary(http, endpoint, await self._served_as(http, endpoint), timeout_s)
+        await vllm_sleep.sleep(http, endpoint, options.sleep_level, timeout_s)
+        return Asleep(options.sleep_level, said)
+
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep | None, timeout_s: float) -> None:
+        """Where nobody knows the level, the weights are read again: that is right after both, and slower after level 1."""
+        level, expected = (before.level, before.said) if before is not None else (2, None)
+        served_as = await self._served_as(http, endpoint)
+        await vllm_sleep.wake(http, endpoint, level, timeout_s, served_as=served_as, expected=expected)
+
+    async def sleeping(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
+        return bool(await vllm_sleep.is_sleeping(http, endpoint, timeout_s))
+
+    async def _served_as(self, http: ClientSession, endpoint: Endpoint) -> str:
+        return next((resident.served_as for resident in await self.loaded(http, endpoint)), "")
 
 
 ENGINE = Vllm()
@@ -294,6 +333,8 @@ def _option_problems(context: LaunchContext, options: VllmOptions) -> list[Optio
     on_host = context.device == "host"
     if options.enable_sleep_mode and on_host:
         found.append(OptionProblem(("enable_sleep_mode",), "vLLM cannot sleep on the CPU; its start would fail"))
+    if "sleep_level" in options.model_fields_set and not options.enable_sleep_mode:
+        found.append(OptionProblem(("sleep_level",), "needs enable_sleep_mode: true"))
     if options.enable_auto_tool_choice and not options.tool_call_parser:
         found.append(OptionProblem(("enable_auto_tool_choice",), "needs tool_call_parser"))
     if options.lora_modules and not options.enable_lora:
@@ -354,6 +395,14 @@ def _needed(context: LaunchContext, options: VllmOptions) -> int | None:
         return None
     found = _folder(context, options)
     return safetensors.estimate(*found).total_bytes if found is not None else None
+
+
+def _weights(context: LaunchContext, options: VllmOptions, held: int) -> int:
+    """Return the bytes of all its weights; where its files are not here, the most that they can be."""
+    found = _folder(context, options)
+    if found is not None:
+        return safetensors.estimate(*found).weight_bytes * _world(options)
+    return max(0, held - (options.kv_cache_memory or 0))
 
 
 def _fitting_utilization(context: LaunchContext, options: VllmOptions) -> float | None:

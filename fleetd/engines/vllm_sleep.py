@@ -87,9 +87,18 @@ async def wake(
 
 
 async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> str:
-    """Return a few tokens at temperature 0: what a healthy model says to the same prompt again and again."""
+    """Return a few tokens at temperature 0: what a healthy model says to the same prompt again and again.
+
+    Of a model that only pools it is the head of a vector.
+    """
     payload = {"model": served_as, "prompt": "One two three", "max_tokens": CANARY_TOKENS, "temperature": 0}
     reply = await call(http, endpoint, "POST", "/v1/completions", payload, timeout_s=timeout_s)
+    if reply.status in (400, 404, 405, 501):
+        pooled = {"model": served_as, "input": "One two three"}
+        second = await call(http, endpoint, "POST", "/v1/embeddings", pooled, timeout_s=timeout_s)
+        vector = second.listing("data")[0].get("embedding") if second.ok and second.listing("data") else None
+        if isinstance(vector, list) and vector:
+            return " ".join(str(number) for number in vector[:CANARY_TOKENS])
     choices = reply.expect(f"one completion of {served_as}").listing("choices")
     text = choices[0].get("text") if choices else None
     if not isinstance(text, str):

@@ -62,6 +62,13 @@ MUTANTS = (
     Mutant("never tells that time is up", "line", "elif now >= waiting.deadline_s:", "elif False:"),
     Mutant("idle time from the start of a request", "admission", "        placement.in_flight -= 1\n        placement.last_used_s = now", "        placement.in_flight -= 1"),
     Mutant("generation begins again", "change", "self.facts.retired.pop(spec.name, 0)", "0"),
+    Mutant("routes to a sleeper", "router", "placement.state is not Residency.LOADED\n", "placement.state not in (Residency.LOADED, Residency.ASLEEP)\n"),
+    Mutant("forgets what a sleeper holds", "sleeping", "self.facts.ledger.correct(placement.key, holds(model, placement))", "self.facts.ledger.correct(placement.key, {})"),
+    Mutant("sleeps and wakes beside a start", "sleeping", "self.facts.journal.note(placement.model, waits)\n        placement.waits = waits", "pass\n        waits = ''"),
+    Mutant("believes in a wake that failed", "sleeping", "elif state is SleepState.AWAKE and step is SleepStep.WAKE:", "elif step is SleepStep.WAKE:"),
+    Mutant("no end of a wake without an answer", "sleeping", "if now >= self._deadline(placement):", "if False:"),
+    Mutant("takes an adopted sleeper for awake", "change", "placement.step, placement.slept = SleepStep.LOOK, True", "pass"),
+    Mutant("wakes without the room", "holders", "max(0, size - held.get(device, 0)) for", "0 for"),
     Mutant("a stop by an operator does not last", "supervision", "if self.facts.shutting_down or process.stopped or", "if self.facts.shutting_down or"),
 )  # fmt: skip
 
@@ -81,6 +88,9 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, float, str]:
             root / "tests" / "core" / "sim",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
+        shutil.copy(
+            ROOT / "tests" / "core" / "__init__.py", root / "tests" / "core" / "__init__.py"
+        )  # or an installed one wins
         target = root / "fleetd" / "core" / f"{mutant.module}.py"
         source = target.read_text("utf-8")
         if source.count(mutant.old) != 1:

@@ -18,7 +18,7 @@ from tests.core.sim.checks import holds
 from tests.core.sim.specs import random_fleet
 from tests.core.sim.world import Run, World
 
-NAMES = ("m1", "m2", "m3", "big", "f1", "va", "vb", "lc", "ld", "gpt", "any", "huge", "nobody")
+NAMES = ("m1", "m2", "m3", "big", "f1", "va", "vb", "vc", "lc", "ld", "gpt", "any", "huge", "nobody")
 
 
 def process_name(world: World, rng: Random) -> str:
@@ -42,7 +42,7 @@ def ask(world: World, rng: Random) -> None:
 
 def ask_many(world: World, rng: Random) -> None:
     for _ in range(rng.randint(2, 10)):
-        world.ask(rng.choice(NAMES[:10]))
+        world.ask(rng.choice(NAMES[:11]))
 
 
 def cancel(world: World, rng: Random) -> None:
@@ -60,7 +60,7 @@ def unload(world: World, rng: Random) -> None:
 
 
 def pin(world: World, rng: Random) -> None:
-    name = rng.choice(NAMES[:9])
+    name = rng.choice(NAMES[:10])
     world.pins[name] = rng.random() < 0.4
     world.deliver(e.PinAsked(name, world.pins[name]))
 
@@ -181,6 +181,18 @@ def busy_neighbour(world: World, rng: Random) -> None:
         world.advance(0.5)
 
 
+def take_turns(world: World, rng: Random) -> None:
+    """Models that sleep are asked for by turns: each has to fall asleep for the next, and to wake for its own."""
+    names = rng.sample(("va", "vb", "big", "vc"), 3)
+    for _ in range(rng.randint(2, 6)):
+        for name in names:
+            want = world.ask(name)
+            for _ in range(30):
+                if want not in world.clients or world.clients[want].grant is not None:
+                    break
+                world.advance(rng.choice((0.5, 2.0)))
+
+
 def cut_off(world: World, rng: Random) -> None:
     """Somebody restarts, kills or unloads exactly what is loading or streaming at the moment."""
     loading = [run.name for run in world.living() if run.loads]
@@ -289,6 +301,8 @@ def reexec(world: World, _rng: Random) -> None:
             run.reported, run.startup_ok, run.ready_s, run.progress_s = True, False, None, world.now
             run.unobserved = run.spec.capabilities.many_models
             run.ending, run.loads, run.unloads = 0, set(), set()
+            if run.nap:  # what was asked of it goes on, or not
+                run.asleep, run.nap = world.rng.random() < 0.5, ""
             run.probes.clear()
             adopted.append(e.Adopted(run.name, run.generation, run.pid, world.now - run.born_s))
     world.ended |= set(world.clients)
@@ -317,7 +331,7 @@ def reexec(world: World, _rng: Random) -> None:
 ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
     (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (wish, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
     (restart_due, 1), (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
-    (ghost, 8), (busy_neighbour, 2), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
+    (ghost, 8), (busy_neighbour, 2), (take_turns, 3), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
 )  # fmt: skip
 
 

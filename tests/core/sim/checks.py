@@ -48,6 +48,8 @@ def decisions(world: World, event: e.Event, commands: list[c.Command]) -> None:
             holds(world, run is not None and not run.leader, f"{command}: its leader lives")
         elif isinstance(command, c.Load):
             load(world, command)
+        elif isinstance(command, c.Sleep | c.Wake):
+            nap(world, command)
         elif isinstance(command, c.Grant):
             grant(world, command)
         elif isinstance(command, c.Reject):
@@ -81,6 +83,27 @@ def spawn(world: World, command: c.Spawn) -> None:
             exclusive = spec.capabilities.exclusive_start or other.spec.capabilities.exclusive_start
             busy = same and exclusive and other.leader and not other.startup_ok
             holds(world, not busy, f"{command} while {other.name} starts on the same lane")
+            holds(world, not (same and other.nap), f"{command} while {other.name} is told to {other.nap}")
+
+
+def nap(world: World, command: c.Sleep | c.Wake) -> None:
+    """Only what is idle sleeps, only what sleeps is woken, and nothing else goes on beside it."""
+    run = world.run(command.process, command.generation)
+    holds(world, run is not None and run.alive and not run.ordered_away, f"{command}: it does not live")
+    assert run is not None
+    holds(world, not run.nap, f"{command} while it is told to {run.nap}")
+    holds(world, run.asleep == isinstance(command, c.Wake), f"{command}: asleep is {run.asleep}")
+    holds(world, run.startup_ok, f"{command}: it is still starting")
+    if isinstance(command, c.Sleep):
+        busy = active(world, command.model, command.process)
+        holds(world, not busy, f"{command} while {busy} requests are in flight on it")
+        holds(world, not pinned(world, command.model) or world.corrected, f"{command}: it is pinned")
+    for other in world.living():
+        if other is run or other.spec.lane is None or other.spec.lane != run.spec.lane:
+            continue
+        holds(world, not other.nap, f"{command} while {other.name} is told to {other.nap}")
+        starts = other.reported and other.leader and not other.startup_ok and not other.ordered_away
+        holds(world, not starts, f"{command} while {other.name} starts on the same lane")
 
 
 def active(world: World, model: str, process: str, generation: int | None = None) -> int:
@@ -138,6 +161,8 @@ def calm_stop(world: World, command: c.Stop | c.Unload, run: Run) -> None:
         starts = other.spec.lane == run.spec.lane and other is not run and other.reported and not other.startup_ok
         starts = starts and other.leader and not other.ordered_away and other.spec.capabilities.exclusive_start
         holds(world, not starts, f"{command} while {other.name} starts on the same lane")
+        dozes = other.nap if other.spec.lane == run.spec.lane and other is not run and not other.ordered_away else ""
+        holds(world, not dozes, f"{command} while {other.name} is told to {dozes}")
 
 
 def fulfilled(world: World, client: Client) -> None:
@@ -147,7 +172,7 @@ def fulfilled(world: World, client: Client) -> None:
     names |= {route.to for route in spec.routes} if spec is not None else set()
     names |= {back for name in names if name in world.spec.models for back in world.spec.models[name].fallback}
     loaded = any(
-        model.state is Residency.LOADED or model.loads > client.loads.get(model.name, 0)
+        model.state is Residency.LOADED or model.loads + model.wakes > client.loads.get(model.name, 0)
         for name in names
         if (model := world.fleet.models.get(name)) is not None
     )
@@ -177,6 +202,7 @@ def grant(world: World, command: c.Grant) -> None:
     holds(world, not run.ordered_away, f"{command}: it was told to stop")
     holds(world, run.startup_ok or run.spec.probes.startup is None, f"{command}: not ready")
     holds(world, command.model not in run.loads | run.unloads, f"{command}: the model is on its way")
+    holds(world, not run.asleep and not run.nap, f"{command}: it sleeps, or is told to {run.nap}")
     spec = world.spec.models.get(command.model)
     holds(world, spec is not None, f"{command}: not in the configuration")
     assert spec is not None
@@ -229,6 +255,11 @@ def memory(world: World) -> None:
             known = (model, run.name) in ledger.reservations
             ours = run.spec.capabilities.owns_process and not run.unobserved
             holds(world, known or not ours, f"{model} is in the memory of {run.name}, and nothing is reserved for it")
+            booked = ledger.reservations.get((model, run.name), {})
+            short = run.asleep and world.honest and any(booked.get(d, 0) < count for d, count in size.items())
+            holds(
+                world, not short or not run.alive, f"{model} sleeps on {run.name} with {size}, and {booked} is reserved"
+            )
     given_up = any(run.unobserved and run.name not in world.fleet.facts.unseen for run in world.living())
     if world.honest and not world.corrected and not given_up:
         for device, spec in world.spec.devices.items():
@@ -333,7 +364,9 @@ def residencies(world: World) -> None:
                 retry = deadline is not None and placement.retry_s > world.now - 1e-6
                 holds(world, asked or going or retry, f"{said} and nobody unloads it")
             elif placement.state is Residency.LOADING and placement.ordered:
-                asked = run is not None and model.name in run.loads and run is world.newest(run.name)
+                asked = (
+                    run is not None and (model.name in run.loads or placement.step) and run is world.newest(run.name)
+                )
                 going = process.state not in SERVING
                 holds(world, asked or going, f"{said} and nobody loads it")
             elif placement.state is Residency.LOADING and process.state in RESTING:

@@ -83,7 +83,7 @@ def random_fleet(rng: Random) -> FleetSpec:
         backoff=RESTART.backoff, crash_loop=CrashLoop(count=3, window_s=30.0, then="slow", every_s=50.0)
     )
     once = RestartPolicy(mode=RestartMode.ON_FAILURE, backoff=RESTART.backoff, crash_loop=RESTART.crash_loop)
-    exclusive = Capabilities(exclusive_start=True, exit_zero_is_failure=True)
+    exclusive = Capabilities(exclusive_start=True, exit_zero_is_failure=True, can_sleep=True)
     processes = [
         service("db", probes=Probes(readiness=READINESS, liveness=LIVENESS)),
         service("job", restart=once),
@@ -94,6 +94,7 @@ def random_fleet(rng: Random) -> FleetSpec:
         server("far", capabilities=Capabilities(many_models=True, owns_process=False)),
         own("va", lane="gpu0", capabilities=exclusive),
         own("vb", lane="gpu0", capabilities=exclusive, on_demand=rng.random() < 0.6),
+        own("vc", lane="gpu0"),
         own("lc", max_age_s=200.0 if rng.random() < 0.3 else None),
         own("ld", memory_limit_bytes=40 * GIB),
     ]
@@ -103,8 +104,9 @@ def random_fleet(rng: Random) -> FleetSpec:
         model("m3", ("pool-2",), gpu=2, priority=rng.choice((0, 0, 5))),
         model("big", ("pool-1",), gpu=9),
         model("f1", ("far",)),
-        model("va", gpu=5),
-        model("vb", gpu=4, host=2, pin=rng.random() < 0.2),
+        model("va", gpu=5, asleep={"gpu0": GIB, "host": 2 * GIB}),  # its weights go to the host
+        model("vb", gpu=4, host=2, pin=rng.random() < 0.2, asleep={"gpu0": GIB, "host": GIB}),
+        model("vc", gpu=2),
         model("lc", host=3, fallback=("ld",), ttl_s=15.0),
         model("ld", host=4, gpu=1),
         model("huge", ("pool-1",), gpu=50),

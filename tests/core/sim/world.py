@@ -16,13 +16,14 @@ from random import Random
 
 from fleetd.core import commands as c
 from fleetd.core import events as e
-from fleetd.core.contract import ExitReport, FleetSpec, ProbeKind, ProbeSpec, ProcessSpec, Remembered
+from fleetd.core.contract import ExitReport, FleetSpec, ProbeKind, ProbeSpec, ProcessSpec, Remembered, SleepState
 from fleetd.core.fleet import Fleet
 from fleetd.core.journal import Journal
 from fleetd.core.state import SERVING, ProcessState
 from tests.core.sim import checks
 
 STOP_GRACE_S = 5.0
+OWN_FAILURE = ("liveness probe failed", "not ready within", "sleep failed", "wake failed", "look failed")
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Run:
     models: dict[str, dict[str, int]] = field(default_factory=dict)
     loads: set[str] = field(default_factory=set)
     unloads: set[str] = field(default_factory=set)
+    asleep: bool = False
+    nap: str = ""  # sleep or wake, without an answer
     ending: int = 0  # Stop and Sweep without an answer
     ordered_away: bool = False
     unobserved: bool = False
@@ -280,6 +283,7 @@ class World:
             self.say(self.soon(), e.LoadFailed(model, run.name, run.generation, f"{run.name} ended"))
         for model in sorted(run.unloads):
             self.say(self.soon(), e.UnloadFailed(model, run.name, run.generation, f"{run.name} ended"))
+        self._nap_breaks(run)
         self._break_streams(run)
         self.say(self.soon() / 4, e.Exited(run.name, run.generation, report))
 
@@ -293,7 +297,7 @@ class World:
         run = self.run(command.name, command.generation)
         assert run is not None
         run.ordered_away = True
-        if command.reason.startswith(("liveness probe failed", "not ready within")):
+        if command.reason.startswith(OWN_FAILURE):
             self.count_death(run.name)
         run.ending += 1
         polite_s = 0.2 if not run.ignores_term else STOP_GRACE_S
@@ -318,6 +322,7 @@ class World:
                 report = e.Exited(run.name, run.generation, ExitReport(None, "SIGTERM"))
                 self.say(0.0 if first else 0.3, report)
             self.vanish(run)
+        self._nap_breaks(run)
         self._break_streams(run)
         for model in sorted(run.loads):
             late_s = self.rng.choice((0.0, 0.4, 6.0))
@@ -424,6 +429,65 @@ class World:
             run.models.pop(model, None)
             self.deliver(e.Unloaded(model, run.name, run.generation))
 
+    # -- sleep ------------------------------------------------------------------------------------------------------------------
+
+    def _do_sleep(self, command: c.Sleep) -> None:
+        self._nap(command, "sleep", self.asleep_truth(command.model))
+
+    def _do_wake(self, command: c.Wake) -> None:
+        self._nap(command, "wake", self.truth(command.model))
+
+    def _do_lookasleep(self, command: c.LookAsleep) -> None:
+        run = self.run(command.process, command.generation)
+        assert run is not None
+        state = SleepState.ASLEEP if run.asleep else SleepState.AWAKE
+        if not run.leader or self.chance(0.1):
+            state = SleepState.FAILED
+        self.say(self.soon(), e.SleepSeen(command.model, command.process, command.generation, state, "asked"))
+
+    def asleep_truth(self, model: str) -> dict[str, int]:
+        need = dict(self.spec.models[model].asleep or {}) if model in self.spec.models else {}
+        if self.honest or self.rng.random() < 0.6:
+            return need
+        return {device: int(size * self.rng.choice((0.7, 1.2, 1.6))) for device, size in need.items()}
+
+    def _nap(self, command: c.Sleep | c.Wake, kind: str, target: dict[str, int]) -> None:
+        """On the way it holds the most of both; a failure leaves it at that, and a hang is told late or never."""
+        run = self.run(command.process, command.generation)
+        assert run is not None
+        run.nap = kind
+        if not run.leader:
+            self._nap_breaks(run)
+            return
+        held = run.models.get(command.model, {})
+        run.models[command.model] = {d: max(held.get(d, 0), target.get(d, 0)) for d in {**held, **target}}
+        hangs, fails = self.chance(0.06), self.chance(0.1)
+        if hangs and self.rng.random() < 0.5:
+            return
+        delay_s = 25.0 if hangs else self.rng.choice((0.1, 0.5, 3.0))
+        self.later(delay_s, lambda: self._nap_ends(run, command.model, hangs or fails, target), shell=True)
+
+    def _nap_ends(self, run: Run, model: str, fails: bool, target: dict[str, int]) -> None:
+        if not run.leader or not run.nap:
+            return
+        kind, run.nap = run.nap, ""
+        if fails:
+            wrong = SleepState.ASLEEP if kind == "wake" else SleepState.AWAKE
+            state = self.rng.choice((SleepState.FAILED, wrong))
+            self.deliver(e.SleepSeen(model, run.name, run.generation, state, "it went wrong"))
+            return
+        run.asleep = kind == "sleep"
+        if run.asleep:
+            run.models[model] = target
+        state = SleepState.ASLEEP if run.asleep else SleepState.AWAKE
+        self.deliver(e.SleepSeen(model, run.name, run.generation, state))
+
+    def _nap_breaks(self, run: Run) -> None:
+        if run.nap and run.spec.own_model is not None:
+            run.nap = ""
+            gone = e.SleepSeen(run.spec.own_model, run.name, run.generation, SleepState.FAILED, f"{run.name} ended")
+            self.say(self.soon(), gone)
+
     def _observe_all(self) -> None:
         """The shell looks at what the servers hold, as it does all the time; the answer may be a little old."""
         for name, spec in list(self.spec.processes.items()):
@@ -467,7 +531,7 @@ class World:
         self.serial += 1
         request_id = self.serial
         self.clients[request_id] = Client(request_id, model, self.now, wish=True)
-        self.clients[request_id].loads = {name: model.loads for name, model in self.fleet.models.items()}
+        self.clients[request_id].loads = {name: model.loads + model.wakes for name, model in self.fleet.models.items()}
         self.deliver(e.LoadAsked(model, request_id))
         return request_id
 
