@@ -75,3 +75,10 @@ def holds(model: Model, placement: Placement) -> dict[str, int]:
     if not (placement.slept or placement.step is SleepStep.SLEEP):
         return dict(awake)
     return {device: max(awake.get(device, 0), asleep.get(device, 0)) for device in {**awake, **asleep}}
+
+
+def dozing(placement: Placement, timeout_s: float, now: float) -> bool:
+    """Return whether a probe of `timeout_s` that ends now met an engine on its way to sleep, or from it."""
+    if placement.step is not None:
+        return placement.ordered
+    return placement.slept and now - placement.since_s <= timeout_s

@@ -15,6 +15,7 @@ from fleetd.core.admission import Admission
 from fleetd.core.change import Change
 from fleetd.core.contract import ExitKind, ExitReport, ProbeKind
 from fleetd.core.facts import Facts
+from fleetd.core.holders import dozing
 from fleetd.core.measuring import learn, learn_asleep
 from fleetd.core.orders import Orders
 from fleetd.core.residency import Residencies
@@ -117,7 +118,8 @@ class Intake:
             process.readiness.add(probes.readiness, event.ok, event.detail)
             self.supervision.maybe_ready(process, now)
         elif event.probe is ProbeKind.LIVENESS and probes.liveness is not None and process.state in SERVING:
-            if any(p.step is not None and p.ordered for p in self.facts.placements_on(event.name)):
+            placements = self.facts.placements_on(event.name)
+            if not event.ok and any(dozing(p, probes.liveness.timeout_s, now) for p in placements):
                 return  # on its way to sleep or from it nothing answers; that has a deadline of its own
             turned = process.liveness.add(probes.liveness, event.ok, event.detail)
             if turned and not event.ok:

@@ -90,8 +90,7 @@ def plan(
         p for model in models.values() for p in model.placements.values() if p.key != key and _frees(p, lack, ledger)
     ]
     unpinned = [p for p in others if not models[p.model].pinned]
-    drowsy = [p for model in models.values() for p in model.placements.values() if p.step is SleepStep.SLEEP]
-    if _less(lack, _sum([*unpinned, *drowsy], ledger)):
+    if _less(_less(lack, _sum(unpinned, ledger)), _kept_by_drowsy(models, ledger)):
         names = ", ".join(sorted({p.model for p in others if models[p.model].pinned}))
         return Never(
             f"{key[0]} does not fit beside what is pinned: {names}" if names else f"{key[0]} has no room", pinned=True
@@ -150,6 +149,18 @@ def _leaving(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
             for device, size in coming_free(placement, model, ledger).items():
                 total[device] = total.get(device, 0) + size
     return total
+
+
+def _kept_by_drowsy(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
+    """Return what those who fall asleep now will keep: it can be had once they sleep."""
+    kept: dict[str, int] = {}
+    for model in models.values():
+        for placement in model.placements.values():
+            if placement.step is SleepStep.SLEEP:
+                freed = coming_free(placement, model, ledger)
+                for device, size in ledger.reservations.get(placement.key, {}).items():
+                    kept[device] = kept.get(device, 0) + size - freed.get(device, 0)
+    return kept
 
 
 def _sleepers(

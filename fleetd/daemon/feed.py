@@ -42,7 +42,7 @@ _QUIET_EVENTS = (
 _RESIDENCIES = frozenset(Residency)
 _ABOUT_MODELS = frozenset({
     "Load", "Unload", "LearnFootprint", "ReadAhead", "Loaded", "LoadFailed", "Unloaded", "UnloadFailed", "LoadAsked",
-    "UnloadAsked", "PinAsked",
+    "UnloadAsked", "PinAsked", "Sleep", "Wake", "LookAsleep",
 })  # fmt: skip
 
 

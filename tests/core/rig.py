@@ -24,6 +24,7 @@ from fleetd.core.contract import (
     ProcessKind,
     ProcessSpec,
     QueueLimits,
+    SleepState,
 )
 from fleetd.core.fleet import Fleet
 from fleetd.core.journal import Journal
@@ -135,6 +136,10 @@ class Rig:
     def loaded(self, name: str, holder: str, size: int | None = None) -> list[c.Command]:
         measured = {"gpu0": size} if size is not None else {}
         return self.send(e.Loaded(name, holder, self.of(holder).generation, measured))
+
+    def answers(self, name: str, state: SleepState, message: str = "") -> list[c.Command]:
+        """The engine of an own-process model is seen asleep, awake, or broken."""
+        return self.send(e.SleepSeen(name, name, self.of(name).generation, state, message))
 
     def unloaded(self, name: str, holder: str) -> list[c.Command]:
         return self.send(e.Unloaded(name, holder, self.of(holder).generation))

@@ -7,7 +7,7 @@ import pytest
 from fleetd.core.capacity import Ledger
 from fleetd.core.contract import DeviceSpec, Footprint
 from fleetd.core.planner import Evict, Fits, Never, Plan, Wait, plan
-from fleetd.core.state import Model, Placement, Residency
+from fleetd.core.state import Model, Placement, Residency, SleepStep
 from fleetd.errors import CapacityError
 from tests.core.rig import model
 
@@ -62,9 +62,10 @@ class Table:
 
     def put(
         self, name: str, size: int | dict[str, int], state: Residency = Residency.LOADED, busy: int = 0, pin: bool = False,
-        priority: int = 0, demand: float = 0.0, load_s: float = 1.0, age_s: float = 999.0, used_s: float = 0.0, **changes: object,
+        priority: int = 0, demand: float = 0.0, load_s: float = 1.0, age_s: float = 999.0, used_s: float = 0.0,
+        asleep: dict[str, int] | None = None, **changes: object,
     ) -> Table:  # fmt: skip
-        spec = model(name, "p", pin=pin, priority=priority, min_resident_s=30.0)
+        spec = model(name, "p", pin=pin, priority=priority, min_resident_s=30.0, asleep=asleep)
         entry = self.models[name] = Model(spec, demand=demand, demand_s=NOW, load_s=load_s)
         entry.placements["p"] = Placement(
             name,
@@ -181,3 +182,76 @@ def test_the_footprint_of_a_model_is_declared_then_learned_then_estimated() -> N
     assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 7, "host": 1}, FootprintSource.LEARNED)
     entry.spec = replace(entry.spec, footprint=Footprint({"gpu0": 6}, FootprintSource.DECLARED))
     assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 6}, FootprintSource.DECLARED)
+
+
+# -- sleep ----------------------------------------------------------------------------------------------------------------
+
+
+def sleepers(verdict: Plan) -> list[str]:
+    assert isinstance(verdict, Evict), verdict
+    return sorted(placement.model for placement in verdict.sleepers)
+
+
+LIGHT = {"gpu0": 1, "host": 4}  # asleep: little on the card, the weights on the host
+
+
+@pytest.mark.parametrize(
+    ("held", "need", "host", "expected", "why"),
+    [
+        ({"gpu0": 8}, {"gpu0": 9}, 4, ["a"], "it frees enough, and its weights find room on the host"),
+        ({"gpu0": 8}, {"gpu0": 10}, 4, [], "what it keeps on the card is wanted too"),
+        ({"gpu0": 8}, {"gpu0": 9}, 3, [], "the host has no room for its weights"),
+        ({"gpu0": 8}, {"gpu0": 9, "host": 1}, 4, [], "the room on the host is for the other"),
+        ({"gpu0": 8, "host": 4}, {"gpu0": 9}, 4, ["a"], "it slept before, and holds its room on the host"),
+        ({"gpu0": 8, "host": 3}, {"gpu0": 9, "host": 1}, 4, [], "one byte more on the host, and none is left"),
+        ({"gpu0": 8, "cpu": 1}, {"gpu0": 9}, 4, ["a"], "a device without a budget is no limit"),
+    ],
+)  # fmt: skip
+def test_a_victim_sleeps_where_that_frees_enough(
+    held: dict[str, int], need: dict[str, int], host: int, expected: list[str], why: str
+) -> None:
+    verdict = Table(host=host).put("a", held, asleep=LIGHT).ask(need)
+    assert victims(verdict) == ["a"]
+    assert sleepers(verdict) == expected, why
+
+
+def test_of_several_victims_those_sleep_that_can() -> None:
+    table = Table(budget=20, host=4)
+    table.put("a", 10, asleep={"gpu0": 1}).put("b", 6, demand=5.0).put("c", 4, asleep={"gpu0": 1}, demand=9.0)
+    verdict = table.ask(18)
+    assert victims(verdict) == ["a", "b", "c"]
+    assert sleepers(verdict) == ["a", "c"]
+    assert sleepers(table.ask(19)) == ["c"], "the dearest to bring back sleeps, if only one may"
+
+
+def test_after_a_failure_it_is_unloaded_for_a_while() -> None:
+    table = Table(host=9).put("a", 8, asleep=LIGHT)
+    table.models["a"].sleepless_until_s = NOW + 1
+    assert (victims(table.ask(9)), sleepers(table.ask(9))) == (["a"], [])
+    table.models["a"].sleepless_until_s = NOW
+    assert sleepers(table.ask(9)) == ["a"]
+
+
+def test_who_falls_asleep_is_waited_for_and_is_no_victim() -> None:
+    table = Table(host=9).put("a", {"gpu0": 8, "host": 4}, asleep=LIGHT, step=SleepStep.SLEEP, closing="evicted")
+    assert table.ask(9) == Wait("memory is being freed")
+    assert isinstance(table.ask(10), Wait), "what it keeps can be had once it sleeps"
+    table.put("x", 3, Residency.UNLOADING)
+    assert isinstance(table.ask(10), Wait)
+    assert isinstance(table.put("p", 1, pin=True).ask(10), Never)
+
+
+def test_a_sleeper_is_unloaded_for_what_it_keeps() -> None:
+    table = Table(host=9).put("a", LIGHT, Residency.ASLEEP, asleep=LIGHT)
+    verdict = table.ask(10)
+    assert (victims(verdict), sleepers(verdict)) == (["a"], [])
+
+
+def test_a_reservation_grows_to_the_most_of_both_and_only_into_what_is_free() -> None:
+    book = ledger(gpu0=10, host=5)
+    book.reserve(("a", "p"), {"gpu0": 6})
+    book.grow(("a", "p"), {"gpu0": 1, "host": 4})
+    assert book.reservations[("a", "p")] == {"gpu0": 6, "host": 4}
+    with pytest.raises(CapacityError, match="a lacks 1 bytes on gpu0, 1 bytes on host"):
+        book.grow(("a", "p"), {"gpu0": 11, "host": 6})
+    assert book.reserved_bytes("host") == 4

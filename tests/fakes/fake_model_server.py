@@ -84,6 +84,8 @@ def parse(argv: list[str]) -> Namespace:
         default=0,
         help="the engines' names for --slots",
     )
+    add("--fail-sleep", action="store_true", help="vllm: /sleep answers 500, and nobody knows what is left of it")
+    add("--hang-wake", action="store_true", help="vllm: /wake_up is never answered")
     add("--busy", action="store_true", help="ollama: every request that needs a load gets 503 server busy")
     args, _ = parser.parse_known_args(argv)
     args.model = args.alias or args.model

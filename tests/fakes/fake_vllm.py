@@ -118,6 +118,8 @@ class VLLM(OpenAI):
         mode = exchange.query.get("mode", ["abort"])[0]
         if level not in ("0", "1", "2"):
             return self.error(exchange, 400, "level: Input should be 0, 1 or 2", "BadRequestError")
+        if self.args.fail_sleep:
+            return self.error(exchange, 500, "freed memory is negative", "InternalServerError")
         if not self.asleep:
             if mode == "abort":
                 self.state.epoch += 1
@@ -132,6 +134,8 @@ class VLLM(OpenAI):
         return None
 
     def wake_up(self, exchange: Exchange) -> None:
+        if self.args.hang_wake:
+            exchange.hang()
         tags = set(exchange.query.get("tags", ["weights", "kv_cache", "scheduling"]))
         if "weights" in tags and "weights" in self.asleep:
             self.state.take("model", self.args.memory if not self.args.orphan_worker else 0)
