@@ -97,8 +97,8 @@ async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeou
         pooled = {"model": served_as, "input": "One two three"}
         second = await call(http, endpoint, "POST", "/v1/embeddings", pooled, timeout_s=timeout_s)
         vector = second.listing("data")[0].get("embedding") if second.ok and second.listing("data") else None
-        if isinstance(vector, list) and vector:
-            return " ".join(str(number) for number in vector[:CANARY_TOKENS])
+        if isinstance(vector, list) and vector and all(isinstance(number, int | float) for number in vector):
+            return " ".join(f"{number:g}" for number in vector[:CANARY_TOKENS])
     choices = reply.expect(f"one completion of {served_as}").listing("choices")
     text = choices[0].get("text") if choices else None
     if not isinstance(text, str):

@@ -236,7 +236,7 @@ def test_who_falls_asleep_is_waited_for_and_is_no_victim() -> None:
     table = Table(host=9).put("a", {"gpu0": 8, "host": 4}, asleep=LIGHT, step=SleepStep.SLEEP, closing="evicted")
     assert table.ask(9) == Wait("memory is being freed")
     assert isinstance(table.ask(10), Wait), "what it keeps can be had once it sleeps"
-    table.put("x", 3, Residency.UNLOADING)
+    table.put("x", 1, Residency.UNLOADING)
     assert isinstance(table.ask(10), Wait)
     assert isinstance(table.put("p", 1, pin=True).ask(10), Never)
 

@@ -176,6 +176,31 @@ def test_declared_before_learned_before_estimated(tmp_path: Path) -> None:
     assert learned.spec.models["m"].footprint.bytes == {"host": 7}
 
 
+def test_what_a_model_holds_asleep_is_estimated_and_then_learned(tmp_path: Path) -> None:
+    card = MachineDevice("gpu0", "gpu", 16 * 2**30)
+    fleet = "models: {m: {engine: vllm, memory: 8GiB, options: {model: org/m, kv_cache_memory: 6GiB, gpu_memory_utilization: 0.6%s}}}"
+    found = assembled(tmp_path, fleet % "", card)
+    assert found.spec.models["m"].asleep is None
+    assert not found.spec.processes["m"].capabilities.can_sleep
+    found = assembled(tmp_path, fleet % ", enable_sleep_mode: true", card)
+    spec = found.spec.models["m"]
+    assert found.spec.processes["m"].capabilities.can_sleep
+    assert spec.asleep == {"gpu0": 1536 * 2**20, "host": int(2.4 * 2**30) + 1}
+    learned = {f"{spec.footprint_hash}:asleep": {"gpu0": 2**30}}
+    spec = assembled(tmp_path, fleet % ", enable_sleep_mode: true", card, learned=learned).spec.models["m"]
+    assert spec.asleep == {"gpu0": 2**30, "host": int(2.4 * 2**30) + 1}
+    assert spec.footprint.source is FootprintSource.DECLARED
+
+
+def test_a_sleep_level_without_sleep_is_a_mistake_with_its_place(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path, "models: {m: {engine: vllm, options: {model: o/m, gpu_memory_utilization: 0.5, sleep_level: 2}}}"
+    )
+    (problem,) = found.problems
+    assert "models.m.options.sleep_level" in str(problem)
+    assert "enable_sleep_mode" in str(problem)
+
+
 def test_a_model_larger_than_its_budget_is_a_warning(tmp_path: Path) -> None:
     found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 100GiB}}")
     assert not found.problems

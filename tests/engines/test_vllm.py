@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fleetd.core.contract import ExitKind
-from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.engines import load
+from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, capabilities_of
 from fleetd.engines.vllm import CONSTANTS, ENGINE
 from fleetd.engines.vllm_args import REMOVED, VllmOptions, words
 from fleetd.engines.vllm_log import learned_kv_bytes, phase
@@ -199,6 +203,8 @@ def test_lengths(text: Any, tokens: Any) -> None:
         ({"env": {"VLLM_PROCESS_NAME_PREFIX": "x"}}, "same for every instance", False),
         ({"env": {"HF_HUB_OFFLINE": "1"}, "options": {"offline": True}}, "options.offline sets it", False),
         ({"options": {"enable_sleep_mode": True}, "device": "host"}, "cannot sleep on the CPU", False),
+        ({"options": {"sleep_level": 2}}, "needs enable_sleep_mode: true", False),
+        ({"options": {"sleep_level": 1}}, "needs enable_sleep_mode: true", False),
         ({"options": {"enable_auto_tool_choice": True}}, "needs tool_call_parser", False),
         ({"options": {"lora_modules": ["a=b"]}}, "needs enable_lora", False),
         ({}, "takes 92% of the device", True),
@@ -217,9 +223,45 @@ def test_capabilities() -> None:
     assert ENGINE.capabilities.exit_zero_is_failure
     assert not ENGINE.capabilities_for(VllmOptions(model="m")).can_sleep
     assert ENGINE.capabilities_for(VllmOptions(model="m", enable_sleep_mode=True)).can_sleep
+    assert capabilities_of(ENGINE, VllmOptions(model="m", enable_sleep_mode=True)).can_sleep
+    assert capabilities_of(load("process"), None) == load("process").capabilities
+
+
+@pytest.mark.parametrize("level", [0, 3, "1", None])
+def test_a_level_that_there_is_not(level: Any) -> None:
+    with pytest.raises(ValidationError, match="sleep_level"):
+        VllmOptions(model="m", enable_sleep_mode=True, sleep_level=level)
+
+
+def test_the_level_is_not_on_the_command_line() -> None:
+    argv = line(options={"enable_sleep_mode": True, "sleep_level": 2})
+    assert "--enable-sleep-mode" in argv
+    assert not [word for word in argv if "level" in word]
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------
+
+
+def asleep(awake: dict[str, int], **changes: Any) -> dict[str, int] | None:
+    options = {"enable_sleep_mode": True, **changes.pop("options", {})}
+    found = ENGINE.asleep(context(options=options, **changes), awake)
+    return None if found is None else dict(found)
+
+
+def test_what_a_sleeper_holds(tmp_path: Path) -> None:
+    kept, hub = int(1.5 * GIB), {"kv_cache_memory": "2GiB"}
+    awake = {"gpu0": 10 * GIB, "host": GIB}
+    assert asleep(awake, options={"sleep_level": 2}) == {"gpu0": kept, "host": GIB}
+    assert asleep(awake, options=hub) == {"gpu0": kept, "host": GIB + ceil(8 * GIB * 1.2)}, "the most that they can be"
+    local = {"model": str(folder(tmp_path)), "kv_cache_memory": "2GiB"}
+    found = asleep(awake, options=local)
+    assert found is not None
+    assert found["gpu0"] == kept
+    assert GIB < found["host"] < GIB + 10_000, "the weights of the file, a little more for how they are pinned"
+    assert asleep({"gpu0": GIB}, options={"sleep_level": 2}) == {"gpu0": GIB}, "never more than it takes awake"
+    assert asleep({"unified": 10 * GIB}, device="unified", options={"sleep_level": 2}) == {"unified": kept}
+    assert asleep({"unified": 10 * GIB}, device="unified", options=hub) == {"unified": kept + ceil(8 * GIB * 1.2)}
+    assert asleep({}) is None, "of what nobody knows the size nobody knows what it keeps"
 
 
 def test_a_share_of_the_device() -> None:
@@ -420,6 +462,72 @@ def test_the_canary_hears_weights_that_were_never_read_again(tmp_path: Path) -> 
             with pytest.raises(EngineError, match="garbage") as caught:
                 await wake(server.http, server.endpoint, 1, 5, served_as="tiny")  # the wrong way up from level 2
             assert "kill" in (caught.value.hint or "")
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
+    """The first sleep asks what it says awake; a waking that knows nothing is right after every level."""
+    options = VllmOptions(model="tiny", enable_sleep_mode=True, sleep_level=level)
+
+    async def go() -> None:
+        async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
+            http, endpoint = server.http, server.endpoint
+            before = await canary(http, endpoint, "tiny", 5)
+            known = await ENGINE.sleep(http, endpoint, options, None, 5)
+            assert (known.level, known.said) == (level, before)
+            assert await ENGINE.sleeping(http, endpoint, 5)
+            await ENGINE.wake(http, endpoint, known, 5)
+            assert not await ENGINE.sleeping(http, endpoint, 5)
+            assert await ENGINE.sleep(http, endpoint, options, known, 5) == known
+            await ENGINE.wake(http, endpoint, None, 5)
+            assert await canary(http, endpoint, "tiny", 5) == before
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("flag", "step", "message"), [("--fail-sleep", "sleep", "freed"), ("--hang-wake", "wake", "not answer")]
+)
+def test_a_sleep_or_a_wake_that_fails_says_so(tmp_path: Path, flag: str, step: str, message: str) -> None:
+    options = VllmOptions(model="tiny", enable_sleep_mode=True)
+
+    async def go() -> None:
+        async with fake(tmp_path, "vllm", "--model", "tiny", flag, env=DEV) as server:
+            http, endpoint = server.http, server.endpoint
+            if step == "sleep":
+                with pytest.raises(EngineError, match=message) as caught:
+                    await ENGINE.sleep(http, endpoint, options, None, 5)
+            else:
+                known = await ENGINE.sleep(http, endpoint, options, None, 5)
+                with pytest.raises(EngineError, match=message) as caught:
+                    await ENGINE.wake(http, endpoint, known, 0.3)
+            assert "kill" in (caught.value.hint or "")
+
+    asyncio.run(go())
+
+
+def test_a_model_that_only_pools_is_heard_by_its_vectors() -> None:
+    """It answers 404 to a completion; the head of its vector is as good a witness, and all zeros are garbage too."""
+    vector = [0.25, -0.5, 0.125, 0.75, 0.1, 0.2, 0.3, 0.4, 0.9]
+
+    async def serve(request: web.Request) -> web.Response:
+        if request.path == "/v1/embeddings":
+            return web.json_response({"data": [{"embedding": vector}]})
+        return web.json_response({"error": {"message": "no such route"}}, status=404)
+
+    async def go() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", serve)
+        async with TestServer(app) as server, ClientSession() as http:
+            endpoint = Endpoint(str(server.make_url("")).rstrip("/"))
+            assert await canary(http, endpoint, "pool", 5) == "0.25 -0.5 0.125 0.75 0.1 0.2 0.3 0.4"
+            vector[:] = [0.0] * 9
+            assert is_garbage(await canary(http, endpoint, "pool", 5))
+            vector.clear()
+            with pytest.raises(EngineError, match="no such route"):
+                await canary(http, endpoint, "pool", 5)
 
     asyncio.run(go())
 

@@ -275,6 +275,17 @@ def test_vllm_sleep_and_its_traps() -> None:
         assert server.request("POST", "/wake_up?tags=nonsense").status == 200
 
 
+def test_vllm_fails_to_sleep_and_hangs_while_waking() -> None:
+    with fake("--api", "vllm", "--fail-sleep", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        assert server.request("POST", "/sleep").status == 500
+        assert server.request("GET", "/is_sleeping").json() == {"is_sleeping": False}
+    with fake("--api", "vllm", "--hang-wake", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        assert server.request("POST", "/sleep").status == 200
+        with pytest.raises(TimeoutError):
+            server.request("POST", "/wake_up", timeout_s=0.2)
+        assert server.request("GET", "/is_sleeping").json() == {"is_sleeping": True}
+
+
 def test_vllm_level_two_needs_its_weights_again() -> None:
     with fake("--api", "vllm", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         server.request("POST", "/sleep?level=2")
