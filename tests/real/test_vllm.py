@@ -1,4 +1,4 @@
-"""fleetd over a real vLLM on the CPU: a model of random weights, a chat, a killed server, a killed engine, a bad option, a stop.
+"""fleetd over a real vLLM on the CPU: a model of random weights, a chat, a killed server, a killed engine, a bad option, sleep, a stop.
 
 The rules of this file
 - FLEETD_VLLM is the folder that `tests/real/install_vllm.sh` installed into (default: ~/.cache/fleetd-vllm).
@@ -7,6 +7,7 @@ The rules of this file
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from aiohttp import ClientSession
 
+from fleetd.engines.base import Endpoint
+from fleetd.engines.vllm import ENGINE
+from fleetd.engines.vllm_args import VllmOptions
+from fleetd.engines.vllm_sleep import canary
+from fleetd.errors import EngineError
 from tests.daemon.rig import Fleetd, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -182,6 +189,42 @@ def reloaded(fleet: Fleetd, old: str, new: str) -> None:
     fleet.write(original.replace(old, new) if old else original)
     answer = fleet.control("POST", "/v1/reload", {})
     assert answer.status == 200, answer.body
+
+
+def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
+    """On the CPU the flag of the sleep mode fails the start, but without it the routes and the states are vLLM's own."""
+    options = VllmOptions(model="tiny", sleep_level=1)
+
+    async def go(endpoint: Endpoint) -> None:
+        async with ClientSession() as http:
+            assert not await ENGINE.sleeping(http, endpoint, 10)
+            known = await ENGINE.sleep(http, endpoint, options, None, 60)
+            assert known.level == 1
+            assert known.said
+            assert await ENGINE.sleeping(http, endpoint, 10)
+            async with http.get(f"{endpoint.base_url}/health") as answer:
+                assert answer.status == 200, "it says that it is well, and that is true"
+            assert (await ENGINE.alive(http, endpoint, None, 10)).detail == "asleep"
+            with pytest.raises(EngineError, match="did not answer"):
+                await canary(http, endpoint, "tiny", 2.0)  # accepted, queued, silent
+            with pytest.raises(EngineError, match="sleeps already"):
+                await ENGINE.sleep(http, endpoint, options, known, 60)
+            await ENGINE.wake(http, endpoint, known, 60)
+            assert not await ENGINE.sleeping(http, endpoint, 10)
+            assert await canary(http, endpoint, "tiny", 60) == known.said
+
+    try:
+        reloaded(fleet, 'OMP_NUM_THREADS: "2"}', 'OMP_NUM_THREADS: "2", VLLM_SERVER_DEV_MODE: "1"}')
+        load(fleet)
+        generation = fleet.process_row("tiny")["generation"]
+        asyncio.run(go(Endpoint(f"http://127.0.0.1:{fleet.process_row('tiny')['port']}")))
+        for path in ("/sleep", "/wake_up", "/is_sleeping"):
+            assert fleet.ask("POST", path, {}).status == 404, "nobody comes to it through the gateway"
+        assert ask(fleet)
+        assert fleet.process_row("tiny")["generation"] == generation, "it is the same process"
+    finally:
+        reloaded(fleet, "", "")
+    load(fleet)
 
 
 def test_stop_gives_everything_back(loaded: Fleetd) -> None:
