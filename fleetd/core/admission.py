@@ -133,7 +133,7 @@ class Admission:
                 return set()
             model = self.facts.models[waiting.model]
             asleep = sleeper(self.facts, model)
-            if model.placements and asleep is None:
+            if model.placements and (asleep is None or _spreads(model)):
                 awaited.update(placement.key for placement in model.placements.values())
                 continue
             where = self._where(waiting, model, asleep)
@@ -202,9 +202,7 @@ class Admission:
             waiting.why = f"looking at what {min(self.facts.unseen)} holds after a restart of the daemon"
             return
         process, need = where
-        spread = any(
-            p is not asleep for p in model.placements.values()
-        )  # loaded elsewhere, but full, leaving, unhealthy
+        spread = _spreads(model)
         if held & set(need):
             waiting.why = "an earlier request holds the line"
             return
@@ -266,3 +264,8 @@ class Admission:
             yield waiting.deadline_s
             if not waiting.overdue:
                 yield waiting.arrived_s + self.facts.spec.queue.max_wait_s
+
+
+def _spreads(model: Model) -> bool:
+    """Return whether it is in memory elsewhere, but full, leaving or unhealthy: nobody is evicted for one more of it."""
+    return any(placement.state is not Residency.ASLEEP for placement in model.placements.values())

@@ -167,10 +167,12 @@ class Change:
         self.supervision.begin_run(process, now)
         process.started_s = now - event.age_s
         can_sleep = process.spec.capabilities.can_sleep
-        if process.spec.capabilities.many_models or can_sleep:
+        if process.spec.capabilities.many_models:
             startup = process.spec.probes.startup
             patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
             self.facts.unseen[process.name] = now + patience_s + LOOK_S
+        elif can_sleep:  # still starting it cannot sleep, and its memory is reserved whole
+            self.facts.unseen[process.name] = now + LOOK_S
         own = process.spec.own_model
         model = self.facts.models.get(own) if own is not None else None
         if model is not None:

@@ -54,7 +54,7 @@ def over_budget_victims(facts: Facts) -> list[Placement]:
         return []
     resident = facts.resident()
     there = [p for m in resident.values() for p in m.placements.values()]
-    if any(p.step is SleepStep.LOOK for p in there):
+    if any(p.step is SleepStep.LOOK and p.process in facts.unseen for p in there):
         return []  # it may be asleep, and hold far less than the ledger has to assume
     for placement in there:
         model = resident[placement.model]

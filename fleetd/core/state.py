@@ -167,6 +167,11 @@ class Placement:
     def key(self) -> tuple[str, str]:
         return (self.model, self.process)
 
+    @property
+    def sleeps(self) -> bool:
+        """Return whether its engine may be asleep, as far as anybody knows here."""
+        return self.state is Residency.ASLEEP or self.step is not None
+
     def move(self, state: Residency, now: float, reason: str) -> None:
         if state not in RESIDENCY_MOVES[self.state]:
             raise InvalidTransition(

@@ -112,6 +112,7 @@ class Daemon:
             self.processes,
             lambda name: self.plans().get(name),
             self.port,
+            lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
         )
         self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)

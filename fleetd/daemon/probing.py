@@ -5,6 +5,7 @@ The rules of this file
   probe ends with its first success.
 - A completion probe is spared while real answers arrive: a good answer, or a piece of one, within the period is the better
   proof; one that comes while the probe waits makes it good after all.
+- A server that sleeps answers no completion, and is well; but one that nobody put to sleep would let requests wait for ever.
 - A server with all slots taken may leave the probe waiting: that is no failure, for `_BUSY_S` after the last sign of life.
 """
 
@@ -58,7 +59,9 @@ class Probing:
         processes: Processes,
         plan_of: Callable[[str], LaunchPlan | None],
         traffic: Traffic,
+        may_sleep: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        self._may_sleep = may_sleep
         self._machine = machine
         self._http = http
         self._dispatch = dispatch
@@ -131,6 +134,8 @@ class Probing:
                 async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
                     outcome = await plan.engine.alive(self._http(), plan.endpoint, plan.own_model, timeout_s)
                 answer = Answer(outcome.ok, plan.about(outcome.detail, outcome.key), outcome.final)
+                if outcome.asleep and not self._may_sleep(name):
+                    return Answer(False, "it sleeps, and fleetd did not put it to sleep")
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:

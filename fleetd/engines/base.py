@@ -136,6 +136,7 @@ class ProbeOutcome:
     detail: str = ""
     key: str | None = None
     final: bool = False
+    asleep: bool = False  # it was not asked for a token, since it sleeps
 
     @classmethod
     def failed(cls, error: EngineError) -> ProbeOutcome:

@@ -219,7 +219,7 @@ class Vllm:
         """One real token: /health is well while the engine is wedged. A sleeper is not asked, it would wait for ever."""
         try:
             if await vllm_sleep.is_sleeping(http, endpoint, timeout_s):
-                return ProbeOutcome(True, "asleep")
+                return ProbeOutcome(True, "asleep", asleep=True)
             served_as = model.served_as if model is not None and model.served_as else ""
             if not served_as:
                 served_as = await self._served_as(http, endpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fleetd.core import commands as c
@@ -392,6 +394,46 @@ def test_an_adopted_one_that_does_not_say_is_killed() -> None:
     (stop,) = rig.take(c.Stop)
     assert stop.force
     assert "look failed: no answer" in stop.reason
+
+
+def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> None:
+    whole = spec("ab", budget=18)
+    slow = own("a", lane="gpu0", capabilities=CAN, probes=Probes(startup=ProbeSpec(http="/health", deadline_s=600.0)))
+    whole = FleetSpec({**whole.processes, "a": slow, "c": own("c")}, {**whole.models, "c": model("c")}, whole.devices)
+    rig = Rig(whole, adopted=(e.Adopted("a", 3, 50),), remembered={"a": Remembered(generation=3)})
+    request = rig.ask("c")
+    assert not rig.take(c.Spawn)
+    rig.wait(10.1)
+    rig.spawned("c")
+    assert request in rig.granted()
+    assert held(rig, "a") == {"gpu0": 8, "host": 2}
+    rig.probe("a", ProbeKind.STARTUP)
+    rig.answers("a", AWAKE)
+    assert rig.residency("a") is R.LOADED
+
+
+def test_of_replicas_that_sleep_one_is_woken_though_others_must_leave_for_it() -> None:
+    replicas = [replace(own(f"a-{number}", lane="gpu0", capabilities=CAN), own_model="a") for number in (1, 2)]
+    models = [model("a", "a-1", "a-2", size=4, asleep=KEPT, concurrency=1), model("b", size=7)]
+    rig = Rig(fleet_spec([*replicas, own("b", lane="gpu0", capabilities=CAN)], models, 9))
+    first = rig.ask("a")
+    rig.spawned("a-1")
+    second = rig.ask("a")  # the first is full: one more
+    rig.spawned("a-2")
+    for request in (first, second):
+        rig.finish(request)
+    rig.finish(large := rig.ask("b"))
+    assert {order.process for order in rig.take(c.Sleep)} == {"a-1"}, "one after the other on one lane"
+    for name in ("a-1", "a-2"):
+        rig.send(e.SleepSeen("a", name, 1, ASLEEP))
+    rig.spawned("b")
+    assert large in rig.granted()
+    rig.finish(large)
+    again = rig.ask("a")
+    rig.empty("b")
+    assert [wake.process for wake in rig.take(c.Wake)] == ["a-1"]
+    rig.send(e.SleepSeen("a", "a-1", 1, AWAKE))
+    assert again in rig.granted()
 
 
 # -- measured -----------------------------------------------------------------------------------------------------------------

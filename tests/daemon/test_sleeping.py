@@ -6,6 +6,7 @@ speaks garbage unless its weights are read again.
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_after_a_crash_of_the_daemon_a_sleeper_is_found_asleep(tmp_path: Path, l
         assert booked(daemon, "gpu0") == pytest.approx(9.5)
         assert {name: answered(daemon, name) for name in "ab"} == first
         assert {name: daemon.process_row(name)["pid"] for name in "ab"} == pids
+
+
+def test_one_that_somebody_else_put_to_sleep_is_started_again(tmp_path: Path) -> None:
+    """It takes requests and lets them wait for ever, and says that it is well."""
+    with fleetd(tmp_path, fleet(names="a")).start() as daemon:
+        text = answered(daemon, "a")
+        row = daemon.process_row("a")
+        call = http.client.HTTPConnection("127.0.0.1", row["port"], timeout=10)
+        call.request("POST", "/sleep?level=1")
+        assert call.getresponse().status == 200
+        call.close()
+        until(lambda: not psutil.pid_exists(row["pid"]), "it was killed")
+        assert answered(daemon, "a") == text
+        assert daemon.process_row("a")["generation"] == 2
+        assert "fleetd did not put it to sleep" in story(daemon, "a")
 
 
 def test_the_gateway_has_no_way_to_a_sleep_route(tmp_path: Path) -> None:
