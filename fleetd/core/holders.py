@@ -49,11 +49,11 @@ def hopeful(facts: Facts, placement: Placement) -> bool:
     return not (process.state in RESTING and not usable(process))
 
 
-def sleeper(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Placement | None:
+def sleeper(facts: Facts, model: Model) -> Placement | None:
     """Return a placement of the model that sleeps, and that a request may have woken now; None: none."""
     for name, placement in model.placements.items():
         process = facts.processes.get(name)
-        if placement.state is not Residency.ASLEEP or process is None or name in avoid:
+        if placement.state is not Residency.ASLEEP or process is None:
             continue
         if process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and process.restart_wanted is None:
             return placement

@@ -13,7 +13,7 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fleetd.core.commands import LookAsleep, Sleep, Wake
 from fleetd.core.contract import SleepState
@@ -26,6 +26,11 @@ from fleetd.core.state import SERVING, Model, Placement, Process, ProcessState, 
 
 ANSWER_GRACE_S = 10.0  # the shell's own timeout comes first
 SLEEPLESS_S = 600.0
+_ORDERS: Mapping[SleepStep, type[Sleep | Wake | LookAsleep]] = {
+    SleepStep.SLEEP: Sleep,
+    SleepStep.WAKE: Wake,
+    SleepStep.LOOK: LookAsleep,
+}
 
 
 class Sleeping:
@@ -73,11 +78,8 @@ class Sleeping:
                 self.seen(placement, SleepState.FAILED, f"no answer within {now - placement.ordered_s:g} s", now)
         elif process.leave_s is None and not self._waits(placement, process):
             placement.ordered, placement.ordered_s = True, now
-            order = {SleepStep.SLEEP: Sleep, SleepStep.WAKE: Wake, SleepStep.LOOK: LookAsleep}[
-                placement.step or SleepStep.LOOK
-            ]
             reason = placement.closing or placement.reason
-            self.facts.emit(order(placement.model, process.name, process.generation, reason))
+            self.facts.emit(_ORDERS[placement.step](placement.model, process.name, process.generation, reason))
         return placement.step is not None
 
     def _waits(self, placement: Placement, process: Process) -> bool:

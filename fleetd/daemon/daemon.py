@@ -97,7 +97,7 @@ class Daemon:
             Doing(self._take_out, self._bring_back),
         )
         self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks, self.preparation)
-        self.sleepers = Sleepers(self.http, self.dispatch, self.plans, self.model_specs, self.residency.call)
+        self.sleepers = Sleepers(self.http, self.dispatch, self.plans, self.model_specs, self.residency.call, store)
         self.sampling = Sampling(
             self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
         )

@@ -3,8 +3,8 @@
 The rules of this file
 - Every command is answered by one SleepSeen, also when the process dies on the way. Whatever goes wrong is FAILED: the core then
   kills the process, since nobody knows what its memory holds.
-- What a sleeper's waking has to know (how deep it sleeps, what it said before) is kept per run of its process. After a restart of
-  the daemon nobody knows it: the engine then wakes it in the way that is right after every sleep.
+- What a sleeper's waking has to know (how deep it sleeps, what it said before) is kept per run of its process, and on the disk before
+  the sleep is told. Before a wake begins that is taken back: an adopted engine that sleeps without it was left half-way, and failed.
 - The calls go straight to the engine's own port, which is on loopback; the gateway has no route that leads to them.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from fleetd.core.commands import LookAsleep, Sleep, Wake
 from fleetd.core.contract import ModelSpec, SleepState
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 LOOK_TIMEOUT_S = 10.0
+PREFIX = "asleep:"
 C = TypeVar("C", Sleep, Wake, LookAsleep)
+
+
+class Facts(Protocol):
+    """Where small facts outlive the daemon."""
+
+    def put(self, key: str, value: Any) -> None: ...
+    async def get(self, key: str, default: Any = None) -> Any: ...
+    async def flush(self) -> None: ...
 
 
 class Sleepers:
@@ -38,7 +47,9 @@ class Sleepers:
         plans: Callable[[], Mapping[str, LaunchPlan]],
         specs: Callable[[], Mapping[str, ModelSpec]],
         call: Callable[[str, Awaitable[None], str], None],
+        store: Facts,
     ) -> None:
+        self._store = store
         self._http = http
         self._dispatch = dispatch
         self._plans = plans
@@ -91,20 +102,35 @@ class Sleepers:
         known = self._known.get(process)
         return known[1] if known is not None and known[0] == generation else None
 
+    async def _keep(self, process: str, generation: int, asleep: Asleep, sleeps: bool) -> None:
+        self._known[process] = (generation, asleep)
+        value = {"generation": generation, "level": asleep.level, "said": asleep.said, "sleeps": sleeps}
+        self._store.put(PREFIX + process, value)
+        await self._store.flush()
+
     async def _sleep(self, command: Sleep, timeout_s: float) -> SleepState:
         plan, endpoint, engine = self._target(command.process)
         before = self._known_of(command.process, command.generation)
         found = await engine.sleep(self._http(), endpoint, plan.context.options, before, timeout_s)
-        self._known[command.process] = (command.generation, found)
+        await self._keep(command.process, command.generation, found, sleeps=True)
         return SleepState.ASLEEP
 
     async def _wake(self, command: Wake, timeout_s: float) -> SleepState:
         _, endpoint, engine = self._target(command.process)
         before = self._known_of(command.process, command.generation)
+        if before is None:
+            raise EngineError(f"nobody knows how deep {command.model} sleeps")
+        await self._keep(command.process, command.generation, before, sleeps=False)
         await engine.wake(self._http(), endpoint, before, timeout_s)
         return SleepState.AWAKE
 
     async def _look(self, command: LookAsleep, timeout_s: float) -> SleepState:
         _, endpoint, engine = self._target(command.process)
         sleeps = await engine.sleeping(self._http(), endpoint, timeout_s)
+        kept = await self._store.get(PREFIX + command.process)
+        known = kept if isinstance(kept, dict) and kept.get("generation") == command.generation else {}
+        if isinstance(known.get("level"), int):
+            self._known[command.process] = (command.generation, Asleep(known["level"], known.get("said")))
+        if sleeps and not (known.get("sleeps") is True and command.process in self._known):
+            raise EngineError("it sleeps, and was left on its way there or back")
         return SleepState.ASLEEP if sleeps else SleepState.AWAKE

@@ -122,7 +122,7 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Asleep:
-    """What has to be known to wake a sleeper. The daemon keeps it in between, and for the next sleep of the same run."""
+    """What has to be known to wake a sleeper. The daemon keeps it in between, over its own restarts too."""
 
     level: int
     said: str | None = None  # its answer to the canary, from before its first sleep
@@ -167,8 +167,8 @@ class Sleeper(Protocol):
     ) -> Asleep:
         """Put an idle server to sleep. `before`: what an earlier sleep of this run returned. Raises EngineError."""
 
-    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep | None, timeout_s: float) -> None:
-        """Wake it, and hear it speak. `before` None: nobody knows how deep it sleeps. Raises EngineError."""
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep, timeout_s: float) -> None:
+        """Wake it, and hear it speak. Raises EngineError."""
 
     async def sleeping(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
         """Return whether it sleeps. Raises EngineError."""

@@ -251,11 +251,9 @@ class Vllm:
         await vllm_sleep.sleep(http, endpoint, options.sleep_level, timeout_s)
         return Asleep(options.sleep_level, said)
 
-    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep | None, timeout_s: float) -> None:
-        """Where nobody knows the level, the weights are read again: that is right after both, and slower after level 1."""
-        level, expected = (before.level, before.said) if before is not None else (2, None)
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep, timeout_s: float) -> None:
         served_as = await self._served_as(http, endpoint)
-        await vllm_sleep.wake(http, endpoint, level, timeout_s, served_as=served_as, expected=expected)
+        await vllm_sleep.wake(http, endpoint, before.level, timeout_s, served_as=served_as, expected=before.said)
 
     async def sleeping(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
         return bool(await vllm_sleep.is_sleeping(http, endpoint, timeout_s))

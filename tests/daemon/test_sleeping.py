@@ -150,6 +150,25 @@ def test_after_a_crash_of_the_daemon_a_sleeper_is_found_asleep(tmp_path: Path, l
         assert {name: daemon.process_row(name)["pid"] for name in "ab"} == pids
 
 
+def test_one_that_was_left_on_its_way_is_killed_and_started_cold(tmp_path: Path) -> None:
+    """The daemon dies while it wakes `a`: what its memory holds by then, nobody knows."""
+    with fleetd(tmp_path, fleet("--hang-wake")).start() as daemon:
+        text = answered(daemon, "a")
+        answered(daemon, "b")
+        pid = daemon.process_row("a")["pid"]
+        daemon.control("POST", "/v1/models/load", {"names": ["a"], "wait": False})
+        until(
+            lambda: daemon.model_row("a")["state"] == "LOADING" and "/wake_up" in daemon.log_of("a"),
+            "it is told to wake",
+        )
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        daemon.start()
+        until(lambda: not psutil.pid_exists(pid), "it was killed")
+        assert "left on its way" in story(daemon, "a")
+        assert answered(daemon, "a") == text
+
+
 def test_one_that_somebody_else_put_to_sleep_is_started_again(tmp_path: Path) -> None:
     """It takes requests and lets them wait for ever, and says that it is well."""
     with fleetd(tmp_path, fleet(names="a")).start() as daemon:

@@ -468,7 +468,7 @@ def test_the_canary_hears_weights_that_were_never_read_again(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
-    """The first sleep asks what it says awake; a waking that knows nothing is right after every level."""
+    """The first sleep asks what it says awake, and the next ones know it."""
     options = VllmOptions(model="tiny", enable_sleep_mode=True, sleep_level=level)
 
     async def go() -> None:
@@ -481,7 +481,7 @@ def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
             await ENGINE.wake(http, endpoint, known, 5)
             assert not await ENGINE.sleeping(http, endpoint, 5)
             assert await ENGINE.sleep(http, endpoint, options, known, 5) == known
-            await ENGINE.wake(http, endpoint, None, 5)
+            await ENGINE.wake(http, endpoint, known, 5)
             assert await canary(http, endpoint, "tiny", 5) == before
 
     asyncio.run(go())

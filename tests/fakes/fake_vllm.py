@@ -135,6 +135,7 @@ class VLLM(OpenAI):
 
     def wake_up(self, exchange: Exchange) -> None:
         if self.args.hang_wake:
+            log("fake: /wake_up hangs")
             exchange.hang()
         tags = set(exchange.query.get("tags", ["weights", "kv_cache", "scheduling"]))
         if "weights" in tags and "weights" in self.asleep:

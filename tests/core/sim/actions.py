@@ -302,7 +302,7 @@ def reexec(world: World, _rng: Random) -> None:
             run.unobserved = run.spec.capabilities.many_models
             run.ending, run.loads, run.unloads = 0, set(), set()
             if run.nap:  # what was asked of it goes on, or not
-                run.asleep, run.nap = world.rng.random() < 0.5, ""
+                run.asleep, run.nap, run.half_way = world.rng.random() < 0.5, "", True
             run.probes.clear()
             adopted.append(e.Adopted(run.name, run.generation, run.pid, world.now - run.born_s))
     world.ended |= set(world.clients)

@@ -256,7 +256,12 @@ def memory(world: World) -> None:
             ours = run.spec.capabilities.owns_process and not run.unobserved
             holds(world, known or not ours, f"{model} is in the memory of {run.name}, and nothing is reserved for it")
             booked = ledger.reservations.get((model, run.name), {})
-            short = run.asleep and world.honest and any(booked.get(d, 0) < count for d, count in size.items())
+            short = (
+                run.asleep
+                and not run.half_way
+                and world.honest
+                and any(booked.get(d, 0) < count for d, count in size.items())
+            )
             holds(
                 world, not short or not run.alive, f"{model} sleeps on {run.name} with {size}, and {booked} is reserved"
             )

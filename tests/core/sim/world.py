@@ -52,6 +52,7 @@ class Run:
     unloads: set[str] = field(default_factory=set)
     asleep: bool = False
     nap: str = ""  # sleep or wake, without an answer
+    half_way: bool = False  # the daemon ended before the answer
     ending: int = 0  # Stop and Sweep without an answer
     ordered_away: bool = False
     unobserved: bool = False
@@ -441,7 +442,7 @@ class World:
         run = self.run(command.process, command.generation)
         assert run is not None
         state = SleepState.ASLEEP if run.asleep else SleepState.AWAKE
-        if not run.leader or self.chance(0.1):
+        if not run.leader or self.chance(0.1) or (run.asleep and run.half_way):
             state = SleepState.FAILED
         self.say(self.soon(), e.SleepSeen(command.model, command.process, command.generation, state, "asked"))
 
@@ -470,7 +471,7 @@ class World:
     def _nap_ends(self, run: Run, model: str, fails: bool, target: dict[str, int]) -> None:
         if not run.leader or not run.nap:
             return
-        kind, run.nap = run.nap, ""
+        kind, run.nap, run.half_way = run.nap, "", False
         if fails:
             wrong = SleepState.ASLEEP if kind == "wake" else SleepState.AWAKE
             state = self.rng.choice((SleepState.FAILED, wrong))
