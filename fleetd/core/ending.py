@@ -32,9 +32,7 @@ class Ending:
         else:
             self.set_empty(process, (), now)
 
-    def kill(
-        self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False
-    ) -> None:
+    def kill(self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False) -> None:
         """Stop it for a failure of its own: counts as a death. `final`: another start would end alike."""
         process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
         self.stop(process, now, reason, force)
