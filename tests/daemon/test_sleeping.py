@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.daemon.rig import Fleetd, fake, fleetd, until
+from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
 
 DEV_ROUTES = (
     "/sleep", "/sleep?level=1", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",
@@ -32,6 +32,7 @@ def fleet(
         command = fake(*(flags if name == "a" else ()), api="vllm")
         text += (
             f"  {name}:\n    engine: vllm\n    command: {command}\n    device: gpu0\n    memory: {{gpu0: 8GiB}}\n"
+            f"    port: {free_port()}\n"  # an assigned one goes by the name, and many tests have an `a`
             "    probes: {liveness: {completion: true, period: 50ms, timeout: 500ms, failures: 1}}\n"
             "    restart: {backoff: {initial: 50ms}}\n"
             f"    options: {{model: org/{name}, gpu_memory_utilization: 0.5, kv_cache_memory: 7GiB,"
