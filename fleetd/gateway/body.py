@@ -23,8 +23,9 @@ MAX_MODEL_CHARS: Final = 512
 _MODEL_KEY = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 _TOP = re.compile(rb'["\[\]{},:]')
-# A run of short strings and what lies between them, cut so that no single match holds up other threads for long.
-_RUN = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]|\\.){0,256}+"){1,1000}+', re.DOTALL)
+# A run of short strings and what lies between them, cut so that no single match holds up other threads for long. Nothing
+# follows the run, so there is nothing to go back for; possessive quantifiers, which would say so, are broken before Python 3.11.4.
+_RUN = re.compile(rb'(?:[^"\[\]{}]+|"(?:[^"\\]|\\.){0,256}"){1,1000}', re.DOTALL)
 _SPACE = b" \t\r\n"
 
 

@@ -222,13 +222,13 @@ def test_case_32_a_flood_of_reloads_and_a_death_in_the_middle(tmp_path: Path) ->
 def test_case_32_a_reload_keeps_what_streams(tmp_path: Path) -> None:
     services = {"a": {"command": SLEEPER}}
     models = {
-        "m": {"engine": "process", "command": json.loads(fake("--tps", "20", "--tokens", "30")), "memory": "1MiB"}
+        "m": {"engine": "process", "command": json.loads(fake("--tps", "20", "--tokens", "160")), "memory": "1MiB"}
     }
     with fleetd(tmp_path, fleet(services, models=models)) as daemon:
         daemon.start()
         assert daemon.chat("m", max_tokens=1).status == 200
         answers: list[int] = []
-        thread = threading.Thread(target=lambda: answers.append(daemon.chat("m", max_tokens=30).status))
+        thread = threading.Thread(target=lambda: answers.append(daemon.chat("m", max_tokens=160).status))
         thread.start()
         until(lambda: daemon.model_row("m")["in_flight"] == 1, "it streams")
         pid = daemon.process_row("m")["pid"]
