@@ -287,6 +287,7 @@ class Assembler:
             device_total_bytes=spec.total_bytes if spec is not None else None,
             served_as=served_as,
             models=tuple(held_models(self.loaded, models)),
+            external=entry.external is not None,
         )
 
     def _validate(self, entry: Entry, engine: Engine, context: LaunchContext) -> None:

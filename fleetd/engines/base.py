@@ -88,6 +88,7 @@ class LaunchContext:
     served_as: str = ""
     models: tuple[HeldModel, ...] = ()  # what a many-model server will be asked to hold
     learned: Mapping[str, int] = field(default_factory=dict)  # what an earlier start of the same entry found out
+    external: bool = False  # a server that is not ours to start
 
 
 @dataclass(frozen=True, slots=True)

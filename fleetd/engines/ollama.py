@@ -97,6 +97,10 @@ class Ollama:
         problems = env_problems(_rendered(context), context.env)
         if context.args:
             problems.append(OptionProblem(("args",), "`ollama serve` takes no arguments"))
+        if options.api_key is not None and not context.external:
+            problems.append(
+                OptionProblem(("api_key",), "Ollama itself asks for no key: this is for an `external` server")
+            )
         if options.kv_cache_type not in (None, "f32", "f16", "bf16"):
             if options.flash_attention is False:
                 problems.append(

@@ -41,6 +41,7 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("llamacpp", "gpu_layers"): {"device": "gpu0"},
     ("llamacpp", "main_gpu"): {"device": "gpu0"},
     ("llamacpp", "tensor_split"): {"device": "gpu0"},
+    ("ollama", "api_key"): {"external": "http://127.0.0.1:9"},
     ("vllm", "enable_sleep_mode"): {"device": "gpu0"},
     ("vllm", "enable_auto_tool_choice"): {"options": {"tool_call_parser": "hermes"}},
     ("vllm", "lora_modules"): {"options": {"enable_lora": True}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def test_defaults_leave_every_decision_to_fleetd() -> None:
     }.items() <= env.items()
     assert "OLLAMA_KV_CACHE_TYPE" not in env
     assert "OLLAMA_MODELS" not in env
+
+
+def test_a_key_is_for_servers_of_others() -> None:
+    keyed = context(options={"api_key": "k"})
+    (problem,) = ENGINE.validate(keyed)
+    assert problem.path == ("api_key",)
+    assert not ENGINE.validate(replace(keyed, external=True))
 
 
 def test_as_many_models_as_the_fleet_asks_for() -> None:
