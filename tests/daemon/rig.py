@@ -30,6 +30,14 @@ FAKE = ROOT / "tests" / "fakes" / "fake_model_server.py"
 DEADLINE_S = 30.0
 
 
+def alive(pid: int) -> bool:
+    """Return whether a process lives; a zombie does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
 def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """Return the first truthy answer of `condition`; fail with `what` after the deadline."""
     end = time.monotonic() + deadline_s

@@ -11,10 +11,9 @@ import json
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
+from tests.daemon.rig import Fleetd, alive, fake, fleetd, free_port, until
 
 DEV_ROUTES = (
     "/sleep", "/sleep?level=1", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",
@@ -91,7 +90,7 @@ def test_an_operator_loads_and_unloads_a_sleeper(tmp_path: Path) -> None:
         pid = daemon.process_row("b")["pid"]
         daemon.control("POST", "/v1/models/unload", {"names": ["b"], "wait": True, "timeout_s": 20})
         assert daemon.model_row("b")["state"] == "ABSENT"
-        assert not psutil.pid_exists(pid)
+        assert not alive(pid)
         assert booked(daemon, "gpu0") == pytest.approx(8.0)
 
 
@@ -110,7 +109,7 @@ def test_a_sleep_that_fails_kills_and_starts_cold(tmp_path: Path) -> None:
         text = answered(daemon, "a")
         pid = daemon.process_row("a")["pid"]
         answered(daemon, "b")
-        assert not psutil.pid_exists(pid)
+        assert not alive(pid)
         told = story(daemon, "a")
         assert "sleep failed" in told
         assert "freed memory is negative" in told
@@ -130,7 +129,7 @@ def test_a_wake_without_an_answer_kills_and_starts_cold(tmp_path: Path) -> None:
         assert answered(daemon, "a") == text
         row = daemon.process_row("a")
         assert (row["generation"], row["restarts"]) == (2, 1)
-        assert not psutil.pid_exists(pid)
+        assert not alive(pid)
         assert "wake failed" in story(daemon, "a")
 
 
@@ -165,7 +164,7 @@ def test_one_that_was_left_on_its_way_is_killed_and_started_cold(tmp_path: Path)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
         daemon.start()
-        until(lambda: not psutil.pid_exists(pid), "it was killed")
+        until(lambda: not alive(pid), "it was killed")
         assert "left on its way" in story(daemon, "a")
         assert answered(daemon, "a") == text
 
@@ -179,7 +178,7 @@ def test_one_that_somebody_else_put_to_sleep_is_started_again(tmp_path: Path) ->
         call.request("POST", "/sleep?level=1")
         assert call.getresponse().status == 200
         call.close()
-        until(lambda: not psutil.pid_exists(row["pid"]), "it was killed")
+        until(lambda: not alive(row["pid"]), "it was killed")
         assert answered(daemon, "a") == text
         assert daemon.process_row("a")["generation"] == 2
         assert "fleetd did not put it to sleep" in story(daemon, "a")

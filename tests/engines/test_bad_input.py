@@ -43,6 +43,7 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("llamacpp", "tensor_split"): {"device": "gpu0"},
     ("ollama", "api_key"): {"external": "http://127.0.0.1:9"},
     ("vllm", "enable_sleep_mode"): {"device": "gpu0"},
+    ("vllm", "sleep_level"): {"device": "gpu0", "options": {"enable_sleep_mode": True}},
     ("vllm", "enable_auto_tool_choice"): {"options": {"tool_call_parser": "hermes"}},
     ("vllm", "lora_modules"): {"options": {"enable_lora": True}},
     ("llamacpp", "ubatch"): {"options": {"batch": 2**31 - 1}},

@@ -16,9 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from tests.daemon.rig import ROOT, Answer, Fleetd, until
+from tests.daemon.rig import ROOT, Answer, Fleetd, alive, until
 
 SLEEPER = ["sleep", "1000"]
 QUICK = {"backoff": {"initial": "20ms", "max": "50ms", "jitter": 0}, "crash_loop": {"count": 1000}}
@@ -61,14 +59,6 @@ def crash(daemon: Fleetd) -> None:
 def ready(daemon: Fleetd, name: str) -> int:
     """Return the pid of a process once it is READY."""
     return int(daemon.until_state(name, "READY")["pid"])
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process lives; a zombie does not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def until_gone(*pids: int) -> None:

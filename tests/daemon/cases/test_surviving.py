@@ -13,7 +13,6 @@ import pytest
 from tests.daemon.cases.rig import (
     QUICK,
     SLEEPER,
-    alive,
     all_lines,
     crash,
     fleet,
@@ -25,7 +24,7 @@ from tests.daemon.cases.rig import (
     sh,
     until_said,
 )
-from tests.daemon.rig import fake, fleetd, free_port, until
+from tests.daemon.rig import alive, fake, fleetd, free_port, until
 
 COUNTER = python("import time\nn = 0\nwhile True:\n    print(n); n += 1; time.sleep(0.002)")
 

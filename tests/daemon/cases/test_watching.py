@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.cases.rig import QUICK, SLEEPER, alive, fleet, order, ready, sh
-from tests.daemon.rig import Fleetd, fleetd, until
+from tests.daemon.cases.rig import QUICK, SLEEPER, fleet, order, ready, sh
+from tests.daemon.rig import Fleetd, alive, fleetd, until
 
 
 def watching(folder: Path, **more: object) -> dict[str, object]:
