@@ -156,7 +156,13 @@ class Assembler:
         taken = {entry.port for entry in self.entries if entry.port is not None} | gateway
         wanted = [entry for entry in self.entries if needs_assigned_port(entry)]
         try:
-            return assign((entry.name for entry in wanted), self.around.ports, taken, self._usable)
+            return assign(
+                (entry.name for entry in wanted),
+                self.around.ports,
+                taken,
+                self._usable,
+                str(paths_of(self.loaded).state),
+            )
         except NoPortLeftError as error:
             self.problem(wanted[0].path, str(error))
             return {}

@@ -2,7 +2,8 @@
 
 The rules of this file
 - A name keeps its port over edits of fleet.yaml, restarts of the daemon, and the removal of other names.
-- A new name starts its search at a place that depends on the name alone: even a lost file gives the same ports again.
+- A new name starts its search at a place that depends on the name and the fleet alone: even a lost file gives the same ports
+  again, and two fleets of equal names on one machine keep out of each other's way.
 - Assigned ports lie below the ephemeral range of every system (Linux 32768, macOS 49152), where an outgoing connection of
   some other program could take them while a process restarts.
 """
@@ -28,8 +29,9 @@ def assign(
     kept: Mapping[str, int],
     taken: Collection[int],
     usable: Callable[[str, int], bool] = lambda *_: True,
+    fleet: str = "",
 ) -> dict[str, int]:
-    """Return a port for each of `names`.
+    """Return a port for each of `names` of a fleet, which is told from others by the text `fleet`.
 
     `kept` is what earlier runs assigned, `taken` the ports that fleet.yaml states; `usable(name, port)` says whether a port
     is free on this machine or held by that process of ours. Raises NoPortLeftError.
@@ -46,15 +48,15 @@ def assign(
     reserved = set(kept.values())
     for name in names:
         if name not in result:
-            port = _search(name, used, reserved, usable)
+            port = _search(name, fleet, used, reserved, usable)
             result[name] = port
             used.add(port)
     return result
 
 
-def _search(name: str, used: set[int], reserved: set[int], usable: Callable[[str, int], bool]) -> int:
+def _search(name: str, fleet: str, used: set[int], reserved: set[int], usable: Callable[[str, int], bool]) -> int:
     span = LAST - FIRST + 1
-    start = zlib.crc32(name.encode()) % span
+    start = zlib.crc32(f"{fleet}/{name}".encode()) % span
     for blocked in (used | reserved, used):
         for step in range(span):
             port = FIRST + (start + step) % span

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from fleetd.cli.pages import page
 from fleetd.cli.service_files import Service, examples, launchd, systemd
 from tests.cli.running import FLEETCTL, REPOSITORY, environment, fleetctl, raw_server
 
@@ -211,13 +210,18 @@ def test_the_shells_accept_their_script(shell: str, tmp_path: Path) -> None:
 # -- documentation ------------------------------------------------------------------------------------------------------
 
 
+def page(**env: str) -> str:
+    """Return the page as its command writes it: in a process of its own, since click remembers what it was asked first."""
+    done = subprocess.run(
+        [FLEETCTL[0], "-m", "fleetd.cli.pages"], capture_output=True, env=environment(**env), check=True
+    )
+    return done.stdout.decode()
+
+
 def test_the_page_is_current() -> None:
     assert (REPOSITORY / "docs/cli.md").read_text("utf-8") == page(), "run: python -m fleetd.cli.pages > docs/cli.md"
 
 
 def test_the_page_does_not_depend_on_the_terminal() -> None:
-    narrow = subprocess.run(
-        [FLEETCTL[0], "-m", "fleetd.cli.pages"], capture_output=True, env=environment(COLUMNS="30"), check=True
-    )
-    assert narrow.stdout.decode() == page()
+    assert page(COLUMNS="30") == page()
     assert os.environ.get("HOME", "/nonexistent") not in page()

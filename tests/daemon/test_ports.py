@@ -47,6 +47,12 @@ def test_a_lost_file_gives_the_same_ports() -> None:
     assert assign(["a", "b"], {}, ()) == assign(["a", "b"], {}, ())
 
 
+def test_two_fleets_of_equal_names_have_other_ports() -> None:
+    names = [f"m{number}" for number in range(100)]
+    one, other = (assign(names, {}, (), fleet=fleet) for fleet in ("/srv/one", "/srv/other"))
+    assert len(set(one.values()) & set(other.values())) < 10
+
+
 def test_no_port_left() -> None:
     with pytest.raises(NoPortLeftError, match="no free port"):
         assign(["a"], {}, (), lambda name, port: False)
