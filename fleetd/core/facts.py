@@ -100,7 +100,9 @@ class Facts:
 
     def place(self, model: Model, process: str, now: float, reason: str) -> Placement:
         """Enter a placement in LOADING; its reservation is the caller's."""
-        placement = Placement(model.name, process, last_used_s=now, order_s=now)
+        placement = Placement(
+            model.name, process, footprint_hash=model.spec.footprint_hash, last_used_s=now, order_s=now
+        )
         placement.move(Residency.LOADING, now, reason)
         model.placements[process] = placement
         self.placed.setdefault(process, set()).add(model.name)

@@ -2,7 +2,8 @@
 
 The rules of this file
 - The world does not ask: a measurement is entered in the ledger even where it exceeds the budget.
-- The highest footprint ever measured is kept, and is planned with from then on (unless one was declared).
+- The highest footprint ever measured is kept, and is planned with from then on (unless one was declared), for as long as the
+  options stay what they were when the model was loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> No
     current = facts.ledger.reservations.get(placement.key, {})
     if any(size > current.get(device, 0) for device, size in measured.items()):
         facts.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
+    if placement.footprint_hash != model.spec.footprint_hash:
+        return  # it was loaded with other options: what that took says nothing of the next load
     grown = {device: size for device, size in measured.items() if size > model.learned.get(device, 0)}
     if grown:
         model.learned.update(grown)
@@ -38,6 +41,8 @@ def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int]
     """Write down what a sleeper really holds, once the look at it cannot be from before its sleep."""
     model = facts.models[placement.model]
     if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
+        return
+    if placement.footprint_hash != model.spec.footprint_hash:
         return
     grown = {device: size for device, size in measured.items() if size > model.learned_asleep.get(device, 0)}
     if grown:

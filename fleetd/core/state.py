@@ -143,6 +143,7 @@ class Placement:
     model: str
     process: str
     state: Residency = Residency.ABSENT
+    footprint_hash: str = ""  # of the options that it was placed with
     generation: int = 0  # of the process; a load of an older one is void
     reason: str = ""
     since_s: float = 0.0

@@ -514,6 +514,22 @@ def test_footprints_are_learned_from_the_highest_measurement() -> None:
     assert rig.fleet.models["m"].footprint.bytes == {"gpu0": 3 * G}
 
 
+def test_what_other_options_took_is_not_learned_for_the_new_ones() -> None:
+    before, after = (
+        fleet_spec([server("s")], [model("m", "s", footprint_hash=text)], budget=9) for text in ("before", "after")
+    )
+    rig = Rig(before)
+    rig.spawned("s")
+    rig.wish("m")
+    rig.loaded("m", "s", 3 * G)
+    rig.send(e.SpecChanged(after))
+    rig.clear()
+    rig.send(e.ResidentsObserved("s", 1, {"m": {"gpu0": 4 * G}}))
+    assert not rig.take(c.LearnFootprint)
+    assert rig.fleet.ledger.reserved_bytes("gpu0") == 4 * G, "it is what it takes now"
+    assert rig.fleet.models["m"].footprint.bytes == {"gpu0": G}
+
+
 def test_over_budget_after_a_measurement_the_idle_one_leaves() -> None:
     rig = Rig(owners("ab", budget=2))
     rig.warm("a")
