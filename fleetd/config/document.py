@@ -53,6 +53,10 @@ class Source:
     order: int = 0
     text: str = ""
     _lines: list[str] | None = None
+    folder: Path = field(init=False)  # that relative paths in it start from
+
+    def __post_init__(self) -> None:
+        self.folder = self.path.parent
 
     def excerpt(self, line: int, column: int) -> str:
         """Return the line at a place, tabs as blanks, or nothing where it would be too long to read."""

@@ -70,7 +70,7 @@ class Marks:
 
     def folder_of(self, path: Path_) -> Path:
         """Return the folder of the file that wrote the value at a path: relative paths in it start there."""
-        return self.find(path)[0].source.path.parent
+        return self.find(path)[0].source.folder
 
     def order_of(self, file: str) -> int:
         """Return where a file stands in the order of reading; unknown files come last."""

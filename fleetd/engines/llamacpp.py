@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError
 
 from fleetd.config.fields import Arguments, Choice, FieldType, Flag, Misplaced, Real, Schema, Whole
-from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, Footprint, Probes, ProbeSpec
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import (
@@ -42,7 +41,7 @@ from fleetd.engines.calls import call
 from fleetd.engines.fields import AnyOf, Count, Index, PathText, Secret, Several, Size, Switch, Template
 from fleetd.engines.held_options import LARGEST
 from fleetd.engines.llamacpp_exits import classify
-from fleetd.engines.llamacpp_rules import problems
+from fleetd.engines.llamacpp_rules import absolute, problems
 from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf
@@ -178,7 +177,7 @@ class LlamaCpp:
         options = _options(context)
         try:
             sizes = footprint.estimate_gguf(
-                [Path(path) for path in gguf.shards(_path(context, options.model))],
+                [Path(path) for path in gguf.shards(absolute(context, options.model))],
                 footprint.Serving(
                     context_length=options.context_length,
                     slots=options.parallel,
@@ -260,23 +259,18 @@ def _options(context: LaunchContext) -> LlamaCppOptions:
     return context.options
 
 
-def _path(context: LaunchContext, text: str) -> Path:
-    """Return an absolute path; a relative one is meant from the folder of the file that names it."""
-    return (context.config_dir / expand_home(text)).absolute()
-
-
 def _extra_files(context: LaunchContext, options: LlamaCppOptions) -> dict[str, str]:
     """Return the files beside the model that take memory: path → option."""
     named = {"mmproj": options.mmproj} if options.mmproj else {}
     named |= {f"lora[{index}]": adapter.path for index, adapter in enumerate(options.lora)}
-    return {str(_path(context, path)): option for option, path in named.items()}
+    return {str(absolute(context, path)): option for option, path in named.items()}
 
 
 def _required(context: LaunchContext, options: LlamaCppOptions) -> dict[str, str]:
     """Return the files that have to be there, each with the option that names it."""
-    files = dict.fromkeys(gguf.shards(_path(context, options.model)), "model") | _extra_files(context, options)
+    files = dict.fromkeys(gguf.shards(absolute(context, options.model)), "model") | _extra_files(context, options)
     if options.chat_template_file:
-        files[str(_path(context, options.chat_template_file))] = "chat_template_file"
+        files[str(absolute(context, options.chat_template_file))] = "chat_template_file"
     return files
 
 
@@ -319,7 +313,7 @@ def _program(context: LaunchContext) -> tuple[str, ...]:
 
 
 def _flags(context: LaunchContext, options: LlamaCppOptions) -> list[str]:
-    flags = ["--model", str(_path(context, options.model)), "--host", context.host, "--port", str(context.port)]
+    flags = ["--model", str(absolute(context, options.model)), "--host", context.host, "--port", str(context.port)]
     flags += ["--alias", context.served_as or context.name]
     flags += ["--ctx-size", str(options.context_length * options.parallel), "--parallel", str(options.parallel)]
     layers = 0 if context.device == "host" and options.gpu_layers == "auto" else _layers(options)
@@ -333,16 +327,16 @@ def _flags(context: LaunchContext, options: LlamaCppOptions) -> list[str]:
         "--load-mode": _load_mode(options), "--pooling": options.pooling,
         "--split-mode": options.split_mode, "--main-gpu": options.main_gpu,
         "--tensor-split": ",".join(f"{share:g}" for share in options.tensor_split) or None,
-        "--mmproj": str(_path(context, options.mmproj)) if options.mmproj else None,
+        "--mmproj": str(absolute(context, options.mmproj)) if options.mmproj else None,
         "--chat-template": options.chat_template,
-        "--chat-template-file": str(_path(context, options.chat_template_file)) if options.chat_template_file else None,
+        "--chat-template-file": str(absolute(context, options.chat_template_file)) if options.chat_template_file else None,
         "--cache-ram": options.cache_ram // 2**20, "--seed": options.seed,
     }  # fmt: skip
     for flag, value in valued.items():
         if value is not None:
             flags += [flag, str(value)]
     for adapter in options.lora:
-        flags += ["--lora-scaled", f"{_path(context, adapter.path)}:{adapter.scale:g}"]
+        flags += ["--lora-scaled", f"{absolute(context, adapter.path)}:{adapter.scale:g}"]
     switches = {"--embeddings": options.embeddings and not options.rerank, "--rerank": options.rerank}
     switches |= {"--jinja": options.jinja is True, "--no-jinja": options.jinja is False}
     return [*flags, *(flag for flag, on in switches.items() if on), "--metrics", "--slots", "--offline", "--no-webui"]

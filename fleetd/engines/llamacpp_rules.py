@@ -7,6 +7,7 @@ process is BLOCKED until it is there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,8 +113,18 @@ def _arguments(context: LaunchContext, options: LlamaCppOptions, *, embedded: bo
                 )
 
 
+def absolute(context: LaunchContext, text: str) -> Path:
+    """Return an absolute path; a relative one is meant from the folder of the file that names it."""
+    return _joined(context.config_dir, expand_home(text)).absolute()
+
+
+@lru_cache(maxsize=64)  # one entry asks for its few files again and again, and there may be thousands of entries
+def _joined(folder: Path, text: str) -> Path:
+    return folder / text
+
+
 def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
-    path = (context.config_dir / expand_home(options.model)).absolute()
+    path = absolute(context, options.model)
     if path.is_dir():
         yield OptionProblem(("model",), f"{path} is a folder: name the .gguf file in it")
         return
