@@ -374,7 +374,11 @@ class Host:
         survivors: tuple[int, ...] = ()
         if record.boot_id == self._boot_id:
             leaf = cgroup.Cgroup(Path(record.cgroup)) if record.cgroup else None
+            pipe = await self.thread(reopen, self.records.pipe_path(record.token))
+            read_out = self.logs.salvage(record, pipe) if pipe is not None else None
             survivors = await self._stopper.end_lineage(Lineage(-1, 0, record.token, leaf))
+            if read_out is not None:
+                await read_out()
             if leaf is not None and not survivors:
                 leaf.remove()
         if not survivors:

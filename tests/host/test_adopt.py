@@ -19,7 +19,7 @@ import pytest
 from fleetd.errors import HostError
 from fleetd.host.handle import Records, decode_records, encode_records, parse_record
 from fleetd.host.host import Host
-from fleetd.host.types import HandleRecord
+from fleetd.host.types import HandleRecord, LogPolicy
 from tests.host.support import POLITE, Exits, alive, host_in, log_says, paths_in, python, spawn, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -184,6 +184,32 @@ def test_an_unconfirmed_start_is_found_by_its_token(tmp_path: Path) -> None:
             assert await host.sweep_record(replace(handle.record, pid=None, start_ticks=0)) == ()
             await handle.exited.wait()
             assert not alive(handle.pid)
+
+    asyncio.run(run())
+
+
+def test_what_an_unconfirmed_start_said_is_in_its_log(tmp_path: Path) -> None:
+    source = """
+        import os, sys, time
+        while not os.path.exists(sys.argv[1]): time.sleep(0.01)
+        for number in range(100): print("line", number, flush=True)
+        open(sys.argv[2], "w").close()
+        time.sleep(600)
+    """
+    go, written = tmp_path / "go", tmp_path / "written"
+
+    async def run() -> None:
+        async with host_in(tmp_path) as host:
+            argv = python(source, str(go), str(written))
+            handle = await spawn(host, argv, logs=LogPolicy(capture="pipe"))
+            (kept,) = await host.prepare_exec()  # nobody reads any more, as after a crash
+            assert kept.pipe_fd is not None
+            os.close(kept.pipe_fd)
+            go.touch()
+            await until(written.exists, "all is in the pipe")
+            assert await host.sweep_record(replace(handle.record, pid=None, start_ticks=0)) == ()
+            lines = [line.text for line in await host.logs.tail("child", 200) if line.text.startswith("line ")]
+            assert lines == [f"line {number}" for number in range(100)]
 
     asyncio.run(run())
 

@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetd.host.logs import book as book_module
+from fleetd.host.logs import pump as pump_module
 from fleetd.host.logs import rotate as rotate_module
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.hole import can_punch, punch
@@ -193,6 +194,27 @@ def test_a_full_disk_loses_no_live_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.glob("*.pending"))
     assert rotate(files, replace(SMALL, keep=10)).problem is None
     assert everything(files) == data
+
+
+def test_lines_that_a_full_disk_refused_at_the_end_of_a_run_are_told_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with host_in(tmp_path) as host:
+            with monkeypatch.context() as patched:
+                patched.setattr(pump_module, "_write_whole", lambda _fd, _text: False)
+                first = await spawn(host, python("for n in range(5): print(n)"), logs=LogPolicy(capture="pipe"))
+                await first.exited.wait()
+                await host.sweep(first)
+            again = await spawn(host, python("print('here')"), generation=2, logs=LogPolicy(capture="pipe"))
+            await again.exited.wait()
+            await host.sweep(again)
+            lines = [line.text for line in await host.logs.tail("child", 10)]
+            assert lines[:2] == ["--- 6 lines lost: the disk refused them ---", "here"], (
+                "five lines, and the mark of the end"
+            )
+
+    asyncio.run(run())
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, cu
 from fleetd.host.logs.scan import LineReader, LogScanner
 from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.names import unescape
-from fleetd.host.types import Capture, LogPolicy, RawExit
+from fleetd.host.types import Capture, HandleRecord, LogPolicy, RawExit
 
 T = TypeVar("T")
 
@@ -181,6 +181,19 @@ class LogBook:
             stream = Stream(pipe, self.files(handle.name), self._policies[handle.name])
             self._streams[handle.lineage.token] = stream
             self._watch(handle, self._pump.add(stream))
+
+    def salvage(self, record: HandleRecord, pipe: int) -> Callable[[], Awaitable[None]]:
+        """Begin to read what a run that nobody takes over still says; call what is returned once it has ended."""
+        if self._pump is None:
+            self._pump = Pump(self._pump_rotated)
+        pump = self._pump
+        stream = Stream(pipe, self.files(record.name), self._policies.get(record.name, record.logs))
+        pump.add(stream)
+
+        async def finished() -> None:
+            await asyncio.wrap_future(pump.finish(stream))
+
+        return finished
 
     def ended(self, handle: ProcessHandle) -> None:
         """The leader is dead: close its output with a mark, after all that it said."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import orjson
 
@@ -63,6 +64,9 @@ class Pump:
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
         self._streams: set[Stream] = set()
+        self._untold: dict[
+            Path, int
+        ] = {}  # lines that the disk refused at the end of a run: the next run's log says so
         self._running = True
         self._thread = threading.Thread(target=self._run, name="fleetd-pump", daemon=True)
         self._thread.start()
@@ -138,6 +142,7 @@ class Pump:
     def _add(self, stream: Stream) -> None:
         os.set_blocking(stream.fd, False)
         _widen(stream.fd)
+        stream.lost += self._untold.pop(stream.files.live, 0)
         self._open(stream)
         self._streams.add(stream)
         self._selector.register(stream.fd, selectors.EVENT_READ, stream)
@@ -259,6 +264,9 @@ class Pump:
         self._close_out(stream)
 
     def _close_out(self, stream: Stream) -> None:
+        if stream.lost:
+            self._untold[stream.files.live] = self._untold.get(stream.files.live, 0) + stream.lost
+            stream.lost = 0
         if stream.out >= 0:
             os.close(stream.out)
             stream.out = -1
