@@ -193,7 +193,7 @@ class Pump:
 
     def _write(self, stream: Stream, lines: list[str], now: float) -> None:
         if stream.lost:
-            lines = [f"--- {stream.lost} lines lost: the disk refused them ---", *lines]
+            lines = [_loss(stream), *lines]
         text = as_json_lines(lines, now)
         counted = len(lines) - (1 if stream.lost else 0)
         self._find_again(stream)
@@ -264,6 +264,8 @@ class Pump:
         self._close_out(stream)
 
     def _close_out(self, stream: Stream) -> None:
+        if stream.lost and stream.out >= 0 and _write_whole(stream.out, as_json_lines([_loss(stream)], time.time())):
+            stream.lost = 0
         if stream.lost:
             self._untold[stream.files.live] = self._untold.get(stream.files.live, 0) + stream.lost
             stream.lost = 0
@@ -277,6 +279,10 @@ class Pump:
             stream.open = False
             if stream in self._streams:
                 self._selector.unregister(stream.fd)
+
+
+def _loss(stream: Stream) -> str:
+    return f"--- {stream.lost} lines lost: the disk refused them ---"
 
 
 def as_json_lines(lines: list[str], at: float) -> bytes:
