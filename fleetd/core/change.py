@@ -134,6 +134,8 @@ class Change:
         for process, placement in list(model.placements.items()):
             if process not in spec.holders or old.served_as != spec.served_as:
                 self.residencies.leave(placement, now, "the configuration changed", returns=True)
+            elif self.facts.ledger.never_fits(model.footprint.bytes):  # a restart in place would not ask for the room
+                self.residencies.leave(placement, now, "can never fit any more", returns=True)
         if stays(self.facts, model) and not model.placements:
             due(self.facts, model)
 

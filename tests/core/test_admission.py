@@ -514,6 +514,22 @@ def test_footprints_are_learned_from_the_highest_measurement() -> None:
     assert rig.fleet.models["m"].footprint.bytes == {"gpu0": 3 * G}
 
 
+def test_a_model_that_an_edit_makes_too_large_is_not_started_again_in_its_place() -> None:
+    rig = Rig(owners("a", budget=2))
+    rig.warm("a")
+    rig.clear()
+    grown = fleet_spec([own("a", launch_hash="other")], [model("a", size=3, footprint_hash="other")], budget=2)
+    rig.send(e.SpecChanged(grown))
+    assert [command.name for command in rig.take(c.Stop)] == ["a"]
+    rig.exits("a", 0)
+    rig.empty("a")
+    rig.wait(60.0)
+    assert not rig.take(c.Spawn)
+    assert rig.fleet.ledger.reserved_bytes("gpu0") == 0
+    rig.ask("a")
+    assert list(rig.rejects().values()) == ["model_too_large"]
+
+
 def test_what_other_options_took_is_not_learned_for_the_new_ones() -> None:
     before, after = (
         fleet_spec([server("s")], [model("m", "s", footprint_hash=text)], budget=9) for text in ("before", "after")
