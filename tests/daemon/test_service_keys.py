@@ -22,6 +22,7 @@ from tests.daemon.cases.rig import (
     QUICK,
     SLEEPER,
     alive,
+    all_lines,
     crash,
     fleet,
     order,
@@ -365,7 +366,7 @@ def test_logs_captured_by_pipe_have_times_and_rotate(tmp_path: Path) -> None:
     with started(tmp_path, service) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until(lambda: any("line 3999 " in line for line in piped_lines(tmp_path, "a")), "all is written")
+        until(lambda: any("line 3999 " in line for line in all_lines(tmp_path, "a")), "all is written")
         numbers = [int(line.split()[1]) for line in piped_lines(tmp_path, "a") if line.startswith("line ")]
         assert numbers == list(range(4000))
         until(lambda: list((tmp_path / "logs").glob("a.log.*.gz")), "archives are compressed")

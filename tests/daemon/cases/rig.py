@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,19 @@ def piped_lines(folder: Path, name: str) -> list[str]:
 
 
 def all_lines(folder: Path, name: str) -> list[str]:
-    """Return all lines of a log, archives first, freed heads left out."""
+    """Return all lines of a log, archives first, freed heads left out. A file that moves under the look begins it anew."""
+    for _ in range(100):
+        with suppress(FileNotFoundError):
+            return _content(folder / "logs", name).decode("utf-8", "replace").splitlines()
+    raise AssertionError(f"the log of {name} never rests")
+
+
+def _content(logs: Path, name: str) -> bytes:
     import gzip
 
     def number(path: Path) -> int:
         return int(path.name.removesuffix(".gz").rsplit(".", 1)[1])
 
-    logs = folder / "logs"
     archives = [
         path for path in logs.glob(f"{name}.log.*") if path.name.removesuffix(".gz").rsplit(".", 1)[1].isdigit()
     ]
@@ -96,5 +103,4 @@ def all_lines(folder: Path, name: str) -> list[str]:
         gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for path in sorted(archives, key=number, reverse=True)
     )
-    data += (logs / f"{name}.log").read_bytes().lstrip(b"\0")
-    return data.decode("utf-8", "replace").splitlines()
+    return data + (logs / f"{name}.log").read_bytes().lstrip(b"\0")
