@@ -18,6 +18,7 @@ from fleetd.core.commands import LookAsleep, Sleep, Wake
 from fleetd.core.contract import ModelSpec, SleepState
 from fleetd.core.events import Event, SleepSeen
 from fleetd.daemon.launches import LaunchPlan
+from fleetd.daemon.starts import Facts
 from fleetd.engines.base import Asleep, Endpoint, Sleeper
 from fleetd.errors import EngineError, FleetError
 
@@ -29,10 +30,9 @@ PREFIX = "asleep:"
 C = TypeVar("C", Sleep, Wake, LookAsleep)
 
 
-class Facts(Protocol):
-    """Where small facts outlive the daemon."""
+class KeptFacts(Facts, Protocol):
+    """Where small facts outlive the daemon: written, and read again."""
 
-    def put(self, key: str, value: Any) -> None: ...
     async def get(self, key: str, default: Any = None) -> Any: ...
     async def flush(self) -> None: ...
 
@@ -47,7 +47,7 @@ class Sleepers:
         plans: Callable[[], Mapping[str, LaunchPlan]],
         specs: Callable[[], Mapping[str, ModelSpec]],
         call: Callable[[str, Awaitable[None], str], None],
-        store: Facts,
+        store: KeptFacts,
     ) -> None:
         self._store = store
         self._http = http
