@@ -116,7 +116,9 @@ class Gauge:
         return f"memory {rss_before >> 20} -> {rss_after >> 20} MiB, descriptors {fds_before} -> {fds_after}"
 
 
-def _content(logs: Path, name: str) -> bytes:
+def log_content(logs: Path, name: str) -> bytes:
+    """Return all that a log holds, archives first, freed heads left out. Raises FileNotFoundError when an archive moves under the look."""
+
     def number(path: Path) -> int:
         return int(path.name.removesuffix(".gz").rsplit(".", 1)[1])
 
@@ -146,7 +148,7 @@ def lines(folder: Path, logs: Path) -> list[str]:
     total = excused = 0
     for name, runs in sorted(written.items()):
         seen: dict[str, list[int]] = {}
-        content = _content(logs, name)
+        content = log_content(logs, name)
         admitted = sum(int(match[1]) for match in ADMITTED.finditer(content))
         excused += admitted
         for match in LINE.finditer(content):

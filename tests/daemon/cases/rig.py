@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.chaos_checks import log_content
 from tests.daemon.rig import ROOT, Answer, Fleetd, alive, until
 
 SLEEPER = ["sleep", "1000"]
@@ -84,23 +85,9 @@ def piped_lines(folder: Path, name: str) -> list[str]:
 
 def all_lines(folder: Path, name: str) -> list[str]:
     """Return all lines of a log, archives first, freed heads left out. A file that moves under the look begins it anew."""
+    logs = folder / "logs"
     for _ in range(100):
         with suppress(FileNotFoundError):
-            return _content(folder / "logs", name).decode("utf-8", "replace").splitlines()
+            (logs / f"{name}.log").stat()
+            return log_content(logs, name).decode("utf-8", "replace").splitlines()
     raise AssertionError(f"the log of {name} never rests")
-
-
-def _content(logs: Path, name: str) -> bytes:
-    import gzip
-
-    def number(path: Path) -> int:
-        return int(path.name.removesuffix(".gz").rsplit(".", 1)[1])
-
-    archives = [
-        path for path in logs.glob(f"{name}.log.*") if path.name.removesuffix(".gz").rsplit(".", 1)[1].isdigit()
-    ]
-    data = b"".join(
-        gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        for path in sorted(archives, key=number, reverse=True)
-    )
-    return data + (logs / f"{name}.log").read_bytes().lstrip(b"\0")
