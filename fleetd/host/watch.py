@@ -120,14 +120,14 @@ class FileWatch:
         changes = _Changes(folders, recursive=False, debounce_s=self._debounce_s)
         try:
             while not self._renewed.is_set():
+                await self._look()  # at once too: something may have been saved before the kernel was asked
+                if folders_to_watch(self._marks) != folders:
+                    return
                 waiting = asyncio.ensure_future(changes.next())
                 await asyncio.wait({waiting, renewed}, timeout=_SLOW_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 if not waiting.done():
                     waiting.cancel()
                     await asyncio.gather(waiting, return_exceptions=True)
-                await self._look()
-                if folders_to_watch(self._marks) != folders:
-                    return
         finally:
             renewed.cancel()
             await changes.close()
@@ -182,6 +182,10 @@ class TreeWatch:
                 return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in self._ignore)
         return True
 
+    def _matters(self, path: Path) -> bool:
+        """Say whether a change here may be news. What never rests (the logs beside the code) must not keep the rest waiting."""
+        return not self.ignored(path) or any(root.is_relative_to(path) for root in self._paths)
+
     async def _run(self) -> None:
         while True:
             present = {path: path.exists() for path in self._paths}
@@ -192,8 +196,11 @@ class TreeWatch:
 
     async def _watch(self, trees: frozenset[Path], beside: frozenset[Path], present: dict[Path, bool]) -> bool:
         """Report changes until a watched path comes or goes; True then."""
-        sources = [_Changes(trees, recursive=True, debounce_s=self._debounce_s)] if trees else []
-        sources += [_Changes(beside, recursive=False, debounce_s=self._debounce_s)] if beside else []
+        sources = [
+            _Changes(folders, recursive=recursive, debounce_s=self._debounce_s, matters=self._matters)
+            for folders, recursive in ((trees, True), (beside, False))
+            if folders
+        ]
         waiting: dict[asyncio.Future[set[Path]], _Changes] = {}
         try:
             while True:
@@ -220,9 +227,17 @@ class TreeWatch:
 
 
 class _Changes:
-    """Changed paths under some folders, collected until it has been quiet for `debounce_s`."""
+    """Changed paths under some folders, collected until what matters has been quiet for `debounce_s`."""
 
-    def __init__(self, folders: Iterable[Path], *, recursive: bool, debounce_s: float) -> None:
+    def __init__(
+        self,
+        folders: Iterable[Path],
+        *,
+        recursive: bool,
+        debounce_s: float,
+        matters: Callable[[Path], bool] = lambda _path: True,
+    ) -> None:
+        self._matters = matters
         self._stop = asyncio.Event()
         self._found: set[Path] = set()
         self._news = asyncio.Event()
@@ -239,8 +254,10 @@ class _Changes:
             return
 
     def _heard(self, paths: set[Path]) -> None:
-        self._found |= paths
-        self._news.set()
+        news = {path for path in paths if self._matters(path)}
+        if news:
+            self._found |= news
+            self._news.set()
 
     async def _read(self, folders: list[Path], recursive: bool) -> None:
         from watchfiles import awatch
