@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from bench.rig import free_port
 from bench.tiny_gguf import write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,12 +85,6 @@ def write_models(folder: Path, names: tuple[str, ...]) -> None:
         path = folder / f"{name}.gguf"
         if not path.is_file():
             write(path, layers=2 + seed % 2, seed=seed, name=name)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_fleet(port: int, run: Path) -> Path:

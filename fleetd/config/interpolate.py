@@ -13,6 +13,12 @@ from collections.abc import Mapping
 
 MAX_DEPTH = 8
 MAX_RESULT = 1024 * 1024
+_PLACEHOLDERS = (
+    "port",
+    "host",
+    "name",
+    "replica",
+)  # known only once a process is planned, and written without the dollar sign
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -68,7 +74,7 @@ def _variable(text: str, start: int, env: Mapping[str, str], depth: int) -> tupl
     value = env.get(variable)
     if text.startswith("}", position):
         if value is None:
-            raise ValueError(f"the variable {variable} is not set: set it, or write ${{{variable}:-default}}")
+            raise ValueError(f"the variable {variable} is not set: {_unset_hint(variable)}")
         return value, position + 1
     for operator in (":-", ":?", "-", "?"):
         if text.startswith(operator, position):
@@ -87,6 +93,12 @@ def _variable(text: str, start: int, env: Mapping[str, str], depth: int) -> tupl
     if operator.endswith("?"):
         raise ValueError(f"the variable {variable} is not set: {other or 'it is required'}")
     return other, end
+
+
+def _unset_hint(variable: str) -> str:
+    if variable in _PLACEHOLDERS:
+        return f"for the process's own, write {{{variable}}}"
+    return f"set it, or write ${{{variable}:-default}}"
 
 
 def _needs_other(value: str | None, operator: str) -> bool:

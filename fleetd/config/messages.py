@@ -26,7 +26,9 @@ _KNOWN_ELSEWHERE = {
     "working_dir": "cwd", "workdir": "cwd", "autorestart": "restart: {policy: always}", "instances": "replicas",
     "healthcheck": "probes", "health": "probes", "max_memory_restart": "limits: {memory: …}", "memory": "limits: {memory: …}",
     "kill_timeout": "stop: {timeout: …}", "stop_timeout": "stop: {timeout: …}", "cron_restart": "schedule: {restart: …}",
-    "nice": "limits: {nice: …}", "nofile": "limits: {nofile: …}", "gpu": "device", "autostart": "enabled",
+    "nice": "limits: {nice: …}", "nofile": "limits: {nofile: …}", "cpu": "limits: {cpu: …}", "affinity": "limits: {cpu: …}",
+    "startup": "probes: {startup: …}", "readiness": "probes: {readiness: …}", "liveness": "probes: {liveness: …}",
+    "ports": "port", "cron": "schedule: {restart: …}", "gpu": "device", "autostart": "enabled",
     "keep_alive": "ttl", "endpoint": "external", "url": "external", "listen": "gateway: {listen: …}",
 }  # fmt: skip
 _HINTS_AT_MOST = 50

@@ -164,6 +164,7 @@ def test_interpolation(text: str, result: str) -> None:
     ("text", "message"),
     [
         ("${N}", "the variable N is not set: set it, or write ${N:-default}"),
+        ("${port}", "the variable port is not set: for the process's own, write {port}"),
         ("${N:?give it}", "the variable N is not set: give it"),
         ("${E:?give it}", "the variable E is not set: give it"),
         ("${N:?}", "the variable N is not set: it is required"),

@@ -18,13 +18,14 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+
+from bench.rig import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = ROOT / "tests" / "fakes" / "fake_model_server.py"
@@ -49,18 +50,6 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
         if time.monotonic() > end:
             raise AssertionError(f"not within {deadline_s:g} s: {what}")
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, outside of the ranges that fleetd assigns and that outgoing connections take."""
-    for _ in range(100):
-        port = 10_000 + int.from_bytes(os.urandom(4)) % 10_000
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-    raise AssertionError("no free port")
 
 
 @dataclass(frozen=True, slots=True)

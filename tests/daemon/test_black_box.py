@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.daemon.rig import ROOT, fake, fleetd, free_port, until
+from bench.rig import free_port
+from tests.daemon.rig import ROOT, fake, fleetd, until
 
 SLEEPER = '[sleep, "1000"]'
 
@@ -369,6 +370,7 @@ def test_exit_codes_of_a_bad_file(tmp_path: Path) -> None:
 
 def test_the_gateways_port_taken_is_a_sentence(tmp_path: Path) -> None:
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}}}\n") as daemon, socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", daemon.port))
         other.listen()
         daemon.start(wait=False)

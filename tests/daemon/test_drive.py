@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from bench.tiny_gguf import write
-from tests.daemon.rig import FAKE, Fleetd, fleetd, free_port, until
+from tests.daemon.rig import FAKE, Fleetd, fleetd, until
 
 
 def _can_mount() -> bool:

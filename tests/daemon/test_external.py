@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import fake, fleetd, free_port, until
+from bench.rig import free_port
+from tests.daemon.rig import fake, fleetd, until
 
 
 @contextmanager

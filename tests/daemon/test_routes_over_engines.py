@@ -9,7 +9,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
+from bench.rig import free_port
+from tests.daemon.rig import Fleetd, fake, fleetd, until
 
 
 def fleet(store: Path, left: str = "", right: str = "", weights: tuple[int, int] = (50, 50)) -> str:

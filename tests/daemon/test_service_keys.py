@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import (
     QUICK,
     SLEEPER,
@@ -32,7 +34,7 @@ from tests.daemon.cases.rig import (
     sh,
     until_said,
 )
-from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
+from tests.daemon.rig import Fleetd, fake, fleetd, until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a process as somebody else")
 
@@ -283,7 +285,7 @@ test_schedule_restarts_what_runs_and_not_what_is_stopped = pytest.mark.slow(
 def test_hooks_run_before_and_after_with_the_environment_of_the_process(tmp_path: Path) -> None:
     service = {
         "command": sh("cat made; exec sleep 1000"), "env": {"WORD": "hello"},
-        "hooks": {"pre_start": sh("echo $WORD $FLEETD_NAME > made"), "post_stop": sh("rm made; echo over > over")},
+        "hooks": {"pre_start": sh("echo $WORD $FLEETD_NAME > made; echo one; echo two"), "post_stop": sh("rm made; echo over > over")},
     }  # fmt: skip
     with started(tmp_path, service) as daemon:
         daemon.start()
@@ -292,6 +294,8 @@ def test_hooks_run_before_and_after_with_the_environment_of_the_process(tmp_path
         assert order(daemon, "stop", "a").status == 200
         assert not (tmp_path / "made").exists()
         assert (tmp_path / "over").read_text() == "over\n"
+        assert re.search(r"its pre_start hook ended well after [0-9.]+ s: two", story(daemon, "a"))
+        assert re.search(r"its post_stop hook ended well after [0-9.]+ s: it said nothing", story(daemon, "a"))
 
 
 def test_case_35_a_pre_start_that_fails_starts_nothing_and_counts_as_a_failure(tmp_path: Path) -> None:

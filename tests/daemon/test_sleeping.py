@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import Fleetd, alive, fake, fleetd, free_port, until
+from bench.rig import free_port
+from tests.daemon.rig import Fleetd, alive, fake, fleetd, until
 
 DEV_ROUTES = (
     "/sleep", "/sleep?level=1", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import tiny_gguf
+from bench.rig import free_port
 from fleetd import engines
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
@@ -334,9 +335,7 @@ def test_its_own_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
     case, engine = CASES[name], engines.load(name)
     if not case.serves:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     stand_in = (*command("--api", case.api), *(("--port", str(port)) if name == "process" else ()))
     launch = engine.launch(context_of(name, command=stand_in, port=port))
     startup = engine.probes(context_of(name).options).startup

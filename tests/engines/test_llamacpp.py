@@ -24,6 +24,7 @@ import aiohttp
 import pytest
 
 from bench import tiny_gguf
+from bench.rig import free_port
 from fleetd import engines
 from fleetd.core.contract import ExitKind
 from fleetd.engines import llamacpp, llamacpp_child
@@ -276,12 +277,6 @@ class Real:
         return ENGINE.classify_exit(
             code if code >= 0 else None, signal.Signals(-code).name if code < 0 else None, lines[-40:]
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

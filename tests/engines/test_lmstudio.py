@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bench.rig import free_port
 from fleetd.core.contract import ExitKind
 from fleetd.engines import external, lmstudio
 from fleetd.engines.base import Api, Endpoint, HeldModel, LaunchContext
@@ -143,12 +144,6 @@ elif words[:2] == ["server", "stop"] and os.path.exists(pid_file):
     os.remove(pid_file)
     print("Stopped the server")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def child(tmp_path: Path, port: int, *, daemon: str = "running", broken: bool = False) -> subprocess.Popen[bytes]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.rig import free_port
 from bench.tiny_gguf import write
 from fleetd.core.contract import ExitKind
 from fleetd.engines.base import HeldModel, LaunchContext
@@ -28,12 +28,6 @@ from tests.engines.rig import Server, launched, ollama_program
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(180)]
 TEMPLATE = "{{ .System }} {{ .Prompt }}"
 TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def context(tmp_path: Path, **options: Any) -> LaunchContext:

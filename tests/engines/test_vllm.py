@@ -398,7 +398,7 @@ CORE = "RuntimeError: Engine core initialization failed. See root cause above. F
         (0, None, ["vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."], ExitKind.CRASH, "EngineCore"),
         (1, None, ["KeyError: 'foo'", CORE], ExitKind.CRASH, "KeyError"),
         (None, "SIGKILL", [], ExitKind.CRASH, "SIGKILL"),
-        (None, None, [], ExitKind.UNKNOWN, "nobody watched"),
+        (None, None, [], ExitKind.UNKNOWN, "unknown exit code"),
     ],
 )  # fmt: skip
 def test_exits(code: int | None, signal: str | None, lines: list[str], kind: ExitKind, text: str) -> None:

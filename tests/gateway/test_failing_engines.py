@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import Awaitable, Callable
 
 import openai
 import pytest
 
+from bench.rig import free_port
 from fleetd.core.commands import Reject
 from tests.gateway.rig import CHAT, STREAM, EngineRequest, get, post, rig, run, until
-
-
-def refused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def fine(request: EngineRequest) -> None:
@@ -39,7 +33,7 @@ def test_another_holder_is_tried_when_nothing_was_received(first: str) -> None:
     async def scenario() -> None:
         async with rig() as it:
             if first == "refused":
-                it.fleet.add("m", "a", refused_port())
+                it.fleet.add("m", "a", free_port())
             else:
                 await it.engine(reset_at_once if first == "reset" else close_at_once, name="a")
             await it.engine(fine, name="b")
@@ -57,7 +51,7 @@ def test_502_after_the_last_attempt(attempts: int) -> None:
     async def scenario() -> None:
         async with rig(retry_attempts=attempts) as it:
             for name in ("a", "b", "c"):
-                it.fleet.add("m", name, refused_port())
+                it.fleet.add("m", name, free_port())
             client = await it.client()
             status, headers, body = await client.ask(CHAT)
             assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
@@ -337,7 +331,7 @@ def test_a_stream_that_waited_gets_its_failure_as_an_event(failure: str) -> None
 
         async with rig(loading_comment_s=0.02) as it:
             if failure == "refused":
-                it.fleet.add("m", "a", refused_port())
+                it.fleet.add("m", "a", free_port())
             else:
                 await it.engine(script)
             it.fleet.hold = True

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from fleetd.core.contract import ProbeKind, ProbeSpec
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
 from fleetd.host.spawn import inheritable_env
 from fleetd.host.types import LogPolicy
-from tests.host.support import POLITE, alive, free_port, host_in, log_says, python, spawn, until
+from tests.host.support import POLITE, alive, host_in, log_says, python, spawn, until
 
 READY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LOADING = b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 19\r\n\r\n{"error": "loading"}'

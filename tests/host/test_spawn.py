@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from fleetd.errors import HostError
 from fleetd.host import spawn as spawn_module
 from fleetd.host.logs.book import exit_mark
 from fleetd.host.spawn import inheritable_env
 from fleetd.host.types import LogPolicy
-from tests.host.support import POLITE, Exits, alive, free_port, host_in, log_says, python, spawn, until
+from tests.host.support import POLITE, Exits, alive, host_in, log_says, python, spawn, until
 
 REPORT = """
 import json, os, sys

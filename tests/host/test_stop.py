@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from fleetd.host.handle import ProcessHandle
 from fleetd.host.host import Host
 from fleetd.host.ports import is_free
 from fleetd.host.types import StopPolicy
-from tests.host.support import POLITE, Exits, alive, free_port, host_in, log_says, pids_in, python, spawn, until
+from tests.host.support import POLITE, Exits, alive, host_in, log_says, pids_in, python, spawn, until
 
 QUICK = StopPolicy(timeout_s=0.3)
 

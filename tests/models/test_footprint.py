@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import tiny_gguf
+from bench.rig import free_port
 from fleetd import engines
 from fleetd.engines.base import LaunchContext
 from fleetd.models import footprint, gguf
@@ -156,9 +156,7 @@ def test_estimate_beside_what_is_taken(shape: tiny_gguf.TinyModel, options: dict
     """After a prompt of a full batch, so that the compute buffer is really touched; without flash attention, of all cells."""
     engine = engines.load("llamacpp")
     path = tiny_gguf.write(tmp_path / "m.gguf", shape)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     entry = LaunchContext(
         "m",
         engine.options(model=str(path), threads=1, **options),

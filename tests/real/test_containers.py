@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.rig import free_port
 from fleetd.engines.llamacpp import CHILD
-from tests.daemon.rig import Fleetd, fleetd, free_port, until
+from tests.daemon.rig import Fleetd, fleetd, until
 from tests.real.podman import IMAGE, Podman, podman, why_not
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import QUICK, SLEEPER, fleet, order, python, ready, sh, until_said
-from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
+from tests.daemon.rig import Fleetd, fake, fleetd, until
 
 
 def stamps(daemon: Fleetd, name: str) -> list[float]:

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import SLEEPER, fleet, order, ready
-from tests.daemon.rig import Fleetd, fake, fleetd, free_port, until
+from tests.daemon.rig import Fleetd, fake, fleetd, until
 
 
 def model(*flags: str, **keys: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import QUICK, SLEEPER, fleet, order, python, ready, sh, until_gone, until_said
-from tests.daemon.rig import FAKE, Fleetd, alive, fake, fleetd, free_port, until
+from tests.daemon.rig import FAKE, Fleetd, alive, fake, fleetd, until
 
 # Starts, one below the other: a child that ignores TERM and INT, a child in a session of its own, and one that was
 # forked twice and belongs to nobody. Prints their pids.

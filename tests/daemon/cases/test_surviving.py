@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import (
     QUICK,
     SLEEPER,
@@ -24,7 +25,7 @@ from tests.daemon.cases.rig import (
     sh,
     until_said,
 )
-from tests.daemon.rig import alive, fake, fleetd, free_port, until
+from tests.daemon.rig import alive, fake, fleetd, until
 
 COUNTER = python("import time\nn = 0\nwhile True:\n    print(n); n += 1; time.sleep(0.002)")
 
