@@ -151,7 +151,7 @@ class ExitKind(StrEnum):
     OOM = "oom"
     PORT_IN_USE = "port_in_use"
     BAD_CONFIG = "bad_config"  # trying again cannot help: straight to FAILED
-    UNKNOWN = "unknown"  # died while nobody watched
+    UNKNOWN = "unknown"  # it died while nobody watched, or was the child of a daemon before
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from fleetd.core.facts import Facts
 from fleetd.core.holders import dozing
 from fleetd.core.measuring import learn, learn_asleep
 from fleetd.core.orders import Orders
+from fleetd.core.planner import gib
 from fleetd.core.residency import Residencies
 from fleetd.core.state import SERVING, Placement, Process, ProcessState, Residency
 from fleetd.core.supervision import Supervision
@@ -152,7 +153,7 @@ class Intake:
         over = limit is not None and event.rss_bytes > limit
         process.memory_strikes = process.memory_strikes + 1 if over else 0
         if process.memory_strikes >= _MEMORY_STRIKES and process.restart_wanted is None:
-            process.restart_wanted = f"over its memory limit: {event.rss_bytes} > {limit} bytes"
+            process.restart_wanted = f"over its memory limit: {gib(event.rss_bytes)} of {gib(limit or 0)}"
         if process.spec.own_model is not None and event.device_bytes:
             for placement in self.facts.placements_on(event.name):
                 if placement.state is Residency.LOADED:

@@ -126,6 +126,7 @@ class Daemon:
             self.tasks,
             parent_env,
             self._complain,
+            lambda name, sentence: self.feed.say("process", name, "hook", sentence),
             self.requirements.fresh,
             self.starts,
         )

@@ -3,11 +3,13 @@
 The rules of this file
 - One hook at a time per process. A hook ends by itself, by its limit, or because nobody wants its end any more.
 - A pre_start hook that fails, or is broken off, means that nothing is started; what post_stop says changes nothing.
+- What a hook said at last is told in the story of its process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 
 from fleetd.daemon.launches import LaunchPlan
@@ -19,10 +21,12 @@ LIMIT_S = 60.0
 
 
 class Hooks:
-    """The hooks that run now, by process."""
+    """The hooks that run now, by process; `tell(name, sentence)` hears of those that did their work."""
 
-    def __init__(self, machine: Machine, tasks: Tasks, parent_env: Mapping[str, str]) -> None:
-        self._machine, self._tasks, self._parent_env = machine, tasks, parent_env
+    def __init__(
+        self, machine: Machine, tasks: Tasks, parent_env: Mapping[str, str], tell: Callable[[str, str], None]
+    ) -> None:
+        self._machine, self._tasks, self._parent_env, self._tell = machine, tasks, parent_env, tell
         self._before: dict[str, asyncio.Task[str | None]] = {}
         self._after: dict[str, asyncio.Task[str | None]] = {}
 
@@ -51,7 +55,7 @@ class Hooks:
     ) -> None:
         if not argv:
             return
-        task = running[plan.name] = self._tasks.start(self._failure(plan, argv), f"{which} of {plan.name}")
+        task = running[plan.name] = self._tasks.start(self._failure(plan, argv, which), f"{which} of {plan.name}")
         try:
             await asyncio.wait({task})
         finally:
@@ -61,12 +65,16 @@ class Hooks:
         if failure is not None:
             raise HostError(f"its {which} hook failed: {failure}")
 
-    async def _failure(self, plan: LaunchPlan, argv: tuple[str, ...]) -> str | None:
+    async def _failure(self, plan: LaunchPlan, argv: tuple[str, ...], which: str) -> str | None:
         """Return how a hook failed; None when it did not."""
         env = plan.environment(self._parent_env)
+        began = time.monotonic()
         try:
             ok, output = await self._machine.run(argv, env, plan.execution.cwd, LIMIT_S)
         except HostError as error:
             return error.sentence
-        last = output.strip().splitlines()[-1:] or ["it said nothing"]
-        return None if ok else last[0][:300]
+        last = (output.strip().splitlines()[-1:] or ["it said nothing"])[0][:300]
+        if not ok:
+            return last
+        self._tell(plan.name, f"its {which} hook ended well after {time.monotonic() - began:.1f} s: {last}")
+        return None

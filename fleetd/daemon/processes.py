@@ -56,7 +56,8 @@ class Run:
 
 class Processes:
     """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
-    inherit from; `complain(name, sentence)` hears of what failed without changing anything;
+    inherit from; `complain(name, sentence)` hears of what failed without changing anything,
+    `tell(name, sentence)` of hooks that did their work;
     `absent(name)` looks once more, right before a start, at what the process requires; `starts` reads along."""
 
     def __init__(
@@ -67,6 +68,7 @@ class Processes:
         tasks: Tasks,
         parent_env: Mapping[str, str],
         complain: Callable[[str, str], None] = lambda *_: None,
+        tell: Callable[[str, str], None] = lambda *_: None,
         absent: Callable[[str], Awaitable[tuple[str, ...]]] | None = None,
         starts: Starts | None = None,
     ) -> None:
@@ -79,7 +81,7 @@ class Processes:
         self._parent_env = parent_env
         self._complain = complain
         self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
-        self.hooks = Hooks(machine, tasks, parent_env)
+        self.hooks = Hooks(machine, tasks, parent_env, tell)
         self.runs: dict[str, Run] = {}
 
     def live(self) -> Iterator[Run]:
@@ -271,7 +273,9 @@ def written(plan: LaunchPlan) -> LaunchPlan:
 def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:
     """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
     if raw.code is None and raw.signal is None:
-        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "it ended while nobody watched", tail[-_TAIL_LINES:])
+        return ExitReport(
+            None, None, raw.oom, ExitKind.UNKNOWN, "it ended with an unknown exit code", tail[-_TAIL_LINES:]
+        )
     verdict = _verdict(plan, raw, tail)
     kind = ExitKind.OOM if raw.oom else verdict.kind
     reason = "killed by the kernel: out of memory" if raw.oom else verdict.reason

@@ -91,7 +91,7 @@ def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> E
     if signal is not None:
         return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
     if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
+        return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
     kind = ExitKind.BAD_CONFIG if code == 2 else ExitKind.CRASH
     last = next((line.strip()[:_LONGEST] for line in reversed(log_tail) if line.strip()), "")
     return ExitVerdict(kind, f"ended with code {code}" + (f": {last}" if last else ""))

@@ -118,7 +118,7 @@ class LmStudio:
         if code == 2:
             return ExitVerdict(ExitKind.BAD_CONFIG, last or "the command line is wrong")
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
+            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
         return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
 
     # -- models ---------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class Ollama:
         if code == 0:
             return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
+            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
         last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
         return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
 

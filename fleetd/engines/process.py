@@ -101,7 +101,7 @@ class Process:
         if signal is not None:
             return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died while nobody watched")
+            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
         last = next((line.strip()[:_LONGEST] for line in reversed(log_tail) if line.strip()), "")
         return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
 

@@ -137,7 +137,7 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
             ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM does not know an argument (code 2){because}"
         )
     if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN, f"died while nobody watched{because}")
+        return ExitVerdict(ExitKind.UNKNOWN, f"died with an unknown exit code{because}")
     return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
 
 
