@@ -399,7 +399,7 @@ def plan(screen: Screen, document: Row) -> None:
     count = {kind: sum(1 for change in changes if change.get("change") == kind) for kind in marks}
     screen.line(
         f"{count['add']} to add, {count['change']} to change, {count['remove']} to remove, "
-        f"{number(document.get('unchanged'))} unchanged"
+        f"{number(document.get('unchanged'))} processes unchanged"
     )
 
 

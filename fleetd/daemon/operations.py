@@ -71,8 +71,12 @@ class Operations:
     async def _apply_now(self, path: str | None, options: ApplyOptions) -> tuple[Plan, list[str], dict[str, int]]:
         """Change the fleet; return the plan, the processes whose state follows from it, and their generations before."""
         configuration = self._daemon.configuration
-        reading = await configuration.read(Path(path) if path else None)
-        old, new = configuration.assembly, reading.assembly
+        while True:
+            old = configuration.assembly
+            reading = await configuration.read(Path(path) if path else None)
+            if configuration.assembly is old:  # a look takes no turn: another change may have been applied beside it
+                break
+        new = reading.assembly
         plan = plan_of(old, reading, path or str(configuration.path))
         if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(

@@ -70,7 +70,7 @@ TABLE = [
     (["explain", "ulysses"], 0, "10G free of a budget of 13G"),
     (["explain", "nope"], 4, ""),
     (["dump"], 0, '"journal"'),
-    (["reload"], 0, "5 unchanged"),
+    (["reload"], 0, "5 processes unchanged"),
     (["version"], 0, "fleetd 0.1.0"),
     (["pm2-jlist"], 0, '"pm2_env"'),
     (["completion", "bash"], 0, "_FLEETCTL_COMPLETE"),
