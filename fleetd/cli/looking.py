@@ -26,6 +26,8 @@ from fleetd.cli.session import FORMS, Duration, Session, completion_of, forms, n
 from fleetd.control.wire import SCHEMA, document
 
 WATCH_S = 1.0
+_LINES = 50
+_MOST_LINES = 100_000
 
 
 @click.command()
@@ -161,12 +163,17 @@ def _in_memory(row: Mapping[str, Any]) -> bool:
 @click.command()
 @names_argument("processes", also=("all",))
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines until Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(0, 100_000), default=50, show_default=True, help="Last lines first.")
+@click.option(
+    "-n",
+    "--lines",
+    type=click.IntRange(0, _MOST_LINES),
+    help=f"How many of the last lines first.  [default: {_LINES}; with --since all, {_MOST_LINES} at most]",
+)
 @click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, … (where lines have a time).")
 @click.option("--grep", help="Only lines that match this regular expression.")
 @forms("text", "json")
 def logs(
-    session: Session, names: tuple[str, ...], follow: bool, lines: int, since: float | None, grep: str | None
+    session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None, grep: str | None
 ) -> int:
     """Show the last lines of processes' logs.
 
@@ -178,6 +185,7 @@ def logs(
         except (re.error, RecursionError, OverflowError) as error:
             raise click.UsageError(f"--grep is not a regular expression: {error}") from None
     client, screen = session.client, session.screen
+    lines = lines if lines is not None else _LINES if since is None else _MOST_LINES
     source = client.stream(f"/v1/logs/{','.join(names)}", lines=lines, since_s=since, grep=grep, follow=follow)
     several = len(names) > 1 or any(mark in names[0] for mark in "*?[") or names[0] == "all"
     colours: dict[str, str] = {}

@@ -61,7 +61,7 @@ TABLE = [
     (["logs", "ollama", "-n", "1"], 0, "ollama-2 | ollama-2 says 0"),
     (["logs", "web", "--grep", "says 7"], 0, "web says 7"),
     (["logs", "web", "--grep", "("], 2, ""),
-    (["logs", "web", "--since", "10m"], 0, "web says"),
+    (["logs", "web", "--since", "10m"], 0, "web says 999"),  # all of them, not the last fifty
     (["logs", "nope"], 4, ""),
     (["logs", "web", "nope"], 4, ""),
     (["events"], 0, "web Exited READY → BACKOFF: code 1"),
