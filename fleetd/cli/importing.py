@@ -12,6 +12,7 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,11 +49,14 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
 
     What could not be carried over is reported on standard error.
     """
-    content = _store_list(file) if kind == "ollama" and Path(file).expanduser().is_dir() else _read(file)
+    store = kind == "ollama" and Path(file).expanduser().is_dir()
+    content = _store_list(file) if store else _read(file)
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(f"{PACKAGE}.{name}"), f"import_{name}")
     accepted = inspect.signature(convert).parameters
-    options = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
+    options: dict[str, Any] = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
+    if store and (folder := Path(file).expanduser().absolute()) != Path.home() / ".ollama" / "models":
+        options["models_dir"] = str(folder)
     for name, option in (("instance", "--instance"), ("profile", "--env")):
         if name in options and name not in accepted:
             raise click.UsageError(f"{option} means nothing for {kind}")

@@ -121,6 +121,7 @@ def test_a_store_folder_is_imported_migrated_and_scanned_without_a_daemon(tmp_pa
     (tmp_path / "store" / "manifests" / "registry.ollama.ai" / "library" / "bad" / "latest").write_text("{")
     imported = fleetctl("import", "ollama", str(tmp_path / "store"))
     assert (imported.code, "tiny" in imported.out, "bad:latest" in imported.err) == (0, True, True)
+    assert f"models_dir: {tmp_path / 'store'}" in imported.out
     migrated = fleetctl("migrate", "ollama-to-vllm", str(tmp_path / "store"), "-o", "json")
     assert migrated.code == 0
     assert json.loads(migrated.out)["models"] == {"tiny": {"instance": "ollama", "served_as": "tiny:latest"}}

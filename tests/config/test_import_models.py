@@ -111,6 +111,12 @@ def test_what_ollama_lists_becomes_models(tmp_path: Path) -> None:
     }
     assert "left out" in said(imported)["gpt-oss:120b-cloud:", "refused"]
     assert list(loads(imported, tmp_path).config.models) == ["llama3.2", "tsc-ulysses:q8_0"]
+    on_a_drive = import_ollama(TABLE, models_dir="/Volumes/BOWIE/ollama").data["instances"]["ollama"]
+    assert on_a_drive == {
+        "engine": "ollama",
+        "options": {"models_dir": "/Volumes/BOWIE/ollama"},
+        "requires": ["/Volumes/BOWIE"],
+    }
 
 
 def test_what_ollamas_api_tells_becomes_models() -> None:

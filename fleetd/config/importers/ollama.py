@@ -14,6 +14,7 @@ from typing import Any
 
 from fleetd.config.block import MODEL_NAME
 from fleetd.config.importers.emit import to_yaml
+from fleetd.config.importers.pm2_ollama import volume_of
 from fleetd.config.importers.report import Imported, Report
 from fleetd.errors import ConfigError, Problem
 
@@ -21,8 +22,11 @@ _EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
 _NAME = re.compile(MODEL_NAME)
 
 
-def import_ollama(text: str, *, shown: str = "ollama list", instance: Sequence[str] = ()) -> Imported:
-    """Return a model for every name. Without `instance` an Ollama server is added for them. Raises ConfigError."""
+def import_ollama(
+    text: str, *, shown: str = "ollama list", instance: Sequence[str] = (), models_dir: str = ""
+) -> Imported:
+    """Return a model for every name. Without `instance` an Ollama server is added for them, on the store `models_dir`
+    where that is not the one that Ollama takes by itself. Raises ConfigError."""
     report = Report()
     holders = list(instance) or ["ollama"]
     models: dict[str, Any] = {}
@@ -43,10 +47,20 @@ def import_ollama(text: str, *, shown: str = "ollama list", instance: Sequence[s
             report.mapped(name, "", f"models.{key}")
     data: dict[str, Any] = {"version": 1}
     if not instance and models:
-        data["instances"] = {"ollama": {"engine": "ollama"}}
+        data["instances"] = {"ollama": _server(models_dir)}
     if models:
         data["models"] = models
     return Imported(to_yaml(data, {"": [f"{len(models)} models that Ollama has, from {shown}"]}), data, report)
+
+
+def _server(models_dir: str) -> dict[str, Any]:
+    server: dict[str, Any] = {"engine": "ollama"}
+    if models_dir:
+        server["options"] = {"models_dir": models_dir}
+        volume = volume_of(models_dir)
+        if volume is not None:
+            server["requires"] = [volume]
+    return server
 
 
 def _listed(text: str, shown: str) -> list[tuple[str, dict[str, Any]]]:

@@ -27,6 +27,12 @@ _HOST = re.compile(r"(?:https?://)?(?P<host>\[[^\]]+\]|[^:/]*)(?::(?P<port>\d+))
 _VOLUME = re.compile(r"(/Volumes/[^/]+)(?:/|$)")
 
 
+def volume_of(path: str) -> str | None:
+    """Return the external drive of a Mac that a path lies on."""
+    found = _VOLUME.match(path)
+    return found[1] if found else None
+
+
 def is_ollama(words: list[str]) -> bool:
     """Return whether a command line starts an Ollama server."""
     return len(words) >= 2 and words[0].rsplit("/", 1)[-1] == "ollama" and words[1] == "serve"
@@ -42,10 +48,10 @@ def to_instance(name: str, words: list[str], env: Mapping[str, str], report: Rep
     options = _options(name, rest, report)
     if options:
         entry["options"] = options
-    volume = _VOLUME.match(str(options.get("models_dir", "")))
-    if volume:
-        entry["requires"] = [volume[1]]
-        report.warn(name, "requires", f"{volume[1]} must be mounted before a start: PM2 did not wait for it")
+    volume = volume_of(str(options.get("models_dir", "")))
+    if volume is not None:
+        entry["requires"] = [volume]
+        report.warn(name, "requires", f"{volume} must be mounted before a start: PM2 did not wait for it")
     if rest:
         entry["env"] = rest
     return entry
