@@ -61,7 +61,6 @@ def parse(argv: list[str]) -> Namespace:
     add("--hang-after", type=int, metavar="N", help="inference hangs after N requests; /health stays well")
     add("--memory", type=int, default=0, help="bytes really held (ollama, lmstudio: per loaded model)")
     add("--orphan-worker", action="store_true", help="a child holds the memory and survives SIGKILL of the leader")
-    add("--orphan-port", action="store_true", help="the worker listens on port + 1")
     add("--orphan-setsid", action="store_true", help="the worker leads a session of its own")
     add("--fail-load", action="store_true")
     add("--version", default="0.33.0", help="ollama, vllm: what it says of itself")

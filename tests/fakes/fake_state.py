@@ -68,10 +68,9 @@ class State:
         self.memory.pop(key, None)
 
     def spawn_worker(self, size: int) -> int:
-        """Start a child that survives our SIGKILL and keeps memory, stdout and, if asked, port + 1."""
+        """Start a child that survives our SIGKILL and keeps memory and stdout."""
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fake_worker.py")
-        port = str(self.args.port + 1 if self.args.orphan_port else 0)
-        flags = [str(size), port, "1" if self.args.ignore_term else "0", "1" if self.args.orphan_setsid else "0"]
+        flags = [str(size), "1" if self.args.ignore_term else "0", "1" if self.args.orphan_setsid else "0"]
         read_end, write_end = os.pipe()
         os.set_inheritable(write_end, True)
         argv = [sys.executable, "-S", "-E", script, *flags, str(write_end)]

@@ -1,6 +1,6 @@
-"""A worker that outlives its leader, as VLLM::EngineCore does: SIZE PORT IGNORE_TERM SETSID READY_FD.
+"""A worker that outlives its leader, as VLLM::EngineCore does: SIZE IGNORE_TERM SETSID READY_FD.
 
-It holds SIZE bytes, its inherited stdout and, when PORT is not 0, a listening socket, until a signal ends it.
+It holds SIZE bytes and its inherited stdout until a signal ends it.
 """
 
 # os.path, since pathlib would double the start-up time.
@@ -8,12 +8,11 @@ It holds SIZE bytes, its inherited stdout and, when PORT is not 0, a listening s
 
 import os
 import signal
-import socket
 import sys
 
 
 def main() -> None:
-    size, port, ignore_term, setsid, ready = (int(word) for word in sys.argv[1:6])
+    size, ignore_term, setsid, ready = (int(word) for word in sys.argv[1:5])
     try:
         with open("/proc/self/comm", "w") as comm:
             comm.write("FAKE::Worker")
@@ -27,11 +26,6 @@ def main() -> None:
     memory = bytearray(size)
     for offset in range(0, size, 4096):
         memory[offset] = 1
-    listener = socket.socket()
-    if port:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(8)
     os.write(ready, b".")
     os.close(ready)
     while True:
