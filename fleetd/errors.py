@@ -14,6 +14,7 @@ Any other exception that escapes is a bug to report.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,3 +116,13 @@ class InvalidTransition(FleetError):
         self.subject, self.start, self.finish, self.story = subject, start, finish, tuple(story)
         lines = "".join(f"\n  {line}" for line in self.story)
         super().__init__(f"{subject} cannot move from {start} to {finish}{lines}")
+
+
+def in_words(error: Exception) -> str:
+    """Return what went wrong with a connection, without an HTTP library's account of how it tried."""
+    cause = getattr(error, "os_error", None)
+    if (
+        isinstance(cause, OSError) and cause.errno and type(cause).__module__ == "builtins"
+    ):  # not TLS, not a name's lookup
+        return os.strerror(cause.errno)
+    return str(error) or type(error).__name__

@@ -106,7 +106,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "queue": "Limits of its waiting requests.",
         "load_timeout": "Longest time that a load may take.",
         "request": "Changes to the body of requests.",
-        "fallback": "Models to use while this one cannot be.",
+        "fallback": "Models to use while this one is blocked, failed, full, restarting after a crash, or not answering.",
     },
     "HeldModel": {
         "instance": "Server or servers that can hold it; a name with replicas means all of them.",

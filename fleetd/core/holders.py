@@ -2,6 +2,7 @@
 
 The rules of this file
 - Pure questions over the facts.
+- Down is what failed and may come back: a request waits for it only where it has nowhere else to go.
 - An operator's stop or drain, an absent requirement and a process that gave up all mean the same to a request: not from here.
 """
 
@@ -16,6 +17,24 @@ def usable(process: Process) -> bool:
     if process.stopped or process.removed or not process.spec.enabled or process.missing or process.drained:
         return False
     return process.state not in (ProcessState.FAILED, ProcessState.EXITED)
+
+
+def down(model: Model, process: Process) -> bool:
+    """Return whether it was lost, or does not answer. A first start is not that, and neither is one that only requests bring about:
+    if they all went elsewhere, it would never come back."""
+    if process.state is ProcessState.STARTING and not process.spec.capabilities.owns_process:
+        return bool(process.startup_detail)
+    if process.state is ProcessState.STARTING:
+        return process.record.deaths > 0 and (model.spec.preload or not process.spec.on_demand)
+    if process.state is ProcessState.STOPPING:
+        return process.outcome is not None
+    return process.state in (ProcessState.BACKOFF, ProcessState.UNHEALTHY)
+
+
+def out_of_reach(facts: Facts, model: Model) -> bool:
+    """Return whether every process that may hold the model is down, or may not hold it."""
+    processes = [process for name in model.spec.holders if (process := facts.processes.get(name)) is not None]
+    return all(down(model, process) or not usable(process) for process in processes)
 
 
 def holder(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from fleetd.core.commands import Reject
 from fleetd.core.facts import Facts, Waiting
-from fleetd.core.holders import holder, hopeful
+from fleetd.core.holders import holder, hopeful, out_of_reach
+from fleetd.core.router import relieved, serving
 from fleetd.core.state import Model, Process, ProcessState, Residency
 
 _RETRY_AFTER_S = 2.0
@@ -26,7 +27,8 @@ class Line:
         facts = self.facts
         model = facts.models[waiting.model]
         full = len(facts.queue) >= facts.spec.queue.max
-        if (full or model.waiting >= model.spec.queue_max) and waiting.client:
+        no_place = model.waiting >= model.spec.queue_max and serving(facts, model, waiting.avoid, facts.closed) is None
+        if (full or no_place) and waiting.client:
             whose = "the fleet's queue" if full else f"the queue of {model.name}"
             self.refuse(waiting, "queue_full", f"{whose} is full", now, self.patience(model))
             return
@@ -71,6 +73,19 @@ class Line:
             )
         elif not any(hopeful(facts, p) for p in model.placements.values()) and holder(facts, model) is None:
             self.blocked(waiting, model, now)
+        elif relieved(facts, model, waiting.fallback, now) or self._foreign(model):
+            self.out(
+                waiting,
+                "model_failed",
+                f"{model.name} cannot be served: {self._standings(model)}",
+                now,
+                self.patience(model),
+            )
+
+    def _foreign(self, model: Model) -> bool:
+        """Nobody here can bring it back: it is held by servers alone that are not ours, and none of them answers."""
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        return out_of_reach(self.facts, model) and not any(p.spec.capabilities.owns_process for p in processes)
 
     def withdraw(self, model: Model, reason: str) -> None:
         """An operator changed their mind: loads that they asked for are called off."""
@@ -84,14 +99,17 @@ class Line:
     def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
         """No process that may hold the model can come: say what each of them is."""
         processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
-        said = "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
         if any(p.drained and not p.stopped for p in processes):
             code = "draining"
         elif any(p.state in (ProcessState.FAILED, ProcessState.EXITED) and not p.impossible for p in processes):
             code = "model_failed"
         else:
             code = "model_blocked"
-        self.out(waiting, code, f"{model.name} cannot be served: {said}", now, 30.0)
+        self.out(waiting, code, f"{model.name} cannot be served: {self._standings(model)}", now, 30.0)
+
+    def _standings(self, model: Model) -> str:
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        return "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
 
     def _standing(self, process: Process) -> str:
         if process.stopped:
@@ -100,7 +118,7 @@ class Line:
             return "drained by an operator"
         if process.missing:
             return f"{process.state}: requires {', '.join(process.missing)}, absent now"
-        return f"{process.state}: {process.reason}"
+        return f"{process.state}: {process.startup_detail or process.reason}"
 
     def out(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
         self.leave(waiting.request_id)

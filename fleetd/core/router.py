@@ -1,7 +1,7 @@
 """Which model a name means, and which holder serves a request.
 
 The rules of this file
-- Names resolve in this order: alias, route (weighted, skipping what cannot serve), model.
+- Names resolve in this order: alias, route (weighted, skipping what cannot serve or is down), model.
 - Among loaded holders the one with the fewest requests in flight serves; a holder that failed this request is avoided.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fleetd.core.facts import Facts
-from fleetd.core.holders import usable
+from fleetd.core.holders import out_of_reach, usable
 from fleetd.core.state import Model, Placement, ProcessState, Residency
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def _along(facts: Facts, model: Model, now: float, rng: Random) -> tuple[Model |
     ] or routes
     if not able:
         return None, []
-    chosen = rng.choices(able, weights=[route.weight for route in able])[0]
+    up = [route for route in able if (to := _target(facts, route.to)) is None or not out_of_reach(facts, to)] or able
+    chosen = rng.choices(up, weights=[route.weight for route in up])[0]
     return _target(facts, chosen.to), [route.to for route in routes if route.to != chosen.to]
 
 
@@ -64,6 +65,14 @@ def elsewhere(
 def _target(facts: Facts, name: str) -> Model | None:
     model = facts.models.get(facts.names.get(name, name))
     return None if model is None or model.name in facts.leaving else model
+
+
+def relieved(facts: Facts, model: Model, fallback: Collection[str], now: float) -> bool:
+    """Return whether a request for `model` has no reason to wait for it: it is down, and one of its fallbacks is not."""
+    if model.spec.routes or not out_of_reach(facts, model):
+        return False
+    others = [other for name in fallback if (other := _target(facts, name)) is not None and not other.spec.routes]
+    return any(can_serve(facts, other, now) and not out_of_reach(facts, other) for other in others)
 
 
 def can_serve(facts: Facts, model: Model, now: float) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fleetd.engines.base import Endpoint
-from fleetd.errors import EngineError
+from fleetd.errors import EngineError, in_words
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -117,7 +117,7 @@ async def call(
     except TimeoutError as error:
         raise EngineError(f"{method} {url} did not answer within {timeout_s:g} s") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise EngineError(f"{method} {url} failed: {str(error) or type(error).__name__}") from error
+        raise EngineError(f"{method} {url} failed: {in_words(error)}") from error
     text = body.decode("utf-8", "replace")
     reply = Reply(url=url, status=status, data=_parsed(text), text=text)
     if status in (401, 403):

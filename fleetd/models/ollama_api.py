@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fleetd.errors import EngineError
+from fleetd.errors import EngineError, in_words
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -177,7 +177,7 @@ class _Answer:
         except TimeoutError as error:
             raise EngineError(f"{self.what} did not answer within {self.timeout_s:g} s") from error
         except self.errors as error:
-            raise EngineError(f"{self.what} failed: {str(error) or type(error).__name__}") from error
+            raise EngineError(f"{self.what} failed: {in_words(error)}") from error
         if response.status in (401, 403):
             await self.context.__aexit__(None, None, None)
             raise EngineError(
@@ -192,7 +192,7 @@ class _Answer:
         if isinstance(error, TimeoutError):
             raise EngineError(f"{self.what} was not done within {self.timeout_s:g} s") from error
         if isinstance(error, self.errors):
-            raise EngineError(f"{self.what} broke off: {str(error) or type(error).__name__}") from error
+            raise EngineError(f"{self.what} broke off: {in_words(error)}") from error
 
 
 async def _lines(response: ClientResponse) -> AsyncIterator[Mapping[str, Any]]:

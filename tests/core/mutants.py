@@ -69,6 +69,7 @@ MUTANTS = (
     Mutant("no end of a wake without an answer", "sleeping", "if now >= self._deadline(placement):", "if False:"),
     Mutant("takes an adopted sleeper for awake", "change", "placement.step, placement.slept = SleepStep.LOOK, True", "pass"),
     Mutant("wakes without the room", "holders", "max(0, size - held.get(device, 0)) for", "0 for"),
+    Mutant("waits for what is down though another serves", "line", "relieved(facts, model, waiting.fallback, now) or self._foreign", "self._foreign"),
     Mutant("a stop by an operator does not last", "supervision", "if self.facts.shutting_down or process.stopped or", "if self.facts.shutting_down or"),
 )  # fmt: skip
 

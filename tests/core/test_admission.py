@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fleetd.core import commands as c
 from fleetd.core import events as e
-from fleetd.core.contract import ExitKind, ModelSpec, Probes, ProbeSpec, Route
+from fleetd.core.contract import Capabilities, ExitKind, ModelSpec, ProbeKind, Probes, ProbeSpec, Route
 from fleetd.core.state import ProcessState, Residency
 from tests.core.rig import G, Rig, fleet_spec, model, own, owners, process, server
 
@@ -611,10 +613,11 @@ def test_a_route_spreads_by_weight_and_skips_what_cannot_serve() -> None:
     assert {grant.model for grant in rig.take(c.Grant)} == {"b"}
 
 
-@pytest.mark.parametrize("why", ["absent", "failed", "full", "blocked"])
+@pytest.mark.parametrize("why", ["absent", "failed", "full", "blocked", "crashed", "starting again"])
 def test_a_fallback_serves_where_the_first_cannot(why: str) -> None:
     names = ("zzz", "b") if why == "absent" else ("b",)
-    rig = Rig(fleet_spec([own("a"), own("b")], pair(fallback=names, queue_max=1), budget=2))
+    crashing = why in ("crashed", "starting again")
+    rig = Rig(fleet_spec([own("a", on_demand=not crashing), own("b")], pair(fallback=names, queue_max=1), budget=2))
     rig.warm("b")
     if why == "failed":
         rig.ask("a")
@@ -624,9 +627,98 @@ def test_a_fallback_serves_where_the_first_cannot(why: str) -> None:
         rig.ask("a")
     elif why == "blocked" or why == "absent":
         rig.send(e.StopAsked("a"))
+    elif crashing:
+        rig.spawned("a")
+        rig.dies("a")
+        assert rig.state("a") is ProcessState.BACKOFF
+        if why == "starting again":
+            rig.wait(60)
+            assert rig.state("a") is ProcessState.STARTING
     rig.clear()
     request = rig.ask("a")
     assert [(grant.request_id, grant.model) for grant in rig.take(c.Grant)] == [(request, "b")]
+
+
+def test_a_fallback_that_lets_nobody_wait_serves_at_once() -> None:
+    models = [model("a", fallback=("b",)), model("b", queue_max=0, concurrency=1)]
+    rig = Rig(fleet_spec([own("a"), own("b", on_demand=False)], models, budget=2))
+    rig.spawned("b")
+    rig.send(e.StopAsked("a"))
+    served, refused = rig.ask("a"), rig.ask("a")
+    assert rig.granted() == [served]
+    assert rig.rejects() == {refused: "queue_full"}
+
+
+def test_who_waits_for_an_engine_that_dies_goes_on_to_the_fallback_until_it_serves_again() -> None:
+    rig = Rig(fleet_spec([own("a", on_demand=False), own("b")], pair(fallback=("b",)), budget=2))
+    rig.warm("b")
+    rig.clear()
+    waiting = rig.ask("a")
+    assert rig.granted() == [], "a first start is waited for"
+    rig.dies("a")
+    assert [(grant.request_id, grant.model) for grant in rig.take(c.Grant)] == [(waiting, "b")]
+    rig.wait(60)
+    rig.spawned("a")
+    rig.clear()
+    rig.ask("a")
+    assert [grant.model for grant in rig.take(c.Grant)] == ["a"]
+
+
+def test_an_engine_that_only_requests_start_gets_its_next_chance_with_the_next_request() -> None:
+    rig = Rig(fleet_spec([own("a"), own("b")], pair(fallback=("b",)), budget=2))
+    rig.warm("b")
+    rig.warm("a")
+    rig.dies("a")
+    assert rig.state("a") is ProcessState.STOPPED
+    rig.clear()
+    waiting = rig.ask("a")
+    rig.spawned("a")
+    assert [(grant.request_id, grant.model) for grant in rig.take(c.Grant)] == [(waiting, "a")]
+
+
+def test_an_engine_that_is_down_is_waited_for_where_nothing_else_can_serve() -> None:
+    rig = Rig(fleet_spec([own("a", on_demand=False), own("b", on_demand=False)], pair(fallback=("b",)), budget=2))
+    for name in "ab":
+        rig.spawned(name)
+        rig.dies(name)
+    waiting = rig.ask("a")
+    assert rig.rejects() == {}
+    rig.wait(60)
+    rig.spawned("a")
+    assert waiting in rig.granted()
+
+
+def test_a_route_passes_by_what_does_not_answer() -> None:
+    chat = ModelSpec("chat", routes=(Route("m", 99), Route("b", 1)))
+    probes = Probes(readiness=ProbeSpec(http="/", failures=1))
+    rig = Rig(fleet_spec([server("p", probes=probes), own("b")], [model("m", "p", size=0), model("b"), chat]))
+    rig.spawned("p")
+    rig.probe("p", ProbeKind.READINESS)
+    rig.warm("b")
+    rig.ask("m")
+    rig.loaded("m", "p")
+    rig.probe("p", ProbeKind.READINESS, ok=False)
+    assert rig.state("p") is ProcessState.UNHEALTHY
+    rig.clear()
+    for _ in range(4):
+        rig.finish(rig.ask("chat"))
+    assert {grant.model for grant in rig.take(c.Grant)} == {"b"}
+
+
+def test_a_server_that_is_not_ours_and_does_not_answer_is_told_at_once() -> None:
+    far = server("far", probes=Probes(startup=ProbeSpec(http="/")))
+    far = replace(far, capabilities=Capabilities(many_models=True, owns_process=False))
+    rig = Rig(fleet_spec([far], [model("m", "far", size=0)]))
+    early = rig.ask("m")
+    assert rig.rejects() == {}, "nobody has looked yet"
+    rig.probe("far", ProbeKind.STARTUP, ok=False, detail="connection refused")
+    late = rig.ask("m")
+    assert rig.rejects() == {early: "model_failed", late: "model_failed"}
+    assert all("far is STARTING: connection refused" in reject.reason for reject in rig.take(c.Reject))
+    rig.probe("far", ProbeKind.STARTUP)
+    rig.ask("m")
+    rig.loaded("m", "far")
+    assert len(rig.granted()) == 1
 
 
 def test_patience_that_is_over_does_not_begin_again_with_the_fallback() -> None:

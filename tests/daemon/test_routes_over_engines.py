@@ -79,6 +79,36 @@ def test_a_full_engine_hands_over_to_the_other(tmp_path: Path) -> None:
             assert first.result() == 200
 
 
+def test_while_an_engine_starts_again_the_other_serves(tmp_path: Path) -> None:
+    """Its start takes longer than anybody waits."""
+    (tmp_path / "store").mkdir()
+    text = fleet(tmp_path / "store", right="--load-time 1.5", weights=(0, 100))
+    text = text.replace("start: always,", "start: always, probes: {startup: {http: /health, period: 50ms}},")
+    with fleetd(tmp_path, text) as daemon:
+        up(daemon)
+        assert served(daemon, 3) == {"outside": 3}
+        os.kill(daemon.process_row("outside")["pid"], signal.SIGKILL)
+        until(lambda: daemon.process_row("outside")["state"] in ("BACKOFF", "STARTING"), "its death is seen")
+        assert served(daemon, 5) == {"inside": 5}
+        daemon.until_state("outside", "READY")
+        until(lambda: served(daemon, 1) == {"outside": 1}, "the first serves again")
+
+
+def test_a_server_elsewhere_that_does_not_answer_leaves_its_name_served(tmp_path: Path) -> None:
+    text = f"""
+    instances: {{far: {{engine: external, external: "http://127.0.0.1:{free_port()}"}}}}
+    models:
+      away: {{instance: far, fallback: [here]}}
+      here: {{engine: process, command: {fake("--model", "here")}, memory: 1MiB, start: always}}
+      chat: {{route: [{{to: away, weight: 99}}, {{to: here, weight: 1}}]}}
+    """
+    with fleetd(tmp_path, text).start() as daemon:
+        daemon.until_state("here", "READY")
+        assert served(daemon, 3) == {"here": 3}
+        answer = daemon.chat("away")
+        assert (answer.status, answer.headers["X-Fleet-Model"]) == (200, "here")
+
+
 def test_an_engine_taken_out_of_the_file_leaves_its_name_served(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     text = fleet(tmp_path / "store")

@@ -286,8 +286,33 @@ def requests(world: World) -> None:
     counts: dict[str, int] = {}
     for entry in facts.queue.values():
         counts[entry.model] = counts.get(entry.model, 0) + 1
+        others = [name for name in entry.fallback if serves(world, name)]
+        stuck = others and lost(world, entry.model)
+        holds(
+            world, not stuck, f"request {entry.request_id} waits for {entry.model}, which is lost, and {others} serve"
+        )
     for model in world.fleet.models.values():
         holds(world, model.waiting == counts.get(model.name, 0), f"{model.name} counts {model.waiting} waiting")
+
+
+def lost(world: World, name: str) -> bool:
+    """Every process that may hold the model has died and waits for its next start, or does not answer."""
+    model = world.fleet.models[name]
+    states = [world.fleet.processes[holder].state for holder in model.spec.holders if holder in world.fleet.processes]
+    return bool(states) and all(state in (ProcessState.BACKOFF, ProcessState.UNHEALTHY) for state in states)
+
+
+def serves(world: World, name: str) -> bool:
+    """The model is loaded on a ready process, with a slot to spare."""
+    model = world.fleet.models.get(world.fleet.facts.names.get(name, name))
+    return model is not None and any(
+        placement.state is Residency.LOADED
+        and placement.in_flight < model.spec.concurrency
+        and placement.closing is None
+        and world.fleet.processes[process].state is ProcessState.READY
+        and not world.fleet.processes[process].drained
+        for process, placement in model.placements.items()
+    )
 
 
 def waiting_states(world: World, name: str) -> None:

@@ -105,7 +105,7 @@ def random_fleet(rng: Random) -> FleetSpec:
         model("big", ("pool-1",), gpu=9),
         model("f1", ("far",)),
         model("va", gpu=5, asleep={"gpu0": GIB, "host": 2 * GIB}),  # its weights go to the host
-        model("vb", gpu=4, host=2, pin=rng.random() < 0.2, asleep={"gpu0": GIB, "host": GIB}),
+        model("vb", gpu=4, host=2, fallback=("vc",), pin=rng.random() < 0.2, asleep={"gpu0": GIB, "host": GIB}),
         model("vc", gpu=2),
         model("lc", host=3, fallback=("ld",), ttl_s=15.0),
         model("ld", host=4, gpu=1),
