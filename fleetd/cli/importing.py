@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,17 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
         _write_new(Path(output).expanduser(), text)
     for line in imported.report.lines():
         say(clean(line))
+    if kind == "pm2":
+        _warn_of_pm2(imported.data)
     return EXIT_OK
+
+
+def _warn_of_pm2(data: Mapping[str, Any]) -> None:
+    """Say what would run twice."""
+    from fleetd.config.importers.pm2_running import running, still_running
+
+    for sentence in still_running(running(), data):
+        say(clean(f"warning      {sentence}"))
 
 
 def _store_list(file: str) -> str:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +32,8 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         report = SimpleNamespace(lines=list)
         return SimpleNamespace(text=f"path: {path.name}, profile: {profile}", report=report)
 
-    found = SimpleNamespace(import_pm2=convert, import_other=from_path)
-    monkeypatch.setattr(importing.import_.params[0], "type", click.Choice(["pm2", "other"]))
+    found = SimpleNamespace(import_one=convert, import_other=from_path)
+    monkeypatch.setattr(importing.import_.params[0], "type", click.Choice(["one", "other"]))
     monkeypatch.setattr(importlib, "import_module", lambda _name: found)
     path = tmp_path / "ecosystem.json"
     path.write_text("{}")
@@ -40,7 +45,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_parts_and_report_are_apart(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("pm2", str(source)) == 0
+    assert run("one", str(source)) == 0
     shown = capsys.readouterr()
     assert shown.out == "services: {}\n"
     assert shown.err == "watch: not carried over\n"
@@ -48,28 +53,28 @@ def test_parts_and_report_are_apart(source: Path, capsys: pytest.CaptureFixture[
 
 def test_a_new_file_is_written_and_an_old_one_kept(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = source.with_name("parts.yaml")
-    assert run("pm2", str(source), "-o", str(out)) == 0
+    assert run("one", str(source), "-o", str(out)) == 0
     assert out.read_text() == "services: {}\n"
     assert capsys.readouterr().out == ""
     out.write_text("mine")
     with pytest.raises(CliError, match="is there already"):
-        run("pm2", str(source), "-o", str(out))
+        run("one", str(source), "-o", str(out))
     assert out.read_text() == "mine"
 
 
 def test_what_cannot_be_read(source: Path) -> None:
     with pytest.raises(CliError, match="No such file") as caught:
-        run("pm2", str(source.with_name("absent")))
+        run("one", str(source.with_name("absent")))
     assert caught.value.exit_code == 2
     source.write_text("bad")
     with pytest.raises(CliError, match="cannot be read") as caught:
-        run("pm2", str(source))
+        run("one", str(source))
     assert caught.value.exit_code == 2
     with pytest.raises(CliError):
-        run("pm2", str(source.parent))
+        run("one", str(source.parent))
     source.write_bytes(b"\xff\xfe")
     with pytest.raises(CliError, match="UTF-8"):
-        run("pm2", str(source))
+        run("one", str(source))
     with pytest.raises(click.UsageError):
         run("supervisord", str(source))
 
@@ -77,7 +82,7 @@ def test_what_cannot_be_read(source: Path) -> None:
 def test_an_option_of_another_kind(source: Path) -> None:
     for option in ("--instance", "--env"):
         with pytest.raises(click.UsageError, match="means nothing"):
-            run("pm2", str(source), option, "x")
+            run("one", str(source), option, "x")
 
 
 def test_an_importer_that_wants_the_file_itself(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,3 +100,40 @@ def test_the_kinds_are_the_importers_that_are_there(tmp_path: Path, monkeypatch:
     (tmp_path / "llama_swap.py").write_text("x = 1\ndef import_llama_swap(text):\n    pass\n")
     (tmp_path / "shape.py").write_text("class Imported: pass\n")
     assert importing.kinds() == ["llama-swap"]
+
+
+@pytest.fixture
+def god(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The socket of PM2's daemon, and a program `pm2` that lists one app, after a banner as the real one has."""
+    app = {
+        "pid": 7,
+        "name": "bot",
+        "pm2_env": {"status": "online", "pm_exec_path": "/srv/bot/index.js", "pm_cwd": "/srv/bot"},
+    }
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "pm2"
+    program.write_text(
+        f"#!/bin/sh\n[ $1 = jlist ] && printf '%s\\n' 'In-memory PM2 is out-of-date' '{json.dumps([app])}'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with tempfile.TemporaryDirectory(dir="/tmp") as home, socket.socket(socket.AF_UNIX) as listener:  # a short path
+        monkeypatch.setenv("PM2_HOME", home)
+        listener.bind(f"{home}/rpc.sock")
+        listener.listen()
+        yield listener
+
+
+def test_an_app_that_pm2_still_runs_is_told(
+    god: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "apps.json"
+    path.write_text(json.dumps({"apps": [{"name": "bot", "script": "index.js", "cwd": "/srv/bot"}]}))
+    assert run("pm2", str(path)) == 0
+    assert (
+        "warning      PM2 still runs bot (pid 7), which is bot here: pm2 delete bot && pm2 save"
+        in capsys.readouterr().err
+    )
+    god.close()  # no daemon: asking would start one
+    assert run("pm2", str(path)) == 0
+    assert "still runs" not in capsys.readouterr().err

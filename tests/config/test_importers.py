@@ -17,7 +17,8 @@ from fleetd.config.document import Source, compose
 from fleetd.config.importers import nodejs
 from fleetd.config.importers.emit import Variable, to_yaml
 from fleetd.config.importers.entities import import_entities
-from fleetd.config.importers.pm2 import import_document, import_pm2, local_timezone, still_running
+from fleetd.config.importers.pm2 import import_document, import_pm2, local_timezone
+from fleetd.config.importers.pm2_running import still_running
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported
 from fleetd.config.interpolate import interpolate
@@ -80,7 +81,9 @@ def test_an_ecosystem_file_becomes_a_fleet_that_loads(tmp_path: Path) -> None:
     report = said(imported)
     assert "ttl" in report["ollama-1.env.OLLAMA_KEEP_ALIVE", "approximated"]
     assert report["bot.colour", "refused"] == "is not a field that PM2 knows either"
-    assert "probes.startup" in report["bot.wait_ready", "refused"]
+    assert "silence is a failure" in report["bot.wait_ready", "approximated"]
+    assert bot.probes.startup is not None
+    assert (bot.probes.startup.message, bot.probes.startup.deadline) == ("ready", 30)
     assert "profile production" in report["bot.env_production", "warning"]
     assert ("deploy", "refused") in report
     assert "value of now" in report["process.env.FLEETD_TEST_ENV", "warning"]

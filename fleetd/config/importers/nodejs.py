@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
     if node is None:
         hint = "install Node, or export the list with `pm2 jlist > apps.json` and import that"
         raise ConfigError([Problem(str(path), 0, 0, "", f"is JavaScript and needs Node, which is not on PATH: {hint}")])
-    code, output, errors = asyncio.run(_run(node, path.resolve(), timeout_s))
+    words = (node, "-e", _SCRIPT % json.dumps(_MARKER), str(path.resolve()))
+    code, output, errors = asyncio.run(run(words, timeout_s, path.resolve().parent))
     if code is None:
         raise ConfigError([Problem(str(path), 0, 0, "", f"did not finish within {timeout_s:g} s")])
     _, marker, text = output.rpartition(_MARKER)
@@ -51,10 +53,10 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
     return found.get("value"), sorted(set(found["read"]) - internal)
 
 
-async def _run(node: str, path: Path, timeout_s: float) -> tuple[int | None, str, str]:
+async def run(words: Sequence[str], timeout_s: float, cwd: Path | None = None) -> tuple[int | None, str, str]:
+    """Run a program to its end; return its exit code (None: it took too long and was killed), its output and its errors. Raises OSError."""
     process = await asyncio.create_subprocess_exec(
-        node, "-e", _SCRIPT % json.dumps(_MARKER), str(path),
-        cwd=path.parent, limit=_LONGEST, start_new_session=True,
+        *words, cwd=cwd, limit=_LONGEST, start_new_session=True,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

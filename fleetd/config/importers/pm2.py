@@ -8,7 +8,6 @@ The rules of this file
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -204,30 +203,3 @@ def local_timezone() -> str | None:
     target = os.path.realpath("/etc/localtime")
     _, marker, name = target.partition("zoneinfo/")
     return name.removeprefix("posix/").removeprefix("Etc/") if marker else None
-
-
-def still_running(jlist: Any, data: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for every app that PM2 runs and the fleet would run too: a bot must not run twice.
-
-    `jlist` is the parsed output of `pm2 jlist`; `data` is a fleet as plain data (`Imported.data`, or a parsed fleet.yaml).
-    """
-    ours = {**(data.get("services") or {}), **(data.get("instances") or {})}
-    found = []
-    for process in jlist if isinstance(jlist, list) else ():
-        env = process.get("pm2_env") if isinstance(process, dict) else None
-        if not isinstance(env, dict) or env.get("status") not in ("online", "launching", "waiting restart"):
-            continue
-        name = str(process.get("name") or env.get("name"))
-        match = next((key for key, entry in ours.items() if key == name or _same_program(env, entry)), None)
-        if match is not None:
-            todo = f"pm2 delete {json.dumps(name) if ' ' in name else name} && pm2 save"
-            found.append(f"PM2 still runs {name} (pid {process.get('pid')}), which is {match} here: {todo}")
-    return found
-
-
-def _same_program(env: Mapping[str, Any], entry: Any) -> bool:
-    words = entry.get("command") if isinstance(entry, dict) else None
-    script, folder = str(env.get("pm_exec_path") or ""), str(entry.get("cwd") or "") if isinstance(entry, dict) else ""
-    if not script or not isinstance(words, list) or (folder and folder != str(env.get("pm_cwd") or "")):
-        return False
-    return any(os.path.normpath(Path(folder) / str(word)) == script for word in words)

@@ -198,8 +198,6 @@ class App:
 
 _REFUSED = {
     "namespace": "there are no groups: fleetctl takes names with * instead",
-    "wait_ready": "say probes.startup: {message: ready, deadline: 30s}; unlike in PM2, silence is a failure",
-    "listen_timeout": "goes with wait_ready: say probes.startup.deadline",
     "filter_env": "say what the process needs in env",
     "log_file": "fleetd writes output and errors to one file, logs/NAME.log",
     "log_date_format": "the times in the log have one form, RFC 3339",
@@ -319,6 +317,18 @@ def _message(app: App, stop: dict[str, Any]) -> None:
         app.report.warn(app.name, "shutdown_with_message", detail)
 
 
+def _ready(app: App) -> None:
+    said, timeout = app.take("wait_ready"), _ms(app.take("listen_timeout"))
+    if said not in (True, "true"):
+        return
+    deadline = _duration(max(30_000, timeout or 0))
+    app.entry["probes"] = {"startup": {"message": "ready", "deadline": deadline}}
+    app.differs(
+        "wait_ready",
+        f"probes.startup: waits for process.send('ready') for {deadline}; unlike in PM2, silence is a failure",
+    )
+
+
 def _limits(app: App) -> None:
     size = _bytes(app.take("max_memory_restart"))
     if size:
@@ -382,7 +392,17 @@ def _identity(app: App) -> None:
         app.mapped("env_file", app.entry["env_file"])
 
 
-_STEPS: tuple[Callable[[App], None], ...] = (_replicas, _restart, _stop, _limits, _schedule, _watch, _logs, _identity)
+_STEPS: tuple[Callable[[App], None], ...] = (
+    _replicas,
+    _restart,
+    _stop,
+    _ready,
+    _limits,
+    _schedule,
+    _watch,
+    _logs,
+    _identity,
+)
 
 
 def _name(fields: dict[str, Any]) -> str:
