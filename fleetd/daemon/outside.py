@@ -91,7 +91,9 @@ class Outside:
                 self._daemon.feed.say("process", plan.name, "watch", FLAPPING)
             self._quiet[plan.name] = loop.call_later(QUIET_S, restart, names)
 
-        return TreeWatch(watch.paths, changed, ignore=watch.ignore, debounce_s=watch.debounce_s)
+        ours = self._daemon.configuration.assembly.paths  # what fleetd writes itself is nobody's source
+        never = (ours.state, ours.run, ours.logs)
+        return TreeWatch(watch.paths, changed, ignore=watch.ignore, never=never, debounce_s=watch.debounce_s)
 
     def _drop_tree(self, name: str) -> None:
         _, watch = self._trees.pop(name)

@@ -151,7 +151,8 @@ class FileWatch:
 class TreeWatch:
     """Calls `on_change(paths)` on the loop after changes in these files and folders have been quiet for `debounce_s`.
 
-    Paths that do not exist yet are waited for. `ignore` holds glob patterns, matched on names and on relative paths.
+    Paths that do not exist yet are waited for. `ignore` holds glob patterns, matched on names and on relative paths;
+    `never` folders below which nothing counts.
     """
 
     def __init__(
@@ -160,8 +161,10 @@ class TreeWatch:
         on_change: Callable[[list[Path]], None],
         *,
         ignore: Sequence[str] = (),
+        never: Sequence[Path] = (),
         debounce_s: float = 0.5,
     ) -> None:
+        self._never = [path.absolute() for path in never]
         self._paths = [path.absolute() for path in paths]
         self._ignore = (*IGNORED, *ignore)
         self._on_change, self._debounce_s = on_change, debounce_s
@@ -173,6 +176,8 @@ class TreeWatch:
 
     def ignored(self, path: Path) -> bool:
         """Say whether a change of this path means nothing."""
+        if any(path.is_relative_to(folder) for folder in self._never):
+            return True
         for root in self._paths:
             if path == root:
                 return False

@@ -143,7 +143,7 @@ def test_a_burst_in_a_tree_is_one_change_and_ignored_names_are_none(tmp_path: Pa
 
     async def run() -> None:
         seen: list[list[Path]] = []
-        watch = TreeWatch([tree], seen.append, ignore=["*.map", "cache/*"], debounce_s=0.2)
+        watch = TreeWatch([tree], seen.append, ignore=["*.map", "cache/*"], never=[tree / "state"], debounce_s=0.2)
         await until_watched(tree, seen)
         before = len(seen)
         for number in range(30):
@@ -155,11 +155,19 @@ def test_a_burst_in_a_tree_is_one_change_and_ignored_names_are_none(tmp_path: Pa
         (tree / "a.map").write_text("x")
         (tree / ".a.swp").write_text("x")
         (tree / "node_modules").mkdir()
+        (tree / "state").mkdir()
+        (tree / "state" / "fleetd.db").write_text("x")
         (tree / "new" / "deep.js").write_text("x")  # a folder that is new itself
         await until(lambda: tree / "new" / "deep.js" in all_paths(seen))
         (tree / "last.js").write_text("x")
         await until(lambda: tree / "last.js" in all_paths(seen))
-        assert not all_paths(seen) & {tree / "a.map", tree / ".a.swp", tree / "node_modules"}
+        assert not all_paths(seen) & {
+            tree / "a.map",
+            tree / ".a.swp",
+            tree / "node_modules",
+            tree / "state",
+            tree / "state" / "fleetd.db",
+        }
         await watch.close()
 
     asyncio.run(run())
