@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAGIC = b"GGUF"
-THREADS = ("cpuparams", "n_threads")
 
 
 class Refused(Exception):

@@ -3,7 +3,7 @@
 The rules of this file
 - A source is asked in a thread and never raises: a card that does not answer is left out, a value it lacks is None.
 - NVIDIA through NVML, loaded at the first question; after an error it is begun anew at most every 30 s.
-- AMD through sysfs. `FixedGpus` is a source with given answers, for tests and simulations.
+- AMD through sysfs.
 """
 
 from __future__ import annotations
@@ -33,16 +33,6 @@ class Gpu:
 
 class GpuSource(Protocol):
     def sample(self) -> Sequence[Gpu]: ...
-
-
-@dataclass(slots=True)
-class FixedGpus:
-    """The cards that it was given; change `gpus` to change the answer."""
-
-    gpus: list[Gpu] = field(default_factory=list)
-
-    def sample(self) -> Sequence[Gpu]:
-        return list(self.gpus)
 
 
 class NvmlSource:

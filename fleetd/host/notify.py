@@ -65,9 +65,6 @@ class Notifier:
         """Ask for more time to start, reload or stop, counted from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={max(1, int(seconds * 1_000_000))}")
 
-    def main_pid(self, pid: int) -> None:
-        self._send(f"MAINPID={pid}")
-
     def _send(self, *lines: str) -> None:
         if not self._address or not lines:
             return

@@ -147,16 +147,6 @@ class Children:
             return
         reaped.append(pid)
 
-    def reap_orphan(self, pid: int) -> None:
-        """Take the status of one dead member of a process set, if it is a child that nobody claimed."""
-        with self._lock:
-            if pid in self._known or self._spawning:
-                return
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                return
-
 
 def _dead_children() -> list[int]:
     own = os.getpid()

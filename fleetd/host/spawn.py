@@ -15,7 +15,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,12 +47,6 @@ class Program:
     cpu: tuple[int, ...] = ()
     nofile: int | None = None
     pass_fds: tuple[int, ...] = ()
-
-
-def inheritable_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the part of the daemon's environment that children may have: nothing of systemd's or of fleetd's own."""
-    source = os.environ if environ is None else environ
-    return {key: value for key, value in source.items() if key not in _DAEMON_ONLY and not key.startswith("FLEETD_")}
 
 
 def tagged_env(request: SpawnRequest, token: str) -> dict[str, str]:
@@ -261,10 +255,3 @@ def _explain(program: Program, error: Exception) -> HostError:
         return HostError(f"{name} cannot be started now: {os.strerror(code)}", hint=hint, recoverable=True)
     text = os.strerror(code) if code else str(error)
     return HostError(f"{name} cannot be started: {text}", recoverable=False)
-
-
-def argv_text(argv: Sequence[str]) -> str:
-    """Return a command line for people."""
-    import shlex
-
-    return shlex.join(argv)

@@ -57,7 +57,7 @@ class StopPolicy:
 class SpawnRequest:
     """One process to start.
 
-    `env` is its whole environment (see `spawn.inheritable_env` for the inherited part); what belongs to the daemon alone is
+    `env` is its whole environment ; what belongs to the daemon alone is
     taken out of it. `port` is checked to be free on `host` first. `ipc` opens a Node IPC channel. `extra` is kept in the
     handle's record and comes back on adoption.
     """

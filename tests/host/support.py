@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
+from fleetd.daemon.environment import inherited
 from fleetd.host.handle import ProcessHandle
 from fleetd.host.host import Host
-from fleetd.host.spawn import inheritable_env
 from fleetd.host.types import HostPaths, RawExit, SpawnRequest, StopPolicy
 
 DEADLINE_S = 20.0
@@ -67,7 +67,7 @@ class Exits:
 
 
 async def spawn(host: Host, argv: tuple[str, ...], on_exit: Any = None, /, **fields: Any) -> ProcessHandle:
-    env = fields.pop("env", inheritable_env())
+    env = fields.pop("env", inherited(os.environ))
     request = SpawnRequest(fields.pop("name", "child"), fields.pop("generation", 1), argv, env, **fields)
     return await host.spawn(request, on_exit or (lambda _: None))
 

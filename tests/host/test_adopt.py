@@ -29,13 +29,13 @@ DAEMON = """
     import asyncio, os, sys
     from pathlib import Path
     from fleetd.host.host import Host
-    from fleetd.host.spawn import inheritable_env
+    from fleetd.daemon.environment import inherited
     from fleetd.host.types import HostPaths, LogPolicy, SpawnRequest
 
     async def main(folder, *argv):
         host = Host(HostPaths(folder / "state", folder / "run", folder / "logs"))
         await host.start()
-        request = SpawnRequest("worker", 3, argv, inheritable_env(), extra={"launch_hash": "abc"})
+        request = SpawnRequest("worker", 3, argv, inherited(os.environ), extra={"launch_hash": "abc"})
         handle = await host.spawn(request, lambda _: None)
         print(handle.pid, flush=True)
         await asyncio.sleep(600)
@@ -219,7 +219,7 @@ EXEC_DAEMON = """
     from pathlib import Path
     from fleetd.host.handle import decode_records, encode_records
     from fleetd.host.host import Host
-    from fleetd.host.spawn import inheritable_env
+    from fleetd.daemon.environment import inherited
     from fleetd.host.types import HostPaths, LogPolicy, SpawnRequest, StopPolicy
 
     SOURCE = (
@@ -235,7 +235,7 @@ EXEC_DAEMON = """
         if carried is None:
             argv = (sys.executable, "-I", "-S", "-c", SOURCE, str(folder / "go"))
             handle = await host.spawn(
-                SpawnRequest("piped", 1, argv, inheritable_env(), logs=LogPolicy(capture="pipe")), lambda _: None
+                SpawnRequest("piped", 1, argv, inherited(os.environ), logs=LogPolicy(capture="pipe")), lambda _: None
             )
             while not any(line.text == "before" for line in await host.logs.tail("piped")):
                 await asyncio.sleep(0.01)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fleetd.host.gpu import AmdSource, FixedGpus, Gpu, NvmlSource, system_sources
+from fleetd.host.gpu import AmdSource, Gpu, NvmlSource, system_sources
 from fleetd.host.memory import GIB, Devices, apple_wired_limit, limited_host_memory
+
+
+class FixedGpus:
+    """The cards that it was given."""
+
+    def __init__(self, gpus: Sequence[Gpu] = ()) -> None:
+        self.gpus = gpus
+
+    def sample(self) -> Sequence[Gpu]:
+        return list(self.gpus)
 
 
 class NvmlError(Exception):

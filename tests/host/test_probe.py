@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,8 +15,8 @@ import pytest
 
 from bench.rig import free_port
 from fleetd.core.contract import ProbeKind, ProbeSpec
+from fleetd.daemon.environment import inherited
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
-from fleetd.host.spawn import inheritable_env
 from fleetd.host.types import LogPolicy
 from tests.host.support import POLITE, alive, host_in, log_says, python, spawn, until
 
@@ -202,7 +203,7 @@ def test_exec(argv: tuple[str, ...], ok: bool, detail: str, tmp_path: Path) -> N
     async def run() -> Answer:
         async with host_in(tmp_path) as host:
             spec = ProbeSpec(exec=argv, period_s=60, timeout_s=0.5)
-            async with probing(host, Target("web", 1, env=inheritable_env()), spec) as answers:
+            async with probing(host, Target("web", 1, env=inherited(os.environ)), spec) as answers:
                 await until(lambda: answers.seen)
             return answers.seen[0]
 
@@ -218,12 +219,14 @@ def test_an_exec_that_hangs_is_killed_with_its_family(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             spec = ProbeSpec(exec=("/bin/sh", "-c", script), period_s=60, timeout_s=0.5)
-            async with probing(host, Target("web", 1, env=inheritable_env()), spec) as answers:
+            async with probing(host, Target("web", 1, env=inherited(os.environ)), spec) as answers:
                 await until(lambda: answers.seen)
                 assert not answers.seen[0].ok
             await until_dead(note, 2)
             note.unlink()
-            async with probing(host, Target("web", 1, env=inheritable_env()), replace(spec, timeout_s=60)) as answers:
+            async with probing(
+                host, Target("web", 1, env=inherited(os.environ)), replace(spec, timeout_s=60)
+            ) as answers:
                 await until(lambda: note.exists() and len(note.read_text().split()) == 2, "both there")
             await until_dead(note, 2)  # closed in the middle
             assert answers.seen == []

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from bench.rig import free_port
+from fleetd.daemon.environment import inherited
 from fleetd.errors import HostError
 from fleetd.host import spawn as spawn_module
 from fleetd.host.logs.book import exit_mark
-from fleetd.host.spawn import inheritable_env
 from fleetd.host.types import LogPolicy
 from tests.host.support import POLITE, Exits, alive, host_in, log_says, python, spawn, until
 
@@ -62,7 +62,7 @@ def test_what_is_the_daemons_stays_with_the_daemon(tmp_path: Path) -> None:
         "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "LISTEN_FDS": "1", "LISTEN_PID": "1",
         "LISTEN_FDNAMES": "x", "FLEETD_INSTANCE": "outer:1", "FLEETD_SPAWN": "outer", "HOME": "/h", "PATH": os.environ["PATH"],
     }  # fmt: skip
-    assert inheritable_env(outer) == {"HOME": "/h", "PATH": os.environ["PATH"]}
+    assert inherited(outer) == {"HOME": "/h", "PATH": os.environ["PATH"]}
     env = report(tmp_path, env={**outer, "FLEETD_REPLICA": "2"})["env"]
     assert isinstance(env, dict)
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"} & set(
