@@ -29,6 +29,7 @@ class Spawn(Command):
     name: str
     generation: int
     reason: str
+    restarts: int = 0  # this one counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ class Supervision:
         self.facts.move(process, ProcessState.STARTING, now, "starting")
         self.begin_run(process, now)
         if process.spec.capabilities.owns_process:
-            self.facts.emit(Spawn(process.name, process.generation, reason))
+            self.facts.emit(Spawn(process.name, process.generation, reason, process.restarts))
             self.facts.persist(process, "started")
         else:
             self.spawned(process, None, now)

@@ -10,12 +10,12 @@ The rules of this file
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fleetd.core.contract import ExitKind, ExitReport
+from fleetd.core.contract import ExitKind, ExitReport, Remembered
 from fleetd.core.events import Adopted, Exited
 from fleetd.daemon.containers import remove_by, remove_orphans
-from fleetd.daemon.launches import REMOVAL, LaunchPlan
+from fleetd.daemon.launches import REMOVAL, RESTARTS, LaunchPlan
 from fleetd.daemon.machine import HostMachine
 from fleetd.daemon.processes import Processes
 from fleetd.errors import HostError
@@ -25,11 +25,20 @@ from fleetd.host.types import HandleRecord
 @dataclass(slots=True)
 class Adoption:
     """What was taken over. `died` ended while nobody watched; `changed` names those that fleet.yaml now wants to run
-    differently."""
+    differently; `restarts` is what the records count, which are written before a start, and so never too late."""
 
     adopted: list[Adopted] = field(default_factory=list)
     died: list[Exited] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    restarts: dict[str, int] = field(default_factory=dict)
+
+    def raised(self, remembered: Mapping[str, Remembered]) -> dict[str, Remembered]:
+        """Return what is remembered, with no count below that of a record."""
+        kept = dict(remembered)
+        for name, count in self.restarts.items():
+            if count > kept.setdefault(name, Remembered()).restarts:
+                kept[name] = replace(kept[name], restarts=count)
+        return kept
 
 
 async def adopt_all(
@@ -46,6 +55,8 @@ async def adopt_all(
         if plan is None or plan.external:
             await _end(machine, record, "no longer in fleet.yaml", tell)
             continue
+        counted = record.extra.get(RESTARTS)
+        found.restarts[record.name] = counted if isinstance(counted, int) else 0
         run = processes.adopt(plan, record)
         try:
             handle = await machine.adopt(record, processes.exit_seen(run))

@@ -235,7 +235,14 @@ class App:
         daemon.requirements.accept(absent)
         adopted, died = tuple(adoption.adopted), tuple(adoption.died)
         daemon.dispatch(
-            SpecChanged(assembly.spec, daemon.store.remembered, adopted, absent.processes, absent.models, died=died)
+            SpecChanged(
+                assembly.spec,
+                adoption.raised(daemon.store.remembered),
+                adopted,
+                absent.processes,
+                absent.models,
+                died=died,
+            )
         )
         daemon.port.spec_changed()
         for name in adoption.changed:

@@ -114,7 +114,9 @@ class Daemon:
             self.port,
             lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
         )
-        self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port)
+        self.verbs = Verbs(
+            self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.flush
+        )
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
         self.port.warm = self.loop
 
@@ -127,6 +129,7 @@ class Daemon:
             parent_env,
             self._complain,
             lambda name, sentence: self.feed.say("process", name, "hook", sentence),
+            self._unwanted,
             self.requirements.fresh,
             self.starts,
         )
@@ -218,7 +221,7 @@ class Daemon:
             self.feed.publish(journal.entries[-1], self.fleet.processes.keys())
         elif isinstance(event, _HOT):
             return
-        self.processes.hooks.break_off(self._unwanted)
+        self.processes.hooks.break_off()
         if isinstance(event, Exited):
             self.residency.process_died(event.name)
             if event.report.log_tail or event.report.code:

@@ -21,27 +21,36 @@ LIMIT_S = 60.0
 
 
 class Hooks:
-    """The hooks that run now, by process; `tell(name, sentence)` hears of those that did their work."""
+    """The hooks that run now, by process; `tell(name, sentence)` hears of those that did their work, and
+    `unwanted(name)` says whether nobody wants the start any more that a hook leads to."""
 
     def __init__(
-        self, machine: Machine, tasks: Tasks, parent_env: Mapping[str, str], tell: Callable[[str, str], None]
+        self,
+        machine: Machine,
+        tasks: Tasks,
+        parent_env: Mapping[str, str],
+        tell: Callable[[str, str], None],
+        unwanted: Callable[[str], bool],
     ) -> None:
-        self._machine, self._tasks, self._parent_env, self._tell = machine, tasks, parent_env, tell
+        self._machine, self._tasks, self._parent_env = machine, tasks, parent_env
+        self._tell, self._unwanted = tell, unwanted
         self._before: dict[str, asyncio.Task[str | None]] = {}
         self._after: dict[str, asyncio.Task[str | None]] = {}
 
     async def pre_start(self, plan: LaunchPlan) -> None:
-        """Run the hook to its end. Raises HostError when it fails."""
+        """Run the hook to its end. Raises HostError when it fails, or when a stop came before it."""
+        if plan.execution.pre_start and self._unwanted(plan.name):  # `break_off` was before, and will not come again
+            raise HostError("its pre_start hook failed: a stop came first")
         await self._run(self._before, plan, plan.execution.pre_start, "pre_start")
 
     async def post_stop(self, plan: LaunchPlan) -> None:
         """Run the hook to its end. Raises HostError when it fails."""
         await self._run(self._after, plan, plan.execution.post_stop, "post_stop")
 
-    def break_off(self, unwanted: Callable[[str], bool]) -> None:
+    def break_off(self) -> None:
         """End the pre_start hooks of processes that nobody wants to start any more."""
         for name, task in list(self._before.items()):
-            if unwanted(name):
+            if self._unwanted(name):
                 task.cancel()
 
     def hurry(self, name: str) -> None:

@@ -24,6 +24,7 @@ from fleetd.errors import FleetError
 from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
 
 REMOVAL = "container_removal"  # in a record's `extra`
+RESTARTS = "restarts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ class LaunchPlan:
         startup = self.probes.startup
         return self.stop.message is not None or (startup is not None and startup.message is not None)
 
-    def request(self, generation: int, parent: Mapping[str, str]) -> SpawnRequest:
-        """Return what the host needs to start it."""
+    def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
+        """Return what the host needs to start it, and what a later daemon has to know of this run."""
         run = self.execution
         return SpawnRequest(
             name=self.name,
@@ -141,7 +142,7 @@ class LaunchPlan:
             host=self.context.host,
             port=self.context.port,
             ipc=self.has_channel,
-            extra={"launch_hash": self.launch_hash(), **self._kept_of_container()},
+            extra={"launch_hash": self.launch_hash(), RESTARTS: restarts, **self._kept_of_container()},
         )
 
     def _kept_of_container(self) -> dict[str, list[str]]:

@@ -41,6 +41,7 @@ class Run:
     name: str
     generation: int
     plan: LaunchPlan
+    restarts: int = 0
     handle: Handle | None = None
     starting: asyncio.Task[None] | None = None
     emptying: bool = False
@@ -57,7 +58,7 @@ class Run:
 class Processes:
     """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
     inherit from; `complain(name, sentence)` hears of what failed without changing anything,
-    `tell(name, sentence)` of hooks that did their work;
+    `tell(name, sentence)` of hooks that did their work; `unwanted(name)` says whether nobody wants it started any more;
     `absent(name)` looks once more, right before a start, at what the process requires; `starts` reads along."""
 
     def __init__(
@@ -69,6 +70,7 @@ class Processes:
         parent_env: Mapping[str, str],
         complain: Callable[[str, str], None] = lambda *_: None,
         tell: Callable[[str, str], None] = lambda *_: None,
+        unwanted: Callable[[str], bool] = lambda _: False,
         absent: Callable[[str], Awaitable[tuple[str, ...]]] | None = None,
         starts: Starts | None = None,
     ) -> None:
@@ -81,7 +83,7 @@ class Processes:
         self._parent_env = parent_env
         self._complain = complain
         self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
-        self.hooks = Hooks(machine, tasks, parent_env, tell)
+        self.hooks = Hooks(machine, tasks, parent_env, tell, unwanted)
         self.runs: dict[str, Run] = {}
 
     def live(self) -> Iterator[Run]:
@@ -107,7 +109,7 @@ class Processes:
                 SpawnFailed(command.name, command.generation, "it is no longer in fleet.yaml", recoverable=False)
             )
             return
-        run = self.runs[command.name] = Run(command.name, command.generation, plan)
+        run = self.runs[command.name] = Run(command.name, command.generation, plan, command.restarts)
         run.starting = self._tasks.start(self._spawn(run), f"spawn {command.name}")
 
     def stop(self, command: Stop) -> None:
@@ -138,7 +140,7 @@ class Processes:
             plan = run.plan = self._starts.informed(written(run.plan)) if self._starts else written(run.plan)
             await self._clear_place(plan)
             await self.hooks.pre_start(plan)
-            request = plan.request(run.generation, self._parent_env)
+            request = plan.request(run.generation, self._parent_env, run.restarts)
             handle = await self._machine.spawn(request, self.exit_seen(run))
         except (HostError, EngineError) as error:
             self._failed(run, error.sentence, error.recoverable and not isinstance(error, EngineError))

@@ -3,13 +3,15 @@
 The rules of this file
 - Each verb is one row: the event that it posts, and how its end looks.
 - The order of several names follows their dependencies: started from the bottom, stopped from the top.
+- What lasts (a stop) is in its file before the answer.
 - Waiting is for people: what was asked for goes on when they stop waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
@@ -26,6 +28,7 @@ from fleetd.errors import ApiError, HostError
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
 
+KEPT_WITHIN_S = 2.0
 _S = ProcessState
 Judgement = tuple[OutcomeCode, str]
 
@@ -52,7 +55,9 @@ class Verbs:
         processes: Processes,
         machine: Machine,
         port: DaemonFleetPort,
+        kept: Callable[[], Awaitable[None]],
     ) -> None:
+        self._kept = kept
         self._fleet = fleet
         self._dispatch = dispatch
         self._changes = changes
@@ -66,11 +71,17 @@ class Verbs:
             return [await self._signal(name, options.signal or "") for name in names]
         ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
         looks = {name: self._post(verb, name) for name in ordered}
+        await self._keep()
         if not options.wait:
             return [self._outcome(name, OutcomeCode.ACCEPTED, None) for name in names]
         found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
         judged = dict(zip(ordered, found, strict=True))
         return [self._outcome(name, *judged[name]) for name in names]
+
+    async def _keep(self) -> None:
+        """An answer says that what was asked for outlives the daemon; a disk that hangs is waited for this long only."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._kept()), KEPT_WITHIN_S)
 
     async def settled(self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions) -> list[Outcome]:
         """Wait until each process runs a newer generation than given and is where it should be."""

@@ -163,6 +163,25 @@ def test_case_06_counters_and_a_crash_loop_are_kept(tmp_path: Path) -> None:
         assert daemon.until_state("good", "READY")["restarts"] == 1
 
 
+def test_case_06_a_daemon_killed_before_its_file_was_written_loses_no_count(tmp_path: Path) -> None:
+    """The record of a run is written before its start, and knows how many came before."""
+    with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
+        daemon.start()
+        for count in (1, 2):
+            os.kill(ready(daemon, "good"), signal.SIGKILL)
+            until(lambda count=count: daemon.process_row("good")["restarts"] == count, "it started again")
+        pid = ready(daemon, "good")
+        crash(daemon)
+        (tmp_path / "state" / "remembered.json").unlink(missing_ok=True)
+        daemon.start()
+        assert daemon.until_state("good", "READY")["restarts"] == 2
+        crash(daemon)
+        (tmp_path / "state" / "remembered.json").unlink(missing_ok=True)
+        os.kill(pid, signal.SIGKILL)  # and of one that died meanwhile
+        daemon.start()
+        assert daemon.until_state("good", "READY")["restarts"] == 3
+
+
 def test_case_28_power_loss_in_the_middle_of_a_save_keeps_the_stop(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}, "b": {"command": SLEEPER}})) as daemon:
         daemon.start()
