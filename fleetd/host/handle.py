@@ -117,6 +117,10 @@ class Records:
         """Return where the pipe of a captured run is."""
         return self._folder / f"{token}.pipe"
 
+    def hand_path(self, token: str) -> Path:
+        """Return where a captured run keeps what was read from its pipe and is not in its log yet."""
+        return self._folder / f"{token}.hand"
+
     def write(self, record: HandleRecord) -> None:
         content = {"version": _VERSION, **asdict(record)}
         try:
@@ -131,6 +135,7 @@ class Records:
         """Forget a record, unless a later run has already replaced it, and the pipe of its run."""
         try:
             self.pipe_path(record.token).unlink(missing_ok=True)
+            self.hand_path(record.token).unlink(missing_ok=True)
         except OSError:
             pass
         path = self._path(record.name)
@@ -157,9 +162,9 @@ class Records:
                 place = quarantine(path)
                 if place is not None:
                     moved.append(place)
-        known = {self.pipe_path(record.token) for record in records}
-        for pipe in set(self._folder.glob("*.pipe")) - known:
-            pipe.unlink(missing_ok=True)
+        known = {of(record.token) for record in records for of in (self.pipe_path, self.hand_path)}
+        for left in {*self._folder.glob("*.pipe"), *self._folder.glob("*.hand")} - known:
+            left.unlink(missing_ok=True)
         return records, moved
 
 

@@ -76,7 +76,7 @@ class Host:
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
         self._closed = False
-        self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes)
+        self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
     # -- life ------------------------------------------------------------------------------------------------------

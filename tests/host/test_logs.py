@@ -202,7 +202,7 @@ def test_lines_that_a_full_disk_refused_at_the_end_of_a_run_are_told_by_the_next
     async def run() -> None:
         async with host_in(tmp_path) as host:
             with monkeypatch.context() as patched:
-                patched.setattr(pump_module, "_write_whole", lambda _fd, _text: False)
+                patched.setattr(pump_module, "_write_whole", lambda _fd, _text, _before: False)
                 first = await spawn(host, python("for n in range(5): print(n)"), logs=LogPolicy(capture="pipe"))
                 await first.exited.wait()
                 await host.sweep(first)

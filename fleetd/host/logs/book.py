@@ -105,9 +105,18 @@ class TimeIndex:
 
 
 class LogBook:
-    """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives."""
+    """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives;
+    `hand_path(token)` is where a piped run keeps what is read and not written yet."""
 
-    def __init__(self, folder: Path, pool: Executor, *, total_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pool: Executor,
+        *,
+        total_bytes: int | None = None,
+        hand_path: Callable[[str], Path | None] = lambda _token: None,
+    ) -> None:
+        self._hand_path = hand_path
         self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
         self._archiver = ThreadPoolExecutor(1, thread_name_prefix="fleetd-archive")
         self._policies: dict[str, LogPolicy] = {}
@@ -178,7 +187,9 @@ class LogBook:
         if pipe is not None:
             if self._pump is None:
                 self._pump = Pump(self._pump_rotated)
-            stream = Stream(pipe, self.files(handle.name), self._policies[handle.name])
+            stream = Stream(
+                pipe, self.files(handle.name), self._policies[handle.name], self._hand_path(handle.lineage.token)
+            )
             self._streams[handle.lineage.token] = stream
             self._watch(handle, self._pump.add(stream))
 
@@ -187,7 +198,9 @@ class LogBook:
         if self._pump is None:
             self._pump = Pump(self._pump_rotated)
         pump = self._pump
-        stream = Stream(pipe, self.files(record.name), self._policies.get(record.name, record.logs))
+        stream = Stream(
+            pipe, self.files(record.name), self._policies.get(record.name, record.logs), self._hand_path(record.token)
+        )
         pump.add(stream)
 
         async def finished() -> None:

@@ -4,6 +4,7 @@ The rules of this file
 - A line is `{"t": seconds since 1970, "line": "…"}`. Lines read together share a time. Bytes that are no UTF-8 are replaced.
 - The thread never waits for anything but its pipes and the disk. What a full disk refuses is dropped and counted, so that
   the child goes on; when the disk takes lines again, one line says how many were lost.
+- What was read is kept in a mapped file until it is written (`inhand.py`): a kill of the daemon loses and doubles no line.
 - Memory is bounded: 256 KiB per read, and a line is cut into pieces of 1 MiB.
 - The pump is the only writer of these files: it rotates by rename, between two lines. A file that is deleted under it is
   made anew.
@@ -25,10 +26,10 @@ from pathlib import Path
 import orjson
 
 from fleetd.host.logs.files import LogFiles, LogState
+from fleetd.host.logs.inhand import READ, InHand, hand
 from fleetd.host.logs.rotate import _LOCKS, drop_surplus, shift
 from fleetd.host.types import LogPolicy
 
-_READ = 256 * 1024
 _LONGEST_LINE = 1024 * 1024
 _PIPE_BYTES = 1024 * 1024
 _F_SETPIPE_SZ = 1031
@@ -42,6 +43,8 @@ class Stream:
     fd: int
     files: LogFiles
     policy: LogPolicy
+    hand_path: Path | None = None
+    hand: InHand | None = None
     out: int = -1
     size: int = 0
     since: float = 0.0
@@ -146,6 +149,12 @@ class Pump:
         self._open(stream)
         self._streams.add(stream)
         self._selector.register(stream.fd, selectors.EVENT_READ, stream)
+        stream.hand = hand(stream.hand_path)
+        if stream.hand is not None and stream.out >= 0:
+            left = stream.hand.take_up(stream.out)
+            stream.size = min(stream.size, os.fstat(stream.out).st_size)
+            stream.lost += stream.hand.lost
+            self._take(stream, left)
 
     def _open(self, stream: Stream) -> None:
         try:
@@ -166,7 +175,7 @@ class Pump:
     def _read(self, stream: Stream) -> bool:
         """Read once; False when there is nothing more now."""
         try:
-            data = os.read(stream.fd, _READ)
+            data = os.read(stream.fd, READ) if stream.hand is None else stream.hand.read(stream.fd)
         except BlockingIOError:
             return False
         except OSError:
@@ -175,6 +184,10 @@ class Pump:
             self._flush_rest(stream)
             self._unregister(stream)
             return False
+        self._take(stream, data)
+        return True
+
+    def _take(self, stream: Stream, data: bytes) -> None:
         now = time.time()
         whole, newline, rest = (stream.rest + data).rpartition(b"\n")
         lines = whole.decode("utf-8", "replace").split("\n") if newline else []
@@ -184,7 +197,8 @@ class Pump:
         stream.rest = rest
         if lines:
             self._write(stream, lines, now)
-        return True
+        elif stream.hand is not None:
+            stream.hand.written(len(rest), stream.lost)
 
     def _flush_rest(self, stream: Stream) -> None:
         if stream.rest:
@@ -199,14 +213,22 @@ class Pump:
         self._find_again(stream)
         if stream.out < 0:
             self._open(stream)
-        if stream.out < 0 or not _write_whole(stream.out, text):
-            stream.lost += counted
+        written = stream.out >= 0 and self._append(stream, text)
+        stream.lost = 0 if written else stream.lost + counted
+        if stream.hand is not None:
+            stream.hand.written(len(stream.rest), stream.lost)
+        if not written:
             return
-        stream.lost = 0
         stream.size += len(text)
         old = stream.policy.max_age_s is not None and now - stream.since >= stream.policy.max_age_s
         if stream.size >= stream.policy.max_size_bytes or old:
             self._rotate(stream)
+
+    def _append(self, stream: Stream, text: bytes) -> bool:
+        before = os.fstat(stream.out).st_size
+        if stream.hand is not None:
+            stream.hand.writing(stream.inode, before, before + len(text), len(stream.rest))
+        return _write_whole(stream.out, text, before)
 
     def _find_again(self, stream: Stream) -> None:
         """Let go of a file that somebody deleted or moved away: what comes belongs into a new one."""
@@ -264,7 +286,7 @@ class Pump:
         self._close_out(stream)
 
     def _close_out(self, stream: Stream) -> None:
-        if stream.lost and stream.out >= 0 and _write_whole(stream.out, as_json_lines([_loss(stream)], time.time())):
+        if stream.lost and stream.out >= 0 and self._append(stream, as_json_lines([_loss(stream)], time.time())):
             stream.lost = 0
         if stream.lost:
             self._untold[stream.files.live] = self._untold.get(stream.files.live, 0) + stream.lost
@@ -272,6 +294,10 @@ class Pump:
         if stream.out >= 0:
             os.close(stream.out)
             stream.out = -1
+        if stream.hand is not None:
+            stream.hand.written(0, 0)
+            stream.hand.close()
+            stream.hand = None
         self._streams.discard(stream)
 
     def _unregister(self, stream: Stream) -> None:
@@ -291,9 +317,8 @@ def as_json_lines(lines: list[str], at: float) -> bytes:
     return b"".join([head + orjson.dumps(line) + b"}\n" for line in lines])
 
 
-def _write_whole(fd: int, text: bytes) -> bool:
-    """Write all of it or nothing: a torn end is taken back. False when the disk refuses."""
-    before = os.fstat(fd).st_size
+def _write_whole(fd: int, text: bytes, before: int) -> bool:
+    """Write all of it or nothing to a file of `before` bytes: a torn end is taken back. False when the disk refuses."""
     view = memoryview(text)
     try:
         while view:

@@ -1,0 +1,105 @@
+"""What was taken out of a pipe and is not in its log yet, where it outlives a killed daemon.
+
+The rules of this file
+- Bytes are read straight into a mapped file: they are in the kernel's hands before anybody could be killed over them.
+- The head says what of it is still to be written, and of a write under way how large the log was and will be. So the next
+  daemon knows whether that write happened, and writes every line once.
+- How much a read brought is known only after it, so it goes onto zeros: what is none was read. (NULs at its very end are not told.)
+- Blocks are taken at the start: a full disk refuses the file, and never a page of it. Without the file a pipe is read as well,
+  and a kill between a read and its write loses that read. So does a power cut.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+READ = 256 * 1024
+_ROOM = 2 * READ
+# start, end, whether a read is under way, start after the write, inode, size before, size after (0: no write), lost lines
+_HEAD = struct.Struct("<8Q")
+_SIZE = _HEAD.size + _ROOM
+
+
+class InHand:
+    """The mapped file of one pipe. Raises OSError where it cannot be made."""
+
+    def __init__(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_size != _SIZE and os.pwrite(fd, bytes(_SIZE), 0) != _SIZE:
+                raise OSError("no room")
+            self._map = mmap.mmap(fd, _SIZE)
+        except (OSError, ValueError) as error:
+            path.unlink(missing_ok=True)
+            raise OSError(str(error)) from error
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
+        self._start = self._end = self.lost = 0
+        self._used = _ROOM  # what lies behind the end is zeros from here on
+
+    def take_up(self, fd: int) -> bytes:
+        """Return what an earlier daemon had read and not written to the log that is open as `fd`; a torn write is taken back."""
+        start, end, reading, after, inode, before, goal, lost = _HEAD.unpack_from(self._map)
+        if not (start <= after <= end <= _ROOM and before <= goal):
+            start = end = reading = after = goal = lost = 0
+        if reading:
+            end += len(self._map[_HEAD.size + end : _HEAD.size + min(end + READ, _ROOM)].rstrip(b"\0"))
+        status = os.fstat(fd)
+        if goal and inode == status.st_ino:
+            if status.st_size >= goal:
+                start, lost = after, 0
+            elif status.st_size > before:
+                os.ftruncate(fd, before)
+        self._start, self._end, self._used, self.lost = start, end, _ROOM, lost
+        self._note()
+        return bytes(self._view[_HEAD.size + start : _HEAD.size + end])
+
+    def read(self, fd: int) -> bytes:
+        """Read once from a pipe. Raises OSError as a read does."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end + READ > _ROOM:
+            rest = self._map[_HEAD.size + self._start : _HEAD.size + self._end]
+            self._map[_HEAD.size : _HEAD.size + len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+            self._note()
+        at = _HEAD.size + self._end
+        if self._used > self._end:
+            self._map[at : _HEAD.size + self._used] = bytes(self._used - self._end)
+        self._used = self._end
+        self._note(reading=1)
+        count = os.readv(fd, [self._view[at : at + READ]])
+        self._end = self._used = self._end + count
+        self._note()
+        return bytes(self._view[at : at + count])
+
+    def writing(self, inode: int, before: int, goal: int, rest: int) -> None:
+        """A write begins that takes the log from one size to another; the last `rest` bytes are no part of it."""
+        after = max(self._start, self._end - rest)
+        _HEAD.pack_into(self._map, 0, self._start, self._end, 0, after, inode, before, goal, self.lost)
+
+    def written(self, rest: int, lost: int) -> None:
+        """All but the last `rest` bytes is in the log, or lost with `lost` lines. A rest of half the room is not kept."""
+        self.lost = lost
+        kept = rest if rest <= min(self._end - self._start, _ROOM - READ) else 0
+        self._start = self._end - kept
+        self._note()
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()
+
+    def _note(self, reading: int = 0) -> None:
+        _HEAD.pack_into(self._map, 0, self._start, self._end, reading, self._start, 0, 0, 0, self.lost)
+
+
+def hand(path: Path | None) -> InHand | None:
+    """Return the file at `path`; None where there is none to be had."""
+    try:
+        return InHand(path) if path is not None else None
+    except OSError:
+        return None
