@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bench.chaos_checks import Counters, Gauge, census, lines, living_with, log_errors
+from bench.chaos_checks import Counters, Gauge, census, leaders, lines, living_with, log_errors
 from bench.rig import RunningFleet, free_port, scratch, wait_until
 
 CHILD = Path(__file__).with_name("chaos_child.py").resolve()
@@ -270,10 +270,11 @@ class Chaos:
         return False
 
     def _not_ready(self) -> list[str]:
+        """Return what is not up, or not yet one process: a leader that forks is two for a moment."""
         with suppress(OSError, ValueError, KeyError):
             rows = {row["name"]: row for row in self.fleet.status()["processes"]}
-            census_now = census(self.folder)
-            return [name for name in self.services if rows[name]["state"] != "READY" or name not in census_now]
+            now = census(self.folder)
+            return [name for name in self.services if rows[name]["state"] != "READY" or len(leaders(now, name)) != 1]
         return ["the daemon does not answer"]
 
     def _inspect(self) -> list[str]:
@@ -285,9 +286,8 @@ class Chaos:
             found.append(f"{name} is not in the file, and {now[name]} live")
         for name in self.services:
             kind = name.split("-")[0]
-            leaders = [pid for pid in now.get(name, {}) if str(CHILD) in now[name][pid]]
-            if leaders != [rows[name]["pid"]]:
-                found.append(f"{name}: pid {rows[name]['pid']} is said to run, {leaders} do")
+            if leaders(now, name) != [rows[name]["pid"]]:
+                found.append(f"{name}: pid {rows[name]['pid']} is said to run, {leaders(now, name)} do")
             elif kind == "tree" and len(now[name]) > 4:
                 found.append(f"{name}: {len(now[name])} processes where a run has four: {now[name]}")
         overlaps = self.folder / "overlaps"

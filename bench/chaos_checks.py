@@ -46,6 +46,12 @@ def census(folder: Path) -> dict[str, dict[int, str]]:
     return found
 
 
+def leaders(found: dict[str, dict[int, str]], name: str) -> list[int]:
+    """Return who of a census runs the program of an instance: more than one for as long as its child has been forked and not yet
+    become another program."""
+    return [pid for pid, line in found.get(name, {}).items() if "chaos_child" in line]
+
+
 def _name(tag: str, line: str) -> str:
     """The tag holds the name of the instance: NAME, with what tells its runs apart around it."""
     match = re.search(r"(?:writer|tree)-\d+", tag) or re.search(r"(?:writer|tree)-\d+", line)
