@@ -227,10 +227,10 @@ class Chaos:
             try:
                 self._attack([*always, *daemon], began + seconds * 2 / 3)
                 self._settle()
-                self.gauge.begin(self.fleet.pid)
+                self.gauge.read(self.fleet.pid, len(self.services))
                 self._attack(always, began + seconds)
                 self._settle()
-                self.gauge.end(self.fleet.pid)
+                self.gauge.read(self.fleet.pid, len(self.services))
                 found = self._inspect()
                 for name in self.services:
                     self.fleet.ctl("stop", name)

@@ -17,7 +17,8 @@ LINE = re.compile(rb"([a-z]+-\d+) ([0-9a-f]+-\d+) (\d{8}) (z*)")
 ADMITTED = re.compile(rb"--- (\d+) lines lost: the disk refused them ---")
 RSS_MAX_BYTES = 160 << 20
 RSS_GROWTH_BYTES = 12 << 20
-FDS_GROWTH = 20  # processes that edits added, and a reading process that stays for the next edit
+FDS_GROWTH = 20  # a reading process that stays for the next edit, connections, processes that were down at first
+FDS_PER_PROCESS = 6  # of one that edits added: its handle, its pipe, its log and what it has in hand
 
 
 def _environ(pid: str) -> dict[bytes, bytes]:
@@ -92,16 +93,13 @@ class Gauge:
     """The daemon's memory and descriptors, at the beginning and the end of its quiet part."""
 
     samples: list[tuple[int, int, int]] = field(default_factory=list)
+    processes: list[int] = field(default_factory=list)
 
-    def begin(self, pid: int) -> None:
-        self._sample(pid)
-
-    def end(self, pid: int) -> None:
-        self._sample(pid)
-
-    def _sample(self, pid: int) -> None:
+    def read(self, pid: int, processes: int) -> None:
+        """Note what the daemon holds while it runs this many processes."""
         status = Path(f"/proc/{pid}/status").read_text()
         rss = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+        self.processes.append(processes)
         self.samples.append((pid, rss, len(list(Path(f"/proc/{pid}/fd").iterdir()))))
 
     def wrong(self) -> list[str]:
@@ -111,8 +109,9 @@ class Gauge:
             found.append("the daemon was not left alone")
         if rss_after > RSS_MAX_BYTES or rss_after - rss_before > RSS_GROWTH_BYTES:
             found.append(f"the daemon's memory went from {rss_before >> 20} to {rss_after >> 20} MiB")
-        if fds_after - fds_before > FDS_GROWTH:
-            found.append(f"the daemon's descriptors went from {fds_before} to {fds_after}")
+        added = self.processes[1] - self.processes[0]
+        if fds_after - fds_before > FDS_GROWTH + max(0, added) * FDS_PER_PROCESS:
+            found.append(f"the daemon's descriptors went from {fds_before} to {fds_after} with {added} more processes")
         return found
 
     def text(self) -> str:
