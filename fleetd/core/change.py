@@ -88,7 +88,8 @@ class Change:
         edited = remembered.spec_hash not in ("", spec_hash(process.spec))
         if process.stopped or edited:
             return
-        process.record.deaths = remembered.deaths
+        process.record.deaths, process.record.slow = remembered.deaths, remembered.slow
+        process.record.times.extend(remembered.died_s)
         if remembered.failed is not None:
             process.state, process.reason = ProcessState.FAILED, remembered.failed
         elif remembered.exited is not None:

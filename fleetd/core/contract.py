@@ -260,6 +260,8 @@ class Remembered:
     stopped: bool = False  # an operator's durable stop
     restarts: int = 0
     deaths: int = 0  # since the last stable run
+    died_s: tuple[float, ...] = ()  # the last deaths that its crash loop counts, in monotonic seconds of this boot
+    slow: bool = False  # in a crash loop that goes on slowly
     failed: str | None = None  # the reason, when it had given up
     generation: int = 0
     exited: str | None = None  # the reason, when it had ended as expected; not kept over an ordered end of the daemon

@@ -145,6 +145,8 @@ class Facts:
                     stopped=process.stopped,
                     restarts=process.restarts,
                     deaths=process.record.deaths,
+                    died_s=tuple(process.record.times)[-process.spec.restart.crash_loop.count :],
+                    slow=process.record.slow,
                     failed=process.reason if process.state is ProcessState.FAILED else None,
                     generation=process.generation,
                     exited=process.reason if kept else None,

@@ -41,6 +41,20 @@ CREATE TABLE IF NOT EXISTS fact (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+_OF_ONE_BOOT: Mapping[str, Any] = {
+    "failed": None,
+    "exited": None,
+    "code": None,
+    "deaths": 0,
+    "died_s": (),
+    "slow": False,
+}
+
+
+def _remembered(entry: Mapping[str, Any]) -> Remembered:
+    return Remembered(**{**entry, "died_s": tuple(float(time_s) for time_s in entry.get("died_s", ()))})
+
+
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
     """One line of the past. `at` is wall clock; `data` is what the writer gave."""
@@ -182,7 +196,7 @@ class Store:
                 raise ValueError("unknown version")
             fields = Remembered.__dataclass_fields__
             found = {
-                str(name): Remembered(**{key: value for key, value in entry.items() if key in fields})
+                str(name): _remembered({key: value for key, value in entry.items() if key in fields})
                 for name, entry in content["processes"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -190,7 +204,7 @@ class Store:
             return {}
         if content.get("boot_id") in (None, boot_id()):
             return found
-        return {name: replace(one, failed=None, exited=None, code=None, deaths=0) for name, one in found.items()}
+        return {name: replace(one, **_OF_ONE_BOOT) for name, one in found.items()}
 
     # -- learned footprints ----------------------------------------------------------------------------------------
 

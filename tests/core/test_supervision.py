@@ -10,6 +10,7 @@ from fleetd.core import commands as c
 from fleetd.core import events as e
 from fleetd.core.contract import (
     Capabilities,
+    CrashLoop,
     Dependency,
     DependencyCondition,
     ExitKind,
@@ -652,6 +653,30 @@ def test_the_backoff_goes_on_over_a_restart_of_the_daemon() -> None:
     rig.spawned("a")
     rig.dies("a")
     assert rig.of("a").record.deaths == 4
+
+
+def test_the_window_of_the_crash_loop_goes_on_over_restarts_of_the_daemon() -> None:
+    spec, kept = fleet_spec([process("a")]), Remembered()
+    for death in range(1, 6):
+        rig = Rig(spec, remembered={"a": kept})
+        rig.spawned("a")
+        rig.clear()
+        rig.dies("a")
+        kept = rig.take(c.Persist)[-1].remembered
+        assert len(kept.died_s) == death
+        assert (rig.state("a") is S.FAILED) == (death == 5)
+    late = Rig(spec, remembered={"a": replace(kept, failed=None, died_s=tuple(time - 3600 for time in kept.died_s))})
+    late.spawned("a")
+    late.dies("a")
+    assert late.state("a") is S.BACKOFF, "deaths of an hour ago are out of the window"
+
+
+def test_a_slow_crash_loop_stays_slow_over_a_restart_of_the_daemon() -> None:
+    spec = fleet_spec([process("a", restart=RestartPolicy(crash_loop=CrashLoop(count=3, then="slow", every_s=600)))])
+    rig = Rig(spec, remembered={"a": Remembered(deaths=5, slow=True)})
+    rig.spawned("a")
+    rig.dies("a")
+    assert (rig.of("a").next_start_s or 0) - rig.now == 600
 
 
 # -- changes of the configuration ---------------------------------------------------------------------------------------------------

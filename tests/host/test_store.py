@@ -31,7 +31,7 @@ async def opened(folder: Path) -> AsyncIterator[Store]:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    kept = Remembered(stopped=True, restarts=3, deaths=2, failed="gave up", generation=9)
+    kept = Remembered(stopped=True, restarts=3, deaths=2, died_s=(1.5, 2.5), slow=True, failed="gave up", generation=9)
 
     async def write() -> None:
         async with opened(tmp_path) as store:
