@@ -3,6 +3,8 @@
 The rules of this file
 - What Ollama keeps (`from`, `quantize`, `modelfile`) is checked here, since Ollama says so only when a model is made.
 - One store is worked on by one call at a time, whichever replica asks: the first makes the model, the others find it made.
+- Load-time options are written into the model that is made: a request to /v1 carries none, and Ollama would load the model again
+  without them. So they are refused where fleetd makes no model.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from fleetd.config.fields import FieldType, Whole
 from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProblem
-from fleetd.engines.held_options import COUNT, INDEX, LARGEST, SWITCH, held_option_problems
+from fleetd.engines.held_options import COUNT, INDEX, LARGEST, SWITCH, held_option_problems, load_options
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recipe, source_mistakes
@@ -43,12 +45,12 @@ _STORES: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionar
 
 def held_problems(models: Iterable[HeldModel]) -> list[OptionProblem]:
     """Return what is wrong with the entries of the models that a server shall hold."""
-    models = tuple(models)
+    found: list[OptionProblem] = []
     elsewhere = "; what is no option of a load goes under modelfile.parameters"
-    return [
-        *(OptionProblem(("models", model.name, *where), said) for model in models for where, said in _mistakes(model)),
-        *held_option_problems(models, LOAD_TIME_OPTIONS, "Ollama", elsewhere),
-    ]
+    for model in models:
+        found += (OptionProblem(("models", model.name, *where), said) for where, said in _mistakes(model))
+        found += held_option_problems([model], LOAD_TIME_OPTIONS, "Ollama", elsewhere) or _unmade_options(model)
+    return found
 
 
 def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -62,7 +64,19 @@ def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("from",), message
     if model.source is None and (model.quantize or model.modelfile):
         yield ("from",), "is needed: there is nothing that quantize or modelfile could change"
+    if model.source is not None and store.same_name(model.source, model.served_as):
+        said = f"names the model itself; what is made of it needs another name: served_as: {model.served_as}-own"
+        yield ("from",), said
     yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile))
+
+
+def _unmade_options(model: HeldModel) -> list[OptionProblem]:
+    """Return the refusal of options of which nothing would be left after the first request."""
+    if not model.options or model.source is not None or model.quantize or model.modelfile:
+        return []
+    said = "would hold until the first request to /v1, which carries none: fleetd does not make this model"
+    message = f"{said}; have one made of it: from: {model.served_as}, served_as: {model.served_as}-own"
+    return [OptionProblem(("models", model.name, "options"), message)]
 
 
 def shared_store(endpoint: Endpoint, models_dir: Path) -> Path | None:
@@ -87,11 +101,19 @@ def recipe_of(model: HeldModel, config_dir: Path) -> Recipe:
             model.served_as,
             source=model.source,
             quantize=model.quantize,
-            modelfile=model.modelfile,
+            modelfile=_with_load_options(model),
             config_dir=config_dir,
         )
     except ValueError as error:
         raise EngineError(str(error).replace("\n", "; "), recoverable=False) from error
+
+
+def _with_load_options(model: HeldModel) -> Mapping[str, Any]:
+    """Return the model's Modelfile, its load-time options among the parameters."""
+    pinned = load_options(model, LOAD_TIME_OPTIONS)
+    if not pinned:
+        return model.modelfile
+    return {**model.modelfile, "parameters": {**(model.modelfile.get("parameters") or {}), **pinned}}
 
 
 def one_at_a_time(key: str) -> asyncio.Lock:

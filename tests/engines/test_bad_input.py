@@ -398,9 +398,20 @@ def test_options_of_a_held_model_are_told_at_the_model(name: str, tmp_path: Path
         assert [one.path for one in found] == [f"models.{model}.options.{key or chr(34) * 2}"], (keys, found)
         assert found[0].line > 0
         assert sensible(found[0])
-    fine = {f"{key}.{index}": {"options": {key: value}} for key, kind in known.items()
+    made = {"from": "base"} if name == "ollama" else {}  # what Ollama has is not made, and keeps no options
+    fine = {f"{key}.{index}": {"options": {key: value}, **made} for key, kind in known.items()
             for index, value in enumerate(right(kind, Option(name, key)))}  # fmt: skip
     assert held(tmp_path, name, {"plain": {}, **fine} if name in HELD else {"plain": {}}) == []
+
+
+def test_options_that_no_made_model_could_keep_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    [found] = held(tmp_path, "ollama", {"hand": {"served_as": "llama:1b", "options": {"num_ctx": 2048}}})
+    assert found.path == "models.hand.options"
+    assert "from: llama:1b, served_as: llama:1b-own" in found.message
+    keys = {"from": "llama:1b", "served_as": "llama:1b-own", "options": {"num_ctx": 2048}}
+    assert held(tmp_path, "ollama", {"hand": keys}) == []
+    [found] = held(tmp_path, "ollama", {"hand": {"from": "hand:latest"}})
+    assert (found.path, "names the model itself" in found.message) == ("models.hand.from", True)
 
 
 @pytest.mark.parametrize("name", [name for name in engines.names() if name != "ollama"])

@@ -162,6 +162,17 @@ def test_models_dir_must_exist_before_a_start(tmp_path: Path) -> None:
     assert ENGINE.launch(context(env={"OLLAMA_MODELS": "/Volumes/X"})).requires == ("/Volumes/X",)
 
 
+def test_load_options_are_written_into_the_model_that_is_made() -> None:
+    """Requests to /v1 carry none, so Ollama has to know them by itself; a change of one makes the model anew."""
+    modelfile = {"system": "Hi.", "parameters": {"top_k": 3}}
+    keys = HeldModel("m", "m", source="/m.gguf", modelfile=modelfile, options={"num_ctx": "2048", "use_mmap": False})
+    made = ENGINE.recipe(context(), keys)
+    assert made.parameters == {"top_k": 3, "num_ctx": 2048, "use_mmap": False}
+    assert "PARAMETER num_ctx 2048" in made.render()
+    changed = ENGINE.recipe(context(), replace(keys, options={"num_ctx": 4096, "use_mmap": False}))
+    assert changed.content_hash({}) != made.content_hash({})
+
+
 def test_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleetd.engines.ollama.PLACES", ())
     with pytest.raises(EngineError, match="no program named ollama") as caught:

@@ -132,6 +132,37 @@ def test_a_probe_starts_no_new_runner(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+def test_load_options_hold_over_requests_that_carry_none(tmp_path: Path) -> None:
+    """Of a model made from a file, and of one derived from a model that somebody else made."""
+    ready = context(tmp_path, context_length=512)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            state, path = tmp_path / "state", str(tiny(tmp_path))
+            others = Library(server.http, server.endpoint.base_url, tmp_path / "other state", tmp_path / "store")
+            await others.ensure(recipe("hand", "hand", source=path, modelfile={"template": TEMPLATE}))
+            for source, length in ((path, 2048), ("hand", 1024)):
+                template = {"template": TEMPLATE, "parameters": {"temperature": 0.5}}
+                model = HeldModel("h", f"h{length}", source=source, modelfile=template, options={"num_ctx": length})
+                said = await ENGINE.prepare(server.http, server.endpoint, ready, model, state)
+                assert said == f"h{length}: created, not in the store"
+                await ENGINE.load(server.http, server.endpoint, model, TIMEOUT_S)
+                runners = children(server)
+                question = {"model": model.served_as, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                assert (await server.post("/v1/chat/completions", question))["choices"]
+                listed = {one["name"]: one["context_length"] for one in (await server.get("/api/ps"))["models"]}
+                assert listed == {f"{model.served_as}:latest": length}
+                assert children(server) == runners
+                more = replace(model, options={"num_ctx": length + 256})
+                said = await ENGINE.prepare(server.http, server.endpoint, ready, more, state)
+                assert said == f"h{length}: updated, its file or its modelfile changed"
+                await ENGINE.unload(server.http, server.endpoint, model, TIMEOUT_S)
+            shown = await server.post("/api/show", {"model": "hand"})
+            assert "num_ctx" not in shown.get("parameters", ""), "what somebody else made stays as it is"
+
+    asyncio.run(go())
+
+
 def children(server: Server) -> set[int]:
     return {child.pid for child in psutil.Process(server.process.pid).children(recursive=True)}
 
