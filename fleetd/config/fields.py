@@ -441,7 +441,7 @@ class AddressType(FieldType):
 
 
 class HttpUrl(FieldType):
-    """http://host[:port][/path] of a server that is not ours; without a slash at the end."""
+    """http://host[:port][/path] of a server that is not ours; without a slash and without /v1 at the end."""
 
     def parse(self, value: object) -> str:
         if isinstance(value, str) and len(value) <= 2048:
@@ -451,7 +451,10 @@ class HttpUrl(FieldType):
             except ValueError:
                 good = False
             if good and not parts.query and not parts.fragment and not parts.username and " " not in value:
-                return value.rstrip("/")
+                address = value.rstrip("/")
+                if address.endswith("/v1"):
+                    raise ValueError(f"must be the address of the server without /v1: {address.removesuffix('/v1')}")
+                return address
         raise ValueError(f"must be an address such as http://10.0.0.102:1234, not {shown(value)}")
 
     def json_schema(self) -> Schema:

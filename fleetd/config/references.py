@@ -148,8 +148,18 @@ def _fallback(index: Index, marks: Marks, messages: Messages, name: str, model: 
         path: Path_ = ("models", name, "fallback", number) if isinstance(said, list) else ("models", name, "fallback")
         if other == name:
             yield marks.problem(path, "a model cannot be its own fallback")
+        elif "route" in index.models.get(index.aliases.get(other, other), {}):
+            yield marks.problem(path, f"{other} is a route: {_instead_of_route(index, other, name)}")
         elif other not in index.models:
             yield marks.problem(path, _unknown_model(index, other, messages))
+
+
+def _instead_of_route(index: Index, route: str, name: str) -> str:
+    """Return what the model `name` can fall back to instead: the models behind the route."""
+    entries = index.models[index.aliases.get(route, route)]["route"]
+    targets = strings([mapping(entry).get("to") for entry in entries] if isinstance(entries, list) else [])
+    others = [to for to in dict.fromkeys(targets) if to != name]
+    return f"name the models it routes to ({', '.join(others)})" if others else "only a model can be a fallback"
 
 
 def _route_cycles(index: Index, marks: Marks) -> Iterator[Problem]:

@@ -123,6 +123,5 @@ ENGINE = External()
 
 async def _names(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> tuple[str, ...]:
     """Return the models it lists. Raises EngineError for a refusal, and for an answer that is no list of models."""
-    path = "/models" if endpoint.base_url.endswith("/v1") else "/v1/models"
-    reply = await call(http, endpoint, "GET", path, timeout_s=timeout_s)
+    reply = await call(http, endpoint, "GET", "/v1/models", timeout_s=timeout_s)
     return tuple(reply.word(entry, "id") for entry in reply.expect("listing models").listing("data"))

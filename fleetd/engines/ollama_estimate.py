@@ -18,12 +18,8 @@ from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf, store
 
-# bytes per weight of a matrix; the K types mix, so these are a little high
-_WEIGHT_BYTES = {
-    "F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.0625, "Q6_K": 0.8204, "Q5_K_M": 0.72, "Q5_K_S": 0.70, "Q5_1": 0.75,
-    "Q5_0": 0.6875, "Q4_K_M": 0.62, "Q4_K_S": 0.59, "Q4_1": 0.625, "Q4_0": 0.5625, "Q3_K_L": 0.54, "Q3_K_M": 0.50,
-    "Q3_K_S": 0.45, "Q2_K": 0.43,
-}  # fmt: skip
+# bytes per weight of a matrix, for each type that Ollama makes; the K types mix, so these are a little high
+_WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S": 0.59}
 
 
 def estimate_held(

@@ -17,11 +17,13 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from fleetd.config.fields import FieldType, Whole
+from fleetd.config.index import read
 from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProblem
 from fleetd.engines.held_options import COUNT, INDEX, LARGEST, SWITCH, held_option_problems, load_options
 from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recipe, source_mistakes
+from fleetd.units import shown
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -67,7 +69,20 @@ def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if model.source is not None and store.same_name(model.source, model.served_as):
         said = f"names the model itself; what is made of it needs another name: served_as: {model.served_as}-own"
         yield ("from",), said
-    yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile))
+    yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile), *_contradictions(model))
+
+
+def _contradictions(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield the options of a load that the model itself is to keep with another value."""
+    parameters = model.modelfile.get("parameters")
+    for key, value in model.options.items() if isinstance(parameters, Mapping) else ():
+        kind = LOAD_TIME_OPTIONS.get(key)
+        if kind is None or key not in parameters:
+            continue
+        kept, loaded = read(kind, parameters[key]), read(kind, value)
+        if None not in (kept, loaded) and kept != loaded:
+            said = f"{shown(value)} contradicts modelfile.parameters.{key}, which is {shown(parameters[key])}"
+            yield ("options", key), f"{said}: state it in one of the two"
 
 
 def _unmade_options(model: HeldModel) -> list[OptionProblem]:

@@ -285,6 +285,7 @@ ENTITIES = {
         {"id": "Eternal Return", "model": {"path": "/Volumes/X/E_q8_0.gguf", "quantization": "q8_0"}, "voice": {"speed": 1.0}},
         {"id": "ulysses"},
         {"id": "bare", "model": {"path": "/models/b_q4_0.gguf", "quantization": "q8_0"}},
+        {"id": "finer", "model": {"path": "/models/f_f16.gguf", "quantization": "q6_K"}},
         "text",
     ],
 }  # fmt: skip
@@ -293,7 +294,7 @@ ENTITIES = {
 def test_entities_become_models_that_load(tmp_path: Path) -> None:
     imported = import_entities(json.dumps(ENTITIES), shown="e.json")
     config = loads(imported, tmp_path).config
-    assert list(config.models) == ["ulysses", "eternal-return", "bare"]
+    assert list(config.models) == ["ulysses", "eternal-return", "bare", "finer"]
     ulysses = config.models["ulysses"]
     assert isinstance(ulysses, HeldModel)
     assert (ulysses.instance, ulysses.from_, ulysses.quantize) == (("ollama",), "/Volumes/X/u@f16/U_f16.gguf", "q8_0")
@@ -305,11 +306,12 @@ def test_entities_become_models_that_load(tmp_path: Path) -> None:
     assert config.instances["mac-studio-1"].external == "http://10.0.0.100:1234"
     report = said(imported)
     assert report["off.enabled", "refused"] == "is false: left out"
-    assert report["voice.speed", "refused"] == "not understood; 1 of 6 entities have it"
+    assert report["voice.speed", "refused"] == "not understood; 1 of 7 entities have it"
     assert report["theme", "refused"] == "not understood"
     assert report["ulysses.parameters.typical", "refused"] == "is no parameter of a Modelfile"
     assert "another one" in report["bare.quantization", "refused"]
-    assert report["entities[5]", "refused"] == "is not a mapping"
+    assert report["finer.quantization", "refused"] == "q6_K: Ollama makes q8_0, q4_K_M, q4_K_S, f16, f32 only"
+    assert report["entities[6]", "refused"] == "is not a mapping"
     assert report["lmStudioServers[1]", "refused"] == "has no ip"
     assert "# Ulysses" in imported.text
 

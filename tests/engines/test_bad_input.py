@@ -429,6 +429,11 @@ def test_what_only_ollama_makes_is_refused_elsewhere(name: str, tmp_path: Path) 
         ({"from": "/m.gguf", "modelfile": {"parameters": {"temprature": 1}}}, "modelfile.parameters.temprature"),
         ({"from": "/m.gguf", "modelfile": {"parameters": {"num_ctx": "many"}}}, "modelfile.parameters.num_ctx"),
         ({"from": "/m-00001-of-00002.gguf"}, "from"),
+        ({"from": "/m.gguf", "quantize": "q4_0"}, "quantize"),
+        (
+            {"from": "/m", "options": {"num_ctx": 1024}, "modelfile": {"parameters": {"num_ctx": 2048}}},
+            "options.num_ctx",
+        ),
         ({"served_as": "a@b"}, "served_as"),
         ({"served_as": "a:cloud"}, "served_as"),
     ],

@@ -258,15 +258,15 @@ def test_an_external_server_is_asked_for_its_models(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai", "--model", "gpt") as server:
             http = server.http
-            for endpoint in (server.endpoint, Endpoint(server.endpoint.base_url + "/v1")):
-                assert (await EXTERNAL.alive(http, endpoint, None, 5)).ok
-                assert (await EXTERNAL.alive(http, endpoint, HeldModel("m", "gpt"), 5)).ok
-                assert not (await EXTERNAL.alive(http, endpoint, HeldModel("m", "other"), 5)).ok
-                assert [resident.served_as for resident in await EXTERNAL.loaded(http, endpoint)] == ["gpt"]
-                assert await EXTERNAL.load(http, endpoint, HeldModel("m", "gpt"), 5) == {}
-                with pytest.raises(EngineError, match="has no model other; it lists gpt"):
-                    await EXTERNAL.load(http, endpoint, HeldModel("m", "other"), 5)
-                await EXTERNAL.unload(http, endpoint, HeldModel("m", "gpt"), 5)
+            endpoint = server.endpoint
+            assert (await EXTERNAL.alive(http, endpoint, None, 5)).ok
+            assert (await EXTERNAL.alive(http, endpoint, HeldModel("m", "gpt"), 5)).ok
+            assert not (await EXTERNAL.alive(http, endpoint, HeldModel("m", "other"), 5)).ok
+            assert [resident.served_as for resident in await EXTERNAL.loaded(http, endpoint)] == ["gpt"]
+            assert await EXTERNAL.load(http, endpoint, HeldModel("m", "gpt"), 5) == {}
+            with pytest.raises(EngineError, match="has no model other; it lists gpt"):
+                await EXTERNAL.load(http, endpoint, HeldModel("m", "other"), 5)
+            await EXTERNAL.unload(http, endpoint, HeldModel("m", "gpt"), 5)
             stats = await server.get("/fake/stats")
             assert stats["finished"] == 0  # not one token was asked for
 

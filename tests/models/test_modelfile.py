@@ -142,8 +142,12 @@ def test_all_mistakes_at_once() -> None:
 
 
 def test_quantizations() -> None:
-    assert quantize_mistakes("q4_K_m") == []
-    assert quantize_mistakes("q3") != []
+    for kind in ("q4_K_m", "Q4_K_S", "q8_0", "f16", "F32"):
+        assert quantize_mistakes(kind) == []
+    for kind in ("q3", "Q4_0", "Q5_K_M", "Q6_K", "BF16"):  # files of these kinds are read, none is made
+        [(path, message)] = quantize_mistakes(kind)
+        assert path == ("quantize",)
+        assert message.endswith("that Ollama makes: F32, F16, Q8_0, Q4_K_M, Q4_K_S")
 
 
 @pytest.mark.parametrize(

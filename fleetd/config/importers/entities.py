@@ -40,7 +40,7 @@ PARAMETERS = frozenset({
 _SERVERS = ("lmStudioServers", "lm_studio_servers", "lmstudio")
 _LISTS = ("entities", "models", "aiEntities", "items")
 _VOLUME = re.compile(r"(/Volumes/[^/]+|/mnt/[^/]+|/media/[^/]+/[^/]+)/")
-_QUANTIZE = frozenset({"q8_0", "q4_K_M", "q4_K_S", "q6_K", "q5_K_M", "q4_0", "f16", "f32"})
+_QUANTIZE = ("q8_0", "q4_K_M", "q4_K_S", "f16", "f32")  # what Ollama makes of a file
 
 
 def import_entities(
@@ -199,10 +199,13 @@ class _Reader:
         if not isinstance(wanted, str) or wanted.lower() in source.rsplit("/", 1)[-1]:
             return
         match = next((one for one in _QUANTIZE if one.lower() == wanted.lower()), None)
-        if match is None or ("f16" not in source.rsplit("/", 1)[-1] and "f32" not in source.rsplit("/", 1)[-1]):
+        if "f16" not in source.rsplit("/", 1)[-1] and "f32" not in source.rsplit("/", 1)[-1]:
             self.report.refused(
                 name, "quantization", f"{wanted}: the file has another one, which only an f16 or f32 file can change"
             )
+            return
+        if match is None:
+            self.report.refused(name, "quantization", f"{wanted}: Ollama makes {', '.join(_QUANTIZE)} only")
             return
         model["quantize"] = match
         self.report.mapped(name, "quantization", f"quantize: {match} on import")
