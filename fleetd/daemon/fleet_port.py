@@ -11,7 +11,7 @@ The rules of this file
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from fleetd.core.commands import Grant, Reject
@@ -122,8 +122,8 @@ class DaemonFleetPort:
     def models(self) -> Sequence[ModelEntry]:
         return [self._entry(alias, name) for alias, name in self._names.items()]
 
-    def names(self) -> Collection[str]:
-        return self._names.keys()
+    def names(self) -> Mapping[str, str]:
+        return self._names
 
     def ready(self) -> tuple[bool, Sequence[str]]:
         return self._ready()

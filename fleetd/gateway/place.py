@@ -35,5 +35,12 @@ class Place:
         )
 
 
+def labels_of_refusal(model: str | None, queued_s: float) -> bytes:
+    """Return the header lines for a request that went nowhere; `model` None: there is no such one."""
+    if model is None:
+        return b""
+    return b"X-Fleet-Model: %b\r\nX-Fleet-Queue-Ms: %d\r\n" % (_header_value(model), int(queued_s * 1000))
+
+
 def _header_value(text: str) -> bytes:
     return "".join(c if c.isprintable() else "?" for c in text).encode()

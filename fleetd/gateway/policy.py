@@ -142,6 +142,8 @@ class RequestPolicy:
             return invalid_request("The headers are too many or too large.", 431, "headers_too_large")
         if request.version_refused:
             return invalid_request("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505, "http_version")
+        if request.head.unknown_expect:
+            return invalid_request("Only 100-continue may be expected here.", 417, "expectation_failed")
         if request.length > options.max_body_bytes:
             return self.body_too_large()
         host = request.head.host

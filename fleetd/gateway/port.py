@@ -10,7 +10,7 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,8 +97,8 @@ class FleetPort(Protocol):
         """Return what GET /v1/models lists: models, aliases and routes, in the order of fleet.yaml."""
         ...
 
-    def names(self) -> Collection[str]:
-        """Return every name a request may use; membership is quick."""
+    def names(self) -> Mapping[str, str]:
+        """Return every name a request may use, with the model's own; membership is quick."""
         ...
 
     def ready(self) -> tuple[bool, Sequence[str]]:

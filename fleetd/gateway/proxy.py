@@ -21,7 +21,7 @@ from fleetd.gateway import body as bodies
 from fleetd.gateway.body import Asked
 from fleetd.gateway.errors import from_reject, status_line
 from fleetd.gateway.http1 import ServerConnection
-from fleetd.gateway.place import Place
+from fleetd.gateway.place import Place, labels_of_refusal
 from fleetd.gateway.request import Request
 from fleetd.gateway.upstream import UpstreamConnection
 
@@ -58,7 +58,7 @@ class Exchange:
     _phase: int = READING
     _asked: Asked
     _place: Place
-    _labels: bytes  # header lines that say where the request went, and after which wait
+    _labels: bytes = b""  # header lines that say where the request went, and after which wait
     _avoid: tuple[str, ...] = ()
     _chunks: bool = False  # the answer goes out in chunks
     _comment_at: float = _NEVER
@@ -70,6 +70,7 @@ class Exchange:
     _last_read: float = _NEVER
     _piping: bool = False  # what the engine sends goes to the client
     _process: str = "the engine"
+    _queued_at: float
     _request_id: int = 0
     _stale_once: bool = False
     _tries: int = 0
@@ -121,6 +122,7 @@ class Exchange:
             self._forward(place.pool.idle.pop() if place.pool.idle else None)
             return
         self._phase = QUEUED
+        self._queued_at = gateway.loop.time()
         request_id = gateway.port.admit(asked.model, self._granted, self._rejected, self._avoid)
         if self._phase == QUEUED:  # no answer yet
             self._request_id = request_id
@@ -133,6 +135,9 @@ class Exchange:
         if self._phase != QUEUED:
             return
         self._phase = DONE
+        if self._failure is None:
+            model = self.gateway.port.names().get(self._asked.model)
+            self._labels = labels_of_refusal(model, self.gateway.loop.time() - self._queued_at)
         self._refuse(self._failure or from_reject(reject))
 
     def _granted(self, grant: Grant) -> None:
@@ -229,8 +234,6 @@ class Exchange:
                 framing = b"Transfer-Encoding: chunked\r\n"
             else:
                 request.keep_alive = False
-            if head.event_stream:
-                framing += b"X-Accel-Buffering: no\r\n"
         if self.gateway.draining:
             request.keep_alive = False
         end = framing + (b"\r\n" if request.keep_alive else b"Connection: close\r\n\r\n")
@@ -312,7 +315,7 @@ class Exchange:
         if self._early:
             self._end_stream(error)
         else:
-            self.conn.respond_error(error)
+            self.conn.respond_error(error, self._labels)
 
     def _end_stream(self, error: ApiError) -> None:
         route = self.request.route

@@ -88,7 +88,7 @@ class Head:
         self.content_encoding: bytes | None = None
         self.accept_encoding: bytes | None = None
         self.connection: bytes | None = None
-        self.expect = False
+        self.expect = self.unknown_expect = False
         self.origin: bytes | None = None
         self.allowed = False  # the policy has nothing against these lines on a POST of JSON
         passed: list[tuple[bytes, bytes]] = []
@@ -115,6 +115,7 @@ class Head:
                 self.content_encoding = value
         elif kind == EXPECT:
             self.expect = True
+            self.unknown_expect = value.strip().lower() != b"100-continue"
         elif kind == ORIGIN:
             self.origin = value
         elif kind == CONTENT_ENCODING and value.lower() != b"identity":

@@ -63,6 +63,7 @@ _SPECIAL = {
 KINDS: dict[bytes, int] = {name.encode(): DROP for name in _DROPPED}
 KINDS.update((name.encode(), kind) for name, kind in _SPECIAL.items())
 
+UNBUFFERED: Final = (b"X-Accel-Buffering", b"no")
 MAX_HEAD_BYTES: Final = 64 * 1024
 _REMEMBERED: Final = 32  # heads of answers
 JOIN_BYTES: Final = 64 * 1024
@@ -95,6 +96,8 @@ class AnswerHead:
                 self.chunked = True
             elif kind == CONNECTION:
                 named.update(part.strip() for part in value.lower().split(b","))
+        if self.event_stream and not self.sized:  # said once, whether the engine says it too or not
+            passed = [*(line for line in passed if line[0].lower() != UNBUFFERED[0].lower()), UNBUFFERED]
         self.lines = b"".join(b"%b: %b\r\n" % line for line in passed if line[0].lower() not in named)
 
 

@@ -27,6 +27,7 @@ class ScriptedFleet:
         self.upstreams: dict[str, Upstream] = {}
         self.holders: dict[str, list[str]] = {}
         self.served: dict[tuple[str, str], str] = {}
+        self.aliases: dict[str, str] = {}
         self.hold = False
         self.seats: dict[tuple[str, str, Upstream, str], Seat] = {}
         self.rejects: dict[str, Reject] = {}
@@ -101,8 +102,8 @@ class ScriptedFleet:
     def models(self) -> list[ModelEntry]:
         return self.entries
 
-    def names(self) -> set[str]:
-        return set(self.holders)
+    def names(self) -> dict[str, str]:
+        return {name: name for name in self.holders} | self.aliases
 
     def ready(self) -> tuple[bool, list[str]]:
         return self.is_ready

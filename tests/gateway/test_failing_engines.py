@@ -300,6 +300,38 @@ def test_rejections(code: str, status: int, final: bool) -> None:
     run(scenario())
 
 
+def labels(headers: dict[str, str]) -> dict[str, str]:
+    """Return what an answer says of where its request went."""
+    return {name.removeprefix("x-fleet-"): text for name, text in headers.items() if name.startswith("x-fleet-")}
+
+
+def test_an_error_says_where_the_request_went_as_far_as_it_did() -> None:
+    async def scenario() -> None:
+        async with rig() as it:
+            it.fleet.aliases = {"m": "real"}
+            it.fleet.rejects["m"] = Reject(0, "queue_full", "Full.")
+            it.fleet.add("broken", "a", free_port())
+            client = await it.client()
+            refused = labels((await client.ask(CHAT))[1])
+            assert refused == {"error-source": "gateway", "model": "real", "queue-ms": "0"}
+            assert labels((await client.ask({"model": "nope"}))[1]) == {"error-source": "gateway"}
+            assert labels((await client.ask({"model": 7}))[1]) == {"error-source": "gateway"}
+            broken = labels((await client.ask({"model": "broken"}))[1])
+            where = {"model": "broken", "instance": "a", "queue-ms": "0", "load-ms": "0"}
+            assert broken == {"error-source": "gateway", **where}
+            it.fleet.hold = True
+            await client.send(post(CHAT))
+            await until(lambda: bool(it.fleet.held))
+            began = it.gateway.loop.time()
+            await until(lambda: it.gateway.loop.time() - began > 0.005)
+            it.fleet.hold = False
+            it.fleet.grant_held()
+            waited = labels((await client.read_response())[1])
+            assert (waited["model"], int(waited["queue-ms"]) >= 5) == ("real", True)
+
+    run(scenario())
+
+
 def test_a_stream_that_waits_is_told_so_and_then_streams() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:

@@ -124,6 +124,22 @@ def test_a_stream_is_the_same_bytes(framing: str) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("said", [b"", b"x-accel-buffering: no\r\n"])
+def test_a_stream_is_unbuffered_and_says_so_once(said: bytes) -> None:
+    async def script(request: EngineRequest) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%bTransfer-Encoding: chunked\r\n\r\n"
+        await request.send(head % said + b"0\r\n\r\n")
+
+    async def scenario() -> None:
+        async with rig(script) as it:
+            client = await it.client()
+            await client.send(post(STREAM))
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert head.lower().count(b"x-accel-buffering: no\r\n") == 1
+
+    run(scenario())
+
+
 def test_the_first_byte_is_there_before_the_second_is_made() -> None:
     async def scenario() -> None:
         seen = asyncio.Event()

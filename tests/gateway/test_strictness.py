@@ -261,6 +261,19 @@ def test_expect_continue() -> None:
     run(scenario())
 
 
+def test_an_unknown_expectation_is_refused() -> None:
+    async def scenario() -> None:
+        async with rig(fine) as it:
+            client = await it.client()
+            await client.send(ask(b"Expect: foo", b"Content-Length: %d" % len(BODY)))
+            status, headers = await client.read_head()
+            error = json.loads(await client.read_body(headers))["error"]
+            assert (status, error["code"], headers["x-should-retry"]) == (417, "expectation_failed", "false")
+            assert it.fleet.admitted == []
+
+    run(scenario())
+
+
 def test_all_bodies_together_have_a_limit() -> None:
     async def scenario() -> None:
         async with rig(fine, max_buffered_bytes=300_000) as it:
