@@ -142,6 +142,11 @@ class Footprint:
     def total_bytes(self) -> int:
         return sum(self.bytes.values())
 
+    def raised(self, measured: Mapping[str, int]) -> Footprint:
+        """Return it with what was measured to be more: neither a declaration nor an earlier measurement hides bytes that are taken."""
+        more = {device: size for device, size in measured.items() if size > self.bytes.get(device, 0)}
+        return Footprint({**self.bytes, **more}, FootprintSource.LEARNED) if more else self
+
 
 class ExitKind(StrEnum):
     """Why a process ended, as far as its engine can tell. The restart policy reads it."""

@@ -2,8 +2,8 @@
 
 The rules of this file
 - The world does not ask: a measurement is entered in the ledger even where it exceeds the budget.
-- The highest footprint ever measured is kept, and is planned with from then on (unless one was declared), for as long as the
-  options stay what they were when the model was loaded.
+- The highest footprint ever measured is kept, and is planned with from then on (where one was declared: if it is more), for as
+  long as the options stay what they were when the model was loaded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> No
         facts.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
     if placement.footprint_hash != model.spec.footprint_hash:
         return  # it was loaded with other options: what that took says nothing of the next load
-    grown = {device: size for device, size in measured.items() if size > model.learned.get(device, 0)}
-    if grown:
-        model.learned.update(grown)
-        if model.spec.footprint.source is not FootprintSource.DECLARED:
-            facts.emit(
-                LearnFootprint(model.name, model.spec.footprint_hash, dict(model.learned), "highest measured so far")
-            )
+    before = model.footprint
+    model.learned.update({d: size for d, size in measured.items() if size > model.learned.get(d, 0)})
+    if model.footprint != before:
+        earlier = model.spec.footprint.source is FootprintSource.LEARNED
+        most = model.footprint.bytes if earlier else model.learned
+        facts.emit(LearnFootprint(model.name, model.spec.footprint_hash, dict(most), "highest measured so far"))
 
 
 def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int], now: float) -> None:
@@ -87,4 +86,10 @@ def over_budget_victims(facts: Facts) -> list[Placement]:
             for device, size in held.items():
                 if device in excess:
                     excess[device] -= size
+    for placement in list(victims):
+        held = {d: size for d, size in facts.ledger.reservations.get(placement.key, {}).items() if d in excess}
+        if all(excess[device] + size <= 0 for device, size in held.items()):  # the others' leaving is enough
+            victims.remove(placement)
+            for device, size in held.items():
+                excess[device] += size
     return victims

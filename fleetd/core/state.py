@@ -219,10 +219,10 @@ class Model:
 
     @property
     def footprint(self) -> Footprint:
-        """Declared before learned before estimated; a device that nobody could measure keeps its estimate."""
+        """Declared, and more where more was measured; else learned; else estimated, device by device."""
         spec = self.spec.footprint
-        if spec.source is FootprintSource.DECLARED or not self.learned:
-            return spec
+        if spec.source is not FootprintSource.ESTIMATED or not self.learned:
+            return spec.raised(self.learned)
         return Footprint({**spec.bytes, **self.learned}, FootprintSource.LEARNED)
 
     @property

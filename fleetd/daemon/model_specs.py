@@ -1,8 +1,8 @@
 """Models of fleet.yaml to ModelSpecs: holders, footprints, limits, routes.
 
 The rules of this file
-- A footprint is declared, or learned, or estimated, in this order; a model of which nothing is known costs nothing, and a
-  warning says so.
+- A footprint is declared (more, where more was measured), or learned, or estimated, in this order; a model of which nothing
+  is known costs nothing, and a warning says so.
 - The footprint hash covers what changes a model's memory: engine, options, source, and the device it lives on.
 """
 
@@ -112,6 +112,7 @@ class ModelAssembler:
         if keys.memory != "auto":
             declared = {plan.device: keys.memory} if isinstance(keys.memory, int) else dict(keys.memory)
             footprint = Footprint(declared, FootprintSource.DECLARED)
+            footprint = footprint.raised(self.around.learned.get(footprint_hash, {}))
         elif plan.external:
             footprint = Footprint()  # another machine's memory
         elif learned := self.around.learned.get(footprint_hash):

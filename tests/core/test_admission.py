@@ -8,7 +8,17 @@ import pytest
 
 from fleetd.core import commands as c
 from fleetd.core import events as e
-from fleetd.core.contract import Capabilities, ExitKind, ModelSpec, ProbeKind, Probes, ProbeSpec, Route
+from fleetd.core.contract import (
+    Capabilities,
+    ExitKind,
+    Footprint,
+    FootprintSource,
+    ModelSpec,
+    ProbeKind,
+    Probes,
+    ProbeSpec,
+    Route,
+)
 from fleetd.core.state import ProcessState, Residency
 from tests.core.rig import G, Rig, fleet_spec, model, own, owners, process, server
 
@@ -514,6 +524,33 @@ def test_footprints_are_learned_from_the_highest_measurement() -> None:
     assert not rig.take(c.LearnFootprint)
     assert rig.fleet.ledger.reserved_bytes("gpu0") == 3 * G
     assert rig.fleet.models["m"].footprint.bytes == {"gpu0": 3 * G}
+
+
+def test_a_declaration_that_was_measured_too_small_is_not_believed_again() -> None:
+    liar = model("a", footprint=Footprint({"gpu0": G}, FootprintSource.DECLARED))
+    rig = Rig(fleet_spec([own("a"), own("b")], [liar, model("b")], budget=3))
+    rig.warm("b")
+    rig.wait(1.0)
+    rig.warm("a")
+    rig.clear()
+    rig.send(e.MemorySampled("a", 1, 4 * G, {"gpu0": 4 * G}))
+    assert rig.take(c.LearnFootprint)[-1].bytes == {"gpu0": 4 * G}
+    assert [command.name for command in rig.take(c.Stop)] == ["a"], "the other one's leaving is not needed"
+    rig.exits("a", 0)
+    rig.empty("a")
+    rig.ask("a")
+    assert list(rig.rejects().values()) == ["model_too_large"]
+
+
+def test_a_lower_measurement_than_that_of_an_earlier_daemon_is_not_learned() -> None:
+    known = model("a", footprint=Footprint({"gpu0": 2 * G}, FootprintSource.LEARNED))
+    rig = Rig(fleet_spec([own("a")], [known], budget=4))
+    rig.warm("a")
+    rig.send(e.MemorySampled("a", 1, G, {"gpu0": G}))
+    assert not rig.take(c.LearnFootprint)
+    assert rig.fleet.models["a"].footprint.bytes == {"gpu0": 2 * G}
+    rig.send(e.MemorySampled("a", 1, 3 * G, {"gpu0": 3 * G}))
+    assert rig.take(c.LearnFootprint)[-1].bytes == {"gpu0": 3 * G}
 
 
 def test_a_model_that_an_edit_makes_too_large_is_not_started_again_in_its_place() -> None:

@@ -181,7 +181,11 @@ def test_the_footprint_of_a_model_is_declared_then_learned_then_estimated() -> N
     entry.learned["gpu0"] = 7
     assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 7, "host": 1}, FootprintSource.LEARNED)
     entry.spec = replace(entry.spec, footprint=Footprint({"gpu0": 6}, FootprintSource.DECLARED))
-    assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 6}, FootprintSource.DECLARED)
+    assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 7}, FootprintSource.LEARNED), "too small"
+    entry.spec = replace(entry.spec, footprint=Footprint({"gpu0": 8, "host": 1}, FootprintSource.DECLARED))
+    assert (dict(entry.footprint.bytes), entry.footprint.source) == ({"gpu0": 8, "host": 1}, FootprintSource.DECLARED)
+    entry.spec = replace(entry.spec, footprint=Footprint({"gpu0": 9, "host": 1}, FootprintSource.LEARNED))
+    assert dict(entry.footprint.bytes) == {"gpu0": 9, "host": 1}, "it was more in an earlier life of the daemon"
 
 
 # -- sleep ----------------------------------------------------------------------------------------------------------------

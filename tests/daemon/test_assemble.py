@@ -174,6 +174,8 @@ def test_declared_before_learned_before_estimated(tmp_path: Path) -> None:
     learned = assembled(tmp_path, fleet.format(memory="auto"), learned={key: {"host": 7}})
     assert learned.spec.models["m"].footprint.source is FootprintSource.LEARNED
     assert learned.spec.models["m"].footprint.bytes == {"host": 7}
+    small = assembled(tmp_path, fleet.format(memory="1GiB"), learned={key: {"host": 3 * GIB}}).spec.models["m"]
+    assert (small.footprint.bytes, small.footprint.source) == ({"host": 3 * GIB}, FootprintSource.LEARNED)
 
 
 def test_what_a_model_holds_asleep_is_estimated_and_then_learned(tmp_path: Path) -> None:

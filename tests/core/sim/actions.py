@@ -60,9 +60,10 @@ def unload(world: World, rng: Random) -> None:
 
 
 def pin(world: World, rng: Random) -> None:
-    name = rng.choice(NAMES[:10])
-    world.pins[name] = rng.random() < 0.4
-    world.deliver(e.PinAsked(name, world.pins[name]))
+    name, pinned = rng.choice(NAMES[:10]), rng.random() < 0.4
+    if name in world.spec.models:  # who is not there keeps no pin for its return
+        world.pins[name] = pinned
+    world.deliver(e.PinAsked(name, pinned))
 
 
 def start(world: World, rng: Random, name: str | None = None) -> None:
@@ -311,7 +312,6 @@ def reexec(world: World, _rng: Random) -> None:
     world.drained.clear()
     world.pins.clear()
     world.reserved.clear()
-    world.deaths.clear()
     world.kept_failed = {name for name, kept in world.disk.items() if kept.failed}
     world.row = {name: kept.deaths for name, kept in world.disk.items()}
     world.restarts.clear()
