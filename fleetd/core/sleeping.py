@@ -138,8 +138,9 @@ class Sleeping:
         model.sleepless_until_s = now + SLEEPLESS_S
         reason = f"{step} failed: {message}"
         self.facts.journal.note(model.name, f"{reason}; it is not put to sleep for {SLEEPLESS_S:g} s")
-        if step is SleepStep.SLEEP:
-            placement.evicted = True
+        if step is not SleepStep.WAKE:  # only who was waking has room for all of it
+            placement.evicted = step is SleepStep.SLEEP
+            placement.returns = placement.returns or step is SleepStep.LOOK
             self._move(placement, Residency.UNLOADING, now, reason)
         else:
             placement.step, placement.ordered = None, False

@@ -394,6 +394,8 @@ def test_an_adopted_one_that_does_not_say_is_killed() -> None:
     (stop,) = rig.take(c.Stop)
     assert stop.force
     assert "look failed: no answer" in stop.reason
+    rig.empty("a")
+    assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "whether it has room to start cold is to be seen"
 
 
 def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> None:
