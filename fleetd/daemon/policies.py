@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fleetd.config.process_schema import LogsKeys, ProbeKeys, ProbesKeys, RestartKeys, StopKeys
+from fleetd.config.model_schema import EngineModel
+from fleetd.config.process_schema import LogsKeys, ProbeKeys, ProcessKeys, RestartKeys, StopKeys
 from fleetd.core.contract import Backoff, CrashLoop, Probes, ProbeSpec, RestartMode, RestartPolicy
 from fleetd.host.types import LogPolicy, StopPolicy
 
@@ -57,12 +58,21 @@ def probe(keys: ProbeKeys | None, default: ProbeSpec | None, kind: ProbeSpec) ->
     )
 
 
-def probes(keys: ProbesKeys, engine: Probes) -> Probes:
+def probes(keys: ProcessKeys, engine: Probes) -> Probes:
     return Probes(
-        startup=probe(keys.startup, engine.startup, STARTUP),
-        readiness=probe(keys.readiness, engine.readiness, READINESS),
-        liveness=probe(keys.liveness, engine.liveness, LIVENESS),
+        startup=_startup(keys, engine),
+        readiness=probe(keys.probes.readiness, engine.readiness, READINESS),
+        liveness=probe(keys.probes.liveness, engine.liveness, LIVENESS),
     )
+
+
+def _startup(keys: ProcessKeys, engine: Probes) -> ProbeSpec | None:
+    """Return the startup probe. What loads a model by starting has as long as its load has, where fleet.yaml says how long."""
+    spec = probe(keys.probes.startup, engine.startup, STARTUP)
+    if spec is None or not isinstance(keys, EngineModel) or "load_timeout" not in keys.model_fields_set:
+        return spec
+    stated = keys.probes.startup.deadline if keys.probes.startup is not None else None
+    return replace(spec, deadline_s=min(keys.load_timeout, stated if stated is not None else keys.load_timeout))
 
 
 def needs_port(wanted: Probes) -> str | None:

@@ -250,6 +250,20 @@ def test_a_probe_keeps_what_its_entry_does_not_say(tmp_path: Path) -> None:
     assert (probe.http, probe.failures, probe.period_s) == ("/h", 9, 2.0)
 
 
+def test_a_model_that_is_a_process_starts_within_its_load_timeout(tmp_path: Path) -> None:
+    def deadline(more: str) -> float | None:
+        found = assembled(tmp_path, f"models: {{m: {{engine: process, command: [x], memory: 1GiB{more}}}}}")
+        startup = found.spec.processes["m"].probes.startup
+        assert startup is not None
+        return startup.deadline_s
+
+    assert deadline("") == 900.0, "the engine's own"
+    assert deadline(", load_timeout: 1h") == 3600.0
+    assert deadline(", load_timeout: 4s") == 4.0
+    assert deadline(", load_timeout: 4s, probes: {startup: {tcp: true, deadline: 9s}}") == 4.0
+    assert deadline(", load_timeout: 20s, probes: {startup: {tcp: true, deadline: 9s}}") == 9.0
+
+
 @pytest.mark.parametrize(
     ("change", "restarts"),
     [
