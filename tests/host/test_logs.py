@@ -23,6 +23,7 @@ from fleetd.host.logs import book as book_module
 from fleetd.host.logs import pump as pump_module
 from fleetd.host.logs import rotate as rotate_module
 from fleetd.host.logs.files import LogFiles, LogState
+from fleetd.host.logs.follow import LogFollower
 from fleetd.host.logs.hole import can_punch, punch
 from fleetd.host.logs.pump import as_json_lines
 from fleetd.host.logs.rotate import bound_total, compress_archives, recover, rotate
@@ -55,6 +56,47 @@ def everything(files: LogFiles) -> bytes:
     for path in reversed(files.archives()):
         parts.append(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
     return b"".join([*parts, live_bytes(files)])
+
+
+LONG = [
+    "A" * 70_000,
+    "B" * 300_000,
+    'é"\\\n' * 60_000,
+    "\x1b[1m" * 30_000,
+    "\\" * 290_001,
+]
+
+
+@pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
+@pytest.mark.parametrize("place", ["live", "archive", "compressed"])
+def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, said: str, place: str) -> None:
+    files = files_with(tmp_path / "logs", as_json_lines(["before", said, "after"], 1795442609.763))
+    if place != "live":
+        rotate(files, replace(SMALL, max_size_bytes=64 * MIB), force=True)
+    if place == "compressed":
+        compress_archives(files)
+    before, long, after = read_tail(files, Wanted(10, since=1795442609.0))
+    assert (before.text, after.text) == ("before", "after")
+    assert {line.at for line in (before, long, after)} == {1795442609.763}
+    assert long.text[:1000] == said[:1000] and long.text[-1000:] == said[-1000:]
+    assert re.search(r" … \d+ bytes … ", long.text) and len(long.text.encode()) < 66_000
+    assert '{"t":' not in long.text and '"}' not in long.text
+    assert [line.text for line in read_tail(files, Wanted(10, grep=re.compile("^" + re.escape(said[:3]))))] == [long.text]
+
+
+@pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
+def test_a_long_line_of_the_pump_is_followed_as_text_with_its_time(tmp_path: Path, said: str) -> None:
+    files = files_with(tmp_path / "logs", b"")
+    follower, shown = LogFollower(files, lambda: 0), []
+    data = as_json_lines(["before", said, "after"], 1795442609.763)
+    with files.live.open("ab", buffering=0) as log:
+        for begin in range(0, len(data), 50_000):
+            log.write(data[begin : begin + 50_000])
+            shown += follower.step()
+    follower.close()
+    assert [shown[0].text, shown[-1].text, len(shown)] == ["before", "after", 3]
+    assert {line.at for line in shown} == {1795442609.763}
+    assert shown[1].text[:1000] == said[:1000] and "bytes" in shown[1].text and '{"t":' not in shown[1].text
 
 
 # -- rotation --------------------------------------------------------------------------------------------------------
@@ -279,6 +321,21 @@ def test_compression_keeps_order_and_content(tmp_path: Path) -> None:
     rotate(files, replace(SMALL, keep=10))
     assert everything(files) == numbered(6000)
     assert [line.text for line in read_tail(files, Wanted(5500))] == numbered(6000).decode().splitlines()[500:]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o600])
+def test_an_archive_may_be_read_by_whom_the_log_may_be_read(tmp_path: Path, mode: int) -> None:
+    files = files_with(tmp_path / "logs", numbered(1000))
+    files.live.chmod(mode)
+    old = os.umask(0o022)
+    try:
+        assert rotate(files, SMALL, force=True).archived
+        assert {path.stat().st_mode & 0o777 for path in files.archives()} == {mode}
+        assert compress_archives(files) is None
+    finally:
+        os.umask(old)
+    assert {path.suffix for path in files.archives()} == {".gz"}
+    assert {path.stat().st_mode & 0o777 for path in files.archives()} == {mode}
 
 
 def test_the_total_is_bounded_by_deleting_the_oldest(tmp_path: Path) -> None:

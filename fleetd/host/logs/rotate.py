@@ -15,11 +15,13 @@ import errno
 import gzip
 import os
 import shutil
+import stat
 import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.hole import punch
@@ -177,9 +179,10 @@ def _empty(fd: int, files: LogFiles, state: LogState, cut: int, pending: Path, p
 
 
 def _copy(fd: int, target: Path, start: int, end: int) -> None:
-    """Copy a range into a new file and sync it."""
-    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    """Copy a range into a new file and sync it. Who may not read the log may not read its archive."""
+    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
+        _same_mode(fd, out)
         position = start
         while position < end:
             block = os.pread(fd, min(_BLOCK, end - position), position)
@@ -241,8 +244,7 @@ def compress_archives(files: LogFiles) -> str | None:
         try:
             with path.open("rb") as source:
                 inode = os.fstat(source.fileno()).st_ino
-                with gzip.open(packed, "wb", compresslevel=3) as target:
-                    shutil.copyfileobj(source, target, _BLOCK)
+                _pack(source, packed)
             with _LOCKS[files.live]:
                 _put_in_place(files, inode, packed)
         except OSError as error:
@@ -250,6 +252,18 @@ def compress_archives(files: LogFiles) -> str | None:
         finally:
             packed.unlink(missing_ok=True)
     return None
+
+
+def _pack(source: IO[bytes], packed: Path) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with os.fdopen(os.open(packed, flags, 0o600), "wb") as out:
+        _same_mode(source.fileno(), out.fileno())
+        with gzip.open(out, "wb", compresslevel=3) as target:
+            shutil.copyfileobj(source, target, _BLOCK)
+
+
+def _same_mode(source: int, target: int) -> None:
+    os.fchmod(target, stat.S_IMODE(os.fstat(source).st_mode))
 
 
 def _put_in_place(files: LogFiles, inode: int, packed: Path) -> None:

@@ -3,6 +3,7 @@
 The rules of this file
 - Blocks are read backwards until enough lines are there; a hole (what rotation freed) is skipped, archives come next.
 - Memory is bounded: a line longer than 64 KiB keeps its first and last 32 KiB, and the whole answer stops at 16 MiB.
+  A line of the pump that was cut is still one: its time and its text are shown, never its JSON.
 - Bytes that are no UTF-8 become U+FFFD; nothing in a log can break a reader.
 """
 
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fleetd.host.logs.files import LogFiles
 
@@ -22,6 +24,9 @@ _BLOCK = 64 * 1024
 _LONGEST_LINE = 64 * 1024
 _LARGEST_ANSWER = 16 * 1024 * 1024
 _MOST_LOOKED_AT = 512 * 1024 * 1024
+_PUMPED = re.compile(rb'\{"t":([0-9]+(?:\.[0-9]+)?),"line":"')
+_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))")
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +42,38 @@ def parse_line(data: bytes) -> Line:
     if data.startswith(b'{"t":'):
         try:
             content = json.loads(data)
-            return Line(str(content["line"]), float(content["t"]))
+            return Line(_bounded(str(content["line"])), float(content["t"]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass
+            cut = _cut_line(data) if len(data) >= _LONGEST_LINE else None
+            if cut is not None:
+                return cut
     return Line(shorten(data).decode("utf-8", "replace"))
 
 
-def shorten(data: bytes) -> bytes:
-    """Return at most 64 KiB of a line: its two ends, with the number of bytes between."""
+def _cut_line(data: bytes) -> Line | None:
+    """Read a line of the pump that a limit has cut, maybe in the middle of an escape; None: it is none."""
+    head = _PUMPED.match(data)
+    if head is None:
+        return None
+    text = data[head.end() :].removesuffix(b'"}').decode("utf-8", "replace")
+    return Line(_bounded(_ESCAPE.sub(_unescaped, text)), float(head[1]))
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    return chr(int(escape[1], 16)) if escape[1] else _ESCAPED.get(escape[2], escape[2])
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else shorten(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+
+
+def shorten(data: bytes, missing: int = 0) -> bytes:
+    """Return at most 64 KiB of a line: its two ends, with the number of bytes between. `missing` were left out there before."""
     data = data.rstrip(b"\r").lstrip(b"\0")
     if len(data) <= _LONGEST_LINE:
         return data
     half = _LONGEST_LINE // 2
-    return data[:half] + f" … {len(data) - 2 * half} bytes … ".encode() + data[-half:]
+    return data[:half] + f" … {len(data) - 2 * half + missing} bytes … ".encode() + data[-half:]
 
 
 def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
@@ -66,7 +90,7 @@ def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
         tail = pieces[0]
         for piece in reversed(pieces[1:]):
             if not (first and piece == b""):
-                yield _mark_dropped(piece, dropped)
+                yield shorten(piece, dropped)
             first, dropped = False, 0
         if len(tail) > 2 * _LONGEST_LINE:
             dropped += len(tail) - 2 * _LONGEST_LINE
@@ -74,11 +98,7 @@ def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
         if not block:
             return
     if end > start:  # the first line, which may be empty
-        yield _mark_dropped(tail, dropped)
-
-
-def _mark_dropped(piece: bytes, dropped: int) -> bytes:
-    return shorten(piece) if not dropped else shorten(piece) + f" (and {dropped} bytes more)".encode()
+        yield shorten(tail, dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +176,23 @@ def _archive_backwards(path: Path) -> Iterator[bytes]:
         kept: deque[bytes] = deque(maxlen=50_000)
         size = 0
         with gzip.open(path, "rb") as file:
-            while piece := file.readline(_LONGEST_LINE):
-                kept.append(piece.rstrip(b"\n"))
-                size += len(piece)
+            for line in _lines_forward(file):
+                kept.append(line)
+                size += len(line) + 1
                 while size > _LARGEST_ANSWER and kept:
                     size -= len(kept.popleft()) + 1
         yield from reversed(kept)
     except (OSError, EOFError):
         return
+
+
+def _lines_forward(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file from the first to the last; long ones already shortened."""
+    while piece := file.readline(_LONGEST_LINE):
+        line, dropped = piece, 0
+        while not piece.endswith(b"\n") and (piece := file.readline(_LONGEST_LINE)):
+            line += piece
+            if len(line) > 3 * _LONGEST_LINE:
+                dropped += len(line) - 2 * _LONGEST_LINE
+                line = line[:_LONGEST_LINE] + line[-_LONGEST_LINE:]
+        yield shorten(line.rstrip(b"\n"), dropped)
