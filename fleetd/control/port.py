@@ -29,10 +29,14 @@ from fleetd.control.wire import (
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What can be named. `processes`: name → its key in fleet.yaml (differs for replicas); `models`: name → aliases."""
+    """What can be named. `processes`: name → its key in fleet.yaml (differs for replicas); `models`: name → aliases.
+
+    `routes`: those of the models that only lead to others → these.
+    """
 
     processes: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 The rules of this file
 - Either every pattern means something, or nothing is done: ApiError 404 `unknown_name` names all that do not.
 - The order of the words is kept; a name is taken once.
+- A route is never in memory itself: `all` and globs pass over it, and who names it is told the models that it leads to.
 """
 
 from __future__ import annotations
@@ -28,13 +29,20 @@ def processes(patterns: Sequence[str], names: Names) -> list[str]:
 
 
 def models(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the models that the patterns name, aliases resolved. Raises ApiError 404."""
+    """Return the models that the patterns name, aliases resolved. Raises ApiError 404, and 409 for a route."""
 
-    def find(pattern: str) -> list[str]:
+    def meant(pattern: str) -> list[str]:
         if pattern in names.models:
             return [pattern]
         by_alias = [name for name, aliases in names.models.items() if pattern in aliases]
         return by_alias or [name for name in names.models if pattern == "all" or _like(name, pattern)]
+
+    def find(pattern: str) -> list[str]:
+        found = meant(pattern)
+        held = [name for name in found if name not in names.routes]
+        if found and not held and pattern != "all":
+            raise _a_route(pattern, names.routes[found[0]])
+        return held
 
     known = dict.fromkeys((*names.models, *(alias for aliases in names.models.values() for alias in aliases)))
     return _select(patterns, find, "model", known, other=_processes_hint(names))
@@ -58,6 +66,10 @@ def _processes_hint(names: Names) -> Callable[[str], str | None]:
         return f"{word} is a process, not a model: fleetctl start {word}" if known else None
 
     return hint
+
+
+def _a_route(pattern: str, targets: Sequence[str]) -> ApiError:
+    return ApiError(409, "is_a_route", f"{pattern} is a route: name its models ({', '.join(targets)}).")
 
 
 def _select(

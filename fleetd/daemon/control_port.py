@@ -94,9 +94,11 @@ class DaemonControlPort:
         return self._view.devices()
 
     def names(self) -> Names:
+        models = self._fleet.models
         return Names(
             {name: process.spec.base for name, process in self._fleet.processes.items()},
-            {name: model.spec.aliases for name, model in self._fleet.models.items()},
+            {name: model.spec.aliases for name, model in models.items()},
+            {name: tuple(one.to for one in model.spec.routes) for name, model in models.items() if model.spec.routes},
         )
 
     def process(self, name: str) -> ProcessDetail:

@@ -76,6 +76,8 @@ class Verbs:
             return [self._outcome(name, OutcomeCode.ACCEPTED, None) for name in names]
         found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
         judged = dict(zip(ordered, found, strict=True))
+        if verb == "load":
+            judged = {name: self._still_loaded(name, *one) for name, one in judged.items()}
         return [self._outcome(name, *judged[name]) for name in names]
 
     async def _keep(self) -> None:
@@ -184,13 +186,27 @@ class Verbs:
             elif model.state is Residency.LOADED:
                 woken = "woken" if model.wakes > wakes else "it was loaded already"
                 found = OutcomeCode.OK, "loaded" if model.loads > loads else woken
-            elif model.failure and not model.placements and not model.waiting:
-                found = OutcomeCode.FAILED, model.failure
+            elif not model.placements and not model.waiting:
+                found = OutcomeCode.FAILED, model.failure or self._left_again(name)
             if found is not None:
                 self._port.forget_wish(request_id)
             return found
 
         return look
+
+    def _still_loaded(self, name: str, code: OutcomeCode, reason: str | None) -> tuple[OutcomeCode, str | None]:
+        """Return the same, or a failure where the model left again while others were waited for."""
+        model = self._fleet.models.get(name)
+        if code is not OutcomeCode.OK or (model is not None and model.state is Residency.LOADED):
+            return code, reason
+        return OutcomeCode.FAILED, self._left_again(name)
+
+    def _left_again(self, name: str) -> str:
+        start = f"{name}: leaving "
+        notes = (note for entry in self._fleet.journal.of(name) for note in entry.notes if note.startswith(start))
+        *_, last = ("", *notes)
+        why = last.removeprefix(start).partition(": ")[2]
+        return f"it was loaded, and is no longer: {why or f'fleetctl story {name} says why'}"
 
     def _unloaded(self, name: str) -> Judgement | None:
         model = self._fleet.models.get(name)

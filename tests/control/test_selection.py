@@ -39,6 +39,16 @@ def test_models(patterns: list[str], expected: list[str]) -> None:
     assert selection.models(patterns, NAMES) == expected
 
 
+def test_a_route_is_passed_over_and_told_when_it_is_named() -> None:
+    names = Names(models={"rt": ("chat",), "a": (), "b": ()}, routes={"rt": ("a", "b")})
+    assert selection.models(["all"], names) == selection.models(["*"], names) == ["a", "b"]
+    assert selection.models(["all"], Names(models={"rt": ()}, routes={"rt": ("a",)})) == []
+    for pattern in ("rt", "chat", "r*"):
+        with pytest.raises(ApiError, match=f"^{pattern[:1]}.* is a route: name its models .a, b.") as caught:
+            selection.models(["a", pattern], names)
+        assert (caught.value.status, caught.value.code) == (409, "is_a_route")
+
+
 def test_all_of_nothing_is_nothing() -> None:
     assert selection.processes(["all"], Names()) == []
 
