@@ -20,7 +20,7 @@ from fleetd.core.events import Event, Loaded, LoadFailed, ResidentsObserved, Unl
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.tasks import Tasks
-from fleetd.engines.base import Endpoint, HeldModel
+from fleetd.engines.base import Endpoint, HeldModel, Resident
 from fleetd.errors import EngineError, FleetError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Residency:
         self._calls: dict[str, set[asyncio.Task[None]]] = {}
         self._changes: dict[str, int] = {}  # loads and unloads begun or ended, per process
         self._reading: set[str] = set()
+        self._lengths: dict[str, dict[str, int]] = {}  # of the context, by process and model, as the server last said
 
     def load(self, command: Load) -> None:
         self.call(command.process, self._load(command), f"load {command.model} on {command.process}")
@@ -113,6 +114,8 @@ class Residency:
             )
         else:
             self._dispatch(Loaded(model, process, generation, on_devices(measured, plan)))
+            self._lengths.get(process, {}).pop(model, None)
+            await self._residents(plan, endpoint)
 
     async def _unload(self, command: Unload) -> None:
         model, process, generation = command.model, command.process, command.generation
@@ -141,20 +144,29 @@ class Residency:
         if plan is None or plan.endpoint is None:
             return
         before = self._changes.get(process, 0)
-        try:
-            residents = await plan.engine.loaded(self._http(), plan.endpoint)
-        except FleetError:
-            return  # its probes say what is wrong with it
-        if self._changes.get(process, 0) != before or self._calls.get(process):
+        residents = await self._residents(plan, plan.endpoint)
+        if residents is None or self._changes.get(process, 0) != before or self._calls.get(process):
             return
+        found = {name: on_devices(resident.device_bytes, plan) for name, resident in residents.items()}
+        self._dispatch(ResidentsObserved(process, generation, found))
+
+    async def _residents(self, plan: LaunchPlan, endpoint: Endpoint) -> Mapping[str, Resident] | None:
+        """Return the models of the fleet that a server says it holds; None: its probes say what is wrong with it."""
+        try:
+            residents = await plan.engine.loaded(self._http(), endpoint)
+        except FleetError:
+            return None
         canonical = getattr(plan.engine, "canonical_name", str)
         names = {canonical(held.served_as): name for name, held in plan.held.items()}
-        found = {
-            names[resident.served_as]: on_devices(resident.device_bytes, plan)
-            for resident in residents
-            if resident.served_as in names
+        found = {names[resident.served_as]: resident for resident in residents if resident.served_as in names}
+        self._lengths[plan.name] = {
+            name: resident.context_length for name, resident in found.items() if resident.context_length is not None
         }
-        self._dispatch(ResidentsObserved(process, generation, found))
+        return found
+
+    def context_length(self, model: str, process: str) -> int | None:
+        """Return the context that a server says it loaded a model with; None: it does not say."""
+        return self._lengths.get(process, {}).get(model)
 
     # -- reading ahead ------------------------------------------------------------------------------------------------
 

@@ -174,6 +174,10 @@ class Sampling:
         held = sum(sample.pid_bytes.get(pid, 0) for pid in usage.pids) if sample is not None else 0
         return {device: held} if held else {}
 
+    def context_length(self, model: str, process: str) -> int | None:
+        """Return the context that a server says it loaded a model with; None: it does not say."""
+        return self._residency.context_length(model, process)
+
     async def _observe_residents(self) -> None:
         for name, process in list(self._fleet.processes.items()):
             if process.spec.capabilities.many_models and process.state in SERVING:

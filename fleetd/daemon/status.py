@@ -28,6 +28,7 @@ from fleetd.control.wire import (
 )
 from fleetd.core.state import RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.assembly import Assembly
+from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.preparation import Preparation
 from fleetd.daemon.processes import Processes
 from fleetd.daemon.sampling import Sampling
@@ -210,7 +211,6 @@ class StatusView:
         spec = model.spec
         plans = self._assembly().plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
-        context = plan.context.options if plan is not None else None
         status: ModelStatus = {
             "name": model.name,
             "state": "ROUTE" if spec.routes else str(model.state),
@@ -233,7 +233,7 @@ class StatusView:
             "load_s": round(model.load_s, 4) if model.load_s is not None else None,
             "wake_s": round(model.wake_s, 4) if model.wake_s is not None else None,
             "ttl_s": spec.ttl_s,
-            "context_length": getattr(context, "context_length", None) or getattr(context, "max_model_len", None),
+            "context_length": self._context_length(model, plan),
             "reason": reason_of(model),
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
@@ -244,6 +244,15 @@ class StatusView:
             if not model.placements and not model.failure and note.state in ("making", "failed"):
                 status["reason"] = note.detail
         return status
+
+    def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
+        """Return what a server that holds it says; else the default of its entry."""
+        for name, placement in model.placements.items():
+            said = self._sampling.context_length(model.name, name) if placement.state is Residency.LOADED else None
+            if said is not None:
+                return said
+        options = plan.context.options if plan is not None else None
+        return getattr(options, "context_length", None) or getattr(options, "max_model_len", None)
 
     def _ttl_left(self, model: Model, now: float) -> float | None:
         ends = [

@@ -115,10 +115,11 @@ class ExitVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model that a server holds now; `served_as` is the server's own name for it."""
+    """A model that a server holds now; `served_as` is the server's own name for it. `context_length` None: it does not say."""
 
     served_as: str
     device_bytes: Mapping[str, int] = field(default_factory=dict)
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

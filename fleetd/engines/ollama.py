@@ -237,7 +237,7 @@ class Ollama:
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return what /api/ps lists, by canonical name. A model that is still loading is not listed by Ollama."""
         return tuple(
-            Resident(self.canonical_name(_name(entry)), device_bytes(entry))
+            Resident(self.canonical_name(_name(entry)), device_bytes(entry), entry["context_length"] or None)
             for entry in await _entries(http, endpoint, 5.0)
         )
 

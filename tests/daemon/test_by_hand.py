@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import fake, fleetd
+from bench.rig import free_port
+from tests.daemon.rig import fake, fleetd, until
 
 ROUTED = """
 models:
@@ -43,3 +44,19 @@ def test_what_left_again_for_another_of_the_same_order_is_a_failure(tmp_path: Pa
         [left] = [name for name in "ab" if rows[name]["result"] == "failed"]  # whichever is cheaper to bring back
         assert rows[left]["reason"] == "it was loaded, and is no longer: evicted for c", json.dumps(rows)
         assert [row["result"] for row in rows.values()].count("ok") == 2
+
+
+def test_the_context_of_a_loaded_model_is_the_server_s_word(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    command = json.dumps(["env", "OLLAMA_CONTEXT_LENGTH=256", *json.loads(fake("--models", "m=1000", api="ollama"))])
+    fleet = f"""
+    instances:
+      store: {{engine: ollama, command: {command}, port: {free_port()}, options: {{models_dir: {tmp_path}/store, context_length: 512}}}}
+    models:
+      m: {{instance: store, memory: 1MiB}}
+    """
+    with fleetd(tmp_path, fleet).start() as daemon:
+        daemon.until_state("store", "READY")
+        assert daemon.model_row("m")["context_length"] == 512, "what the entry says, while nothing is loaded"
+        assert daemon.control("POST", "/v1/models/m/load", {}).status == 200
+        until(lambda: daemon.model_row("m")["context_length"] == 256, "what the server says")

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,7 @@ models:
   first: {{instance: [ollama], from: {file}, min_resident: 0, ttl: 0, concurrency: 3}}
   second: {{instance: [ollama], from: {file}, min_resident: 0, ttl: 0, quantize: q8_0}}
   large: {{instance: [ollama], from: {file}, min_resident: 0, ttl: 0, memory: 650MiB}}
+  long: {{instance: ollama-1, from: {file}, min_resident: 0, ttl: 0, options: {{num_ctx: 2048}}}}
 """
 
 
@@ -118,6 +120,24 @@ def test_a_model_is_quantized_when_it_is_made(ready: Fleetd) -> None:
     port = ready.process_row("ollama-1")["port"]
     shown = ollama(ready, port, "show", "second")
     assert "Q8_0" in shown, shown
+
+
+def test_load_options_hold_over_requests_that_carry_none(ready: Fleetd) -> None:
+    assert ready.control("POST", "/v1/models/long/load", {}).status == 200
+    server = ready.process_row("ollama-1")
+    lengths = listed_lengths(server["port"])
+    held = {one.pid for one in psutil.Process(server["pid"]).children(recursive=True)}
+    for _ in range(2):
+        assert say(ready, "long") == "ollama-1"
+    assert listed_lengths(server["port"]) == lengths
+    assert lengths["long:latest"] == 2048
+    assert {one.pid for one in psutil.Process(server["pid"]).children(recursive=True)} == held, "it was loaded again"
+    assert ready.model_row("long")["context_length"] == 2048
+
+
+def listed_lengths(port: int) -> dict[str, int]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/ps", timeout=10) as answer:
+        return {one["name"]: one["context_length"] for one in json.load(answer)["models"]}
 
 
 def test_a_full_budget_evicts_and_never_exceeds(ready: Fleetd) -> None:
