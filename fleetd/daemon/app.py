@@ -1,7 +1,7 @@
 """The daemon's life: start, run, shut down. The composition root.
 
 The rules of this file
-- Start: read the file, take the lock, look at the machine, take over what runs, listen, and only then decide anything.
+- Start: read the file, take the locks, look at the machine, take over what runs, listen, and only then decide anything.
 - A start that fails leaves nothing behind: what was opened is closed in reverse order.
 - The run ends with Finished, or with an execv into a new program.
 """
@@ -40,7 +40,7 @@ from fleetd.daemon.starts import PREFIX
 from fleetd.daemon.status import DaemonFacts
 from fleetd.errors import HostError
 from fleetd.host.host import Host
-from fleetd.host.lock import DaemonLock
+from fleetd.host.lock import DaemonLocks
 from fleetd.host.memory import Devices
 from fleetd.host.notify import Notifier
 from fleetd.host.store import Store
@@ -88,7 +88,7 @@ class App:
         self._operations: Operations
         self._gateway: Gateway
         self._control: ControlServer
-        self._lock: DaemonLock
+        self._locks: DaemonLocks
 
     async def run(self) -> int:
         """Start, serve until told to stop, and clean up. Returns the exit code; raises FleetError when it cannot start."""
@@ -110,8 +110,11 @@ class App:
         taken = reexec.taken_over()
         places = await reading.places()
         paths = HostPaths(places.state, places.run, places.logs)
-        self._lock = DaemonLock.acquire(paths.run) if taken is None else DaemonLock.inherit(paths.run, taken.lock_fd)
-        stack.callback(self._lock.release)
+        if taken is None:
+            self._locks = DaemonLocks.acquire(paths.run, paths.state)
+        else:
+            self._locks = DaemonLocks.inherit(paths.run, paths.state, taken.lock_fds)
+        stack.callback(self._locks.release)
         host = Host(paths)
         await host.start()
         stack.push_async_callback(host.close)
@@ -331,11 +334,11 @@ class App:
         await self._world.close()
         await self._gateway.close(1.0)
         records = await daemon.host.prepare_exec()
-        lock_fd = self._lock.keep_over_exec()
+        lock_fds = self._locks.keep_over_exec()
         await daemon.store.flush()
         await daemon.configuration.close()
         await self._control.close()
-        reexec.execute(lock_fd, records, self._notifier.environment, stack)
+        reexec.execute(lock_fds, records, self._notifier.environment, stack)
 
 
 def changed_since(file: Path, moment_s: float) -> bool:

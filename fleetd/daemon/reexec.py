@@ -1,4 +1,4 @@
-"""Replacing the daemon's program in place: same PID, same children, same lock.
+"""Replacing the daemon's program in place: same PID, same children, same locks.
 
 The rules of this file
 - What the new program needs crosses in the environment as one small JSON; descriptors keep their numbers.
@@ -27,7 +27,7 @@ VARIABLE = "FLEETD_TAKE_OVER"
 class TakenOver:
     """What the program before left to this one."""
 
-    lock_fd: int
+    lock_fds: list[int]
     records: list[HandleRecord]
 
 
@@ -39,11 +39,12 @@ def taken_over() -> TakenOver | None:
     content = json.loads(text)
     with open(content["records_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
         records = decode_records(file.read())
-    return TakenOver(int(content["lock_fd"]), records)
+    fds = content["lock_fds"] if "lock_fds" in content else [content["lock_fd"]]  # of a version with one lock
+    return TakenOver([int(fd) for fd in fds], records)
 
 
 def execute(
-    lock_fd: int, records: Sequence[HandleRecord], environ: Mapping[str, str], stack: AsyncExitStack
+    lock_fds: Sequence[int], records: Sequence[HandleRecord], environ: Mapping[str, str], stack: AsyncExitStack
 ) -> NoReturn:
     """Execute this program anew. Raises OSError when the kernel refuses."""
     del stack  # nothing on it may run: children, lock and pipes go on
@@ -52,7 +53,7 @@ def execute(
     os.write(fd, encode_records(list(records)))
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
-    env = {**os.environ, **environ, VARIABLE: json.dumps({"lock_fd": lock_fd, "records_fd": fd})}
+    env = {**os.environ, **environ, VARIABLE: json.dumps({"lock_fds": list(lock_fds), "records_fd": fd})}
     argv = [sys.executable, *sys.orig_argv[1:]]
     sys.stdout.flush()
     sys.stderr.flush()

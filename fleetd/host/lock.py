@@ -1,7 +1,8 @@
-"""One daemon per run folder, and a folder that nobody else can reach into.
+"""One daemon per run folder and per state folder, and a folder that nobody else can reach into.
 
 The rules of this file
-- The lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.
+- A lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.
+- Both folders are locked: two daemons with one state would adopt the same processes, and end them for each other.
 - The run folder is ours, 0700, and no symbolic link: it holds the control socket.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fleetd.errors import HostError
@@ -48,10 +51,10 @@ class DaemonLock:
         self.path, self._fd = path, fd
 
     @classmethod
-    def acquire(cls, run_folder: Path) -> DaemonLock:
-        """Lock the run folder for this process. Raises HostError naming the daemon that has it."""
-        prepare_private_folder(run_folder)
-        path = run_folder / LOCK_NAME
+    def acquire(cls, folder: Path, prepare: Callable[[Path], None] = prepare_private_folder) -> DaemonLock:
+        """Lock a folder for this process. Raises HostError naming the daemon that has it."""
+        prepare(folder)
+        path = folder / LOCK_NAME
         while True:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -79,9 +82,9 @@ class DaemonLock:
         return cls(path, fd)
 
     @classmethod
-    def inherit(cls, run_folder: Path, fd: int) -> DaemonLock:
+    def inherit(cls, folder: Path, fd: int) -> DaemonLock:
         """Take the lock over from before an execv. Raises HostError when this descriptor is not it."""
-        path = run_folder / LOCK_NAME
+        path = folder / LOCK_NAME
         if not _same_file(fd, path):
             raise HostError(f"descriptor {fd} is not the lock {path}", recoverable=False)
         os.set_inheritable(fd, False)
@@ -98,6 +101,53 @@ class DaemonLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonLocks:
+    """The locks of both folders, held: the run's, then the state's, unless they are one folder."""
+
+    locks: tuple[DaemonLock, ...]
+
+    @classmethod
+    def acquire(cls, run: Path, state: Path) -> DaemonLocks:
+        """Lock both folders, or neither. Raises HostError naming the daemon that has one."""
+        held: list[DaemonLock] = []
+        try:
+            held.append(DaemonLock.acquire(run))
+            held.extend(_of_state(run, state))
+        except HostError:
+            cls(tuple(held)).release()
+            raise
+        return cls(tuple(held))
+
+    @classmethod
+    def inherit(cls, run: Path, state: Path, fds: Sequence[int]) -> DaemonLocks:
+        """Take the locks over from before an execv. A program before may have held none of the state: it is taken now.
+        Raises HostError when a descriptor is not its lock."""
+        held = [DaemonLock.inherit(folder, fd) for folder, fd in zip((run, state), fds, strict=False)]
+        return cls((*held, *(_of_state(run, state) if len(held) == 1 else ())))
+
+    def keep_over_exec(self) -> list[int]:
+        """Make the locks survive an execv and return their descriptors for `inherit`."""
+        return [lock.keep_over_exec() for lock in self.locks]
+
+    def release(self) -> None:
+        """Let another daemon start: who waits for the run's lock finds the state's free."""
+        for lock in reversed(self.locks):
+            lock.release()
+
+
+def _of_state(run: Path, state: Path) -> list[DaemonLock]:
+    return [DaemonLock.acquire(state, _make)] if run.resolve() != state.resolve() else []
+
+
+def _make(folder: Path) -> None:
+    """Make the state's folder: whose it is, and whether a link leads to it, is its owner's to say."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
 
 
 def _read_pid(fd: int) -> int | None:

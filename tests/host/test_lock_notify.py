@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.errors import HostError
-from fleetd.host.lock import DaemonLock, prepare_private_folder
+from fleetd.host.lock import DaemonLock, DaemonLocks, prepare_private_folder
 from fleetd.host.notify import Notifier
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,6 +52,20 @@ def test_the_lock_lives_on_over_an_execv(tmp_path: Path) -> None:
     again.release()
     with (tmp_path / "other").open("w") as other, pytest.raises(HostError, match="is not the lock"):
         DaemonLock.inherit(run, other.fileno())
+
+
+def test_the_state_is_locked_too_and_a_refusal_leaves_no_lock(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    held = DaemonLocks.acquire(tmp_path / "run", state)
+    with pytest.raises(HostError, match=rf"already running, pid {os.getpid()} \(it holds {state}/fleetd.lock\)"):
+        DaemonLocks.acquire(tmp_path / "other", state)
+    DaemonLock.acquire(tmp_path / "other").release()
+    again = DaemonLocks.inherit(tmp_path / "run", state, [os.dup(fd) for fd in held.keep_over_exec()])
+    held.release()
+    with pytest.raises(HostError, match="already running"):
+        DaemonLocks.acquire(tmp_path / "other", state)
+    again.release()
+    DaemonLocks.acquire(tmp_path / "one", tmp_path / "one").release()  # one folder for both has one lock
 
 
 def test_a_removed_lock_file_does_not_give_two_daemons_one_folder(tmp_path: Path) -> None:
