@@ -3,6 +3,7 @@
 The rules of this file
 - Reading has no effect: no file is written, nothing is started, the environment is an argument.
 - All problems of all files are reported at once, in the order of the files; a problem of one place is reported once.
+- What others find later, in a configuration that is read, they also look for in what is right of a wrong one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fleetd.config.checks import check
 from fleetd.config.include import Reader
 from fleetd.config.marks import Marks, Path_, expand_home
 from fleetd.config.messages import Messages
+from fleetd.config.right_part import right_part, typed
 from fleetd.config.schema import FleetConfig
 from fleetd.config.tree import lay_defaults, plain
 from fleetd.config.unsupported import find_unsupported
@@ -29,12 +29,17 @@ from fleetd.errors import ConfigError, Problem
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration without mistakes. `files` are all files that were read; a change of one is a change of all."""
+    """A configuration without mistakes. `files` are all files that were read; a change of one is a change of all.
+
+    `stand_ins` are instances with mistakes of their own, of which only the engine is known: there is more to say of the models
+    that they hold, and nothing of them.
+    """
 
     config: FleetConfig
     marks: Marks
     files: tuple[Path, ...]
     config_hash: str
+    stand_ins: frozenset[Path_] = frozenset()
 
     def folder_of(self, path: Path_) -> Path:
         """Return the absolute folder that relative paths of the value at `path` start from."""
@@ -45,12 +50,14 @@ class LoadedConfig:
         return Path(os.path.normpath(self.folder_of(path) / expand_home(text)))
 
 
-def load(
-    path: Path, env: Mapping[str, str], beside: Callable[[Any, Marks], list[Problem]] | None = None
-) -> LoadedConfig:
+# Plain data with mistakes in it, its marks, and what is right of it (None: not even that can be read) → what others know of.
+Beside = Callable[[Any, Marks, LoadedConfig | None], list[Problem]]
+
+
+def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> LoadedConfig:
     """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found.
 
-    Where there is one, `beside` is asked for those that others know of in the same plain data, so that all are told at once.
+    Where there is one, `beside` is asked for those that others know of in a wrong one, so that all are told at once.
     """
     reader = Reader(env)
     root = reader.read(Path.cwd() / path, str(path))
@@ -59,29 +66,35 @@ def load(
     merged = lay_defaults(root)
     marks = Marks(merged)
     data = plain(merged)
-    config, problems = _validate(data, marks)
+    config, errors, problems = _validate(data, marks)
     # What could not be read or interpolated is reported once: its text says nothing about its type.
     places = {(problem.file, problem.line, problem.column) for problem in reader.problems}
     later = [problem for problem in problems if (problem.file, problem.line, problem.column) not in places]
     problems = [*reader.problems, *later]
     if problems or config is None:
         told = {problem.path for problem in problems}
-        others = beside(data, marks) if beside else []
+        others = beside(data, marks, _right_of(data, config, errors, marks, reader.files)) if beside else []
         problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in told]
         raise ConfigError(_sorted(problems, reader.order))
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return LoadedConfig(config, marks, tuple(reader.files), digest)
 
 
-def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Problem]]:
+def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Any], list[Problem]]:
+    """Return the configuration, or what its types found wrong, and all problems."""
     messages = Messages(marks)
     problems = find_unsupported(data, marks)
-    config: FleetConfig | None = None
-    try:
-        config = FleetConfig.model_validate(data)
-    except ValidationError as error:
-        problems += messages.problems(error.errors(include_url=False))
-    return config, problems + check(data, marks, messages)
+    config, errors = typed(data)
+    problems += messages.problems(errors)
+    return config, errors, problems + check(data, marks, messages)
+
+
+def _right_of(
+    data: Any, config: FleetConfig | None, errors: list[Any], marks: Marks, files: list[Path]
+) -> LoadedConfig | None:
+    """Return what is right of a configuration, None where not even a part of it can be read."""
+    part, stand_ins = (config, frozenset[Path_]()) if config is not None else right_part(data, errors)
+    return LoadedConfig(part, marks, tuple(files), "", stand_ins) if part is not None else None
 
 
 def _sorted(problems: Iterable[Problem], order: Mapping[str, int]) -> list[Problem]:

@@ -9,6 +9,7 @@ The rules of this file
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from fleetd.config.document import Node
@@ -74,9 +75,11 @@ class Marks:
 
     def order_of(self, file: str) -> int:
         """Return where a file stands in the order of reading; unknown files come last."""
-        return self._orders().get(file, 1 << 30)
+        return self._orders.get(file, 1 << 30)
 
+    @cached_property
     def _orders(self) -> dict[str, int]:
+        """Thousands of warnings are sorted by it, and the tree has as many entries."""
         orders: dict[str, int] = {}
         pending = [self.root]
         while pending:

@@ -106,7 +106,8 @@ class Assembler:
         self._env_files: dict[Path, dict[str, str]] = {}
 
     def problem(self, path: Path_, message: str) -> None:
-        self.problems.append(self.loaded.marks.problem(path, message))
+        if path[:2] not in self.loaded.stand_ins:
+            self.problems.append(self.loaded.marks.problem(path, message))
 
     def warn(self, path: Path_, message: str) -> None:
         self.warnings.append(self.loaded.marks.problem(path, message))
@@ -173,30 +174,29 @@ class Assembler:
         engine = self._engine(entry)
         if engine is None:
             return
-        options = self._options(entry, engine)
+        options, whole = self._options(entry, engine)
         if options is None:
             return
         device = self._device(entry)
-        places = {
-            "port": entry.port,
-            "host": inner_host(entry.engine_keys),
-            "name": entry.name,
-            "replica": entry.replica,
-        }
+        host = inner_host(entry.engine_keys)
+        places = {"port": entry.port, "host": host, "name": entry.name, "replica": entry.replica}
         own_env = self._environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env)
         before = len(self.problems)
         if entry.engine_keys is not None:
-            self._validate(entry, engine, context)
+            self._validate(entry, engine, context, whole=whole)
         recipe = self._recipe(entry, engine, context)
-        if len(self.problems) > before:
-            return
-        plan = self._plan(entry, engine, context, recipe, device, own_env)
-        port_probe = policies.needs_port(plan.probes)
-        if port_probe is not None and plan.endpoint is None:
+        own_probes = engine.probes(options) if entry.engine_keys is not None else Probes()
+        probes = policies.probes(entry.keys, own_probes)
+        port_probe = policies.needs_port(probes)
+        if port_probe is not None and entry.port is None and entry.external is None:
             self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port: state one")
+        own_model = self._own_model(entry, engine, models)
+        if len(self.problems) > before or not whole:
+            return
+        plan = self._plan(entry, engine, context, recipe, device, own_env, probes)
         self.plans[entry.name] = plan
-        self.specs[entry.name] = self._spec(entry, plan, models)
+        self.specs[entry.name] = self._spec(entry, plan, own_model)
 
     def _engine(self, entry: Entry) -> Engine | None:
         keys = entry.engine_keys
@@ -208,11 +208,13 @@ class Assembler:
             self.problem((*entry.path, "engine"), error.sentence)
             return None
 
-    def _options(self, entry: Entry, engine: Engine) -> Any:
+    def _options(self, entry: Entry, engine: Engine) -> tuple[Any, bool]:
+        """Return the options that are right, None where those are not enough; and whether that is all of them."""
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
         options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
-        self.problems += mistakes
-        return options
+        if entry.path not in self.loaded.stand_ins:
+            self.problems += mistakes
+        return options, not mistakes
 
     def _device(self, entry: Entry) -> str:
         keys = entry.engine_keys
@@ -296,14 +298,17 @@ class Assembler:
             external=entry.external is not None,
         )
 
-    def _validate(self, entry: Entry, engine: Engine, context: LaunchContext) -> None:
+    def _validate(self, entry: Entry, engine: Engine, context: LaunchContext, *, whole: bool) -> None:
+        """Tell what the engine finds; of the options themselves only where they are whole, since one depends on another."""
         for found in engine.validate(context):
             if found.path[:1] == ("models",):
                 path: Path_ = found.path
             elif found.path[:1] in _BESIDE_OPTIONS:
                 path = (*entry.path, *found.path)
-            else:
+            elif whole:
                 path = (*entry.path, "options", *found.path)
+            else:
+                continue
             (self.warn if found.warning else self.problem)(path, found.message)
 
     def _written(
@@ -352,6 +357,7 @@ class Assembler:
         recipe: Recipe | None,
         device: str,
         env: dict[str, str],
+        probes: Probes,
     ) -> LaunchPlan:
         keys, path = entry.keys, entry.path
         launch, contained, missing = self._written(entry, engine, context, recipe)
@@ -373,7 +379,7 @@ class Assembler:
             own_env=env,
             execution=self._execution(entry),
             stop=policies.stop_policy(keys.stop),
-            probes=policies.probes(keys.probes, Probes() if service else engine.probes(options)),
+            probes=probes,
             requires=tuple(dict.fromkeys([*requires, *launch.requires])),
             required_by=self._named(entry, launch),
             device=device,
@@ -422,7 +428,7 @@ class Assembler:
         paths = tuple(folder / Path(text).expanduser() for text in keys.watch.paths)
         return WatchPlan(paths, keys.watch.ignore, keys.watch.debounce)
 
-    def _spec(self, entry: Entry, plan: LaunchPlan, models: list[str]) -> ProcessSpec:
+    def _spec(self, entry: Entry, plan: LaunchPlan, own_model: str | None) -> ProcessSpec:
         keys = entry.keys
         engine_keys = entry.engine_keys
         capabilities = Capabilities()
@@ -438,7 +444,7 @@ class Assembler:
             port=entry.port,
             enabled=keys.enabled,
             on_demand=engine_keys is not None and engine_keys.start == "on-demand" and not plan.external,
-            own_model=self._own_model(entry, plan, models),
+            own_model=own_model,
             capabilities=capabilities,
             depends_on=self._dependencies(entry),
             restart=policies.restart_policy(keys.restart),
@@ -449,15 +455,15 @@ class Assembler:
             launch_hash=plan.launch_hash(),
         )
 
-    def _own_model(self, entry: Entry, plan: LaunchPlan, models: list[str]) -> str | None:
+    def _own_model(self, entry: Entry, engine: Engine, models: list[str]) -> str | None:
         """Return the model that this process is. A server of one model may be named by exactly one."""
         if entry.own_model is not None:
             return entry.base
-        if entry.kind is ProcessKind.SERVICE or plan.engine.capabilities.many_models or plan.external:
+        if entry.kind is ProcessKind.SERVICE or engine.capabilities.many_models or entry.external is not None:
             return None
         if len(models) > 1:
             named = ", ".join(models[:_NAMED]) + (", …" if len(models) > _NAMED else "")
-            self.problem(entry.path, f"a {plan.engine_name} server holds one model, but {len(models)} name it: {named}")
+            self.problem(entry.path, f"a {engine.name} server holds one model, but {len(models)} name it: {named}")
         return models[0] if models else None
 
     def _dependencies(self, entry: Entry) -> tuple[Dependency, ...]:

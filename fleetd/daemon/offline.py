@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fleetd.config.load import LoadedConfig, load
-from fleetd.daemon import option_mistakes
+from fleetd.daemon import all_mistakes
 from fleetd.daemon.assemble import assemble, checked, paths_of
 from fleetd.daemon.assembly import Assembly, Surroundings
 from fleetd.daemon.ports import kept_ports
@@ -23,7 +23,7 @@ from fleetd.host.memory import Devices
 
 def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:
     """Load and assemble. Raises ConfigError with every problem."""
-    loaded = load(path, env, option_mistakes.find)
+    loaded = load(path, env, all_mistakes.finder(env))
     state = paths_of(loaded).state
     devices = tuple(machine_devices(Devices().sample()))
     around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))

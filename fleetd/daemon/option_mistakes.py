@@ -23,7 +23,10 @@ _SHOWN_AT_MOST = 35  # names in one sentence
 
 
 def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[Any, list[Problem]]:
-    """Return the typed options of the entry at `path`, or None and every mistake in them, one for each value."""
+    """Return the typed options of the entry at `path`, and every mistake in them, one for each value.
+
+    Where there are mistakes, the options are those that are right; None where one that is required is not.
+    """
     try:
         return engine.options.model_validate(raw), []
     except ValidationError as error:
@@ -33,7 +36,15 @@ def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[A
             unknown = item["type"] == "extra_forbidden"
             problem = marks.problem((*path, "options", *where), _message(item, engine), at_key=unknown)
             found.setdefault(where, problem)
-        return None, list(found.values())
+    wrong = {where[0] for where in found if where}
+    return _without(engine, raw, wrong), list(found.values())
+
+
+def _without(engine: Engine, raw: dict[str, Any], wrong: set[str | int]) -> Any:
+    try:
+        return engine.options.model_validate({key: value for key, value in raw.items() if key not in wrong})
+    except ValidationError:
+        return None
 
 
 def find(data: Any, marks: Marks) -> list[Problem]:

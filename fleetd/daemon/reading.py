@@ -23,7 +23,7 @@ from fleetd.config.effects import Effect
 from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema import FleetConfig
 from fleetd.config.secrets import redact
-from fleetd.daemon import option_mistakes
+from fleetd.daemon import all_mistakes
 from fleetd.daemon.assemble import assemble, checked, paths_of
 from fleetd.daemon.ports import kept_ports
 from fleetd.daemon.readings import Circumstances, Edit, Failure, Places, Reading, Refusal, pack, unpack
@@ -97,7 +97,7 @@ def main() -> None:
 def _serve(answers: int) -> None:
     try:
         path, env = pickle.loads(_message())  # noqa: S301 - from the daemon that started us
-        loaded = load(Path(path), env, option_mistakes.find)
+        loaded = load(Path(path), env, all_mistakes.finder(env))
         _answer(answers, Places(paths_of(loaded)))
         _answer(answers, read(loaded, unpack(_message(), Circumstances)))
     except (BrokenPipeError, EOFError):

@@ -74,8 +74,10 @@ def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
 
 def _contradictions(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Yield the options of a load that the model itself is to keep with another value."""
-    parameters = model.modelfile.get("parameters")
-    for key, value in model.options.items() if isinstance(parameters, Mapping) else ():
+    parameters: Any = model.modelfile.get("parameters")
+    if not isinstance(parameters, Mapping):
+        return
+    for key, value in model.options.items():
         kind = LOAD_TIME_OPTIONS.get(key)
         if kind is None or key not in parameters:
             continue
