@@ -17,7 +17,7 @@ from fleetd.daemon.launches import LaunchPlan
 from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Completion, Prober, Target
 from fleetd.host.spawn import Program
-from fleetd.host.types import HandleRecord, RawExit, SpawnRequest, StopPolicy, Usage
+from fleetd.host.types import CommandSaid, HandleRecord, RawExit, SpawnRequest, StopPolicy, Usage
 
 
 class Handle(Protocol):
@@ -28,6 +28,10 @@ class Handle(Protocol):
 
     @property
     def uptime_s(self) -> float: ...
+
+    @property
+    def stop_command(self) -> CommandSaid | None:
+        """How its stop.command went, once it was asked to stop by one."""
 
 
 class Probe(Protocol):

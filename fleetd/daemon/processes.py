@@ -45,6 +45,8 @@ class Run:
     handle: Handle | None = None
     starting: asyncio.Task[None] | None = None
     emptying: bool = False
+    told_of_command: bool = False
+    entering: bool = False  # adopted, and the fleet has not been told of it yet
     early_exit: RawExit | None = None
     dead: bool = False
     reporting: asyncio.Task[None] | None = None
@@ -81,10 +83,12 @@ class Processes:
         self._plans = plans
         self._tasks = tasks
         self._parent_env = parent_env
-        self._complain = complain
+        self._complain, self._tell = complain, tell
         self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
         self.hooks = Hooks(machine, tasks, parent_env, tell, unwanted)
         self.runs: dict[str, Run] = {}
+        self._emptying: set[asyncio.Task[None]] = set()
+        self._resting = False
 
     def live(self) -> Iterator[Run]:
         """Yield the runs that have a process."""
@@ -103,6 +107,8 @@ class Processes:
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def spawn(self, command: Spawn) -> None:
+        if self._resting:
+            return
         plan = self._plans().get(command.name)
         if plan is None:
             self._dispatch(
@@ -113,20 +119,49 @@ class Processes:
         run.starting = self._tasks.start(self._spawn(run), f"spawn {command.name}")
 
     def stop(self, command: Stop) -> None:
-        self._tasks.start(self._empty(command.name, command.generation, force=command.force), f"stop {command.name}")
+        self._begin_emptying(command, command.force, f"stop {command.name}")
 
     def sweep(self, command: Sweep) -> None:
-        self._tasks.start(self._empty(command.name, command.generation, force=None), f"sweep {command.name}")
+        self._begin_emptying(command, None, f"sweep {command.name}")
+
+    def _begin_emptying(self, command: Stop | Sweep, force: bool | None, what: str) -> None:
+        task = self._tasks.start(self._empty(command.name, command.generation, force), what)
+        self._emptying.add(task)
+        task.add_done_callback(self._emptying.discard)
+
+    async def rest(self, timeout_s: float) -> None:
+        """Begin no start any more, break off what only leads to one, and wait until nothing is under way.
+
+        A start that comes too late has no answer: it is left to the program that takes over.
+        """
+        self._resting = True
+        self.hooks.break_off_all()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while (tasks := self._under_way()) and (left := end - loop.time()) > 0:
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+    def _under_way(self) -> set[asyncio.Task[None]]:
+        known = {task for run in self.runs.values() for task in (run.starting, run.reporting) if task is not None}
+        return {task for task in known | self._emptying if not task.done()}
 
     def adopt(self, plan: LaunchPlan, record: HandleRecord) -> Run:
         """Make the run that an adopted process will belong to; `adopted` completes it."""
         return Run(record.name, record.generation, plan)
 
     def adopted(self, run: Run, handle: Handle) -> Adopted:
-        """Enter a run whose process was proven to be ours."""
-        run.handle = handle
+        """Enter a run whose process was proven to be ours. Its death is told after `entered`: until then nobody knows it."""
+        run.handle, run.entering = handle, True
         self.runs[run.name] = run
         return Adopted(run.name, run.generation, handle.pid, max(0.0, handle.uptime_s))
+
+    def entered(self) -> None:
+        """The fleet knows the adopted runs now: tell it of those that have died since."""
+        for run in list(self.runs.values()):
+            if run.entering:
+                run.entering = False
+                if run.early_exit is not None:
+                    self._on_exit(run, run.early_exit)
 
     def exit_seen(self, run: Run) -> Callable[[RawExit], None]:
         """Return the callback for the host: it may fire before the spawn has returned."""
@@ -140,9 +175,13 @@ class Processes:
             plan = run.plan = self._starts.informed(written(run.plan)) if self._starts else written(run.plan)
             await self._clear_place(plan)
             await self.hooks.pre_start(plan)
+            if self._resting:
+                return
             request = plan.request(run.generation, self._parent_env, run.restarts)
             handle = await self._machine.spawn(request, self.exit_seen(run))
         except (HostError, EngineError) as error:
+            if self._resting and run.handle is None:
+                return
             self._failed(run, error.sentence, error.recoverable and not isinstance(error, EngineError))
             return
         except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the process
@@ -169,7 +208,7 @@ class Processes:
     # -- death --------------------------------------------------------------------------------------------------------
 
     def _on_exit(self, run: Run, raw: RawExit) -> None:
-        if run.handle is None:
+        if run.handle is None or run.entering:
             run.early_exit = raw
             return
         run.dead = True
@@ -239,12 +278,24 @@ class Processes:
             survivors = await self._machine.sweep(run.handle, plan.stop.kill)
         else:
             survivors = await self._machine.stop(run.handle, plan.stop, force)
+            self._tell_of_command(run)
         if force is False:
             why = await self._end_container(run, None)
         if why is not None:
             self._complain(run.name, why)
             return survivors or (run.handle.pid,)
         return survivors
+
+    def _tell_of_command(self, run: Run) -> None:
+        """Say once how its stop.command went."""
+        said = run.handle.stop_command if run.handle is not None else None
+        if said is None or run.told_of_command:
+            return
+        run.told_of_command = True
+        if said.ok:
+            self._tell(run.name, f"its stop.command ended well after {said.took_s:.1f} s: {said.text}")
+        else:
+            self._complain(run.name, f"its stop.command failed: {said.text}")
 
     async def _end_container(self, run: Run, stop_s: float | None) -> str | None:
         contained = run.plan.contained

@@ -30,7 +30,7 @@ from fleetd.core.state import RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.assembly import Assembly
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.preparation import Preparation
-from fleetd.daemon.processes import Processes
+from fleetd.daemon.processes import Processes, Run
 from fleetd.daemon.sampling import Sampling
 from fleetd.host.load import machine_load, own_rss_bytes
 
@@ -162,7 +162,7 @@ class StatusView:
     def process(self, process: Process, now: float) -> ProcessStatus:
         spec = process.spec
         run = self._processes.run_of(process.name, process.generation)
-        running = process.state in RUNNING and process.spawned
+        running = process.state in RUNNING and process.spawned and not (run is not None and run.dead)
         placements = list(self._fleet.facts.placements_on(process.name))
         status: ProcessStatus = {
             "name": process.name,
@@ -175,7 +175,7 @@ class StatusView:
             "generation": process.generation,
             "port": spec.port,
             "restarts": process.restarts,
-            "uptime_s": round(now - process.started_s, 3) if running else None,
+            "uptime_s": round(_age_s(process, run, now), 3) if running else None,
             "cpu_percent": run.cpu_percent if running and run is not None else None,
             "rss_bytes": run.usage.rss_bytes if running and run is not None and run.sampled_at else None,
             "next_start_s": round(max(0.0, process.next_start_s - now), 3)
@@ -261,6 +261,11 @@ class StatusView:
             if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
         ]
         return round(max(0.0, min(ends) - now), 1) if ends else None
+
+
+def _age_s(process: Process, run: Run | None, now: float) -> float:
+    """Return how long its process lives: what came before it, such as a hook, does not count."""
+    return run.handle.uptime_s if run is not None and run.handle is not None else now - process.started_s
 
 
 async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -> list[Row]:

@@ -19,8 +19,11 @@ from fleetd.host.pidfd import CHILDREN, ExitWatch, Status
 from fleetd.host.process_set import TOKEN_VARIABLE, Lineage
 from fleetd.host.proctable import ProcessTable
 from fleetd.host.spawn import Program, launch
+from fleetd.host.types import CommandSaid
 
 _KEPT_BYTES = 16 * 1024
+_SAID_CHARS = 300
+_HUNTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,36 @@ async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
     except TimeoutError:
         return True
     return False
+
+
+def said(result: CommandResult, took_s: float) -> CommandSaid:
+    """Return how a stop command went, in one line."""
+    last = (result.output.strip().splitlines()[-1:] or ["it said nothing"])[0][:_SAID_CHARS]
+    if result.ok:
+        return CommandSaid(True, last, took_s)
+    how = f"exit code {result.status.code}" if result.status.code is not None else f"killed by {result.status.signal}"
+    if result.timed_out:
+        how = f"killed after {took_s:.1f} s"
+    return CommandSaid(False, f"{how}: {last}; the signal was sent instead", took_s)
+
+
+def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
+    """Kill what carries a mark in its environment, and what that starts meanwhile; return the pids. Blocks."""
+    wanted, killed = f"{variable}={mark}".encode(), []
+    for _ in range(_HUNTS):
+        found = [
+            entry
+            for entry in table.snapshot().values()
+            if not entry.dead
+            and entry.pid != os.getpid()
+            and wanted in (table.environment(entry.pid) or b"").split(b"\0")
+        ]
+        for entry in found:
+            table.send(entry.pid, entry.start, signals.SIGKILL)
+        killed += [entry.pid for entry in found]
+        if not found:
+            break
+    return killed
 
 
 def _kill_group(pid: int) -> None:

@@ -22,7 +22,7 @@ from fleetd.host.ipc import NodeChannel
 from fleetd.host.names import escape
 from fleetd.host.pidfd import ExitWatch
 from fleetd.host.process_set import Lineage
-from fleetd.host.types import HandleRecord, LogPolicy, RawExit
+from fleetd.host.types import CommandSaid, HandleRecord, LogPolicy, RawExit
 
 _VERSION = 1
 
@@ -42,6 +42,7 @@ class ProcessHandle:
     force: asyncio.Event = field(default_factory=asyncio.Event)
     exit: RawExit | None = None
     killed_by_us: bool = False
+    stop_command: CommandSaid | None = None
     guest: int | None = None  # first process of its container: counted in usage, never signalled
     watch: ExitWatch | None = None
     channel: NodeChannel | None = None
@@ -149,8 +150,11 @@ class Records:
             except OSError:
                 pass
 
-    def load(self) -> tuple[list[HandleRecord], list[Path]]:
-        """Return all records and the places to which unreadable ones were moved."""
+    def load(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
+        """Return all records and the places to which unreadable ones were moved.
+
+        The pipes of `carried` are kept too, whose records a full disk may have lost.
+        """
         records: list[HandleRecord] = []
         moved: list[Path] = []
         for path in sorted(self._folder.glob("*.json")):
@@ -162,7 +166,8 @@ class Records:
                 place = quarantine(path)
                 if place is not None:
                     moved.append(place)
-        known = {of(record.token) for record in records for of in (self.pipe_path, self.hand_path)}
+        kept = (*records, *carried)
+        known = {of(record.token) for record in kept for of in (self.pipe_path, self.hand_path)}
         for left in {*self._folder.glob("*.pipe"), *self._folder.glob("*.hand")} - known:
             left.unlink(missing_ok=True)
         return records, moved

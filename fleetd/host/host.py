@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import ParamSpec, TypeVar
 
 from fleetd.errors import HostError
 from fleetd.host import cgroup, ports
-from fleetd.host.command import CommandResult, run_command
+from fleetd.host.command import CommandResult, end_marked, run_command, said
 from fleetd.host.handle import OnExit, ProcessHandle, Records
 from fleetd.host.ipc import NodeChannel
 from fleetd.host.logs.book import LogBook
@@ -32,13 +32,14 @@ from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.scan import LogScanner
 from fleetd.host.oom import OomWatch
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
-from fleetd.host.process_set import Lineage, SetScanner, family, read_token
+from fleetd.host.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token
 from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
 from fleetd.host.spawn import Program
 from fleetd.host.spawning import Spawner, Started
 from fleetd.host.stop import Stopper
 from fleetd.host.types import (
     Capture,
+    CommandSaid,
     HandleRecord,
     HostPaths,
     KillScope,
@@ -68,14 +69,15 @@ class Host:
         self._scanner = SetScanner(self.table)
         self._stopper = Stopper(self._scanner, self._scan, self._stop_command)
         self._boot_id = boot_id()
-        prefix = "fleetd-" + hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]
+        self._mark = hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]
+        prefix = f"fleetd-{self._mark}"
         self._cgroups = cgroup.detect(prefix)
         self._hunts: set[asyncio.Task[tuple[int, ...]]] = set()
         self._entering: set[asyncio.Future[bool]] = set()
         self._handles: dict[str, ProcessHandle] = {}
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
-        self._closed = False
+        self._closed = self._leaving = False
         self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
@@ -84,6 +86,7 @@ class Host:
     async def start(self) -> None:
         """Become subreaper, and begin housekeeping (orphans, rotation). Needed once, before anything else."""
         become_subreaper()
+        await self.thread(end_marked, self.table, PROBE_VARIABLE, self._mark)
         await self.thread(self.logs.recover)
         if self._cgroups is not None:
             await self.thread(self._cgroups.purge)
@@ -178,7 +181,7 @@ class Host:
             loop.call_soon(self._died, handle)
 
     def _died(self, handle: ProcessHandle) -> None:
-        if handle.exit is not None or self._closed:
+        if handle.exit is not None or self._closed or self._leaving:
             return
         status = CHILDREN.collect(handle.pid) if handle.child else Status()
         if status is None:  # told of the death before the status could be taken: kqueue is that early
@@ -248,15 +251,26 @@ class Host:
         env = _pairs(environment or b"")
         env.setdefault("PATH", os.defpath)
         env["MAINPID"] = str(handle.pid)
+        began = time.monotonic()
         try:
             result = await self.command(Program(argv=argv, env=env), timeout_s)
-        except HostError:
+        except HostError as error:
+            handle.stop_command = CommandSaid(False, error.sentence)
             return False
+        except asyncio.CancelledError:  # the set is empty, or its time is over
+            if not handle.exited.is_set():
+                handle.stop_command = CommandSaid(False, f"it did not end within {time.monotonic() - began:.1f} s")
+            raise
+        handle.stop_command = said(result, time.monotonic() - began)
         return result.ok
 
     async def command(self, program: Program, timeout_s: float) -> CommandResult:
         """Run a short program with a time limit. Raises HostError when it cannot be started."""
         return await run_command(program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._hunt)
+
+    async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
+        """Do the same for a probe: should this daemon be killed meanwhile, the next one ends what is left of it."""
+        return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self._mark}), timeout_s)
 
     def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
         hunt = asyncio.get_running_loop().create_task(self._stopper.end_lineage(lineage))
@@ -279,9 +293,25 @@ class Host:
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
-    def load_records(self) -> tuple[list[HandleRecord], list[Path]]:
-        """Return the records that an earlier daemon left, and where unreadable ones were moved to."""
-        return self.records.load()
+    def load_records(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
+        """Return the records that an earlier daemon left, and where unreadable ones were moved to.
+
+        `carried` came over an execv: each stands for its copy on disk. What lies there beside them began too late for it.
+        """
+        found, moved = self.records.load(carried)
+        known = {record.token for record in carried}
+        return [*carried, *(record for record in found if record.token not in known)], moved
+
+    def expect(self, records: Iterable[HandleRecord]) -> None:
+        """Leave the statuses of these children to `adopt`, should they die before it. Call it before `start`."""
+        for record in records:
+            entry = self.table.entry(record.pid) if record.pid is not None else None
+            if entry is not None and entry.ppid == os.getpid() and entry.start == record.start_ticks:
+                CHILDREN.claim(entry.pid)
+
+    def leave_deaths(self) -> None:
+        """From now on take no child's status: the program after an execv does."""
+        self._leaving = True
 
     async def adopt(self, record: HandleRecord, on_exit: OnExit) -> ProcessHandle:
         """Take over a live process of an earlier daemon. Raises HostError saying why it cannot be proven to be ours.
@@ -356,6 +386,7 @@ class Host:
         From here on no output is read and no death is reported: close the host and exec, at once. `encode_records` and
         `decode_records` carry the list over.
         """
+        self.leave_deaths()
         pipes = await self.thread(self.logs.release_pipes)
         records = []
         for token, handle in self._handles.items():

@@ -60,7 +60,7 @@ class Target:
 class ProbeHost(Protocol):
     """What a probe needs of the host."""
 
-    async def command(self, program: Program, timeout_s: float) -> CommandResult: ...
+    async def probe_command(self, program: Program, timeout_s: float) -> CommandResult: ...
 
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool: ...
 
@@ -163,7 +163,9 @@ class Prober:
     async def _ask_exec(self) -> Answer:
         spec, target = self.spec, self.target
         try:
-            result = await self._host.command(Program(argv=spec.exec, env=target.env, cwd=target.cwd), spec.timeout_s)
+            result = await self._host.probe_command(
+                Program(argv=spec.exec, env=target.env, cwd=target.cwd), spec.timeout_s
+            )
         except HostError as error:
             return Answer(False, str(error))
         if result.timed_out:

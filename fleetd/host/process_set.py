@@ -19,6 +19,7 @@ from fleetd.host.proctable import Entry, ProcessTable, Snapshot
 from fleetd.host.types import KillScope
 
 TOKEN_VARIABLE = "FLEETD_SPAWN"  # noqa: S105 (a label in the environment, not a secret)
+PROBE_VARIABLE = "FLEETD_PROBE"  # says whose probe it is
 _YOUNG_S = 2.0
 _TOKEN_MARK = TOKEN_VARIABLE.encode() + b"="
 

@@ -54,6 +54,15 @@ class StopPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class CommandSaid:
+    """How a stop command went: `text` is the last line of what it said, or how it failed."""
+
+    ok: bool
+    text: str
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SpawnRequest:
     """One process to start.
 

@@ -150,6 +150,28 @@ def test_a_stop_command_that_fails_falls_back_to_the_signal(tmp_path: Path) -> N
         assert daemon.process_row("a")["last_exit"]["signal"] == "SIGTERM"
 
 
+STOP_COMMANDS = [
+    (
+        sh("echo first; echo no such unit >&2; exit 3"),
+        "its stop.command failed: exit code 3: no such unit; the signal was sent",
+    ),
+    (["no-such-program"], "its stop.command failed: program 'no-such-program' not found"),
+    (sh("sleep 1000"), "its stop.command failed: it did not end within 0."),
+    (sh("echo told it; kill $MAINPID"), "its stop.command ended well after 0."),
+]
+
+
+@pytest.mark.parametrize(("command", "told"), STOP_COMMANDS, ids=["fails", "absent", "hangs", "works"])
+def test_how_a_stop_command_went_is_told(tmp_path: Path, command: list[str], told: str) -> None:
+    child = sh("trap 'sleep 0.2; exit 0' TERM; while true; do sleep 0.02; done") if "well" in told else SLEEPER
+    with started(tmp_path, {"command": child, "stop": {"command": command, "timeout": "500ms"}}) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        assert order(daemon, "stop", "a").status == 200
+        assert story(daemon, "a").count(told) == 1
+        assert (told in daemon.log()) == ("failed" in told)
+
+
 @pytest.mark.parametrize(("kill", "left"), [("set", 0), ("leader", 1)])
 def test_stop_kill_says_who_has_to_go(tmp_path: Path, kill: str, left: int) -> None:
     code = "import os, subprocess, time\nprint(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)\ntime.sleep(1000)"
@@ -310,6 +332,38 @@ def test_case_35_a_pre_start_that_fails_starts_nothing_and_counts_as_a_failure(t
         assert row["generation"] == 3
         assert "its pre_start hook failed: no database" in row["reason"]
         assert not (tmp_path / "started").exists()
+
+
+def test_what_has_ended_has_no_process_while_its_post_stop_runs(tmp_path: Path) -> None:
+    hooks = {"post_stop": sh("touch hook; while test ! -e go_on; do sleep 0.02; done")}
+    with started(tmp_path, {"command": SLEEPER, "hooks": hooks}) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        assert daemon.process_row("a")["pid"]
+        order(daemon, "stop", "a", wait=False)
+        until((tmp_path / "hook").exists, "the hook runs")
+        row = daemon.process_row("a")
+        assert row["state"] == "STOPPING"
+        assert [row[key] for key in ("pid", "rss_bytes", "uptime_s", "cpu_percent")] == [None] * 4
+        (tmp_path / "go_on").touch()
+        daemon.until_state("a", "STOPPED")
+
+
+def test_uptime_is_the_age_of_the_process_also_after_an_adoption(tmp_path: Path) -> None:
+    service = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "2"]}}
+    with started(tmp_path, service) as daemon:
+        daemon.start()
+        row = daemon.until_state("a", "READY")
+
+        def age() -> float:
+            return time.time() - psutil.Process(row["pid"]).create_time()
+
+        assert row["uptime_s"] < 1.5
+        crash(daemon)
+        daemon.start()
+        again = daemon.until_state("a", "READY")
+        assert again["pid"] == row["pid"]
+        assert abs(again["uptime_s"] - age()) < 0.5
 
 
 def test_case_35_a_post_stop_that_fails_changes_nothing(tmp_path: Path) -> None:

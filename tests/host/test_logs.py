@@ -78,10 +78,15 @@ def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, 
     before, long, after = read_tail(files, Wanted(10, since=1795442609.0))
     assert (before.text, after.text) == ("before", "after")
     assert {line.at for line in (before, long, after)} == {1795442609.763}
-    assert long.text[:1000] == said[:1000] and long.text[-1000:] == said[-1000:]
-    assert re.search(r" … \d+ bytes … ", long.text) and len(long.text.encode()) < 66_000
-    assert '{"t":' not in long.text and '"}' not in long.text
-    assert [line.text for line in read_tail(files, Wanted(10, grep=re.compile("^" + re.escape(said[:3]))))] == [long.text]
+    assert long.text[:1000] == said[:1000]
+    assert long.text[-1000:] == said[-1000:]
+    assert re.search(r" … \d+ bytes … ", long.text)
+    assert len(long.text.encode()) < 66_000
+    assert '{"t":' not in long.text
+    assert '"}' not in long.text
+    assert [line.text for line in read_tail(files, Wanted(10, grep=re.compile("^" + re.escape(said[:3]))))] == [
+        long.text
+    ]
 
 
 @pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
@@ -96,7 +101,9 @@ def test_a_long_line_of_the_pump_is_followed_as_text_with_its_time(tmp_path: Pat
     follower.close()
     assert [shown[0].text, shown[-1].text, len(shown)] == ["before", "after", 3]
     assert {line.at for line in shown} == {1795442609.763}
-    assert shown[1].text[:1000] == said[:1000] and "bytes" in shown[1].text and '{"t":' not in shown[1].text
+    assert shown[1].text[:1000] == said[:1000]
+    assert "bytes" in shown[1].text
+    assert '{"t":' not in shown[1].text
 
 
 # -- rotation --------------------------------------------------------------------------------------------------------

@@ -11,14 +11,17 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.rig import free_port
 from fleetd.core.contract import ProbeKind, ProbeSpec
 from fleetd.daemon.environment import inherited
+from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
+from fleetd.host.spawn import Program
 from fleetd.host.types import LogPolicy
-from tests.host.support import POLITE, alive, host_in, log_says, python, spawn, until
+from tests.host.support import DEADLINE_S, POLITE, alive, host_in, log_says, paths_in, python, spawn, until
 
 READY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LOADING = b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 19\r\n\r\n{"error": "loading"}'
@@ -212,6 +215,30 @@ def test_exec(argv: tuple[str, ...], ok: bool, detail: str, tmp_path: Path) -> N
     assert answer.detail.startswith(detail), answer.detail
 
 
+async def until_dead(note: Path, count: int) -> None:
+    pids = [int(word) for word in note.read_text().split()]
+    assert len(pids) == count
+    await until(lambda: not any(alive(pid) for pid in pids), "both dead")
+
+
+def test_an_exec_that_outlives_its_daemon_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    script = f"(setsid sh -c 'echo $$ >> {note}; exec sleep 600' &) ; echo $$ >> {note}; sleep 600"
+
+    async def run() -> None:
+        killed = Host(paths_in(tmp_path))  # one that was killed: it neither ends nor closes anything
+        program = Program(argv=("/bin/sh", "-c", script), env=inherited(os.environ))
+        asking = asyncio.ensure_future(killed.probe_command(program, 600))
+        await until(lambda: note.exists() and len(note.read_text().split()) == 2, "both there")
+        async with host_in(tmp_path / "elsewhere"):
+            assert all(psutil.pid_exists(int(pid)) for pid in note.read_text().split())
+        async with host_in(tmp_path):
+            await until_dead(note, 2)
+            await asyncio.wait_for(asking, DEADLINE_S)
+
+    asyncio.run(run())
+
+
 def test_an_exec_that_hangs_is_killed_with_its_family(tmp_path: Path) -> None:
     note = tmp_path / "pids"
     script = f"(setsid sh -c 'echo $$ >> {note}; exec sleep 600' &) ; echo $$ >> {note}; sleep 600"
@@ -230,11 +257,6 @@ def test_an_exec_that_hangs_is_killed_with_its_family(tmp_path: Path) -> None:
                 await until(lambda: note.exists() and len(note.read_text().split()) == 2, "both there")
             await until_dead(note, 2)  # closed in the middle
             assert answers.seen == []
-
-    async def until_dead(note: Path, count: int) -> None:
-        pids = [int(word) for word in note.read_text().split()]
-        assert len(pids) == count
-        await until(lambda: not any(alive(pid) for pid in pids), "both dead")
 
     asyncio.run(run())
 

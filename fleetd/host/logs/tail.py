@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from fleetd.host.logs.files import LogFiles
 
@@ -186,7 +185,7 @@ def _archive_backwards(path: Path) -> Iterator[bytes]:
         return
 
 
-def _lines_forward(file: IO[bytes]) -> Iterator[bytes]:
+def _lines_forward(file: gzip.GzipFile) -> Iterator[bytes]:
     """Yield the lines of a file from the first to the last; long ones already shortened."""
     while piece := file.readline(_LONGEST_LINE):
         line, dropped = piece, 0
