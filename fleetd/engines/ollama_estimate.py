@@ -17,6 +17,7 @@ from fleetd.core.contract import Footprint
 from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf, store
+from fleetd.models.modelfile import looks_like_path
 
 # bytes per weight of a matrix, for each type that Ollama makes; the K types mix, so these are a little high
 _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S": 0.59}
@@ -62,8 +63,8 @@ def _weights(
     context: LaunchContext, model: HeldModel, models_dir: Path
 ) -> tuple[gguf.Header, Mapping[str, Any], int] | None:
     """Return the header, the model's parameters, and the bytes of its weights as they will be loaded."""
-    parameters: Mapping[str, Any] = model.modelfile.get("parameters") or {}
-    source = context.config_dir / Path(model.source).expanduser() if model.source else None
+    source, inherited = _source(context, model, models_dir)
+    parameters: Mapping[str, Any] = {**inherited, **(model.modelfile.get("parameters") or {})}
     stored = store.model_file(models_dir, model.served_as)
     if stored is not None and (model.quantize or source is None or not source.is_file()):
         header = gguf.read(stored)
@@ -78,6 +79,15 @@ def _weights(
         int(prod(tensor.dims) * per_weight) if len(tensor.dims) > 1 else tensor.size_bytes for tensor in header.tensors
     )
     return header, parameters, sum(sizes)
+
+
+def _source(context: LaunchContext, model: HeldModel, models_dir: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return the file that a model is made from, be it another model's of the store, and the parameters that come with it."""
+    if model.source is None:
+        return None, {}
+    if looks_like_path(model.source):
+        return context.config_dir / Path(model.source).expanduser(), {}
+    return store.model_file(models_dir, model.source), store.stored_parameters(models_dir, model.source)
 
 
 def _embeds(header: gguf.Header) -> bool:

@@ -105,7 +105,8 @@ class Library:
             )
             return step(Change.MISSING, reason)
         if key in present and key not in made and not await asyncio.to_thread(self._was_ours, recipe):
-            return step(Change.FOREIGN, "in the store, not made by fleetd: used as it is")
+            lacks = f", without {', '.join(sorted(recipe.parameters))} of fleet.yaml" if recipe.parameters else ""
+            return step(Change.FOREIGN, f"in the store, not made by fleetd: used as it is{lacks}")
         try:
             content_hash = recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe))
         except EngineError as error:

@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from bench import tiny_gguf
 from fleetd.core.contract import ExitKind
 from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.engines.ollama import ENGINE, OllamaOptions, device_bytes, pinned_options
 from fleetd.engines.ollama_env import GO_BOOLEANS, TYPED
 from fleetd.errors import EngineError
+from fleetd.models import registration, store
 from fleetd.models.footprint import PROCESS_BYTES
+from fleetd.models.modelfile import recipe
 from tests.engines.rig import fake
 
 GIB = 1 << 30
@@ -171,6 +174,20 @@ def test_load_options_are_written_into_the_model_that_is_made() -> None:
     assert "PARAMETER num_ctx 2048" in made.render()
     changed = ENGINE.recipe(context(), replace(keys, options={"num_ctx": 4096, "use_mmap": False}))
     assert changed.content_hash({}) != made.content_hash({})
+
+
+def test_a_derived_model_is_estimated_by_the_one_that_it_is_made_from(tmp_path: Path) -> None:
+    path, digest = tiny_gguf.write(tmp_path / "m.gguf"), "sha256:" + "a" * 64
+    blob = store.blob_path(tmp_path, digest)
+    blob.parent.mkdir()
+    blob.symlink_to(path)
+    registration.register(tmp_path, recipe("base", "base", source=str(path)), digest)
+    ready = context(options={"models_dir": str(tmp_path)}, device="host")
+    derived = HeldModel("m", "base-own", source="base", options={"num_ctx": 512})
+    found = ENGINE.estimate(ready, derived)
+    assert found is not None
+    assert found == ENGINE.estimate(ready, replace(derived, source=str(path)))
+    assert ENGINE.estimate(ready, replace(derived, source="absent")) is None
 
 
 def test_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

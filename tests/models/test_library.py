@@ -85,6 +85,8 @@ def test_what_others_made_is_used_and_never_touched(tmp_path: Path) -> None:
             "other": Change.FOREIGN,
             "other:latest": Change.NONE,
         }
+        wanted = recipe("m", "other", source=str(model_file(tmp_path)), modelfile={"parameters": {"num_ctx": 2048}})
+        assert (await lib.plan([wanted]))[0].reason.endswith("used as it is, without num_ctx of fleet.yaml")
         with pytest.raises(EngineError, match="not made by fleetd"):
             await lib.delete("other")
         await lib.replace(mine)  # a person's order
