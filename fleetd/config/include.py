@@ -26,11 +26,13 @@ MAX_ALL_NODES = 500_000
 
 @dataclass(slots=True)
 class Reader:
-    """One reading of a configuration. `files` are all files that were read, the first one first."""
+    """One reading of a configuration. `files` are all files that were read, the first one first; `patterns` are (folder, pattern)
+    of those that may match more, or less, another time."""
 
     env: Mapping[str, str]
     problems: list[Problem] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    patterns: list[tuple[Path, str]] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
     _nodes: int = 0
     _seen: set[Path] = field(default_factory=set)
@@ -80,6 +82,7 @@ class Reader:
     def _matches(self, pattern: Node, folder: Path) -> list[str]:
         text = expand_home(pattern.value)
         if glob.has_magic(text):
+            self.patterns.append((folder, text))
             return sorted(glob.glob(text, root_dir=folder))  # noqa: PTH207 - Path.glob refuses absolute patterns
         if not (folder / text).exists():
             self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value}", "include"))

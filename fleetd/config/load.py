@@ -40,6 +40,7 @@ class LoadedConfig:
     files: tuple[Path, ...]
     config_hash: str
     stand_ins: frozenset[Path_] = frozenset()
+    patterns: tuple[tuple[Path, str], ...] = ()  # (folder, pattern) of `include`
 
     def folder_of(self, path: Path_) -> Path:
         """Return the absolute folder that relative paths of the value at `path` start from."""
@@ -77,7 +78,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
         problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in told]
         raise ConfigError(_sorted(problems, reader.order))
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return LoadedConfig(config, marks, tuple(reader.files), digest)
+    return LoadedConfig(config, marks, tuple(reader.files), digest, patterns=tuple(reader.patterns))
 
 
 def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Any], list[Problem]]:

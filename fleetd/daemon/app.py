@@ -79,6 +79,7 @@ class App:
         self._done = asyncio.Event()
         self._reexecuting = False
         self._up = False
+        self._saved_early = False
         self._began = time.monotonic()
         self._notifier = Notifier()
         self._recorded: set[str] | None = None  # until this daemon knows better
@@ -151,7 +152,8 @@ class App:
         self._outside(stack)
         self._ready(assembly)
         self._up = True
-        if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
+        early = self._saved_early or any(changed_since(file, self._options.reading.began) for file in assembly.files)
+        if assembly.watch and early:
             self._file_saved()  # after it was read, before anybody could apply it
 
     def _running(self) -> set[str]:
@@ -300,7 +302,8 @@ class App:
 
     def _file_saved(self) -> None:
         if not self._up:
-            return  # the start looks again at its end
+            self._saved_early = True  # the start looks again at its end
+            return
         self._daemon.tasks.start(self._operations.file_saved(), "apply a saved file")
 
     def _reload(self) -> None:

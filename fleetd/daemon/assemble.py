@@ -130,6 +130,7 @@ class Assembler:
         return Assembly(
             config_hash=self.loaded.config_hash,
             files=self.loaded.files,
+            patterns=self.loaded.patterns,
             watch=self.config.watch,
             gateway=gateway_of(self.config),
             name=self.config.name or hostname,

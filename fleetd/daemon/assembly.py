@@ -62,8 +62,8 @@ class GatewaySettings:
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """Everything that follows from one configuration on one machine. `files` are all that were read; `watch`: read them again
-    when they are saved."""
+    """Everything that follows from one configuration on one machine. `files` are all that were read, `patterns` the (folder,
+    pattern) that brought some of them; `watch`: read them again when they are saved, come or go."""
 
     config_hash: str
     files: tuple[Path, ...]
@@ -77,5 +77,6 @@ class Assembly:
     sources: Mapping[tuple[str, str], tuple[str, int]] = field(
         default_factory=dict
     )  # (process|model, name) to file, line
+    patterns: tuple[tuple[Path, str], ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()

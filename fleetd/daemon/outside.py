@@ -62,12 +62,13 @@ class Outside:
                 self._later(self._files.close())
                 self._files = None
             return
-        if self._files is not None:
-            self._files.update(assembly.files)
-            return
-        from fleetd.host.watch import FileWatch
+        from fleetd.host.watch import FileWatch, Pattern
 
-        self._files = FileWatch(assembly.files, lambda _: self._saved())
+        patterns = [Pattern(folder, text) for folder, text in assembly.patterns]
+        if self._files is not None:
+            self._files.update(assembly.files, patterns)
+            return
+        self._files = FileWatch(assembly.files, lambda _: self._saved(), patterns=patterns)
 
     def _tree(self, plan: LaunchPlan, watch: WatchPlan) -> TreeWatch:
         from fleetd.host.watch import TreeWatch

@@ -2,7 +2,8 @@
 
 The rules of this file
 - Folders are watched, never inodes: a rename over the file, a swapped symbolic link and a new folder are all seen.
-- What is reported is a changed *content* (configuration) or a changed name in a tree (watch.paths), after a quiet moment.
+- What is reported is a saved file (configuration; a touch is a save) or a changed name in a tree (watch.paths), after a quiet
+  moment. What a pattern matches is watched as what is named, and so are the folders in which more may come.
 - Folders by themselves cost nothing while nothing happens (inotify, on Linux); trees are watched by watchfiles, in a thread.
 - The kernel's word is checked by a slow look every few seconds, for file systems that say nothing (network, containers).
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,33 +79,69 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def content_mark(file: Path) -> str:
-    """Return what changes when the content does; an absent or unreadable file has a mark of its own."""
+def mark_of(file: Path) -> str:
+    """Return what changes when a file is saved; an absent or unreadable one has a mark of its own."""
     try:
         with file.open("rb") as source:
-            return hashlib.sha256(source.read(_LARGEST)).hexdigest()
+            return f"{os.fstat(source.fileno()).st_mtime_ns} {hashlib.sha256(source.read(_LARGEST)).hexdigest()}"
     except OSError as error:
         return f"!{type(error).__name__}"
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A glob pattern, relative to a folder or absolute. It may match nothing."""
+
+    folder: Path
+    text: str
+
+    def matches(self) -> list[Path]:
+        return [self.folder / name for name in sorted(glob.glob(self.text, root_dir=self.folder))]  # noqa: PTH207
+
+    def folders(self) -> set[Path]:
+        """Return the existing folders in which something may come that it matches, on every level that has a wildcard."""
+        parts = Path(self.text).parts
+        first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+        levels = [Pattern(self.folder, str(Path(*parts[:end]))).matches() for end in range(first + 1, len(parts))]
+        begin = self.folder.joinpath(*parts[:first])
+        return {_existing(begin), *(one for level in levels for one in level if one.is_dir())}
+
+
 class FileWatch:
-    """Calls `on_change(files)` on the loop when the content of some of these files differs. `update` changes the list.
+    """Calls `on_change(files)` on the loop when some of these files, or of what the patterns match, were saved, came or went.
+    `update` changes the list.
 
     A file that vanishes is reported only when it stays away: editors and deployments remove before they write.
     """
 
     def __init__(
-        self, files: Iterable[Path], on_change: Callable[[list[Path]], None], *, debounce_s: float = 0.1
+        self,
+        files: Iterable[Path],
+        on_change: Callable[[list[Path]], None],
+        *,
+        patterns: Iterable[Pattern] = (),
+        debounce_s: float = 0.1,
     ) -> None:
         self._on_change, self._debounce_s = on_change, debounce_s
-        self._marks = {file: content_mark(file) for file in files}
+        self._marks = {file: mark_of(file) for file in files}
+        self._patterns = tuple(patterns)
         self._renewed = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
 
-    def update(self, files: Iterable[Path]) -> None:
-        """Watch these files from now on; what is new counts as seen."""
-        self._marks = {file: self._marks.get(file) or content_mark(file) for file in files}
+    def update(self, files: Iterable[Path], patterns: Iterable[Pattern] = ()) -> None:
+        """Watch these from now on. What is new counts as seen, but a match that is not among the files: nobody has read it."""
+        self._patterns = tuple(patterns)
+        told = [match for match in self._matches() if match in self._marks]
+        self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *told]}
         self._renewed.set()
+
+    def _matches(self) -> list[Path]:
+        return [match for pattern in self._patterns for match in pattern.matches()]
+
+    def _folders(self) -> dict[Path, tuple[int, int] | None]:
+        """Return the folders to watch, and which they are: another one may have taken the name."""
+        ways = [folder / "any" for pattern in self._patterns for folder in pattern.folders()]
+        return {folder: _identity(folder) for folder in folders_to_watch([*self._marks, *ways])}
 
     async def close(self) -> None:
         self._task.cancel()
@@ -111,17 +150,16 @@ class FileWatch:
     async def _run(self) -> None:
         while True:
             self._renewed.clear()
-            folders = folders_to_watch(self._marks)
-            await self._watch(folders)
+            await self._watch(self._folders())
 
-    async def _watch(self, folders: frozenset[Path]) -> None:
+    async def _watch(self, folders: dict[Path, tuple[int, int] | None]) -> None:
         """Watch one list of folders, until the list has to be another."""
         renewed = asyncio.ensure_future(self._renewed.wait())
         changes = _Changes(folders, recursive=False, debounce_s=self._debounce_s)
         try:
             while not self._renewed.is_set():
                 await self._look()  # at once too: something may have been saved before the kernel was asked
-                if folders_to_watch(self._marks) != folders:
+                if self._folders() != folders:
                     return
                 waiting = asyncio.ensure_future(changes.next())
                 await asyncio.wait({waiting, renewed}, timeout=_SLOW_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -133,19 +171,29 @@ class FileWatch:
             await changes.close()
 
     async def _look(self) -> None:
-        changed = [file for file, mark in self._marks.items() if content_mark(file) != mark]
+        new = {match: "" for match in self._matches() if match not in self._marks}
+        changed = [file for file, mark in {**self._marks, **new}.items() if mark_of(file) != mark]
         if not changed:
             return
         await asyncio.sleep(self._debounce_s)
-        now = {file: content_mark(file) for file in changed}
+        now = {file: mark_of(file) for file in changed}
         if any(mark.startswith("!") for mark in now.values()):  # half way through a save, or really gone
             await asyncio.sleep(max(0.25, 2 * self._debounce_s))
-            now = {file: content_mark(file) for file in changed}
-        differing = [file for file, mark in now.items() if file in self._marks and self._marks[file] != mark]
+            now = {file: mark_of(file) for file in changed}
+        here = {**dict.fromkeys(self._matches(), ""), **self._marks}  # the list may have been changed meanwhile
+        differing = [file for file, mark in now.items() if file in here and here[file] != mark]
         for file in differing:
             self._marks[file] = now[file]
         if differing:
             self._on_change(differing)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class TreeWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.host import inotify
-from fleetd.host.watch import FileWatch, TreeWatch, folders_to_watch
+from fleetd.host.watch import FileWatch, Pattern, TreeWatch, folders_to_watch
 from tests.host.support import until
 
 
@@ -59,7 +60,7 @@ def test_every_way_of_saving_is_seen_twice_in_a_row(save: Callable[[Path, str], 
     asyncio.run(run())
 
 
-def test_the_same_content_again_is_no_change(tmp_path: Path) -> None:
+def test_only_what_was_saved_is_told_and_a_touch_is_a_save(tmp_path: Path) -> None:
     path, other = tmp_path / "fleet.yaml", tmp_path / "other.yaml"
     for file in (path, other):
         file.write_text("same")
@@ -67,13 +68,55 @@ def test_the_same_content_again_is_no_change(tmp_path: Path) -> None:
     async def run() -> None:
         seen: list[list[Path]] = []
         watch = FileWatch([path, other], seen.append, debounce_s=0.02)
-        by_rename(path, "same")
+        (tmp_path / "third.yaml").write_text("beside them")
         by_rename(other, "new")
         await until(lambda: seen)
         assert seen == [[other]]
-        by_rename(path, "new")
+        os.utime(path)
         await until(lambda: len(seen) == 2)
         assert seen[1] == [path]
+        await watch.close()
+
+    asyncio.run(run())
+
+
+def test_what_a_pattern_matches_comes_goes_and_is_swapped(tmp_path: Path) -> None:
+    """Folders are moved away and back, and put in the place of each other, as deployments do it."""
+    read = tmp_path / "inc" / "a.yaml"
+    read.parent.mkdir()
+    read.write_text("a")
+
+    async def run() -> None:
+        seen: list[Path] = []
+        patterns = [Pattern(tmp_path, "inc/*.yaml"), Pattern(tmp_path, "later/*/x.yaml")]
+        watch = FileWatch([read], seen.extend, patterns=patterns, debounce_s=0.02)
+
+        async def told(*paths: Path) -> None:
+            await until(lambda: set(paths) <= set(seen), str(paths), 2)  # sooner than the slow look
+            seen.clear()
+
+        new = tmp_path / "inc" / "new.yaml"
+        new.write_text("n")
+        await told(new)
+        new.write_text("mended")
+        await told(new)
+        watch.update([read, new], patterns)
+        (tmp_path / "inc").rename(tmp_path / "away")
+        await told(read, new)
+        watch.update([], patterns)
+        (tmp_path / "away").rename(tmp_path / "inc")
+        await told(read, new)
+        watch.update([read, new], patterns)
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "b.yaml").write_text("b")
+        (tmp_path / "inc").rename(tmp_path / "away")
+        (tmp_path / "other").rename(tmp_path / "inc")
+        await told(read, new, tmp_path / "inc" / "b.yaml")
+        (tmp_path / "inc" / "c.yaml").write_text("in the folder that took the name")
+        await told(tmp_path / "inc" / "c.yaml")
+        (tmp_path / "later" / "1").mkdir(parents=True)
+        (tmp_path / "later" / "1" / "x.yaml").write_text("x")
+        await told(tmp_path / "later" / "1" / "x.yaml")
         await watch.close()
 
     asyncio.run(run())

@@ -9,6 +9,37 @@ from pathlib import Path
 from tests.daemon.cases.rig import SLEEPER, fleet, ready
 from tests.daemon.rig import ROOT, Fleetd, fleetd, until
 
+INCLUDED = "services: {%s: {command: [sleep, '1000']}}\n"
+
+
+def running(daemon: Fleetd) -> set[str]:
+    return {row["name"] for row in daemon.status()["processes"] if row["state"] == "READY"}
+
+
+def test_files_that_a_pattern_includes_are_applied_when_they_come_go_and_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / "inc"
+    folder.mkdir()
+    (folder / "a.yaml").write_text(INCLUDED % "a")
+    with fleetd(tmp_path, fleet({"own": {"command": SLEEPER}}, include=["inc/*.yaml"])) as daemon:
+        daemon.start()
+        pid = ready(daemon, "own")
+        (folder / "new.yaml").write_text(INCLUDED % "new")
+        until(lambda: running(daemon) == {"own", "a", "new"}, "a new file is applied")
+        folder.rename(tmp_path / "away")
+        until(lambda: running(daemon) == {"own"}, "a folder that left")
+        (tmp_path / "away").rename(folder)
+        until(lambda: running(daemon) == {"own", "a", "new"}, "and came back")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "b.yaml").write_text(INCLUDED % "b")
+        folder.rename(tmp_path / "away")
+        (tmp_path / "other").rename(folder)
+        until(lambda: running(daemon) == {"own", "b"}, "a swap of folders")
+        (folder / "c.yaml").write_text("nonsense")
+        until(lambda: daemon.status()["daemon"]["config_error"], "a bad one is told")
+        (folder / "c.yaml").write_text(INCLUDED % "c")
+        until(lambda: running(daemon) == {"own", "b", "c"}, "and applied when it is mended")
+        assert ready(daemon, "own") == pid
+
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run another daemon on the state of the first, with a run folder and a port of its own, to its end."""
