@@ -134,7 +134,9 @@ class ModelAssembler:
         try:
             estimated = plan.engine.estimate(plan.context, held)
         except FleetError as error:
-            self.warn(path, f"its memory cannot be estimated: {error}")
+            key = getattr(error, "key", None)
+            where, said = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
+            self.warn(where, f"{said}{error}")
             return Footprint()
         if estimated is None:
             self.warn(

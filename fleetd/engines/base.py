@@ -208,7 +208,10 @@ class Engine(Protocol):
         """Return the number of requests one server works on at once."""
 
     def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:
-        """Return the bytes per device of this process' model (`model` None) or of one held model; None: cannot tell."""
+        """Return the bytes per device of this process' model (`model` None) or of one held model; None: cannot tell.
+
+        Raises EngineError with the key of the model that names an unusable file.
+        """
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         """Say why it ended, from the exit code and the last log lines."""

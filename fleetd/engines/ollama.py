@@ -39,6 +39,7 @@ from fleetd.engines.ollama_env import SCRUBBED, TYPED, doubts, env_problems, ren
 from fleetd.engines.ollama_estimate import estimate_held
 from fleetd.engines.ollama_models import (
     LOAD_TIME_OPTIONS,
+    absent_sources,
     held_problems,
     library,
     one_at_a_time,
@@ -111,7 +112,8 @@ class Ollama:
             elif options.flash_attention is None:
                 message = f"{options.kv_cache_type} takes effect with flash attention only: set flash_attention: true"
                 problems.append(OptionProblem(("kv_cache_type",), message, warning=True))
-        return [*problems, *doubts(context, options, _models_dir(context)), *held_problems(context.models)]
+        absent = absent_sources(context.models, context.config_dir, _store(context))
+        return [*problems, *doubts(context, options, _models_dir(context)), *held_problems(context.models), *absent]
 
     def launch(self, context: LaunchContext) -> Launch:
         rendered = {variable: value for variable, (value, _) in _rendered(context).items()}

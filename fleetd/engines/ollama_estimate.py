@@ -3,7 +3,8 @@
 The rules of this file
 - The store's blob is what will be loaded; where it is there and was made anew (quantised, or without a `from`), it counts.
 - A model still to be quantised is reckoned by its tensors at the bits of the wanted type.
-- None where there is nothing to read yet: the fleet then learns the bytes from the first load.
+- None where there is nothing to read yet: the fleet then learns the bytes from the first load. A file that is there and cannot
+  be read is an error about the key that names it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S
 def estimate_held(
     context: LaunchContext, model: HeldModel, models_dir: Path, serving: footprint.Serving
 ) -> Footprint | None:
-    """Return the bytes of one held model; `serving.context_length` is the server's default, which the model may override."""
+    """Return the bytes of one held model; `serving.context_length` is the server's default, which the model may override.
+
+    Raises EngineError for a `from` that is no usable model.
+    """
     try:
         found = _weights(context, model, models_dir)
         if found is None:
@@ -50,6 +54,8 @@ def estimate_held(
             prompt_cache_bytes=serving.prompt_cache_bytes,
         )
         sizes = footprint.estimate([header], own)
+    except _BadSourceError as error:
+        raise EngineError(str(error), recoverable=False, key="from") from None
     except (EngineError, ValueError, OSError):
         return None
     change = weight_bytes - header.weight_bytes
@@ -71,7 +77,7 @@ def _weights(
         return header, {**store.stored_parameters(models_dir, model.served_as), **parameters}, header.weight_bytes
     if source is None or not source.is_file():
         return None
-    header = gguf.read(source)
+    header = _header_of_source(source)
     per_weight = _WEIGHT_BYTES.get((model.quantize or "").upper())
     if per_weight is None:
         return header, parameters, header.weight_bytes
@@ -88,6 +94,17 @@ def _source(context: LaunchContext, model: HeldModel, models_dir: Path) -> tuple
     if looks_like_path(model.source):
         return context.config_dir / Path(model.source).expanduser(), {}
     return store.model_file(models_dir, model.source), store.stored_parameters(models_dir, model.source)
+
+
+class _BadSourceError(Exception):
+    pass
+
+
+def _header_of_source(path: Path) -> gguf.Header:
+    try:
+        return gguf.read(path)
+    except EngineError as error:
+        raise _BadSourceError(str(error)) from None
 
 
 def _embeds(header: gguf.Header) -> bool:

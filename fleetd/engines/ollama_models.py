@@ -10,6 +10,7 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,14 @@ from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, OptionProble
 from fleetd.engines.held_options import COUNT, INDEX, LARGEST, SWITCH, held_option_problems, load_options
 from fleetd.errors import EngineError
 from fleetd.models import store
-from fleetd.models.modelfile import modelfile_mistakes, quantize_mistakes, recipe, source_mistakes
+from fleetd.models.modelfile import (
+    absolute,
+    looks_like_path,
+    modelfile_mistakes,
+    quantize_mistakes,
+    recipe,
+    source_mistakes,
+)
 from fleetd.units import shown
 
 if TYPE_CHECKING:
@@ -70,6 +78,25 @@ def _mistakes(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
         said = f"names the model itself; what is made of it needs another name: served_as: {model.served_as}-own"
         yield ("from",), said
     yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile), *_contradictions(model))
+
+
+def absent_sources(models: Iterable[HeldModel], config_dir: Path, models_dir: Path) -> Iterator[OptionProblem]:
+    """Yield a warning for each file that a model is to be made from and that is absent, unless the store has the model."""
+    for model in models:
+        if model.source is None or not looks_like_path(model.source):
+            continue
+        path = absolute(model.source, config_dir)
+        there = os.path.exists(path)  # noqa: PTH110 - the other one raises where a folder may not be entered
+        if not there and not _is_stored(models_dir, model.served_as):
+            message = f"{path} is not there: {model.name} cannot be made from it until it is"
+            yield OptionProblem(("models", model.name, "from"), message, warning=True)
+
+
+def _is_stored(models_dir: Path, served_as: str) -> bool:
+    try:
+        return store.model_file(models_dir, served_as) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _contradictions(model: HeldModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
