@@ -55,6 +55,8 @@ def show_results(session: Session, answered: dict[str, Any]) -> int:
             for row in results
         ]
         table(session.screen, columns, rows)
+    for warning in dict.fromkeys(str(row["warning"]) for row in results if row.get("warning")):
+        say(f"fleetctl: warning: {clean(warning)}")
     return exit_code_of(results)
 
 

@@ -39,6 +39,7 @@ class Outcome(TypedDict):
     result: str  # an OutcomeCode
     state: str | None
     reason: str | None
+    warning: NotRequired[str]  # it was done, but
 
 
 class LastExit(TypedDict):
@@ -121,6 +122,7 @@ class DaemonStatus(TypedDict):
     rss_bytes: int
     config_error: NotRequired[str | None]  # fleet.yaml on disk cannot be used: its first problem
     config_differs: NotRequired[bool]  # fleet.yaml on disk is good, and not what runs
+    store_problem: NotRequired[str | None]  # why what the daemon should remember is not on its disk
     gateway: NotRequired[str | None]  # host:port of the data plane
     stopping: NotRequired[bool]
 

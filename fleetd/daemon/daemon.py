@@ -102,7 +102,13 @@ class Daemon:
             self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
         )
         self.view = StatusView(
-            self.fleet, lambda: configuration.assembly, self.processes, self.sampling, facts, self.preparation
+            self.fleet,
+            lambda: configuration.assembly,
+            self.processes,
+            self.sampling,
+            facts,
+            self.preparation,
+            lambda: store.problem,
         )
         self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = Probing(
@@ -115,7 +121,7 @@ class Daemon:
             lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
         )
         self.verbs = Verbs(
-            self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.flush
+            self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
         )
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
         self.port.warm = self.loop

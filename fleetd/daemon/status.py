@@ -67,7 +67,10 @@ class StatusView:
         sampling: Sampling,
         facts: DaemonFacts,
         preparation: Preparation,
+        store_problem: Callable[[], str | None],
     ) -> None:
+        """`store_problem` says why what is to be remembered is not on the disk."""
+        self._store_problem = store_problem
         self._preparation = preparation
         self._fleet = fleet
         self._assembly = assembly
@@ -129,6 +132,7 @@ class StatusView:
             "config_error": facts.config_error,
             "config_differs": facts.config_differs,
             "gateway": facts.gateway,
+            "store_problem": self._store_problem(),
             "stopping": facts.stopping,
         }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
 
 KEPT_WITHIN_S = 2.0
+_REMEMBERED = frozenset({"start", "stop"})
 _S = ProcessState
 Judgement = tuple[OutcomeCode, str]
 
@@ -55,8 +55,9 @@ class Verbs:
         processes: Processes,
         machine: Machine,
         port: DaemonFleetPort,
-        kept: Callable[[], Awaitable[None]],
+        kept: Callable[[], Awaitable[str | None]],
     ) -> None:
+        """`kept` returns once everything is on the disk, with what the disk refused."""
         self._kept = kept
         self._fleet = fleet
         self._dispatch = dispatch
@@ -71,19 +72,25 @@ class Verbs:
             return [await self._signal(name, options.signal or "") for name in names]
         ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
         looks = {name: self._post(verb, name) for name in ordered}
-        await self._keep()
-        if not options.wait:
-            return [self._outcome(name, OutcomeCode.ACCEPTED, None) for name in names]
-        found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
-        judged = dict(zip(ordered, found, strict=True))
+        lost = await self._keep()
+        judged: dict[str, tuple[OutcomeCode, str | None]] = dict.fromkeys(names, (OutcomeCode.ACCEPTED, None))
+        if options.wait:
+            found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
+            judged = dict(zip(ordered, found, strict=True))
         if verb == "load":
             judged = {name: self._still_loaded(name, *one) for name, one in judged.items()}
-        return [self._outcome(name, *judged[name]) for name in names]
+        elif verb in PROCESS_VERBS and options.wait:
+            judged = {name: self._by_now(name, looks[name], *one) for name, one in judged.items()}
+        outcomes = [self._outcome(name, *judged[name]) for name in names]
+        return [{**outcome, "warning": lost} for outcome in outcomes] if lost and verb in _REMEMBERED else outcomes
 
-    async def _keep(self) -> None:
-        """An answer says that what was asked for outlives the daemon; a disk that hangs is waited for this long only."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._kept()), KEPT_WITHIN_S)
+    async def _keep(self) -> str | None:
+        """Return why what was asked for does not outlive the daemon, if so; a disk that hangs is waited for this long only."""
+        try:
+            why = await asyncio.wait_for(asyncio.shield(self._kept()), KEPT_WITHIN_S)
+        except TimeoutError:
+            why = f"the disk did not take it within {KEPT_WITHIN_S:g} s"
+        return f"this does not outlive fleetd: {why}" if why else None
 
     async def settled(self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions) -> list[Outcome]:
         """Wait until each process runs a newer generation than given and is where it should be."""
@@ -92,7 +99,17 @@ class Verbs:
             return lambda: self._started(name, generations[name] if generations.get(name) else None)
 
         found = await asyncio.gather(*(self._await(look_at(name), options.timeout_s) for name in names))
-        return [self._outcome(name, *one) for name, one in zip(names, found, strict=True)]
+        judged = zip(names, found, strict=True)
+        return [self._outcome(name, *self._by_now(name, look_at(name), *one)) for name, one in judged]
+
+    def _by_now(
+        self, name: str, look: Callable[[], Judgement | None], code: OutcomeCode, reason: str | None
+    ) -> tuple[OutcomeCode, str | None]:
+        """Judge once more when all others were waited for too: the state that stands beside it is the state of then."""
+        found, process = look(), self._fleet.processes.get(name)
+        if found is not None or code is not OutcomeCode.OK or process is None:
+            return found or (code, reason)
+        return OutcomeCode.FAILED, f"it was {reason}, and is {process.state} by now: {process.reason}"
 
     def _post(self, verb: str, name: str) -> Callable[[], Judgement | None]:
         """Tell the fleet, and return how to see that it is done."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ _VERSION = 1
 _PENDING_MAX = 10_000
 _HISTORY_MAX = 100_000
 _PRUNE_EVERY = 1_000
+_AGAIN_S = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS footprint (hash TEXT PRIMARY KEY, model TEXT NOT NULL, bytes TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS history
@@ -74,7 +76,8 @@ class Store:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fleetd-store")
         self._db: sqlite3.Connection | None = None
         self._remembered: dict[str, Remembered] = {}
-        self._unsaved = False
+        self._unsaved = self._closing = False
+        self._again: threading.Timer | None = None
         self._pending = 0
         self._since_prune = 0
         self.dropped = 0
@@ -138,11 +141,14 @@ class Store:
 
     async def close(self) -> None:
         """Write everything that is pending and let go."""
+        self._closing = True
+        if self._again is not None:
+            self._again.cancel()
         await self._ask(self._close)
         self._thread.shutdown(wait=True)
 
     def _close(self) -> None:
-        if self._unsaved:
+        if self._unsaved or "remembered" in self._problems:
             self._save_remembered()
         if self._db is not None:
             self._db.close()
@@ -165,7 +171,7 @@ class Store:
             self._save_soon()
 
     def _save_soon(self) -> None:
-        if not self._unsaved:  # writes that come before the thread's turn go into one
+        if not self._unsaved and not self._closing:  # writes that come before the thread's turn go into one
             self._unsaved = True
             self._thread.submit(self._save_remembered)
 
@@ -181,8 +187,19 @@ class Store:
         except OSError as error:
             text = f"{self._state / 'remembered.json'} could not be written: {error.strerror}"
             self._problems["remembered"] = text
+            self._try_again()
         else:
             self._problems.pop("remembered", None)
+
+    def _try_again(self) -> None:
+        """What decides what runs is written as soon as the disk takes it: nobody may ask for anything more until then."""
+        if self._closing:
+            return
+        if self._again is not None:
+            self._again.cancel()
+        self._again = threading.Timer(_AGAIN_S, self._save_soon)
+        self._again.daemon = True
+        self._again.start()
 
     def _load_remembered(self) -> dict[str, Remembered]:
         path = self._state / "remembered.json"
@@ -263,6 +280,11 @@ class Store:
     async def flush(self) -> None:
         """Return when everything written so far is in the files."""
         await self._ask(lambda: None)
+
+    async def kept(self) -> str | None:
+        """Return when the desired state is in its file; why it is not, where the disk refused it."""
+        await self.flush()
+        return self._problems.get("remembered")
 
     # -- the one thread --------------------------------------------------------------------------------------------
 

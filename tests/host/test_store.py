@@ -18,6 +18,7 @@ from fleetd.core.contract import Remembered
 from fleetd.errors import HostError
 from fleetd.host import store as store_module
 from fleetd.host.store import Store
+from tests.host.support import until
 
 
 @asynccontextmanager
@@ -207,6 +208,30 @@ def test_a_full_disk_is_a_problem_that_passes(tmp_path: Path) -> None:
         asyncio.run(run())
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_what_a_disk_refused_is_written_once_it_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, kept = [True], tmp_path / "remembered.json"
+    really = store_module.write_atomically
+
+    def write(path: Path, data: bytes, *, durable: bool) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really(path, data, durable=durable)
+
+    monkeypatch.setattr(store_module, "write_atomically", write)
+    monkeypatch.setattr(store_module, "_AGAIN_S", 0.02)
+
+    async def run() -> None:
+        async with opened(tmp_path) as store:
+            store.remember("a", Remembered(stopped=True))
+            assert "No space left on device" in (await store.kept() or "")
+            full[0] = False
+            await until(lambda: kept.exists() and store.problem is None, "it is written")
+            assert await store.kept() is None
+        assert json.loads(kept.read_bytes())["processes"]["a"]["stopped"]
+
+    asyncio.run(run())
 
 
 def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
