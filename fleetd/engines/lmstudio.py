@@ -166,7 +166,7 @@ class LmStudio:
 
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         return tuple(
-            Resident(entry.key, {"gpu": entry.size_bytes} if entry.size_bytes else {})
+            Resident(entry.key, {"gpu": entry.size_bytes} if entry.size_bytes else {}, entry.context_length or None)
             for entry in await _listed(http, endpoint, LIST_TIMEOUT_S)
             if entry.instances
         )
@@ -192,10 +192,13 @@ ENGINE = LmStudio()
 class _Entry:
     """One model of the server's list."""
 
-    __slots__ = ("embeds", "instances", "key", "size_bytes")
+    __slots__ = ("context_length", "embeds", "instances", "key", "size_bytes")
 
-    def __init__(self, key: str, instances: tuple[str, ...], size_bytes: int, embeds: bool) -> None:
+    def __init__(
+        self, key: str, instances: tuple[str, ...], size_bytes: int, embeds: bool, context_length: int = 0
+    ) -> None:
         self.key, self.instances, self.size_bytes, self.embeds = key, instances, size_bytes, embeds
+        self.context_length = context_length  # of its first instance; 0: not said
 
 
 def _options(context: LaunchContext) -> LmStudioOptions:
@@ -261,11 +264,13 @@ def _entries_v1(reply: Reply) -> Iterator[_Entry]:
             raise EngineError(
                 f"{reply.url} did not answer with a list of objects under 'loaded_instances': {reply.message!r}"
             )
+        loaded_with = next((instance.get("config") for instance in instances or ()), None)
         yield _Entry(
             reply.word(model, "key"),
             tuple(reply.word(instance, "id") for instance in instances or ()),
             reply.count(model, "size_bytes"),
             model.get("type") == "embedding",
+            reply.count(loaded_with, "context_length") if isinstance(loaded_with, Mapping) else 0,
         )
 
 

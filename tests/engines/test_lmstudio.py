@@ -49,6 +49,8 @@ def test_load_list_unload(tmp_path: Path) -> None:
             loaded = {model["key"]: model["loaded_instances"] for model in listed["models"]}
             assert [len(instances) for instances in loaded.values()] == [1, 1]
             assert loaded["a"][0]["config"]["context_length"] == 512
+            residents = {one.served_as: one.context_length for one in await ENGINE.loaded(http, endpoint)}
+            assert residents == {"a": 512, "b-embed": 4096}
             for model in (None, a, b):
                 outcome = await ENGINE.alive(http, endpoint, model, 5)
                 assert outcome.ok
