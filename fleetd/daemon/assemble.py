@@ -37,7 +37,8 @@ from fleetd.daemon.assembly import Assembly, FleetPaths, GatewaySettings, Surrou
 from fleetd.daemon.containers import IN_IMAGE, Recipe, inner_host, runtime_of, user_ids
 from fleetd.daemon.devices import default_device, device_specs
 from fleetd.daemon.entries import Entry, entries, holders, needs_assigned_port, process_names
-from fleetd.daemon.environment import parse_env_file, substitute
+from fleetd.daemon.env_files import EnvFiles, OwnEnvironment
+from fleetd.daemon.environment import substitute
 from fleetd.daemon.held import held_models, own_held
 from fleetd.daemon.launches import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.daemon.model_specs import ModelAssembler
@@ -52,7 +53,6 @@ Path_ = tuple[str | int, ...]
 PortUsable = Callable[[str, int], bool]
 HOST = "127.0.0.1"
 _BESIDE_OPTIONS = (("env",), ("args",), ("command",))
-_ENV_FILE_LIMIT_BYTES = 1024 * 1024
 _NAMED = 10  # of thousands of models, in one message
 
 
@@ -103,7 +103,7 @@ class Assembler:
         self.behind = process_names(self.config)
         self.plans: dict[str, LaunchPlan] = {}
         self.specs: dict[str, ProcessSpec] = {}
-        self._env_files: dict[Path, dict[str, str]] = {}
+        self.env_files = EnvFiles(loaded, self.problem, self.warn, self.problems.append)
 
     def problem(self, path: Path_, message: str) -> None:
         if path[:2] not in self.loaded.stand_ins:
@@ -181,8 +181,8 @@ class Assembler:
         device = self._device(entry)
         host = inner_host(entry.engine_keys)
         places = {"port": entry.port, "host": host, "name": entry.name, "replica": entry.replica}
-        own_env = self._environment(entry, places)
-        context = self._context(entry, options, device, models, places, own_env)
+        own_env = self.env_files.environment(entry, places)
+        context = self._context(entry, options, device, models, places, own_env.values)
         before = len(self.problems)
         if entry.engine_keys is not None:
             self._validate(entry, engine, context, whole=whole)
@@ -227,41 +227,6 @@ class Assembler:
             known = ", ".join(self.devices)
             self.warn((*entry.path, "device"), f"this machine has no {keys.device}, only {known}")
         return keys.device
-
-    def _environment(self, entry: Entry, places: Mapping[str, object]) -> dict[str, str]:
-        keys = entry.keys
-        env: dict[str, str] = {}
-        for index, text in enumerate(keys.env_file):
-            env |= self._env_file(
-                self.loaded.resolve((*entry.path, "env_file"), text), (*entry.path, "env_file", index)
-            )
-        env |= keys.env
-        env = {key: substitute(value, places) for key, value in env.items()}
-        if keys.replicas > 1 or entry.port is not None:
-            env.setdefault("FLEETD_REPLICA", str(entry.replica))
-        if entry.port is not None and "PORT" not in env:
-            env["PORT"] = str(entry.port)
-        env["FLEETD_NAME"] = entry.name
-        return env
-
-    def _env_file(self, path: Path, where: Path_) -> dict[str, str]:
-        if path in self._env_files:
-            return self._env_files[path]
-        found: dict[str, str] = {}
-        try:
-            data = path.read_bytes()
-            if len(data) > _ENV_FILE_LIMIT_BYTES:
-                self.problem(where, f"{path} is larger than 1 MiB: not an env file")
-            else:
-                found, mistakes = parse_env_file(data.decode("utf-8"))
-                for line, message in mistakes:
-                    self.problems.append(Problem(str(path), line, 1, "", message))
-        except UnicodeDecodeError:
-            self.problem(where, f"{path} is not text in UTF-8")
-        except OSError as error:
-            self.problem(where, f"{path} cannot be read: {error.strerror}")
-        self._env_files[path] = found
-        return found
 
     def _context(
         self,
@@ -357,7 +322,7 @@ class Assembler:
         context: LaunchContext,
         recipe: Recipe | None,
         device: str,
-        env: dict[str, str],
+        own_env: OwnEnvironment,
         probes: Probes,
     ) -> LaunchPlan:
         keys, path = entry.keys, entry.path
@@ -377,12 +342,14 @@ class Assembler:
             endpoint=_endpoint(entry, options),
             external=entry.external is not None,
             missing_program=missing,
-            own_env=env,
+            own_env=own_env.values,
+            env_source=own_env.source,
+            unread=tuple(own_env.absent),
             execution=self._execution(entry),
             stop=policies.stop_policy(keys.stop),
             probes=probes,
-            requires=tuple(dict.fromkeys([*requires, *launch.requires])),
-            required_by=self._named(entry, launch),
+            requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.absent])),
+            required_by={**self._named(entry, launch), **own_env.absent},
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),

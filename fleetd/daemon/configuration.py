@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.daemon.assembly import Assembly, Surroundings
+from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.ports import keep_ports
 from fleetd.daemon.reader import Reader
 from fleetd.daemon.readings import Circumstances, Reading
@@ -89,6 +90,19 @@ class Configuration:
         if path is not None:
             self.path = path
         self.error, self.differs = None, False
+
+    def amend(self, plan: LaunchPlan) -> None:
+        """Put a plan that was completed in the place of the one that was read. The caller tells the fleet."""
+        assembly = self.assembly
+        spec = replace(assembly.spec.processes[plan.name], launch_hash=plan.launch_hash())
+        self._reading = replace(
+            self._reading,
+            assembly=replace(
+                assembly,
+                plans={**assembly.plans, plan.name: plan},
+                spec=replace(assembly.spec, processes={**assembly.spec.processes, plan.name: spec}),
+            ),
+        )
 
     async def close(self) -> None:
         """Let go of the process that reads."""

@@ -29,6 +29,7 @@ from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.executor import Executor
 from fleetd.daemon.feed import Feed
 from fleetd.daemon.fleet_port import DaemonFleetPort
+from fleetd.daemon.late_env import LateEnvironment
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.loop import FleetLoop
 from fleetd.daemon.machine import HostMachine
@@ -81,6 +82,9 @@ class Daemon:
         self.machine = HostMachine(host, parent_env)
         self.fleet = Fleet(FleetSpec(), random.Random())
         self.requirements = Requirements(self.dispatch, self.plans, self.fleet, configuration.assembly.paths.state)
+        self.requirements.read_again = LateEnvironment(
+            configuration, self.dispatch, lambda: (self.requirements.missing, self.requirements.missing_models)
+        ).read
         self.starts = Starts(
             self.machine, self.fleet, self.dispatch, self.model_specs, store, self.tasks, self._complain
         )
@@ -101,15 +105,7 @@ class Daemon:
         self.sampling = Sampling(
             self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
         )
-        self.view = StatusView(
-            self.fleet,
-            lambda: configuration.assembly,
-            self.processes,
-            self.sampling,
-            facts,
-            self.preparation,
-            lambda: store.problem,
-        )
+        self.view = self._view()
         self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = Probing(
             self.machine,
@@ -125,6 +121,17 @@ class Daemon:
         )
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
         self.port.warm = self.loop
+
+    def _view(self) -> StatusView:
+        return StatusView(
+            self.fleet,
+            lambda: self.configuration.assembly,
+            self.processes,
+            self.sampling,
+            self.facts,
+            self.preparation,
+            lambda: self.store.problem,
+        )
 
     def _processes(self, parent_env: Mapping[str, str]) -> Processes:
         return Processes(

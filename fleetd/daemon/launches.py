@@ -17,6 +17,7 @@ from typing import Any
 
 from fleetd.core.contract import Probes, ProcessKind
 from fleetd.daemon.containers import Recipe
+from fleetd.daemon.env_files import EnvSource
 from fleetd.daemon.environment import inherited, redacted_argv, redacted_env
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
 from fleetd.engines.container import Contained
@@ -79,6 +80,8 @@ class LaunchPlan:
     external: bool = False
     missing_program: str | None = None
     own_env: Mapping[str, str] = field(default_factory=dict)
+    env_source: EnvSource | None = None  # where files are named that it comes from
+    unread: tuple[str, ...] = ()  # those of them that were not there; `requires` has them
     execution: Execution = Execution()
     stop: StopPolicy = StopPolicy()
     probes: Probes = Probes()

@@ -15,7 +15,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -84,6 +84,7 @@ class Requirements:
         self._news = asyncio.Event()
         self.missing: dict[str, Missing] = {}
         self.missing_models: dict[str, Missing] = {}
+        self.read_again: Callable[[str], Awaitable[Missing | None]] | None = None
 
     # -- looking --------------------------------------------------------------------------------------------------------
 
@@ -91,11 +92,13 @@ class Requirements:
         """Return everything that is absent now, for these plans."""
         self._learn(plans)
         await self._look_at(self._all())
-        return await asyncio.to_thread(self._absent)
+        absent = await asyncio.to_thread(self._absent)
+        unread = {name: _unread(plan) for name, plan in plans.items() if plan.unread}
+        return Absent({**unread, **absent.processes}, absent.models)
 
     def accept(self, absent: Absent) -> None:
-        """Take an answer that the fleet was told already."""
-        self.missing, self.missing_models = dict(absent.processes), dict(absent.models)
+        """Take an answer that the fleet was told already; what is there again it is told by the next look."""
+        self.missing, self.missing_models = {**self.missing, **absent.processes}, dict(absent.models)
         self._suspected.clear()
         self._news.set()
 
@@ -107,6 +110,8 @@ class Requirements:
             return ()
         await self._look_at(paths)
         missing = _missing(self._looks, paths, plan.required_by if plan is not None else {})
+        if plan is not None and plan.unread and not missing:
+            missing = _unread(plan)
         if missing != self.missing.get(name, ()):
             self.missing[name] = missing
             self._dispatch(RequirementsChanged(name, missing))
@@ -242,16 +247,25 @@ class Requirements:
             self._learn(self._plans())
             await self._look_again()
             now = await asyncio.to_thread(self._absent)
+            hindered = {name: await self._hindrance(name) for name in set(self.missing) - set(now.processes)}
             for name in {**self.missing, **now.processes}:
-                self._tell_process(name, now.processes.get(name, ()))
+                self._tell_process(name, now.processes.get(name) or hindered.get(name, ()))
             for name in {**self.missing_models, **now.models}:
                 self._tell_model(name, now.models.get(name, ()))
 
     def _period_s(self) -> float | None:
         """Return when to look again; None: nothing requires anything, until the plans change."""
-        if not self._paths and not self._sources:
+        if not self._paths and not self._sources and not self.missing:
             return None
         return SUSPECTED_S if self._suspected else PERIOD_S
+
+    async def _hindrance(self, name: str) -> Missing:
+        """Return what keeps a process from starting although all that it requires is there: its files have to be read first."""
+        told = self.missing.get(name, ())
+        if not told or self.read_again is None:
+            return ()
+        found = await self.read_again(name)
+        return told if found is None else found
 
     def _tell_process(self, name: str, missing: Missing) -> None:
         process = self._fleet.processes.get(name)
@@ -309,6 +323,10 @@ class Requirements:
         self._kept = dict(self.volumes.known)
         with suppress(OSError):  # it is known for the life of this daemon all the same
             await asyncio.to_thread(write_known, self._record, self._kept)
+
+
+def _unread(plan: LaunchPlan) -> Missing:
+    return tuple(f"{plan.required_by[path]}: {path} (it is there, and not read yet)" for path in plan.unread)
 
 
 def source_path(held: HeldModel) -> Path:

@@ -84,14 +84,25 @@ def test_later_environment_wins(tmp_path: Path) -> None:
     assert env == {"PATH": "/bin", "A": "entry", "B": "file", "FLEETD_NAME": "a"}
 
 
-def test_an_env_file_that_is_absent_or_broken_is_a_problem_with_its_place(tmp_path: Path) -> None:
+def test_an_env_file_that_is_absent_blocks_its_process_and_a_broken_one_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "bad.env").write_text("A=1\nnonsense\n")
+    (tmp_path / "folder").mkdir()
     found = assembled(
-        tmp_path, "services:\n  a: {command: x, env_file: gone.env}\n  b: {command: x, env_file: bad.env}\n"
+        tmp_path,
+        "services:\n  a: {command: x, env: {B: b}, env_file: [vol/gone.env]}\n  b: {command: x, env_file: bad.env}\n"
+        "  c: {command: x, env_file: folder}\n",
     )
     said = [str(problem).splitlines()[0] for problem in found.problems]
-    assert any("fleet.yaml:3:" in line and "gone.env cannot be read" in line for line in said)
+    assert len(said) == 2
+    assert any("fleet.yaml:5:" in line and "services.c.env_file" in line and "cannot be read" in line for line in said)
     assert any("bad.env:2:" in line for line in said)
+    (warning,) = found.warnings
+    path = str(tmp_path / "vol" / "gone.env")
+    assert warning.line == 3
+    assert f"services.a.env_file[0]: {path} is not there: a stays BLOCKED until it is" in str(warning)
+    plan = found.plans["a"]
+    assert (plan.requires, plan.unread, plan.required_by) == ((path,), (path,), {path: "services.a.env_file"})
+    assert plan.own_env == {"B": "b", "FLEETD_NAME": "a"}
 
 
 def test_option_mistakes_carry_their_place_and_a_hint(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.daemon.cases.rig import SLEEPER, fleet, ready
+from tests.daemon.cases.rig import SLEEPER, crash, ctl, fleet, ready, sh, until_said
 from tests.daemon.rig import ROOT, Fleetd, fleetd, until
 
 INCLUDED = "services: {%s: {command: [sleep, '1000']}}\n"
@@ -39,6 +39,58 @@ def test_files_that_a_pattern_includes_are_applied_when_they_come_go_and_come_ba
         (folder / "c.yaml").write_text(INCLUDED % "c")
         until(lambda: running(daemon) == {"own", "b", "c"}, "and applied when it is mended")
         assert ready(daemon, "own") == pid
+
+
+SAYS = sh('echo "B is $${B:-nothing}"; exec sleep 1000')
+
+
+def test_an_absent_env_file_blocks_its_own_process_until_it_is_there_and_is_read_then(tmp_path: Path) -> None:
+    volume = tmp_path / "vol"
+    volume.mkdir()
+    (volume / ".env").write_text("B=1\n")
+    services = {
+        "other": {"command": SLEEPER},
+        "onvol": {"command": SAYS, "requires": ["./vol"], "env_file": "./vol/.env", "env": {"C": "c"}},
+        "early": {"command": SAYS, "env_file": "early.env"},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pid = ready(daemon, "other")
+        ready(daemon, "onvol")
+        assert "services.early.env_file: " in daemon.until_state("early", "BLOCKED")["reason"]
+        volume.rename(tmp_path / "vol.off")
+        daemon.until_state("onvol", "BLOCKED")
+        daemon.write(fleet({**services, "more": {"command": SLEEPER}}))
+        ready(daemon, "more")
+        assert ctl(daemon, "reload").returncode == 0
+        assert f"services.onvol.env_file: {volume}/.env (" in daemon.until_state("onvol", "BLOCKED")["reason"]
+        crash(daemon)
+        daemon.start()
+        assert ready(daemon, "other") == pid
+        daemon.until_state("onvol", "BLOCKED")
+        (tmp_path / "vol.off" / ".env").write_text("nonsense\n")
+        (tmp_path / "vol.off").rename(volume)
+        until(lambda: "(line 1: expected NAME=value)" in daemon.process_row("onvol")["reason"], "what is wrong is said")
+        (volume / ".env").write_text("B=2\n")
+        (tmp_path / "early.env").write_text("B=3\n")
+        pids = {name: ready(daemon, name) for name in ("onvol", "early")}
+        until_said(daemon, "onvol", "B is 2")
+        until_said(daemon, "early", "B is 3")
+        assert ctl(daemon, "diff").returncode == 0
+        assert ctl(daemon, "reload").returncode == 0
+        crash(daemon)
+        daemon.start()
+        assert {name: ready(daemon, name) for name in pids} == pids
+        assert ready(daemon, "other") == pid
+        assert "B is nothing" not in daemon.log_of("onvol") + daemon.log_of("early")
+
+
+def test_what_an_edit_no_longer_requires_blocks_no_more(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "requires": ["./gone"]}})) as daemon:
+        daemon.start()
+        daemon.until_state("a", "BLOCKED")
+        daemon.write(fleet({"a": {"command": SLEEPER}}))
+        ready(daemon, "a")
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
