@@ -83,6 +83,8 @@ class Change:
         process.stopped = remembered.stopped
         process.restarts = remembered.restarts
         process.generation = max(process.generation, remembered.generation)
+        process.last_exit, process.last_exit_s = remembered.last_exit, remembered.last_exit_s
+        process.again = remembered.again
         if process.stopped:
             process.reason = "stopped by an operator"
         edited = remembered.spec_hash not in ("", spec_hash(process.spec))
@@ -165,7 +167,7 @@ class Change:
             return
         if process.state is not ProcessState.STOPPED:
             process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
-        process.generation = event.generation
+        process.generation, process.again = event.generation, False
         process.move(ProcessState.STARTING, now, "adopted from the daemon before")
         self.supervision.begin_run(process, now)
         process.started_s = now - event.age_s

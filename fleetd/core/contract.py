@@ -271,4 +271,7 @@ class Remembered:
     generation: int = 0
     exited: str | None = None  # the reason, when it had ended as expected; not kept over an ordered end of the daemon
     code: int | None = None  # the exit code of that end
+    again: bool = False  # its next start counts as a restart
+    last_exit: ExitReport | None = None  # without its log
+    last_exit_s: float | None = None  # in monotonic seconds of this boot
     spec_hash: str = ""  # of the spec that failed or ended: an edited one gets a new chance

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fleetd.core.capacity import Ledger
@@ -90,6 +90,17 @@ class Facts:
         ):
             self.awake.discard(spec.name)
 
+    def forget(self, process: Process) -> None:
+        """Drop a process that left the configuration; its generation is kept, lest a late event fits a successor."""
+        if not self.placed.get(process.name):
+            self.processes.pop(process.name, None)
+            self.awake.discard(process.name)
+            self.retired[process.name] = process.generation
+            self.journal.note(process.name, "forgotten: no longer in the configuration")
+
+    def all_rest(self) -> bool:
+        return all(process.state in RESTING for process in self.processes.values())
+
     def placements_on(self, process: str) -> Iterator[Placement]:
         for model in sorted(self.placed.get(process, ())):
             yield self.models[model].placements[process]
@@ -151,6 +162,9 @@ class Facts:
                     generation=process.generation,
                     exited=process.reason if kept else None,
                     code=process.last_exit.code if kept and process.last_exit is not None else None,
+                    again=process.again or process.state is ProcessState.BACKOFF,
+                    last_exit=replace(process.last_exit, log_tail=()) if process.last_exit is not None else None,
+                    last_exit_s=process.last_exit_s,
                     spec_hash=spec_hash(process.spec) if over else "",
                 ),
                 reason,

@@ -16,7 +16,7 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fleetd import __version__
 from fleetd.core.events import RestartAsked, ShutdownAsked, SpecChanged
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from fleetd.control.server import ControlServer
+    from fleetd.control.wire import FleetEvent
     from fleetd.daemon.logsetup import LogSink
     from fleetd.gateway.server import Gateway
     from fleetd.host.companion import Companion
@@ -58,6 +59,7 @@ SOCKET_NAME = "fleetd.sock"
 _DRAIN_S = 5.0
 _UNDO_S = 20.0
 _BACKLOG = 1024
+_PAST_OF_EACH, _PAST_IN_ALL = 64, 1000  # events of earlier daemons that are shown
 _CLOCK_STEP_S = 0.02  # file times are taken from a clock that ticks in steps
 
 
@@ -77,7 +79,7 @@ class App:
         self._log = log
         self._sink = sink
         self._done = asyncio.Event()
-        self._reexecuting = False
+        self._settling = self._reexecuting = False
         self._up = False
         self._saved_early = False
         self._began = time.monotonic()
@@ -117,16 +119,20 @@ class App:
             self._locks = DaemonLocks.inherit(paths.run, paths.state, taken.lock_fds)
         stack.callback(self._locks.release)
         host = Host(paths)
+        carried = taken.records if taken is not None else []
+        host.expect(carried)
         await host.start()
         stack.push_async_callback(host.close)
         store = Store(paths.state)
         _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
-        left, unreadable = (taken.records, []) if taken is not None else await host.thread(host.load_records)
+        left, unreadable = await host.thread(host.load_records, carried)
         self._recorded = {record.name for record in left}
         stack.push_async_callback(store.close)
         self._learned = await store.learned()
         around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, self._learned)
-        read = await reading.finish(Circumstances(around, frozenset(self._running()), socket.gethostname()))
+        circumstances = Circumstances(around, frozenset(self._running()), socket.gethostname())
+        past = store.last_of_each(_PAST_OF_EACH, _PAST_IN_ALL)
+        read, told = await asyncio.gather(reading.finish(circumstances), past)
         await asyncio.to_thread(keep_ports, paths.state, read.assembly.ports)
         assembly = read.assembly
         configuration = Configuration(self._options.config, read, self._around, self._running)
@@ -136,13 +142,15 @@ class App:
         )
         daemon.sampling.devices = {sample.name: sample for sample in samples}
         daemon.starts.know(await store.facts(PREFIX))
+        daemon.feed.know([cast("FleetEvent", entry.data) for entry in told])
+        daemon.feed.keep = store.record
         stack.push_async_callback(self._close_daemon)
         listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
         stack.callback(listener.close)
         await self._watch(stack, assembly)
         for place in unreadable:
             self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
-        await self._take_over(assembly, left)
+        await self._take_over(assembly, left, taken.wishes if taken is not None else reexec.Wishes())
         self._recorded = None
         try:
             await self._listen(stack, assembly, paths, listener)
@@ -152,6 +160,8 @@ class App:
         self._outside(stack)
         self._ready(assembly)
         self._up = True
+        if taken is not None and taken.wishes.stop:
+            self._stop(False, "asked while the daemon executed itself anew")
         early = self._saved_early or any(changed_since(file, self._options.reading.began) for file in assembly.files)
         if assembly.watch and early:
             self._file_saved()  # after it was read, before anybody could apply it
@@ -232,7 +242,7 @@ class App:
         self._log.info("adoption", name=name, reason=sentence)
         self._daemon.feed.say("process", name, "adoption", sentence)
 
-    async def _take_over(self, assembly: Assembly, left: list[HandleRecord]) -> None:
+    async def _take_over(self, assembly: Assembly, left: list[HandleRecord], wishes: reexec.Wishes) -> None:
         """Adopt what runs, then tell the fleet everything at once."""
         daemon = self._daemon
         adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, self._told_of_adoption, left)
@@ -249,9 +259,12 @@ class App:
                 died=died,
             )
         )
+        daemon.processes.entered()
         daemon.port.spec_changed()
         for name in adoption.changed:
             daemon.dispatch(RestartAsked(name))
+        for event in wishes.events([event.name for event in adopted]):
+            daemon.dispatch(event)
 
     async def _watch(self, stack: AsyncExitStack, assembly: Assembly) -> None:
         """Watch files before anything starts: what changes after a program read it is a reason to start it again."""
@@ -326,22 +339,39 @@ class App:
         daemon.dispatch(ShutdownAsked(force=force))
 
     def _reexec(self) -> None:
-        self._reexecuting = True
-        self._done.set()
+        if not self._settling:
+            self._settling = True
+            self._daemon.tasks.start(self._settle_for_reexec(), "settle for a re-execution")
+
+    async def _settle_for_reexec(self) -> None:
+        """Let everybody have what they were promised, as far as that is soon; a shutdown that comes meanwhile wins."""
+        await reexec.settled(self._daemon)
+        if not self._daemon.facts.stopping:
+            self._reexecuting = True
+            self._done.set()
 
     async def _leave_for_reexec(self, stack: AsyncExitStack) -> None:
-        """Hand everything over to a new program in this very process. Does not return when it works."""
+        """Hand everything over to a new program in this very process. Does not return when it works.
+
+        Orders end first, then starts; then nothing is decided any more, and no death is taken note of: all that is between
+        the last two is left to the new program.
+        """
         daemon = self._daemon
         self._log.info("executing itself anew", program=sys.executable)
-        daemon.loop.close()
+        daemon.feed.say("daemon", None, "re-execution", "the daemon executes itself anew")
         await self._world.close()
         await self._gateway.close(1.0)
-        records = await daemon.host.prepare_exec()
-        lock_fds = self._locks.keep_over_exec()
-        await daemon.store.flush()
-        await daemon.configuration.close()
         await self._control.close()
-        reexec.execute(lock_fds, records, self._notifier.environment, stack)
+        async with daemon.configuration.applying:  # never given back
+            await daemon.processes.rest(reexec.REST_S)
+            daemon.loop.hold()
+            records = await daemon.host.prepare_exec()
+            wishes = reexec.wishes_of(daemon.fleet, daemon.facts.stopping)
+            lock_fds = self._locks.keep_over_exec()
+            await daemon.store.flush()
+            await daemon.configuration.close()
+            environ, config = self._notifier.environment, daemon.configuration.path
+            reexec.execute(lock_fds, records, wishes, environ, config, stack)
 
 
 def changed_since(file: Path, moment_s: float) -> bool:

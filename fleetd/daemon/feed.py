@@ -3,6 +3,7 @@
 The rules of this file
 - An event of the fleet that led to nothing is not told; a request that was served from memory is not either.
 - Memory is bounded: some thousands of events in all, the last ones for each name.
+- What is told is kept on disk too; the next daemon goes on from it, and with its numbers.
 - Readers have a queue each; one that does not read loses the oldest, never the daemon's time.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from fleetd.control.wire import FleetEvent, rfc3339
@@ -54,6 +55,13 @@ class Feed:
         self._all: deque[FleetEvent] = deque(maxlen=_IN_ALL)
         self._by_name: dict[str, deque[FleetEvent]] = {}
         self._readers: set[_Reader] = set()
+        self.keep: Callable[[str, str, FleetEvent], None] = lambda *_: None  # kind, name, event
+
+    def know(self, past: Sequence[FleetEvent]) -> None:
+        """Begin with what earlier daemons told, oldest first."""
+        for event in past:
+            self._enter(event)
+            self.seq = max(self.seq, event["seq"])
 
     def publish(self, entry: Entry, processes: Collection[str]) -> None:
         """Tell one entry of the journal. `processes` are the names that are processes; other names are models."""
@@ -75,11 +83,16 @@ class Feed:
             "reason": reason,
         }
         event.update(extra)  # type: ignore[typeddict-item]
+        self._enter(event)
+        self.keep(kind, name or "", event)
+        for reader in self._readers:
+            reader.put(event)
+
+    def _enter(self, event: FleetEvent) -> None:
+        name = event["name"]
         self._all.append(event)
         if name is not None:
             self._by_name.setdefault(name, deque(maxlen=_PER_NAME)).append(event)
-        for reader in self._readers:
-            reader.put(event)
 
     def of(self, name: str, count: int = _PER_NAME) -> list[FleetEvent]:
         """Return the last events about one name, oldest first."""

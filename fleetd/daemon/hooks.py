@@ -53,6 +53,11 @@ class Hooks:
             if self._unwanted(name):
                 task.cancel()
 
+    def break_off_all(self) -> None:
+        """End every pre_start hook: nothing is started any more."""
+        for task in self._before.values():
+            task.cancel()
+
     def hurry(self, name: str) -> None:
         """End the post_stop hook of a process: its stop was forced."""
         task = self._after.get(name)

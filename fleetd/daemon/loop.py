@@ -71,14 +71,14 @@ class FleetLoop:
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._closed = False
+        self._closed = self._held = False
         self.handled = 0
         self.faults = 0
 
     def dispatch(self, event: Event) -> None:
         """Hand one event to the fleet, now, or after the event that is being handled."""
         self._inbox.append(event)
-        if self._draining:
+        if self._draining or self._held:
             return
         self._draining = True
         try:
@@ -90,11 +90,11 @@ class FleetLoop:
 
     def take(self, request_id: int, model: str) -> Placement | None:
         """Ask the fleet for a model that is in memory; None: it is not that simple, dispatch RequestArrived."""
-        return None if self._draining else self._fleet.take(request_id, model, self._clock())
+        return None if self._draining or self._held else self._fleet.take(request_id, model, self._clock())
 
     def give(self, request_id: int) -> bool:
         """Give back what was granted; False: it is not that simple, dispatch RequestFinished."""
-        if self._draining or not self._fleet.give(request_id, self._clock()):
+        if self._draining or self._held or not self._fleet.give(request_id, self._clock()):
             return False
         deadline = self._fleet.next_deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
@@ -140,6 +140,11 @@ class FleetLoop:
     def _fire(self) -> None:
         self._timer = None
         self.dispatch(Tick())
+
+    def hold(self) -> None:
+        """Decide nothing any more: what the fleet holds now is what the program after this one begins with."""
+        self._held = True
+        self.close()
 
     def close(self) -> None:
         """Stop the timer. Events may still be dispatched; no deadline wakes the fleet any more."""

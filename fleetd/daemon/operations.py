@@ -179,6 +179,8 @@ class Operations:
 
     async def reexec(self) -> None:
         """Begin a new program in this PID. Raises ConfigError when it could not start on the file as it is now."""
+        if self._daemon.facts.stopping:
+            raise ApiError(409, "locked", "The daemon is shutting down.")
         await self._daemon.configuration.read(None)
         asyncio.get_running_loop().call_later(0.05, self._reexecute)
 

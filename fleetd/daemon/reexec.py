@@ -2,7 +2,9 @@
 
 The rules of this file
 - What the new program needs crosses in the environment as one small JSON; descriptors keep their numbers.
-- The new program starts from the same command line; where that fails, systemd or the operator sees an exit as any other.
+- The new program starts from the same command line, with the file that is the daemon's now; where that fails, systemd or the
+  operator sees an exit as any other.
+- What is being started or stopped is waited for, within bounds; a restart that is under way even then is a wish passed on.
 """
 
 from __future__ import annotations
@@ -11,16 +13,41 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from fleetd.core.events import RestartDue
+from fleetd.core.state import Process, ProcessState
 from fleetd.host.handle import decode_records, encode_records
 from fleetd.host.types import HandleRecord
 
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+    from fleetd.daemon.daemon import Daemon
+
 VARIABLE = "FLEETD_TAKE_OVER"
+SETTLE_S = 20.0  # shorter than the patience of `fleetctl daemon-reexec`
+REST_S = 3.0  # for what begins while the listeners are closed
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What was begun and is not done: `restarts` and `turns` are reasons by name; `stop`: the daemon was told to end."""
+
+    restarts: Mapping[str, str] = field(default_factory=dict)
+    turns: Mapping[str, str] = field(default_factory=dict)
+    stop: bool = False
+
+    def events(self, names: Collection[str]) -> Iterator[RestartDue]:
+        """Yield the restarts of those that were adopted: whatever else there was has ended, and starts anew anyway."""
+        for name in names:
+            if name in self.restarts:
+                yield RestartDue(name, self.restarts[name])
+            elif name in self.turns:
+                yield RestartDue(name, self.turns[name], in_turn=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +56,7 @@ class TakenOver:
 
     lock_fds: list[int]
     records: list[HandleRecord]
+    wishes: Wishes
 
 
 def taken_over() -> TakenOver | None:
@@ -40,11 +68,59 @@ def taken_over() -> TakenOver | None:
     with open(content["records_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
         records = decode_records(file.read())
     fds = content["lock_fds"] if "lock_fds" in content else [content["lock_fd"]]  # of a version with one lock
-    return TakenOver([int(fd) for fd in fds], records)
+    wishes = content.get("wishes", {})  # of a version that had none
+    return TakenOver(
+        [int(fd) for fd in fds],
+        records,
+        Wishes(wishes.get("restarts", {}), wishes.get("turns", {}), bool(wishes.get("stop"))),
+    )
+
+
+def under_way(process: Process) -> bool:
+    """Return whether a start, a stop or a restart of this process is ordered and not done."""
+    starting = process.state is ProcessState.STARTING and not process.spawned
+    return starting or process.state is ProcessState.STOPPING or process.restart_wanted is not None
+
+
+def wishes_of(fleet: Fleet, stop: bool) -> Wishes:
+    """Return what the fleet has begun. What is being stopped may run on a while: it is stopped again, and then starts anew."""
+    restarts = {
+        name: process.restart_wanted or process.reason
+        for name, process in fleet.processes.items()
+        if process.restart_wanted is not None or process.state is ProcessState.STOPPING
+    }
+    return Wishes(restarts, dict(fleet.facts.turns), stop)
+
+
+async def settled(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
+    """Return once nothing is under way, or the daemon is told to stop, or when the time is over."""
+
+    def look() -> bool | None:
+        return daemon.facts.stopping or not any(map(under_way, daemon.fleet.processes.values())) or None
+
+    await daemon.changes.wait_for(look, timeout_s)
+
+
+def command_line(words: Sequence[str], config: Path) -> list[str]:
+    """Return the words of a `fleetd run` with another file."""
+    at = words.index("run") + 1 if "run" in words else len(words)
+    kept, rest = list(words[:at]), list(words[at:])
+    while rest:
+        word = rest.pop(0)
+        if word in ("--config", "-c"):
+            del rest[:1]
+        elif not word.startswith(("--config=", "-c")):
+            kept.append(word)
+    return [*kept, "--config", str(config)]
 
 
 def execute(
-    lock_fds: Sequence[int], records: Sequence[HandleRecord], environ: Mapping[str, str], stack: AsyncExitStack
+    lock_fds: Sequence[int],
+    records: Sequence[HandleRecord],
+    wishes: Wishes,
+    environ: Mapping[str, str],
+    config: Path,
+    stack: AsyncExitStack,
 ) -> NoReturn:
     """Execute this program anew. Raises OSError when the kernel refuses."""
     del stack  # nothing on it may run: children, lock and pipes go on
@@ -53,8 +129,9 @@ def execute(
     os.write(fd, encode_records(list(records)))
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
-    env = {**os.environ, **environ, VARIABLE: json.dumps({"lock_fds": list(lock_fds), "records_fd": fd})}
-    argv = [sys.executable, *sys.orig_argv[1:]]
+    content = {"lock_fds": list(lock_fds), "records_fd": fd, "wishes": asdict(wishes)}
+    env = {**os.environ, **environ, VARIABLE: json.dumps(content)}
+    argv = [sys.executable, *command_line(sys.orig_argv[1:], config)]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, argv, env)

@@ -16,13 +16,14 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fleetd.core.contract import Remembered
+from fleetd.core.contract import ExitKind, ExitReport, Remembered
 from fleetd.errors import HostError
 from fleetd.host.handle import write_atomically
 from fleetd.host.proctable import boot_id
@@ -34,12 +35,19 @@ _PENDING_MAX = 10_000
 _HISTORY_MAX = 100_000
 _PRUNE_EVERY = 1_000
 _AGAIN_S = 5.0
+_LOOKED_THROUGH = 20_000  # entries, from the newest back, for what happened last to each subject
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS footprint (hash TEXT PRIMARY KEY, model TEXT NOT NULL, bytes TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS history
   (id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, data TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS history_subject ON history (subject, id);
 CREATE TABLE IF NOT EXISTS fact (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_LAST_OF_EACH = """
+SELECT id, at, kind, subject, data FROM history WHERE id IN
+  (SELECT id FROM (SELECT id, ROW_NUMBER() OVER (PARTITION BY subject ORDER BY id DESC) AS place FROM history
+    WHERE id > (SELECT MAX(id) FROM history) - ?) WHERE place <= ?)
+ORDER BY id DESC LIMIT ?
 """
 
 
@@ -50,11 +58,18 @@ _OF_ONE_BOOT: Mapping[str, Any] = {
     "deaths": 0,
     "died_s": (),
     "slow": False,
+    "again": False,
+    "last_exit": None,
+    "last_exit_s": None,
 }
 
 
 def _remembered(entry: Mapping[str, Any]) -> Remembered:
-    return Remembered(**{**entry, "died_s": tuple(float(time_s) for time_s in entry.get("died_s", ()))})
+    last = entry.get("last_exit")
+    found = {**entry, "died_s": tuple(float(time_s) for time_s in entry.get("died_s", ()))}
+    if last is not None:
+        found["last_exit"] = ExitReport(**{**last, "kind": ExitKind(last["kind"]), "log_tail": ()})
+    return Remembered(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,10 @@ class HistoryEntry:
     data: Mapping[str, Any]
 
 
+def _entries(rows: Sequence[tuple[Any, ...]]) -> list[HistoryEntry]:
+    return [HistoryEntry(row[0], row[1], row[2], row[3], json.loads(row[4])) for row in reversed(rows)]
+
+
 class Store:
     """state/remembered.json and state/fleetd.db."""
 
@@ -79,6 +98,7 @@ class Store:
         self._unsaved = self._closing = False
         self._again: threading.Timer | None = None
         self._pending = 0
+        self._unrecorded: deque[tuple[float, str, str, Mapping[str, Any]]] = deque()
         self._since_prune = 0
         self.dropped = 0
         self._problems: dict[str, str] = {}
@@ -244,9 +264,13 @@ class Store:
     # -- history and facts -----------------------------------------------------------------------------------------
 
     def record(self, kind: str, subject: str, data: Mapping[str, Any], at: float | None = None) -> None:
-        """Append to the history. `data` must be JSON."""
-        row = (time.time() if at is None else at, kind, subject, json.dumps(data, default=str))
-        self._write("INSERT INTO history (at, kind, subject, data) VALUES (?, ?, ?, ?)", row)
+        """Append to the history. `data` must be JSON, and stay as it is."""
+        if len(self._unrecorded) >= _PENDING_MAX:
+            self._unrecorded.popleft()
+            self.dropped += 1
+        self._unrecorded.append((time.time() if at is None else at, kind, subject, data))
+        if len(self._unrecorded) == 1:  # entries that come before the thread's turn go into one transaction
+            self._thread.submit(self._record_all)
         self._since_prune += 1
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
@@ -255,12 +279,23 @@ class Store:
                 (_HISTORY_MAX,),
             )
 
+    def _record_all(self) -> None:
+        rows = []
+        while self._unrecorded:
+            at, kind, subject, data = self._unrecorded.popleft()
+            rows.append((at, kind, subject, json.dumps(data, default=str)))
+        self._execute("INSERT INTO history (at, kind, subject, data) VALUES (?, ?, ?, ?)", rows)
+
+    async def last_of_each(self, of_each: int, in_all: int) -> list[HistoryEntry]:
+        """Return the newest entries, oldest first: no more than `of_each` of one subject, lest one hides all others."""
+        return _entries(await self._ask(lambda: self._rows(_LAST_OF_EACH, (_LOOKED_THROUGH, of_each, in_all))))
+
     async def history(self, subject: str | None = None, *, limit: int = 100, since: float = 0.0) -> list[HistoryEntry]:
         """Return the newest entries, oldest first; of one subject, or of all."""
         where, arguments = ("subject = ? AND", [subject]) if subject is not None else ("", [])
         query = f"SELECT id, at, kind, subject, data FROM history WHERE {where} at >= ? ORDER BY id DESC LIMIT ?"  # noqa: S608
         rows = await self._ask(lambda: self._rows(query, (*arguments, since, limit)))
-        return [HistoryEntry(row[0], row[1], row[2], row[3], json.loads(row[4])) for row in reversed(rows)]
+        return _entries(rows)
 
     def put(self, key: str, value: Any) -> None:
         """Keep one small fact. `value` must be JSON."""
@@ -305,24 +340,37 @@ class Store:
             self.dropped += 1
             return
         self._pending += 1
-        self._thread.submit(self._execute, query, row).add_done_callback(self._written)
+        self._thread.submit(self._execute, query, [row]).add_done_callback(self._written)
 
     def _written(self, _done: Future[None]) -> None:
         self._pending -= 1
 
-    def _execute(self, query: str, row: tuple[Any, ...]) -> None:
+    def _execute(self, query: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if self._db is None:
             self._connect()
         if self._db is None:
-            self.dropped += 1
+            self.dropped += len(rows)
             return
         try:
-            self._db.execute(query, row)
+            if len(rows) == 1:
+                self._db.execute(query, rows[0])
+            else:
+                self._execute_many(self._db, query, rows)
         except sqlite3.Error as error:
-            self.dropped += 1
+            self.dropped += len(rows)
             self._failed(error)
         else:
             self._problems.pop("db", None)
+
+    def _execute_many(self, db: sqlite3.Connection, query: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        db.execute("BEGIN")
+        try:
+            db.executemany(query, rows)
+            db.execute("COMMIT")
+        except sqlite3.Error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
 
     def _failed(self, error: sqlite3.Error) -> None:
         self._problems["db"] = f"{self._state / 'fleetd.db'}: {error}"
