@@ -186,7 +186,7 @@ def test_json_as_javascript_reads_it_and_yaml(tmp_path: Path) -> None:
          {"paths": ["src"], "ignore": ["*.log"], "debounce": "1s"}),
         ({"autostart": False}, "enabled", False),
         ({"uid": 501}, "user", "501"),
-        ({"instances": 3}, "replicas", 3),
+        ({"instances": 3, "exec_mode": "fork"}, "replicas", 3),
         ({"port": 8000}, "port", 8000),
         ({"env": {"A": True, "B": {"c": 1}, "D": None, "E": 1.0, "F": "$x"}}, "env",
          {"A": "true", "B": '{"c": 1}', "D": "null", "E": "1", "F": "$x"}),
@@ -208,7 +208,7 @@ def test_cluster_workers_that_share_a_port_are_not_converted_in_silence() -> Non
 
 def test_ports_that_two_apps_want_are_told() -> None:
     apps = [
-        {"name": "a", "script": "a.js", "port": 3000, "instances": 2},
+        {"name": "a", "script": "a.js", "port": 3000, "instances": 2, "exec_mode": "fork_mode"},
         {"name": "b", "script": "b.js", "port": 3001},
     ]
     assert said(import_document(apps))["b.port", "warning"] == "3001 is also the port of a: change one"
@@ -219,6 +219,87 @@ def test_names_are_made_fit_and_unique() -> None:
         [{"script": "srv/my app.js", "interpreter": "none"}, {"name": "x", "script": "x"}, {"name": "x", "script": "y"}]
     )
     assert list(imported.data["services"]) == ["my", "x", "x-2"]
+
+
+def report_of(**app: Any) -> tuple[dict[str, Any], str]:
+    """Return the one service that an app becomes, and what was reported, less what every app has reported."""
+    imported = import_document({"apps": [{"name": "a", "cwd": "/srv", "kill_timeout": 2000, **app}]})
+    said = (line for line in imported.report.lines() if "kill_timeout" not in line and ".cwd" not in line)
+    return next(iter(imported.data["services"].values())), "\n".join(said)
+
+
+def test_words_of_a_command_are_those_that_javascript_writes() -> None:
+    entry, _ = report_of(script="./a", args=["--x", 5, True, None, 1.5])
+    assert entry["command"] == ["./a", "--x", "5", "true", "null", "1.5"]
+
+
+@pytest.mark.parametrize("count", [4, "4"])
+def test_instances_of_node_are_a_cluster_though_nobody_says_so(count: Any) -> None:
+    entry, said = report_of(script="a.js", instances=count)
+    assert "replicas" not in entry
+    assert "warning      a.instances: 4 workers share one port under PM2" in said
+    assert report_of(script="a.js", instances=count, exec_mode="fork")[0]["replicas"] == 4
+    assert report_of(script="a.py", instances=count)[0]["replicas"] == 4
+    counted, said = report_of(script="a.js", instances=count, env={"PORT": 3000}, increment_var="PORT")
+    assert (counted["replicas"], counted["port"]) == (4, 3000)
+    assert "warning" not in said
+    assert "mapped       a.increment_var: every replica gets the next port, in PORT" in said
+
+
+NOT_CARRIED = [
+    ({"listen_timeout": 8000}, "refused      a.listen_timeout: only a start with wait_ready waits"),
+    ({"max_restarts": 0}, "refused      a.max_restarts: 0 is no count of deaths"),
+    ({"instances": -1, "exec_mode": "fork"}, "approximated a.instances: -1 means "),
+    ({"name": "py bot"}, "approximated py-bot.name: 'py bot' becomes py-bot"),
+    ({"increment_var": "ADMIN", "port": 80}, "refused      a.increment_var: only PORT is counted up"),
+    ({"increment_var": "PORT"}, "refused      a.increment_var: there is no PORT to count up from"),
+]
+
+
+@pytest.mark.parametrize(
+    ("app", "told"), NOT_CARRIED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_what_is_not_carried_over_is_told(app: dict[str, Any], told: str) -> None:
+    assert told in report_of(script="./a", **app)[1]
+
+
+def test_the_limit_of_a_start_is_that_of_pm2() -> None:
+    entry, said = report_of(script="a.js", wait_ready=True, listen_timeout=8000)
+    assert entry["probes"]["startup"]["deadline"] == "8s"
+    assert "mapped       a.listen_timeout: probes.startup.deadline: 8s" in said
+    assert report_of(script="a.js", wait_ready=True)[0]["probes"]["startup"]["deadline"] == "30s"
+
+
+def test_a_profile_that_no_app_has_is_told() -> None:
+    apps = [{"script": "./a", "env_production": {"A": "1"}}, {"script": "./b"}]
+    assert "warning      env_staging: no app has it" in "\n".join(
+        import_document(apps, profile="staging").report.lines()
+    )
+    assert "no app has it" not in "\n".join(import_document(apps, profile="production").report.lines())
+
+
+@needs_node
+def test_regular_expressions_are_patterns_or_told(tmp_path: Path) -> None:
+    path = tmp_path / "ecosystem.config.js"
+    ignored = r"[/\.log$/, 'tmp/*', /[\/\\]\.|x/, /node_modules/]"
+    path.write_text(f"module.exports = {{apps: [{{name: 'a', script: './a', watch: true, ignore_watch: {ignored}}}]}}")
+    imported = import_pm2(path)
+    assert imported.data["services"]["a"]["watch"]["ignore"] == ["*.log", "tmp/*", "*node_modules*"]
+    said = "\n".join(imported.report.lines())
+    assert r"approximated a.ignore_watch: /\.log$/ is a regular expression: the pattern *.log" in said
+    assert r"refused      a.ignore_watch: /[\/\\]\.|x/ is a regular expression: say it as a pattern" in said
+
+
+@needs_node
+@pytest.mark.parametrize("suffix", [".js", ".mjs"])
+def test_what_node_itself_reads_is_no_variable_of_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"ecosystem.config{suffix}"
+    begin = "export default" if suffix == ".mjs" else "module.exports ="
+    prints = "console.log('reading', {a: 1}); console.error(new Error('x'));"
+    path.write_text(
+        f"{prints} const {{NO_COLOR}} = process.env;\n{begin} {{apps: [{{name: 'a', script: './a', env: {{X: process.env.HOME}}}}]}}"
+    )
+    assert nodejs.evaluate(path)[1] == ["HOME", "NO_COLOR"]
 
 
 def test_a_script_that_speaks_to_pm2_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 The rules of this file
 - JavaScript is never read by patterns: without Node the import is refused, with what to do instead.
+- Only what the file and its modules read of the environment is told: Node's own modules look at variables, too.
 - What the file prints itself comes before a marker and is not taken for its value; it has ten seconds and 16 MiB.
 """
 
@@ -19,16 +20,28 @@ from fleetd.errors import ConfigError, Problem
 TIMEOUT_S = 10.0
 _LONGEST = 16 * 1024 * 1024
 _MARKER = "\0fleetd\0"
+REGEXP = "\0RegExp "
 _SCRIPT = """
 const path = process.argv[1];
 const read = new Set();
-process.env = new Proxy(process.env, {get: (env, key) => { if (typeof key === 'string') read.add(key); return env[key]; }});
+const readers = () => {
+  const {prepareStackTrace, stackTraceLimit} = Error;
+  Object.assign(Error, {prepareStackTrace: (_, frames) => frames.map(frame => frame.getFileName()), stackTraceLimit: 3});
+  const files = new Error().stack;
+  Object.assign(Error, {prepareStackTrace, stackTraceLimit});
+  return files;
+};
+const get = (env, key) => {
+  if (typeof key === 'string' && !String(readers()[2]).startsWith('node:')) read.add(key);
+  return env[key];
+};
+process.env = new Proxy(process.env, {get});
 const load = path.endsWith('.mjs') ? import(require('url').pathToFileURL(path)) : Promise.resolve().then(() => require(path));
 load.then(async found => {
   let value = found && found.default !== undefined ? found.default : found;
   if (typeof value === 'function') value = await value();
   const text = JSON.stringify({value, read: [...read]}, (key, item) =>
-    typeof item === 'function' || item instanceof RegExp ? String(item) : item);
+    item instanceof RegExp ? %s + item : typeof item === 'function' ? String(item) : item);
   process.stdout.write(%s + text, () => process.exit(0));
 }).catch(error => { process.stderr.write(String(error && error.message || error)); process.exit(1); });
 """
@@ -40,7 +53,7 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
     if node is None:
         hint = "install Node, or export the list with `pm2 jlist > apps.json` and import that"
         raise ConfigError([Problem(str(path), 0, 0, "", f"is JavaScript and needs Node, which is not on PATH: {hint}")])
-    words = (node, "-e", _SCRIPT % json.dumps(_MARKER), str(path.resolve()))
+    words = (node, "-e", _SCRIPT % (json.dumps(REGEXP), json.dumps(_MARKER)), str(path.resolve()))
     code, output, errors = asyncio.run(run(words, timeout_s, path.resolve().parent))
     if code is None:
         raise ConfigError([Problem(str(path), 0, 0, "", f"did not finish within {timeout_s:g} s")])
@@ -49,8 +62,7 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
         reason = errors.strip().splitlines()[-1][:300] if errors.strip() else f"Node ended with {code}"
         raise ConfigError([Problem(str(path), 0, 0, "", f"cannot be read by Node: {reason}")])
     found = json.loads(text)
-    internal = {"NODE_OPTIONS", "NODE_PATH", "NODE_V8_COVERAGE", "WATCH_REPORT_DEPENDENCIES", "NODE_DEBUG"}
-    return found.get("value"), sorted(set(found["read"]) - internal)
+    return found.get("value"), sorted(found["read"])
 
 
 async def run(words: Sequence[str], timeout_s: float, cwd: Path | None = None) -> tuple[int | None, str, str]:

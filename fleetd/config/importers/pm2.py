@@ -93,13 +93,17 @@ def import_document(
     apps = _apps(document, shown, report)
     sections: dict[str, dict[str, Any]] = {"services": {}, "instances": {}}
     taken: set[str] = set()
+    chosen = profile is None
     for raw in apps:
         app = App(raw, folder, profile, timezone or local_timezone(), report)
         app.name = _free(app.name, taken, report)
         entry = app.read()
+        chosen |= app.has_profile
         if "command" in entry or app.is_instance:
             sections["instances" if app.is_instance else "services"][app.name] = entry
             taken.add(app.name)
+    if not chosen:
+        report.warn("", f"env_{profile}", "no app has it: every environment is that of env alone")
     _across(sections, report)
     data = {"version": 1, **{section: entries for section, entries in sections.items() if entries}}
     head = [f"From PM2's {shown}. The report of the import says what could not be carried over."]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fleetd.config.importers.nodejs import REGEXP
 from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
 from fleetd.config.importers.report import Report
 from fleetd.units import format_duration, format_size
@@ -52,9 +53,11 @@ class App:
     ) -> None:
         self.fields = {snake(str(key)): value for key, value in raw.items()}
         self.folder, self.profile, self.timezone, self.report = folder, profile, timezone, report
-        self.name = _name(self.fields)
+        self.name, said = _name(self.fields), self.fields.get("name")
+        if said not in (None, "") and str(said) != self.name:
+            self.differs("name", f"{said!r} becomes {self.name}: letters, digits and ._- only")
         self.entry: dict[str, Any] = {}
-        self.is_instance = False
+        self.is_instance = self.has_profile = False
 
     def take(self, field: str) -> Any:
         value = self.fields.pop(field, None)
@@ -166,6 +169,7 @@ class App:
             values = self.take(f"env_{profile}")
             if profile == self.profile and isinstance(values, dict):
                 env.update(_env_texts(values))
+                self.has_profile = True
                 self.mapped(f"env_{profile}", "laid over env")
             else:
                 detail = f"not applied, as by `pm2 start` without --env: import with the profile {profile} to use it"
@@ -207,37 +211,57 @@ _REFUSED = {
     "gid": "the group is the user's own",
     "source_map_support": "say env: {NODE_OPTIONS: --enable-source-maps}",
     "watch_options": "polling and links are chosen by fleetd",
-    "increment_var": "only PORT is counted up",
     "ignore_watch": "nothing is watched",
     "watch_delay": "nothing is watched",
 }
 
 
 def _replicas(app: App) -> None:
-    mode, count = str(app.take("exec_mode") or "fork"), app.take("instances")
-    cluster = mode.startswith("cluster")
+    mode, count = app.take("exec_mode"), app.take("instances")
+    # PM2 takes what Node runs for a cluster as soon as a number of instances is said.
+    cluster = str(mode).startswith("cluster") if mode is not None else count is not None and _is_node(app)
     number = _instances(count)
     if count is not None and number is None:
         app.refused("instances", f"{count!r} is not a number")
-    elif number is not None and str(count) in ("max", "0", "-1") and number > 1:
+    elif number is not None and (str(count) in ("max", "0") or str(count).startswith("-")):
         app.differs("instances", f"{count} means {number} on this machine: say the number you want")
-    if cluster and (number or 1) > 1:
+    counted = _counted(app)
+    if cluster and (number or 1) > 1 and not counted:
         detail = (
             f"{number} workers share one port under PM2, which replicas cannot: imported as one process; say replicas: {number} "
             "if each may have a port of its own"
         )
-        app.report.warn(app.name, "exec_mode", detail)
+        app.report.warn(app.name, "exec_mode" if mode is not None else "instances", detail)
         return
-    if cluster:
+    if cluster and number == 1:
         app.differs("exec_mode", "cluster with one worker: started as a plain process")
     if number is not None and number > 1:
         app.entry["replicas"] = number
-        counted = "port" not in app.entry or app.take("increment_var") == "PORT"
         app.mapped("instances", f"replicas: {number}")
-        if not counted:
+        if "port" in app.entry and not counted:
             app.report.warn(
                 app.name, "instances", "each replica gets the next port; under PM2 all were told the same one"
             )
+
+
+def _is_node(app: App) -> bool:
+    words = app.entry.get("command") or [""]
+    return PurePosixPath(words[0]).name in ("node", "nodejs")
+
+
+def _counted(app: App) -> bool:
+    """Say whether PM2 gives each instance the next port."""
+    variable = app.take("increment_var")
+    if variable is None:
+        return False
+    if variable != "PORT":
+        app.refused("increment_var", "only PORT is counted up")
+    elif "port" not in app.entry:
+        app.refused("increment_var", "there is no PORT to count up from")
+    else:
+        app.mapped("increment_var", "every replica gets the next port, in PORT")
+        return True
+    return False
 
 
 def _instances(count: Any) -> int | None:
@@ -280,6 +304,10 @@ def _restart(app: App) -> None:
         app.differs(
             "max_restarts", f"restart.crash_loop: {most} deaths within {window}; PM2 counts short runs in a row"
         )
+    elif most is not None:
+        app.refused(
+            "max_restarts", f"{most!r} is no count of deaths: say restart.policy or restart.crash_loop as it is meant"
+        )
     if restart:
         app.entry["restart"] = restart
     if app.take("autostart") is False:
@@ -318,10 +346,17 @@ def _message(app: App, stop: dict[str, Any]) -> None:
 
 
 def _ready(app: App) -> None:
-    said, timeout = app.take("wait_ready"), _ms(app.take("listen_timeout"))
+    said, limit = app.take("wait_ready"), app.take("listen_timeout")
+    timeout = _ms(limit)
     if said not in (True, "true"):
+        if limit is not None:
+            app.refused(
+                "listen_timeout", "only a start with wait_ready waits; any other is limited by probes.startup.deadline"
+            )
         return
-    deadline = _duration(max(30_000, timeout or 0))
+    deadline = _duration(timeout or 30_000)
+    if timeout:
+        app.mapped("listen_timeout", f"probes.startup.deadline: {deadline}")
     app.entry["probes"] = {"startup": {"message": "ready", "deadline": deadline}}
     app.differs(
         "wait_ready",
@@ -363,13 +398,27 @@ def _watch(app: App) -> None:
         return
     paths = [str(path) for path in watch] if isinstance(watch, list) else [watch] if isinstance(watch, str) else ["."]
     ignore = ignored if isinstance(ignored, list) else [ignored] if isinstance(ignored, str) else ["node_modules", ".*"]
-    entry: dict[str, Any] = {"paths": paths, "ignore": [str(one) for one in ignore]}
+    entry: dict[str, Any] = {"paths": paths, "ignore": [glob for one in ignore if (glob := _glob(app, str(one)))]}
     if delay:
         entry["debounce"] = _duration(max(delay, 10))
     for field in ("ignore_watch", "watch_delay"):
         app.take(field)
     app.entry["watch"] = entry
     app.mapped("watch", f"watch.paths: {', '.join(paths)}")
+
+
+def _glob(app: App, ignored: str) -> str | None:
+    """Return the pattern of something ignored; a regular expression only where a pattern says the same."""
+    if not ignored.startswith(REGEXP):
+        return ignored
+    shown = ignored.removeprefix(REGEXP)
+    ending, word = re.fullmatch(r"/\\\.([\w-]+)\$/", shown), re.fullmatch(r"/([\w-]+)/", shown)
+    if ending or word:
+        glob = f"*.{ending[1]}" if ending else f"*{word[1]}*" if word else ""
+        app.differs("ignore_watch", f"{shown} is a regular expression: the pattern {glob}")
+        return glob
+    app.refused("ignore_watch", f"{shown} is a regular expression: say it as a pattern such as '*.log' in watch.ignore")
+    return None
 
 
 def _logs(app: App) -> None:
@@ -414,7 +463,7 @@ def _words(value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
-        return [str(word) for word in value]
+        return [_env_text(word) for word in value]
     try:
         return shlex.split(str(value))
     except ValueError:
