@@ -239,10 +239,11 @@ class RequestCancelled(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished(Event):
-    """A granted request is over. `failed` is True when the upstream broke it."""
+    """A granted request is over. `failed` is True when the upstream broke it; `refused` says why there was not even a connection."""
 
     request_id: int
     failed: bool = False
+    refused: str = ""
 
 
 # -- the operator -------------------------------------------------------------------------------------------------------

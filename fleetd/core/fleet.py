@@ -74,7 +74,7 @@ class Fleet:
             if placement is not None:
                 grant = Grant(event.request_id, placement.model, placement.process, placement.generation)
                 return self._warm(event, now, [grant])
-        elif type(event) is RequestFinished and self._finish_warm(event.request_id, now):
+        elif type(event) is RequestFinished and not event.refused and self._finish_warm(event.request_id, now):
             return self._warm(event, now, [])
         self._intake.table[type(event)](event, now)
         self._reconcile(now)
@@ -141,7 +141,7 @@ class Fleet:
         else:
             raise FleetError(f"the machine does not settle: {facts.journal.pending()[-8:]}")
         self.change.sweep_models()
-        if facts.shutting_down and not facts.finished and not facts.queue and self.supervision.all_rest():
+        if facts.shutting_down and not facts.finished and not facts.queue and facts.all_rest():
             facts.finished = True
             left = [process.name for process in facts.processes.values() if process.survivors]
             what = "nothing of the fleet runs any more"

@@ -24,6 +24,10 @@ class Verdict:
     def reset(self) -> None:
         self.good, self.streak, self.last_ok, self.detail = None, 0, None, ""
 
+    def refute(self, detail: str) -> None:
+        """A request found that it does not answer: no need to wait for the probe. The next good result is believed as ever."""
+        self.good, self.streak, self.last_ok, self.detail = False, 0, False, detail
+
     def add(self, spec: ProbeSpec, ok: bool, detail: str) -> bool:
         """Count one result; return whether the verdict changed."""
         self.streak = self.streak + 1 if ok is self.last_ok else 1

@@ -239,6 +239,13 @@ class Intake:
         self.admission.line.leave(event.request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
+        _, granted_s = self.facts.granted.get(event.request_id, (None, now))
         placement = self.admission.finish(event.request_id, now)
-        if placement is not None:
-            self.facts.wake(placement.process)
+        if placement is None:
+            return
+        self.facts.wake(placement.process)
+        process = self.facts.processes.get(placement.process)
+        if not event.refused or process is None or process.state is not ProcessState.READY:
+            return
+        if process.ready_s is not None and granted_s >= process.ready_s:  # else an earlier run of it was meant
+            process.readiness.refute(event.refused)

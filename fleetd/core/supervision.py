@@ -17,7 +17,9 @@ from fleetd.core.contract import ProbeKind
 from fleetd.core.dependencies import dependents_running, gate, stop_waits
 from fleetd.core.ending import RESWEEP_S, Ending
 from fleetd.core.facts import Facts
-from fleetd.core.state import RESTING, SERVING, Process, ProcessState, Residency
+from fleetd.core.state import SERVING, Process, ProcessState, Residency
+
+REFUSED_S = 1.0  # how long what took no request is left alone, where no probe tells when it does again
 
 
 class Supervision:
@@ -65,7 +67,7 @@ class Supervision:
         elif process.survivors:
             self.ending.resweep(process, now)
         elif process.removed:
-            self.forget(process)
+            self.facts.forget(process)
         elif state in (ProcessState.EXITED, ProcessState.FAILED):
             if process.impossible and not gate(self.facts, process).impossible:
                 self.ending.revive(process, now, "the dependency may come again")
@@ -238,23 +240,22 @@ class Supervision:
 
     def _settle_routing(self, process: Process, now: float) -> None:
         """READY, UNHEALTHY or DRAINING, as readiness and the operator say."""
+        if self._unprobed(process) and now >= process.since_s + REFUSED_S:
+            process.readiness.reset()  # the next request tells
         healthy = process.readiness.good is not False
         if process.drained:
             target, reason = ProcessState.DRAINING, "drained by an operator"
         elif healthy:
             target, reason = ProcessState.READY, "ready"
         else:
-            target, reason = ProcessState.UNHEALTHY, f"readiness probe: {process.readiness.detail}"
+            how = "readiness probe" if process.readiness.streak else "it took no request"
+            target, reason = ProcessState.UNHEALTHY, f"{how}: {process.readiness.detail}"
         if process.state is not target:
             self.facts.move(process, target, now, reason)
 
-    def forget(self, process: Process) -> None:
-        """Drop a process that left the configuration; its generation is kept, lest a late event fits a successor."""
-        if not self.facts.placed.get(process.name):
-            self.facts.processes.pop(process.name, None)
-            self.facts.awake.discard(process.name)
-            self.facts.retired[process.name] = process.generation
-            self.facts.journal.note(process.name, "forgotten: no longer in the configuration")
+    def _unprobed(self, process: Process) -> bool:
+        """Return whether it is out of routing with no probe that could bring it back."""
+        return process.state is ProcessState.UNHEALTHY and process.spec.probes.readiness is None
 
     def deadlines(self, process: Process) -> Iterator[float]:
         """Yield the times at which `reconcile` may decide differently without another event."""
@@ -272,11 +273,10 @@ class Supervision:
                 yield process.started_s + (spec.max_age_s or 0.0)
             if process.leave_s is not None:
                 yield process.leave_s + spec.drain_timeout_s
+            if self._unprobed(process):
+                yield process.since_s + REFUSED_S
         elif process.survivors:
             yield process.since_s + RESWEEP_S
-
-    def all_rest(self) -> bool:
-        return all(process.state in RESTING for process in self.facts.processes.values())
 
     def reprobe(self, process: Process, now: float) -> None:
         """The probes of a running process changed: begin again with the new ones."""

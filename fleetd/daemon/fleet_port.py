@@ -101,11 +101,11 @@ class DaemonFleetPort:
         if self._waiting.pop(request_id, None) is not None:
             self._dispatch(RequestCancelled(request_id))
 
-    def finish(self, request_id: int, failed: bool = False) -> None:
+    def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         process = self._granted.pop(request_id, None)
         if process is None or (not failed and self.warm.give(request_id)):
             return
-        self._dispatch(RequestFinished(request_id, failed))
+        self._dispatch(RequestFinished(request_id, failed, refused))
 
     def upstream(self, process: str) -> Upstream:
         found = self._upstreams.get(process)

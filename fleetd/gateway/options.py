@@ -43,6 +43,7 @@ class GatewayOptions:
     linger_s: float = 2.0  # after an early refusal, so that the client can read it
 
     connect_timeout_s: float = 5.0
+    unreachable_s: float = 30.0  # a request that no engine takes a connection for goes on asking the fleet for so long
     first_byte_timeout_s: float = 600.0  # a long answer that is not streamed comes as one piece
     idle_timeout_s: float = 300.0  # between two pieces of an answer
     upstream_keepalive_s: float = 4.0  # vLLM's server closes after 5 s

@@ -81,8 +81,8 @@ class FleetPort(Protocol):
         """The client left before a grant. No callback fires after this, and nothing is loaded for the request."""
         ...
 
-    def finish(self, request_id: int, failed: bool = False) -> None:
-        """A granted request is over; `failed` when the upstream broke it."""
+    def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
+        """A granted request is over; `failed` when the upstream broke it, `refused` why it took no connection."""
         ...
 
     def upstream(self, process: str) -> Upstream:

@@ -4,7 +4,8 @@ The rules of this file
 - Every admitted request ends once: `cancel` before a grant, `finish` after it. `_phase` says which is due.
 - Bytes are relayed as they arrive, one write per read. A client that reads slowly stops the reading from its engine.
 - A client that leaves ends everything at once: nothing is loaded for it, and its engine sees a closed socket.
-- Nothing is tried again once a byte of an answer was received. Before that, another holder may have it.
+- Nothing is tried again once a byte of an answer was received. Before that, another holder may have it; where not even a
+  connection was made, the same one too, once it is back.
 - A stream that waits says so with comments, never with content; from then on its failures are error events. An answer that
   breaks ends visibly: an error event without a finish reason and without [DONE], or a body that is cut short.
 """
@@ -74,6 +75,7 @@ class Exchange:
     _request_id: int = 0
     _stale_once: bool = False
     _tries: int = 0
+    _unreachable_since: float = _NEVER
 
     def __init__(self, gateway: Gateway, conn: ServerConnection, request: Request) -> None:
         self.gateway = gateway
@@ -282,6 +284,22 @@ class Exchange:
             self._break_off(self._upstream_failed(reason))
         else:
             self._fail_over(reason)
+
+    def unreachable(self, reason: str) -> None:
+        """See upstream.Answered. The fleet learns of it and names another holder, or waits until there is one."""
+        self._connecting = None
+        if self._phase != GRANTED:
+            return
+        self._phase = DONE
+        self.gateway.port.finish(self._request_id, failed=True, refused=reason)
+        now = self.gateway.loop.time()
+        self._unreachable_since = min(self._unreachable_since, now)
+        if now - self._unreachable_since < self.gateway.options.unreachable_s:
+            self._admit(self._asked)
+        else:
+            self._refuse(
+                ApiError(503, "model_failed", f"{self._process} cannot be reached: {reason}.", retry_after_s=2.0)
+            )
 
     def _upstream_failed(self, reason: str) -> ApiError:
         return ApiError(502, "upstream_failed", f"{self._process} did not answer: {reason}.")

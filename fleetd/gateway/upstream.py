@@ -113,7 +113,11 @@ class Answered(Protocol):
         ...
 
     def upstream_lost(self, reason: str, received: bool, stale: bool) -> None:
-        """The connection broke, or none could be made. `stale`: it came from the pool and broke before a byte."""
+        """The connection broke. `stale`: it came from the pool and broke before a byte."""
+        ...
+
+    def unreachable(self, reason: str) -> None:
+        """No connection could be made: nothing was sent."""
         ...
 
 
@@ -329,10 +333,10 @@ class Pool:
             async with asyncio.timeout(gateway.options.connect_timeout_s):
                 await gateway.loop.create_connection(lambda: connection, upstream.host, upstream.port, ssl=context)
         except TimeoutError:
-            user.upstream_lost("no connection in time", False, False)
+            user.unreachable("no connection in time")
             return
         except OSError as error:
-            user.upstream_lost(f"no connection ({error.strerror or error})", False, False)
+            user.unreachable(f"no connection ({error.strerror or error})")
             return
         except asyncio.CancelledError:
             if cast(object, connection.transport) is not None:

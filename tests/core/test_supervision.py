@@ -603,6 +603,70 @@ def test_old_age_restarts() -> None:
     assert rig.state("a") is S.STOPPING
 
 
+# -- requests that find nobody --------------------------------------------------------------------------------------------
+
+
+def refuse(rig: Rig, request: int) -> None:
+    rig.send(e.RequestFinished(request, True, "no connection (Connection refused)"))
+
+
+def test_what_takes_no_connection_is_out_of_routing_until_its_probe_says_otherwise() -> None:
+    rig = Rig(fleet_spec([own("a", probes=ALL_PROBES)], [model("a")]))
+    first = rig.ask("a")
+    ready(rig, "a")
+    assert first in rig.granted()
+    refuse(rig, first)
+    assert rig.state("a") is S.UNHEALTHY
+    assert "it took no request: no connection" in rig.of("a").reason
+    second = rig.ask("a")
+    assert second not in rig.granted()
+    rig.wait(30.0)
+    assert rig.state("a") is S.UNHEALTHY, "its probe owes an answer"
+    rig.probe("a", ProbeKind.READINESS)
+    assert rig.state("a") is S.READY
+    assert second in rig.granted()
+
+
+def test_without_a_probe_the_next_request_tells_after_a_moment() -> None:
+    rig = Rig(owners("a"))
+    first = rig.ask("a")
+    rig.spawned("a")
+    refuse(rig, first)
+    second = rig.ask("a")
+    rig.wait(0.9)
+    assert (rig.state("a"), second in rig.granted()) == (S.UNHEALTHY, False)
+    rig.wait(0.2)
+    assert (rig.state("a"), second in rig.granted()) == (S.READY, True)
+
+
+def test_a_refusal_by_an_earlier_generation_says_nothing() -> None:
+    rig = Rig(fleet_spec([own("a", on_demand=False)], [model("a")]))
+    rig.spawned("a")
+    first = rig.ask("a")
+    rig.dies("a")
+    rig.wait(5.0)
+    rig.spawned("a")
+    refuse(rig, first)
+    assert rig.state("a") is S.READY
+
+
+def test_of_two_servers_elsewhere_the_one_that_takes_no_connection_is_left_out_at_once() -> None:
+    far = {"capabilities": Capabilities(owns_process=False, many_models=True)}
+    spec = fleet_spec([server("x", **far), server("y", **far)], [model("m", "x", "y", size=0)])
+    rig = Rig(spec)
+    for name in ("x", "y"):
+        rig.spawned(name)
+        rig.send(e.ResidentsObserved(name, 1, {"m": {}}))
+    asked = rig.ask("m")
+    refuse(rig, asked)
+    assert sorted((rig.state("x"), rig.state("y"))) == [S.READY, S.UNHEALTHY]
+    again = rig.ask("m")
+    assert again in rig.granted()
+    refuse(rig, again)
+    last = rig.ask("m")
+    assert rig.rejects() == {last: "model_failed"}, "nobody here can start them: told at once"
+
+
 # -- adoption and memory ----------------------------------------------------------------------------------------------------------
 
 

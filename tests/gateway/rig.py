@@ -36,6 +36,9 @@ class ScriptedFleet:
         self.granted: list[int] = []
         self.cancelled: list[int] = []
         self.finished: list[tuple[int, bool]] = []
+        self.refused: list[str] = []
+        self.down: set[str] = set()
+        self._last_holder = ""
         self.is_ready: tuple[bool, list[str]] = (True, [])
         self.entries: list[ModelEntry] = []
         self._last_id = 0
@@ -49,8 +52,8 @@ class ScriptedFleet:
         """Grant at once what has a holder; what is scripted otherwise goes through `admit`."""
         if self.hold or model in self.rejects or not self.holders.get(model):
             return None
-        process = self.holders[model][0]
-        if process not in self.upstreams:
+        process = self._last_holder = self.holders[model][0]
+        if process not in self.upstreams or process in self.down:
             return None
         seat = Seat(model, process, self.upstreams[process], self.served[model, process])
         self._last_id += 1
@@ -69,14 +72,15 @@ class ScriptedFleet:
         return request_id
 
     def _answer(self, request_id: int, model: str, on_grant: Any, on_reject: Any, avoid: tuple[str, ...]) -> None:
-        holders = [name for name in self.holders.get(model, []) if name not in avoid]
+        holders = [name for name in self.holders.get(model, []) if name not in avoid and name not in self.down]
         if model in self.rejects:
             code, reason, wait = self.rejects[model].code, self.rejects[model].reason, self.rejects[model].retry_after_s
             on_reject(Reject(request_id, code, reason, wait))
         elif holders:
             self.granted.append(request_id)
+            self._last_holder = holders[0]
             on_grant(Grant(request_id, model, holders[0], 1))
-        elif avoid:
+        elif self.holders.get(model):
             on_reject(Reject(request_id, "model_failed", "No other holder is left."))
         else:
             on_reject(Reject(request_id, "model_not_found", f"There is no model {model!r}."))
@@ -90,8 +94,11 @@ class ScriptedFleet:
         self.cancelled.append(request_id)
         self.held.pop(request_id, None)
 
-    def finish(self, request_id: int, failed: bool = False) -> None:
+    def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         self.finished.append((request_id, failed))
+        if refused:  # by the one that was granted last: these tests ask one after the other
+            self.refused.append(refused)
+            self.down.add(self._last_holder)
 
     def upstream(self, process: str) -> Upstream:
         return self.upstreams[process]

@@ -40,8 +40,9 @@ def test_another_holder_is_tried_when_nothing_was_received(first: str) -> None:
             client = await it.client()
             status, headers, _ = await client.ask(CHAT)
             assert (status, headers["x-fleet-instance"]) == (200, "b")
-            assert it.fleet.admitted == [("m", ()), ("m", ("a",))]
+            assert it.fleet.admitted == [("m", ()), ("m", () if first == "refused" else ("a",))]
             assert it.fleet.finished == [(1, True), (2, False)]
+            assert it.fleet.down == ({"a"} if first == "refused" else set())
 
     run(scenario())
 
@@ -51,12 +52,42 @@ def test_502_after_the_last_attempt(attempts: int) -> None:
     async def scenario() -> None:
         async with rig(retry_attempts=attempts) as it:
             for name in ("a", "b", "c"):
-                it.fleet.add("m", name, free_port())
+                await it.engine(reset_at_once, name=name)
             client = await it.client()
             status, headers, body = await client.ask(CHAT)
             assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
             assert headers["x-should-retry"] == "false"
             assert len(it.fleet.admitted) == attempts
+            assert (await client.ask({"model": "nope"}))[0] == 404  # the connection goes on
+
+    run(scenario())
+
+
+def test_what_takes_no_connection_costs_no_attempt() -> None:
+    async def scenario() -> None:
+        async with rig(retry_attempts=1) as it:
+            for name in ("a", "b", "c"):
+                it.fleet.add("m", name, free_port())
+            await it.engine(fine, name="d")
+            client = await it.client()
+            status, headers, _ = await client.ask(CHAT)
+            assert (status, headers["x-fleet-instance"]) == (200, "d")
+            assert len(it.fleet.refused) == 3
+            assert "no connection" in it.fleet.refused[0]
+
+    run(scenario())
+
+
+def test_a_request_does_not_look_for_an_engine_for_ever() -> None:
+    async def scenario() -> None:
+        async with rig(unreachable_s=0.0) as it:
+            it.fleet.add("m", "a", free_port())
+            client = await it.client()
+            status, headers, body = await client.ask(CHAT)
+            assert (status, json.loads(body)["error"]["code"]) == (503, "model_failed")
+            assert "a cannot be reached: no connection" in json.loads(body)["error"]["message"]
+            assert (headers["retry-after"], headers.get("x-should-retry")) == ("2", None)
+            assert it.fleet.finished == [(1, True)]
             assert (await client.ask({"model": "nope"}))[0] == 404  # the connection goes on
 
     run(scenario())
@@ -310,7 +341,7 @@ def test_an_error_says_where_the_request_went_as_far_as_it_did() -> None:
         async with rig() as it:
             it.fleet.aliases = {"m": "real"}
             it.fleet.rejects["m"] = Reject(0, "queue_full", "Full.")
-            it.fleet.add("broken", "a", free_port())
+            await it.engine(reset_at_once, model="broken", name="a")
             client = await it.client()
             refused = labels((await client.ask(CHAT))[1])
             assert refused == {"error-source": "gateway", "model": "real", "queue-ms": "0"}
@@ -377,7 +408,11 @@ def test_a_stream_that_waited_gets_its_failure_as_an_event(failure: str) -> None
             it.fleet.grant_held()
             body = await client.read_body(headers)
             error = json.loads(body.split(b"data: ")[1])["error"]
-            expected = {"rejected": "It crashed.", "refused": "no connection", "engine says 500": "no memory"}[failure]
+            expected = {
+                "rejected": "It crashed.",
+                "refused": "No other holder is left",
+                "engine says 500": "no memory",
+            }[failure]
             assert expected in error["message"]
             assert b"[DONE]" not in body
             assert await client.closed() == b""

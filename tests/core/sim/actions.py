@@ -314,6 +314,7 @@ def reexec(world: World, _rng: Random) -> None:
     world.reserved.clear()
     world.kept_failed = {name for name, kept in world.disk.items() if kept.failed}
     world.row = {name: kept.deaths for name, kept in world.disk.items()}
+    world.deaths = {name: list(kept.died_s) for name, kept in world.disk.items()}
     world.restarts.clear()
     world.stopped = {name for name, kept in world.disk.items() if kept.stopped and name in world.spec.processes}
     world.fleet = Fleet(FleetSpec(), Random(world.serial), Journal())

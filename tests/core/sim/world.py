@@ -543,13 +543,13 @@ class World:
             self.ended.add(request_id)
             self.deliver(e.RequestCancelled(request_id))
 
-    def finish(self, request_id: int, failed: bool = False) -> None:
+    def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         client = self.clients.get(request_id)
         if client is not None and client.grant is not None:
             del self.clients[request_id]
             self.ended.add(request_id)
             self.last_end[(client.grant.model, client.grant.process, client.grant.generation)] = self.now
-            self.deliver(e.RequestFinished(request_id, failed))
+            self.deliver(e.RequestFinished(request_id, failed, refused))
 
     def _do_grant(self, command: c.Grant) -> None:
         client = self.clients[command.request_id]
@@ -559,7 +559,10 @@ class World:
         run = self.run(command.process, command.generation)
         lasts_s = self.rng.choice((0.05, 0.5, 2.0, 10.0)) if not self.chance(0.04) else 60.0
         failed = run is not None and not run.leader
-        self.later(self.soon() if failed else lasts_s, lambda: self.finish(command.request_id, failed), shell=True)
+        refused = "no connection" if self.chance(0.5 if failed else 0.01) else ""
+        failed = failed or bool(refused)
+        lasts_s = self.soon() if failed else lasts_s
+        self.later(lasts_s, lambda: self.finish(command.request_id, failed, refused), shell=True)
 
     def _do_reject(self, command: c.Reject) -> None:
         del self.clients[command.request_id]
