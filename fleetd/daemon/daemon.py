@@ -107,15 +107,7 @@ class Daemon:
         )
         self.view = self._view()
         self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
-        self.probing = Probing(
-            self.machine,
-            self.http,
-            self.dispatch,
-            self.processes,
-            lambda name: self.plans().get(name),
-            self.port,
-            lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
-        )
+        self.probing = self._probing()
         self.verbs = Verbs(
             self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
         )
@@ -131,6 +123,17 @@ class Daemon:
             self.facts,
             self.preparation,
             lambda: self.store.problem,
+        )
+
+    def _probing(self) -> Probing:
+        return Probing(
+            self.machine,
+            self.http,
+            self.dispatch,
+            self.processes,
+            lambda name: self.plans().get(name),
+            self.port,
+            lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
         )
 
     def _processes(self, parent_env: Mapping[str, str]) -> Processes:
