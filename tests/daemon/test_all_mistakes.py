@@ -112,11 +112,11 @@ def test_a_probe_without_a_port_is_told_beside_a_wrong_option(tmp_path: Path) ->
     assert places(
         tmp_path,
         """
-        services: {s: {command: x, env_file: gone.env, probes: {readiness: {tcp: true}}}}
+        services: {s: {command: x, probes: {readiness: {tcp: true}}}}
         instances: {v: {engine: process, command: x, args: ["{nope}"], options: {healthy: 1}}}
         models: {a: {instance: v}, b: {instance: v}}
         """,
-    ) == ["services.s.env_file[0]", "services.s.probes", "instances.v", "instances.v.options.healthy"]
+    ) == ["services.s.probes", "instances.v", "instances.v.options.healthy"]
 
 
 def test_a_place_that_could_not_be_read_is_told_once(tmp_path: Path) -> None:
