@@ -21,9 +21,9 @@ from fleetd.cli.client import (
     Refused,
     Unreachable,
 )
-from fleetd.cli.render import PREFIX_COLOURS
+from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.cli.session import FORMS, Duration, Session, completion_of, forms, names_argument, say
-from fleetd.control.wire import SCHEMA, document
+from fleetd.control.wire import OWN_WORD, SCHEMA, document
 
 WATCH_S = 1.0
 _LINES = 50
@@ -191,7 +191,9 @@ def logs(
     colours: dict[str, str] = {}
     width = 0
     for line in source:
-        if session.form == "json":
+        if line.get("stream") == OWN_WORD:
+            say(f"fleetctl: {clean(line.get('name'))}: {clean(line.get('line'))}")
+        elif session.form == "json":
             screen.json(line, indent=None)
         else:
             name = str(line.get("name"))

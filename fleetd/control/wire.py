@@ -164,13 +164,16 @@ class FleetEvent(TypedDict):
     data: NotRequired[dict[str, Any]]
 
 
+OWN_WORD = "fleetd"
+
+
 class LogLine(TypedDict):
     """One line of a process' log. `at` is null where the child writes its own file and nobody timed the line."""
 
     name: str
     at: str | None
     line: str
-    stream: str | None  # out | err | null where both share a file
+    stream: str | None  # out | err | null where both share a file | fleetd for a word about the log itself
 
 
 class ProcessDetail(TypedDict):

@@ -80,6 +80,7 @@ class Daemon:
         self.tasks = Tasks(self._task_failed)  # each ends by itself
         self.background = Tasks(self._task_failed)  # each runs until the end
         self.machine = HostMachine(host, parent_env)
+        host.logs.tell_lost = self._complain
         self.fleet = Fleet(FleetSpec(), random.Random())
         self.requirements = Requirements(self.dispatch, self.plans, self.fleet, configuration.assembly.paths.state)
         self.requirements.read_again = LateEnvironment(
@@ -108,9 +109,7 @@ class Daemon:
         self.view = self._view()
         self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = self._probing()
-        self.verbs = Verbs(
-            self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
-        )
+        self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept)
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
         self.port.warm = self.loop
 

@@ -2,7 +2,8 @@
 
 The rules of this file
 - Several logs come merged: what is there is sorted where lines have times, what comes is passed on as it comes.
-- A reader that leaves closes every follower; a log that does not exist yet is empty, not a mistake.
+- A reader that leaves closes every follower; a log that does not exist yet is empty, not a mistake. One that was deleted
+  under its process is said.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fleetd.control.wire import LogLine, rfc3339
+from fleetd.control.wire import OWN_WORD, LogLine, rfc3339
 from fleetd.host.logs.book import LogBook
 from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.proctable import ProcessTable, command_of
@@ -63,6 +64,8 @@ async def read_logs(
         for name in names:
             for line in await source.book.tail(name, lines, since=since, grep=grep):
                 yield _wire(name, line)
+            if (lost := await source.book.lost(name)) is not None:
+                yield _note(name, lost)
         return
     queue: asyncio.Queue[LogLine] = asyncio.Queue(_AT_ONCE)
 
@@ -72,6 +75,8 @@ async def read_logs(
             for line in before:
                 if grep is None or grep.search(line.text):
                     await queue.put(_wire(name, line))
+            if (lost := await source.book.lost(name)) is not None:
+                await queue.put(_note(name, lost))
             async for several in coming:
                 for line in several:
                     if grep is None or grep.search(line.text):
@@ -87,6 +92,10 @@ async def read_logs(
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _note(name: str, sentence: str) -> LogLine:
+    return {"name": name, "at": None, "line": sentence, "stream": OWN_WORD}
 
 
 def _wire(name: str, line: Line) -> LogLine:

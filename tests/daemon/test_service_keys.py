@@ -26,6 +26,7 @@ from tests.daemon.cases.rig import (
     alive,
     all_lines,
     crash,
+    ctl,
     fleet,
     order,
     piped_lines,
@@ -436,6 +437,34 @@ def test_logs_captured_by_pipe_have_times_and_rotate(tmp_path: Path) -> None:
                 times += [json.loads(row)["t"] for row in rows if row.startswith(b'{"t":') and row.endswith(b"}")]
         assert times
         assert all(abs(at - time.time()) < 120 for at in times)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "adopted"])
+def test_a_log_that_is_gone_from_under_its_process_is_told(tmp_path: Path, how: str) -> None:
+    loud = sh("n=0; while true; do n=$((n+1)); echo line $n; sleep 0.02; done")
+    with started(tmp_path, {"command": loud}) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        until_said(daemon, "a", "line 2")
+        assert ctl(daemon, "logs", "a").stderr == ""
+        log = tmp_path / "logs" / "a.log"
+        log.unlink()
+        if how == "replaced":
+            log.write_text("of somebody else\n")
+        elif how == "adopted":
+            crash(daemon)
+            daemon.start()
+            ready(daemon, "a")
+        what = "is another file" if how == "replaced" else "was deleted while it runs"
+        until(lambda: what in story(daemon, "a"), "it is told")
+        assert story(daemon, "a").count(what) == 1
+        for words in (["logs", "a"], ["-o", "json", "logs", "a"]):
+            done = ctl(daemon, *words)
+            assert (done.returncode, what in done.stderr, what in done.stdout) == (0, True, False)
+        assert "fleetctl restart a" in done.stderr
+        assert order(daemon, "restart", "a").status == 200
+        until_said(daemon, "a", "line 2")
+        assert ctl(daemon, "logs", "a").stderr == ""
 
 
 def test_memory_limits_and_backoff_change_without_a_restart(tmp_path: Path) -> None:

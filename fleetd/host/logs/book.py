@@ -59,6 +59,18 @@ def append_mark(path: Path, mark: str) -> None:
         os.close(fd)
 
 
+def inode_written(pid: int, path: str) -> int | None:
+    """Return the inode of the log that a running process writes into: of the one at its path, or of a deleted one (Linux)."""
+    try:
+        for fd in (1, 2):
+            own = Path(f"/proc/{pid}/fd/{fd}")
+            if own.is_symlink() and str(own.readlink()) == f"{os.path.realpath(path)} (deleted)":
+                return own.stat().st_ino
+        return Path(path).stat().st_ino
+    except OSError:
+        return None
+
+
 class TimeIndex:
     """When a file-captured log had which length: such lines have no time of their own. Good to about a second, or to a hundredth of
     how long ago it was. 16 bytes for a sample, a bounded number of them.
@@ -126,6 +138,9 @@ class LogBook:
         self._streams: dict[str, Stream] = {}  # by the token of the run
         self._pump: Pump | None = None
         self._can_punch = True
+        self._written: dict[str, int] = {}  # inode of the file that a run writes into by itself
+        self._lost: dict[str, str] = {}
+        self.tell_lost: Callable[[str, str], None] = lambda _name, _sentence: None
         self.problems: dict[str, str] = {}
         self.grew = True  # between the last two looks
 
@@ -171,6 +186,8 @@ class LogBook:
                 fd = self.files(name).open_for_append()
         except OSError:
             pass
+        if policy.capture == Capture.FILE:
+            self._written[name] = os.fstat(fd).st_ino
         return fd
 
     def set_policy(self, name: str, policy: LogPolicy) -> None:
@@ -183,6 +200,10 @@ class LogBook:
     def attach(self, handle: ProcessHandle, pipe: int | None) -> None:
         """Begin with the output of one run."""
         self._policies.setdefault(handle.name, handle.record.logs)
+        if handle.record.logs.capture == Capture.FILE and handle.name not in self._written:
+            inode = inode_written(handle.pid, handle.record.log_path)
+            if inode is not None:
+                self._written[handle.name] = inode
         self._times.setdefault(handle.name, TimeIndex()).sample(time.time(), handle.record.log_start)
         if pipe is not None:
             if self._pump is None:
@@ -233,6 +254,8 @@ class LogBook:
 
     async def settle(self, handle: ProcessHandle) -> None:
         """The set is empty: close its output."""
+        self._written.pop(handle.name, None)
+        self._lost.pop(handle.name, None)
         stream = self._streams.pop(handle.lineage.token, None)
         if stream is not None and self._pump is not None:
             self._watch(handle, self._pump.finish(stream))
@@ -331,6 +354,7 @@ class LogBook:
         """Return the names whose live file is due, and note their lengths. Blocks for one stat per log."""
         found, grew = [], False
         for name, policy in list(self._policies.items()):
+            self._notice(name)
             if policy.capture == Capture.PIPE:
                 continue
             files = self.files(name)
@@ -348,13 +372,42 @@ class LogBook:
     async def housekeep(self) -> None:
         """Rotate what is due and hold the total bound. Called every half second or so; returns before the work is done."""
         loop = asyncio.get_running_loop()
-        for name in await loop.run_in_executor(self._pool, self.look):
+        known = set(self._lost)
+        found = await loop.run_in_executor(self._pool, self.look)
+        for name in set(self._lost) - known:
+            self.tell_lost(name, self._lost[name])
+        for name in found:
             if name not in self._rotating:
                 self._rotating.add(name)
                 loop.run_in_executor(self._archiver, self._rotate, name, False)
         if self.total_bytes is not None and "*total" not in self._rotating:
             self._rotating.add("*total")
             loop.run_in_executor(self._archiver, self._bound)
+
+    async def lost(self, name: str) -> str | None:
+        """Return why what a process writes now is in no log, as a sentence; None: it is."""
+        return await self._in_thread(lambda: self._lost_now(name))
+
+    def _lost_now(self, name: str) -> str | None:
+        live, inode = self.files(name).live, self._written.get(name)
+        if inode is None:
+            return None
+        try:
+            if live.stat().st_ino == inode:
+                return None
+            what = "is another file than the one that it writes into"
+        except FileNotFoundError:
+            what = "was deleted while it runs"
+        except OSError:
+            return None
+        return f"its log {live} {what}: what it says is lost until it is started again (fleetctl restart {name})"
+
+    def _notice(self, name: str) -> None:
+        why = self._lost_now(name)
+        if why is None:
+            self._lost.pop(name, None)
+        else:
+            self._lost[name] = why
 
     async def rotate(self, name: str) -> Rotation:
         """Archive what is there now, due or not."""
