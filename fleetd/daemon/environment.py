@@ -11,7 +11,9 @@ The rules of this file
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from fleetd.config.secrets import HIDDEN, is_secret
 
@@ -24,6 +26,9 @@ _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 _PLACE = re.compile(r"\{(port|host|name|replica)\}")
 _LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "$": "$", "`": "`"}
+_LIMIT_BYTES = 1024 * 1024
+
+Variables = Mapping[str, str]
 
 
 def inherited(parent: Mapping[str, str]) -> dict[str, str]:
@@ -126,3 +131,51 @@ def _closing(body: str, quote: str) -> int | None:
             return at
         at += 1
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSource:
+    """What an environment with files is made from, so that it can be made again. `files`: absolute path → key of fleet.yaml."""
+
+    files: Mapping[str, str]
+    env: Variables
+    places: Mapping[str, object]
+    numbered: bool
+
+    def made(self, contents: Iterable[Variables]) -> dict[str, str]:
+        """Return the environment, given what the files say."""
+        env: dict[str, str] = {}
+        for content in contents:
+            env |= content
+        env = {key: substitute(value, self.places) for key, value in {**env, **self.env}.items()}
+        port = self.places["port"]
+        if self.numbered:
+            env.setdefault("FLEETD_REPLICA", str(self.places["replica"]))
+        if port is not None:
+            env.setdefault("PORT", str(port))
+        env["FLEETD_NAME"] = str(self.places["name"])
+        return env
+
+
+@dataclass(frozen=True, slots=True)
+class Mistakes:
+    """What is wrong with a file that is there: in general, or of its lines."""
+
+    general: str | None = None
+    lines: tuple[tuple[int, str], ...] = ()
+
+
+def read_env_file(path: Path) -> tuple[Variables, Mistakes] | None:
+    """Return what a file says, and what is wrong with it; None where there is none. Blocks."""
+    try:
+        data = path.read_bytes()
+        if len(data) > _LIMIT_BYTES:
+            return {}, Mistakes(f"{path} is larger than 1 MiB: not an env file")
+        found, lines = parse_env_file(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return {}, Mistakes(f"{path} is not text in UTF-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return {}, Mistakes(f"{path} cannot be read: {error.strerror}")
+    return found, Mistakes(lines=tuple(lines))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fleetd.core.events import Event, SpecChanged
 from fleetd.daemon.configuration import Configuration
-from fleetd.daemon.env_files import EnvSource, Variables, read_env_file
+from fleetd.daemon.environment import EnvSource, Variables, read_env_file
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.processes import written
 from fleetd.errors import EngineError

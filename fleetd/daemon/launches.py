@@ -17,8 +17,7 @@ from typing import Any
 
 from fleetd.core.contract import Probes, ProcessKind
 from fleetd.daemon.containers import Recipe
-from fleetd.daemon.env_files import EnvSource
-from fleetd.daemon.environment import inherited, redacted_argv, redacted_env
+from fleetd.daemon.environment import EnvSource, inherited, redacted_argv, redacted_env
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
 from fleetd.engines.container import Contained
 from fleetd.errors import FleetError

@@ -82,9 +82,7 @@ def test_what_crosses_is_what_was_assembled(tmp_path: Path) -> None:
 
 
 def test_every_problem_crosses_with_its_place(tmp_path: Path) -> None:
-    path = written(
-        tmp_path, "services:\n  a: {command: x, env_file: gone.env}\n  b: {command: x, env_file: away.env}\n"
-    )
+    path = written(tmp_path, "services:\n  a: {command: x, env_file: .}\n  b: {command: x, env_file: ..}\n")
     with pytest.raises(ConfigError) as found:
         asyncio.run(read_once(path))
     assert [problem.line for problem in found.value.problems] == [3, 4]
