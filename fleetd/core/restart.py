@@ -114,6 +114,9 @@ def after_death(
     """Count one death that nobody ordered, and decide what follows."""
     said = describe(report)
     if report.kind is ExitKind.BAD_CONFIG:
+        if policy.crash_loop.then == "slow" and policy.mode is not RestartMode.NEVER:
+            record.deaths, record.slow = record.deaths + 1, True
+            return Again(policy.crash_loop.every_s, f"{said}; one try every {policy.crash_loop.every_s:g} s")
         return GiveUp(f"{said} (trying again cannot help)")
     success = succeeded(policy, report, zero_is_failure)
     if policy.mode is RestartMode.NEVER or (policy.mode is RestartMode.ON_FAILURE and success):

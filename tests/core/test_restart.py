@@ -50,6 +50,12 @@ def test_a_mistake_in_the_configuration_is_not_tried_again() -> None:
     assert isinstance(decision, GiveUp)
     assert "no such option" in decision.reason
     assert record.deaths == 0
+    patient = replace(PLAIN, crash_loop=CrashLoop(then="slow", every_s=600.0))
+    slow = decide(patient, ExitReport(127, kind=ExitKind.BAD_CONFIG, reason="no such program"), record)
+    assert isinstance(slow, Again), "who asks for slow tries is not given up: a program may come back"
+    assert (slow.delay_s, record.deaths, record.slow) == (600.0, 1, True)
+    never = replace(patient, mode=RestartMode.NEVER)
+    assert isinstance(decide(never, ExitReport(127, kind=ExitKind.BAD_CONFIG)), GiveUp)
 
 
 def test_the_backoff_doubles_up_to_its_limit() -> None:

@@ -35,6 +35,21 @@ def test_case_09_a_process_that_waits_can_be_stopped_and_restarted(tmp_path: Pat
         assert len(daemon.children()) == 2
 
 
+def test_case_09_a_restart_of_all_waits_for_those_that_wait_for_one_another(tmp_path: Path) -> None:
+    base = {"command": sh("sleep 0.3; echo up; exec sleep 1000"), "probes": UP}
+    chain = {name: {"command": SLEEPER, "depends_on": {on: "ready"}} for name, on in (("a", "base"), ("b", "a"))}
+    held = {"command": SLEEPER, "requires": ["volume"]}
+    services = {"base": base, **chain, "held": held, "c": {"command": SLEEPER, "depends_on": {"held": "ready"}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        ready(daemon, "b")
+        answer = order(daemon, "restart", "all")
+        told = {row["name"]: (row["result"], row["state"]) for row in answer.json["results"]}
+        assert {name: told[name] for name in ("base", "a", "b")} == dict.fromkeys(("base", "a", "b"), ("ok", "READY"))
+        assert told["held"] == told["c"] == ("failed", "BLOCKED"), "nobody can say when a volume comes"
+        assert [daemon.process_row(name)["generation"] for name in ("base", "a", "b")] == [2, 2, 2]
+
+
 def test_case_09_a_stop_during_a_restart_wins(tmp_path: Path) -> None:
     code = sh("trap 'sleep 0.4; exit 0' TERM; echo up; while true; do sleep 0.02; done")
     with fleetd(tmp_path, fleet({"a": {"command": code}})) as daemon:
