@@ -214,6 +214,9 @@ def warnings_of(status: Row) -> list[str]:
         found.append(f"warning: {config} differs from what runs (see: fleetctl diff)")
     if daemon.get("store_problem"):
         found.append(f"warning: what fleetd should remember is not on its disk: {clean(daemon['store_problem'])}")
+    if daemon.get("restart_needed"):
+        keys = clean(", ".join(map(str, daemon["restart_needed"])))
+        found.append(f"warning: {keys} of {config} needs a restart of the daemon")
     if daemon.get("stopping"):
         found.append("warning: fleetd is shutting down")
     return found
@@ -393,16 +396,24 @@ def plan(screen: Screen, document: Row) -> None:
     changes = document.get("changes") or ()
     for change in changes:
         mark, colour = marks.get(str(change.get("change")), ("?", RED))
-        text = f"{mark} {change.get('kind')} {change.get('name')} ({change.get('effect')})"
+        text = f"{mark} {change.get('kind')} {change.get('name')} ({_effect(change)})"
         screen.raw(screen.paint(screen.symbols(clean(text)), colour))
         for key in change.get("keys") or ():
             before, after = _value(key.get("before")), _value(key.get("after"))
-            screen.line(clean(f"    {key.get('path')}: {before} → {after} ({key.get('effect')})"))
+            screen.line(clean(f"    {key.get('path')}: {before} → {after} ({_effect(key)})"))
+        moves = [f"{verb} {', '.join(change[verb])}" for verb in ("stops", "starts") if change.get(verb)]
+        if moves:
+            screen.line(clean(f"    {'; '.join(moves)}"))
     count = {kind: sum(1 for change in changes if change.get("change") == kind) for kind in marks}
     screen.line(
         f"{count['add']} to add, {count['change']} to change, {count['remove']} to remove, "
         f"{number(document.get('unchanged'))} processes unchanged"
     )
+
+
+def _effect(change: Row) -> str:
+    effect = str(change.get("effect"))
+    return "needs a restart of the daemon" if effect == "daemon" else effect
 
 
 def _value(value: object) -> str:

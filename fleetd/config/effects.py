@@ -50,9 +50,11 @@ EFFECTS: Mapping[str, Mapping[str, Effect]] = {
     "route": {"route": _HOT, "aliases": _HOT, "fallback": _HOT},
     "fleet": {
         "version": _HOT, "name": _HOT, "include": _HOT, "paths": _DAEMON, "gateway": _HOT, "gateway.listen": _DAEMON,
-        "gateway.tls": _DAEMON, "gateway.keys_file": _HOT, "admin": _DAEMON, "devices": _HOT, "watch": _HOT, "defaults": _HOT,
+        "gateway.tls": _DAEMON, "gateway.allowed_hosts": _DAEMON, "gateway.max_body": _DAEMON, "gateway.retry": _DAEMON,
+        "gateway.keys_file": _HOT, "admin": _DAEMON, "devices": _HOT, "watch": _HOT, "defaults": _HOT,
     },
 }  # fmt: skip
+DAEMON_KEYS = tuple(path for path, effect in EFFECTS["fleet"].items() if effect is _DAEMON)
 
 
 def effect_of(kind: str, path: tuple[str, ...]) -> Effect:

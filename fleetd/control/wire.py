@@ -122,6 +122,7 @@ class DaemonStatus(TypedDict):
     rss_bytes: int
     config_error: NotRequired[str | None]  # fleet.yaml on disk cannot be used: its first problem
     config_differs: NotRequired[bool]  # fleet.yaml on disk is good, and not what runs
+    restart_needed: NotRequired[list[str]]  # its keys that act when the daemon starts anew
     store_problem: NotRequired[str | None]  # why what the daemon should remember is not on its disk
     gateway: NotRequired[str | None]  # host:port of the data plane
     stopping: NotRequired[bool]
@@ -214,8 +215,10 @@ class Change(TypedDict):
     kind: str  # service | instance | model | device | gateway | …
     name: str
     change: str  # add | change | remove
-    effect: str  # start | stop | restart | hot
+    effect: str  # start | stop | restart | scale | hot | daemon (needs a restart of the daemon)
     keys: list[KeyChange]
+    starts: NotRequired[list[str]]  # processes that a change adds, as another number of replicas does
+    stops: NotRequired[list[str]]
 
 
 class Plan(TypedDict):

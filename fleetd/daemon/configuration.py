@@ -85,8 +85,11 @@ class Configuration:
 
     async def accept(self, reading: Reading, path: Path | None) -> None:
         """Make what was read the configuration that runs. The caller tells the fleet."""
-        await asyncio.to_thread(keep_ports, reading.assembly.paths.state, reading.assembly.ports)
-        self._reading = reading
+        await asyncio.to_thread(keep_ports, self.assembly.paths.state, reading.assembly.ports)
+        running = self.assembly  # its folders and its listener are those of the start
+        self._reading = replace(
+            reading, assembly=replace(reading.assembly, paths=running.paths, gateway=running.gateway)
+        )
         if path is not None:
             self.path = path
         self.error, self.differs = None, False

@@ -87,26 +87,21 @@ class Operations:
             )
         if options.dry_run:
             return plan, [], {}
-        self._check_unmovable(old, new)
+        self._tell_what_waits(reading)
         wait_for = affected(old, new)
         generations = {name: self._generation(name) for name in wait_for}
         await self._change(reading, Path(path) if path else None)
         return plan, wait_for, generations
 
-    def _check_unmovable(self, old: Assembly, new: Assembly) -> None:
-        """Some keys take effect with the next start of the daemon only; refuse them rather than half obey."""
-        moved = [
-            name
-            for name, one, other in (
-                ("paths", old.paths, new.paths),
-                ("gateway.listen", _address(old), _address(new)),
-            )
-            if one != other
-        ]
-        if moved:
-            said = f"{' and '.join(moved)} can only change when fleetd starts anew"
-            self._daemon.feed.say("config", None, "restart needed", said)
-            self._daemon.log.warning("restart needed", reason=said)
+    def _tell_what_waits(self, reading: Reading) -> None:
+        """Say which keys take effect with the next start of the daemon only; until then they are in every plan."""
+        daemon = self._daemon
+        waiting = tuple(key["path"] for edit in reading.edits for key in edit.keys if key["effect"] == "daemon")
+        if waiting and waiting != daemon.facts.restart_needed:
+            said = f"{' and '.join(waiting)} can only change when fleetd starts anew"
+            daemon.feed.say("config", None, "restart needed", said)
+            daemon.log.warning("restart needed", reason=said)
+        daemon.facts.restart_needed = waiting
 
     def _generation(self, name: str) -> int:
         process = self._daemon.fleet.processes.get(name)
@@ -181,12 +176,12 @@ class Operations:
         """Begin a new program in this PID. Raises ConfigError when it could not start on the file as it is now."""
         if self._daemon.facts.stopping:
             raise ApiError(409, "locked", "The daemon is shutting down.")
-        await self._daemon.configuration.read(None)
+        configuration = self._daemon.configuration
+        reading = await configuration.read(None)
+        if reading.assembly.paths != configuration.assembly.paths:
+            said = "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
+            raise ApiError(409, "restart_needed", said, hint="`fleetctl shutdown`, then start fleetd.")
         asyncio.get_running_loop().call_later(0.05, self._reexecute)
 
     def stop(self, force: bool, why: str) -> None:
         self._leave(force, why)
-
-
-def _address(assembly: Assembly) -> tuple[str, int]:
-    return assembly.gateway.host, assembly.gateway.port

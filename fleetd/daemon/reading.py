@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.config.diff import diff
-from fleetd.config.effects import Effect
+from fleetd.config.effects import DAEMON_KEYS, Effect
 from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema import FleetConfig
 from fleetd.config.secrets import redact
@@ -32,6 +32,7 @@ from fleetd.host.ports import is_free
 
 _HEAD_BYTES = 8
 _FASTEST = 1
+_SAID = (Effect.SCALE, Effect.RESTART, Effect.DAEMON)
 
 
 def read(loaded: LoadedConfig, given: Circumstances) -> Reading:
@@ -42,13 +43,25 @@ def read(loaded: LoadedConfig, given: Circumstances) -> Reading:
         return name in given.running or is_free("127.0.0.1", port)
 
     assembly = checked(assemble(loaded, replace(given.around, ports=ports), usable, given.hostname))
-    config = loaded.config
+    before = _kept(given.before) if given.before is not None else None
+    config = loaded.config if before is None else applicable(before, loaded.config)
     return Reading(
         assembly=assembly,
-        edits=edits(_kept(given.before), config) if given.before is not None else (),
+        edits=edits(before, loaded.config) if before is not None else (),
         kept=zlib.compress(pickle.dumps(config, pickle.HIGHEST_PROTOCOL), _FASTEST),
         shown=zlib.compress(json.dumps(shown(config)).encode(), _FASTEST),
     )
+
+
+def applicable(before: FleetConfig, config: FleetConfig) -> FleetConfig:
+    """Return a configuration with the keys of the one before that a daemon obeys only from its start: until then they differ."""
+    found = config
+    for key, _, below in (path.partition(".") for path in DAEMON_KEYS):
+        old = getattr(before, key)
+        if below:
+            old = getattr(found, key).model_copy(update={below: getattr(old, below)})
+        found = found.model_copy(update={key: old})
+    return found
 
 
 def _kept(content: bytes) -> FleetConfig:
@@ -73,7 +86,7 @@ def edits(old: FleetConfig, new: FleetConfig) -> tuple[Edit, ...]:
                     "path": field.path,
                     "before": field.old,
                     "after": field.new,
-                    "effect": "restart" if field.effect in (Effect.RESTART, Effect.DAEMON) else "hot",
+                    "effect": str(field.effect) if field.effect in _SAID else "hot",
                 }
                 for field in change.fields
             ),

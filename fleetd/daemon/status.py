@@ -52,6 +52,7 @@ class DaemonFacts:
     started: float = field(default_factory=time.monotonic)
     config_error: str | None = None
     config_differs: bool = False
+    restart_needed: tuple[str, ...] = ()
     gateway: str | None = None
     stopping: bool = False
 
@@ -131,6 +132,7 @@ class StatusView:
             "rss_bytes": own_rss_bytes(),
             "config_error": facts.config_error,
             "config_differs": facts.config_differs,
+            "restart_needed": list(facts.restart_needed),
             "gateway": facts.gateway,
             "store_problem": self._store_problem(),
             "stopping": facts.stopping,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,21 @@ def assembled(folder: Path, fleet: str, *devices: MachineDevice, **around: objec
     return assemble(load(path, {}), surroundings, hostname="box")
 
 
-def planned(folder: Path, before: str, after: str) -> tuple[Assembly, Assembly, Plan]:
-    """Return both assemblies and the plan between them, as it comes out of a reading in another process."""
+def planned(
+    folder: Path, *fleets: str, between: Callable[[], object] = lambda: None
+) -> tuple[Assembly, Assembly, Plan]:
+    """Return the last two assemblies and the plan between them, as it comes out of readings in another process."""
     found = []
     path = folder / "fleet.yaml"
     kept, ports = None, {}
-    for fleet in (before, after):
+    for fleet in fleets:
         path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
         around = Surroundings((HOST,), env={"PATH": "/bin", "HOME": "/root"}, ports=ports)
         reading = read(load(path, {}), Circumstances(around, frozenset(), "box", kept))
         found.append(unpack(pack(reading), Reading))
         kept, ports = found[-1].kept, found[-1].assembly.ports
-    old, new = found
+        between()
+    *_, old, new = found
     return old.assembly, new.assembly, plan_of(old.assembly, new, None)
 
 
@@ -294,6 +298,74 @@ def test_only_what_a_restart_alone_can_change_restarts(tmp_path: Path, change: s
     assert restarting(before, after) == ({"a"} if restarts else set())
     assert plan["changes"][0]["effect"] == ("restart" if restarts else "hot")
     assert plan["unchanged"] == (0 if restarts else 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "effect", "stops", "starts", "unchanged"),
+    [
+        (2, 4, "scale", [], ["w-3", "w-4"], 2),
+        (3, 2, "scale", ["w-3"], [], 2),
+        (3, 1, "restart", ["w-1", "w-2", "w-3"], ["w"], 0),
+        (1, 2, "restart", ["w"], ["w-1", "w-2"], 0),
+    ],
+)
+def test_a_plan_says_which_processes_another_number_of_replicas_stops_and_starts(
+    tmp_path: Path, before: int, after: int, effect: str, stops: list[str], starts: list[str], unchanged: int
+) -> None:
+    *_, plan = planned(tmp_path, *(f"services: {{w: {{command: x, replicas: {n}}}}}" for n in (before, after)))
+    (change,) = plan["changes"]
+    assert (change["effect"], change["stops"], change["starts"]) == (effect, stops, starts)
+    assert [(key["path"], key["effect"]) for key in change["keys"]] == [("replicas", effect)]
+    assert plan["unchanged"] == unchanged
+
+
+def test_a_plan_has_the_restarts_that_no_key_of_the_file_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "b.env"
+    fleet = "services: {b: {command: x, env_file: b.env%s}, c: {command: y}}"
+
+    def edited(content: str | None, more: str = "") -> Plan:
+        file.write_text("B=3\nDB_PASSWORD=one\n")
+
+        def edit() -> None:
+            if content is not None:
+                file.write_text(content)
+            else:
+                file.unlink(missing_ok=True)
+
+        return planned(tmp_path, fleet % "", fleet % more, between=edit)[2]
+
+    (change,) = edited("B=4\nDB_PASSWORD=two\n")["changes"]
+    assert change == {
+        "kind": "service",
+        "name": "b",
+        "change": "change",
+        "effect": "restart",
+        "keys": [
+            {"path": "env.B", "before": "3", "after": "4", "effect": "restart"},
+            {"path": "env.DB_PASSWORD", "before": "••••", "after": "••••", "effect": "restart"},
+        ],
+    }
+    (both,) = edited("B=4\nDB_PASSWORD=one\n", ", max_age: 1d")["changes"]
+    assert both["effect"] == "restart"
+    assert [(key["path"], key["effect"]) for key in both["keys"]] == [("max_age", "hot"), ("env.B", "restart")]
+    (gone,) = edited(None)["changes"]
+    assert gone["keys"][0] == {"path": "env_file", "before": str(file), "after": None, "effect": "restart"}
+    assert edited("DB_PASSWORD=one\nB='3'\n")["changes"] == []
+
+
+def test_what_only_a_start_of_the_daemon_changes_stays_in_the_plan(tmp_path: Path) -> None:
+    fleet = "gateway: {listen: '127.0.0.1:%d', max_body: %s, queue: {max: %d}}\npaths: {state: ./%s}\n"
+    one, two = (fleet % words for words in ((8001, "1MiB", 1, "a"), (8002, "2MiB", 2, "b")))
+    waiting = {"gateway.listen", "gateway.max_body", "paths.state"}
+
+    def keys(*fleets: str) -> dict[str, str]:
+        (change,) = planned(tmp_path, *fleets)[2]["changes"]
+        assert change["effect"] == "daemon"
+        return {key["path"]: key["effect"] for key in change["keys"]}
+
+    assert keys(one, two) == {**dict.fromkeys(waiting, "daemon"), "gateway.queue.max": "hot"}
+    assert keys(one, two, two) == dict.fromkeys(waiting, "daemon")
+    assert planned(tmp_path, one, two, one)[2]["changes"][0]["effect"] == "hot"
 
 
 def test_adding_a_name_changes_nothing_for_the_others(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from bench.rig import free_port
 from tests.daemon.cases.rig import SLEEPER, crash, ctl, fleet, ready, sh, until_said
 from tests.daemon.rig import ROOT, Fleetd, fleetd, until
 
@@ -91,6 +93,58 @@ def test_what_an_edit_no_longer_requires_blocks_no_more(tmp_path: Path) -> None:
         daemon.until_state("a", "BLOCKED")
         daemon.write(fleet({"a": {"command": SLEEPER}}))
         ready(daemon, "a")
+
+
+def test_an_env_file_that_was_saved_is_in_every_plan_and_restarts_its_process_once(tmp_path: Path) -> None:
+    file = tmp_path / "b.env"
+    file.write_text("B=3\n")
+    services = {"benv": {"command": SAYS, "env_file": "b.env"}, "other": {"command": SLEEPER}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pids = {name: ready(daemon, name) for name in services}
+        until_said(daemon, "benv", "B is 3")
+        for content, command in (("B=4", ("apply", "-y", "--wait")), ("B=5", ("reload",))):
+            file.write_text(content + "\n")
+            said = [ctl(daemon, *words) for words in (("diff",), ("apply", "--dry-run"), command)]
+            assert [done.returncode for done in said] == [1, 0, 0]
+            for done in said:
+                assert done.stdout.startswith("~ service benv (restart)\n    env.B: "), done.stdout
+            until_said(daemon, "benv", content.replace("=", " is "))
+            ready(daemon, "benv")
+            assert ctl(daemon, "diff").returncode == 0
+        assert daemon.process_row("benv")["generation"] == 3
+        file.write_text("B=6\n")
+        os.utime(daemon.config)
+        until_said(daemon, "benv", "B is 6")
+        assert ready(daemon, "other") == pids["other"]
+
+
+def test_what_waits_for_a_restart_of_the_daemon_is_said_until_it_is_true(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        old = daemon.config.read_text()
+        port = free_port()
+        daemon.config.write_text(old.replace(f"127.0.0.1:{daemon.port}", f"127.0.0.1:{port}"))
+        until(lambda: daemon.status()["daemon"]["restart_needed"] == ["gateway.listen"], "it is applied")
+        done = ctl(daemon, "diff")
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[:2] == [
+            "~ fleet fleet (needs a restart of the daemon)",
+            f"    gateway.listen: 127.0.0.1:{daemon.port} → 127.0.0.1:{port} (needs a restart of the daemon)",
+        ]
+        assert "gateway.listen" in ctl(daemon, "reload").stdout
+        assert "needs a restart of the daemon" in ctl(daemon, "status").stdout
+        daemon.config.write_text(old)
+        until(lambda: not daemon.status()["daemon"]["restart_needed"], "an edit takes it back")
+        assert ctl(daemon, "diff").returncode == 0
+        daemon.config.write_text(old.replace("state: ./state", "state: ./elsewhere"))
+        until(lambda: daemon.status()["daemon"]["restart_needed"] == ["paths.state"], "folders too")
+        assert daemon.control("POST", "/v1/reexec", {}).code == "restart_needed"
+        daemon.stop()
+        daemon.start()
+        assert daemon.status()["daemon"]["restart_needed"] == []
+        assert ctl(daemon, "diff").returncode == 0
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
