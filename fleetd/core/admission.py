@@ -114,7 +114,7 @@ class Admission:
         for waiting in list(self.facts.queue.values()):
             self.line.give_up(waiting, now)
         line = self._order(now)
-        closed = self.facts.closed = self._overdue_drains(line, now)
+        closed = self.facts.closed = self._drains(line, now)
         for waiting in line:
             if waiting.request_id in self.facts.queue:
                 self._serve_warm(waiting, closed, now)
@@ -125,13 +125,16 @@ class Admission:
 
     # -- from memory ----------------------------------------------------------------------------------------------------------
 
-    def _overdue_drains(self, line: list[Waiting], now: float) -> set[tuple[str, str]]:
-        """Return the placements that give no more grants, because a head has waited for them to leave beyond the bound."""
+    def _drains(self, line: list[Waiting], now: float) -> set[tuple[str, str]]:
+        """Return the placements that give no more grants: a head has waited beyond the bound for them to leave, or comes before
+        all that they could be given to."""
         awaited: set[tuple[str, str]] = set()
+        models = self.facts.models
+        lowest = min((model.spec.priority for model in self.facts.resident().values()), default=0)
         for waiting in line:
-            if waiting.request_id not in self.facts.queue or not waiting.overdue:
+            if waiting.request_id not in self.facts.queue or not (waiting.overdue or waiting.priority > lowest):
                 return set()
-            model = self.facts.models[waiting.model]
+            model = models[waiting.model]
             asleep = sleeper(self.facts, model)
             if model.placements and (asleep is None or _spreads(model)):
                 awaited.update(placement.key for placement in model.placements.values())
@@ -147,9 +150,14 @@ class Admission:
                 now,
                 awaited,
             )
+            leaving: tuple[Placement, ...] = ()
             if isinstance(verdict, Evict):  # idle by now: theirs to leave, not to be given out again
-                return {p.key for p in verdict.victims}
-            return {p.key for p in verdict.drain} if isinstance(verdict, Wait) else set()
+                leaving = verdict.victims
+            elif isinstance(verdict, Wait):
+                leaving = verdict.drain
+            if waiting.overdue or all(models[p.model].spec.priority < waiting.priority for p in leaving):
+                return {p.key for p in leaving}
+            return set()
         return set()
 
     def _serve_warm(self, waiting: Waiting, closed: set[tuple[str, str]], now: float) -> None:

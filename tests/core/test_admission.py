@@ -458,6 +458,34 @@ def test_those_who_wait_are_told_when_an_operator_stops_the_process() -> None:
 # -- what stays -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_higher_priority_is_not_kept_waiting_by_new_requests_for_a_busy_lower_one() -> None:
+    spec = fleet_spec([own(n) for n in "ac"], [model("a", concurrency=2), model("c", priority=5)])
+    rig = Rig(spec)
+    rig.warm("a")
+    busy = rig.ask("a")
+    assert busy in rig.granted()
+    high = rig.ask("c")
+    late = rig.ask("a")
+    assert late not in rig.granted(), "what must leave for it gives no more grants, long before the fairness bound"
+    rig.finish(busy)
+    assert late not in rig.granted()
+    swap(rig, "a", "c")
+    assert (high in rig.granted(), late in rig.granted()) == (True, False)
+    rig.finish(high)
+    swap(rig, "c", "a")
+    assert late in rig.granted()
+
+
+def test_an_equal_priority_waits_for_what_is_in_memory() -> None:
+    spec = fleet_spec([own(n) for n in "ac"], [model("a", concurrency=2, priority=5), model("c", priority=5)])
+    rig = Rig(spec)
+    rig.warm("a")
+    busy = rig.ask("a")
+    rig.ask("c")
+    late = rig.ask("a")
+    assert {busy, late} <= set(rig.granted())
+
+
 def test_preload_loads_what_fits_by_priority_and_evicts_nobody() -> None:
     models = [model("a", "s", preload=True), model("b", "s", preload=True, priority=3), model("c", "s", preload=True)]
     rig = Rig(fleet_spec([server("s")], models, budget=2))
