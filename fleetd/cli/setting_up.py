@@ -67,10 +67,13 @@ def install_service(
         service_files.launchd if (platform or service_files.native_platform()) == "launchd" else service_files.systemd
     )
     file = make(service)
+    there = Path(service.config).is_file()
     if only_print:
+        if not there:
+            say(f"warning: there is no {service.config}: the service would not start")
         session.screen.out.write(file.text)
         return EXIT_OK
-    if not Path(service.config).is_file():
+    if not there:
         raise CliError(f"there is no {service.config}", EXIT_USAGE, "name yours with --config")
     try:
         service_files.write(file)

@@ -19,6 +19,7 @@ from pathlib import Path
 from fleetd.control.port import Caller
 from fleetd.errors import HostError
 
+NAME = "fleetd.sock"
 PATH_MAX_BYTES = 103 if sys.platform == "darwin" else 107
 TEMPORARY_SUFFIX = ".n"
 _SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 0x001, 0x002
@@ -28,14 +29,9 @@ def bind(path: Path) -> socket.socket:
     """Return a listening socket at `path`, mode 0600 in a 0700 folder. The caller holds the host's lock. Raises
     HostError."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    length = len(os.fsencode(temporary))
-    if length > PATH_MAX_BYTES:
-        raise HostError(
-            f"The control socket's path is too long for this system: {path} "
-            f"({length} bytes with a suffix, at most {PATH_MAX_BYTES}).",
-            hint="Set paths.run in fleet.yaml to a shorter folder.",
-            recoverable=False,
-        )
+    problem = length_problem(path)
+    if problem is not None:
+        raise HostError(f"T{problem[1:]}.", hint="Set paths.run in fleet.yaml to a shorter folder.", recoverable=False)
     try:
         _prepare_folder(path.parent)
         _refuse_foreign(path)
@@ -46,6 +42,16 @@ def bind(path: Path) -> socket.socket:
             f"The control socket {path} cannot be made: {error.strerror or error}.",
             hint="Check that paths.run in fleet.yaml is a folder of yours on a local disk.",
         ) from error
+
+
+def length_problem(path: Path) -> str | None:
+    """Return why no socket can be bound at a path, None where one can."""
+    length, most = len(os.fsencode(path)), PATH_MAX_BYTES - len(TEMPORARY_SUFFIX)
+    if length <= most:
+        return None
+    return (
+        f"the control socket's path is too long for this system: {path} has {length} bytes, at most {most} are possible"
+    )
 
 
 def _bind_and_rename(path: Path, temporary: Path) -> socket.socket:

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from fleetd.gateway.server import Gateway
     from fleetd.host.companion import Companion
 
-SOCKET_NAME = "fleetd.sock"
 _DRAIN_S = 5.0
 _UNDO_S = 20.0
 _BACKLOG = 1024
@@ -186,6 +185,7 @@ class App:
     async def _listen(
         self, stack: AsyncExitStack, assembly: Assembly, paths: HostPaths, listener: socket.socket
     ) -> None:
+        from fleetd.control import socket as control_socket
         from fleetd.control.server import ControlServer
         from fleetd.daemon.metrics import render
         from fleetd.gateway.options import GatewayOptions
@@ -225,7 +225,7 @@ class App:
             return await asyncio.to_thread(render, await daemon.view.status(), gateway.stats())
 
         library = Libraries(daemon.fleet, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
-        self._control = ControlServer(control, paths.run / SOCKET_NAME, metrics=metrics, library=library)
+        self._control = ControlServer(control, paths.run / control_socket.NAME, metrics=metrics, library=library)
         await self._control.start()
         stack.push_async_callback(self._control.close)
 

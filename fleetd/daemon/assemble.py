@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from fleetd.config.load import LoadedConfig
 from fleetd.config.marks import path_text
 from fleetd.config.schema import FleetConfig
+from fleetd.control import socket as control_socket
 from fleetd.core.contract import (
     Capabilities,
     Dependency,
@@ -114,6 +115,7 @@ class Assembler:
 
     def assembly(self, hostname: str) -> Assembly:
         ports = self._ports()
+        self._check_socket()
         held_by: dict[str, list[str]] = {}
         for model, processes in self.holders.items():
             for process in processes:
@@ -152,6 +154,11 @@ class Assembler:
     def _source(self, path: Path_) -> tuple[str, int]:
         place = self.loaded.marks.problem(path, "", at_key=True)
         return place.file, place.line
+
+    def _check_socket(self) -> None:
+        found = control_socket.length_problem(paths_of(self.loaded).run / control_socket.NAME)
+        if found is not None:
+            self.problem(("paths", "run"), f"{found}: choose a shorter folder")
 
     def _ports(self) -> dict[str, int]:
         gateway = {self.config.gateway.listen.port, self.config.admin.listen.port}

@@ -26,6 +26,8 @@ from fleetd.daemon.reader import Reader
 from fleetd.daemon.readings import Circumstances, Reading
 from fleetd.errors import ConfigError, FleetError, HostError
 
+STANDARD_INPUT = "-"  # as the client names the text that it sends
+
 
 class Configuration:
     """What runs, what lies on disk, and the way from one to the other.
@@ -74,8 +76,10 @@ class Configuration:
             await asyncio.to_thread(beside.write_text, text, "utf-8")
             return await self._reader.read(beside, self._circumstances())
         except ConfigError as error:
+            names = str(beside), STANDARD_INPUT
             shown = [
-                replace(problem, file=problem.file.replace(str(beside), str(self.path))) for problem in error.problems
+                replace(problem, file=problem.file.replace(*names), message=problem.message.replace(*names))
+                for problem in error.problems
             ]
             raise ConfigError(shown, hint=error.hint) from None
         except OSError as error:

@@ -68,13 +68,14 @@ def _moves(old: Assembly, new: Assembly, restarted: Collection[str]) -> dict[tup
 
 def _causes(old: LaunchPlan, new: LaunchPlan) -> list[KeyChange]:
     """Return what differs between two launches of a process: an env file, or a program of the machine, says so on no key."""
-    found = [_key("env_file", *((path if path not in plan.unread else None) for plan in (old, new)))
-             for path in dict.fromkeys([*old.unread, *new.unread]) if (path in old.unread) != (path in new.unread)]  # fmt: skip
+    unread = [
+        path for path in dict.fromkeys([*old.unread, *new.unread]) if (path in old.unread) != (path in new.unread)
+    ]
+    found = [_key("env_file", *(None if path in plan.unread else path for plan in (old, new))) for path in unread]
     before, after = old.set_env(), new.set_env()
     shown, shown_after = old.shown_env(), new.shown_env()
-    for name in dict.fromkeys([*before, *after]):
-        if before.get(name) != after.get(name):
-            found.append(_key(f"env.{name}", shown.get(name), shown_after.get(name)))
+    changed = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
+    found += [_key(f"env.{name}", shown.get(name), shown_after.get(name)) for name in changed]
     if old.launch.argv != new.launch.argv:
         found.append(_key("command", " ".join(old.shown_argv()), " ".join(new.shown_argv())))
     return found

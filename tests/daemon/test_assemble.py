@@ -81,6 +81,16 @@ def test_a_port_is_assigned_where_one_is_asked_for_and_kept(tmp_path: Path) -> N
     assert again.spec.processes["new"].port != port
 
 
+def test_a_folder_that_is_too_long_for_a_socket_is_a_mistake(tmp_path: Path) -> None:
+    for length, said in ((105, 0), (106, 1), (200, 1)):
+        folder = "/" + "r" * (length - len("//fleetd.sock"))
+        found = assembled(tmp_path, f"paths:\n  run: {folder}\nservices: {{a: {{command: x}}}}\n")
+        assert len(found.problems) == said
+        for problem in found.problems:
+            assert (problem.line, problem.path) == (3, "paths.run")
+            assert f"has {length} bytes, at most 105 are possible: choose a shorter folder" in problem.message
+
+
 def test_later_environment_wins(tmp_path: Path) -> None:
     (tmp_path / "one.env").write_text("A=file\nB=file\n")
     found = assembled(tmp_path, "services: {a: {command: x, env_file: one.env, env: {A: entry}}}")

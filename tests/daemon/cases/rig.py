@@ -44,11 +44,14 @@ def order(daemon: Fleetd, verb: str, name: str, **body: Any) -> Answer:
     return daemon.control("POST", f"/v1/processes/{verb}", {"names": [name], **body})
 
 
-def ctl(daemon: Fleetd, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def ctl(
+    daemon: Fleetd, *words: str, env: Mapping[str, str] | None = None, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run fleetctl to its end."""
     return subprocess.run(
         [sys.executable, "-m", "fleetd.cli.fleetctl", "--socket", str(daemon.socket), *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(env or {})},
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, input=stdin,
+        env={**os.environ, **(env or {})},
     )  # fmt: skip
 
 

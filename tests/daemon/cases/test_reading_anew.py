@@ -147,6 +147,21 @@ def test_what_waits_for_a_restart_of_the_daemon_is_said_until_it_is_true(tmp_pat
         assert ctl(daemon, "diff").returncode == 0
 
 
+def test_mistakes_of_standard_input_are_told_as_its_own(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        told = []
+        for text in ("", "services: {b: {comand: x}}\n", "services: {b: {command: x}}\ninclude: [inc.yaml]\n"):
+            (tmp_path / "inc.yaml").write_text("services: {b: {command: y}}\n")
+            done = ctl(daemon, "diff", "-", stdin=text)
+            assert done.returncode == 2
+            told.append(done.stderr)
+        assert "-: is empty" in told[0] or "-:1:1: is empty" in told[0]
+        assert "-:1:16: services.b.comand" in told[1]
+        assert "first at -:1:12" in told[2]
+        assert not any("plan.yaml" in text or f"{daemon.config}" in text for text in told)
+
+
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run another daemon on the state of the first, with a run folder and a port of its own, to its end."""
     second = fleetd(folder, "")
