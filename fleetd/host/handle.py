@@ -109,6 +109,7 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.place = str(folder)  # what tells the processes of this daemon from those of another
         self.problem: str | None = None
 
     def _path(self, name: str) -> Path:

@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.scan import LogScanner
 from fleetd.host.oom import OomWatch
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
-from fleetd.host.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token
+from fleetd.host.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
 from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
 from fleetd.host.spawn import Program
 from fleetd.host.spawning import Spawner, Started
@@ -300,7 +300,16 @@ class Host:
         """
         found, moved = self.records.load(carried)
         known = {record.token for record in carried}
-        return [*carried, *(record for record in found if record.token not in known)], moved
+        records = [*carried, *(record for record in found if record.token not in known)]
+        known |= {record.token for record in found}
+        return [*records, *self._strays(known)], moved
+
+    def _strays(self, known: Collection[str]) -> Iterator[HandleRecord]:
+        """Yield records that stand for what was lost with a record: they prove nobody, but the token finds the set, to end it."""
+        for token, tag in strays(self.table, self.records.place, known).items():
+            name, _, generation = tag.rpartition(":")
+            if name and generation.isdecimal():
+                yield HandleRecord(name, int(generation), token, self._boot_id)
 
     def expect(self, records: Iterable[HandleRecord]) -> None:
         """Leave the statuses of these children to `adopt`, should they die before it. Call it before `start`."""
@@ -353,7 +362,7 @@ class Host:
         if record.boot_id != self._boot_id:
             return "the machine was started anew since"
         if record.pid is None:
-            return "its start was never confirmed"
+            return "its start was never confirmed" if record.spawned_at else "its record was lost"
         entry = self.table.entry(record.pid)
         if entry is None:
             return f"pid {record.pid} is gone"

@@ -20,6 +20,8 @@ from fleetd.host.types import KillScope
 
 TOKEN_VARIABLE = "FLEETD_SPAWN"  # noqa: S105 (a label in the environment, not a secret)
 PROBE_VARIABLE = "FLEETD_PROBE"  # says whose probe it is
+INSTANCE_VARIABLE = "FLEETD_INSTANCE"  # NAME:GENERATION
+STATE_VARIABLE = "FLEETD_STATE"  # where the daemon that spawned it keeps its records
 _YOUNG_S = 2.0
 _TOKEN_MARK = TOKEN_VARIABLE.encode() + b"="
 
@@ -72,6 +74,20 @@ def read_token(environment: bytes | None) -> str | None:
         return None
     value = environment[start + len(_TOKEN_MARK) :]
     return value.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def strays(table: ProcessTable, place: str, known: Collection[str]) -> dict[str, str]:
+    """Return what a daemon with its records at `place` has spawned, and none of them knows of: token to NAME:GENERATION."""
+    found: dict[str, str] = {}
+    for entry in table.snapshot().values():
+        block = b"" if entry.dead else table.environment(entry.pid) or b""
+        token = read_token(block)
+        if token is None or token in known or token in found:
+            continue
+        pairs = dict(pair.partition(b"=")[::2] for pair in block.split(b"\0"))
+        if pairs.get(STATE_VARIABLE.encode()) == os.fsencode(place):
+            found[token] = os.fsdecode(pairs.get(INSTANCE_VARIABLE.encode(), b""))
+    return found
 
 
 def members(

@@ -22,10 +22,9 @@ from typing import Any, TypeVar
 
 from fleetd.errors import HostError
 from fleetd.host.pidfd import CHILDREN
-from fleetd.host.process_set import TOKEN_VARIABLE
+from fleetd.host.process_set import INSTANCE_VARIABLE, STATE_VARIABLE, TOKEN_VARIABLE
 from fleetd.host.types import SpawnRequest
 
-INSTANCE_VARIABLE = "FLEETD_INSTANCE"
 _DAEMON_ONLY = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _SHELL = "/bin/sh"
 _WITH_NOFILE = 'ulimit -n "$1" || exit 126; shift; exec "$@"'
@@ -49,11 +48,12 @@ class Program:
     pass_fds: tuple[int, ...] = ()
 
 
-def tagged_env(request: SpawnRequest, token: str) -> dict[str, str]:
+def tagged_env(request: SpawnRequest, token: str, place: str) -> dict[str, str]:
     """Return the child's environment: the request's, less what is the daemon's, with the tags of this run."""
     env = {key: value for key, value in request.env.items() if key not in _DAEMON_ONLY}
     env[INSTANCE_VARIABLE] = f"{request.name}:{request.generation}"
     env[TOKEN_VARIABLE] = token
+    env[STATE_VARIABLE] = place
     return env
 
 

@@ -72,7 +72,7 @@ class Spawner:
             if request.logs.capture == Capture.PIPE:
                 reader, output = open_pair(self._records.pipe_path(record.token))
                 opened.append(output)
-            env = tagged_env(request, record.token)
+            env = tagged_env(request, record.token, self._records.place)
             passed: tuple[int, ...] = ()
             if request.ipc:
                 channel, theirs = socket.socketpair()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -288,6 +289,30 @@ def test_case_36_state_of_earlier_and_later_versions_is_read_or_set_aside(tmp_pa
         daemon.start()
         ready(daemon, "a")
         assert list(state.glob("remembered.json.corrupt*"))
+
+
+@pytest.mark.parametrize("lost", ["a record that is torn", "a record that is gone", "the whole state"])
+def test_case_36_what_no_record_knows_any_more_is_ended_and_not_doubled(tmp_path: Path, lost: str) -> None:
+    """Its environment says which daemon spawned it: that is no proof of what it is now, and proof enough of whose it is."""
+    with fleetd(
+        tmp_path, fleet({"a": {"command": sh("sleep 1000 & exec sleep 1001")}, "b": {"command": SLEEPER}})
+    ) as daemon:
+        daemon.start()
+        pid, other = ready(daemon, "a"), ready(daemon, "b")
+        crash(daemon)
+        record = tmp_path / "state" / "handles" / "a.json"
+        if lost == "a record that is torn":
+            record.write_bytes(record.read_bytes()[:40])
+        elif lost == "a record that is gone":
+            record.unlink()
+        else:
+            shutil.rmtree(tmp_path / "state")
+        daemon.start()
+        assert ready(daemon, "a") != pid
+        assert pid not in [process.pid for process in daemon.children()]
+        assert (ready(daemon, "b") == other) == (lost != "the whole state")
+        until(lambda: len(daemon.children()) == 3, "a, its child, and b: each once")
+        assert "its record was lost" in daemon.log()
 
 
 def test_case_21_a_client_that_stops_reading_an_answer_is_let_go(tmp_path: Path) -> None:
