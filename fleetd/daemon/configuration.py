@@ -50,6 +50,7 @@ class Configuration:
         self.applying = asyncio.Lock()
         self.error: str | None = None
         self.differs = False
+        self.to_mend: tuple[Path, ...] = ()  # files with mistakes, of a configuration that was refused
 
     @property
     def assembly(self) -> Assembly:
@@ -96,7 +97,7 @@ class Configuration:
         )
         if path is not None:
             self.path = path
-        self.error, self.differs = None, False
+        self.error, self.differs, self.to_mend = None, False, ()
 
     def amend(self, plan: LaunchPlan) -> None:
         """Put a plan that was completed in the place of the one that was read. The caller tells the fleet."""
@@ -118,6 +119,7 @@ class Configuration:
     def refused(self, error: FleetError) -> str:
         """Remember that the file on disk cannot be used; return its first problem."""
         problems = error.problems if isinstance(error, ConfigError) else ()
+        self.to_mend = tuple(dict.fromkeys(Path(problem.file) for problem in problems))
         first = str(problems[0]) if problems else str(error)
         more = len(problems) - 1
         self.error = first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")

@@ -27,7 +27,7 @@ TURN_S = 20.0  # shorter than the patience of `fleetctl reload`
 
 
 class Operations:
-    """Implements control_port.Operations. `applied(assembly)` is called after each change; `leave(how)` ends the run."""
+    """Implements control_port.Operations. `applied(assembly)` is called after each change, and each refusal; `leave(how)` ends the run."""
 
     def __init__(
         self,
@@ -171,6 +171,7 @@ class Operations:
         self._daemon.facts.config_differs = True
         self._daemon.log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
         self._daemon.feed.say("config", None, "refused", first)
+        self._applied(self._daemon.configuration.assembly)
 
     async def reexec(self) -> None:
         """Begin a new program in this PID. Raises ConfigError when it could not start on the file as it is now."""

@@ -1,7 +1,8 @@
 """What comes from outside by itself: saved files, changed sources, clocks.
 
 The rules of this file
-- One watch for the configuration's own files; one per process that has `watch`; one task per `schedule`.
+- One watch for the configuration's own files, and for those that have to be mended before it is one; one per process that has
+  `watch`; one task per `schedule`.
 - What did not change keeps its watch over a change of the configuration.
 - A changed file starts again what gave up, ended or waits for its next try; a schedule only what runs, its replicas one after
   the other.
@@ -64,11 +65,12 @@ class Outside:
             return
         from fleetd.host.watch import FileWatch, Pattern
 
+        files = [*assembly.files, *self._daemon.configuration.to_mend]
         patterns = [Pattern(folder, text) for folder, text in assembly.patterns]
         if self._files is not None:
-            self._files.update(assembly.files, patterns)
+            self._files.update(files, patterns)
             return
-        self._files = FileWatch(assembly.files, lambda _: self._saved(), patterns=patterns)
+        self._files = FileWatch(files, lambda _: self._saved(), patterns=patterns)
 
     def _tree(self, plan: LaunchPlan, watch: WatchPlan) -> TreeWatch:
         from fleetd.host.watch import TreeWatch

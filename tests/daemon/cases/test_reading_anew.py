@@ -162,6 +162,27 @@ def test_mistakes_of_standard_input_are_told_as_its_own(tmp_path: Path) -> None:
         assert not any("plan.yaml" in text or f"{daemon.config}" in text for text in told)
 
 
+def test_a_file_that_kept_a_configuration_from_being_used_is_watched_until_it_is_mended(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    part, env = tmp_path / "parts" / "part.yaml", tmp_path / "b.env"
+    part.write_text("nonsense\n")
+    env.write_text("nonsense\n")
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+
+        def error() -> str:
+            return daemon.status()["daemon"]["config_error"] or ""
+
+        services = {"a": {"command": SLEEPER}, "benv": {"command": SAYS, "env_file": "b.env"}}
+        daemon.write(fleet(services, include=["parts/part.yaml"]))
+        until(lambda: "part.yaml" in error(), "the included file is told")
+        part.write_text(INCLUDED % "p")
+        until(lambda: "b.env:1:" in error(), "then the env file")
+        env.write_text("B=1\n")
+        until_said(daemon, "benv", "B is 1")
+        until(lambda: running(daemon) == {"a", "benv", "p"}, "all of it runs")
+
+
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run another daemon on the state of the first, with a run folder and a port of its own, to its end."""
     second = fleetd(folder, "")
