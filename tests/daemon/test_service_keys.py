@@ -157,15 +157,16 @@ STOP_COMMANDS = [
         "its stop.command failed: exit code 3: no such unit; the signal was sent",
     ),
     (["no-such-program"], "its stop.command failed: program 'no-such-program' not found"),
-    (sh("sleep 1000"), "its stop.command failed: it did not end within 0."),
-    (sh("echo told it; kill $MAINPID"), "its stop.command ended well after 0."),
+    (sh("sleep 1000"), "its stop.command failed: it did not end within "),
+    (sh("echo told it; kill $MAINPID"), "its stop.command ended well after "),
 ]
 
 
 @pytest.mark.parametrize(("command", "told"), STOP_COMMANDS, ids=["fails", "absent", "hangs", "works"])
 def test_how_a_stop_command_went_is_told(tmp_path: Path, command: list[str], told: str) -> None:
-    child = sh("trap 'sleep 0.2; exit 0' TERM; while true; do sleep 0.02; done") if "well" in told else SLEEPER
-    with started(tmp_path, {"command": child, "stop": {"command": command, "timeout": "500ms"}}) as daemon:
+    child = sh("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.02; done") if "well" in told else SLEEPER
+    timeout = "500ms" if "within" in told else "20s"
+    with started(tmp_path, {"command": child, "stop": {"command": command, "timeout": timeout}}) as daemon:
         daemon.start()
         ready(daemon, "a")
         assert order(daemon, "stop", "a").status == 200
@@ -354,17 +355,13 @@ def test_uptime_is_the_age_of_the_process_also_after_an_adoption(tmp_path: Path)
     service = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "2"]}}
     with started(tmp_path, service) as daemon:
         daemon.start()
-        row = daemon.until_state("a", "READY")
-
-        def age() -> float:
-            return time.time() - psutil.Process(row["pid"]).create_time()
-
-        assert row["uptime_s"] < 1.5
+        row, seen = daemon.until_state("a", "READY"), time.monotonic()
+        assert row["uptime_s"] < 2
         crash(daemon)
         daemon.start()
         again = daemon.until_state("a", "READY")
         assert again["pid"] == row["pid"]
-        assert abs(again["uptime_s"] - age()) < 0.5
+        assert abs(again["uptime_s"] - row["uptime_s"] - (time.monotonic() - seen)) < 1
 
 
 def test_case_35_a_post_stop_that_fails_changes_nothing(tmp_path: Path) -> None:
