@@ -24,6 +24,7 @@ from fleetd.cli.client import (
     CliError,
     Refused,
     Unreachable,
+    is_locked,
 )
 from fleetd.cli.session import Duration, Session, forms, say
 
@@ -130,7 +131,7 @@ def reload_(session: Session) -> int:
 def reexec(session: Session, timeout: float) -> int:
     """Replace the daemon by its newly installed version.
 
-    Processes stay, with their PIDs and logs.
+    Processes stay, with their PIDs and logs. What is being started or stopped is waited for, for some seconds.
     """
     client = session.client
     before = client.get("/v1/status")["daemon"]
@@ -138,11 +139,12 @@ def reexec(session: Session, timeout: float) -> int:
     client.post("/v1/reexec")
     while time.monotonic() - asked < timeout:
         time.sleep(POLL_S)
+        passed = time.monotonic() - asked
         try:
             daemon = client.get("/v1/status")["daemon"]
         except (Unreachable, Refused):
             continue
-        if daemon["uptime_s"] < before["uptime_s"]:
+        if daemon["uptime_s"] < before["uptime_s"] + passed:
             if not session.emit({"schema": "fleetctl/v1", "daemon": daemon}):
                 session.screen.line(f"fleetd {daemon['version']} runs as pid {daemon['pid']}")
             return EXIT_OK
@@ -182,23 +184,10 @@ def _await_end(client: Client, path: Path, deadline: float) -> None:
         try:
             _answering(client)
         except Unreachable:
-            if _lock_is_free(path.with_name("fleetd.lock")):
+            if not is_locked(path):
                 return
         time.sleep(POLL_S)
     raise CliError("the daemon is still stopping", EXIT_TIMEOUT, "fleetctl shutdown --force hurries it")
-
-
-def _lock_is_free(lock: Path) -> bool:
-    import fcntl
-
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # no lock file, or none that we may read: nothing to wait for
-    return True
 
 
 VERBS = (diff, apply, reload_, reexec, shutdown)

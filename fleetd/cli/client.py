@@ -2,6 +2,7 @@
 
 The rules of this file
 - Every wait has an end, every answer a size limit.
+- A daemon that holds its lock and does not listen starts, or replaces itself: it is given a moment before it is called absent.
 - What goes wrong is one of three: Unreachable (no daemon, or not one that we understand), Refused (it answered no),
   StreamCut (it stopped in the middle). None of them shows a traceback.
 """
@@ -24,6 +25,7 @@ TARGET_MAX = 8000  # a server takes a line of 8190 bytes
 LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
+RETURN_S, RETRY_S = 5.0, 0.05  # for a daemon that holds its lock and does not listen
 SILENCE_S = 45.0  # the server sends a comment every ten seconds
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING = 0, 1, 2, 3
@@ -44,6 +46,14 @@ class Unreachable(CliError):
 
     def __init__(self, message: str, hint: str | None = "start it with: fleetd run") -> None:
         super().__init__(f"{message} ({hint})" if hint else message, EXIT_UNREACHABLE)
+
+
+class HungUp(Unreachable):
+    """The daemon ended the connection without an answer."""
+
+
+class Absent(Unreachable):
+    """Nobody listens."""
 
 
 class StreamCut(CliError):
@@ -83,6 +93,20 @@ def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
     return [*usual, Path("/run/fleetd/fleetd.sock")]
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a daemon lives whose socket is, or will be, at `path`: it holds the lock beside it."""
+    import fcntl
+
+    try:
+        with path.with_name("fleetd.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, ValueError):
+        return False  # no lock file, or none that we may read
+    return False
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a socket that is already connected."""
 
@@ -106,6 +130,16 @@ class Client:
 
     def connect(self) -> tuple[socket.socket, Path]:
         """Return a connected socket and its path; the first candidate that answers. Raises Unreachable."""
+        deadline = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return self._connect()
+            except Absent:
+                if time.monotonic() >= deadline or not any(map(is_locked, self.candidates)):
+                    raise
+                time.sleep(RETRY_S)
+
+    def _connect(self) -> tuple[socket.socket, Path]:
         denied: Path | None = None
         for path in self.candidates:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -125,13 +159,18 @@ class Client:
         if denied is not None:
             raise Unreachable(f"you may not use the socket {denied}", hint="run fleetctl as the user who runs fleetd")
         tried = " or ".join(str(path) for path in self.candidates)
-        raise Unreachable(f"fleetd is not running: nothing answers on {tried}")
+        raise Absent(f"fleetd is not running: nothing answers on {tried}")
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """Return the document at `path`. Raises Unreachable, Refused."""
-        return self.call("GET", target(path, query))
+        """Return the document at `path`; ask again where the daemon replaced itself meanwhile. Raises Unreachable, Refused."""
+        try:
+            return self.call("GET", target(path, query))
+        except HungUp:
+            if not any(map(is_locked, self.candidates)):
+                raise
+            return self.call("GET", target(path, query))
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> dict[str, Any]:
         """Post and return the answer; `wait_s` is how long the server may rightly take. Raises Unreachable, Refused."""
@@ -158,7 +197,7 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise _not_fleetd(path) from None
-            raise Unreachable(f"fleetd on {path} hung up: {str(error) or type(error).__name__}", hint=None) from None
+            raise HungUp(f"fleetd on {path} hung up: {str(error) or type(error).__name__}", hint=None) from None
         finally:
             connection.close()
         return self._understand(response.status, content, path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -205,3 +208,36 @@ def test_ends_of_streams(short: Path, tail: bytes, code: int) -> None:
         ran = fleetctl("--socket", str(path), "events")
         assert ran.code == code
         assert "Spawn" in ran.out
+
+
+def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:
+    """Its lock is held and nobody listens yet; one whose lock is free is not waited for."""
+    path = short / "fleetd.sock"
+    answer = answering(http(b'{"schema": "fleetctl/v1", "processes": [], "models": []}'))
+    with path.with_name("fleetd.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server = threading.Timer(0.4, lambda: stack.enter_context(raw_server(path, answer)))
+        with ExitStack() as stack:
+            server.start()
+            assert Client([path]).get("/v1/status")["processes"] == []
+            server.join()
+        path.unlink(missing_ok=True)
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="not running"):
+            Client([path]).connect()
+        assert 4 < time.monotonic() - began < 20
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match="not running"):
+        Client([path]).connect()
+    assert time.monotonic() - began < 1
+
+
+def test_a_question_is_asked_again_when_the_daemon_hung_up_to_replace_itself(short: Path) -> None:
+    answers = iter([b"", http(b'{"schema": "fleetctl/v1", "n": 2}')])
+    with raw_server(short / "fleetd.sock", lambda connection: answering(next(answers))(connection)) as path:
+        with path.with_name("fleetd.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert Client([path]).get("/v1/status")["n"] == 2
+            answers = iter([b"", http(b'{"schema": "fleetctl/v1", "n": 3}')])
+            with pytest.raises(Unreachable, match="hung up"):
+                Client([path]).post("/v1/reload")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.daemon.cases.rig import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh
-from tests.daemon.rig import Fleetd, alive, fleetd, until
+from tests.daemon.rig import Fleetd, fleetd, until
 
 STUBBORN = {"command": sh('trap "" TERM; while :; do sleep 0.05; done'), "stop": {"timeout": "500ms"}}
 PREPARED = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "0.3"]}}
@@ -53,8 +53,10 @@ def beside(call: Callable[[], Any]) -> Iterator[None]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def fresh(daemon: Fleetd, before: Mapping[str, int]) -> bool:
@@ -94,3 +96,90 @@ def test_an_apply_under_way_happens_once(tmp_path: Path, moment_s: float) -> Non
         assert {name: len(found) for name, found in instances(daemon).items()} == {"stubborn": 1, "prepared": 1}
         assert daemon.stop() == 0
         assert instances(daemon) == {}
+
+
+def test_an_accepted_restart_is_not_forgotten(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"orderly": ORDERLY, "stubborn": STUBBORN})) as daemon:
+        daemon.start()
+        before = {name: ready(daemon, name) for name in ("orderly", "stubborn")}
+        for name in before:
+            assert order(daemon, "restart", name, wait=False).status == 202
+        until(lambda: daemon.process_row("orderly")["state"] == "STOPPING", "the stop has begun")
+        reexecute(daemon)
+        until(lambda: fresh(daemon, before), "both were started anew")
+
+
+def test_the_file_that_was_applied_is_gone_on_with(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        first = daemon.config.read_text("utf-8")
+        daemon.write(fleet({"a": {"command": SLEEPER}, "b": {"command": SLEEPER}}))
+        other = daemon.config.rename(tmp_path / "n.yaml")
+        daemon.config.write_text(first, "utf-8")
+        assert daemon.control("POST", "/v1/apply", {"path": str(other), "wait": True}).status == 200
+        pids = {"a": pid, "b": ready(daemon, "b")}
+        for _ in range(2):
+            reexecute(daemon)
+            assert daemon.status()["daemon"]["config"] == str(other)
+            assert {name: ready(daemon, name) for name in pids} == pids
+        assert psutil.Process(daemon.pid).cmdline()[-2:] == ["--config", str(other)]
+        crash(daemon)
+        daemon.start()  # from its command line: the first file
+        assert [row["name"] for row in daemon.status()["processes"]] == ["a"]
+
+
+@pytest.mark.parametrize("capture", ["file", "pipe"])
+def test_a_death_while_nobody_looks_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
+    """It dies in the very moment of the exchange: whichever program sees it, it is one death with its code."""
+    wait = sh("while [ ! -e go ]; do sleep 0.01; done; rm go; exit 7")
+    with fleetd(tmp_path, fleet({"a": {"command": wait, "restart": QUICK, "logs": {"capture": capture}}})) as daemon:
+        daemon.start()
+        for count, moment_s in enumerate((0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4), 1):
+            pid = ready(daemon, "a")
+            before = ups(daemon)
+            assert daemon.control("POST", "/v1/reexec", {}).status == 202
+            time.sleep(moment_s)
+            (tmp_path / "go").touch()
+            until(lambda before=before: ups(daemon) > before, "the new program is up")
+            until(
+                lambda pid=pid: daemon.process_row("a")["pid"] not in (None, pid),
+                f"it was started again: {daemon.log()[-3000:]}",
+            )
+            row = daemon.until_state("a", "READY")
+            assert (row["restarts"], row["last_exit"]["code"]) == (count, 7), moment_s
+            assert len(instances(daemon)["a"]) == 1
+
+
+@pytest.mark.parametrize("how", ["reexec", "crash"])
+def test_what_happened_is_told_by_the_next_daemon(tmp_path: Path, how: str) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "restart": QUICK}})) as daemon:
+        daemon.start()
+        os.kill(ready(daemon, "a"), signal.SIGKILL)
+        until(lambda: daemon.process_row("a")["restarts"] == 1, "it was started again")
+        ready(daemon, "a")
+        if how == "reexec":
+            reexecute(daemon)
+        else:
+            crash(daemon)
+            daemon.start()
+        ready(daemon, "a")
+        for words in (("events",), ("story", "a"), ("status", "a")):
+            shown = ctl(daemon, *words)
+            assert shown.returncode == 0
+            assert "SIGKILL" in shown.stdout, words
+        events = daemon.control("GET", "/v1/processes/a").json["events"]
+        numbers = [event["seq"] for event in events]
+        assert numbers == sorted(set(numbers))
+        assert daemon.process_row("a")["last_exit"]["signal"] == "SIGKILL"
+
+
+def test_fleetctl_bears_a_re_execution(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        before = ups(daemon)
+        with beside(lambda: ctl(daemon, "daemon-reexec")):
+            while ups(daemon) == before:
+                shown = ctl(daemon, "ps")
+                assert shown.returncode == 0, shown.stderr
