@@ -144,7 +144,7 @@ def reexec(session: Session, timeout: float) -> int:
             daemon = client.get("/v1/status")["daemon"]
         except (Unreachable, Refused):
             continue
-        if daemon["uptime_s"] < before["uptime_s"] + passed:
+        if daemon["uptime_s"] < max(before["uptime_s"], passed):
             if not session.emit({"schema": "fleetctl/v1", "daemon": daemon}):
                 session.screen.line(f"fleetd {daemon['version']} runs as pid {daemon['pid']}")
             return EXIT_OK

@@ -94,16 +94,22 @@ def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a daemon lives whose socket is, or will be, at `path`: it holds the lock beside it."""
+    """Return whether a daemon lives whose socket is, or will be, at `path`: it holds the lock beside it.
+
+    A lock whose last holder is dead is not touched: a daemon that starts right now would find it taken.
+    """
     import fcntl
 
     try:
         with path.with_name("fleetd.lock").open("rb") as file:
+            holder = file.read(32).strip()
+            if holder.isdigit():
+                os.kill(int(holder), 0)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (OSError, ValueError):
-        return False  # no lock file, or none that we may read
+        return False  # no lock file, or nobody who holds it
     return False
 
 

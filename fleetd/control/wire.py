@@ -152,7 +152,7 @@ class Status(TypedDict):
 
 
 class FleetEvent(TypedDict):
-    """One thing that happened. `seq` grows by one for the life of the daemon; it is the SSE id."""
+    """One thing that happened. `seq` grows by one, over restarts of the daemon too; it is the SSE id."""
 
     seq: int
     at: str

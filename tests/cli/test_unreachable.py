@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import socket
 import threading
 import time
@@ -215,6 +216,8 @@ def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:
     path = short / "fleetd.sock"
     answer = answering(http(b'{"schema": "fleetctl/v1", "processes": [], "models": []}'))
     with path.with_name("fleetd.lock").open("w") as lock:
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         server = threading.Timer(0.4, lambda: stack.enter_context(raw_server(path, answer)))
         with ExitStack() as stack:

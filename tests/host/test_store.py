@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetd.core.contract import Remembered
+from fleetd.core.contract import ExitKind, ExitReport, Remembered
 from fleetd.errors import HostError
 from fleetd.host import store as store_module
 from fleetd.host.store import Store
@@ -32,7 +32,11 @@ async def opened(folder: Path) -> AsyncIterator[Store]:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    kept = Remembered(stopped=True, restarts=3, deaths=2, died_s=(1.5, 2.5), slow=True, failed="gave up", generation=9)
+    last = ExitReport(None, "SIGSEGV", kind=ExitKind.CRASH, reason="it crashed")
+    kept = Remembered(
+        stopped=True, restarts=3, deaths=2, died_s=(1.5, 2.5), slow=True, failed="gave up", generation=9, again=True,
+        last_exit=last, last_exit_s=4.5,
+    )  # fmt: skip
 
     async def write() -> None:
         async with opened(tmp_path) as store:
@@ -127,6 +131,22 @@ def test_a_database_that_breaks_while_open(tmp_path: Path) -> None:
             store.put("a", 1)
             assert await store.get("a") == 1
             assert store.quarantined
+
+    asyncio.run(run())
+
+
+def test_what_happened_last_to_each_is_not_hidden_by_one_that_is_loud(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path) as store:
+            assert await store.last_of_each(3, 10) == []
+            store.record("process", "quiet", {"n": -1})
+            for number in range(500):
+                store.record("process", "loud", {"n": number})
+            found = await store.last_of_each(3, 10)
+            assert [(entry.subject, entry.data["n"]) for entry in found] == [
+                ("quiet", -1), ("loud", 497), ("loud", 498), ("loud", 499),
+            ]  # fmt: skip
+            assert len(await store.last_of_each(300, 10)) == 10
 
     asyncio.run(run())
 
