@@ -8,6 +8,8 @@ The rules of this file
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fleetd.core.contract import ExitKind, ExitReport, ModelSpec, ProcessSpec, Remembered
 from fleetd.core.events import Adopted, Exited, SpecChanged
 from fleetd.core.facts import Facts, spec_hash
@@ -41,8 +43,9 @@ class Change:
         for name, kept in event.remembered.items():
             facts.retired[name] = max(facts.retired.get(name, 0), kept.generation)
         before = {name: process.spec for name, process in facts.processes.items()}
+        stopped = self._stopped_entries()
         for spec in event.spec.processes.values():
-            self._process(spec, event.remembered.get(spec.name), now)
+            self._process(spec, event.remembered.get(spec.name), now, stopped)
             if spec.name in event.missing:
                 facts.processes[spec.name].missing = event.missing[spec.name]
                 facts.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
@@ -66,11 +69,21 @@ class Change:
         for exited in event.died:
             self._died(exited, now)
 
-    def _process(self, spec: ProcessSpec, remembered: Remembered | None, now: float) -> None:
+    def _stopped_entries(self) -> set[str]:
+        """Return the entries of which an operator has stopped all replicas: one more of them, or another name, is stopped too."""
+        running = {process.spec.base for process in self.facts.processes.values() if not process.stopped}
+        return {process.spec.base for process in self.facts.processes.values()} - running
+
+    def _process(
+        self, spec: ProcessSpec, remembered: Remembered | None, now: float, stopped: Collection[str] = ()
+    ) -> None:
         process = self.facts.processes.get(spec.name)
         if process is None:
             process = self.facts.processes[spec.name] = Process(spec, since_s=now)
             process.generation = self.facts.retired.pop(spec.name, 0)
+            if spec.base in stopped:
+                process.stopped, process.reason = True, "stopped by an operator"
+                self.facts.persist(process, "its entry is stopped")
         else:
             self._respec(process, spec, now)
         if remembered is not None and process.state is ProcessState.STOPPED:

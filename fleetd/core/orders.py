@@ -97,6 +97,8 @@ class Orders:
         model = self.facts.models.get(self.facts.names.get(event.model, event.model))
         if model is not None:
             model.pinned_by_hand = event.pin
+            for placement in model.placements.values() if event.pin else ():
+                self.residencies.sleeping.call_off(placement, "pinned by an operator")
             self.facts.journal.note(model.name, "pinned by an operator" if event.pin else "unpinned by an operator")
 
     def shutdown_asked(self, event: e.ShutdownAsked, _now: float) -> None:

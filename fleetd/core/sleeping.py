@@ -48,6 +48,13 @@ class Sleeping:
         self.facts.journal.note(model.name, f"to sleep on {placement.process}: {reason}")
         self.facts.wake(placement.process)
 
+    def call_off(self, placement: Placement, reason: str) -> None:
+        """Let it stay, if it was not told to sleep yet. What its sleep would have taken elsewhere is given back."""
+        if placement.step is SleepStep.SLEEP and not placement.ordered:
+            placement.step, placement.closing, placement.returns = None, None, False
+            self.facts.ledger.correct(placement.key, holds(self.facts.models[placement.model], placement))
+            self.facts.journal.note(placement.model, f"not put to sleep on {placement.process}: {reason}")
+
     def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
         """Reserve what waking takes, and wake it as soon as its lane is free. Raises CapacityError without the room."""
         model = self.facts.models[placement.model]
@@ -70,6 +77,9 @@ class Sleeping:
         if placement.step is None:
             return False
         if placement.generation != process.generation or process.state not in SERVING | {ProcessState.STARTING}:
+            if placement.step is SleepStep.LOOK:  # what it held was assumed: whether there is room for it is to be seen
+                self.facts.unseen.pop(process.name, None)
+                self._lost(placement, process, now)
             placement.step, placement.ordered = None, False
         elif process.state is ProcessState.STARTING:
             pass  # adopted, and not heard of yet

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,16 @@ def quarantine(path: Path) -> Path | None:
 
 
 class Records:
-    """state/handles/NAME.json. A full disk loses the record, not the process: `problem` then says so."""
+    """state/handles/NAME.json, and NAME.copy of what runs, for a record that is torn or gone. A full disk loses the record, not the
+    process: `problem` then says so."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.place = str(folder)  # what tells the processes of this daemon from those of another
         self.problem: str | None = None
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{escape(name)}.json"
+    def _path(self, name: str, suffix: str = "json") -> Path:
+        return self._folder / f"{escape(name)}.{suffix}"
 
     def pipe_path(self, token: str) -> Path:
         """Return where the pipe of a captured run is."""
@@ -124,10 +125,12 @@ class Records:
         return self._folder / f"{token}.hand"
 
     def write(self, record: HandleRecord) -> None:
-        content = {"version": _VERSION, **asdict(record)}
+        content = json.dumps({"version": _VERSION, **asdict(record)}).encode()
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._path(record.name), json.dumps(content).encode(), durable=False)
+            write_atomically(self._path(record.name), content, durable=False)
+            if record.pid is not None:
+                write_atomically(self._path(record.name, "copy"), content, durable=False)
         except OSError as error:
             self.problem = f"the record of {record.name} could not be written: {error.strerror}"
         else:
@@ -140,16 +143,16 @@ class Records:
             self.hand_path(record.token).unlink(missing_ok=True)
         except OSError:
             pass
-        path = self._path(record.name)
-        try:
-            current = parse_record(path.read_bytes())
-        except (OSError, ValueError):
-            current = None
-        if current is None or current.token == record.token:
+        for path in (self._path(record.name, "copy"), self._path(record.name)):
             try:
-                path.unlink(missing_ok=True)
-            except OSError:
-                pass
+                current = parse_record(path.read_bytes())
+            except (OSError, ValueError):
+                current = None
+            if current is None or current.token == record.token:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError:
+                    pass
 
     def load(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
         """Return all records and the places to which unreadable ones were moved.
@@ -167,11 +170,23 @@ class Records:
                 place = quarantine(path)
                 if place is not None:
                     moved.append(place)
+        records += self._copies({record.name for record in records})
         kept = (*records, *carried)
         known = {of(record.token) for record in kept for of in (self.pipe_path, self.hand_path)}
         for left in {*self._folder.glob("*.pipe"), *self._folder.glob("*.hand")} - known:
             left.unlink(missing_ok=True)
         return records, moved
+
+    def _copies(self, known: Collection[str]) -> Iterator[HandleRecord]:
+        """Yield what only a copy still tells, and write its record again."""
+        for path in sorted(self._folder.glob("*.copy")):
+            try:
+                record = parse_record(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            if record.name not in known:
+                self.write(record)
+                yield record
 
 
 def encode_records(records: Sequence[HandleRecord]) -> bytes:

@@ -11,7 +11,7 @@ from fleetd.core import events as e
 from fleetd.core.contract import Capabilities, ExitKind, FleetSpec, ProbeKind, Probes, ProbeSpec, Remembered, SleepState
 from fleetd.core.measuring import SETTLED_S
 from fleetd.core.sleeping import ANSWER_GRACE_S, SLEEPLESS_S
-from fleetd.core.state import ProcessState, Residency
+from fleetd.core.state import ProcessState, Residency, SleepStep
 from tests.core.rig import G, Rig, fleet_spec, model, own, process
 
 ASLEEP, AWAKE, FAILED = SleepState
@@ -130,6 +130,24 @@ def test_a_wish_for_what_falls_asleep_waits_for_its_waking() -> None:
     rig.answers("a", AWAKE)
     assert wish not in rig.fleet.facts.queue
     assert wish not in rig.rejects()
+
+
+def test_a_pin_calls_off_a_sleep_that_was_not_ordered_yet() -> None:
+    whole = spec("ab")
+    starting = own("x", lane="gpu0", on_demand=False, own_model=None)
+    rig = Rig(whole)
+    rig.warm("a")
+    rig.send(e.SpecChanged(FleetSpec({**whole.processes, "x": starting}, whole.models, whole.devices)))
+    rig.ask("b")
+    assert not rig.take(c.Sleep), "its lane is taken by a start"
+    assert rig.fleet.models["a"].placements["a"].step is SleepStep.SLEEP
+    rig.send(e.PinAsked("a", True))
+    rig.spawned("x")
+    rig.wait(1.0)
+    assert not rig.take(c.Sleep)
+    assert rig.residency("a") is R.LOADED
+    assert held(rig, "a") == {"gpu0": 8}, "what it would have taken on the host is free again"
+    assert rig.ask("a") in rig.granted()
 
 
 def test_an_operators_unload_ends_a_sleeper_and_one_that_falls_asleep() -> None:
@@ -396,6 +414,15 @@ def test_an_adopted_one_that_does_not_say_is_killed() -> None:
     assert "look failed: no answer" in stop.reason
     rig.empty("a")
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "whether it has room to start cold is to be seen"
+
+
+def test_an_adopted_one_that_dies_before_it_said_does_not_come_back_unasked() -> None:
+    found = (e.Adopted("a", 3, 50),)
+    rig = Rig(spec(), adopted=found, remembered={"a": Remembered(generation=3)})
+    assert rig.take(c.LookAsleep)
+    rig.dies("a")
+    assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "it may have been asleep, and held far less"
+    assert not rig.fleet.facts.unseen
 
 
 def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> None:

@@ -785,6 +785,20 @@ def test_scaling_up_and_down_leaves_the_rest_alone() -> None:
     assert rig.of("w-1").generation == 1
 
 
+def test_a_replica_more_of_what_is_stopped_is_stopped_too() -> None:
+    rig = Rig(fleet_spec([process("w", base="w")]))
+    rig.spawned("w")
+    rig.send(e.StopAsked("w"))
+    rig.empty("w")
+    rig.clear()
+    rig.send(e.SpecChanged(fleet_spec([process(f"w-{number}", base="w") for number in (1, 2)])))
+    assert not rig.take(c.Spawn)
+    assert {kept.name for kept in rig.take(c.Persist) if kept.remembered.stopped} == {"w-1", "w-2"}
+    rig.send(e.StartAsked("w-1"))
+    rig.send(e.SpecChanged(fleet_spec([process(f"w-{number}", base="w") for number in (1, 2, 3)])))
+    assert [command.name for command in rig.take(c.Spawn)] == ["w-1", "w-3"], "one of them runs: so does another"
+
+
 def test_a_name_that_comes_back_does_not_repeat_generations() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")

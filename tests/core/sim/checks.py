@@ -327,7 +327,7 @@ def waiting_states(world: World, name: str) -> None:
         backoff, loop = process.spec.restart.backoff, process.spec.restart.crash_loop
         row = max(1, world.row.get(name, 1))
         longest_s = min(backoff.max_s, backoff.initial_s * backoff.factor ** min(row - 1, 30) * (1 + backoff.jitter))
-        slow = loop.then == "slow" and len(world.deaths.get(name, ())) >= loop.count
+        slow = loop.then == "slow" and (len(world.deaths.get(name, ())) >= loop.count or name in world.hopeless)
         longest_s = max(longest_s, loop.every_s if slow else 0.0)
         if owns:
             pause_s = due_s - process.since_s

@@ -99,6 +99,7 @@ class World:
         self.deaths: dict[str, list[float]] = {}
         self.kept_failed: set[str] = set()  # had given up before the daemon restarted
         self.row: dict[str, int] = {}  # deaths since the last stable run
+        self.hopeless: set[str] = set()  # could not even be started, and trying again cannot help
         self.last_end: dict[tuple[str, str, int], float] = {}
         self.past: list[tuple[str, int, e.Event]] = []
         self.crashy: dict[str, int] = {}  # starts that will crash
@@ -182,6 +183,8 @@ class World:
             self.spawning.pop((name, generation), None)
         if isinstance(event, e.SpawnFailed):
             self.count_death(name)
+            if not event.recoverable:
+                self.hopeless.add(name)
         if run is None:
             return
         if isinstance(event, e.Spawned):
@@ -214,6 +217,10 @@ class World:
         self.row.pop(name, None)
         self.deaths.pop(name, None)
         self.kept_failed.discard(name)
+        self.hopeless.discard(name)
+        process = self.fleet.processes.get(name)
+        if process is not None and process.outcome is not None:  # dead, and counted when its set is empty
+            self.row[name], self.deaths[name] = 1, [self.now]
 
     def forgive_failed(self, name: str) -> None:
         """A new configuration gives a process that gave up a new chance."""
