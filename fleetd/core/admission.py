@@ -267,9 +267,14 @@ class Admission:
         waiting.load_began_s = waiting.load_began_s or now
 
     def deadlines(self) -> Iterator[float]:
-        """Yield when the line may move by time alone: an end of patience, or a head that becomes overdue."""
+        """Yield when the line may move by time alone: an end of patience, a head that becomes overdue, a fallback that may be tried
+        again."""
         for waiting in self.facts.queue.values():
             yield waiting.deadline_s
+            for name in waiting.fallback:
+                other = self.facts.models.get(self.facts.names.get(name, name))
+                if other is not None and other.failure:
+                    yield other.retry_s
             if not waiting.overdue:
                 yield waiting.arrived_s + self.facts.spec.queue.max_wait_s
 
