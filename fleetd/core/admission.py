@@ -155,9 +155,14 @@ class Admission:
                 leaving = verdict.victims
             elif isinstance(verdict, Wait):
                 leaving = verdict.drain
-            if waiting.overdue or all(models[p.model].spec.priority < waiting.priority for p in leaving):
-                return {p.key for p in leaving}
-            return set()
+            if not waiting.overdue and any(models[p.model].spec.priority >= waiting.priority for p in leaving):
+                leaving = ()
+            if not leaving or not all(
+                key[1] in models[key[0]].placements for key in waiting.closes if key[0] in models
+            ):
+                waiting.closes = frozenset()
+            waiting.closes = waiting.closes or frozenset(p.key for p in leaving)
+            return set(waiting.closes)
         return set()
 
     def _serve_warm(self, waiting: Waiting, closed: set[tuple[str, str]], now: float) -> None:

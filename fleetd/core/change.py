@@ -85,6 +85,8 @@ class Change:
                 process.stopped, process.reason = True, "stopped by an operator"
                 self.facts.persist(process, "its entry is stopped")
         else:
+            if process.removed:  # it had left the file, and something of it lives on
+                process.record.reset()
             self._respec(process, spec, now)
         if remembered is not None and process.state is ProcessState.STOPPED:
             self._remember(process, remembered)
