@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -88,8 +89,8 @@ def piped_lines(folder: Path, name: str) -> list[str]:
 
 def all_lines(folder: Path, name: str) -> list[str]:
     """Return all lines of a log, archives first, freed heads left out. A file that moves under the look begins it anew."""
-    logs = folder / "logs"
-    for _ in range(100):
+    logs, end = folder / "logs", time.monotonic() + 20.0
+    while time.monotonic() < end:
         with suppress(FileNotFoundError):
             (logs / f"{name}.log").stat()
             return log_content(logs, name).decode("utf-8", "replace").splitlines()
