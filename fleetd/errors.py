@@ -46,6 +46,7 @@ class Problem:
     path: str
     message: str
     excerpt: str = ""
+    caret: int = 0  # the column of the place in the excerpt
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: "
@@ -53,7 +54,7 @@ class Problem:
         head = f"{where}{subject}{self.message}"
         if not self.excerpt:
             return head
-        return f"{head}\n    {self.excerpt}\n    {' ' * max(0, self.column - 1)}^"
+        return f"{head}\n    {self.excerpt}\n    {' ' * max(0, self.caret - 1)}^"
 
 
 class ConfigError(FleetError):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,20 @@ class Source:
     def __post_init__(self) -> None:
         self.folder = self.path.parent
 
-    def excerpt(self, line: int, column: int) -> str:
-        """Return the line at a place, tabs as blanks, or nothing where it would be too long to read."""
+    def excerpt(self, line: int, column: int) -> tuple[str, int]:
+        """Return the line at a place, tabs as blanks, and the column of the place in it; of a long line what is around the place."""
         if self._lines is None:
             self._lines = _LINE_BREAK.split(self.text)
-        if not 0 < line <= len(self._lines) or column > _LONGEST_EXCERPT:
-            return ""
-        return self._lines[line - 1].replace("\t", " ")[:_LONGEST_EXCERPT]
+        if not 0 < line <= len(self._lines):
+            return "", 0
+        text = self._lines[line - 1].replace("\t", " ")
+        if column <= _LONGEST_EXCERPT:
+            return text[:_LONGEST_EXCERPT], column
+        start = column - _LONGEST_EXCERPT // 2
+        return "…" + text[start : start + _LONGEST_EXCERPT], column - start + 1
 
     def problem(self, line: int, column: int, message: str, path: str = "") -> Problem:
-        return Problem(self.shown, line, column, printable(path), printable(message), self.excerpt(line, column))
+        return Problem(self.shown, line, column, printable(path), printable(message), *self.excerpt(line, column))
 
 
 class Node:
@@ -178,8 +182,12 @@ def _check_characters(source: Source) -> None:
         raise ConfigError([source.problem(line, column, "YAML directives are not supported: remove this line")])
 
 
-def compose(source: Source) -> Node:
-    """Return the root of the file's only document. Raises ConfigError with every duplicate key, or the first other mistake."""
+def compose(source: Source, report: Callable[[list[Problem]], None] | None = None) -> Node:
+    """Return the root of the file's only document. Raises ConfigError with the first mistake that leaves no tree.
+
+    Duplicate keys and tags leave one, in which both values of a key stand together or else the first: they are reported, and the
+    rest of the file can be checked too; without `report` they are raised.
+    """
     composer = _Composer(source)
     loader = _Loader(source.text)
     try:
@@ -191,8 +199,10 @@ def compose(source: Source) -> Node:
         raise ConfigError([*composer.problems, source.problem(0, 0, f"is not YAML: {error}")]) from None
     finally:
         loader.dispose()
-    if composer.problems:
+    if composer.problems and report is None:
         raise ConfigError(composer.problems)
+    if report is not None:
+        report(composer.problems)
     if composer.root is None or composer.root.is_null:
         raise ConfigError(
             [source.problem(0, 0, "is empty: a fleet needs at least one of services, instances or models")]
@@ -276,7 +286,7 @@ class _Composer:
     def _new(self, event: Any, value: Any, plain: bool) -> Node:
         mark = event.start_mark
         if event.tag is not None:
-            self._fail(mark, f"tags such as {event.tag[:40]} are not supported: remove it")
+            self._note(mark.line + 1, mark.column + 1, f"tags such as {event.tag[:40]} are not supported: remove it")
         self._nodes += 1
         if self._nodes > MAX_NODES:
             self._fail(mark, f"the file has more than {MAX_NODES} values: split the fleet")
@@ -347,6 +357,11 @@ class _Composer:
         if first is not None:
             first_place = f"{self.source.shown}:{first.key_line}:{first.key_column}"
             self._note(node.key_line, node.key_column, f"the key {key[:60]!r} is defined twice: first at {first_place}")
+            if (
+                type(first.value) is dict and type(node.value) is dict
+            ):  # what stands in either is known to the rest of the file
+                both = top.node.value[key] = first.copy()
+                both.value = {**node.value, **first.value}
             return
         top.node.value[key] = node
 

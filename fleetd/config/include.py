@@ -44,7 +44,7 @@ class Reader:
         self.files.append(path)
         self.order.setdefault(shown, len(self.order))
         try:
-            root = compose(read_source(path, shown, self.order[shown]))
+            root = compose(read_source(path, shown, self.order[shown]), self.problems.extend)
         except ConfigError as error:
             self.problems.extend(error.problems)
             return None

@@ -18,7 +18,7 @@ from fleetd.config import document
 from fleetd.config.document import MAX_FILE_BYTES, MAX_NODES, Source, compose, read_source
 from fleetd.config.scalars import resolve
 from fleetd.config.tree import plain
-from fleetd.errors import ConfigError
+from fleetd.errors import ConfigError, Problem
 
 
 def read(text: str) -> Any:
@@ -89,6 +89,31 @@ def test_an_alias_has_the_place_of_its_own_key_and_of_the_shared_value() -> None
     root = compose(Source("f", Path("f"), text="a: &x {k: 1}\nb: *x\n"))
     assert (root.value["b"].key_line, root.value["b"].line) == (2, 1)
     assert root.value["a"].key_line == 1
+
+
+def test_what_is_given_twice_is_told_and_both_stand_together_for_the_rest_of_the_file() -> None:
+    told: list[Problem] = []
+    text = "models: {a: {x: 1}, a: {y: 2}}\nmodels: {b: !t {x: 1, x: 2}}\n"
+    root = compose(Source("f", Path("f"), text=text), told.extend)
+    assert [str(one).split("\n")[0] for one in told] == [
+        "f:1:21: the key 'a' is defined twice: first at f:1:10",
+        "f:2:13: tags such as !t are not supported: remove it",
+        "f:2:23: the key 'x' is defined twice: first at f:2:17",
+        "f:2:1: the key 'models' is defined twice: first at f:1:1",
+    ]
+    models = root.value["models"].value
+    assert set(models) == {"a", "b"}
+    assert {key: node.value for key, node in models["a"].value.items()} == {"x": "1", "y": "2"}
+    assert models["b"].value["x"].value == "1"
+
+
+def test_of_a_long_line_what_is_around_the_place_is_shown() -> None:
+    source = Source("f", Path("f"), text="a: [" + "1234567890, " * 50 + "wrong]\n")
+    column = source.text.index("wrong") + 1
+    _, line, caret = str(source.problem(1, column, "no")).split("\n")
+    assert line[caret.index("^") :].startswith("wrong]")
+    assert line.strip().startswith("…")
+    assert len(line) < 200
 
 
 BAD_YAML = {
