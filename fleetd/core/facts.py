@@ -159,7 +159,7 @@ class Facts:
                     stopped=process.stopped,
                     restarts=process.restarts,
                     deaths=process.record.deaths,
-                    died_s=tuple(process.record.times)[-process.spec.restart.crash_loop.count :],
+                    died_s=process.record.last(process.spec.restart.crash_loop.count),
                     slow=process.record.slow,
                     failed=process.reason if process.state is ProcessState.FAILED else None,
                     generation=process.generation,

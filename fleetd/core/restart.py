@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from fleetd.core.contract import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _REMEMBERED_DEATHS = 1000
+_KEPT_DEATHS = 20  # over a restart of the daemon: each of its records holds them
 
 
 @dataclass(slots=True)
@@ -28,6 +30,10 @@ class RestartRecord:
     deaths: int = 0  # since the last stable run
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_DEATHS))  # monotonic seconds of deaths
     slow: bool = False
+
+    def last(self, count: int) -> tuple[float, ...]:
+        """Return the times of the last deaths, of which `count` make a crash loop: what the next daemon goes on counting with."""
+        return tuple(islice(self.times, max(0, len(self.times) - min(count, _KEPT_DEATHS)), None))
 
     def reset(self) -> None:
         """Forget everything: a person, or an edit of the configuration, gave it a new chance."""

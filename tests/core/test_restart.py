@@ -231,3 +231,12 @@ def test_an_external_server_is_looked_for_for_ever() -> None:
     rig.probe("far", ProbeKind.STARTUP)
     rig.probe("far", ProbeKind.READINESS)
     assert rig.state("far") is ProcessState.READY
+
+
+def test_few_deaths_are_kept_for_the_next_daemon_however_many_a_crash_loop_may_have() -> None:
+    record = RestartRecord()
+    for number in range(1500):
+        record.times.append(float(number))
+    assert record.last(3) == (1497.0, 1498.0, 1499.0)
+    assert len(record.last(1_000_000)) == 20, "every record of the process holds them, and so does the journal"
+    assert RestartRecord().last(5) == ()
