@@ -157,11 +157,9 @@ class Admission:
                 leaving = verdict.drain
             if not waiting.overdue and any(models[p.model].spec.priority >= waiting.priority for p in leaving):
                 leaving = ()
-            if not leaving or not all(
-                key[1] in models[key[0]].placements for key in waiting.closes if key[0] in models
-            ):
-                waiting.closes = frozenset()
-            waiting.closes = waiting.closes or frozenset(p.key for p in leaving)
+            still_there = all(name in self.facts.placed.get(process, ()) for name, process in waiting.closes)
+            if not (leaving and waiting.closes and still_there):
+                waiting.closes = frozenset(placement.key for placement in leaving)
             return set(waiting.closes)
         return set()
 

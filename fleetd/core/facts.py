@@ -38,9 +38,7 @@ class Waiting:
     load_began_s: float | None = None
     why: str = "arrived"
     overdue: bool = False  # has waited for the fairness bound
-    closes: frozenset[tuple[str, str]] = (
-        frozenset()
-    )  # placements that only drain for it: chosen once, lest time alone changes them
+    closes: frozenset[tuple[str, str]] = frozenset()  # only drain for it: chosen once, lest time alone changes them
 
 
 @dataclass(slots=True)
