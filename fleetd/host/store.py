@@ -352,17 +352,14 @@ class Store:
             self.dropped += len(rows)
             return
         try:
-            if len(rows) == 1:
-                self._db.execute(query, rows[0])
-            else:
-                self._execute_many(self._db, query, rows)
+            self._transact(self._db, query, rows)
         except sqlite3.Error as error:
             self.dropped += len(rows)
             self._failed(error)
         else:
             self._problems.pop("db", None)
 
-    def _execute_many(self, db: sqlite3.Connection, query: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _transact(self, db: sqlite3.Connection, query: str, rows: Sequence[tuple[Any, ...]]) -> None:
         db.execute("BEGIN")
         try:
             db.executemany(query, rows)

@@ -66,9 +66,8 @@ class CommandSaid:
 class SpawnRequest:
     """One process to start.
 
-    `env` is its whole environment ; what belongs to the daemon alone is
-    taken out of it. `port` is checked to be free on `host` first. `ipc` opens a Node IPC channel. `extra` is kept in the
-    handle's record and comes back on adoption.
+    `env` is its whole environment; what belongs to the daemon alone is taken out of it. `port` is checked to be free on `host`
+    first. `ipc` opens a Node IPC channel. `extra` is kept in the handle's record and comes back on adoption.
     """
 
     name: str
