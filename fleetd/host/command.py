@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from secrets import token_hex
 
 from fleetd.host.pidfd import CHILDREN, ExitWatch, Status
-from fleetd.host.process_set import TOKEN_VARIABLE, Lineage
+from fleetd.host.process_set import TOKEN_VARIABLE, Lineage, carriers
 from fleetd.host.proctable import ProcessTable
 from fleetd.host.spawn import Program, launch
 from fleetd.host.types import CommandSaid
@@ -144,15 +144,9 @@ def said(result: CommandResult, took_s: float) -> CommandSaid:
 
 def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
     """Kill what carries a mark in its environment, and what that starts meanwhile; return the pids. Blocks."""
-    wanted, killed = f"{variable}={mark}".encode(), []
+    killed: list[int] = []
     for _ in range(_HUNTS):
-        found = [
-            entry
-            for entry in table.snapshot().values()
-            if not entry.dead
-            and entry.pid != os.getpid()
-            and wanted in (table.environment(entry.pid) or b"").split(b"\0")
-        ]
+        found = [entry for entry, _ in carriers(table, variable, mark) if entry.pid != os.getpid()]
         for entry in found:
             table.send(entry.pid, entry.start, signals.SIGKILL)
         killed += [entry.pid for entry in found]

@@ -69,9 +69,7 @@ class Host:
         self._scanner = SetScanner(self.table)
         self._stopper = Stopper(self._scanner, self._scan, self._stop_command)
         self._boot_id = boot_id()
-        self._mark = hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]
-        prefix = f"fleetd-{self._mark}"
-        self._cgroups = cgroup.detect(prefix)
+        self._cgroups = cgroup.detect(f"fleetd-{hashlib.sha256(str(paths.state).encode()).hexdigest()[:8]}")
         self._hunts: set[asyncio.Task[tuple[int, ...]]] = set()
         self._entering: set[asyncio.Future[bool]] = set()
         self._handles: dict[str, ProcessHandle] = {}
@@ -86,7 +84,7 @@ class Host:
     async def start(self) -> None:
         """Become subreaper, and begin housekeeping (orphans, rotation). Needed once, before anything else."""
         become_subreaper()
-        await self.thread(end_marked, self.table, PROBE_VARIABLE, self._mark)
+        await self.thread(end_marked, self.table, PROBE_VARIABLE, self.records.place)
         await self.thread(self.logs.recover)
         if self._cgroups is not None:
             await self.thread(self._cgroups.purge)
@@ -270,7 +268,7 @@ class Host:
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
         """Do the same for a probe: should this daemon be killed meanwhile, the next one ends what is left of it."""
-        return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self._mark}), timeout_s)
+        return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self.records.place}), timeout_s)
 
     def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
         hunt = asyncio.get_running_loop().create_task(self._stopper.end_lineage(lineage))

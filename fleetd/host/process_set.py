@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from fleetd.host.cgroup import Cgroup
@@ -79,15 +79,20 @@ def read_token(environment: bytes | None) -> str | None:
 def strays(table: ProcessTable, place: str, known: Collection[str]) -> dict[str, str]:
     """Return what a daemon with its records at `place` has spawned, and none of them knows of: token to NAME:GENERATION."""
     found: dict[str, str] = {}
-    for entry in table.snapshot().values():
-        block = b"" if entry.dead else table.environment(entry.pid) or b""
-        token = read_token(block)
-        if token is None or token in known or token in found:
-            continue
-        pairs = dict(pair.partition(b"=")[::2] for pair in block.split(b"\0"))
-        if pairs.get(STATE_VARIABLE.encode()) == os.fsencode(place):
-            found[token] = os.fsdecode(pairs.get(INSTANCE_VARIABLE.encode(), b""))
+    for _, environment in carriers(table, STATE_VARIABLE, place):
+        token = environment.get(TOKEN_VARIABLE)
+        if token is not None and token not in known:
+            found.setdefault(token, environment.get(INSTANCE_VARIABLE, ""))
     return found
+
+
+def carriers(table: ProcessTable, variable: str, value: str) -> Iterator[tuple[Entry, dict[str, str]]]:
+    """Yield the live processes with this variable in their environment, and all of that environment. Reads the whole table."""
+    wanted = os.fsencode(f"{variable}={value}")
+    for entry in table.snapshot().values():
+        pairs = [] if entry.dead else (table.environment(entry.pid) or b"").split(b"\0")
+        if wanted in pairs:
+            yield entry, dict(os.fsdecode(pair).partition("=")[::2] for pair in pairs)
 
 
 def members(
