@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from fleetd.config.load import LoadedConfig, load
 from fleetd.config.model_schema import HeldModel
 from fleetd.config.tree import plain
 from fleetd.errors import ConfigError
+from tests.daemon.cases.rig import alive
+from tests.daemon.rig import until
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not on PATH")
@@ -134,6 +138,18 @@ def test_a_script_that_never_ends_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did not finish within"):
         nodejs.evaluate(path, timeout_s=0.5)
     assert time.monotonic() - start < 10
+
+
+@needs_node
+def test_a_script_that_never_ends_does_not_outlive_a_killed_import_for_long(tmp_path: Path) -> None:
+    path = tmp_path / "ecosystem.config.js"
+    path.write_text("require('fs').writeFileSync('pid', String(process.pid)); for (;;) {}")
+    code = "import sys; from pathlib import Path; from fleetd.config.importers import nodejs; nodejs.evaluate(Path(sys.argv[1]), 0.6)"
+    importer = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the script runs")
+    importer.kill()
+    importer.wait()
+    until(lambda: not alive(int((tmp_path / "pid").read_text())), "the kernel has ended it")
 
 
 def test_without_node_the_import_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

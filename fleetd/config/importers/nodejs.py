@@ -3,15 +3,20 @@
 The rules of this file
 - JavaScript is never read by patterns: without Node the import is refused, with what to do instead.
 - Only what the file and its modules read of the environment is told: Node's own modules look at variables, too.
-- What the file prints itself comes before a marker and is not taken for its value; it has ten seconds and 16 MiB.
+- What the file prints itself comes before a marker and is not taken for its value; it has ten seconds and 16 MiB. One that never
+  ends is ended by the kernel even when nobody waits for it any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import os
 import shutil
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +58,8 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
     if node is None:
         hint = "install Node, or export the list with `pm2 jlist > apps.json` and import that"
         raise ConfigError([Problem(str(path), 0, 0, "", f"is JavaScript and needs Node, which is not on PATH: {hint}")])
-    words = (node, "-e", _SCRIPT % (json.dumps(REGEXP), json.dumps(_MARKER)), str(path.resolve()))
+    limited = ("/bin/sh", "-c", f'ulimit -t {math.ceil(timeout_s * 3)}; exec "$0" "$@"')  # seconds of processor
+    words = (*limited, node, "-e", _SCRIPT % (json.dumps(REGEXP), json.dumps(_MARKER)), str(path.resolve()))
     code, output, errors = asyncio.run(run(words, timeout_s, path.resolve().parent))
     if code is None:
         raise ConfigError([Problem(str(path), 0, 0, "", f"did not finish within {timeout_s:g} s")])
@@ -75,7 +81,10 @@ async def run(words: Sequence[str], timeout_s: float, cwd: Path | None = None) -
         async with asyncio.timeout(timeout_s):
             output, errors = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.communicate()
         return None, "", ""
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
     return process.returncode, output[-_LONGEST:].decode("utf-8", "replace"), errors[-65536:].decode("utf-8", "replace")

@@ -19,7 +19,7 @@ from tests.daemon.rig import Fleetd, fleetd, until
 
 STUBBORN = {"command": sh('trap "" TERM; while :; do sleep 0.05; done'), "stop": {"timeout": "500ms"}}
 PREPARED = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "0.3"]}}
-ORDERLY = {"command": SLEEPER, "stop": {"command": ["sleep", "0.4"], "timeout": "1s"}}  # which ends nothing: it is killed
+ORDERLY = {"command": SLEEPER, "stop": {"command": ["sleep", "0.4"], "timeout": "1s"}}  # it ends nothing
 
 
 def ups(daemon: Fleetd) -> int:
