@@ -7,7 +7,6 @@ The rules of this file
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -17,8 +16,9 @@ from typing import Any
 
 from fleetd.config.importers.nodejs import REGEXP
 from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
+from fleetd.config.importers.pm2_values import duration, env_texts, milliseconds, size_bytes, words_of
 from fleetd.config.importers.report import Report
-from fleetd.units import format_duration, format_size
+from fleetd.units import format_size
 
 _ALIASES = {
     "exec": "script", "cmd": "script", "command": "script", "exec_interpreter": "interpreter", "interpreter_args": "node_args",
@@ -35,8 +35,6 @@ _COSMETIC = frozenset({
     "event_loop_inspector", "deep_monitoring", "io", "install_url", "post_update", "instance_var", "name_prefix",
     "append_env_to_name", "disable_source_map_support", "kill_retry_time", "pid_file",
 })  # fmt: skip
-_TIMES = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_SIZES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
 
 
 def snake(key: str) -> str:
@@ -97,11 +95,11 @@ class App:
 
     def _command(self) -> list[str]:
         script, args = self.take("script"), self.take("args")
-        interpreter, options = self.take("interpreter"), _words(self.take("node_args"))
+        interpreter, options = self.take("interpreter"), words_of(self.take("node_args"))
         if not isinstance(script, str):
             self.refused("script", "is missing: there is nothing to start")
             return []
-        rest = _words(args)
+        rest = words_of(args)
         if " " in script and not rest and script.split()[0].rsplit("/", 1)[-1] == "ollama":
             return script.split()
         if " " in script:
@@ -163,12 +161,12 @@ class App:
         said = self.take("env")
         if said is not None and not isinstance(said, dict):
             self.refused("env", "is not a mapping")
-        env = _env_texts(said)
+        env = env_texts(said)
         profiles = [key[4:] for key in self.fields if key.startswith("env_") and key != "env_file"]
         for profile in profiles:
             values = self.take(f"env_{profile}")
             if profile == self.profile and isinstance(values, dict):
-                env.update(_env_texts(values))
+                env.update(env_texts(values))
                 self.has_profile = True
                 self.mapped(f"env_{profile}", "laid over env")
             else:
@@ -287,19 +285,19 @@ def _restart(app: App) -> None:
         listed = [int(code) for code in (codes if isinstance(codes, list) else [codes]) if str(code).isdigit()]
         restart |= {"policy": "on-failure", "success_codes": listed}
         app.mapped("stop_exit_codes", f"restart.success_codes: {listed}")
-    fixed, growing = _ms(app.take("restart_delay")), _ms(app.take("exp_backoff_restart_delay"))
+    fixed, growing = milliseconds(app.take("restart_delay")), milliseconds(app.take("exp_backoff_restart_delay"))
     if growing:
-        restart["backoff"] = {"initial": _duration(growing), "factor": 1.5, "max": "15s"}
+        restart["backoff"] = {"initial": duration(growing), "factor": 1.5, "max": "15s"}
         app.mapped("exp_backoff_restart_delay", "restart.backoff")
     elif fixed:
-        restart["backoff"] = {"initial": _duration(fixed), "factor": 1, "max": _duration(fixed), "jitter": 0}
+        restart["backoff"] = {"initial": duration(fixed), "factor": 1, "max": duration(fixed), "jitter": 0}
         app.mapped("restart_delay", "restart.backoff with factor 1")
-    uptime, most = _ms(app.take("min_uptime")), app.take("max_restarts")
+    uptime, most = milliseconds(app.take("min_uptime")), app.take("max_restarts")
     if uptime:
-        restart["stable_after"] = _duration(uptime)
-        app.mapped("min_uptime", f"restart.stable_after: {_duration(uptime)}")
+        restart["stable_after"] = duration(uptime)
+        app.mapped("min_uptime", f"restart.stable_after: {duration(uptime)}")
     if isinstance(most, int | str) and str(most).isdigit() and int(most) > 0:
-        window = _duration(max(60_000, int(most) * 2 * (uptime or 1000)))
+        window = duration(max(60_000, int(most) * 2 * (uptime or 1000)))
         restart["crash_loop"] = {"count": int(most), "window": window}
         app.differs(
             "max_restarts", f"restart.crash_loop: {most} deaths within {window}; PM2 counts short runs in a row"
@@ -317,9 +315,9 @@ def _restart(app: App) -> None:
 
 def _stop(app: App) -> None:
     stop: dict[str, Any] = {} if app.is_instance else {"signal": "SIGINT"}
-    timeout = _ms(app.take("kill_timeout"))
+    timeout = milliseconds(app.take("kill_timeout"))
     if timeout:
-        stop["timeout"] = _duration(timeout)
+        stop["timeout"] = duration(timeout)
         app.mapped("kill_timeout", f"stop.timeout: {stop['timeout']}")
     elif not app.is_instance:
         app.differs("kill_timeout", "not said: PM2 kills after 1.6 s, fleetd after 10 s")
@@ -347,14 +345,14 @@ def _message(app: App, stop: dict[str, Any]) -> None:
 
 def _ready(app: App) -> None:
     said, limit = app.take("wait_ready"), app.take("listen_timeout")
-    timeout = _ms(limit)
+    timeout = milliseconds(limit)
     if said not in (True, "true"):
         if limit is not None:
             app.refused(
                 "listen_timeout", "only a start with wait_ready waits; any other is limited by probes.startup.deadline"
             )
         return
-    deadline = _duration(timeout or 30_000)
+    deadline = duration(timeout or 30_000)
     if timeout:
         app.mapped("listen_timeout", f"probes.startup.deadline: {deadline}")
     app.entry["probes"] = {"startup": {"message": "ready", "deadline": deadline}}
@@ -365,7 +363,7 @@ def _ready(app: App) -> None:
 
 
 def _limits(app: App) -> None:
-    size = _bytes(app.take("max_memory_restart"))
+    size = size_bytes(app.take("max_memory_restart"))
     if size:
         app.entry["limits"] = {"memory": format_size(size)}
         detail = f"limits.memory: {format_size(size)} of the whole process set; PM2 looked at its first process only"
@@ -392,15 +390,15 @@ def _schedule(app: App) -> None:
 
 
 def _watch(app: App) -> None:
-    watch, ignored, delay = app.fields.get("watch"), app.fields.get("ignore_watch"), _ms(app.fields.get("watch_delay"))
-    app.take("watch")
+    watch = app.take("watch")
+    ignored, delay = app.fields.get("ignore_watch"), milliseconds(app.fields.get("watch_delay"))
     if not watch:
         return
     paths = [str(path) for path in watch] if isinstance(watch, list) else [watch] if isinstance(watch, str) else ["."]
     ignore = ignored if isinstance(ignored, list) else [ignored] if isinstance(ignored, str) else ["node_modules", ".*"]
     entry: dict[str, Any] = {"paths": paths, "ignore": [glob for one in ignore if (glob := _glob(app, str(one)))]}
     if delay:
-        entry["debounce"] = _duration(max(delay, 10))
+        entry["debounce"] = duration(max(delay, 10))
     for field in ("ignore_watch", "watch_delay"):
         app.take(field)
     app.entry["watch"] = entry
@@ -457,42 +455,3 @@ _STEPS: tuple[Callable[[App], None], ...] = (
 def _name(fields: dict[str, Any]) -> str:
     name = fields.get("name") or PurePosixPath(str(fields.get("script") or "app").split(" ")[0]).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(name)).strip("-._")[:63] or "app"
-
-
-def _words(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [_env_text(word) for word in value]
-    try:
-        return shlex.split(str(value))
-    except ValueError:
-        return str(value).split()
-
-
-def _env_texts(values: Any) -> dict[str, str]:
-    items = values.items() if isinstance(values, dict) else ()
-    return {str(key): _env_text(value) for key, value in items if re.fullmatch(r"[^=\x00\s]{1,200}", str(key))}
-
-
-def _env_text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return json.dumps(value)
-
-
-def _ms(value: Any) -> int | None:
-    """Return milliseconds from PM2's numbers and texts: 200, "200", "10s", "5m"."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", str(value)) if value is not None else None
-    return round(float(found[1]) * _TIMES[found[2] or "ms"]) if found else None
-
-
-def _duration(milliseconds: int) -> str:
-    return format_duration(milliseconds / 1000)
-
-
-def _bytes(value: Any) -> int | None:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value)) if value is not None else None
-    return max(2**20, round(float(found[1]) * _SIZES[found[2].lower()])) if found and float(found[1]) > 0 else None

@@ -1,0 +1,61 @@
+"""Values as PM2's documents write them: words, variables, times, sizes.
+
+The rules of this file
+- What cannot be understood is None, or the text that it is: what that means is said by who reads the field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import Any
+
+from fleetd.units import format_duration
+
+_TIMES = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SIZES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
+
+
+def words_of(value: Any) -> list[str]:
+    """Return the words of a list, or of a text as a shell splits it."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [env_text(word) for word in value]
+    try:
+        return shlex.split(str(value))
+    except ValueError:
+        return str(value).split()
+
+
+def env_texts(values: Any) -> dict[str, str]:
+    """Return the variables of a mapping, less those that no process can have."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(key): env_text(value) for key, value in items if re.fullmatch(r"[^=\x00\s]{1,200}", str(key))}
+
+
+def env_text(value: Any) -> str:
+    """Return a value as JavaScript would write it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
+def milliseconds(value: Any) -> int | None:
+    """Return milliseconds from PM2's numbers and texts: 200, "200", "10s", "5m"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", str(value)) if value is not None else None
+    return round(float(found[1]) * _TIMES[found[2] or "ms"]) if found else None
+
+
+def duration(ms: int) -> str:
+    """Return milliseconds as fleet.yaml says them."""
+    return format_duration(ms / 1000)
+
+
+def size_bytes(value: Any) -> int | None:
+    """Return bytes from PM2's numbers and texts: 1073741824, "300M"; never less than a MiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value)) if value is not None else None
+    return max(2**20, round(float(found[1]) * _SIZES[found[2].lower()])) if found and float(found[1]) > 0 else None
