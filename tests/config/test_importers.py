@@ -307,6 +307,33 @@ def test_regular_expressions_are_patterns_or_told(tmp_path: Path) -> None:
 
 
 @needs_node
+def test_regular_expressions_are_their_text_where_nothing_is_matched(tmp_path: Path) -> None:
+    path = tmp_path / "ecosystem.config.js"
+    fields = "args: ['-x', /x/i], env: {RX: /a b/, watch: /w/, DEEP: {rx: [/d/]}}, env_file: /e/"
+    path.write_text(f"module.exports = {{apps: [{{name: 'a', script: './a', {fields}}}]}}")
+    service = loads(import_pm2(path), tmp_path).config.services["a"]
+    assert service.command == ("./a", "-x", "/x/i")
+    assert service.env == {"RX": "/a b/", "watch": "/w/", "DEEP": '{"rx": ["/d/"]}'}
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("watch", "paths"), [("[/src/, 'lib']", ("lib",)), ("[/src/]", None), ("/src/", None), ("'src'", ("src",))]
+)
+def test_a_regular_expression_is_no_folder_to_watch(watch: str, paths: tuple[str, ...] | None, tmp_path: Path) -> None:
+    path = tmp_path / "ecosystem.config.js"
+    app = f"{{name: 'a', script: './a', watch: {watch}, ignore_watch: ['x'], watch_delay: 500}}"
+    path.write_text(f"module.exports = {{apps: [{app}]}}")
+    imported = import_pm2(path)
+    found = loads(imported, tmp_path).config.services["a"].watch
+    assert (found.paths if found is not None else None) == paths
+    report = said(imported)
+    told = report.get(("a.watch", "refused"))
+    assert told == (None if "/" not in watch else "/src/ is a regular expression: name the folders in watch.paths")
+    assert report.get(("a.ignore_watch", "refused")) == (None if paths else "nothing is watched")
+
+
+@needs_node
 @pytest.mark.parametrize("suffix", [".js", ".mjs"])
 def test_what_node_itself_reads_is_no_variable_of_the_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"ecosystem.config{suffix}"

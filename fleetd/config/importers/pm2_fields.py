@@ -16,7 +16,7 @@ from typing import Any
 
 from fleetd.config.importers.nodejs import REGEXP
 from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
-from fleetd.config.importers.pm2_values import duration, env_texts, milliseconds, size_bytes, words_of
+from fleetd.config.importers.pm2_values import duration, env_texts, milliseconds, size_bytes, unmarked, words_of
 from fleetd.config.importers.report import Report
 from fleetd.units import format_size
 
@@ -30,6 +30,7 @@ _BY_SUFFIX = {
     ".js": "node", ".mjs": "node", ".cjs": "node", ".py": "python3", ".sh": "bash", ".rb": "ruby", ".php": "php", ".pl": "perl",
     ".ts": "bun", ".tsx": "bun", ".coffee": "coffee", ".ls": "lsc",
 }  # fmt: skip
+_PATTERNS = frozenset({"watch", "ignore_watch"})  # where a regular expression is more than its text
 _COSMETIC = frozenset({
     "force", "execute_command", "windows_hide", "write", "vizion", "pmx", "automation", "trace", "disable_trace", "v8",
     "event_loop_inspector", "deep_monitoring", "io", "install_url", "post_update", "instance_var", "name_prefix",
@@ -49,7 +50,8 @@ class App:
     def __init__(
         self, raw: dict[str, Any], folder: Path | None, profile: str | None, timezone: str | None, report: Report
     ) -> None:
-        self.fields = {snake(str(key)): value for key, value in raw.items()}
+        fields = {snake(str(key)): value for key, value in raw.items()}
+        self.fields = {key: value if key in _PATTERNS else unmarked(value) for key, value in fields.items()}
         self.folder, self.profile, self.timezone, self.report = folder, profile, timezone, report
         self.name, said = _name(self.fields), self.fields.get("name")
         if said not in (None, "") and str(said) != self.name:
@@ -394,7 +396,13 @@ def _watch(app: App) -> None:
     ignored, delay = app.fields.get("ignore_watch"), milliseconds(app.fields.get("watch_delay"))
     if not watch:
         return
-    paths = [str(path) for path in watch] if isinstance(watch, list) else [watch] if isinstance(watch, str) else ["."]
+    said = [str(path) for path in watch] if isinstance(watch, list) else [watch] if isinstance(watch, str) else ["."]
+    paths = [path for path in said if not path.startswith(REGEXP)]
+    for path in said:
+        if path not in paths:
+            app.refused("watch", f"{unmarked(path)} is a regular expression: name the folders in watch.paths")
+    if not paths:
+        return
     ignore = ignored if isinstance(ignored, list) else [ignored] if isinstance(ignored, str) else ["node_modules", ".*"]
     entry: dict[str, Any] = {"paths": paths, "ignore": [glob for one in ignore if (glob := _glob(app, str(one)))]}
     if delay:
@@ -409,7 +417,7 @@ def _glob(app: App, ignored: str) -> str | None:
     """Return the pattern of something ignored; a regular expression only where a pattern says the same."""
     if not ignored.startswith(REGEXP):
         return ignored
-    shown = ignored.removeprefix(REGEXP)
+    shown = unmarked(ignored)
     ending, word = re.fullmatch(r"/\\\.([\w-]+)\$/", shown), re.fullmatch(r"/([\w-]+)/", shown)
     if ending or word:
         glob = f"*.{ending[1]}" if ending else f"*{word[1]}*" if word else ""

@@ -1,4 +1,4 @@
-"""Values as PM2's documents write them: words, variables, times, sizes.
+"""Values as PM2's documents write them: words, variables, times, sizes, regular expressions.
 
 The rules of this file
 - What cannot be understood is None, or the text that it is: what that means is said by who reads the field.
@@ -11,10 +11,20 @@ import re
 import shlex
 from typing import Any
 
+from fleetd.config.importers.nodejs import REGEXP
 from fleetd.units import format_duration
 
 _TIMES = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SIZES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
+
+
+def unmarked(value: Any) -> Any:
+    """Return a value with every regular expression in it as its text: /x/."""
+    if isinstance(value, dict):
+        return {key: unmarked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unmarked(item) for item in value]
+    return value.removeprefix(REGEXP) if isinstance(value, str) and value.startswith(REGEXP) else value
 
 
 def words_of(value: Any) -> list[str]:
