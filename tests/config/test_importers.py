@@ -269,6 +269,12 @@ NOT_CARRIED = [
     ({"name": "py bot"}, "approximated py-bot.name: 'py bot' becomes py-bot"),
     ({"increment_var": "ADMIN", "port": 80}, "refused      a.increment_var: only PORT is counted up"),
     ({"increment_var": "PORT"}, "refused      a.increment_var: there is no PORT to count up from"),
+    (
+        {"increment_var": "PORT", "port": 80},
+        "refused      a.increment_var: there is one process: nothing is counted up",
+    ),
+    ({"exec_mode": "cluster"}, "approximated a.exec_mode: cluster with one worker: started as a plain process"),
+    ({"exec_mode": "cluster", "instances": 1}, "approximated a.exec_mode: cluster with one worker: started as a plain"),
 ]
 
 
@@ -309,7 +315,7 @@ def test_regular_expressions_are_patterns_or_told(tmp_path: Path) -> None:
 @needs_node
 def test_regular_expressions_are_their_text_where_nothing_is_matched(tmp_path: Path) -> None:
     path = tmp_path / "ecosystem.config.js"
-    fields = "args: ['-x', /x/i], env: {RX: /a b/, watch: /w/, DEEP: {rx: [/d/]}}, env_file: /e/"
+    fields = "args: ['-x', /x/i], env: {RX: /a b/, watch: /w/, DEEP: {rx: [/d/]}}"
     path.write_text(f"module.exports = {{apps: [{{name: 'a', script: './a', {fields}}}]}}")
     service = loads(import_pm2(path), tmp_path).config.services["a"]
     assert service.command == ("./a", "-x", "/x/i")

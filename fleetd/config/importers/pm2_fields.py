@@ -225,7 +225,7 @@ def _replicas(app: App) -> None:
         app.refused("instances", f"{count!r} is not a number")
     elif number is not None and (str(count) in ("max", "0") or str(count).startswith("-")):
         app.differs("instances", f"{count} means {number} on this machine: say the number you want")
-    counted = _counted(app)
+    counted = _counted(app, number or 1)
     if cluster and (number or 1) > 1 and not counted:
         detail = (
             f"{number} workers share one port under PM2, which replicas cannot: imported as one process; say replicas: {number} "
@@ -233,7 +233,7 @@ def _replicas(app: App) -> None:
         )
         app.report.warn(app.name, "exec_mode" if mode is not None else "instances", detail)
         return
-    if cluster and number == 1:
+    if cluster and (number or 1) == 1:
         app.differs("exec_mode", "cluster with one worker: started as a plain process")
     if number is not None and number > 1:
         app.entry["replicas"] = number
@@ -249,7 +249,7 @@ def _is_node(app: App) -> bool:
     return PurePosixPath(words[0]).name in ("node", "nodejs")
 
 
-def _counted(app: App) -> bool:
+def _counted(app: App, instances: int) -> bool:
     """Say whether PM2 gives each instance the next port."""
     variable = app.take("increment_var")
     if variable is None:
@@ -258,6 +258,8 @@ def _counted(app: App) -> bool:
         app.refused("increment_var", "only PORT is counted up")
     elif "port" not in app.entry:
         app.refused("increment_var", "there is no PORT to count up from")
+    elif instances == 1:
+        app.refused("increment_var", "there is one process: nothing is counted up")
     else:
         app.mapped("increment_var", "every replica gets the next port, in PORT")
         return True
