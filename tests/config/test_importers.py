@@ -359,6 +359,14 @@ def test_a_script_that_speaks_to_pm2_is_found(tmp_path: Path) -> None:
     assert imported.data["services"]["a"]["cwd"] == str(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["wait_ready", "shutdown_with_message"])
+def test_a_script_that_has_its_channel_may_speak(field: str, tmp_path: Path) -> None:
+    (tmp_path / "a.js").write_text("process.send('ready')")
+    app = {"script": "a.js", field: True}
+    assert ("a.script", "warning") not in said(import_document([app], folder=tmp_path))
+    assert ("a.script", "warning") in said(import_document([{**app, field: False}], folder=tmp_path))
+
+
 JLIST = [
     {"pid": 7, "name": "bot", "pm_id": 0, "monit": {"memory": 1, "cpu": 0}, "pm2_env": {
         "name": "bot", "status": "online", "pm_exec_path": "/srv/bot/dist/index.js", "pm_cwd": "/srv/bot", "exec_interpreter": "node",

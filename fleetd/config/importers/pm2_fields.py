@@ -136,7 +136,8 @@ class App:
                 text = stream.read(1 << 20)
         except (OSError, ValueError):
             return
-        if b"process.send(" in text and self.fields.get("shutdown_with_message") not in (True, "true"):
+        has_channel = any(self.fields.get(field) in (True, "true") for field in ("shutdown_with_message", "wait_ready"))
+        if b"process.send(" in text and not has_channel:
             self.report.warn(
                 self.name,
                 "script",
