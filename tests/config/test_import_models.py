@@ -56,6 +56,23 @@ def said(imported: Imported) -> dict[tuple[str, str], str]:
     return {(f"{one.subject}:{one.field}", str(one.outcome)): one.detail for one in imported.report.entries}
 
 
+@pytest.mark.parametrize(
+    ("proxy", "external"),
+    [
+        ("http://10.0.0.5:8000/v1", "http://10.0.0.5:8000"),
+        ("http://10.0.0.5:8000/v1/", "http://10.0.0.5:8000"),
+        ("http://10.0.0.5:8000/api/v1", "http://10.0.0.5:8000/api"),
+        ("http://10.0.0.5:8000/v10", "http://10.0.0.5:8000/v10"),
+        ("http://${env.FAR}:8000/v1", "http://far:8000"),
+    ],
+)
+def test_the_address_of_another_machine_is_one_that_loads(proxy: str, external: str, tmp_path: Path) -> None:
+    imported = import_llama_swap(f'models: {{a: {{proxy: "{proxy}"}}}}')
+    far = loads(imported, tmp_path, {"FAR": "far"}).config.models["a"]
+    assert isinstance(far, EngineModel)
+    assert far.external == external
+
+
 def test_a_llama_swap_configuration_becomes_models_that_load(tmp_path: Path) -> None:
     imported = import_llama_swap(LLAMA_SWAP)
     config = loads(imported, tmp_path, {"HF_TOKEN": "h$f"}).config

@@ -136,9 +136,10 @@ class _Reader:
             entry["port"] = port
             self.report.mapped(name, "proxy", f"port: {port}")
         else:
-            entry["external"] = text.rstrip("/")
+            address = text.rstrip("/").removesuffix("/v1").rstrip("/")
+            entry["external"] = Variable(address) if isinstance(text, Variable) else address
             what = "; fleetd does not start what is on another machine" if has_command else ""
-            self.report.approximated(name, "proxy", f"external: {text}{what}")
+            self.report.approximated(name, "proxy", f"external: {address}{what}")
 
     def _typed(self, name: str, words: list[str]) -> None:
         engine = _TYPED.get(PurePosixPath(words[0]).name)
