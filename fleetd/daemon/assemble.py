@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from fleetd.config.load import LoadedConfig
-from fleetd.config.marks import path_text
+from fleetd.config.marks import expand_home, path_text
 from fleetd.config.schema import FleetConfig
 from fleetd.control import socket as control_socket
 from fleetd.core.contract import (
@@ -400,7 +400,7 @@ class Assembler:
         if keys.watch is None:
             return None
         folder = self.loaded.resolve((*entry.path, "cwd"), keys.cwd) if keys.cwd else self.loaded.folder_of(entry.path)
-        paths = tuple(folder / Path(text).expanduser() for text in keys.watch.paths)
+        paths = tuple(folder / expand_home(text) for text in keys.watch.paths)
         return WatchPlan(paths, keys.watch.ignore, keys.watch.debounce)
 
     def _spec(self, entry: Entry, plan: LaunchPlan, own_model: str | None) -> ProcessSpec:

@@ -86,8 +86,10 @@ def inner_host(keys: EngineKeys | None) -> str:
 
 def client_path(instance: str, program: str) -> str:
     """Return the client's absolute path: the one named, else docker, else podman. Raises EngineError when there is none."""
+    from fleetd.config.marks import expand_home
+
     for name in (program,) if program else PROGRAMS:
-        path = shutil.which(str(Path(name).expanduser()) if "~" in name else name)
+        path = shutil.which(expand_home(name))
         if path is not None:
             return path
     named = f"no program {program}" if program else "neither docker nor podman on PATH"

@@ -18,7 +18,7 @@ from fleetd.core.contract import Footprint
 from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf, store
-from fleetd.models.modelfile import looks_like_path
+from fleetd.models.modelfile import absolute, looks_like_path
 
 # bytes per weight of a matrix, for each type that Ollama makes; the K types mix, so these are a little high
 _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S": 0.59}
@@ -92,7 +92,7 @@ def _source(context: LaunchContext, model: HeldModel, models_dir: Path) -> tuple
     if model.source is None:
         return None, {}
     if looks_like_path(model.source):
-        return context.config_dir / Path(model.source).expanduser(), {}
+        return absolute(model.source, context.config_dir), {}
     return store.model_file(models_dir, model.source), store.stored_parameters(models_dir, model.source)
 
 

@@ -15,6 +15,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,11 @@ def looks_like_path(source: str) -> bool:
 
 
 def absolute(text: str, config_dir: Path) -> Path:
-    """Return the path a text of fleet.yaml means."""
+    """Return the path a text of fleet.yaml means; `~user` is a folder's name where there is no such home."""
     path = Path(text)
     if text.startswith("~"):
-        path = path.expanduser()
+        with suppress(RuntimeError):
+            path = path.expanduser()
     return config_dir.absolute() / path
 
 

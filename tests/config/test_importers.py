@@ -20,7 +20,7 @@ from fleetd.config.importers import nodejs
 from fleetd.config.importers.emit import Variable, to_yaml
 from fleetd.config.importers.entities import import_entities
 from fleetd.config.importers.pm2 import import_document, import_pm2, local_timezone
-from fleetd.config.importers.pm2_running import still_running
+from fleetd.config.importers.pm2_running import running, still_running
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported
 from fleetd.config.interpolate import interpolate
@@ -228,6 +228,14 @@ def test_ports_that_two_apps_want_are_told() -> None:
         {"name": "b", "script": "b.js", "port": 3001},
     ]
     assert said(import_document(apps))["b.port", "warning"] == "3001 is also the port of a: change one"
+
+
+def test_a_home_of_nobody_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apps = [{"name": "a", "script": "./a", "cwd": "~nouser/x", "env_file": "~nouser/e"}]
+    entry = import_document(apps, folder=tmp_path).data["services"]["a"]
+    assert (entry["cwd"], entry["env_file"]) == (str(tmp_path / "~nouser/x"), str(tmp_path / "~nouser/e"))
+    monkeypatch.setenv("PM2_HOME", "~nouser/pm2")
+    assert running() is None
 
 
 def test_names_are_made_fit_and_unique() -> None:

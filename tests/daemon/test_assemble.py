@@ -437,6 +437,17 @@ def test_a_container_without_docker_and_podman_is_said_and_tried_again_later(tmp
     assert found.plans["m"].missing_program is not None
 
 
+def test_a_home_of_nobody_is_a_name_like_any_other(tmp_path: Path) -> None:
+    fleet = """
+    services: {a: {command: x, watch: {paths: ["~nouser/x", "~root", y]}}}
+    models: {m: {engine: lmstudio, command: [x], runtime: {docker: {image: v, program: ~nouser/podman}}}}
+    """
+    found = assembled(tmp_path, fleet)
+    assert found.plans["a"].watch is not None
+    assert found.plans["a"].watch.paths == (tmp_path / "~nouser/x", Path("~root").expanduser(), tmp_path / "y")
+    assert "there is no program ~nouser/podman" in "".join(one.message for one in found.warnings)
+
+
 @pytest.mark.parametrize(
     ("entry", "path", "said"),
     [

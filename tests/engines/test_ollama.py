@@ -188,6 +188,7 @@ def test_a_derived_model_is_estimated_by_the_one_that_it_is_made_from(tmp_path: 
     assert found is not None
     assert found == ENGINE.estimate(ready, replace(derived, source=str(path)))
     assert ENGINE.estimate(ready, replace(derived, source="absent")) is None
+    assert ENGINE.estimate(ready, replace(derived, source="~nouser/m.gguf")) is None
 
 
 def test_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

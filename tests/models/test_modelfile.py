@@ -90,6 +90,12 @@ def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
     assert one.projector == tmp_path / "p.gguf"
 
 
+def test_a_home_of_nobody_is_a_folder_like_any_other(tmp_path: Path) -> None:
+    one = made(source="~nouser/y.gguf", config_dir=tmp_path, modelfile={"adapter": "~nouser/a"})
+    assert one.source == tmp_path / "~nouser" / "y.gguf"
+    assert one.adapters == (tmp_path / "~nouser" / "a",)
+
+
 @pytest.mark.parametrize(
     ("source", "text"),
     [

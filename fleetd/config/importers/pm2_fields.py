@@ -18,6 +18,7 @@ from fleetd.config.importers.nodejs import REGEXP
 from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
 from fleetd.config.importers.pm2_values import duration, env_texts, milliseconds, size_bytes, unmarked, words_of
 from fleetd.config.importers.report import Report
+from fleetd.config.marks import expand_home
 from fleetd.units import format_size
 
 _ALIASES = {
@@ -151,7 +152,7 @@ class App:
     def _cwd(self) -> None:
         cwd = self.take("cwd")
         if isinstance(cwd, str):
-            path = Path(cwd).expanduser()
+            path = Path(expand_home(cwd))
             self.entry["cwd"] = str(path if path.is_absolute() or self.folder is None else self.folder / path)
             self.mapped("cwd", self.entry["cwd"])
         elif self.folder is not None and not self.is_instance:
@@ -445,7 +446,7 @@ def _identity(app: App) -> None:
         app.entry["user"] = str(user)
         app.mapped("user", str(user))
     if isinstance(env_file, str):
-        path = Path(env_file).expanduser()
+        path = Path(expand_home(env_file))
         app.entry["env_file"] = str(path if path.is_absolute() or app.folder is None else app.folder / path)
         app.mapped("env_file", app.entry["env_file"])
 

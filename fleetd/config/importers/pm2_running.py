@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.config.importers import nodejs
+from fleetd.config.marks import expand_home
 
 ANSWER_S = 15.0
 _CONNECT_S = 1.0
@@ -24,7 +25,7 @@ _CONNECT_S = 1.0
 def running() -> Any:
     """Return what `pm2 jlist` says; None where no PM2 of this user runs, or none answers."""
     program = shutil.which("pm2")
-    home = Path(os.environ.get("PM2_HOME") or "~/.pm2").expanduser()
+    home = Path(expand_home(os.environ.get("PM2_HOME") or "~/.pm2"))
     if program is None or not _listens(home / "rpc.sock"):
         return None
     try:
