@@ -168,15 +168,17 @@ class StatusView:
     def process(self, process: Process, now: float) -> ProcessStatus:
         spec = process.spec
         run = self._processes.run_of(process.name, process.generation)
-        running = process.state in RUNNING and process.spawned and not (run is not None and run.dead)
+        ended = run is not None and run.dead  # the fleet is told once its last lines are read
+        running = process.state in RUNNING and process.spawned and not ended
+        state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
         placements = list(self._fleet.facts.placements_on(process.name))
         status: ProcessStatus = {
             "name": process.name,
             "kind": str(spec.kind),
             "engine": spec.engine,
-            "state": str(process.state),
+            "state": str(state),
             "desired": "up" if self._fleet.supervision.wanted(process) else "down",
-            "reason": self._reason(process),
+            "reason": self._reason(process) if state is process.state else "it has ended; its last lines are being read",
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,

@@ -63,16 +63,8 @@ def crash(daemon: Fleetd) -> None:
 
 
 def ready(daemon: Fleetd, name: str) -> int:
-    """Return the pid of a process once it is READY; the row of one that has just exited holds none."""
-    pids: list[int] = []
-
-    def runs() -> bool:
-        pid = daemon.until_state(name, "READY")["pid"]
-        pids[:] = [pid] if pid is not None else []
-        return bool(pids)
-
-    until(runs, f"{name} is READY and runs")
-    return pids[0]
+    """Return the pid of a process once it is READY."""
+    return int(daemon.until_state(name, "READY")["pid"])
 
 
 def until_gone(*pids: int) -> None:
