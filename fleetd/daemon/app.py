@@ -81,6 +81,7 @@ class App:
         self._settling = self._reexecuting = False
         self._up = False
         self._saved_early = False
+        self._stopped_early: tuple[bool, str] | None = None
         self._began = time.monotonic()
         self._notifier = Notifier()
         self._recorded: set[str] | None = None  # until this daemon knows better
@@ -109,6 +110,7 @@ class App:
     # -- start ----------------------------------------------------------------------------------------------------------
 
     async def _start(self, stack: AsyncExitStack, reading: FileReading) -> None:
+        self._heed_signals(stack)
         taken = reexec.taken_over()
         places = await reading.places()
         paths = HostPaths(places.state, places.run, places.logs)
@@ -156,11 +158,13 @@ class App:
         except BaseException:
             await self._undo()
             raise
-        self._outside(stack)
+        self._look_around()
         self._ready(assembly)
         self._up = True
         if taken is not None and taken.wishes.stop:
             self._stop(False, "asked while the daemon executed itself anew")
+        if self._stopped_early is not None:
+            self._stop(*self._stopped_early)
         early = self._saved_early or any(changed_since(file, self._options.reading.began) for file in assembly.files)
         if assembly.watch and early:
             self._file_saved()  # after it was read, before anybody could apply it
@@ -273,12 +277,14 @@ class App:
         self._world.follow(assembly)
         await asyncio.sleep(0)  # a watch takes hold with the first step of its task
 
-    def _outside(self, stack: AsyncExitStack) -> None:
-        """Begin to listen to the world: signals, samples."""
-        daemon = self._daemon
-        loop = asyncio.get_running_loop()
+    def _heed_signals(self, stack: AsyncExitStack) -> None:
+        """From now on no signal ends the daemon by itself: it would leave what was begun."""
         actions = signals.SignalActions(stop=self._stop, reload=self._reload, reopen=self._sink.reopen)
-        stack.callback(signals.install(loop, actions))
+        stack.callback(signals.install(asyncio.get_running_loop(), actions))
+
+    def _look_around(self) -> None:
+        """Begin to look at the machine, again and again."""
+        daemon = self._daemon
         daemon.background.start(daemon.sampling.run(), "sampling")
         daemon.background.start(daemon.requirements.run(), "requirements")
         if self._notifier.watchdog_interval_s is not None:
@@ -327,9 +333,17 @@ class App:
             finally:
                 self._notifier.ready()
 
+        if not self._up:
+            self._saved_early = True
+            return
         self._daemon.tasks.start(reload(), "reload")
 
     def _stop(self, force: bool, why: str) -> None:
+        if not self._up:
+            self._stopped_early = (force, why)  # once all that is begun is known
+            return
+        if self._done.is_set() and not self._reexecuting:
+            return
         daemon = self._daemon
         force = force or daemon.facts.stopping
         self._log.info("shutting down", why=why, forced=force)
@@ -366,10 +380,11 @@ class App:
             await daemon.processes.rest(reexec.REST_S)
             daemon.loop.hold()
             records = await daemon.host.prepare_exec()
-            wishes = reexec.wishes_of(daemon.fleet, daemon.facts.stopping)
             lock_fds = self._locks.keep_over_exec()
             await daemon.store.flush()
             await daemon.configuration.close()
+            await signals.hold()
+            wishes = reexec.wishes_of(daemon.fleet, daemon.facts.stopping)
             environ, config = self._notifier.environment, daemon.configuration.path
             reexec.execute(lock_fds, records, wishes, environ, config, stack)
 

@@ -1,7 +1,8 @@
 """Replacing the daemon's program in place: same PID, same children, same locks.
 
 The rules of this file
-- What the new program needs crosses in the environment as one small JSON; descriptors keep their numbers.
+- What the new program needs crosses in two files without a name; the environment says which descriptors they are. All descriptors
+  keep their numbers.
 - The new program starts from the same command line, with the file that is the daemon's now; where that fails, systemd or the
   operator sees an exit as any other.
 - What is being started or stopped is waited for, within bounds; a restart that is under way even then is a wish passed on.
@@ -68,7 +69,10 @@ def taken_over() -> TakenOver | None:
     with open(content["records_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
         records = decode_records(file.read())
     fds = content["lock_fds"] if "lock_fds" in content else [content["lock_fd"]]  # of a version with one lock
-    wishes = content.get("wishes", {})  # of a version that had none
+    wishes = content.get("wishes", {})  # of a version that had few, or none
+    if "wishes_fd" in content:
+        with open(content["wishes_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
+            wishes = json.load(file)
     return TakenOver(
         [int(fd) for fd in fds],
         records,
@@ -123,15 +127,23 @@ def execute(
     stack: AsyncExitStack,
 ) -> NoReturn:
     """Execute this program anew. Raises OSError when the kernel refuses."""
-    del stack  # nothing on it may run: children, lock and pipes go on
-    fd, name = tempfile.mkstemp(prefix="fleetd-")
-    Path(name).unlink()
-    os.write(fd, encode_records(list(records)))
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.set_inheritable(fd, True)
-    content = {"lock_fds": list(lock_fds), "records_fd": fd, "wishes": asdict(wishes)}
+    del stack  # nothing on it may run: children, locks and pipes go on
+    records_fd = _handed_on(encode_records(list(records)))
+    wishes_fd = _handed_on(json.dumps(asdict(wishes)).encode())
+    content = {"lock_fds": list(lock_fds), "records_fd": records_fd, "wishes_fd": wishes_fd}
     env = {**os.environ, **environ, VARIABLE: json.dumps(content)}
     argv = [sys.executable, *command_line(sys.orig_argv[1:], config)]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, argv, env)
+
+
+def _handed_on(content: bytes) -> int:
+    """Return the descriptor of a file without a name that the next program can read."""
+    fd, name = tempfile.mkstemp(prefix="fleetd-")
+    Path(name).unlink()
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    return fd

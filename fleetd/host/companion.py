@@ -45,6 +45,7 @@ class Companion:
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, theirs_in, 0), (os.POSIX_SPAWN_DUP2, theirs_out, 1)],
                 setpgroup=0,
+                setsigmask=(),
             )
         except OSError as error:
             os.close(self._writer)

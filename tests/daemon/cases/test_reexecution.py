@@ -183,3 +183,24 @@ def test_fleetctl_bears_a_re_execution(tmp_path: Path) -> None:
             while ups(daemon) == before:
                 shown = ctl(daemon, "ps")
                 assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.parametrize("moment_s", [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
+def test_a_sigterm_between_two_programs_is_heeded_by_one_of_them(tmp_path: Path, moment_s: float) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        assert daemon.control("POST", "/v1/reexec", {}).status == 202
+        time.sleep(moment_s)
+        assert daemon.stop() == 0
+        until(lambda: not daemon.children(), "nothing is left")
+
+
+@pytest.mark.parametrize("moment_s", [0.05, 0.15, 0.25, 0.35, 0.45])
+def test_a_sigterm_during_the_start_leaves_nothing(tmp_path: Path, moment_s: float) -> None:
+    services = {name: {"command": SLEEPER} for name in "abcdef"}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start(wait=False)
+        time.sleep(moment_s)
+        daemon.stop()
+        until(lambda: not daemon.children(), "nothing is left")
