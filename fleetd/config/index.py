@@ -14,7 +14,8 @@ from fleetd.config.fields import FieldType, Flag, Whole
 from fleetd.config.marks import Path_
 from fleetd.config.names import process_names
 
-_REPLICAS = Whole(1, 256)
+_MOST_REPLICAS = 256
+_REPLICAS = Whole(1, _MOST_REPLICAS)
 _PORT = Whole(1, 65535)
 _FLAG = Flag()
 
@@ -29,6 +30,11 @@ class ProcessEntry:
     names: tuple[str, ...]
     port: int | None
     enabled: bool
+
+    def may_have(self, name: str) -> bool:
+        """Say whether a name may be one of its replicas': what it says of their number is wrong, so nobody knows."""
+        said = self.data.get("replicas")
+        return said is not None and read(_REPLICAS, said) is None and name in process_names(self.key, _MOST_REPLICAS)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 The rules of this file
 - Every unknown name gets the nearest known one.
 - A cycle is reported once, as the path of names that closes it.
+- Where `replicas` is wrong nobody knows the names: one that may be a replica's is no second mistake.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def _unknown(what: str, name: str, known: Iterable[str], messages: Messages) -> 
     return f"there is no {what} named {name!r}{messages.nearest(name, known)}"
 
 
+def _may_be_replica(processes: Mapping[str, ProcessEntry], name: str) -> bool:
+    process = processes.get(name.rpartition("-")[0])
+    return process is not None and process.may_have(name)
+
+
 def _dependencies(index: Index, marks: Marks, messages: Messages) -> Iterator[Problem]:
     graph: dict[str, list[str]] = {}
     for process in index.processes:
@@ -44,6 +50,8 @@ def _dependencies(index: Index, marks: Marks, messages: Messages) -> Iterator[Pr
         for name in depends_on:
             target = index.by_name.get(name) or index.by_key.get(name)
             path = (*process.path, "depends_on", _place_in(process.data["depends_on"], name))
+            if target is None and _may_be_replica(index.by_key, name):
+                continue
             if target is None:
                 held = name in index.models
                 hint = ": it is a model, a process can only wait for a process" if held else ""
@@ -105,7 +113,7 @@ def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
 def _holders(index: Index, marks: Marks, messages: Messages, name: str, model: dict[str, Any]) -> Iterator[Problem]:
     said = model["instance"]
     for number, holder in enumerate(strings(said)):
-        if holder in index.instances:
+        if holder in index.instances or _may_be_replica(index.instances, holder):
             continue
         path: Path_ = ("models", name, "instance", number) if isinstance(said, list) else ("models", name, "instance")
         process = index.by_name.get(holder) or index.by_key.get(holder)
