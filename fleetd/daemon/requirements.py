@@ -6,6 +6,7 @@ The rules of this file
 - What runs is stopped when what it requires is gone at two looks in a row: files that are mapped from a pulled drive would end
   it anyhow, later and worse. A path that merely does not answer stops nothing.
 - A held model needs its file only as long as the server's store has no copy of it.
+- An answer is about the plans that were asked about: what was looked at while others came is not told, and looked at again.
 - Only a changed answer is an event. Volumes that were seen are kept over a restart, so that a swapped one is noticed.
 """
 
@@ -15,7 +16,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -52,6 +53,27 @@ class Absent:
     models: Mapping[str, Missing]
 
 
+class _Required:
+    """What some plans require. Never changed: a thread may be at work on it."""
+
+    def __init__(self, plans: Mapping[str, LaunchPlan]) -> None:
+        self.plans = plans
+        self.paths = {
+            name: tuple(Path(path) for path in plan.requires) for name, plan in plans.items() if plan.requires
+        }
+        self.keys = {name: plans[name].required_by for name in self.paths}
+        self.sources: dict[str, tuple[LaunchPlan, HeldModel]] = {}  # of the held models that have a file
+        for plan in plans.values():
+            if hasattr(plan.engine, "prepare"):
+                for name, held in plan.held.items():
+                    if held.source is not None and held.source.startswith("/"):
+                        self.sources.setdefault(name, (plan, held))
+
+    def all(self) -> list[Path]:
+        paths = [path for several in self.paths.values() for path in several]
+        return list(dict.fromkeys([*paths, *(source_path(held) for _, held in self.sources.values())]))
+
+
 class Requirements:
     """The last answer for every process and held model that requires something.
 
@@ -75,10 +97,7 @@ class Requirements:
         self._looks: dict[Path, Look] = {}
         self._table: object = None
         self._next = 0
-        self._for: object = None  # the plans that the two below were made from
-        self._paths: dict[str, tuple[Path, ...]] = {}
-        self._keys: dict[str, Mapping[str, str]] = {}
-        self._sources: dict[str, tuple[LaunchPlan, HeldModel]] = {}
+        self._required = _Required({})
         self._suspected: dict[tuple[str, str], Missing] = {}
         self._alone: dict[str, tuple[bool, float]] = {}
         self._news = asyncio.Event()
@@ -90,9 +109,9 @@ class Requirements:
 
     async def look(self, plans: Mapping[str, LaunchPlan]) -> Absent:
         """Return everything that is absent now, for these plans."""
-        self._learn(plans)
-        await self._look_at(self._all())
-        absent = await asyncio.to_thread(self._absent)
+        required = self._learn(plans)
+        looks = await self._look_at(required.all())
+        absent = await asyncio.to_thread(self._absent, required, looks)
         unread = {name: _unread(plan) for name, plan in plans.items() if plan.unread}
         return Absent({**unread, **absent.processes}, absent.models)
 
@@ -108,8 +127,8 @@ class Requirements:
         paths = [Path(path) for path in plan.requires] if plan is not None else []
         if not paths:
             return ()
-        await self._look_at(paths)
-        missing = _missing(self._looks, paths, plan.required_by if plan is not None else {})
+        looks = await self._look_at(paths)
+        missing = _missing(looks, paths, plan.required_by if plan is not None else {})
         if plan is not None and plan.unread and not missing:
             missing = _unread(plan)
         if missing != self.missing.get(name, ()):
@@ -119,12 +138,12 @@ class Requirements:
 
     async def fresh_model(self, name: str) -> Missing:
         """The same for the file of a held model."""
-        self._learn(self._plans())
-        entry = self._sources.get(name)
+        required = self._learn(self._plans())
+        entry = required.sources.get(name)
         if entry is None:
             return ()
-        await self._look_at([source_path(entry[1])])
-        missing = await asyncio.to_thread(self._missing_of, name)
+        looks = await self._look_at([source_path(entry[1])])
+        missing = await asyncio.to_thread(self._missing_of, name, required, looks)
         if missing != self.missing_models.get(name, ()):
             self.missing_models[name] = missing
             self._dispatch(ModelRequirementsChanged(name, missing))
@@ -138,10 +157,10 @@ class Requirements:
 
     def needed_by(self) -> dict[str, list[str]]:
         """Return, for every volume that something is on, the names that need it."""
-        self._learn(self._plans())
+        required = self._learn(self._plans())
         found: dict[str, list[str]] = {}
-        paths = [(name, path) for name, several in self._paths.items() for path in several]
-        paths += [(name, source_path(held)) for name, (_, held) in self._sources.items()]
+        paths = [(name, path) for name, several in required.paths.items() for path in several]
+        paths += [(name, source_path(held)) for name, (_, held) in required.sources.items()]
         for name, path in paths:
             mount = self._looks.get(path, Look()).mount
             if mount is not None:
@@ -157,43 +176,32 @@ class Requirements:
                 return look.missing.removeprefix(str(path)).strip(" ()")
         return None
 
-    def _learn(self, plans: Mapping[str, LaunchPlan]) -> None:
-        if plans is self._for:
-            return
-        self._for, self._sources = plans, {}
-        self._alone.clear()
-        self._paths = {
-            name: tuple(Path(path) for path in plan.requires) for name, plan in plans.items() if plan.requires
-        }
-        self._keys = {name: plans[name].required_by for name in self._paths}
-        for plan in plans.values():
-            if hasattr(plan.engine, "prepare"):
-                for name, held in plan.held.items():
-                    if held.source is not None and held.source.startswith("/"):
-                        self._sources.setdefault(name, (plan, held))
-        wanted = set(self._all())
-        self._looks = {path: look for path, look in self._looks.items() if path in wanted}
+    def _learn(self, plans: Mapping[str, LaunchPlan]) -> _Required:
+        if plans is not self._required.plans:
+            self._required = _Required(plans)
+            self._alone.clear()
+            wanted = set(self._required.all())
+            self._looks = {path: look for path, look in self._looks.items() if path in wanted}
+        return self._required
 
-    def _all(self) -> list[Path]:
-        paths = [path for several in self._paths.values() for path in several]
-        return list(dict.fromkeys([*paths, *(source_path(held) for _, held in self._sources.values())]))
-
-    async def _look_at(self, paths: Iterable[Path]) -> None:
-        paths = list(paths)
+    async def _look_at(self, paths: Sequence[Path]) -> Mapping[Path, Look]:
+        """Look, and return it with what else is known of before."""
         if not paths:
-            return
+            return self._looks
         try:
             async with asyncio.timeout(_LIMIT_S + len(paths) / _PATHS_PER_S):
-                self._looks |= await asyncio.to_thread(self.volumes.look_at_all, paths)
+                found = await asyncio.to_thread(self.volumes.look_at_all, paths)
         except TimeoutError:  # one of them hangs: ask each by itself
-            found = await asyncio.gather(*(self.volumes.limited(path) for path in paths[:_SLICE]))
-            self._looks |= dict(zip(paths, found, strict=False))
+            looks = await asyncio.gather(*(self.volumes.limited(path) for path in paths[:_SLICE]))
+            found = dict(zip(paths, looks, strict=False))
+        self._looks = known = {**self._looks, **found}
         await self._keep()
+        return known
 
-    async def _look_again(self) -> None:
+    async def _look_again(self, required: _Required) -> None:
         """Look at everything when the mounts changed, else at what is absent and at the next few."""
         table = await asyncio.to_thread(self.volumes.table)
-        paths = self._all()
+        paths = required.all()
         if table is not None and table == self._table and len(paths) > _SLICE:
             absent = [path for path in paths if self._looks.get(path, Look()).missing is not None]
             turn = list(islice(paths, self._next, self._next + _SLICE))
@@ -204,18 +212,19 @@ class Requirements:
         self._table = table
         await self._look_at(paths)
 
-    def _absent(self) -> Absent:
-        processes = {name: _missing(self._looks, paths, self._keys[name]) for name, paths in self._paths.items()}
-        models = {name: self._missing_of(name) for name in self._sources}
+    def _absent(self, required: _Required, looks: Mapping[Path, Look]) -> Absent:
+        """Return what these looks say. Blocks."""
+        processes = {name: _missing(looks, paths, required.keys[name]) for name, paths in required.paths.items()}
+        models = {name: self._missing_of(name, required, looks) for name in required.sources}
         return Absent(
             {name: missing for name, missing in processes.items() if missing},
             {name: missing for name, missing in models.items() if missing},
         )
 
-    def _missing_of(self, name: str) -> Missing:
+    def _missing_of(self, name: str, required: _Required, looks: Mapping[Path, Look]) -> Missing:
         """Return what a held model lacks; nothing when its server's store has what it needs. Blocks."""
-        plan, held = self._sources[name]
-        said = self._looks.get(source_path(held), Look()).missing
+        plan, held = required.sources[name]
+        said = looks.get(source_path(held), Look()).missing
         if said is None:
             return ()
         return () if self._stands_alone(name, plan, held) else (f"models.{name}.from: {said}",)
@@ -244,9 +253,11 @@ class Requirements:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._period_s()):
                     await self._news.wait()
-            self._learn(self._plans())
-            await self._look_again()
-            now = await asyncio.to_thread(self._absent)
+            required = self._learn(self._plans())
+            await self._look_again(required)
+            now = await asyncio.to_thread(self._absent, required, self._looks)
+            if self._required is not required:
+                continue
             hindered = {name: await self._hindrance(name) for name in set(self.missing) - set(now.processes)}
             for name in {**self.missing, **now.processes}:
                 self._tell_process(name, now.processes.get(name) or hindered.get(name, ()))
@@ -255,7 +266,7 @@ class Requirements:
 
     def _period_s(self) -> float | None:
         """Return when to look again; None: nothing requires anything, until the plans change."""
-        if not self._paths and not self._sources and not self.missing:
+        if not self._required.paths and not self._required.sources and not self.missing:
             return None
         return SUSPECTED_S if self._suspected else PERIOD_S
 
