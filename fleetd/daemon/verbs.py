@@ -156,21 +156,13 @@ class Verbs:
             return OutcomeCode.OK, "ready"
         if process.state is _S.EXITED and fresh:
             return OutcomeCode.OK, process.reason
-        if process.state is _S.FAILED or (process.state is _S.BLOCKED and not self._comes(process)):
+        if process.state is _S.FAILED or (process.state is _S.BLOCKED and not self._fleet.supervision.comes(process)):
             return OutcomeCode.FAILED, process.reason
         if process.state is _S.STOPPED and not self._fleet.supervision.wanted(process):
             if process.spec.on_demand and not process.stopped:
                 return OutcomeCode.OK, "it starts when its model is wanted"
             return OutcomeCode.FAILED, process.reason
         return None
-
-    def _comes(self, process: Process | None) -> bool:
-        """Return whether it will run without somebody's help: what it waits for runs, or is on its way itself."""
-        if process is None or process.missing:
-            return False
-        if process.state is _S.BLOCKED:
-            return all(self._comes(self._fleet.processes.get(other.name)) for other in process.spec.depends_on)
-        return process.state is not _S.STOPPED or self._fleet.supervision.wanted(process)
 
     def _stopped(self, name: str) -> Judgement | None:
         process = self._fleet.processes.get(name)

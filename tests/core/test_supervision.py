@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -865,6 +866,18 @@ def test_disabled_stops_and_enabled_starts() -> None:
 
 
 # -- shutdown -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_for_many_others_comes_unless_one_of_them_needs_help() -> None:
+    layers = [[f"{layer}-{place}" for place in range(8)] for layer in range(200)]
+    below: dict[str, list[str]] = {name: before for before, names in pairwise(layers) for name in names}
+    spec = [process(name, depends_on=tuple(map(Dependency, below.get(name, ())))) for names in layers for name in names]
+    rig = Rig(fleet_spec(spec))
+    assert rig.state("199-0") is S.BLOCKED
+    assert rig.fleet.supervision.comes(rig.of("199-0"))
+    rig.send(e.RequirementsChanged("0-3", ("/vol (absent)",)))
+    assert not rig.fleet.supervision.comes(rig.of("199-0"))
+    assert rig.fleet.supervision.comes(rig.of("0-0"))
 
 
 def test_a_shutdown_goes_in_reverse_order_of_dependency() -> None:
