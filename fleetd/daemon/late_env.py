@@ -3,7 +3,7 @@
 The rules of this file
 - What is read becomes part of the configuration that runs, and the fleet is told of it while the process is still BLOCKED: the
   next plan finds nothing changed, and nothing starts twice.
-- A file that is there and wrong keeps its process BLOCKED, with what is wrong.
+- A file that is there and wrong keeps its process BLOCKED, with what is wrong: in itself, or for the engine beside its options.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fleetd.config.marks import path_text
 from fleetd.core.events import Event, SpecChanged
 from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.environment import EnvSource, Variables, read_env_file
 from fleetd.daemon.launches import LaunchPlan
 from fleetd.daemon.processes import written
+from fleetd.engines.base import OptionProblem
 from fleetd.errors import EngineError
 
 Missing = tuple[str, ...]
@@ -51,9 +53,9 @@ class LateEnvironment:
         try:
             if configuration.assembly.plans.get(name) is not plan:
                 return None
-            contents, wrong = await asyncio.to_thread(_contents, plan.env_source)
+            env, wrong = await asyncio.to_thread(_read, plan, plan.env_source)
             if not wrong:
-                self._complete(plan, plan.env_source.made(contents))
+                self._complete(plan, env)
             return wrong
         finally:
             configuration.applying.release()
@@ -80,8 +82,8 @@ def with_environment(plan: LaunchPlan, env: dict[str, str]) -> LaunchPlan:
         return replace(plan, missing_program=error.sentence)
 
 
-def _contents(source: EnvSource) -> tuple[list[Variables], Missing]:
-    """Return what the files say, and what is wrong or absent. Blocks."""
+def _read(plan: LaunchPlan, source: EnvSource) -> tuple[dict[str, str], Missing]:
+    """Return the environment that the files make, and what is wrong or absent. Blocks."""
     contents: list[Variables] = []
     wrong: list[str] = []
     for path, key in source.files.items():
@@ -93,4 +95,11 @@ def _contents(source: EnvSource) -> tuple[list[Variables], Missing]:
         mistakes = found[1]
         said = [f"line {line}: {message}" for line, message in mistakes.lines[:1]]
         wrong += [f"{key}: {one}" for one in [mistakes.general, *(f"{path} ({text})" for text in said)] if one]
-    return contents, tuple(wrong)
+    env = source.made(contents)
+    judged = plan.engine.validate(replace(plan.context, env=env)) if not wrong else ()
+    wrong += [f"{plan.place}.{path_text(one.path)}: {one.message}" for one in judged if _refuses(one)]
+    return env, tuple(wrong)
+
+
+def _refuses(found: OptionProblem) -> bool:
+    return found.path[:1] == ("env",) and not found.warning

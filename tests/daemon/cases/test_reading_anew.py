@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from bench.rig import free_port
 from tests.daemon.cases.rig import SLEEPER, crash, ctl, fleet, ready, sh, until_said
-from tests.daemon.rig import ROOT, Fleetd, fleetd, until
+from tests.daemon.rig import ROOT, Fleetd, fake, fleetd, until
 
 INCLUDED = "services: {%s: {command: [sleep, '1000']}}\n"
 
@@ -85,6 +86,25 @@ def test_an_absent_env_file_blocks_its_own_process_until_it_is_there_and_is_read
         assert {name: ready(daemon, name) for name in pids} == pids
         assert ready(daemon, "other") == pid
         assert "B is nothing" not in daemon.log_of("onvol") + daemon.log_of("early")
+
+
+def test_an_env_file_that_comes_late_may_not_contradict_the_options_of_its_server(tmp_path: Path) -> None:
+    file, place = tmp_path / "late.env", f"env_file: {tmp_path}/late.env ("
+    entry = {
+        "engine": "ollama", "command": json.loads(fake("--models", "m=1000", api="ollama")), "port": free_port(),
+        "env_file": "late.env", "options": {"num_parallel": 4},
+    }  # fmt: skip
+    with fleetd(tmp_path, fleet(instances={"o": entry})) as daemon:
+        daemon.start()
+        assert place in daemon.until_state("o", "BLOCKED")["reason"]
+        file.write_text("OLLAMA_NUM_PARALLEL=9\n")
+        said = "instances.o.env.OLLAMA_NUM_PARALLEL: options.num_parallel sets it already"
+        until(lambda: said in daemon.process_row("o")["reason"], "the contradiction is told")
+        assert daemon.process_row("o")["state"] == "BLOCKED"
+        assert said in ctl(daemon, "reload").stderr
+        file.write_text("OLLAMA_DEBUG=1\n")
+        ready(daemon, "o")
+        assert ctl(daemon, "reload").returncode == 0
 
 
 def test_what_an_edit_no_longer_requires_blocks_no_more(tmp_path: Path) -> None:
