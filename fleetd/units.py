@@ -1,4 +1,4 @@
-"""Durations, sizes and percentages as people write them, and back.
+"""Durations, sizes, percentages and home folders as people write them, and back.
 
 The rules of this file
 - Pure text and numbers. Every mistake is a `ValueError` whose text is one sentence a person can act on.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 MAX_SIZE_BYTES = 2**63 - 1
 MAX_DURATION_S = 10 * 365 * 86400.0
@@ -198,3 +199,11 @@ def parse_percent(value: object) -> float:
 def format_percent(fraction: float) -> str:
     """Return `85%` for 0.85."""
     return f"{fraction * 100:.6f}".rstrip("0").rstrip(".") + "%"
+
+
+def expand_home(text: str) -> str:
+    """Return a path with `~` or `~user` at its start replaced; unchanged where there is no such home."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        return text

@@ -21,6 +21,7 @@ import click
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.render import Cell, Column, clean, table
 from fleetd.cli.session import Session, forms, say
+from fleetd.units import expand_home
 
 FILE_MAX_BYTES = 2 * 1024 * 1024
 FILES_MAX = 500_000
@@ -155,7 +156,7 @@ def ollama(session: Session, paths: tuple[str, ...], lines: bool, mentions: bool
     left out. The exit code is 1 while any reference is left.
     """
     try:
-        found = audit([Path(path).expanduser() for path in paths], mentions)
+        found = audit([Path(expand_home(path)) for path in paths], mentions)
     except OSError as error:
         raise CliError(f"{error.filename}: {error.strerror or error}", EXIT_USAGE) from None
     by_kind = Counter(one.kind for one in found.references)

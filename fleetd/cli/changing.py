@@ -27,6 +27,7 @@ from fleetd.cli.client import (
     is_locked,
 )
 from fleetd.cli.session import Duration, Session, forms, say
+from fleetd.units import expand_home
 
 POLL_S = 0.1
 TEXT_MAX_BYTES = 4 * 1024 * 1024
@@ -44,7 +45,7 @@ def _where(file: str | None) -> dict[str, str]:
             return {"text": raw.decode("utf-8")}
         except UnicodeDecodeError:
             raise CliError("standard input is not UTF-8", EXIT_USAGE) from None
-    path = Path(file).expanduser().absolute()
+    path = Path(expand_home(file)).absolute()
     try:
         with path.open("rb"):
             pass

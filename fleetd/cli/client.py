@@ -1,4 +1,4 @@
-"""A small HTTP client over the Unix socket, from the standard library alone: `fleetctl` must start in milliseconds.
+"""A small HTTP client over the Unix socket, from little but the standard library: `fleetctl` must start in milliseconds.
 
 The rules of this file
 - Every wait has an end, every answer a size limit.
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
+
+from fleetd.units import expand_home
 
 ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump holds a whole journal
 TARGET_MAX = 8000  # a server takes a line of 8190 bytes
@@ -87,7 +89,7 @@ def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
     """Return where a daemon may listen: what was given, else $FLEETD_SOCKET, else the two usual places."""
     chosen = given or env.get("FLEETD_SOCKET")
     if chosen:
-        return [Path(chosen).expanduser()]
+        return [Path(expand_home(chosen))]
     home = env.get("HOME")
     usual = [Path(home) / ".fleetd/run/fleetd.sock"] if home else []
     return [*usual, Path("/run/fleetd/fleetd.sock")]

@@ -21,6 +21,7 @@ from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.render import clean
 from fleetd.cli.session import say
 from fleetd.errors import FleetError
+from fleetd.units import expand_home
 
 PACKAGE = "fleetd.config.importers"
 FILE_MAX_BYTES = 64 * 1024 * 1024
@@ -50,13 +51,13 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
 
     What could not be carried over is reported on standard error.
     """
-    store = kind == "ollama" and Path(file).expanduser().is_dir()
+    store = kind == "ollama" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else _read(file)
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(f"{PACKAGE}.{name}"), f"import_{name}")
     accepted = inspect.signature(convert).parameters
     options: dict[str, Any] = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
-    if store and (folder := Path(file).expanduser().absolute()) != Path.home() / ".ollama" / "models":
+    if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)
     for name, option in (("instance", "--instance"), ("profile", "--env")):
         if name in options and name not in accepted:
@@ -65,7 +66,7 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
         if "path" in accepted:
             if file == "-":
                 raise click.UsageError(f"{kind} is read from a file, not from standard input")
-            imported = convert(Path(file).expanduser(), **options)
+            imported = convert(Path(expand_home(file)), **options)
         else:
             imported = convert(content, shown=file, **options)
     except FleetError as error:
@@ -74,7 +75,7 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
     if output is None:
         click.echo(text, nl=not text.endswith("\n"))
     else:
-        _write_new(Path(output).expanduser(), text)
+        _write_new(Path(expand_home(output)), text)
     for line in imported.report.lines():
         say(clean(line))
     if kind == "pm2":
@@ -97,7 +98,7 @@ def _store_list(file: str) -> str:
     from fleetd.models import inventory
 
     try:
-        found = inventory.read(Path(file).expanduser())
+        found = inventory.read(Path(expand_home(file)))
     except FleetError as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     for note in found.notes:
@@ -115,7 +116,7 @@ def _read(file: str) -> str:
         if file == "-":
             raw = sys.stdin.buffer.read(FILE_MAX_BYTES + 1)
         else:
-            with Path(file).expanduser().open("rb") as source:
+            with Path(expand_home(file)).open("rb") as source:
                 raw = source.read(FILE_MAX_BYTES + 1)
         if len(raw) > FILE_MAX_BYTES:
             raise CliError(f"{file}: too large", EXIT_USAGE)

@@ -16,6 +16,7 @@ import click
 from fleetd.cli.client import EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.render import clean
 from fleetd.cli.session import Session, forms, say
+from fleetd.units import expand_home
 
 
 @click.group(name="migrate")
@@ -49,10 +50,10 @@ def ollama_to_vllm(
     from fleetd.errors import FleetError
     from fleetd.models import inventory, migration
 
-    where = Path(folder or os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser().absolute()
+    where = Path(expand_home(folder or os.environ.get("OLLAMA_MODELS") or "~/.ollama/models")).absolute()
     try:
         found = inventory.read(where)
-        names = _names(Path(config).expanduser()) if config is not None else {}
+        names = _names(Path(expand_home(config))) if config is not None else {}
     except FleetError as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     proposal = migration.propose(found.models, names, instance=instance, vllm_weight=weight, device=device)

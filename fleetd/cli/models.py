@@ -16,6 +16,7 @@ import click
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError, Refused
 from fleetd.cli.render import BOLD, DIM, GREEN, RED, YELLOW, Cell, Column, clean, shorten, size, table
 from fleetd.cli.session import Session, completion_of, forms, say
+from fleetd.units import expand_home
 
 _SIGNS = {
     "create": ("+", GREEN),
@@ -205,7 +206,7 @@ def scan(session: Session, folder: str, instance: str | None) -> int:
     from fleetd.models import scan as scanning
 
     try:
-        found = scanning.scan(Path(folder).expanduser().absolute())
+        found = scanning.scan(Path(expand_home(folder)).absolute())
     except FleetError as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     entries = scanning.entries(found.models, instance)

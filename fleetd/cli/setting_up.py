@@ -11,6 +11,7 @@ import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.session import Session, forms, say
+from fleetd.units import expand_home
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -136,7 +137,7 @@ def _socket(config: Path, home: Path) -> str | None:
 
 def _config(given: str | None) -> Path:
     if given is not None:
-        return Path(given).expanduser().absolute()
+        return Path(expand_home(given)).absolute()
     configured = os.environ.get("XDG_CONFIG_HOME")
     own = Path(configured) if configured else Path.home() / ".config"
     places = [Path("fleet.yaml").absolute(), own / "fleetd/fleet.yaml", Path("/etc/fleetd/fleet.yaml")]

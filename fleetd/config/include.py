@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fleetd.config.document import Node, compose, read_source
-from fleetd.config.marks import expand_home
 from fleetd.config.scalars import resolve
 from fleetd.config.tree import join, put_variables_in
 from fleetd.errors import ConfigError, Problem
+from fleetd.units import expand_home
 
 MAX_FILES = 1000
 MAX_ALL_NODES = 500_000

@@ -18,13 +18,14 @@ from typing import Any
 
 from fleetd.config.checks import check
 from fleetd.config.include import Reader
-from fleetd.config.marks import Marks, Path_, expand_home
+from fleetd.config.marks import Marks, Path_
 from fleetd.config.messages import Messages
 from fleetd.config.right_part import right_part, typed
 from fleetd.config.schema import FleetConfig
 from fleetd.config.tree import lay_defaults, plain
 from fleetd.config.unsupported import find_unsupported
 from fleetd.errors import ConfigError, Problem
+from fleetd.units import expand_home
 
 
 @dataclass(frozen=True, slots=True)

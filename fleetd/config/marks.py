@@ -31,14 +31,6 @@ def _key(part: str) -> str:
     return part or '""'
 
 
-def expand_home(text: str) -> str:
-    """Return a path with `~` or `~user` at its start replaced; unchanged where there is no such home."""
-    try:
-        return str(Path(text).expanduser()) if text.startswith("~") else text
-    except RuntimeError:
-        return text
-
-
 class Marks:
     """Places of the merged tree."""
 

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from fleetd.config.load import LoadedConfig
-from fleetd.config.marks import expand_home, path_text
+from fleetd.config.marks import path_text
 from fleetd.config.schema import FleetConfig
 from fleetd.control import socket as control_socket
 from fleetd.core.contract import (
@@ -49,6 +49,7 @@ from fleetd.engines import load as find_engine
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, capabilities_of
 from fleetd.engines.container import Contained
 from fleetd.errors import ConfigError, EngineError, Problem
+from fleetd.units import expand_home
 
 Path_ = tuple[str | int, ...]
 PortUsable = Callable[[str, int], bool]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from fleetd.engines.base import Engine, LaunchContext
 from fleetd.engines.container import Contained, DockerRuntime, absent, contain, find_command, found
 from fleetd.errors import EngineError, HostError
+from fleetd.units import expand_home
 
 if TYPE_CHECKING:
     from fleetd.config.process_schema import DockerKeys, EngineKeys
@@ -86,8 +87,6 @@ def inner_host(keys: EngineKeys | None) -> str:
 
 def client_path(instance: str, program: str) -> str:
     """Return the client's absolute path: the one named, else docker, else podman. Raises EngineError when there is none."""
-    from fleetd.config.marks import expand_home
-
     for name in (program,) if program else PROGRAMS:
         path = shutil.which(expand_home(name))
         if path is not None:

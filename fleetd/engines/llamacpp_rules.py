@@ -11,12 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetd.config.marks import expand_home
 from fleetd.engines import llamacpp_child
 from fleetd.engines.base import LaunchContext, OptionProblem
 from fleetd.engines.held_options import held_option_problems, unmade_problems
 from fleetd.errors import EngineError
 from fleetd.models import footprint, gguf
+from fleetd.units import expand_home
 
 if TYPE_CHECKING:
     from fleetd.engines.llamacpp import LlamaCppOptions

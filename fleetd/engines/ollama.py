@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
@@ -53,6 +52,7 @@ from fleetd.errors import EngineError
 from fleetd.models import store
 from fleetd.models.footprint import PROCESS_BYTES, Serving
 from fleetd.models.library import Change, Library
+from fleetd.units import expand_home
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession

@@ -18,7 +18,6 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetd.config.marks import expand_home
 from fleetd.core.contract import Capabilities, Footprint, Probes, ProbeSpec
 from fleetd.engines import vllm_sleep
 from fleetd.engines.base import (
@@ -42,7 +41,7 @@ from fleetd.engines.vllm_log import learned_kv_bytes, phase, verdict
 from fleetd.errors import EngineError
 from fleetd.models import safetensors
 from fleetd.models.safetensors import ModelFolder, Serving
-from fleetd.units import show_size
+from fleetd.units import expand_home, show_size
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession

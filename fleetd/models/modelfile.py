@@ -15,12 +15,12 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fleetd.models.store import ModelName
+from fleetd.units import expand_home
 
 ROLES = ("system", "user", "assistant")
 QUANTIZATIONS = ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_K_S")  # it reads files of many more kinds, and makes none of those
@@ -174,11 +174,7 @@ def looks_like_path(source: str) -> bool:
 
 def absolute(text: str, config_dir: Path) -> Path:
     """Return the path a text of fleet.yaml means; `~user` is a folder's name where there is no such home."""
-    path = Path(text)
-    if text.startswith("~"):
-        with suppress(RuntimeError):
-            path = path.expanduser()
-    return config_dir.absolute() / path
+    return config_dir.absolute() / expand_home(text)
 
 
 def invisible(text: str) -> str | None:

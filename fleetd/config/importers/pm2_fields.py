@@ -18,8 +18,7 @@ from fleetd.config.importers.nodejs import REGEXP
 from fleetd.config.importers.pm2_ollama import is_ollama, to_instance
 from fleetd.config.importers.pm2_values import duration, env_texts, milliseconds, size_bytes, unmarked, words_of
 from fleetd.config.importers.report import Report
-from fleetd.config.marks import expand_home
-from fleetd.units import format_size
+from fleetd.units import expand_home, format_size
 
 _ALIASES = {
     "exec": "script", "cmd": "script", "command": "script", "exec_interpreter": "interpreter", "interpreter_args": "node_args",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.config.importers import nodejs
-from fleetd.config.marks import expand_home
+from fleetd.units import expand_home
 
 ANSWER_S = 15.0
 _CONNECT_S = 1.0
