@@ -8,6 +8,7 @@ The rules of this file
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fleetd.core.contract import Dependency, DependencyCondition
@@ -46,6 +47,21 @@ def dependents_running(facts: Facts, name: str) -> bool:
         other.state in RUNNING and any(dependency.name == name for dependency in other.spec.depends_on)
         for other in (facts.processes[key] for key in facts.awake if key in facts.processes)
     )
+
+
+def comes(facts: Facts, wanted: Callable[[Process], bool], process: Process) -> bool:
+    """Return whether it will run without somebody's help: all that it waits for runs, or is on its way itself."""
+    seen: set[str] = set()
+    todo = [process.name]
+    while todo:
+        name = todo.pop()
+        found = facts.processes.get(name)
+        if found is None or found.missing or (found.state is ProcessState.STOPPED and not wanted(found)):
+            return False
+        seen.add(name)
+        if found.state is ProcessState.BLOCKED:
+            todo += [other.name for other in found.spec.depends_on if other.name not in seen]
+    return True
 
 
 def _dependency(facts: Facts, dependency: Dependency) -> Gate:

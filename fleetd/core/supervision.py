@@ -40,20 +40,6 @@ class Supervision:
             p.state is not Residency.UNLOADING or spec.own_model is None for p in self.facts.placements_on(spec.name)
         )
 
-    def comes(self, process: Process) -> bool:
-        """Return whether it will run without somebody's help: all that it waits for runs, or is on its way itself."""
-        seen: set[str] = set()
-        todo = [process.name]
-        while todo:
-            name = todo.pop()
-            found = self.facts.processes.get(name)
-            if found is None or found.missing or (found.state is ProcessState.STOPPED and not self.wanted(found)):
-                return False
-            seen.add(name)
-            if found.state is ProcessState.BLOCKED:
-                todo += [other.name for other in found.spec.depends_on if other.name not in seen]
-        return True
-
     def in_flight(self, process: Process) -> int:
         return sum(placement.in_flight for placement in self.facts.placements_on(process.name))
 

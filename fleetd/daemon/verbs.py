@@ -17,6 +17,7 @@ from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, Outcome, OutcomeCode
 from fleetd.core import events as e
 from fleetd.core.commands import Reject
+from fleetd.core.dependencies import comes
 from fleetd.core.state import RUNNING, Process, ProcessState, Residency
 from fleetd.daemon.fleet_port import DaemonFleetPort
 from fleetd.daemon.machine import Machine
@@ -156,7 +157,9 @@ class Verbs:
             return OutcomeCode.OK, "ready"
         if process.state is _S.EXITED and fresh:
             return OutcomeCode.OK, process.reason
-        if process.state is _S.FAILED or (process.state is _S.BLOCKED and not self._fleet.supervision.comes(process)):
+        if process.state is _S.FAILED or (
+            process.state is _S.BLOCKED and not comes(self._fleet.facts, self._fleet.supervision.wanted, process)
+        ):
             return OutcomeCode.FAILED, process.reason
         if process.state is _S.STOPPED and not self._fleet.supervision.wanted(process):
             if process.spec.on_demand and not process.stopped:
