@@ -15,8 +15,9 @@ Any other exception that escapes is a bug to report.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class FleetError(Exception):
@@ -58,10 +59,11 @@ class Problem:
 
 
 class ConfigError(FleetError):
-    """fleet.yaml cannot be used. All problems at once, in the order of the file."""
+    """fleet.yaml cannot be used. All problems at once, in the order of the file; `files` are all that it is made of."""
 
-    def __init__(self, problems: Sequence[Problem], *, hint: str | None = None) -> None:
+    def __init__(self, problems: Sequence[Problem], *, hint: str | None = None, files: Iterable[Path] = ()) -> None:
         self.problems = tuple(problems)
+        self.files = tuple(files)
         super().__init__("\n".join(str(problem) for problem in self.problems), hint=hint)
 
 

@@ -26,8 +26,8 @@ MAX_ALL_NODES = 500_000
 
 @dataclass(slots=True)
 class Reader:
-    """One reading of a configuration. `files` are all files that were read, the first one first; `patterns` are (folder, pattern)
-    of those that may match more, or less, another time."""
+    """One reading of a configuration. `files` are all files that were read, or are absent, the first one first; `patterns` are
+    (folder, pattern) of those that may match more, or less, another time."""
 
     env: Mapping[str, str]
     problems: list[Problem] = field(default_factory=list)
@@ -85,6 +85,7 @@ class Reader:
             self.patterns.append((folder, text))
             return sorted(glob.glob(text, root_dir=folder))  # noqa: PTH207 - Path.glob refuses absolute patterns
         if not (folder / text).exists():
+            self.files.append(folder / text)
             self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value}", "include"))
             return []
         return [text]

@@ -64,7 +64,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
     reader = Reader(env)
     root = reader.read(Path.cwd() / path, str(path))
     if root is None:
-        raise ConfigError(_sorted(reader.problems, reader.order))
+        raise ConfigError(_sorted(reader.problems, reader.order), files=reader.files)
     merged = lay_defaults(root)
     marks = Marks(merged)
     data = plain(merged)
@@ -77,7 +77,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
         told = {problem.path for problem in problems}
         others = beside(data, marks, _right_of(data, config, errors, marks, reader.files)) if beside else []
         problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in told]
-        raise ConfigError(_sorted(problems, reader.order))
+        raise ConfigError(_sorted(problems, reader.order), files=reader.files)
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return LoadedConfig(config, marks, tuple(reader.files), digest, patterns=tuple(reader.patterns))
 

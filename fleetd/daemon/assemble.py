@@ -87,7 +87,7 @@ def gateway_of(config: FleetConfig) -> GatewaySettings:
 def checked(assembly: Assembly) -> Assembly:
     """Return the assembly. Raises ConfigError with all of its problems when it has any."""
     if assembly.problems:
-        raise ConfigError(assembly.problems)
+        raise ConfigError(assembly.problems, files=assembly.files)
     return assembly
 
 

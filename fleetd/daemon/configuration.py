@@ -48,9 +48,8 @@ class Configuration:
         self._running = running
         self._reader = Reader()
         self.applying = asyncio.Lock()
-        self.error: str | None = None
-        self.differs = False
-        self.to_mend: tuple[Path, ...] = ()  # files with mistakes, of a configuration that was refused
+        self.to_mend: tuple[Path, ...] = ()  # the files of a configuration that was refused
+        self._plans = 0
 
     @property
     def assembly(self) -> Assembly:
@@ -72,7 +71,8 @@ class Configuration:
 
     async def _read_text(self, text: str) -> Reading:
         """Relative paths and includes of the text are meant from the folder of the daemon's own file."""
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.plan.yaml")
+        self._plans += 1
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}-{self._plans}.plan.yaml")
         try:
             await asyncio.to_thread(beside.write_text, text, "utf-8")
             return await self._reader.read(beside, self._circumstances())
@@ -97,7 +97,7 @@ class Configuration:
         )
         if path is not None:
             self.path = path
-        self.error, self.differs, self.to_mend = None, False, ()
+        self.to_mend = ()
 
     def amend(self, plan: LaunchPlan) -> None:
         """Put a plan that was completed in the place of the one that was read. The caller tells the fleet."""
@@ -119,8 +119,8 @@ class Configuration:
     def refused(self, error: FleetError) -> str:
         """Remember that the file on disk cannot be used; return its first problem."""
         problems = error.problems if isinstance(error, ConfigError) else ()
-        self.to_mend = tuple(dict.fromkeys(Path(problem.file) for problem in problems))
+        files = error.files if isinstance(error, ConfigError) else ()
+        self.to_mend = tuple(dict.fromkeys([*files, *(Path(problem.file) for problem in problems)]))
         first = str(problems[0]) if problems else str(error)
         more = len(problems) - 1
-        self.error = first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")
-        return self.error
+        return first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")

@@ -13,6 +13,7 @@ import copyreg
 import io
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -65,10 +66,11 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The file cannot be used: every problem."""
+    """The file cannot be used: every problem, and all files that it is made of."""
 
     problems: tuple[Problem, ...]
-    hint: str | None = None
+    hint: str | None
+    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def unpack(message: bytes, kind: type[T]) -> T:
             f"the reader of the configuration answered nonsense: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, Refusal):
-        raise ConfigError(found.problems, hint=found.hint)
+        raise ConfigError(found.problems, hint=found.hint, files=found.files)
     if isinstance(found, Failure):
         raise HostError(found.message)
     if not isinstance(found, kind):

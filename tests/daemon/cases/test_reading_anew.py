@@ -201,6 +201,13 @@ def test_a_file_that_kept_a_configuration_from_being_used_is_watched_until_it_is
         env.write_text("B=1\n")
         until_said(daemon, "benv", "B is 1")
         until(lambda: running(daemon) == {"a", "benv", "p"}, "all of it runs")
+        daemon.write(fleet(services, include=["parts/part.yaml", "parts/absent.yaml", "parts/other.yaml"]))
+        until(lambda: "there is no file parts/absent.yaml" in error(), "an absent file is told")
+        (tmp_path / "parts" / "other.yaml").write_text(INCLUDED % "p")
+        (tmp_path / "parts" / "absent.yaml").write_text(INCLUDED % "q")
+        until(lambda: "other.yaml" in error(), "then the second of two of one name")
+        part.write_text(INCLUDED % "r")
+        until(lambda: running(daemon) == {"a", "benv", "p", "q", "r"}, "and it is mended by an edit of the first")
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
