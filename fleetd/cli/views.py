@@ -210,8 +210,6 @@ def warnings_of(status: Row) -> list[str]:
     found = []
     if daemon.get("config_error"):
         found.append(f"warning: the file cannot be used, what ran before still runs: {clean(daemon['config_error'])}")
-    elif daemon.get("config_differs"):
-        found.append(f"warning: {config} differs from what runs (see: fleetctl diff)")
     if daemon.get("store_problem"):
         found.append(f"warning: what fleetd should remember is not on its disk: {clean(daemon['store_problem'])}")
     if daemon.get("restart_needed"):

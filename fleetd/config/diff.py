@@ -31,7 +31,6 @@ _KINDS: tuple[tuple[type[Block], str], ...] = (
 _SECTIONS = ("services", "instances", "models")
 # What `defaults` say is already laid under the entries; which files were read is not a change of the fleet.
 _NOT_COMPARED = frozenset({*_SECTIONS, "defaults", "include"})
-_ORDER = (Effect.HOT, Effect.RELOAD, Effect.SCALE, Effect.RESTART, Effect.DAEMON)
 
 
 class Action(StrEnum):
@@ -49,11 +48,6 @@ class FieldChange:
     new: str | None
     effect: Effect
 
-    def __str__(self) -> str:
-        old = "(none)" if self.old is None else self.old
-        new = "(none)" if self.new is None else self.new
-        return f"{self.path}: {old} -> {new}"
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -64,17 +58,6 @@ class Change:
     name: str
     kind: str
     fields: tuple[FieldChange, ...] = ()
-
-    @property
-    def effect(self) -> Effect | None:
-        """Return the costliest effect of the changed keys; None for an entry that is added or removed."""
-        return max((field.effect for field in self.fields), key=_ORDER.index, default=None)
-
-    def __str__(self) -> str:
-        sign = {Action.ADD: "+", Action.CHANGE: "~", Action.REMOVE: "-"}[self.action]
-        where = f"{self.section}.{self.name}" if self.name else self.section
-        head = f"{sign} {where}" + (f" ({self.effect})" if self.effect is not None else "")
-        return "\n".join([head, *(f"    {field} ({field.effect})" for field in self.fields)])
 
 
 def diff(old: FleetConfig | None, new: FleetConfig) -> tuple[Change, ...]:

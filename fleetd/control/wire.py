@@ -121,7 +121,6 @@ class DaemonStatus(TypedDict):
     config_hash: str
     rss_bytes: int
     config_error: NotRequired[str | None]  # fleet.yaml on disk cannot be used: its first problem
-    config_differs: NotRequired[bool]  # fleet.yaml on disk is good, and not what runs
     restart_needed: NotRequired[list[str]]  # its keys that act when the daemon starts anew
     store_problem: NotRequired[str | None]  # why what the daemon should remember is not on its disk
     gateway: NotRequired[str | None]  # host:port of the data plane
@@ -208,7 +207,7 @@ class KeyChange(TypedDict):
     path: str
     before: Any
     after: Any
-    effect: str  # hot | reload | scale | restart | daemon
+    effect: str  # hot | reload (a held model is made and loaded again) | scale | restart | daemon
 
 
 class Change(TypedDict):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fleetd.config.marks import path_text
 from fleetd.core.events import Event, SpecChanged
 from fleetd.daemon.configuration import Configuration
 from fleetd.daemon.environment import EnvSource, Variables, read_env_file
@@ -97,7 +96,7 @@ def _read(plan: LaunchPlan, source: EnvSource) -> tuple[dict[str, str], Missing]
         wrong += [f"{key}: {one}" for one in [mistakes.general, *(f"{path} ({text})" for text in said)] if one]
     env = source.made(contents)
     judged = plan.engine.validate(replace(plan.context, env=env)) if not wrong else ()
-    wrong += [f"{plan.place}.{path_text(one.path)}: {one.message}" for one in judged if _refuses(one)]
+    wrong += [f"{plan.place}.{'.'.join(map(str, one.path))}: {one.message}" for one in judged if _refuses(one)]
     return env, tuple(wrong)
 
 

@@ -3,7 +3,7 @@
 The rules of this file
 - A bad file changes nothing; its first problem stays in the status until a good one comes.
 - Apply tells the fleet everything in one event; the fleet restarts only what a restart alone can change.
-- Re-execution replaces the program in the same PID; children, their pipes, the lock and both ports go on.
+- Re-execution replaces the program in the same PID; children, their pipes and the locks go on, both listeners are opened anew.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Operations:
         absent = await daemon.requirements.look(new.plans)
         await daemon.configuration.accept(reading, path)
         daemon.requirements.accept(absent)
-        daemon.facts.config_error, daemon.facts.config_differs = None, False
+        daemon.facts.config_error = None
         daemon.facts.config_path = str(daemon.configuration.path)
         for name, plan in new.plans.items():
             daemon.host.logs.set_policy(name, plan.execution.logs)
@@ -168,7 +168,6 @@ class Operations:
         """Keep the old fleet, and show why."""
         first = self._daemon.configuration.refused(error)
         self._daemon.facts.config_error = first
-        self._daemon.facts.config_differs = True
         self._daemon.log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
         self._daemon.feed.say("config", None, "refused", first)
         self._applied(self._daemon.configuration.assembly)

@@ -121,6 +121,8 @@ def _change(edit: Edit, moves: _Moves) -> Change:
         change["effect"] = "restart"
     elif moves.starts or moves.stops:
         change["effect"] = "scale"
+    elif any(key["effect"] == "reload" for key in keys):
+        change["effect"] = "reload"
     if moves.starts or moves.stops:
         change["starts"], change["stops"] = moves.starts, moves.stops
     return change

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.config.diff import diff
-from fleetd.config.effects import DAEMON_KEYS, Effect
+from fleetd.config.effects import DAEMON_KEYS
 from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema import FleetConfig
 from fleetd.config.secrets import redact
@@ -32,7 +32,6 @@ from fleetd.host.ports import is_free
 
 _HEAD_BYTES = 8
 _FASTEST = 1
-_SAID = (Effect.SCALE, Effect.RESTART, Effect.DAEMON)
 
 
 def read(loaded: LoadedConfig, given: Circumstances) -> Reading:
@@ -86,7 +85,7 @@ def edits(old: FleetConfig, new: FleetConfig) -> tuple[Edit, ...]:
                     "path": field.path,
                     "before": field.old,
                     "after": field.new,
-                    "effect": str(field.effect) if field.effect in _SAID else "hot",
+                    "effect": str(field.effect),
                 }
                 for field in change.fields
             ),
@@ -116,7 +115,7 @@ def _serve(answers: int) -> None:
     except (BrokenPipeError, EOFError):
         raise
     except ConfigError as error:
-        _answer(answers, Refusal(error.problems, error.hint))
+        _answer(answers, Refusal(error.problems, error.hint, error.files))
     except FleetError as error:
         _answer(answers, Failure(str(error)))
     except Exception as error:  # noqa: BLE001 - an answer, so that the daemon can say what it was

@@ -51,7 +51,6 @@ class DaemonFacts:
     config_path: str
     started: float = field(default_factory=time.monotonic)
     config_error: str | None = None
-    config_differs: bool = False
     restart_needed: tuple[str, ...] = ()
     gateway: str | None = None
     stopping: bool = False
@@ -131,7 +130,6 @@ class StatusView:
             "config_hash": self._assembly().config_hash,
             "rss_bytes": own_rss_bytes(),
             "config_error": facts.config_error,
-            "config_differs": facts.config_differs,
             "restart_needed": list(facts.restart_needed),
             "gateway": facts.gateway,
             "store_problem": self._store_problem(),

@@ -137,7 +137,6 @@ def status(**daemon: Any) -> dict[str, Any]:
     ("daemon", "words"),
     [
         ({"config_error": "line 3: no"}, "the file cannot be used, what ran before still runs: line 3: no"),
-        ({"config_differs": True}, "fleetctl diff"),
         ({"restart_needed": ["paths.run", "admin"]}, "paths.run, admin of /f.yaml needs a restart of the daemon"),
         ({"stopping": True}, "shutting down"),
     ],

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from fleetd.config.diff import Change, diff
+from fleetd.config.diff import Change, FieldChange, diff
 from fleetd.config.effects import EFFECTS, Effect, effect_of
 from fleetd.config.load import load
 from fleetd.config.model_schema import EngineModel, HeldModel, RouteModel
@@ -124,6 +124,11 @@ CHANGES: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 
+def told(field: FieldChange) -> str:
+    old, new = ("(none)" if text is None else text for text in (field.old, field.new))
+    return f"{field.path}: {old} -> {new} {field.effect}"
+
+
 def config(folder: Path, text: str) -> FleetConfig:
     path = folder / "fleet.yaml"
     path.write_text(text, encoding="utf-8")
@@ -133,7 +138,7 @@ def config(folder: Path, text: str) -> FleetConfig:
 @pytest.mark.parametrize(("frame", "old", "new", "expected"), CHANGES)
 def test_changes(frame: str, old: str, new: str, expected: str, tmp_path: Path) -> None:
     (change,) = diff(config(tmp_path, frame % old), config(tmp_path, frame % new))
-    assert "; ".join(f"{field} {field.effect}" for field in change.fields) == expected
+    assert "; ".join(map(told, change.fields)) == expected
     assert change.action == "change"
 
 
@@ -145,23 +150,22 @@ def test_equal_meaning_is_no_change(tmp_path: Path) -> None:
     assert diff(one, two) == ()
 
 
-def test_a_plan_as_it_is_printed(tmp_path: Path) -> None:
+def test_a_plan_is_in_the_order_of_the_new_file_and_removes_last(tmp_path: Path) -> None:
     old = config(tmp_path, "services: {a: {command: x, port: 1}, b: {command: x}}\ninstances: {o: {engine: ollama}}\n"
                            "models: {m: {instance: o}}\ngateway: {queue: {max: 5}}\n")  # fmt: skip
     new = config(tmp_path, "services: {a: {command: x, port: 2, max_age: 1d}, c: {command: x}}\n"
                            "models: {m: {engine: vllm}}\ngateway: {queue: {max: 6}, listen: '127.0.0.1:9'}\n")  # fmt: skip
-    assert "\n".join(map(str, diff(old, new))).splitlines() == [
-        "~ fleet (daemon)",
-        "    gateway.listen: 127.0.0.1:8484 -> 127.0.0.1:9 (daemon)",
-        "    gateway.queue.max: 5 -> 6 (hot)",
-        "~ services.a (restart)",
-        "    max_age: (none) -> 1d (hot)",
-        "    port: 1 -> 2 (restart)",
-        "+ services.c",
-        "- models.m",
-        "+ models.m",
-        "- services.b",
-        "- instances.o",
+    assert [
+        " ".join(filter(None, (change.action, change.section, change.name, *map(told, change.fields))))
+        for change in diff(old, new)
+    ] == [
+        "change fleet gateway.listen: 127.0.0.1:8484 -> 127.0.0.1:9 daemon gateway.queue.max: 5 -> 6 hot",
+        "change services a max_age: (none) -> 1d hot port: 1 -> 2 restart",
+        "add services c",
+        "remove models m",
+        "add models m",
+        "remove services b",
+        "remove instances o",
     ]
 
 

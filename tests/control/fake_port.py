@@ -118,7 +118,6 @@ class FakePort:
                 "config_hash": "abc123",
                 "rss_bytes": 50 * 1024**2,
                 "config_error": self.config_error,
-                "config_differs": False,
             },
             "devices": list(self.devices()),
             "processes": list(self.rows.values()),

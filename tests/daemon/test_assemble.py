@@ -310,6 +310,20 @@ def test_only_what_a_restart_alone_can_change_restarts(tmp_path: Path, change: s
     assert plan["unchanged"] == (0 if restarts else 1)
 
 
+def test_another_source_of_a_held_model_reloads_it_and_nothing_else(tmp_path: Path) -> None:
+    text = "instances: {{ol: {{engine: ollama}}}}\n"
+    text += "models: {{m: {{instance: ol, from: {source}, memory: 1GiB, ttl: {ttl}}}}}\n"
+    plans = [
+        planned(tmp_path, text.format(source="a", ttl="1m"), text.format(source=source, ttl="2m"))[2] for source in "ab"
+    ]
+    assert [plan["changes"][0]["effect"] for plan in plans] == ["hot", "reload"]
+    assert [(key["path"], key["effect"]) for key in plans[1]["changes"][0]["keys"]] == [
+        ("ttl", "hot"),
+        ("from", "reload"),
+    ]
+    assert [plan["unchanged"] for plan in plans] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "effect", "stops", "starts", "unchanged"),
     [
