@@ -151,6 +151,9 @@ class App:
         await self._watch(stack, assembly)
         for place in unreadable:
             self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
+        for place in store.quarantined:
+            self._log.warning("a damaged file was set aside: what it held is lost", path=str(place))
+            daemon.feed.say("daemon", None, "state", f"a damaged file was set aside as {place}: what it held is lost")
         await self._take_over(assembly, left, taken.wishes if taken is not None else reexec.Wishes())
         self._recorded = None
         try:

@@ -72,8 +72,6 @@ class FleetLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closed = self._held = False
-        self.handled = 0
-        self.faults = 0
 
     def dispatch(self, event: Event) -> None:
         """Hand one event to the fleet, now, or after the event that is being handled."""
@@ -103,11 +101,9 @@ class FleetLoop:
 
     def _step(self, event: Event) -> None:
         now = self._clock()
-        self.handled += 1
         try:
             commands = list(self._fleet.handle(event, now))
         except Exception as error:
-            self.faults += 1
             if self._fault is None:
                 raise
             self._fault(event, error)

@@ -288,7 +288,9 @@ def test_case_36_state_of_earlier_and_later_versions_is_read_or_set_aside(tmp_pa
         (state / "remembered.json").write_text(json.dumps({"version": 99, "processes": {}}))
         daemon.start()
         ready(daemon, "a")
-        assert list(state.glob("remembered.json.corrupt*"))
+        (aside,) = state.glob("remembered.json.corrupt*")
+        assert str(aside) in ctl(daemon, "events").stdout
+        assert str(aside) in daemon.log()
 
 
 @pytest.mark.parametrize("lost", ["a record and its copy", "the whole state"])
