@@ -13,8 +13,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -80,8 +82,7 @@ class App:
         self._done = asyncio.Event()
         self._settling = self._reexecuting = False
         self._up = False
-        self._saved_early = False
-        self._stopped_early: tuple[bool, str] | None = None
+        self._early: list[Callable[[], None]] = []  # what was asked before the start was done
         self._began = time.monotonic()
         self._notifier = Notifier()
         self._recorded: set[str] | None = None  # until this daemon knows better
@@ -166,11 +167,10 @@ class App:
         self._up = True
         if taken is not None and taken.wishes.stop:
             self._stop(False, "asked while the daemon executed itself anew")
-        if self._stopped_early is not None:
-            self._stop(*self._stopped_early)
-        early = self._saved_early or any(changed_since(file, self._options.reading.began) for file in assembly.files)
-        if assembly.watch and early:
-            self._file_saved()  # after it was read, before anybody could apply it
+        if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
+            self._early.append(self._file_saved)  # after it was read, before anybody could apply it
+        for call in self._early:
+            call()
 
     def _running(self) -> set[str]:
         """Return the names of processes that hold their ports now: ours, or those of the daemon before."""
@@ -324,7 +324,7 @@ class App:
 
     def _file_saved(self) -> None:
         if not self._up:
-            self._saved_early = True  # the start looks again at its end
+            self._early.append(self._file_saved)
             return
         self._daemon.tasks.start(self._operations.file_saved(), "apply a saved file")
 
@@ -337,13 +337,13 @@ class App:
                 self._notifier.ready()
 
         if not self._up:
-            self._saved_early = True
+            self._early.append(self._reload)
             return
         self._daemon.tasks.start(reload(), "reload")
 
     def _stop(self, force: bool, why: str) -> None:
         if not self._up:
-            self._stopped_early = (force, why)  # once all that is begun is known
+            self._early.append(partial(self._stop, force, why))
             return
         if self._done.is_set() and not self._reexecuting:
             return

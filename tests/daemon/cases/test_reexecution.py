@@ -204,3 +204,19 @@ def test_a_sigterm_during_the_start_leaves_nothing(tmp_path: Path, moment_s: flo
         time.sleep(moment_s)
         daemon.stop()
         until(lambda: not daemon.children(), "nothing is left")
+
+
+@pytest.mark.parametrize("moment_s", [0.05, 0.15, 0.25, 0.35])
+def test_a_reload_between_two_programs_is_made_by_one_of_them(tmp_path: Path, moment_s: float) -> None:
+    services = {"a": {"command": SLEEPER}}
+    with fleetd(tmp_path, fleet(services, watch=False)) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        before = ups(daemon)
+        assert daemon.control("POST", "/v1/reexec", {}).status == 202
+        time.sleep(moment_s)
+        daemon.write(fleet({**services, "b": {"command": SLEEPER}}, watch=False))
+        daemon.signal(signal.SIGHUP)
+        until(lambda: ups(daemon) > before, "the new program is up")
+        ready(daemon, "b")
+        assert ready(daemon, "a") == pid
