@@ -167,8 +167,12 @@ class App:
         self._up = True
         if taken is not None and taken.wishes.stop:
             self._stop(False, "asked while the daemon executed itself anew")
+        self._catch_up(assembly)
+
+    def _catch_up(self, assembly: Assembly) -> None:
+        """Do what was asked, and apply what was saved, since the start began."""
         if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
-            self._early.append(self._file_saved)  # after it was read, before anybody could apply it
+            self._early.append(self._file_saved)
         for call in self._early:
             call()
 
