@@ -69,7 +69,7 @@ class FileReading:
             self._whole = True
             raise
         except HostError as error:
-            raise HostError(f"the configuration could not be read: {error}", recoverable=True) from error
+            raise _unread(error) from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,6 +91,10 @@ class FileReading:
         await asyncio.to_thread(self._companion.close)
 
 
+def _unread(error: HostError) -> HostError:
+    return HostError(f"the configuration could not be read: {error}", recoverable=True)
+
+
 class Reader:
     """Reads files, one process after the other. `close` it."""
 
@@ -109,7 +113,10 @@ class Reader:
             except HostError as error:
                 if not isinstance(error.__cause__, CompanionGone):
                     raise  # else it ended while nobody looked: its successor will tell
-        companion = await asyncio.to_thread(begin_reading, path)
+        try:
+            companion = await asyncio.to_thread(begin_reading, path)
+        except HostError as error:
+            raise _unread(error) from error
         return await self._read(companion, None, given)
 
     async def _read(self, companion: Companion, ask: Callable[[], None] | None, given: Circumstances) -> Reading:

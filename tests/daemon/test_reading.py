@@ -23,7 +23,7 @@ from fleetd.daemon.reader import FileReading, Reader
 from fleetd.daemon.reading import read
 from fleetd.daemon.readings import Circumstances, Places, Reading, pack, unpack
 from fleetd.errors import ConfigError, HostError
-from fleetd.host.companion import Companion
+from fleetd.host.companion import Companion, CompanionGone
 from tests.daemon.rig import fake, fleetd, until
 
 SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
@@ -211,6 +211,23 @@ def test_a_daemon_of_services_loads_neither_pydantic_nor_yaml(tmp_path: Path) ->
         assert "uvloop" in maps
         assert "pydantic_core" not in maps
         assert "_yaml" not in maps
+
+
+def test_a_reader_that_is_killed_before_it_was_asked_says_what_it_was_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(path: Path) -> Companion:
+        raise CompanionGone("the companion process was ended by SIGKILL before it had answered")
+
+    monkeypatch.setattr(reader, "begin_reading", begin)
+
+    async def body() -> None:
+        with pytest.raises(
+            HostError, match="the configuration could not be read: the companion process was ended by SIGKILL"
+        ):
+            await Reader().read(written(tmp_path, SLEEPERS), NOW)
+
+    asyncio.run(body())
 
 
 def test_a_killed_reading_changes_nothing_and_the_next_one_works(tmp_path: Path) -> None:
