@@ -7,6 +7,7 @@ The rules of this file
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -27,15 +28,29 @@ DEADLINE_S = 30.0
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, outside of the ranges that fleetd assigns and that outgoing connections take."""
+    """Return a port that nobody listens on, outside of the ranges that fleetd assigns and that outgoing connections take.
+
+    All processes of a user take turns through one range: what one has chosen and not bound yet no other chooses.
+    """
     for _ in range(100):
-        port = 10_000 + int.from_bytes(os.urandom(4)) % 10_000
+        port = 10_000 + _next_number() % 10_000
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
     raise AssertionError("no free port")
+
+
+def _next_number() -> int:
+    with (Path(tempfile.gettempdir()) / f"fleetd-ports-{os.getuid()}").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        number = int(file.read() or "0") + 1
+        file.seek(0)
+        file.truncate()
+        file.write(str(number))
+    return number
 
 
 def wait_until(
