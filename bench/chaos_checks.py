@@ -122,7 +122,17 @@ class Gauge:
 
 
 def log_content(logs: Path, name: str) -> bytes:
-    """Return all that a log holds, archives first, freed heads left out. Raises FileNotFoundError when an archive moves under the look."""
+    """Return all that a log holds, archives first, freed heads left out. Raises FileNotFoundError when a file moves under the look."""
+    before = _log_files(logs, name)
+    paths, _ = before
+    parts = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
+    if _log_files(logs, name) != before:
+        raise FileNotFoundError(f"the log of {name} was rotated under the look")
+    return b"".join(part.lstrip(b"\0") for part in parts)
+
+
+def _log_files(logs: Path, name: str) -> tuple[dict[Path, int], bytes]:
+    """Return the files of a log, the oldest first, each with its inode, and what was noted of its rotation."""
 
     def number(path: Path) -> int:
         return int(path.name.removesuffix(".gz").rsplit(".", 1)[1])
@@ -130,14 +140,10 @@ def log_content(logs: Path, name: str) -> bytes:
     archives = [
         path for path in logs.glob(f"{name}.log.*") if path.name.removesuffix(".gz").rsplit(".", 1)[1].isdigit()
     ]
-    parts = [
-        gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        for path in sorted(archives, key=number, reverse=True)
-    ]
     current = logs / f"{name}.log"
-    if current.exists():
-        parts.append(current.read_bytes().lstrip(b"\0"))
-    return b"".join(parts)
+    files = [*sorted(archives, key=number, reverse=True), *([current] if current.exists() else [])]
+    noted = logs / f"{name}.log.json"
+    return {path: path.stat().st_ino for path in files}, noted.read_bytes() if noted.exists() else b""
 
 
 def lines(folder: Path, logs: Path) -> list[str]:

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -56,6 +57,40 @@ def everything(files: LogFiles) -> bytes:
     for path in reversed(files.archives()):
         parts.append(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
     return b"".join([*parts, live_bytes(files)])
+
+
+@pytest.mark.parametrize("meanwhile", ["rotated", "packed"])
+def test_archives_that_move_under_a_look_are_read_once_each(tmp_path: Path, meanwhile: str) -> None:
+    def archived() -> LogFiles:
+        files = files_with(tmp_path / "logs", numbered(3000))
+        rotate(files, replace(SMALL, keep=20))
+        assert len(files.archives()) > 1
+        return files
+
+    plain = archived()
+    wanted = [line.text for line in read_tail(plain, Wanted(5000))]
+    assert len(wanted) == 3000
+
+    class Moving(LogFiles):
+        moved = False
+
+        def archives(self) -> list[Path]:
+            paths = super().archives()
+            if not Moving.moved:
+                Moving.moved = True
+                for path in reversed(paths):
+                    number = int(path.name.rsplit(".", 1)[1])
+                    if meanwhile == "rotated":
+                        path.replace(plain.archive(number + 1))
+                    else:
+                        plain.archive(number, compressed=True).write_bytes(gzip.compress(path.read_bytes()))
+                        path.unlink()
+            return paths
+
+    before = psutil.Process().num_fds()
+    assert [line.text for line in read_tail(Moving(plain.folder, plain.name), Wanted(5000))] == wanted
+    assert Moving.moved
+    assert psutil.Process().num_fds() == before
 
 
 LONG = [

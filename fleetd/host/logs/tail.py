@@ -2,6 +2,7 @@
 
 The rules of this file
 - Blocks are read backwards until enough lines are there; a hole (what rotation freed) is skipped, archives come next.
+- Archives are those of one moment, whatever a rotation does meanwhile.
 - Memory is bounded: a line longer than 64 KiB keeps its first and last 32 KiB, and the whole answer stops at 16 MiB.
   A line of the pump that was cut is still one: its time and its text are shown, never its JSON.
 - Bytes that are no UTF-8 become U+FFFD; nothing in a log can break a reader.
@@ -14,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ _BLOCK = 64 * 1024
 _LONGEST_LINE = 64 * 1024
 _LARGEST_ANSWER = 16 * 1024 * 1024
 _MOST_LOOKED_AT = 512 * 1024 * 1024
+_MOST_ARCHIVES, _TRIES = 256, 20
 _PUMPED = re.compile(rb'\{"t":([0-9]+(?:\.[0-9]+)?),"line":"')
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
@@ -151,30 +154,42 @@ def _all_backwards(files: LogFiles, wanted: Wanted) -> Iterator[bytes]:
             os.close(fd)
     if wanted.begin is not None:
         return
-    for path in files.archives():
-        try:
-            if wanted.since is not None and path.stat().st_mtime < wanted.since:
+    with ExitStack() as stack:
+        for path, fd in _open_archives(files, stack):
+            if wanted.since is not None and os.fstat(fd).st_mtime < wanted.since:
                 return
-        except OSError:
-            continue
-        yield from _archive_backwards(path)
+            yield from _archive_backwards(fd, path.suffix == ".gz")
 
 
-def _archive_backwards(path: Path) -> Iterator[bytes]:
+def _open_archives(files: LogFiles, stack: ExitStack) -> list[tuple[Path, int]]:
+    """Open the archives, youngest first, as they were at one moment: a rotation gives them other numbers, or packs them."""
+    found: list[tuple[Path, int]] = []
+    opened = stack.enter_context(ExitStack())
+    for _ in range(_TRIES):
+        opened.close()
+        found = []
+        with suppress(FileNotFoundError):
+            for path in files.archives()[:_MOST_ARCHIVES]:
+                with suppress(PermissionError):
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, fd)
+                    found.append((path, fd))
+            if all(os.fstat(fd).st_ino == path.stat().st_ino for path, fd in found):
+                break
+    return found
+
+
+def _archive_backwards(fd: int, packed: bool) -> Iterator[bytes]:
     """Yield an archive's lines backwards; a compressed one is read forward, keeping its last 50 000 lines."""
     try:
-        if path.suffix != ".gz":
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                yield from _lines_backwards(fd, 0, os.fstat(fd).st_size)
-            finally:
-                os.close(fd)
+        if not packed:
+            yield from _lines_backwards(fd, 0, os.fstat(fd).st_size)
             return
         from collections import deque
 
         kept: deque[bytes] = deque(maxlen=50_000)
         size = 0
-        with gzip.open(path, "rb") as file:
+        with open(fd, "rb", closefd=False) as raw, gzip.open(raw, "rb") as file:
             for line in _lines_forward(file):
                 kept.append(line)
                 size += len(line) + 1
