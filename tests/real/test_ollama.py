@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from bench import tiny_gguf
-from tests.daemon.rig import Fleetd, fleetd, until
+from tests.daemon.rig import Fleetd, alive, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -162,7 +162,7 @@ def test_a_killed_server_s_runners_are_swept_and_it_serves_again(ready: Fleetd) 
     os.kill(row["pid"], signal.SIGKILL)
     began = time.monotonic()
     until(lambda: ready.process_row(where)["generation"] > row["generation"], "it is started again")
-    assert not any(psutil.pid_exists(pid) for pid in lost), "runners of the dead server live on"
+    assert not any(map(alive, lost)), "runners of the dead server live on"
     ready.until_state(where, "READY")
     assert time.monotonic() - began < 20
     say(ready, "first")
