@@ -66,7 +66,7 @@ chaos: $(VENV)/.installed-test  ## random kills, stops, edits and slow disks for
 	$(PY) -m bench.chaos --for $(CHAOS_FOR) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 mutants: $(VENV)/.installed-test  ## plant bugs in the core and show that the simulation finds each
-	$(PY) -m tests.core.mutants
+	$(PY) -m tests.simulation.mutants
 
 restarts: $(VENV)/.installed-test  ## ten thousand restarts: the daemon's memory and descriptors stay flat
 	$(PY) -m bench.restarts_10k

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from bench.rig import RunningFleet, answers, chat, free_port, scratch, summary, wait_until
 from bench.tiny_gguf import TinyModel, write
-from fleetd.engines import load
 from fleetd.engines.base import LaunchContext
+from fleetd.engines.registry import load
 
 
 def bare(model: Path, rounds: int) -> list[float]:

@@ -224,7 +224,7 @@ def serve(port: int, origin: int) -> None:
 
     import uvloop
 
-    from fleetd.core.commands import Grant
+    from fleetd.core.data.commands import Grant
     from fleetd.gateway import Gateway, GatewayOptions, Seat, Upstream
 
     class OneModel:

@@ -73,7 +73,7 @@ def _children() -> dict[int, str]:
             own = child.ppid() == os.getpid()
         except psutil.Error:
             continue
-        if own or "fleetd.daemon.reading" not in words:
+        if own or "fleetd.daemon.reload.worker" not in words:
             found[child.pid] = words  # a daemon's reading process stays for the next reading, and ends by itself
     return found
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import click
 
-from fleetd.cli import acting, auditing, changing, importing, looking, migrating, models, setting_up
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
+from fleetd.cli.commands import audit, config, import_, inspect, lifecycle, migrate, models, setup
+from fleetd.cli.context import FORMS, Session
 from fleetd.cli.render import clean, close_stdout
-from fleetd.cli.session import FORMS, Session
 
 PROGRAM = "fleetctl"
 
@@ -75,14 +75,14 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
 
 
 for _command in (
-    *looking.VERBS,
-    *acting.VERBS,
-    *changing.VERBS,
+    *inspect.VERBS,
+    *lifecycle.VERBS,
+    *config.VERBS,
     *models.VERBS,
-    *importing.VERBS,
-    *migrating.VERBS,
-    *auditing.VERBS,
-    *setting_up.VERBS,
+    *import_.VERBS,
+    *migrate.VERBS,
+    *audit.VERBS,
+    *setup.VERBS,
 ):
     cli.add_command(_command)
 

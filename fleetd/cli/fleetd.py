@@ -26,7 +26,7 @@ from fleetd.errors import ConfigError, FleetError, HostError
 
 if TYPE_CHECKING:
     from fleetd.config.load import LoadedConfig
-    from fleetd.daemon.assembly import Assembly
+    from fleetd.resolver.resolved import Assembly
 
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
@@ -63,10 +63,10 @@ def cli() -> None:
 def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     """Run the daemon in the foreground."""
     path = (config or default_config(os.environ)).absolute()
-    from fleetd.daemon.footprint import thrifty
+    from fleetd.daemon.own_memory import thrifty
 
     thrifty()
-    from fleetd.daemon.early import begin_reading
+    from fleetd.daemon.reload.prefetch import begin_reading
 
     try:
         reading = begin_reading(path)  # on another core, while this one loads the daemon
@@ -74,7 +74,7 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
         fail(str(error), error.hint, FAILED)
     import asyncio
 
-    from fleetd.daemon.logsetup import LogSink, set_up
+    from fleetd.daemon.daemon_log import LogSink, set_up
 
     try:
         sink = LogSink(log_file)
@@ -124,7 +124,7 @@ def check(file: Path | None, quiet: bool) -> None:
 @click.option("--output", "-o", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True)
 def render(file: Path | None, output: str) -> None:
     """Print the normalised configuration and what would be started, exactly; secrets are hidden."""
-    from fleetd.daemon.rendering import rendered
+    from fleetd.resolver.render import rendered
 
     document = rendered(*_assembled(file))
     if output == "json":
@@ -142,7 +142,7 @@ def schema() -> None:
     """Print the JSON Schema of fleet.yaml."""
     import json
 
-    from fleetd.config.json_schema import json_schema
+    from fleetd.config.schema.json_schema import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
@@ -150,7 +150,7 @@ def schema() -> None:
 def _assembled(file: Path | None) -> tuple[LoadedConfig, Assembly]:
     """Read and assemble a file as the daemon would, without touching anything."""
     gc.disable()  # thousands of entries are made and none is dropped before the end
-    from fleetd.daemon.offline import assembled
+    from fleetd.resolver.offline import assembled
 
     path = file or default_config(os.environ)
     try:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from fleetd.config.block import Block
-from fleetd.config.effects import Effect, effect_of
-from fleetd.config.model_schema import EngineModel, HeldModel, RouteModel
-from fleetd.config.process_schema import Instance, Service
-from fleetd.config.schema import FleetConfig
+from fleetd.config.schema.base import Block
+from fleetd.config.schema.change_effects import Effect, effect_of
+from fleetd.config.schema.fleet import FleetConfig
+from fleetd.config.schema.model import EngineModel, HeldModel, RouteModel
+from fleetd.config.schema.process import Instance, Service
 from fleetd.config.secrets import HIDDEN, is_secret, redact
 
 _KINDS: tuple[tuple[type[Block], str], ...] = (

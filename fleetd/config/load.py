@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetd.config.checks import check
-from fleetd.config.include import Reader
-from fleetd.config.marks import Marks, Path_
-from fleetd.config.messages import Messages
-from fleetd.config.right_part import right_part, typed
-from fleetd.config.schema import FleetConfig
-from fleetd.config.tree import lay_defaults, plain
-from fleetd.config.unsupported import find_unsupported
+from fleetd.config.schema.fleet import FleetConfig
+from fleetd.config.schema.unsupported import find_unsupported
+from fleetd.config.validate.conflicts import check
+from fleetd.config.validate.messages import Messages
+from fleetd.config.validate.recovery import right_part, typed
+from fleetd.config.yaml.include import Reader
+from fleetd.config.yaml.source_map import Marks, Path_
+from fleetd.config.yaml.transform import lay_defaults, plain
 from fleetd.errors import ConfigError, Problem
 from fleetd.units import expand_home
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fleetd.core.admission import Admission
-from fleetd.core.capacity import Ledger
-from fleetd.core.change import Change
-from fleetd.core.commands import Command, Finished, Grant
-from fleetd.core.contract import FleetSpec
-from fleetd.core.events import Event, RequestArrived, RequestFinished, SpecChanged
-from fleetd.core.facts import Facts
-from fleetd.core.intake import Intake
-from fleetd.core.journal import Journal
-from fleetd.core.residency import Residencies
-from fleetd.core.retention import preload
-from fleetd.core.state import Model, Placement, Process, ProcessState, Residency
-from fleetd.core.supervision import Supervision
+from fleetd.core.data.commands import Command, Finished, Grant
+from fleetd.core.data.events import Event, RequestArrived, RequestFinished, SpecChanged
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import Journal
+from fleetd.core.data.specs import FleetSpec
+from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
+from fleetd.core.handlers import Intake
+from fleetd.core.models.ledger import Ledger
+from fleetd.core.models.reconcile import Residencies
+from fleetd.core.models.retention import preload
+from fleetd.core.processes.reconcile import Supervision
+from fleetd.core.requests.admission import Admission
+from fleetd.core.spec_update import Change
 from fleetd.errors import FleetError
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fleetd.core.contract import ExitKind, ExitReport, Remembered
-from fleetd.core.events import Adopted, Exited
-from fleetd.daemon.containers import remove_by, remove_orphans
-from fleetd.daemon.launches import REMOVAL, RESTARTS, LaunchPlan
-from fleetd.daemon.machine import HostMachine
-from fleetd.daemon.processes import Processes
+from fleetd.core.data.events import Adopted, Exited
+from fleetd.core.data.specs import ExitKind, ExitReport, Remembered
+from fleetd.daemon.effects.machine import HostMachine
+from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import HostError
 from fleetd.host.types import HandleRecord
+from fleetd.resolver.containers import remove_by, remove_orphans
+from fleetd.resolver.launch_plan import REMOVAL, RESTARTS, LaunchPlan
 
 
 @dataclass(slots=True)

@@ -21,41 +21,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fleetd import __version__
-from fleetd.core.events import RestartAsked, ShutdownAsked, SpecChanged
+from fleetd.core.data.events import RestartAsked, ShutdownAsked, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
-from fleetd.daemon.assembly import Assembly, Surroundings
-from fleetd.daemon.configuration import Configuration
-from fleetd.daemon.control_port import DaemonControlPort
-from fleetd.daemon.daemon import Daemon
-from fleetd.daemon.environment import inherited
-from fleetd.daemon.footprint import settled
-from fleetd.daemon.libraries import Libraries
-from fleetd.daemon.logreading import LogSource
-from fleetd.daemon.operations import Operations
-from fleetd.daemon.outside import Outside
-from fleetd.daemon.ports import keep_ports
-from fleetd.daemon.reader import FileReading
-from fleetd.daemon.readings import Circumstances
-from fleetd.daemon.sampling import machine_devices
-from fleetd.daemon.starts import PREFIX
-from fleetd.daemon.status import DaemonFacts
+from fleetd.daemon.api.control import DaemonControlPort
+from fleetd.daemon.api.library import Libraries
+from fleetd.daemon.api.log_stream import LogSource
+from fleetd.daemon.api.status import DaemonFacts
+from fleetd.daemon.effects.startup_log import PREFIX
+from fleetd.daemon.own_memory import settled
+from fleetd.daemon.reload.active import Configuration
+from fleetd.daemon.reload.apply import Operations
+from fleetd.daemon.reload.messages import Circumstances
+from fleetd.daemon.reload.worker_client import FileReading
+from fleetd.daemon.sources.sampler import machine_devices
+from fleetd.daemon.sources.triggers import Outside
+from fleetd.daemon.wiring import Daemon
 from fleetd.errors import HostError
 from fleetd.host.host import Host
 from fleetd.host.lock import DaemonLocks
-from fleetd.host.memory import Devices
 from fleetd.host.notify import Notifier
-from fleetd.host.store import Store
+from fleetd.host.state_store import Store
+from fleetd.host.system.memory import Devices
 from fleetd.host.types import HandleRecord, HostPaths
+from fleetd.resolver.environment import inherited
+from fleetd.resolver.port_assignment import keep_ports
+from fleetd.resolver.resolved import Assembly, Surroundings
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from fleetd.control.server import ControlServer
     from fleetd.control.wire import FleetEvent
-    from fleetd.daemon.logsetup import LogSink
-    from fleetd.gateway.server import Gateway
-    from fleetd.host.companion import Companion
+    from fleetd.daemon.daemon_log import LogSink
+    from fleetd.gateway.listener import Gateway
+    from fleetd.host.process.worker import Companion
 
 _DRAIN_S = 5.0
 _UNDO_S = 20.0
@@ -198,9 +198,9 @@ class App:
     ) -> None:
         from fleetd.control import socket as control_socket
         from fleetd.control.server import ControlServer
-        from fleetd.daemon.metrics import render
+        from fleetd.daemon.api.metrics import render
+        from fleetd.gateway.listener import Gateway
         from fleetd.gateway.options import GatewayOptions
-        from fleetd.gateway.server import Gateway
 
         daemon = self._daemon
         keys = assembly.gateway

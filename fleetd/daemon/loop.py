@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from fleetd.core.commands import Command
-from fleetd.core.events import Event, Tick
-from fleetd.core.state import Placement
+from fleetd.core.data.commands import Command
+from fleetd.core.data.events import Event, Tick
+from fleetd.core.data.state import Placement
 
 # A deadline further away than this is looked at again anyway: call_later of some loops does not take weeks.
 _LONGEST_SLEEP_S = 3600.0

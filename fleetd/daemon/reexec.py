@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fleetd.core.events import RestartDue
-from fleetd.core.state import Process, ProcessState
-from fleetd.host.handle import decode_records, encode_records
+from fleetd.core.data.events import RestartDue
+from fleetd.core.data.state import Process, ProcessState
+from fleetd.host.process.handle import decode_records, encode_records
 from fleetd.host.types import HandleRecord
 
 if TYPE_CHECKING:
     from fleetd.core.fleet import Fleet
-    from fleetd.daemon.daemon import Daemon
+    from fleetd.daemon.wiring import Daemon
 
 VARIABLE = "FLEETD_TAKE_OVER"
 SETTLE_S = 20.0  # shorter than the patience of `fleetctl daemon-reexec`

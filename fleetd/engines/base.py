@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes
+from fleetd.core.data.specs import Capabilities, ExitKind, Footprint, Probes
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:

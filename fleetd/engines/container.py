@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from fleetd.core.contract import ExitKind
+from fleetd.core.data.specs import ExitKind
 from fleetd.engines.base import ExitVerdict, Launch
 from fleetd.errors import EngineError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fleetd.core.contract import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
+from fleetd.core.data.specs import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
 from fleetd.engines.base import (
     Api,
     Endpoint,
@@ -26,9 +26,9 @@ from fleetd.engines.base import (
     ProbeOutcome,
     Resident,
 )
-from fleetd.engines.calls import call
-from fleetd.engines.fields import Count, Dialect, Secret
-from fleetd.engines.held_options import held_option_problems, unmade_problems
+from fleetd.engines.http import call
+from fleetd.engines.load_options import held_option_problems, unmade_problems
+from fleetd.engines.option_types import Count, Dialect, Secret
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:

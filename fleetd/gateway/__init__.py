@@ -10,8 +10,8 @@ The rules of this package
 - The only thing it knows of the fleet is `FleetPort`.
 """
 
+from fleetd.gateway.listener import Gateway, GatewayStats
 from fleetd.gateway.options import GatewayOptions
 from fleetd.gateway.port import FleetPort, ModelEntry, Seat, Upstream
-from fleetd.gateway.server import Gateway, GatewayStats
 
 __all__ = ["FleetPort", "Gateway", "GatewayOptions", "GatewayStats", "ModelEntry", "Seat", "Upstream"]

@@ -14,7 +14,7 @@ from http import HTTPStatus
 
 import orjson
 
-from fleetd.core.commands import Reject
+from fleetd.core.data.commands import Reject
 from fleetd.errors import ApiError
 
 ErrorShape = Callable[[ApiError], bytes]

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 import httptools
 
 from fleetd.errors import ApiError
-from fleetd.gateway.departure import Departure
 from fleetd.gateway.errors import error_headers, invalid_request, openai_shape, status_line
+from fleetd.gateway.half_close import Departure
 from fleetd.gateway.request import APART_SIZES, Request
 
 if TYPE_CHECKING:
-    from fleetd.gateway.server import Gateway
+    from fleetd.gateway.listener import Gateway
 
 log = logging.getLogger("fleetd.gateway")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fleetd.core.commands import Grant, Reject
+from fleetd.core.data.commands import Grant, Reject
 
 OnGrant = Callable[[Grant], None]
 OnReject = Callable[[Reject], None]

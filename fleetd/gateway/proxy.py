@@ -16,18 +16,18 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
-from fleetd.core.commands import Grant, Reject
+from fleetd.core.data.commands import Grant, Reject
 from fleetd.errors import ApiError
 from fleetd.gateway import body as bodies
 from fleetd.gateway.body import Asked
 from fleetd.gateway.errors import from_reject, status_line
 from fleetd.gateway.http1 import ServerConnection
-from fleetd.gateway.place import Place, labels_of_refusal
 from fleetd.gateway.request import Request
+from fleetd.gateway.target import Place, labels_of_refusal
 from fleetd.gateway.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
-    from fleetd.gateway.server import Gateway
+    from fleetd.gateway.listener import Gateway
 
 log = logging.getLogger("fleetd.gateway")
 

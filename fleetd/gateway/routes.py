@@ -24,7 +24,7 @@ from fleetd.gateway.proxy import Exchange
 from fleetd.gateway.request import Request
 
 if TYPE_CHECKING:
-    from fleetd.gateway.server import Gateway
+    from fleetd.gateway.listener import Gateway
 
 Handle = Callable[[ServerConnection, Request], None]
 MODELS_PREFIX = b"/v1/models/"

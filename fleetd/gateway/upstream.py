@@ -20,7 +20,7 @@ import httptools
 from fleetd.gateway.port import Upstream
 
 if TYPE_CHECKING:
-    from fleetd.gateway.server import Gateway
+    from fleetd.gateway.listener import Gateway
 
 # What is done with a response header.
 PASS: Final = 0

@@ -23,20 +23,21 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from fleetd.errors import HostError
-from fleetd.host import cgroup, ports
-from fleetd.host.command import CommandResult, end_marked, run_command, said
-from fleetd.host.handle import OnExit, ProcessHandle, Records
-from fleetd.host.ipc import NodeChannel
-from fleetd.host.logs.book import LogBook
 from fleetd.host.logs.fifo import reopen
-from fleetd.host.logs.scan import LogScanner
-from fleetd.host.oom import OomWatch
-from fleetd.host.pidfd import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
-from fleetd.host.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
-from fleetd.host.proctable import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
-from fleetd.host.spawn import Program
-from fleetd.host.spawning import Spawner, Started
-from fleetd.host.stop import Stopper
+from fleetd.host.logs.match import LogScanner
+from fleetd.host.logs.registry import LogBook
+from fleetd.host.process import cgroup
+from fleetd.host.process.command import CommandResult, end_marked, run_command, said
+from fleetd.host.process.exit_watch import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
+from fleetd.host.process.handle import OnExit, ProcessHandle, Records
+from fleetd.host.process.node_ipc import NodeChannel
+from fleetd.host.process.oom import OomWatch
+from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
+from fleetd.host.process.program import Program
+from fleetd.host.process.spawn import Spawner, Started
+from fleetd.host.process.stop import Stopper
+from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
+from fleetd.host.system import ports
 from fleetd.host.types import (
     Capture,
     CommandSaid,

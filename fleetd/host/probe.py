@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from fleetd.core.contract import ProbeKind, ProbeSpec
+from fleetd.core.data.specs import ProbeKind, ProbeSpec
 from fleetd.errors import HostError
-from fleetd.host.command import CommandResult
-from fleetd.host.handle import ProcessHandle
-from fleetd.host.logs.scan import LogScanner
-from fleetd.host.spawn import Program
+from fleetd.host.logs.match import LogScanner
+from fleetd.host.process.command import CommandResult
+from fleetd.host.process.handle import ProcessHandle
+from fleetd.host.process.program import Program
 from fleetd.host.types import PortOwner
 
 _FIRST_DELAY_S = 0.005

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.errors import EngineError
-from fleetd.models import gguf, safetensors
-from fleetd.models.modelfile import split_of
+from fleetd.models.formats import gguf, safetensors
+from fleetd.models.ollama.modelfile import split_of
 
 MAX_ENTRIES = 200_000
 MAX_MODELS = 2_000

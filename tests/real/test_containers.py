@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from bench.rig import free_port
-from fleetd.engines.llamacpp import CHILD
-from tests.daemon.rig import Fleetd, fleetd, until
+from fleetd.engines.llamacpp.engine import CHILD
 from tests.real.podman import IMAGE, Podman, podman, why_not
+from tests.support.daemon import Fleetd, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

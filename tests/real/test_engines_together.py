@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from bench import tiny_gguf
-from tests.daemon.rig import Fleetd, fleetd, until
 from tests.real.test_vllm import CACHE, READY_S
+from tests.support.daemon import Fleetd, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

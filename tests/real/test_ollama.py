@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from bench import tiny_gguf
-from tests.daemon.rig import Fleetd, alive, fleetd, until
+from tests.support.daemon import Fleetd, alive, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -20,11 +20,11 @@ import pytest
 from aiohttp import ClientSession
 
 from fleetd.engines.base import Endpoint
-from fleetd.engines.vllm import ENGINE
-from fleetd.engines.vllm_args import VllmOptions
-from fleetd.engines.vllm_sleep import canary
+from fleetd.engines.vllm.engine import ENGINE
+from fleetd.engines.vllm.options import VllmOptions
+from fleetd.engines.vllm.sleep import canary
 from fleetd.errors import EngineError
-from tests.daemon.rig import Fleetd, fleetd, until
+from tests.support.daemon import Fleetd, fleetd, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

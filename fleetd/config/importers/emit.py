@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fleetd.config.scalars import resolve
+from fleetd.config.yaml.scalars import resolve
 
 _SIMPLE = re.compile(r"[A-Za-z0-9_./~+][A-Za-z0-9_./~+=@%-]*(?: [A-Za-z0-9_./~+=@%-]+)*")
 _WIDTH = 110

@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from fleetd.config.document import Source, compose
 from fleetd.config.importers.emit import Variable, to_yaml
 from fleetd.config.importers.report import Imported, Report
-from fleetd.config.tree import plain
+from fleetd.config.yaml.parser import Source, compose
+from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError, Problem
 
 _MACRO = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")

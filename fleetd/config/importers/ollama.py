@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fleetd.config.block import MODEL_NAME
 from fleetd.config.importers.emit import to_yaml
-from fleetd.config.importers.pm2_ollama import volume_of
+from fleetd.config.importers.pm2.ollama import volume_of
 from fleetd.config.importers.report import Imported, Report
+from fleetd.config.schema.base import MODEL_NAME
 from fleetd.errors import ConfigError, Problem
 
 _EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fleetd.errors import HostError
-from fleetd.host.handle import write_atomically
-from fleetd.host.names import escape
+from fleetd.host.filenames import escape
+from fleetd.host.process.handle import write_atomically
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from pathlib import Path
 import orjson
 
 from fleetd.host.logs.files import LogFiles, LogState
-from fleetd.host.logs.inhand import READ, InHand, hand
 from fleetd.host.logs.rotate import _LOCKS, drop_surplus, shift
+from fleetd.host.logs.spool import READ, InHand, hand
 from fleetd.host.types import LogPolicy
 
 _LONGEST_LINE = 1024 * 1024

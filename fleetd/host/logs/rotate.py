@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from fleetd.host.logs.files import LogFiles, LogState
-from fleetd.host.logs.hole import punch
+from fleetd.host.logs.punch_hole import punch
 from fleetd.host.types import LogPolicy
 
 _BLOCK = 1024 * 1024

@@ -1,0 +1,194 @@
+"""The verbs that change the fleet as a whole: diff, apply, reload, daemon-reexec, shutdown.
+
+The rules of this file
+- A plan is shown before it is done; what is done is the plan that was shown (its hash goes with it).
+- `diff` ends with 0 no difference, 1 differences, 2 error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from fleetd.cli import views
+from fleetd.cli.client import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_TIMEOUT,
+    EXIT_USAGE,
+    Client,
+    CliError,
+    Refused,
+    Unreachable,
+    is_locked,
+)
+from fleetd.cli.commands.lifecycle import exit_code_of, patience, show_results, waiting
+from fleetd.cli.context import Duration, Session, forms, say
+from fleetd.units import expand_home
+
+POLL_S = 0.1
+TEXT_MAX_BYTES = 4 * 1024 * 1024
+
+
+def _where(file: str | None) -> dict[str, str]:
+    """Return the part of a request that names the file: nothing, an absolute path, or the text of standard input."""
+    if file is None:
+        return {}
+    if file == "-":
+        raw = sys.stdin.buffer.read(TEXT_MAX_BYTES + 1)
+        if len(raw) > TEXT_MAX_BYTES:
+            raise CliError("standard input is too large for a fleet.yaml", EXIT_USAGE)
+        try:
+            return {"text": raw.decode("utf-8")}
+        except UnicodeDecodeError:
+            raise CliError("standard input is not UTF-8", EXIT_USAGE) from None
+    path = Path(expand_home(file)).absolute()
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise CliError(f"{file}: {error.strerror or error}", EXIT_USAGE) from None
+    return {"path": str(path)}
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path())
+@forms("text", "json", "yaml")
+def diff(session: Session, file: str | None) -> int:
+    """Show what `apply` would do.
+
+    FILE: another file than the daemon's own, or - for standard input.
+
+    The exit code is 0 for no difference, 1 for differences, 2 for an error.
+    """
+    try:
+        answered = session.client.post("/v1/plan", _where(file))
+    except Refused as error:
+        raise CliError(str(error), EXIT_USAGE, error.hint) from None
+    changes = answered["plan"]["changes"]
+    if not session.emit(answered) and changes:
+        views.plan(session.screen, answered["plan"])
+    return EXIT_FAILED if changes else EXIT_OK
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Show the plan and do nothing.")
+@click.option("--wait", is_flag=True, help="Wait until every changed process is where it should be.")
+@click.option("--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait; then exit code 6.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@forms("text", "json", "yaml")
+def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout: float, yes: bool) -> int:
+    """Make the fleet what the file says.
+
+    Shows the plan, asks, and changes only what differs.
+
+    FILE: another file than the daemon's own; it is the daemon's file from then on.
+    """
+    if file == "-":
+        raise click.UsageError("apply needs a file: the daemon reads it again when it restarts")
+    client, where = session.client, _where(file)
+    planned = client.post("/v1/plan", where)
+    plan = planned["plan"]
+    if dry_run or not plan["changes"]:
+        if where and not dry_run:  # the same fleet from another file: that file is the daemon's from now on
+            client.post("/v1/apply", {**where, "wait": False, "expect_hash": plan["config_hash"]})
+        if not session.emit({"schema": planned["schema"], "plan": plan, "results": []}):
+            views.plan(session.screen, plan)
+        return EXIT_OK
+    if session.form == "text":
+        views.plan(session.screen, plan)
+    if not yes:
+        _ask()
+    body = {**where, "wait": wait, "timeout_s": timeout, "expect_hash": plan["config_hash"]}
+    with patience("apply", timeout):
+        applied = client.post("/v1/apply", body, wait_s=timeout if wait else 0.0)
+    return show_results(session, applied)
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise CliError("nobody is there to confirm the plan", EXIT_USAGE, "add -y")
+    if not click.confirm("Apply this?", err=True):
+        raise CliError("nothing was changed", EXIT_FAILED)
+
+
+@click.command(name="reload")
+@forms("text", "json", "yaml")
+def reload_(session: Session) -> int:
+    """Apply the daemon's own file without asking."""
+    applied = session.client.post("/v1/reload", wait_s=30.0)
+    if not session.emit(applied):
+        views.plan(session.screen, applied["plan"])
+    return exit_code_of(applied.get("results") or [])
+
+
+@click.command(name="daemon-reexec")
+@click.option("--timeout", type=Duration(), default="30s", show_default=True, help="Longest wait; then exit code 6.")
+@forms("text", "json", "yaml")
+def reexec(session: Session, timeout: float) -> int:
+    """Replace the daemon by its newly installed version.
+
+    Processes stay, with their PIDs and logs. What is being started or stopped is waited for, for some seconds.
+    """
+    client = session.client
+    before = client.get("/v1/status")["daemon"]
+    asked = time.monotonic()
+    client.post("/v1/reexec")
+    while time.monotonic() - asked < timeout:
+        time.sleep(POLL_S)
+        passed = time.monotonic() - asked
+        try:
+            daemon = client.get("/v1/status")["daemon"]
+        except (Unreachable, Refused):
+            continue
+        if daemon["uptime_s"] < max(before["uptime_s"], passed):
+            if not session.emit({"schema": "fleetctl/v1", "daemon": daemon}):
+                session.screen.line(f"fleetd {daemon['version']} runs as pid {daemon['pid']}")
+            return EXIT_OK
+    raise CliError(f"the daemon has not come back after {timeout:g} s", EXIT_TIMEOUT)
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Do not wait for requests in flight, and kill at once.")
+@waiting
+@forms("text", "json", "yaml")
+def shutdown(session: Session, force: bool, wait: bool, timeout: float) -> int:
+    """Stop every process, then the daemon.
+
+    Drains first, and stops in reverse order of dependency.
+    """
+    client = session.client
+    path = _answering(client)
+    answered = client.post("/v1/shutdown", {"force": force})
+    if wait:
+        with patience("shutdown", timeout):
+            _await_end(Client([path]), path, time.monotonic() + timeout)
+    if not session.emit(answered):
+        say("fleetd has stopped" if wait else "fleetd is stopping")
+    return EXIT_OK
+
+
+def _answering(client: Client) -> Path:
+    """Return the socket on which a daemon answers. Raises Unreachable."""
+    connection, path = client.connect()
+    connection.close()
+    return path
+
+
+def _await_end(client: Client, path: Path, deadline: float) -> None:
+    """Wait until nothing answers and the daemon's lock is free: then a new one can be started."""
+    while time.monotonic() < deadline:
+        try:
+            _answering(client)
+        except Unreachable:
+            if not is_locked(path):
+                return
+        time.sleep(POLL_S)
+    raise CliError("the daemon is still stopping", EXIT_TIMEOUT, "fleetctl shutdown --force hurries it")
+
+
+VERBS = (diff, apply, reload_, reexec, shutdown)

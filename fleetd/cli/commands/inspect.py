@@ -1,0 +1,285 @@
+"""The verbs that only look: status, ps, logs, events, story, explain, dump, pm2-jlist, version."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import click
+
+from fleetd.cli import views
+from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, Refused, Unreachable
+from fleetd.cli.context import FORMS, Duration, Session, completion_of, forms, names_argument, say
+from fleetd.cli.render import PREFIX_COLOURS, clean
+from fleetd.control.wire import OWN_WORD, SCHEMA, document
+
+WATCH_S = 1.0
+_LINES = 50
+_MOST_LINES = 100_000
+
+
+@click.command()
+@names_argument("processes", "models", required=False)
+@click.option("-w", "--watch", is_flag=True, help="Draw again every second until Ctrl-C.")
+@forms(*FORMS)
+def status(session: Session, names: tuple[str, ...], watch: bool) -> int:
+    """Show the fleet, or with NAME one part of it in detail.
+
+    With NAME the exit code is 0 when it runs, 3 when it does not or is unhealthy, 4 when it is unknown.
+    """
+    if not watch:
+        return _status_once(session, names)
+    return _watch(session, names)
+
+
+def _status_once(session: Session, names: tuple[str, ...]) -> int:
+    client = session.client
+    if len(names) == 1 and not any(mark in names[0] for mark in "*?["):
+        found = _detail(client, names[0])
+        if found is not None:
+            return _show_detail(session, found)
+    whole = client.get("/v1/status")
+    if names:
+        whole = _only(whole, names)
+    if session.emit(whole):
+        pass
+    elif session.form == "name":
+        for name in dict.fromkeys(row["name"] for row in (*whole["processes"], *whole["models"])):
+            session.screen.raw(name)
+    else:
+        views.fleet(session.screen, whole, wide=session.form == "wide")
+    rows = [*whole["processes"], *whole["models"]]
+    return EXIT_OK if not names or all(_runs(row) for row in rows) else EXIT_NOT_RUNNING
+
+
+def _runs(row: Mapping[str, Any]) -> bool:
+    return row.get("state") in views.GOOD_STATES or bool(row.get("routes"))
+
+
+def _detail(client: Client, name: str) -> dict[str, Any] | None:
+    """Return the detail of a process, else of a model; None when it is neither (it may be the base of replicas)."""
+    for kind in ("processes", "models"):
+        try:
+            return client.get(f"/v1/{kind}/{name}")
+        except Refused as error:
+            if error.code not in ("unknown_name", "unknown_route"):
+                raise
+    return None
+
+
+def _show_detail(session: Session, found: Mapping[str, Any]) -> int:
+    kind = "process" if "process" in found else "model"
+    row = found[kind]
+    if session.emit(found):
+        pass
+    elif session.form == "name":
+        session.screen.raw(row["name"])
+    else:
+        (views.one_process if kind == "process" else views.one_model)(session.screen, found)
+    return EXIT_OK if _runs(row) else EXIT_NOT_RUNNING
+
+
+def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the status with only the rows that the names mean. Raises CliError (exit 4) for those that mean nothing."""
+
+    def means(pattern: str, row: Mapping[str, Any]) -> bool:
+        exact = pattern in ("all", row["name"], row.get("base")) or pattern in (row.get("aliases") or ())
+        return exact or (any(mark in pattern for mark in "*?[") and fnmatchcase(row["name"], pattern))
+
+    rows = [*whole["processes"], *whole["models"]]
+    unknown = [name for name in names if name != "all" and not any(means(name, row) for row in rows)]
+    if unknown:
+        from difflib import get_close_matches
+
+        close = get_close_matches(unknown[0], [row["name"] for row in rows], n=1)
+        listed = ", ".join(repr(name) for name in unknown)
+        raise CliError(f"nothing is named {listed}", EXIT_UNKNOWN, f"did you mean {close[0]}?" if close else None)
+
+    def chosen(key: str) -> list[Any]:
+        return [row for row in whole[key] if any(means(name, row) for name in names)]
+
+    return {**whole, "processes": chosen("processes"), "models": chosen("models")}
+
+
+def _watch(session: Session, names: tuple[str, ...]) -> int:
+    """Draw every second: over itself on a terminal, one after the other elsewhere. Ends by Ctrl-C."""
+    terminal = sys.stdout.isatty() and session.form in ("table", "wide")
+    if terminal:
+        sys.stdout.write("\x1b[?1049h\x1b[?25l")
+    try:
+        while True:
+            if terminal:
+                sys.stdout.write("\x1b[H\x1b[2J")
+            try:
+                _status_once(session, names)
+            except Unreachable as error:
+                if not terminal:
+                    raise
+                session.screen.line(str(error))
+            sys.stdout.flush()
+            time.sleep(WATCH_S)
+    finally:
+        if terminal:
+            sys.stdout.write("\x1b[?25h\x1b[?1049l")
+            sys.stdout.flush()
+
+
+@click.command()
+@forms("table", "json", "yaml", "name")
+def ps(session: Session) -> int:
+    """Show the models that are in memory.
+
+    Where each one is, how large, how busy, and how long it stays.
+    """
+    rows = [row for row in session.client.get("/v1/models")["models"] if _in_memory(row)]
+    if session.emit(document({"models": rows})):
+        return EXIT_OK
+    if session.form == "name":
+        for row in rows:
+            session.screen.raw(row["name"])
+    elif rows:
+        views.loaded(session.screen, rows)
+    else:
+        say("no model is loaded")
+    return EXIT_OK
+
+
+def _in_memory(row: Mapping[str, Any]) -> bool:
+    return row.get("state") not in ("ABSENT", "FAILED", None) and not row.get("routes")
+
+
+@click.command()
+@names_argument("processes", also=("all",))
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines until Ctrl-C.")
+@click.option(
+    "-n",
+    "--lines",
+    type=click.IntRange(0, _MOST_LINES),
+    help=f"How many of the last lines first.  [default: {_LINES}; with --since all, {_MOST_LINES} at most]",
+)
+@click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, … (where lines have a time).")
+@click.option("--grep", help="Only lines that match this regular expression.")
+@forms("text", "json")
+def logs(
+    session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None, grep: str | None
+) -> int:
+    """Show the last lines of processes' logs.
+
+    Of several processes, each line with its name.
+    """
+    if grep is not None:
+        try:
+            re.compile(grep)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise click.UsageError(f"--grep is not a regular expression: {error}") from None
+    client, screen = session.client, session.screen
+    lines = lines if lines is not None else _LINES if since is None else _MOST_LINES
+    source = client.stream(f"/v1/logs/{','.join(names)}", lines=lines, since_s=since, grep=grep, follow=follow)
+    several = len(names) > 1 or any(mark in names[0] for mark in "*?[") or names[0] == "all"
+    colours: dict[str, str] = {}
+    width = 0
+    for line in source:
+        if line.get("stream") == OWN_WORD:
+            say(f"fleetctl: {clean(line.get('name'))}: {clean(line.get('line'))}")
+        elif session.form == "json":
+            screen.json(line, indent=None)
+        else:
+            name = str(line.get("name"))
+            several = several or name != names[0]
+            width = max(width, min(24, len(name)))
+            colour = colours.setdefault(name, PREFIX_COLOURS[len(colours) % len(PREFIX_COLOURS)])
+            views.log_line(screen, line, (name, width, colour) if several else None)
+        if follow:
+            sys.stdout.flush()
+    return EXIT_OK
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with new events until Ctrl-C.")
+@click.option("--since", type=Duration(), help="Only events of the last 10m, 2h, …")
+@forms("text", "json")
+def events(session: Session, follow: bool, since: float | None) -> int:
+    """Show what happened, oldest first."""
+    for event in session.client.stream("/v1/events", since_s=since, follow=follow):
+        if session.form == "json":
+            session.screen.json(event, indent=None)
+        else:
+            views.event_line(session.screen, event)
+        if follow:
+            sys.stdout.flush()
+    return EXIT_OK
+
+
+@click.command()
+@click.argument("name", shell_complete=completion_of("processes", "models"))
+@forms("text", "json", "yaml")
+def story(session: Session, name: str) -> int:
+    """Tell how a process or model came to its state.
+
+    Every event and command about it, with the reason, oldest first.
+    """
+    told = session.client.get(f"/v1/story/{name}")
+    if not session.emit(told):
+        for event in told["events"]:
+            views.event_line(session.screen, event, with_name=event.get("name") != name)
+        if not told["events"]:
+            session.screen.line(f"nothing has happened to {name} since fleetd started")
+    return EXIT_OK
+
+
+@click.command()
+@click.argument("model", shell_complete=completion_of("models"))
+@forms("text", "json", "yaml")
+def explain(session: Session, model: str) -> int:
+    """Explain why a model is loaded, or why not.
+
+    Its size, the budget, where it could go and what would give way.
+    """
+    explained = session.client.get(f"/v1/explain/{model}")
+    if not session.emit(explained):
+        views.explanation(session.screen, explained)
+    return EXIT_OK
+
+
+@click.command()
+@forms("json", "yaml")
+def dump(session: Session) -> int:
+    """Print everything that a bug report needs.
+
+    Status, configuration and journal; secrets are redacted.
+    """
+    session.emit(session.client.get("/v1/dump"))
+    return EXIT_OK
+
+
+@click.command(name="pm2-jlist")
+@forms("json")
+def pm2_jlist(session: Session) -> int:
+    """Print the processes as `pm2 jlist` does."""
+    from fleetd.cli.pm2 import jlist
+
+    session.screen.json(jlist(session.client.get("/v1/status"), time.time()), indent=None)
+    return EXIT_OK
+
+
+@click.command()
+@forms("text", "json", "yaml")
+def version(session: Session) -> int:
+    """Print the versions of fleetctl and of the daemon."""
+    from fleetd import __version__
+
+    try:
+        daemon = session.client.get("/v1/status")["daemon"]["version"]
+    except (Unreachable, Refused):
+        daemon = None
+    if not session.emit({"schema": SCHEMA, "fleetctl": __version__, "fleetd": daemon}):
+        session.screen.line(f"fleetctl {__version__}")
+        session.screen.line(f"fleetd {daemon}" if daemon else "fleetd is not running")
+    return EXIT_OK
+
+
+VERBS = (status, ps, logs, events, story, explain, dump, pm2_jlist, version)

@@ -1,0 +1,139 @@
+"""The verbs that act on names: start, stop, restart, drain, undrain, signal; load, unload, pin, unpin.
+
+The rules of this file
+- All names are known or nothing is done.
+- A failure of any name is exit 1; else a wait that ran out is exit 6.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT
+from fleetd.cli.context import Duration, Session, forms, names_argument, say
+from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, duration, table
+from fleetd.control.wire import MODEL_VERBS, OutcomeCode
+
+PATIENCE_S = 1.5
+_COLOURS = {"ok": GREEN, "accepted": GREEN, "failed": RED, "timeout": YELLOW}
+
+
+@contextmanager
+def patience(what: str, timeout_s: float) -> Iterator[None]:
+    """Tell a person at a terminal what is waited for, when it takes longer than a moment."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    text = f"{what}: waiting up to {duration(timeout_s)} (Ctrl-C stops the waiting, not the work)"
+    timer = threading.Timer(PATIENCE_S, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def show_results(session: Session, answered: dict[str, Any]) -> int:
+    """Print one line per name, and return the exit code."""
+    results = answered.get("results") or []
+    if not session.emit(answered) and results:
+        columns = [Column("NAME", shrink=True), Column("RESULT"), Column("STATE", 2), Column("REASON", 1, shrink=True)]
+        rows = [
+            [
+                Cell(str(row.get("name"))),
+                Cell(str(row.get("result")), _COLOURS.get(str(row.get("result")))),
+                Cell(str(row.get("state") or "-")),
+                Cell(str(row.get("reason") or "")),
+            ]
+            for row in results
+        ]
+        table(session.screen, columns, rows)
+    for warning in dict.fromkeys(str(row["warning"]) for row in results if row.get("warning")):
+        say(f"fleetctl: warning: {clean(warning)}")
+    return exit_code_of(results)
+
+
+def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
+    """Return 1 when any failed, else 6 when any timed out, else 0; what went wrong is also said on stderr."""
+    found = {str(row.get("result")) for row in results}
+    for row in results:
+        if row.get("result") == OutcomeCode.FAILED:
+            say(f"fleetctl: {clean(row.get('name'))}: {clean(row.get('reason') or 'failed')}")
+    if OutcomeCode.FAILED in found or found - set(OutcomeCode):
+        return EXIT_FAILED
+    return EXIT_TIMEOUT if OutcomeCode.TIMEOUT in found else EXIT_OK
+
+
+def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s: float, **extra: Any) -> int:
+    """Ask the daemon for one action on all names, and show what came of it."""
+    kind = "models" if verb in MODEL_VERBS else "processes"
+    body = {"names": list(names), "wait": wait, "timeout_s": timeout_s, **extra}
+    with patience(f"{verb} {' '.join(names)}", timeout_s):
+        answered = session.client.post(f"/v1/{kind}/{verb}", body, wait_s=timeout_s if wait else 0.0)
+    return show_results(session, answered)
+
+
+def waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --wait/--no-wait and --timeout."""
+    timeout = click.option(
+        "--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait; then exit code 6."
+    )
+    wait = click.option("--wait/--no-wait", default=True, show_default=True, help="Return when it is done, or at once.")
+    return wait(timeout(verb))
+
+
+def _slow(name: str, keys: str, text: str, also: Sequence[str] = ()) -> click.Command:
+    @click.command(name=name, help=text, short_help=text.split("\n", maxsplit=1)[0])
+    @names_argument(keys, also=also)
+    @waiting
+    @forms("table", "json", "yaml")
+    def verb(session: Session, names: tuple[str, ...], wait: bool, timeout: float) -> int:
+        return act(session, name, names, wait, timeout)
+
+    return verb
+
+
+def _quick(name: str, keys: str, text: str) -> click.Command:
+    @click.command(name=name, help=text, short_help=text.split("\n", maxsplit=1)[0])
+    @names_argument(keys)
+    @forms("table", "json", "yaml")
+    def verb(session: Session, names: tuple[str, ...]) -> int:
+        return act(session, name, names, wait=True, timeout_s=10.0)
+
+    return verb
+
+
+@click.command(name="signal")
+@click.argument("sig", metavar="SIG")
+@names_argument("processes", also=("all",))
+@forms("table", "json", "yaml")
+def signal_(session: Session, sig: str, names: tuple[str, ...]) -> int:
+    """Send a signal to the main process of each NAME.
+
+    SIG is a name or a number: HUP, SIGUSR1, 10.
+    """
+    return act(session, "signal", names, wait=True, timeout_s=10.0, signal=sig)
+
+
+_NAMES = "NAME is a process, a glob ('ai-*'), the base name of replicas, or all."
+VERBS = (
+    _slow("start", "processes", f"Start processes and wait until ready.\n\n{_NAMES}", ("all",)),
+    _slow("stop", "processes", f"Stop processes; they stay stopped.\n\n{_NAMES}", ("all",)),
+    _slow("restart", "processes", f"Stop and start processes.\n\n{_NAMES}", ("all",)),
+    _slow("drain", "processes", "Take processes out of routing.\n\nWaits for their requests in flight."),
+    _quick("undrain", "processes", "Put drained processes back into routing."),
+    _slow("load", "models", "Load models into memory now."),
+    _slow("unload", "models", "Unload models once their requests are done."),
+    _quick(
+        "pin", "models", "Keep models in memory.\n\nA pinned model is never evicted, and never unloaded for being idle."
+    ),
+    _quick("unpin", "models", "Let pinned models be evicted again."),
+    signal_,
+)

@@ -1,0 +1,1 @@
+"""Import PM2 ecosystem files, dumps and `pm2 jlist`."""

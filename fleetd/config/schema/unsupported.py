@@ -1,0 +1,53 @@
+"""The one list of keys that are valid but do nothing yet. A configuration that uses one is refused, never half obeyed.
+
+The rules of this file
+- A pattern is a path; `*` stands for any name or index. The reason completes "not supported yet: ".
+- Take an entry out in the change that makes the key act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fleetd.config.yaml.source_map import Marks, Path_
+from fleetd.errors import Problem
+
+UNSUPPORTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gateway", "tls"), "the gateway speaks plain HTTP; put a proxy with TLS in front of it"),
+    (("gateway", "keys_file"), "the gateway knows no keys; listen on loopback, or say insecure: true"),
+    (("admin", "listen"), "there is no admin listener; use fleetctl"),
+    (("models", "*", "request"), "requests are passed on as they are"),
+    (("models", "*", "route", "*", "shadow"), "every request goes to one model"),
+    (("defaults", "model", "request"), "requests are passed on as they are"),
+)
+# Saying the default out loud asks for nothing.
+HARMLESS: dict[tuple[str, ...], tuple[object, ...]] = {("admin", "listen"): ("127.0.0.1:8485", "localhost:8485")}
+
+
+def is_unsupported(pattern: tuple[str, ...]) -> bool:
+    """Return whether a path pattern stands in the list."""
+    return any(pattern == listed for listed, _ in UNSUPPORTED)
+
+
+def find_unsupported(data: Any, marks: Marks) -> list[Problem]:
+    """Return a problem for every value of plain data that stands at an unsupported path. Empty and false values do not count."""
+    found = []
+    for pattern, reason in UNSUPPORTED:
+        for path, value in _at(data, pattern, ()):
+            if value is not None and value is not False and value not in HARMLESS.get(pattern, ()):
+                found.append(marks.problem(path, f"is not supported yet: {reason}", at_key=True))
+    return found
+
+
+def _at(data: Any, pattern: tuple[str, ...], path: Path_) -> Iterator[tuple[Path_, Any]]:
+    if not pattern:
+        yield path, data
+        return
+    head, rest = pattern[0], pattern[1:]
+    if isinstance(data, list) and head == "*":
+        for index, item in enumerate(data):
+            yield from _at(item, rest, (*path, index))
+    elif isinstance(data, dict):
+        for key in data if head == "*" else (head,) if head in data else ():
+            yield from _at(data[key], rest, (*path, key))

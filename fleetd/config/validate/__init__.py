@@ -1,0 +1,1 @@
+"""Checks beyond single values, and messages for each mistake."""

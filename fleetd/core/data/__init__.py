@@ -1,0 +1,1 @@
+"""The data of the core: specs, events, commands, state and the journal."""

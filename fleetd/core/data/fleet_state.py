@@ -1,0 +1,178 @@
+"""The facts that every part of the machine shares, and the list its commands go to.
+
+The rules of this file
+- One `Facts` per fleet; only the core writes to it, inside `Fleet.handle`.
+- `awake` names the processes that need attention at all: with thousands of on-demand models, the rest costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from fleetd.core.data.commands import Command, Persist
+from fleetd.core.data.journal import Journal
+from fleetd.core.data.specs import FleetSpec, ProcessSpec, Remembered
+from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency
+from fleetd.core.models.ledger import Ledger
+from fleetd.errors import InvalidTransition
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+@dataclass(slots=True)
+class Waiting:
+    """One request in line, or (client False) an operator's wish to have a model loaded."""
+
+    request_id: int
+    model: str
+    arrived_s: float
+    deadline_s: float
+    priority: int = 0
+    avoid: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+    client: bool = True
+    load_began_s: float | None = None
+    why: str = "arrived"
+    overdue: bool = False  # has waited for the fairness bound
+    closes: frozenset[tuple[str, str]] = frozenset()  # only drain for it: chosen once, lest time alone changes them
+
+
+@dataclass(slots=True)
+class Facts:
+    rng: Random
+    spec: FleetSpec = field(default_factory=FleetSpec)
+    processes: dict[str, Process] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # model names and aliases to model names
+    ledger: Ledger = field(default_factory=Ledger)
+    journal: Journal = field(default_factory=Journal)
+    queue: dict[int, Waiting] = field(default_factory=dict)  # by request id, in order of arrival
+    granted: dict[int, tuple[Placement, float]] = field(
+        default_factory=dict
+    )  # request id to placement and time of grant
+    placed: dict[str, set[str]] = field(default_factory=dict)  # process to models placed on it
+    hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that name it as a holder
+    freed: dict[tuple[str, str], float] = field(default_factory=dict)  # when a placement's memory was last seen free
+    unseen: dict[str, float] = field(
+        default_factory=dict
+    )  # adopted servers whose models are not known yet, and until when
+    retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
+    leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
+    awake: set[str] = field(default_factory=set)
+    turns: dict[str, str] = field(default_factory=dict)  # processes to restart in their turn, and why
+    due: set[str] = field(default_factory=set)  # models whose preload is due
+    out: list[Command] = field(default_factory=list)
+    closed: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line
+    held: set[str] = field(default_factory=set)  # devices that somebody in line waits for room on
+    shutting_down: bool = False
+    forced: bool = False
+    finished: bool = False
+
+    def emit(self, command: Command) -> None:
+        self.out.append(command)
+
+    def wake(self, name: str) -> None:
+        if name in self.processes:
+            self.awake.add(name)
+
+    def settle(self, process: Process) -> None:
+        """Forget a resting on-demand process that nothing wants, until it is woken."""
+        spec = process.spec
+        if (
+            spec.on_demand
+            and process.state in RESTING
+            and process.state is not ProcessState.BACKOFF
+            and not (process.asked or process.impossible or process.survivors or process.removed)
+            and not self.placed.get(spec.name)
+        ):
+            self.awake.discard(spec.name)
+
+    def forget(self, process: Process) -> None:
+        """Drop a process that left the configuration; its generation is kept, lest a late event fits a successor."""
+        if not self.placed.get(process.name):
+            self.processes.pop(process.name, None)
+            self.awake.discard(process.name)
+            self.retired[process.name] = process.generation
+            self.journal.note(process.name, "forgotten: no longer in the configuration")
+
+    def all_rest(self) -> bool:
+        return all(process.state in RESTING for process in self.processes.values())
+
+    def placements_on(self, process: str) -> Iterator[Placement]:
+        for model in sorted(self.placed.get(process, ())):
+            yield self.models[model].placements[process]
+
+    def resident(self) -> dict[str, Model]:
+        """Return the models that have a placement: few, however many there are."""
+        return {name: self.models[name] for names in self.placed.values() for name in names}
+
+    def place(self, model: Model, process: str, now: float, reason: str) -> Placement:
+        """Enter a placement in LOADING; its reservation is the caller's."""
+        placement = Placement(
+            model.name, process, footprint_hash=model.spec.footprint_hash, last_used_s=now, order_s=now
+        )
+        placement.move(Residency.LOADING, now, reason)
+        model.placements[process] = placement
+        self.placed.setdefault(process, set()).add(model.name)
+        self.wake(process)
+        return placement
+
+    def drop(self, placement: Placement, now: float) -> None:
+        """Forget a placement and free its reservation: its memory was seen to be free."""
+        model = self.models[placement.model]
+        model.placements.pop(placement.process, None)
+        placed = self.placed.get(placement.process)
+        if placed is not None:
+            placed.discard(placement.model)
+            if not placed:
+                del self.placed[placement.process]
+        self.ledger.release(placement.key)
+        self.freed[placement.key] = now
+        self.wake(placement.process)
+
+    def move(self, process: Process, state: ProcessState, now: float, reason: str) -> None:
+        """Move a process and say so in the journal. Raises InvalidTransition with its story."""
+        self.journal.note(process.name, f"{process.state} -> {state}: {reason}")
+        try:
+            process.move(state, now, reason)
+        except InvalidTransition as error:
+            raise InvalidTransition(error.subject, error.start, error.finish, self.story(process.name)[-12:]) from None
+        self.wake(process.name)
+
+    def story(self, name: str) -> tuple[str, ...]:
+        return self.journal.story(name)
+
+    def persist(self, process: Process, reason: str) -> None:
+        """Keep what must outlive the daemon. An ordered end of it ends what had ended too: the next start begins anew."""
+        kept = process.state is ProcessState.EXITED and not self.shutting_down
+        over = kept or process.state is ProcessState.FAILED
+        self.emit(
+            Persist(
+                process.name,
+                Remembered(
+                    stopped=process.stopped,
+                    restarts=process.restarts,
+                    deaths=process.record.deaths,
+                    died_s=process.record.last(process.spec.restart.crash_loop.count),
+                    slow=process.record.slow,
+                    failed=process.reason if process.state is ProcessState.FAILED else None,
+                    generation=process.generation,
+                    exited=process.reason if kept else None,
+                    code=process.last_exit.code if kept and process.last_exit is not None else None,
+                    again=process.again or process.state is ProcessState.BACKOFF,
+                    last_exit=replace(process.last_exit, log_tail=()) if process.last_exit is not None else None,
+                    last_exit_s=process.last_exit_s,
+                    spec_hash=spec_hash(process.spec) if over else "",
+                ),
+                reason,
+            )
+        )
+
+
+def spec_hash(spec: ProcessSpec) -> str:
+    """Return what changes with any field of a spec; equal specs give equal hashes in every run of the program."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

@@ -1,0 +1,260 @@
+"""Every state, and every move between states, that a process or a model can make.
+
+The rules of this file
+- The tables below are the whole truth; a move that is not in them raises InvalidTransition with the story so far.
+- A state changes only through `Process.move` and `Placement.move`. Flags beside the state (stopped, restart_wanted,
+  draining) are wishes: reconciliation reads them, nobody else does.
+- A *process* and a *loaded model* are different things. A `Placement` is one model on one process: the unit of
+  residency, of reservation and of requests in flight.
+- This file knows nothing of time, of engines and of decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fleetd.core.data.specs import ExitReport, Footprint, FootprintSource, ModelSpec, ProcessSpec
+from fleetd.core.processes.health import Verdict
+from fleetd.core.processes.restart_policy import RestartRecord
+from fleetd.errors import InvalidTransition
+
+
+class ProcessState(StrEnum):
+    STOPPED = "STOPPED"
+    STARTING = "STARTING"
+    READY = "READY"
+    UNHEALTHY = "UNHEALTHY"
+    DRAINING = "DRAINING"
+    STOPPING = "STOPPING"
+    BACKOFF = "BACKOFF"
+    EXITED = "EXITED"
+    FAILED = "FAILED"
+    BLOCKED = "BLOCKED"
+
+
+class Residency(StrEnum):
+    ABSENT = "ABSENT"
+    LOADING = "LOADING"
+    LOADED = "LOADED"
+    ASLEEP = "ASLEEP"
+    UNLOADING = "UNLOADING"
+    FAILED = "FAILED"
+
+
+class SleepStep(StrEnum):
+    """What is done, or about to be done, about a placement's sleep."""
+
+    SLEEP = "sleep"  # while LOADED: no new grants, asleep once idle and its lane is free
+    WAKE = "wake"  # while LOADING
+    LOOK = "look"  # while LOADING: an adopted engine may be asleep
+
+
+_S = ProcessState
+PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
+    _S.STOPPED: frozenset({_S.STARTING, _S.BLOCKED, _S.FAILED}),
+    _S.BLOCKED: frozenset({_S.STARTING, _S.STOPPED, _S.FAILED}),
+    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.STOPPED, _S.BACKOFF, _S.FAILED}),
+    _S.READY: frozenset({_S.UNHEALTHY, _S.DRAINING, _S.STOPPING}),
+    _S.UNHEALTHY: frozenset({_S.READY, _S.DRAINING, _S.STOPPING}),
+    _S.DRAINING: frozenset({_S.READY, _S.UNHEALTHY, _S.STOPPING}),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.BACKOFF, _S.EXITED, _S.FAILED}),
+    _S.BACKOFF: frozenset({_S.STARTING, _S.BLOCKED, _S.STOPPED, _S.FAILED}),
+    _S.EXITED: frozenset({_S.STOPPED}),
+    _S.FAILED: frozenset({_S.STOPPED, _S.STOPPING}),  # STOPPING: what survived is swept again
+}
+_R = Residency
+RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
+    _R.ABSENT: frozenset({_R.LOADING, _R.FAILED}),
+    _R.LOADING: frozenset({_R.LOADED, _R.ASLEEP, _R.UNLOADING, _R.ABSENT, _R.FAILED}),
+    _R.LOADED: frozenset({_R.ASLEEP, _R.UNLOADING, _R.LOADING, _R.ABSENT}),
+    _R.ASLEEP: frozenset({_R.LOADING, _R.UNLOADING, _R.ABSENT}),
+    _R.UNLOADING: frozenset({_R.ABSENT, _R.LOADED}),
+    _R.FAILED: frozenset({_R.ABSENT, _R.LOADING}),
+}
+
+RUNNING = frozenset({_S.STARTING, _S.READY, _S.UNHEALTHY, _S.DRAINING, _S.STOPPING})  # a process set may exist
+RESTING = frozenset({_S.STOPPED, _S.EXITED, _S.FAILED, _S.BLOCKED, _S.BACKOFF})  # nothing of ours runs
+SERVING = frozenset({_S.READY, _S.UNHEALTHY, _S.DRAINING})
+
+
+@dataclass(slots=True)
+class Process:
+    """One process: what is known of it, and what is wished of it."""
+
+    spec: ProcessSpec
+    state: ProcessState = ProcessState.STOPPED
+    reason: str = "not started yet"
+    generation: int = 0
+    pid: int | None = None
+    spawned: bool = False  # Spawned (or Adopted) was seen for this generation
+    since_s: float = 0.0  # when the state was entered
+    started_s: float = 0.0  # when this generation was ordered
+    ready_s: float | None = None  # when this generation became READY first
+    progress_s: float = 0.0  # what the start deadline counts from
+    phase: str = ""  # how far the start has come, by its engine
+    startup_detail: str = ""  # what the startup probe last said
+    restarts: int = 0
+    record: RestartRecord = field(default_factory=RestartRecord)
+    next_start_s: float | None = None
+    startup_done: bool = False
+    readiness: Verdict = field(default_factory=Verdict)
+    liveness: Verdict = field(default_factory=Verdict)
+    missing: tuple[str, ...] = ()
+    survivors: tuple[int, ...] = ()  # of its set, not killable: its memory is not free, and nothing may start
+    last_exit: ExitReport | None = None
+    last_exit_s: float | None = None
+    rss_bytes: int = 0
+    memory_strikes: int = 0
+    # wishes
+    stopped: bool = False  # an operator's durable stop
+    asked: bool = False  # an operator wants this on-demand process up although no model needs it
+    removed: bool = False  # no longer in the configuration
+    restart_wanted: str | None = None  # restart once drained, and why
+    leave_s: float | None = None  # since when it drains in order to stop
+    drained: bool = False  # an operator took it out of routing
+    outcome: ExitReport | None = None  # the death to count once the set is empty; None: the stop was ordered
+    impossible: bool = False  # FAILED only because a dependency cannot come
+    again: bool = False  # the next start counts as a restart
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def empty(self) -> bool:
+        """Nothing of it lives: its memory is free."""
+        return self.state in RESTING and not self.survivors
+
+    def move(self, state: ProcessState, now: float, reason: str) -> None:
+        """Enter `state`. Raises InvalidTransition when the table does not know the move."""
+        if state not in PROCESS_MOVES[self.state]:
+            raise InvalidTransition(f"process {self.name}", self.state, state, (f"wanted because: {reason}",))
+        self.state, self.reason, self.since_s = state, reason, now
+        if state in RESTING:
+            self.pid, self.spawned = None, False
+
+
+@dataclass(slots=True)
+class Placement:
+    """One model on one process."""
+
+    model: str
+    process: str
+    state: Residency = Residency.ABSENT
+    footprint_hash: str = ""  # of the options that it was placed with
+    generation: int = 0  # of the process; a load of an older one is void
+    reason: str = ""
+    since_s: float = 0.0
+    order_s: float = 0.0  # when the load was decided
+    ordered: bool = False  # Load or Unload was sent and its answer is awaited
+    ordered_s: float = 0.0  # when it was sent
+    for_line: bool = False  # begun for a request or an operator, not for its own sake
+    loaded_s: float | None = None
+    in_flight: int = 0
+    last_used_s: float = 0.0
+    closing: str | None = None  # no new grants; unload when idle
+    evicted: bool = False  # leaving to make room, not for its own sake
+    returns: bool = True  # comes back by itself if the configuration wants it in memory
+    attempts: int = 0  # failed unloads in a row
+    retry_s: float = 0.0  # no new unload before
+    waits: str = ""  # which start on its server's lane its load or unload waits for
+    step: SleepStep | None = None
+    slept: bool = False  # in this run of its process: what it took on the host for that, it keeps
+    lingers: bool = False  # its load failed: it is gone at retry_s, unless its server dies until then
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.model, self.process)
+
+    @property
+    def sleeps(self) -> bool:
+        """Return whether its engine may be asleep, as far as anybody knows here."""
+        return self.state is Residency.ASLEEP or self.step is not None
+
+    def move(self, state: Residency, now: float, reason: str) -> None:
+        if state not in RESIDENCY_MOVES[self.state]:
+            raise InvalidTransition(
+                f"model {self.model} on {self.process}", self.state, state, (f"wanted because: {reason}",)
+            )
+        self.state, self.reason, self.since_s, self.ordered, self.step = state, reason, now, False, None
+
+
+@dataclass(slots=True)
+class Model:
+    """One model: its spec, where it is, and what it has cost."""
+
+    spec: ModelSpec
+    placements: dict[str, Placement] = field(default_factory=dict)  # by process; absent ones are not kept
+    pinned_by_hand: bool | None = None
+    preload_due: bool = False
+    missing: tuple[str, ...] = ()  # what it is read from and that is absent now
+    waiting: int = 0
+    loads: int = 0
+    evictions: int = 0
+    sleeps: int = 0
+    wakes: int = 0
+    load_s: float | None = None  # the last load
+    wake_s: float | None = None  # the last wake
+    sleepless_until_s: float = 0.0  # a sleep or a wake failed: unloaded for others, not put to sleep, until then
+    demand: float = 0.0  # decayed count of requests
+    demand_s: float = 0.0
+    last_used_s: float | None = None
+    failure: str | None = None  # why the last load failed
+    failure_s: float = 0.0
+    failure_final: bool = False
+    retry_s: float = 0.0  # no new load before
+    failures: int = 0
+    learned: dict[str, int] = field(default_factory=dict)
+    learned_asleep: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pinned(self) -> bool:
+        return self.spec.pin if self.pinned_by_hand is None else self.pinned_by_hand
+
+    @property
+    def footprint(self) -> Footprint:
+        """Declared, and more where more was measured; else learned; else estimated, device by device."""
+        spec = self.spec.footprint
+        if spec.source is not FootprintSource.ESTIMATED or not self.learned:
+            return spec.raised(self.learned)
+        return Footprint({**spec.bytes, **self.learned}, FootprintSource.LEARNED)
+
+    @property
+    def asleep(self) -> dict[str, int] | None:
+        """Return the bytes per device that it holds while it sleeps; None: it cannot sleep."""
+        return None if self.spec.asleep is None else {**self.spec.asleep, **self.learned_asleep}
+
+    @property
+    def state(self) -> Residency:
+        """The best residency of all placements."""
+        states = {placement.state for placement in self.placements.values()}
+        for residency in (Residency.LOADED, Residency.ASLEEP, Residency.LOADING, Residency.UNLOADING):
+            if residency in states:
+                return residency
+        return Residency.FAILED if self.failure else Residency.ABSENT
+
+    @property
+    def in_flight(self) -> int:
+        return sum(placement.in_flight for placement in self.placements.values())
+
+
+def diagram() -> Iterator[str]:
+    """Yield both tables as lines of a Mermaid state diagram; core/DESIGN.md holds the result."""
+    tables: tuple[
+        tuple[str, Mapping[ProcessState, frozenset[ProcessState]] | Mapping[Residency, frozenset[Residency]]], ...
+    ] = (
+        ("process", PROCESS_MOVES),
+        ("residency", RESIDENCY_MOVES),
+    )
+    for title, table in tables:
+        yield f"%% {title}"
+        yield "stateDiagram-v2"
+        for start, ends in table.items():
+            for end in sorted(ends):
+                yield f"    {start} --> {end}"

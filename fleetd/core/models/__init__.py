@@ -1,0 +1,1 @@
+"""Decisions about models: what to load, evict, put to sleep, and the memory ledger."""

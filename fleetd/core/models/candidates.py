@@ -1,0 +1,103 @@
+"""Which processes may hold a model, which placement may be woken, and whether a model that is on its way can still come.
+
+The rules of this file
+- Pure questions over the facts.
+- Down is what failed and may come back: a request waits for it only where it has nowhere else to go.
+- An operator's stop or drain, an absent requirement and a process that gave up all mean the same to a request: not from here.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency, SleepStep
+
+
+def usable(process: Process) -> bool:
+    """Return whether a model may be placed on it now or soon."""
+    if process.stopped or process.removed or not process.spec.enabled or process.missing or process.drained:
+        return False
+    return process.state not in (ProcessState.FAILED, ProcessState.EXITED)
+
+
+def down(model: Model, process: Process) -> bool:
+    """Return whether it was lost, or does not answer. A first start is not that, and neither is one that only requests bring about:
+    if they all went elsewhere, it would never come back."""
+    if process.state is ProcessState.STARTING and not process.spec.capabilities.owns_process:
+        return bool(process.startup_detail)
+    if process.state is ProcessState.STARTING:
+        return process.record.deaths > 0 and (model.spec.preload or not process.spec.on_demand)
+    if process.state is ProcessState.STOPPING:
+        return process.outcome is not None
+    return process.state in (ProcessState.BACKOFF, ProcessState.UNHEALTHY)
+
+
+def out_of_reach(facts: Facts, model: Model) -> bool:
+    """Return whether every process that may hold the model is down, or may not hold it."""
+    processes = [process for name in model.spec.holders if (process := facts.processes.get(name)) is not None]
+    return all(down(model, process) or not usable(process) for process in processes)
+
+
+def holder(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
+    """Return the best process for a new placement: usable, not holding it yet, with the fewest models on it."""
+    able = [
+        process
+        for name in model.spec.holders
+        if (process := facts.processes.get(name)) is not None
+        and usable(process)
+        and name not in model.placements
+        and name not in avoid
+    ]
+    if not able:
+        return None
+    return min(
+        able,
+        key=lambda process: (
+            process.state is not ProcessState.READY and not process.spec.on_demand,
+            len(facts.placed.get(process.name, ())),
+        ),
+    )
+
+
+def hopeful(facts: Facts, placement: Placement) -> bool:
+    """Return whether a request may still wait for this placement, or for what follows when it has left."""
+    process = facts.processes.get(placement.process)
+    if process is None or process.survivors:
+        return False
+    if process.stopped or process.removed or not process.spec.enabled or process.drained:
+        return False
+    return not (process.state in RESTING and not usable(process))
+
+
+def sleeper(facts: Facts, model: Model) -> Placement | None:
+    """Return a placement of the model that sleeps, and that a request may have woken now; None: none."""
+    for name, placement in model.placements.items():
+        process = facts.processes.get(name)
+        if placement.state is not Residency.ASLEEP or process is None:
+            continue
+        if process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and process.restart_wanted is None:
+            return placement
+    return None
+
+
+def to_wake(facts: Facts, placement: Placement) -> dict[str, int]:
+    """Return the bytes per device that waking takes beyond what the sleeper holds."""
+    held = facts.ledger.reservations.get(placement.key, {})
+    need = facts.models[placement.model].footprint.bytes
+    return {device: max(0, size - held.get(device, 0)) for device, size in need.items()}
+
+
+def holds(model: Model, placement: Placement) -> dict[str, int]:
+    """Return what the ledger has to say of a placement, by what is planned with."""
+    awake, asleep = model.footprint.bytes, model.asleep or {}
+    if placement.state is Residency.ASLEEP:
+        return dict(asleep or awake)
+    if not (placement.slept or placement.step is SleepStep.SLEEP):
+        return dict(awake)
+    return {device: max(awake.get(device, 0), asleep.get(device, 0)) for device in {**awake, **asleep}}
+
+
+def dozing(placement: Placement, timeout_s: float, now: float) -> bool:
+    """Return whether a probe of `timeout_s` that ends now met an engine on its way to sleep, or from it."""
+    if placement.step is not None:
+        return placement.ordered
+    return placement.slept and now - placement.since_s <= timeout_s

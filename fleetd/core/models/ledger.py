@@ -1,0 +1,102 @@
+"""The ledger: who holds how many bytes of which device.
+
+The rules of this file
+- A reservation lives from the moment a load is decided until its memory is seen to be free again.
+- `reserve` and `grow` refuse what does not fit; so the sum of what was *decided* never exceeds a budget at any instant.
+- `correct` writes down what was *measured*. It may exceed the budget, because the world does not ask; `excess` then says by
+  how much, and the planner evicts.
+- A device that is not configured has no limit and is still counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fleetd.core.data.specs import DeviceSpec
+from fleetd.errors import CapacityError
+
+Key = tuple[str, str]  # (model, process)
+
+
+@dataclass(slots=True)
+class Ledger:
+    devices: Mapping[str, DeviceSpec] = field(default_factory=dict)
+    reservations: dict[Key, Mapping[str, int]] = field(default_factory=dict)
+    over: bool = False  # whether `excess` has anything to say
+    _sums: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, devices: Mapping[str, DeviceSpec]) -> None:
+        """Replace the budgets; reservations stay as they are, even where they are over the new ones."""
+        self.devices = devices
+        self.over = bool(self.excess())
+
+    def reserved_bytes(self, device: str) -> int:
+        return self._sums.get(device, 0)
+
+    def free_bytes(self, device: str) -> int | None:
+        """Return what a new reservation may take; None: no limit; never below 0."""
+        spec = self.devices.get(device)
+        return None if spec is None else max(0, spec.budget_bytes - self.reserved_bytes(device))
+
+    def lacking(self, need: Mapping[str, int]) -> dict[str, int]:
+        """Return, per device, how many bytes of `need` are not free."""
+        lack: dict[str, int] = {}
+        for device, size in need.items():
+            free = self.free_bytes(device)
+            if free is not None and size > free:
+                lack[device] = size - free
+        return lack
+
+    def never_fits(self, need: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return (needed, budget) for every device whose whole budget is too small."""
+        return {
+            device: (size, self.devices[device].budget_bytes)
+            for device, size in need.items()
+            if device in self.devices and size > self.devices[device].budget_bytes
+        }
+
+    def reserve(self, key: Key, need: Mapping[str, int]) -> None:
+        """Take `need`; raises CapacityError when it is not free, or the key holds a reservation already."""
+        if key in self.reservations:
+            raise CapacityError(f"{key[0]} on {key[1]} holds a reservation already")
+        lack = self.lacking(need)
+        if lack:
+            raise CapacityError(
+                f"{key[0]} lacks " + ", ".join(f"{size} bytes on {device}" for device, size in lack.items())
+            )
+        self._set(key, need)
+
+    def grow(self, key: Key, more: Mapping[str, int]) -> None:
+        """Raise a reservation to at least `more`; raises CapacityError when the difference is not free."""
+        held = self.reservations.get(key, {})
+        lack = self.lacking({device: size - held.get(device, 0) for device, size in more.items()})
+        if lack:
+            raise CapacityError(
+                f"{key[0]} lacks " + ", ".join(f"{size} bytes on {device}" for device, size in lack.items())
+            )
+        self._set(key, {device: max(held.get(device, 0), more.get(device, 0)) for device in {**held, **more}})
+
+    def correct(self, key: Key, measured: Mapping[str, int]) -> None:
+        """Replace a reservation by what was measured, whether it fits or not (also for a key that holds none)."""
+        self._set(key, measured)
+
+    def release(self, key: Key) -> None:
+        self._set(key, {})
+        self.reservations.pop(key, None)
+
+    def excess(self) -> dict[str, int]:
+        """Return bytes above the budget, per device that is over."""
+        return {
+            name: self.reserved_bytes(name) - spec.budget_bytes
+            for name, spec in self.devices.items()
+            if self.reserved_bytes(name) > spec.budget_bytes
+        }
+
+    def _set(self, key: Key, need: Mapping[str, int]) -> None:
+        for device, size in self.reservations.get(key, {}).items():
+            self._sums[device] -= size
+        for device, size in need.items():
+            self._sums[device] = self._sums.get(device, 0) + size
+        self.reservations[key] = dict(need)
+        self.over = bool(self.excess())

@@ -1,0 +1,95 @@
+"""Measured memory: what a model really takes, and what has to leave when that is more than was planned.
+
+The rules of this file
+- The world does not ask: a measurement is entered in the ledger even where it exceeds the budget.
+- The highest footprint ever measured is kept, and is planned with from then on (where one was declared: if it is more), for as
+  long as the options stay what they were when the model was loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fleetd.core.data.commands import LearnFootprint
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.specs import FootprintSource
+from fleetd.core.data.state import Placement, Residency, SleepStep
+from fleetd.core.models.eviction import coming_free
+
+ASLEEP_HASH = "{}:asleep"  # what a learned footprint of a sleeper is filed under
+SETTLED_S = 30.0  # a look at a device may be this old
+
+
+def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> None:
+    """Write down what a loaded model really takes: in the ledger now, and for the next time if it is the highest seen."""
+    model = facts.models[placement.model]
+    current = facts.ledger.reservations.get(placement.key, {})
+    if any(size > current.get(device, 0) for device, size in measured.items()):
+        facts.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
+    if placement.footprint_hash != model.spec.footprint_hash:
+        return  # it was loaded with other options: what that took says nothing of the next load
+    before = model.footprint
+    model.learned.update({d: size for d, size in measured.items() if size > model.learned.get(d, 0)})
+    if model.footprint != before:
+        earlier = model.spec.footprint.source is FootprintSource.LEARNED
+        most = model.footprint.bytes if earlier else model.learned
+        facts.emit(LearnFootprint(model.name, model.spec.footprint_hash, dict(most), "highest measured so far"))
+
+
+def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int], now: float) -> None:
+    """Write down what a sleeper really holds, once the look at it cannot be from before its sleep."""
+    model = facts.models[placement.model]
+    if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
+        return
+    if placement.footprint_hash != model.spec.footprint_hash:
+        return
+    grown = {device: size for device, size in measured.items() if size > model.learned_asleep.get(device, 0)}
+    if grown:
+        model.learned_asleep.update(grown)
+        facts.ledger.correct(placement.key, model.asleep or {})
+        key = ASLEEP_HASH.format(model.spec.footprint_hash)
+        facts.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
+
+
+def over_budget_victims(facts: Facts) -> list[Placement]:
+    """Return idle, unpinned placements, cheapest first, that bring every device back under its budget as far as they can."""
+    excess = facts.ledger.excess()
+    if not excess:
+        return []
+    resident = facts.resident()
+    there = [p for m in resident.values() for p in m.placements.values()]
+    if any(p.step is SleepStep.LOOK and p.process in facts.unseen for p in there):
+        return []  # it may be asleep, and hold far less than the ledger has to assume
+    for placement in there:
+        model = resident[placement.model]
+        freed = coming_free(placement, model, facts.ledger)
+        if placement.closing and placement.step is None:
+            freed = dict(facts.ledger.reservations.get(placement.key, {}))
+        for device, size in freed.items():
+            if device in excess:
+                excess[device] -= size
+    victims: list[Placement] = []
+    idle = [
+        p
+        for m in resident.values()
+        for p in m.placements.values()
+        if p.state in (Residency.LOADED, Residency.ASLEEP)
+        and not p.in_flight
+        and not p.closing
+        and not m.pinned
+        and not m.waiting
+    ]
+    for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s, p.key)):
+        held = facts.ledger.reservations.get(placement.key, {})
+        if any(excess.get(device, 0) > 0 and size for device, size in held.items()):
+            victims.append(placement)
+            for device, size in held.items():
+                if device in excess:
+                    excess[device] -= size
+    for placement in list(victims):
+        held = {d: size for d, size in facts.ledger.reservations.get(placement.key, {}).items() if d in excess}
+        if all(excess[device] + size <= 0 for device, size in held.items()):  # the others' leaving is enough
+            victims.remove(placement)
+            for device, size in held.items():
+                excess[device] += size
+    return victims

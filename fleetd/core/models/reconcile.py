@@ -1,0 +1,295 @@
+"""Models: which are in memory, which come, which go.
+
+The rules of this file
+- A reservation is taken when a load is decided and given back when the memory was seen to be free, never earlier.
+- A model that is a process of its own follows its process; a model held by a server is loaded and unloaded by order.
+- A failed load is remembered with the time before which it is not tried again; the requests that waited for it are told.
+- What leaves while its load is not answered yet waits for the answer: a server told to unload meanwhile would load all the same.
+  Only a load that is overdue beyond a grace is unloaded over its head.
+- A load that was begun for a request is dropped if nobody waits for it any more before anything was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from fleetd.core.data.commands import Load, Unload
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
+from fleetd.core.models.candidates import usable
+from fleetd.core.models.measurement import learn, over_budget_victims
+from fleetd.core.models.retention import due, stays, ttl_deadline
+from fleetd.core.models.sleep import Sleeping
+from fleetd.core.processes.start_gate import stop_waits
+
+UNLOAD_ATTEMPTS = 3
+LOAD_GRACE_S = 10.0  # the shell's own timeout comes first
+LINGER_S = 0.2  # the death of a server is seen within this time after its calls broke
+FAILURE_BASE_S = 5.0
+FAILURE_MAX_S = 300.0
+
+
+class Residencies:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.sleeping = Sleeping(facts)
+
+    # -- orders -------------------------------------------------------------------------------------------------------
+
+    def start(self, model: Model, process: Process, now: float, reason: str, for_line: bool = False) -> Placement:
+        """Reserve and begin to load. Raises CapacityError when the room is not there (a bug of the caller)."""
+        need = model.footprint.bytes
+        self.facts.ledger.reserve((model.name, process.name), need)
+        placement = self.facts.place(model, process.name, now, reason)
+        placement.generation, placement.for_line = process.generation, for_line
+        model.preload_due = False
+        self.facts.due.discard(model.name)
+        self.facts.journal.note(model.name, f"ABSENT -> LOADING on {process.name}: {reason}")
+        return placement
+
+    def leave(
+        self, placement: Placement, now: float, reason: str, evicted: bool = False, returns: bool = False
+    ) -> None:
+        """Unload as soon as nothing is in flight; no new grants from now on. `returns`: what stays may come back."""
+        if placement.state is Residency.UNLOADING:
+            placement.returns = placement.returns and returns
+            return
+        if placement.closing is None:
+            self.facts.journal.note(placement.model, f"leaving {placement.process}: {reason}")
+        placement.closing, placement.evicted, placement.returns = reason, evicted, returns
+        if placement.step is SleepStep.SLEEP:
+            placement.step, placement.ordered = None, False
+        self._leave_if_idle(placement, now)
+
+    def _leave_if_idle(self, placement: Placement, now: float) -> None:
+        loading = placement.state is Residency.LOADING and not placement.ordered
+        if (
+            placement.closing
+            and not placement.in_flight
+            and placement.step is not SleepStep.SLEEP
+            and (loading or placement.state in (Residency.LOADED, Residency.ASLEEP))
+        ):
+            self._move(placement, Residency.UNLOADING, now, placement.closing)
+
+    # -- reconciliation -----------------------------------------------------------------------------------------------
+
+    def reconcile(self, now: float) -> None:
+        for name in sorted(self.facts.placed):
+            process = self.facts.processes.get(name)
+            for placement in list(self.facts.placements_on(name)):
+                if process is None:
+                    self.facts.drop(placement, now)
+                elif process.spec.own_model is not None:
+                    self._follow(placement, process, now)
+                else:
+                    self._serve(placement, process, now)
+                if placement.closing:
+                    self._leave_if_idle(placement, now)
+                elif placement.state in (Residency.LOADED, Residency.ASLEEP):
+                    self._expire(placement, now)
+        for placement in over_budget_victims(self.facts):
+            self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
+
+    def _hopeless(self, process: Process) -> bool:
+        """A process at rest that will not start again as things stand."""
+        return self.facts.shutting_down or not usable(process)
+
+    def _unwanted(self, placement: Placement) -> bool:
+        """A load for the line, of which nothing was done yet, and for which nobody waits any more."""
+        model = self.facts.models[placement.model]
+        return placement.for_line and not placement.ordered and not model.waiting and not stays(self.facts, model)
+
+    def _follow(self, placement: Placement, process: Process, now: float) -> None:
+        """A model that is its process."""
+        model = self.facts.models[placement.model]
+        if self.sleeping.attend(placement, process, now):
+            return
+        state = process.state
+        if placement.state is Residency.UNLOADING:
+            if process.empty:
+                self.gone(placement, now)
+        elif placement.state is Residency.LOADING:
+            if state in (ProcessState.READY, ProcessState.DRAINING):
+                self._loaded(placement, process.generation, now)
+            elif process.survivors:
+                self._move(placement, Residency.UNLOADING, now, process.reason)
+                placement.returns = True
+            elif state in (ProcessState.FAILED, ProcessState.EXITED) and not process.impossible:
+                self.fail(model, process.reason, now, final=True)
+                self.gone(placement, now, again=False)
+            elif state in RESTING and (self._hopeless(process) or self._unwanted(placement)):
+                self.gone(placement, now)
+            elif state is ProcessState.BACKOFF and process.generation > placement.generation:
+                self.fail(model, process.reason, now, retry_s=process.next_start_s)
+                placement.generation = process.generation
+                if not stays(self.facts, model):
+                    self.gone(placement, now)
+        elif state not in SERVING:
+            placement.generation, placement.order_s = process.generation, now
+            self._move(placement, Residency.LOADING, now, f"{process.name} is {state}: {process.reason}")
+
+    def _serve(self, placement: Placement, process: Process, now: float) -> None:
+        """A model held by a server."""
+        ended = process.empty or (placement.generation != process.generation and not process.survivors)
+        if placement.state is not Residency.LOADING:
+            if ended:
+                self.gone(placement, now)
+            elif placement.state is Residency.UNLOADING:
+                self._order_unload(placement, process, now)
+        elif not placement.ordered:
+            self._order_load(placement, process, now)
+        elif ended:  # not by a death, which is told below before the set is empty: by an order
+            placement.ordered, placement.generation = False, process.generation
+            self.facts.journal.note(placement.model, f"{process.name} restarted while it loaded: again")
+            self._order_load(placement, process, now)
+        elif process.state is ProcessState.STOPPING and process.outcome is not None:
+            reason = f"{process.name} ended while loading: {process.reason}"
+            self.fail(self.facts.models[placement.model], reason, now)
+            self._move(placement, Residency.UNLOADING, now, reason)
+        elif process.survivors:
+            self._move(placement, Residency.UNLOADING, now, process.reason)
+        elif now >= self._load_deadline(placement):
+            timeout_s = self.facts.models[placement.model].spec.load_timeout_s
+            self.fail(self.facts.models[placement.model], f"not loaded within {timeout_s:g} s", now)
+            self._move(placement, Residency.UNLOADING, now, "the load took too long")
+
+    def _order_load(self, placement: Placement, process: Process, now: float) -> None:
+        if process.drained or (process.state in RESTING and self._hopeless(process)) or self._unwanted(placement):
+            self.gone(placement, now)
+        elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and not self._waits_for_lane(
+            placement, process
+        ):
+            placement.generation, placement.ordered, placement.ordered_s = process.generation, True, now
+            self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
+
+    def _order_unload(self, placement: Placement, process: Process, now: float) -> None:
+        if placement.ordered or process.state not in SERVING or now < placement.retry_s:
+            return
+        if placement.lingers:
+            self.gone(placement, now)
+        elif not self._waits_for_lane(placement, process):
+            placement.ordered, placement.ordered_s = True, now
+            self.facts.emit(Unload(placement.model, process.name, process.generation, placement.reason))
+
+    def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
+        """A start that measures its device's free memory is under way there: nothing may come or go meanwhile."""
+        waits = stop_waits(self.facts, process)
+        if waits and waits != placement.waits:
+            self.facts.journal.note(placement.model, waits)
+        placement.waits = waits
+        return bool(waits)
+
+    def _load_deadline(self, placement: Placement) -> float:
+        return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S
+
+    def _loaded(self, placement: Placement, generation: int, now: float) -> None:
+        model = self.facts.models[placement.model]
+        if placement.slept and placement.generation != generation:  # this run has taken nothing for a sleep
+            placement.slept = False
+            self.facts.ledger.correct(placement.key, model.footprint.bytes)
+        placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
+        self._move(placement, Residency.LOADED, now, "loaded")
+        model.loads += 1
+        model.load_s = now - placement.order_s
+        model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
+        model.preload_due = False
+        self.facts.due.discard(model.name)
+
+    def loaded(self, placement: Placement, measured: Mapping[str, int], now: float) -> None:
+        """The server says that it holds the model."""
+        if placement.state is not Residency.LOADING:
+            return
+        self._loaded(placement, placement.generation, now)
+        if measured:
+            learn(self.facts, placement, measured)
+
+    def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
+        """Tell it at once, but free the memory a moment later: if the server is dying, its set has to be empty first."""
+        self.fail(self.facts.models[placement.model], message, now, final=final)
+        self._move(placement, Residency.UNLOADING, now, f"load failed: {message}")
+        placement.lingers, placement.retry_s = True, now + LINGER_S
+
+    def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
+        """Try again a few times; a server that cannot unload is restarted."""
+        placement.ordered = False
+        placement.attempts += 1
+        placement.retry_s = now + 0.5 * 2.0 ** min(placement.attempts, 6)
+        self.facts.journal.note(placement.model, f"unload failed: {message}")
+        if placement.attempts >= UNLOAD_ATTEMPTS and process.restart_wanted is None:
+            process.restart_wanted = f"cannot unload {placement.model}: {message}"
+
+    def gone(self, placement: Placement, now: float, again: bool = True) -> None:
+        """The memory was seen to be free: unloaded by order, or by itself."""
+        model = self.facts.models[placement.model]
+        if placement.state is Residency.UNLOADING and placement.evicted:
+            model.evictions += 1
+        self.facts.journal.note(
+            model.name, f"{placement.state} -> ABSENT on {placement.process}: {placement.closing or placement.reason}"
+        )
+        self.facts.drop(placement, now)
+        if again and placement.returns and stays(self.facts, model) and not model.placements:
+            due(self.facts, model)
+
+    def fail(self, model: Model, message: str, now: float, final: bool = False, retry_s: float | None = None) -> None:
+        """Remember a failed load; the requests that wait for it will be told."""
+        model.failures += 1
+        pause = min(FAILURE_MAX_S, FAILURE_BASE_S * 2.0 ** min(model.failures - 1, 10))
+        model.failure, model.failure_s, model.failure_final = message, now, final
+        model.retry_s = retry_s if retry_s is not None else now + pause
+        self.facts.journal.note(model.name, f"load failed: {message}")
+        if not final and stays(self.facts, model):
+            due(self.facts, model)
+
+    def forgive(self, process: str, now: float) -> None:
+        """The models of a process get a new chance at once."""
+        for name in self.facts.hosted.get(process, ()):
+            model = self.facts.models.get(name)
+            if model is not None:
+                model.failure, model.failure_final, model.retry_s = None, False, now
+                model.sleepless_until_s = now
+
+    def requires(self, name: str, missing: tuple[str, ...], now: float) -> None:
+        """What a held model is read from came or went: a model without its file leaves memory, and comes back with it."""
+        model = self.facts.models.get(name)
+        if model is None or model.missing == missing:
+            return
+        model.missing = missing
+        if missing:
+            said = f"requires {', '.join(missing)}, absent now"
+            self.facts.journal.note(name, f"blocked: {said}")
+            for placement in list(model.placements.values()):
+                self.leave(placement, now, said, returns=True)
+        else:
+            self.facts.journal.note(name, "all it requires is there")
+            model.failure, model.failure_final, model.retry_s = None, False, now
+            if stays(self.facts, model) and not model.placements:
+                due(self.facts, model)
+
+    # -- by time ----------------------------------------------------------------------------------------------------------
+
+    def _expire(self, placement: Placement, now: float) -> None:
+        deadline = self.ttl_deadline(placement)
+        if deadline is not None and now >= deadline:
+            ttl_s = self.facts.models[placement.model].spec.ttl_s
+            self.leave(placement, now, f"idle for {ttl_s:g} s")
+
+    def ttl_deadline(self, placement: Placement) -> float | None:
+        """Return when an idle placement leaves by itself; None: not as things stand."""
+        return ttl_deadline(self.facts, placement)
+
+    def deadlines(self, placement: Placement) -> Iterator[float]:
+        """Yield the times at which `reconcile` may decide differently without another event."""
+        if placement.step is not None:
+            yield from self.sleeping.deadlines(placement)
+        elif placement.state is Residency.LOADING and placement.ordered:
+            yield self._load_deadline(placement)
+        elif placement.state is Residency.UNLOADING and not placement.ordered:
+            yield placement.retry_s
+        ttl = self.ttl_deadline(placement)
+        if ttl is not None and placement.closing is None:
+            yield ttl
+
+    def _move(self, placement: Placement, state: Residency, now: float, reason: str) -> None:
+        self.facts.journal.note(placement.model, f"{placement.state} -> {state} on {placement.process}: {reason}")
+        placement.move(state, now, reason)
+        self.facts.wake(placement.process)

@@ -1,0 +1,173 @@
+"""Sleep: a loaded model that gives most of its memory back and keeps its process, and how it wakes.
+
+The rules of this file
+- Only a model that is its process sleeps. It is idle, gets no grants from the moment that its sleep is decided, and nothing else
+  starts, stops, sleeps or wakes on its lane meanwhile.
+- The ledger holds both footprints on the way down and on the way up, and that of the sleeper in between. What a sleep took on
+  another device stays taken after waking: the engine does not give it back.
+- After any failure nobody knows what the engine's memory holds: it is killed without grace, which counts as a death, and started
+  cold if it is wanted. For a while it is then unloaded for others instead of being put to sleep.
+- A sleeper whose process ends is gone: there is no room reserved to start it again. What should stay comes back when there is.
+- An adopted engine that can sleep is asked first: it may have been put to sleep by the daemon before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from fleetd.core.data.commands import LookAsleep, Sleep, Wake
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.specs import SleepState
+from fleetd.core.data.state import SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
+from fleetd.core.models.candidates import holds
+from fleetd.core.models.retention import due, stays
+from fleetd.core.processes.start_gate import lane_waits
+from fleetd.core.processes.termination import Ending
+
+ANSWER_GRACE_S = 10.0  # the shell's own timeout comes first
+SLEEPLESS_S = 600.0
+_ORDERS: Mapping[SleepStep, type[Sleep | Wake | LookAsleep]] = {
+    SleepStep.SLEEP: Sleep,
+    SleepStep.WAKE: Wake,
+    SleepStep.LOOK: LookAsleep,
+}
+
+
+class Sleeping:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.ending = Ending(facts)
+
+    # -- decided ------------------------------------------------------------------------------------------------------
+
+    def begin(self, placement: Placement, reason: str) -> None:
+        """Put an idle placement to sleep as soon as its lane is free; what that takes elsewhere is taken now."""
+        model = self.facts.models[placement.model]
+        self.facts.ledger.grow(placement.key, model.asleep or {})
+        placement.step, placement.closing, placement.returns = SleepStep.SLEEP, reason, True
+        self.facts.journal.note(model.name, f"to sleep on {placement.process}: {reason}")
+        self.facts.wake(placement.process)
+
+    def call_off(self, placement: Placement, reason: str) -> None:
+        """Let it stay, if it was not told to sleep yet. What its sleep would have taken elsewhere is given back."""
+        if placement.step is SleepStep.SLEEP and not placement.ordered:
+            placement.step, placement.closing, placement.returns = None, None, False
+            self.facts.ledger.correct(placement.key, holds(self.facts.models[placement.model], placement))
+            self.facts.journal.note(placement.model, f"not put to sleep on {placement.process}: {reason}")
+
+    def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
+        """Reserve what waking takes, and wake it as soon as its lane is free. Raises CapacityError without the room."""
+        model = self.facts.models[placement.model]
+        self.facts.ledger.grow(placement.key, model.footprint.bytes)
+        self._move(placement, Residency.LOADING, now, reason)
+        placement.step, placement.order_s, placement.for_line, placement.waits = SleepStep.WAKE, now, for_line, ""
+        self._wanted_no_more(model)
+
+    # -- carried out ----------------------------------------------------------------------------------------------------
+
+    def attend(self, placement: Placement, process: Process, now: float) -> bool:
+        """Order the step of a placement once its lane is free; end what gets no answer, and what lost its process.
+
+        False: nothing of its sleep is going on.
+        """
+        if placement.state is Residency.ASLEEP:
+            if process.state not in SERVING:
+                self._lost(placement, process, now)
+            return True
+        if placement.step is None:
+            return False
+        if placement.generation != process.generation or process.state not in SERVING | {ProcessState.STARTING}:
+            if placement.step is SleepStep.LOOK:  # what it held was assumed: whether there is room for it is to be seen
+                self.facts.unseen.pop(process.name, None)
+                self._lost(placement, process, now)
+            placement.step, placement.ordered = None, False
+        elif process.state is ProcessState.STARTING:
+            pass  # adopted, and not heard of yet
+        elif placement.ordered:
+            if now >= self._deadline(placement):
+                self.seen(placement, SleepState.FAILED, f"no answer within {now - placement.ordered_s:g} s", now)
+        elif process.leave_s is None and not self._waits(placement, process):
+            placement.ordered, placement.ordered_s = True, now
+            reason = placement.closing or placement.reason
+            self.facts.emit(_ORDERS[placement.step](placement.model, process.name, process.generation, reason))
+        return placement.step is not None
+
+    def _waits(self, placement: Placement, process: Process) -> bool:
+        waits = lane_waits(self.facts, process) if placement.step is not SleepStep.LOOK else ""
+        if waits and waits != placement.waits:
+            self.facts.journal.note(placement.model, waits)
+        placement.waits = waits
+        return bool(waits)
+
+    def _deadline(self, placement: Placement) -> float:
+        spec = self.facts.models[placement.model].spec
+        longest_s = spec.sleep_timeout_s if placement.step is SleepStep.SLEEP else spec.load_timeout_s
+        return placement.ordered_s + longest_s + ANSWER_GRACE_S
+
+    def deadlines(self, placement: Placement) -> Iterator[float]:
+        if placement.step is not None and placement.ordered:
+            yield self._deadline(placement)
+
+    # -- answered -------------------------------------------------------------------------------------------------------
+
+    def seen(self, placement: Placement, state: SleepState, message: str, now: float) -> bool:
+        """Take in an answer. True: it is an adopted engine that is awake, and so loaded."""
+        step = placement.step
+        self.facts.unseen.pop(placement.process, None)
+        if state is SleepState.ASLEEP and step is not SleepStep.WAKE:
+            self._asleep(placement, now, "put to sleep" if step is SleepStep.SLEEP else "found asleep")
+        elif state is SleepState.AWAKE and step is SleepStep.WAKE:
+            self._awake(placement, now)
+        elif state is SleepState.AWAKE and step is SleepStep.LOOK:
+            return True
+        else:
+            self._failed(placement, message or f"it is {state}", now)
+        return False
+
+    def _asleep(self, placement: Placement, now: float, how: str) -> None:
+        model = self.facts.models[placement.model]
+        said = f"{how}: {placement.closing}" if placement.closing else how
+        model.sleeps += placement.step is SleepStep.SLEEP
+        placement.closing, placement.evicted, placement.slept = None, False, True
+        self._move(placement, Residency.ASLEEP, now, said)
+        self.facts.ledger.correct(placement.key, holds(model, placement))
+        if placement.returns and stays(self.facts, model):
+            due(self.facts, model)
+
+    def _awake(self, placement: Placement, now: float) -> None:
+        model = self.facts.models[placement.model]
+        model.wakes += 1
+        model.wake_s = now - placement.order_s
+        model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
+        placement.loaded_s = placement.last_used_s = now
+        self._move(placement, Residency.LOADED, now, "awake again")
+        self._wanted_no_more(model)
+
+    def _failed(self, placement: Placement, message: str, now: float) -> None:
+        model, step = self.facts.models[placement.model], placement.step
+        model.sleepless_until_s = now + SLEEPLESS_S
+        reason = f"{step} failed: {message}"
+        self.facts.journal.note(model.name, f"{reason}; it is not put to sleep for {SLEEPLESS_S:g} s")
+        if step is not SleepStep.WAKE:  # only who was waking has room for all of it
+            placement.evicted = step is SleepStep.SLEEP
+            placement.returns = placement.returns or step is SleepStep.LOOK
+            self._move(placement, Residency.UNLOADING, now, reason)
+        else:
+            placement.step, placement.ordered = None, False
+        process = self.facts.processes[placement.process]
+        if process.state in SERVING:
+            self.ending.kill(process, now, reason, force=True)
+
+    def _lost(self, placement: Placement, process: Process, now: float) -> None:
+        """The process of a sleeper ended, or is about to: its memory is free when the set is empty."""
+        placement.closing, placement.returns = f"{process.name} is {process.state}: {process.reason}", True
+        self._move(placement, Residency.UNLOADING, now, placement.closing)
+
+    def _wanted_no_more(self, model: Model) -> None:
+        model.preload_due = False
+        self.facts.due.discard(model.name)
+
+    def _move(self, placement: Placement, state: Residency, now: float, reason: str) -> None:
+        self.facts.journal.note(placement.model, f"{placement.state} -> {state} on {placement.process}: {reason}")
+        placement.move(state, now, reason)
+        self.facts.wake(placement.process)

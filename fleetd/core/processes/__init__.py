@@ -1,0 +1,1 @@
+"""Decisions about processes: when to start, restart, drain and stop."""

@@ -1,0 +1,39 @@
+"""From single probe results to a verdict.
+
+The rules of this file
+- A verdict changes after `failures` bad results in a row, or `successes` good ones; single blips change nothing.
+- Startup gates the other two; readiness only routes; liveness only restarts. Who acts on a verdict is not decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleetd.core.data.specs import ProbeSpec
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The running judgement of one probe of one generation."""
+
+    good: bool | None = None  # None: no verdict yet
+    streak: int = 0  # equal results in a row
+    last_ok: bool | None = None
+    detail: str = ""
+
+    def reset(self) -> None:
+        self.good, self.streak, self.last_ok, self.detail = None, 0, None, ""
+
+    def refute(self, detail: str) -> None:
+        """A request found that it does not answer: no need to wait for the probe. The next good result is believed as ever."""
+        self.good, self.streak, self.last_ok, self.detail = False, 0, False, detail
+
+    def add(self, spec: ProbeSpec, ok: bool, detail: str) -> bool:
+        """Count one result; return whether the verdict changed."""
+        self.streak = self.streak + 1 if ok is self.last_ok else 1
+        self.last_ok, self.detail = ok, detail
+        needed = spec.successes if ok else spec.failures
+        if self.streak < needed or self.good is ok:
+            return False
+        self.good = ok
+        return True

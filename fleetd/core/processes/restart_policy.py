@@ -1,0 +1,140 @@
+"""When a dead process starts again.
+
+The rules of this file
+- Pure: `now` and the random source are arguments.
+- The backoff grows with deaths since the last *stable* run; a stable run resets it by a timer, not by luck.
+- The crash loop counts deaths in a sliding window, whatever the age of the process and whatever the delay between starts.
+- Only deaths count: a stop, a restart by hand, by schedule or by a watched file does not; a kill by a liveness probe does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from fleetd.core.data.specs import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy
+
+if TYPE_CHECKING:
+    from random import Random
+
+_REMEMBERED_DEATHS = 1000
+_KEPT_DEATHS = 20  # over a restart of the daemon: each of its records holds them
+
+
+@dataclass(slots=True)
+class RestartRecord:
+    """What the policy needs to remember of one process."""
+
+    deaths: int = 0  # since the last stable run
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_DEATHS))  # monotonic seconds of deaths
+    slow: bool = False
+
+    def last(self, count: int) -> tuple[float, ...]:
+        """Return the times of the last deaths, of which `count` make a crash loop: what the next daemon goes on counting with."""
+        return tuple(islice(self.times, max(0, len(self.times) - min(count, _KEPT_DEATHS)), None))
+
+    def reset(self) -> None:
+        """Forget everything: a person, or an edit of the configuration, gave it a new chance."""
+        self.deaths, self.slow = 0, False
+        self.times.clear()
+
+    def stable(self) -> None:
+        """A stable run ends the backoff; the window of the crash loop goes on sliding."""
+        self.deaths, self.slow = 0, False
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Start again after `delay_s`."""
+
+    delay_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """FAILED: only a person, or an edit of the configuration, starts it again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """EXITED: ended as expected."""
+
+    reason: str
+
+
+Decision = Again | GiveUp | Done
+
+
+def succeeded(policy: RestartPolicy, report: ExitReport, zero_is_failure: bool) -> bool:
+    """Return whether this exit is a success for the policy."""
+    if report.code is None or (zero_is_failure and report.code == 0):
+        return False
+    return report.code in policy.success_codes
+
+
+def describe(report: ExitReport) -> str:
+    """Say one death in a few words."""
+    if report.oom:
+        how = "killed for memory"
+    elif report.signal:
+        how = f"killed by {report.signal}"
+    elif report.code is None:
+        if report.reason and report.kind is not ExitKind.UNKNOWN:
+            return report.reason  # nobody saw it die: it never ran, or we ended it ourselves
+        how = "died unseen"
+    else:
+        how = f"exited with code {report.code}"
+    if not report.reason:
+        return how
+    said = f"ended with code {report.code}"  # engines begin so when the log says no more than the code
+    return f"{how}{report.reason.removeprefix(said)}" if report.reason.startswith(said) else f"{how}: {report.reason}"
+
+
+def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:
+    """Return the jittered delay after the `deaths`-th death in a row (from 1), never above `max_s`."""
+    plain = backoff.initial_s
+    for _ in range(deaths - 1):
+        if plain >= backoff.max_s or backoff.factor <= 1.0:
+            break
+        plain *= backoff.factor
+    plain = min(backoff.max_s, plain)
+    spread = rng.uniform(1 - backoff.jitter, 1 + backoff.jitter) if backoff.jitter else 1.0
+    return min(backoff.max_s, plain * spread)
+
+
+def after_loss(policy: RestartPolicy, record: RestartRecord, report: ExitReport, rng: Random) -> Again:
+    """An external server went away: it is looked for again for ever, since nobody here could start it."""
+    record.deaths += 1
+    delay = delay_s(policy.backoff, record.deaths, rng)
+    return Again(delay, f"{report.reason}; looked for again in {delay:.2f} s")
+
+
+def after_death(
+    policy: RestartPolicy, record: RestartRecord, report: ExitReport, *, zero_is_failure: bool, now: float, rng: Random
+) -> Decision:
+    """Count one death that nobody ordered, and decide what follows."""
+    said = describe(report)
+    if report.kind is ExitKind.BAD_CONFIG:
+        if policy.crash_loop.then == "slow" and policy.mode is not RestartMode.NEVER:
+            record.deaths, record.slow = record.deaths + 1, True
+            return Again(policy.crash_loop.every_s, f"{said}; one try every {policy.crash_loop.every_s:g} s")
+        return GiveUp(f"{said} (trying again cannot help)")
+    success = succeeded(policy, report, zero_is_failure)
+    if policy.mode is RestartMode.NEVER or (policy.mode is RestartMode.ON_FAILURE and success):
+        return Done(said) if success else GiveUp(f"{said}; the restart policy is {policy.mode}")
+    record.deaths += 1
+    record.times.append(now)
+    loop = policy.crash_loop
+    recent = sum(1 for time in record.times if time > now - loop.window_s)
+    if recent >= loop.count or record.slow:
+        if loop.then == "fail":
+            return GiveUp(f"crash loop: {recent} deaths within {loop.window_s:g} s; last: {said}")
+        record.slow = True
+        return Again(loop.every_s, f"crash loop: {said}; one try every {loop.every_s:g} s")
+    delay = delay_s(policy.backoff, record.deaths, rng)
+    return Again(delay, f"{said}; next start in {delay:.2f} s")

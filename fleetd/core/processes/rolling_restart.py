@@ -1,0 +1,40 @@
+"""Restarts that can wait: the replicas of one name restart one after the other, so that the others serve meanwhile.
+
+The rules of this file
+- The next replica restarts when every other one serves again, or has failed or ended for good. One that is on its way back
+  (stopping, starting, waiting for its next try, blocked) holds the others where they are: they run.
+- Who waits is a fact (`Facts.turns`); whose turn it is is recomputed from what the replicas are. A replica that starts anew for
+  any other reason has had its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.state import SERVING, Process, ProcessState
+
+_SETTLED = SERVING | {ProcessState.FAILED, ProcessState.EXITED}
+
+
+def give(facts: Facts, wanted: Callable[[Process], bool]) -> None:
+    """Let those restart whose turn it is; forget those that no longer run."""
+    for name in sorted(facts.turns):
+        process = facts.processes.get(name)
+        runs = process is not None and (process.state in SERVING or process.state is ProcessState.STARTING)
+        if process is None or not runs or process.restart_wanted is not None:
+            del facts.turns[name]
+        elif not any(_on_its_way(other, wanted) for other in _others(facts, process)):
+            process.restart_wanted = facts.turns.pop(name)
+            facts.journal.note(name, f"its turn to restart: {process.restart_wanted}")
+            facts.wake(name)
+
+
+def _others(facts: Facts, process: Process) -> list[Process]:
+    """Return the other replicas; one that sleeps has nothing on its way."""
+    awake = (facts.processes.get(name) for name in facts.awake)
+    return [one for one in awake if one is not None and one is not process and one.spec.base == process.spec.base]
+
+
+def _on_its_way(process: Process, wanted: Callable[[Process], bool]) -> bool:
+    return wanted(process) and (process.restart_wanted is not None or process.state not in _SETTLED)

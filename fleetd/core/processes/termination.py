@@ -1,0 +1,129 @@
+"""The end of a run: ordered or by itself, always of the whole set.
+
+The rules of this file
+- Nothing starts again before the set was seen to be empty, whatever the leader did. What survives SIGKILL is swept again after
+  a long pause, or when an operator asks; until then it keeps its memory, its reservations and its place in the status.
+- An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are: they are counted when the
+  set is empty.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.data.commands import Stop, StopProbes, Sweep
+from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.specs import ExitKind, ExitReport
+from fleetd.core.data.state import Process, ProcessState
+from fleetd.core.processes.restart_policy import Again, Decision, Done, GiveUp, after_death, after_loss, describe
+
+RESWEEP_S = 60.0
+
+
+class Ending:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+
+    def stop(self, process: Process, now: float, reason: str, force: bool = False) -> None:
+        """Order the whole set away; `force`: without any grace."""
+        owns = process.spec.capabilities.owns_process
+        self.facts.move(process, ProcessState.STOPPING, now, reason)
+        self.facts.emit(StopProbes(process.name, process.generation, reason))
+        if owns:
+            self.facts.emit(Stop(process.name, process.generation, reason, force=force or self.facts.forced))
+        else:
+            self.set_empty(process, (), now)
+
+    def kill(self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False) -> None:
+        """Stop it for a failure of its own: counts as a death. `final`: another start would end alike."""
+        process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
+        self.stop(process, now, reason, force)
+
+    def died(self, process: Process, report: ExitReport, now: float) -> None:
+        """The leader is dead. If nobody ordered it, sweep its set and count the death."""
+        process.last_exit, process.last_exit_s = report, now
+        if process.state is ProcessState.STOPPING:
+            return
+        process.outcome = report
+        self.facts.move(process, ProcessState.STOPPING, now, describe(report))
+        self.facts.emit(StopProbes(process.name, process.generation, describe(report)))
+        self.facts.emit(Sweep(process.name, process.generation, describe(report)))
+
+    def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
+        """Nothing was spawned: no set to sweep. For want of what it requires it is BLOCKED, which is no death."""
+        if self._restartable(process) and not process.missing:
+            self.settle_death(process, report, now)
+        else:
+            self.facts.move(process, ProcessState.STOPPED, now, self._said(process))
+
+    def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
+        """Nothing of this generation lives any more (or it cannot be killed): what now?"""
+        process.survivors = survivors
+        self.facts.unseen.pop(process.name, None)
+        if survivors:
+            process.outcome = process.restart_wanted = None
+            pids = ", ".join(map(str, survivors))
+            self.facts.move(process, ProcessState.FAILED, now, f"cannot be killed: pid {pids} survives SIGKILL")
+            self.facts.persist(process, "unkillable")
+            return
+        outcome, process.outcome = process.outcome, None
+        process.rss_bytes = 0
+        if outcome is not None and self._restartable(process):
+            self.settle_death(process, outcome, now)
+            return
+        process.again = process.restart_wanted is not None
+        self.facts.move(process, ProcessState.STOPPED, now, process.restart_wanted or self._said(process))
+        process.restart_wanted = None
+
+    def revive(self, process: Process, now: float, reason: str) -> None:
+        """Leave FAILED or EXITED for a new chance; what survived the last sweep is swept first."""
+        process.impossible = False
+        if process.survivors:
+            self.facts.move(process, ProcessState.STOPPING, now, reason)
+            self.facts.emit(Sweep(process.name, process.generation, reason))
+        else:
+            self.facts.move(process, ProcessState.STOPPED, now, reason)
+
+    def resweep(self, process: Process, now: float) -> None:
+        """What could not be killed may be gone by now."""
+        if now >= process.since_s + RESWEEP_S:
+            self.revive(process, now, "sweeping again what could not be killed")
+
+    def _said(self, process: Process) -> str:
+        if process.stopped:
+            return "stopped by an operator"
+        if self.facts.shutting_down:
+            return "shutting down"
+        return process.reason
+
+    def _restartable(self, process: Process) -> bool:
+        return not (self.facts.shutting_down or process.stopped or process.removed or not process.spec.enabled)
+
+    def settle_death(self, process: Process, report: ExitReport, now: float) -> Decision:
+        """Count a death and move to what the restart policy says."""
+        decision: Decision
+        capabilities = process.spec.capabilities
+        if capabilities.owns_process:
+            decision = after_death(
+                process.spec.restart,
+                process.record,
+                report,
+                zero_is_failure=capabilities.exit_zero_is_failure,
+                now=now,
+                rng=self.facts.rng,
+            )
+        else:
+            decision = after_loss(process.spec.restart, process.record, report, self.facts.rng)
+        if isinstance(decision, Again):
+            process.next_start_s = now + decision.delay_s
+            self.facts.move(process, ProcessState.BACKOFF, now, decision.reason)
+        elif isinstance(decision, GiveUp):
+            self.facts.move(process, ProcessState.FAILED, now, decision.reason)
+        elif isinstance(decision, Done):
+            self.facts.move(process, ProcessState.EXITED, now, decision.reason)
+        self.facts.persist(process, decision.reason)
+        return decision
+
+    def escalate(self) -> None:
+        """A second order to shut down: no grace for anybody."""
+        for process in self.facts.processes.values():
+            if process.state is ProcessState.STOPPING and process.spec.capabilities.owns_process:
+                self.facts.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))

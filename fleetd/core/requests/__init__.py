@@ -1,0 +1,1 @@
+"""Decisions about requests: admission, the queue and routing."""

@@ -1,0 +1,146 @@
+"""The line itself: entering, leaving, and every way to be told no.
+
+The rules of this file
+- Who is refused is told why, in one sentence with the numbers, and when to come again.
+- A refusal first tries the models that the configuration names to fall back to.
+"""
+
+from __future__ import annotations
+
+from fleetd.core.data.commands import Reject
+from fleetd.core.data.fleet_state import Facts, Waiting
+from fleetd.core.data.state import Model, Process, ProcessState, Residency
+from fleetd.core.models.candidates import holder, hopeful, out_of_reach
+from fleetd.core.requests.routing import relieved, serving
+
+_RETRY_AFTER_S = 2.0
+
+
+class Line:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+
+    def deadline(self, model: Model, arrived_s: float) -> float:
+        return arrived_s + model.spec.queue_timeout_s
+
+    def enter(self, waiting: Waiting, now: float) -> None:
+        facts = self.facts
+        model = facts.models[waiting.model]
+        full = len(facts.queue) >= facts.spec.queue.max
+        no_place = model.waiting >= model.spec.queue_max and serving(facts, model, waiting.avoid, facts.closed) is None
+        if (full or no_place) and waiting.client:
+            whose = "the fleet's queue" if full else f"the queue of {model.name}"
+            self.refuse(waiting, "queue_full", f"{whose} is full", now, self.patience(model))
+            return
+        facts.queue[waiting.request_id] = waiting
+        model.waiting += 1
+
+    def leave(self, request_id: int) -> Waiting | None:
+        """Take a request out of the line."""
+        waiting = self.facts.queue.pop(request_id, None)
+        if waiting is not None:
+            model = self.facts.models.get(waiting.model)
+            if model is not None:
+                model.waiting -= 1
+        return waiting
+
+    def give_up(self, waiting: Waiting, now: float) -> None:
+        """Tell those no whose model failed, is blocked, or took too long."""
+        facts = self.facts
+        model = facts.models.get(waiting.model)
+        if model is None or model.name in facts.leaving:
+            self.leave(waiting.request_id)
+            self.refuse(waiting, "model_not_found", f"the model {waiting.model!r} is no longer in this fleet", now)
+        elif facts.shutting_down:
+            self.leave(waiting.request_id)
+            self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
+        elif now >= waiting.deadline_s:
+            self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.why}", now)
+        elif model.missing and not self.has_loaded(model):
+            reason = f"{model.name} cannot be served: it requires {', '.join(model.missing)}, absent now"
+            self.out(waiting, "model_blocked", reason, now, 30.0)
+        elif (
+            model.failure
+            and (model.failure_final or model.failure_s >= waiting.arrived_s or now < model.retry_s)
+            and not self.has_loaded(model)
+        ):
+            self.out(
+                waiting,
+                "model_failed",
+                f"{model.name} failed to load: {model.failure}",
+                now,
+                max(1.0, model.retry_s - now),
+            )
+        elif not any(hopeful(facts, p) for p in model.placements.values()) and holder(facts, model) is None:
+            self.blocked(waiting, model, now)
+        elif relieved(facts, model, waiting.fallback, now) or self._foreign(model):
+            self.out(
+                waiting,
+                "model_failed",
+                f"{model.name} cannot be served: {self._standings(model)}",
+                now,
+                self.patience(model),
+            )
+
+    def _foreign(self, model: Model) -> bool:
+        """Nobody here can bring it back: it is held by servers alone that are not ours, and none of them answers."""
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        return out_of_reach(self.facts, model) and not any(p.spec.capabilities.owns_process for p in processes)
+
+    def withdraw(self, model: Model, reason: str) -> None:
+        """An operator changed their mind: loads that they asked for are called off."""
+        for waiting in [w for w in self.facts.queue.values() if w.model == model.name and not w.client]:
+            self.leave(waiting.request_id)
+            self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
+
+    def has_loaded(self, model: Model) -> bool:
+        return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
+
+    def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
+        """No process that may hold the model can come: say what each of them is."""
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        if any(p.drained and not p.stopped for p in processes):
+            code = "draining"
+        elif any(p.state in (ProcessState.FAILED, ProcessState.EXITED) and not p.impossible for p in processes):
+            code = "model_failed"
+        else:
+            code = "model_blocked"
+        self.out(waiting, code, f"{model.name} cannot be served: {self._standings(model)}", now, 30.0)
+
+    def _standings(self, model: Model) -> str:
+        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        return "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
+
+    def _standing(self, process: Process) -> str:
+        if process.stopped:
+            return "stopped by an operator"
+        if process.drained:
+            return "drained by an operator"
+        if process.missing:
+            return f"{process.state}: requires {', '.join(process.missing)}, absent now"
+        return f"{process.state}: {process.startup_detail or process.reason}"
+
+    def out(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+        self.leave(waiting.request_id)
+        self.refuse(waiting, code, reason, now, retry_after_s)
+
+    def refuse(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+        """Reject, unless there is a model to fall back to; patience that is over is over for all of them."""
+        for index, name in enumerate(waiting.fallback if code != "queue_timeout" else ()):
+            model = self.facts.models.get(self.facts.names.get(name, name))
+            if model is None or model.spec.routes or model.name == waiting.model:
+                continue
+            self.facts.journal.note(
+                model.name, f"request {waiting.request_id} falls back from {waiting.model}: {reason}"
+            )
+            waiting.model, waiting.fallback = model.name, waiting.fallback[index + 1 :]
+            waiting.deadline_s, waiting.load_began_s = self.deadline(model, waiting.arrived_s), None
+            self.enter(waiting, now)
+            return
+        self.reject(waiting.request_id, code, reason, retry_after_s)
+
+    def reject(self, request_id: int, code: str, reason: str, retry_after_s: float | None = None) -> None:
+        self.facts.emit(Reject(request_id, code, reason, retry_after_s))
+
+    def patience(self, model: Model) -> float:
+        return max(1.0, min(120.0, model.load_s or _RETRY_AFTER_S))

@@ -1,0 +1,253 @@
+"""A new desired fleet, laid over the observed one.
+
+The rules of this file
+- What did not change is not touched: it keeps its process, its placements, its counters.
+- A process whose `launch_hash` changed restarts once it has drained; every other field is hot.
+- What left the configuration is stopped or unloaded first, and forgotten when nothing of it is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fleetd.core.data.events import Adopted, Exited, SpecChanged
+from fleetd.core.data.fleet_state import Facts, spec_hash
+from fleetd.core.data.specs import ExitKind, ExitReport, ModelSpec, ProcessSpec, Remembered
+from fleetd.core.data.state import SERVING, Model, Process, ProcessState, Residency, SleepStep
+from fleetd.core.models.candidates import holds
+from fleetd.core.models.measurement import learn
+from fleetd.core.models.reconcile import Residencies
+from fleetd.core.models.retention import due, stays
+from fleetd.core.processes.reconcile import Supervision
+
+LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server, once up, holds
+START_PATIENCE_S = 60.0  # the same for one that has to answer first, and has no deadline for it
+OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
+
+
+class Change:
+    def __init__(self, facts: Facts, supervision: Supervision, residencies: Residencies) -> None:
+        self.facts = facts
+        self.supervision = supervision
+        self.residencies = residencies
+
+    def apply(self, event: SpecChanged, now: float) -> None:
+        facts = self.facts
+        facts.spec = event.spec
+        facts.ledger.limit(event.spec.devices)
+        self._models_leave(event, now)
+        for name, process in facts.processes.items():
+            if name not in event.spec.processes:
+                process.removed = True
+                facts.wake(name)
+        for name, kept in event.remembered.items():
+            facts.retired[name] = max(facts.retired.get(name, 0), kept.generation)
+        before = {name: process.spec for name, process in facts.processes.items()}
+        stopped = self._stopped_entries()
+        for spec in event.spec.processes.values():
+            self._process(spec, event.remembered.get(spec.name), now, stopped)
+            if spec.name in event.missing:
+                facts.processes[spec.name].missing = event.missing[spec.name]
+                facts.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
+        facts.names = {
+            alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
+        }
+        hosted: dict[str, list[str]] = {}
+        for model in event.spec.models.values():
+            self._model(model, now)
+            for holder in model.holders:
+                hosted.setdefault(holder, []).append(model.name)
+        facts.hosted = {name: tuple(models) for name, models in hosted.items()}
+        for name in event.spec.models:
+            self.residencies.requires(name, event.missing_models.get(name, ()), now)
+        for spec in event.spec.processes.values():
+            own = facts.models.get(spec.own_model or "")
+            if own is not None and not own.placements and not spec.on_demand and _was_on_demand(before.get(spec.name)):
+                due(facts, own)
+        for adopted in event.adopted:
+            self._adopt(adopted, now)
+        for exited in event.died:
+            self._died(exited, now)
+
+    def _stopped_entries(self) -> set[str]:
+        """Return the entries of which an operator has stopped all replicas: one more of them, or another name, is stopped too."""
+        running = {process.spec.base for process in self.facts.processes.values() if not process.stopped}
+        return {process.spec.base for process in self.facts.processes.values()} - running
+
+    def _process(
+        self, spec: ProcessSpec, remembered: Remembered | None, now: float, stopped: Collection[str] = ()
+    ) -> None:
+        process = self.facts.processes.get(spec.name)
+        if process is None:
+            process = self.facts.processes[spec.name] = Process(spec, since_s=now)
+            process.generation = self.facts.retired.pop(spec.name, 0)
+            if spec.base in stopped:
+                process.stopped, process.reason = True, "stopped by an operator"
+                self.facts.persist(process, "its entry is stopped")
+        else:
+            if process.removed:  # it had left the file, and something of it lives on
+                process.record.reset()
+            self._respec(process, spec, now)
+        if remembered is not None and process.state is ProcessState.STOPPED:
+            self._remember(process, remembered)
+        process.removed = False
+        if not spec.on_demand or process.state not in (ProcessState.STOPPED, ProcessState.FAILED):
+            self.facts.wake(spec.name)
+
+    def _remember(self, process: Process, remembered: Remembered) -> None:
+        process.stopped = remembered.stopped
+        process.restarts = remembered.restarts
+        process.generation = max(process.generation, remembered.generation)
+        process.last_exit, process.last_exit_s = remembered.last_exit, remembered.last_exit_s
+        process.again = remembered.again
+        if process.stopped:
+            process.reason = "stopped by an operator"
+        edited = remembered.spec_hash not in ("", spec_hash(process.spec))
+        if process.stopped or edited:
+            return
+        process.record.deaths, process.record.slow = remembered.deaths, remembered.slow
+        process.record.times.extend(remembered.died_s)
+        if remembered.failed is not None:
+            process.state, process.reason = ProcessState.FAILED, remembered.failed
+        elif remembered.exited is not None:
+            process.state, process.reason = ProcessState.EXITED, remembered.exited
+            process.last_exit = ExitReport(remembered.code, kind=ExitKind.EXPECTED, reason=remembered.exited)
+
+    def _respec(self, process: Process, spec: ProcessSpec, now: float) -> None:
+        old, process.spec = process.spec, spec
+        if old == spec:
+            return
+        changed = old.launch_hash != spec.launch_hash
+        running = process.state in SERVING or process.state is ProcessState.STARTING
+        if process.state is ProcessState.FAILED or (process.state is ProcessState.EXITED and changed):
+            process.record.reset()
+            self.facts.journal.note(process.name, "the configuration changed: trying again")
+            self.supervision.ending.revive(process, now, "the configuration changed")
+            self.residencies.forgive(process.name, now)
+        elif process.state is ProcessState.BACKOFF:
+            process.next_start_s = now
+        elif changed and running:
+            process.restart_wanted = "the configuration changed"
+        if old.probes != spec.probes and running and process.spawned and not changed:
+            self.supervision.reprobe(process, now)
+
+    def _model(self, spec: ModelSpec, now: float) -> None:
+        model = self.facts.models.get(spec.name)
+        if model is None:
+            model = self.facts.models[spec.name] = Model(spec, demand_s=now)
+            if stays(self.facts, model):
+                due(self.facts, model)
+            return
+        old, model.spec = model.spec, spec
+        if old == spec:
+            return
+        model.failure, model.failure_final, model.retry_s = None, False, now
+        if old.footprint_hash != spec.footprint_hash:
+            model.learned.clear()
+            model.learned_asleep.clear()
+        model.sleepless_until_s = now
+        if (old.footprint, old.asleep) != (spec.footprint, spec.asleep):
+            for placement in model.placements.values():
+                self.facts.ledger.correct(placement.key, holds(model, placement))
+        for process, placement in list(model.placements.items()):
+            if process not in spec.holders or old.served_as != spec.served_as:
+                self.residencies.leave(placement, now, "the configuration changed", returns=True)
+            elif self.facts.ledger.never_fits(model.footprint.bytes):  # a restart in place would not ask for the room
+                self.residencies.leave(placement, now, "can never fit any more", returns=True)
+        if stays(self.facts, model) and not model.placements:
+            due(self.facts, model)
+
+    def _models_leave(self, event: SpecChanged, now: float) -> None:
+        for name in [name for name in self.facts.models if name not in event.spec.models]:
+            model = self.facts.models[name]
+            self.facts.due.discard(name)
+            model.preload_due = False
+            for placement in list(model.placements.values()):
+                self.residencies.leave(placement, now, "no longer in the configuration", returns=True)
+            self.facts.leaving.add(name)
+        self.facts.leaving -= set(event.spec.models)
+
+    def sweep_models(self) -> None:
+        """Forget the models that left the configuration and memory."""
+        for name in list(self.facts.leaving):
+            model = self.facts.models[name]
+            if not model.placements and not model.waiting:
+                del self.facts.models[name]
+                self.facts.leaving.discard(name)
+
+    def _adopt(self, event: Adopted, now: float) -> None:
+        """A child of an earlier daemon goes on as if nothing had happened."""
+        process = self.facts.processes.get(event.name)
+        if process is None or process.state in SERVING:
+            return
+        if process.state is not ProcessState.STOPPED:
+            process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
+        process.generation, process.again = event.generation, False
+        process.move(ProcessState.STARTING, now, "adopted from the daemon before")
+        self.supervision.begin_run(process, now)
+        process.started_s = now - event.age_s
+        can_sleep = process.spec.capabilities.can_sleep
+        if process.spec.capabilities.many_models:
+            startup = process.spec.probes.startup
+            patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
+            self.facts.unseen[process.name] = now + patience_s + LOOK_S
+        elif can_sleep:  # still starting it cannot sleep, and its memory is reserved whole
+            self.facts.unseen[process.name] = now + LOOK_S
+        own = process.spec.own_model
+        model = self.facts.models.get(own) if own is not None else None
+        if model is not None:
+            placement = self.facts.place(model, process.name, now, "adopted")
+            placement.generation = event.generation
+            if can_sleep:  # it may sleep now, or have slept before
+                placement.step, placement.slept = SleepStep.LOOK, True
+            self.facts.ledger.correct(placement.key, holds(model, placement))
+            self.facts.due.discard(model.name)
+        self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
+        self.facts.wake(process.name)
+        self.supervision.spawned(process, event.pid, now)
+
+    def _died(self, event: Exited, now: float) -> None:
+        """A run ended while nobody watched: a death as any other, though nobody saw its code."""
+        process = self.facts.processes.get(event.name)
+        if process is None or process.state is not ProcessState.STOPPED or process.generation > event.generation:
+            return
+        process.generation = event.generation
+        process.last_exit, process.last_exit_s = event.report, now
+        if process.stopped or not process.spec.enabled:
+            return
+        process.state = ProcessState.STOPPING  # as if this daemon had seen the end and emptied the set
+        self.supervision.ending.settle_death(process, event.report, now)
+
+    def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
+        """Lay what a server says it holds over what we believe: by model name of the fleet."""
+        facts = self.facts
+        facts.unseen.pop(process.name, None)
+        for placement in list(facts.placements_on(process.name)):
+            if placement.state is not Residency.LOADED:
+                continue
+            if served.get(placement.model):
+                learn(facts, placement, served[placement.model])
+            elif placement.model not in served and not placement.in_flight and _settled(placement.loaded_s, now):
+                facts.journal.note(placement.model, f"{process.name} no longer holds it")
+                self.residencies.gone(placement, now)
+        for name, measured in sorted(served.items()):
+            model = facts.models.get(name)
+            if model is None or process.name in model.placements or process.name not in model.spec.holders:
+                continue
+            if not _settled(facts.freed.get((name, process.name)), now):
+                continue
+            facts.ledger.correct((name, process.name), measured or model.footprint.bytes)
+            placement = facts.place(model, process.name, now, "found on the server")
+            placement.generation, placement.ordered = process.generation, True
+            self.residencies.loaded(placement, measured, now)
+        for key in [key for key, freed_s in facts.freed.items() if _settled(freed_s, now)]:
+            del facts.freed[key]
+
+
+def _settled(since_s: float | None, now: float) -> bool:
+    """Return whether a look at the server, which took its time, can have seen what happened at `since_s`."""
+    return since_s is None or now - since_s >= OBSERVATION_AGE_S
+
+
+def _was_on_demand(spec: ProcessSpec | None) -> bool:
+    return spec is not None and spec.on_demand

@@ -1,0 +1,1 @@
+"""What the control API and the gateway ask of the daemon."""

@@ -1,0 +1,230 @@
+"""The daemon as the control plane sees it: implements control.port.ControlPort.
+
+The rules of this file
+- Reading is reading memory. Changing is an event to the fleet, or the daemon's own `Operations` (apply, reload, shutdown).
+- Every mistake is a FleetError with a sentence; secrets leave this file redacted.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fleetd.control.port import ActOptions, ApplyOptions, Names
+from fleetd.control.wire import (
+    Applied,
+    DeviceStatus,
+    FleetEvent,
+    LogLine,
+    ModelDetail,
+    Outcome,
+    Plan,
+    ProcessDetail,
+    Status,
+    rfc3339,
+)
+from fleetd.core.data.specs import ProbeKind
+from fleetd.daemon.api.actions import Verbs
+from fleetd.daemon.api.event_log import Feed
+from fleetd.daemon.api.explain import explain
+from fleetd.daemon.api.log_stream import LogSource, read_logs
+from fleetd.daemon.api.status import StatusView
+from fleetd.daemon.effects.model_builds import Preparation
+from fleetd.daemon.effects.probes import Probing
+from fleetd.daemon.effects.processes import Processes
+from fleetd.daemon.reload.active import Configuration
+from fleetd.daemon.sources.prerequisites import Requirements, is_about
+from fleetd.errors import ApiError
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+
+_LAST = 10
+
+
+class Operations(Protocol):
+    """What only the whole daemon can do."""
+
+    async def plan(self, path: str | None, text: str | None) -> Plan: ...
+
+    async def apply(self, path: str | None, options: ApplyOptions) -> Applied: ...
+
+    async def reexec(self) -> None: ...
+
+    def stop(self, force: bool, why: str) -> None: ...
+
+
+class DaemonControlPort:
+    """Everything that `fleetctl` asks."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        view: StatusView,
+        feed: Feed,
+        verbs: Verbs,
+        configuration: Configuration,
+        processes: Processes,
+        probing: Probing,
+        requirements: Requirements,
+        logs: LogSource,
+        operations: Operations,
+        preparation: Preparation,
+    ) -> None:
+        self._preparation = preparation
+        self._fleet = fleet
+        self._view = view
+        self._feed = feed
+        self._verbs = verbs
+        self._configuration = configuration
+        self._processes = processes
+        self._probing = probing
+        self._requirements = requirements
+        self._logs = logs
+        self._operations = operations
+
+    # -- looking --------------------------------------------------------------------------------------------------------
+
+    async def status(self) -> Status:
+        return await self._view.status()
+
+    def devices(self) -> Sequence[DeviceStatus]:
+        return self._view.devices()
+
+    def names(self) -> Names:
+        models = self._fleet.models
+        return Names(
+            {name: process.spec.base for name, process in self._fleet.processes.items()},
+            {name: model.spec.aliases for name, model in models.items()},
+            {name: tuple(one.to for one in model.spec.routes) for name, model in models.items() if model.spec.routes},
+        )
+
+    def process(self, name: str) -> ProcessDetail:
+        process = self._fleet.processes.get(name)
+        if process is None:
+            raise unknown(name)
+        now = time.monotonic()
+        plan = self._configuration.assembly.plans.get(name)
+        held = {placement.model for placement in self._fleet.facts.placements_on(name)}
+        held |= {model.name for model in self._fleet.models.values() if name in model.spec.holders}
+        detail: ProcessDetail = {
+            "process": self._view.process(process, now),
+            "models": [self._view.model(self._fleet.models[model], now, self._waiting()) for model in sorted(held)],
+            "events": self._feed.of(name, _LAST),
+            "log": [LogLine(name=name, at=at, line=line, stream=None) for at, line in self._logs.last(name, _LAST)],
+            "log_path": self._logs.path(name),
+            "depends_on": {dependency.name: str(dependency.condition) for dependency in process.spec.depends_on},
+            "probes": self._probes(name),
+            "tree": self._tree(name),
+        }
+        if plan is not None:
+            missing = set(self._requirements.missing.get(name, ()))
+            detail["command"] = plan.shown_argv()
+            detail["cwd"] = plan.execution.cwd
+            detail["source"] = f"{plan.source[0]}:{plan.source[1]}"
+            detail["requires"] = {path: not any(is_about(one, path) for one in missing) for path in plan.requires}
+        return detail
+
+    def _waiting(self) -> dict[str, int]:
+        return {model.name: model.waiting for model in self._fleet.models.values()}
+
+    def _probes(self, name: str) -> dict[str, Any]:
+        found = {}
+        for kind in ProbeKind:
+            answer = self._probing.answers.get((name, kind))
+            if answer is not None:
+                found[str(kind)] = {"ok": answer[1].ok, "at": rfc3339(answer[0]), "detail": answer[1].detail}
+        return found
+
+    def _tree(self, name: str) -> list[dict[str, Any]]:
+        run = self._processes.runs.get(name)
+        return self._logs.tree(run.usage.pids) if run is not None else []
+
+    def model(self, name: str) -> ModelDetail:
+        model = self._fleet.models.get(self._fleet.facts.names.get(name, name))
+        if model is None:
+            raise unknown(name)
+        file, line = self._configuration.assembly.sources.get(("model", model.name), ("", 0))
+        holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
+        return {
+            "model": self._view.model(model, time.monotonic(), self._waiting()),
+            "events": self._feed.of(model.name, _LAST),
+            "log": [LogLine(name=holder, at=at, line=line, stream=None) for at, line in self._logs.last(holder, _LAST)]
+            if holder
+            else [],
+            "source": f"{file}:{line}" if file else None,
+            "served_as": model.spec.served_as,
+        }
+
+    def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
+        since = time.time() - since_s if since_s is not None else None
+        return self._feed.follow(since, after, follow)
+
+    def logs(
+        self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
+    ) -> AsyncIterator[LogLine]:
+        try:
+            pattern = re.compile(grep) if grep else None
+        except re.error as error:
+            raise ApiError(400, "invalid_request", f"grep: {grep!r} is no regular expression: {error}") from error
+        return read_logs(self._logs, names, lines, since_s, pattern, follow)
+
+    def story(self, name: str) -> Sequence[FleetEvent]:
+        known = self._fleet.facts.names.get(name, name)
+        if known not in self._fleet.processes and known not in self._fleet.models:
+            raise unknown(name)
+        return self._feed.of(known)
+
+    def explain(self, model: str) -> Mapping[str, Any]:
+        found = self._fleet.models.get(self._fleet.facts.names.get(model, model))
+        if found is None:
+            raise unknown(model)
+        note = self._preparation.notes.get(found.name)
+        return explain(self._fleet, found, time.monotonic(), note.document() if note is not None else None)
+
+    async def dump(self) -> Mapping[str, Any]:
+        from fleetd.core.data.journal import sentences
+
+        journal = [line for entry in list(self._fleet.journal.entries) for line in sentences(entry)]
+        return {
+            "at": rfc3339(time.time()),
+            "status": await self.status(),
+            "config": self.config(),
+            "journal": journal,
+            "events": self._feed.recent(0.0, None),
+        }
+
+    def config(self) -> Mapping[str, Any]:
+        configuration = self._configuration
+        return {
+            "file": str(configuration.path),
+            "config_hash": configuration.assembly.config_hash,
+            "config": configuration.shown(),
+        }
+
+    # -- changing -------------------------------------------------------------------------------------------------------
+
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[Outcome]:
+        return await self._verbs.act(verb, names, options)
+
+    async def plan(self, path: str | None, text: str | None) -> Plan:
+        return await self._operations.plan(path, text)
+
+    async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
+        return await self._operations.apply(path, options)
+
+    async def reload(self) -> Applied:
+        return await self._operations.apply(None, ApplyOptions(wait=False))
+
+    async def reexec(self) -> None:
+        await self._operations.reexec()
+
+    async def shutdown(self, force: bool) -> None:
+        self._operations.stop(force, "asked by an operator")
+
+
+def unknown(name: str) -> ApiError:
+    """Return the error for a name that the fleet does not have."""
+    return ApiError(404, "unknown_name", f"There is no process and no model named {name!r}.")

@@ -1,0 +1,230 @@
+"""The fleet as the gateway sees it: every request passes here twice, so everything is a dictionary away.
+
+The rules of this file
+- `take` and `finish` go past the inbox where the fleet need not think; the seat they lead to is remembered.
+- `admit` dispatches one event; the core's Grant or Reject comes back through `granted` and `rejected`, often before `admit`
+  has returned. No task, no future, no copy.
+- What a process answers on is remembered until the plans change, as the same object: the gateway compares by identity.
+- A callback that raises costs its own request: the slot is given back at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from fleetd.core.data.commands import Grant, Reject
+from fleetd.core.data.events import Event, RequestArrived, RequestCancelled, RequestFinished
+from fleetd.engines.base import Api
+from fleetd.gateway.port import ModelEntry, OnGrant, OnReject, Seat, Upstream
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from fleetd.core.data.state import Placement
+    from fleetd.core.fleet import Fleet
+
+_APIS: Mapping[Api, frozenset[str]] = {
+    Api.OPENAI: frozenset({"openai"}),
+    Api.OLLAMA: frozenset({"openai", "ollama"}),
+    Api.NONE: frozenset(),
+}
+
+
+class Warm(Protocol):
+    """The part of `loop.FleetLoop` that a warm request needs."""
+
+    def take(self, request_id: int, model: str) -> Placement | None: ...
+
+    def give(self, request_id: int) -> bool: ...
+
+
+class DaemonFleetPort:
+    """Implements gateway.port.FleetPort on a fleet and the current plans."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        ready: Callable[[], tuple[bool, Sequence[str]]],
+        fault: Callable[[str, Exception], None],
+    ) -> None:
+        """`warm` is set to the loop before the first request comes."""
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._plans = plans
+        self._ready = ready
+        self._fault = fault
+        self.warm: Warm
+        self._next = 0
+        self._waiting: dict[int, tuple[OnGrant, OnReject]] = {}
+        self._granted: dict[int, str] = {}  # request to process
+        self._upstreams: dict[str, Upstream] = {}
+        self._seats: dict[tuple[str, str], Seat] = {}
+        self._names: dict[str, str] = {}
+        self._created = int(time.time())
+        self._given: dict[str, float] = {}  # process to its last grant, monotonic
+        self.heard_s: Callable[[str], float] = lambda _: 0.0  # the gateway's, once there is one
+
+    # -- the gateway's side -------------------------------------------------------------------------------------------
+
+    def take(self, model: str) -> tuple[int, Seat] | None:
+        self._next = request_id = self._next + 1
+        placement = self.warm.take(request_id, model)
+        if placement is None:
+            return None
+        process = placement.process
+        self._granted[request_id] = process
+        self._given[process] = placement.last_used_s
+        seat = self._seats.get((placement.model, process))
+        if seat is None:
+            try:
+                seat = self._seat(placement.model, process)
+            except KeyError:
+                self.finish(request_id, failed=True)
+                return None
+        return request_id, seat
+
+    def _seat(self, model: str, process: str) -> Seat:
+        seat = Seat(model, process, self.upstream(process), self.served_name(model, process))
+        self._seats[model, process] = seat
+        return seat
+
+    def admit(self, model: str, on_grant: OnGrant, on_reject: OnReject, avoid: tuple[str, ...] = ()) -> int:
+        self._next = request_id = self._next + 1
+        self._waiting[request_id] = (on_grant, on_reject)
+        self._dispatch(RequestArrived(request_id, model, avoid))
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        if self._waiting.pop(request_id, None) is not None:
+            self._dispatch(RequestCancelled(request_id))
+
+    def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
+        process = self._granted.pop(request_id, None)
+        if process is None or (not failed and self.warm.give(request_id)):
+            return
+        self._dispatch(RequestFinished(request_id, failed, refused))
+
+    def upstream(self, process: str) -> Upstream:
+        found = self._upstreams.get(process)
+        if found is None:
+            found = self._upstreams[process] = upstream_of(self._plans()[process])
+        return found
+
+    def served_name(self, model: str, process: str) -> str:
+        held = self._plans()[process].held.get(model)
+        if held is not None:
+            return held.served_as
+        return self._fleet.models[model].spec.served_as or model
+
+    def models(self) -> Sequence[ModelEntry]:
+        return [self._entry(alias, name) for alias, name in self._names.items()]
+
+    def names(self) -> Mapping[str, str]:
+        return self._names
+
+    def ready(self) -> tuple[bool, Sequence[str]]:
+        return self._ready()
+
+    def _entry(self, alias: str, name: str) -> ModelEntry:
+        model = self._fleet.models.get(name)
+        if model is None:
+            return ModelEntry(alias, "ABSENT", created=self._created)
+        if model.spec.routes:
+            return ModelEntry(alias, "ROUTE", created=self._created)
+        placed = next(iter(model.placements), None)
+        plan = self._plans().get(model.spec.holders[0]) if model.spec.holders else None
+        return ModelEntry(
+            id=alias,
+            state=str(model.state),
+            engine=plan.engine_name if plan is not None else None,
+            instance=placed,
+            memory_bytes=model.footprint.total_bytes,
+            created=self._created,
+        )
+
+    # -- the daemon's side --------------------------------------------------------------------------------------------
+
+    def granted(self, command: Grant) -> None:
+        """Tell the waiting request that it may go."""
+        callbacks = self._waiting.pop(command.request_id, None)
+        if callbacks is None:
+            self._dispatch(RequestFinished(command.request_id))
+            return
+        self._granted[command.request_id] = command.process
+        self._given[command.process] = time.monotonic()
+        try:
+            callbacks[0](command)
+        except Exception as error:  # noqa: BLE001 - the gateway's bug must not keep the slot
+            self._fault("a grant could not be delivered", error)
+            self.finish(command.request_id, failed=True)
+
+    def wish(self, on_reject: OnReject) -> int:
+        """Return a request id for an operator's wish to load a model; its rejection, if there is one, comes back."""
+        self._next = request_id = self._next + 1
+        self._waiting[request_id] = (lambda _: None, on_reject)
+        return request_id
+
+    def forget_wish(self, request_id: int) -> None:
+        """Nobody waits for this wish any more; it stays a wish."""
+        self._waiting.pop(request_id, None)
+
+    def rejected(self, command: Reject) -> None:
+        """Tell the waiting request that it may not."""
+        callbacks = self._waiting.pop(command.request_id, None)
+        if callbacks is None:
+            return
+        try:
+            callbacks[1](command)
+        except Exception as error:  # noqa: BLE001
+            self._fault("a rejection could not be delivered", error)
+
+    def spec_changed(self) -> None:
+        """Forget what was remembered of the plans before, but keep objects that did not change."""
+        plans = self._plans()
+        self._seats.clear()
+        for name, old in list(self._upstreams.items()):
+            plan = plans.get(name)
+            if plan is None or upstream_of(plan) != old:
+                del self._upstreams[name]
+        names: dict[str, str] = {}
+        for spec in self._fleet.facts.spec.models.values():
+            for alias in (spec.name, *spec.aliases):
+                names[alias] = spec.name
+        self._names = names
+
+    def full_since(self, process: str) -> float | None:
+        """Return since when all slots of a model on this process are taken, monotonic; None: one is free.
+
+        A server that works on as many requests as it can may leave one more waiting for as long as they take.
+        """
+        for placement in self._fleet.facts.placements_on(process):
+            if placement.in_flight >= self._fleet.models[placement.model].spec.concurrency:
+                return self._given.get(process)
+        return None
+
+    @property
+    def in_flight(self) -> int:
+        """Return the number of granted requests."""
+        return len(self._granted)
+
+
+def upstream_of(plan: LaunchPlan) -> Upstream:
+    """Return where a process listens and what it speaks. Raises KeyError for one without a port."""
+    if plan.endpoint is None:
+        raise KeyError(plan.name)
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(plan.endpoint.base_url)
+    tls = parts.scheme == "https"
+    key = plan.endpoint.api_key
+    return Upstream(
+        host=parts.hostname or "127.0.0.1",
+        port=parts.port or (443 if tls else 80),
+        apis=_APIS[plan.api],
+        headers=(("Authorization", f"Bearer {key}"),) if key else (),
+        base_path=parts.path.rstrip("/"),
+        tls=tls,
+    )

@@ -1,0 +1,290 @@
+"""`fleetctl models` and `fleetctl volumes` on the daemon's side: implements control.library_port.LibraryPort.
+
+The rules of this file
+- A difference is asked of the servers themselves; a store none of whose servers is ready has an error instead.
+- A sync goes on when who asked for it leaves; it changes only what differs, and says each step.
+- Only what fleetd made is deleted, and only what no model of fleet.yaml names any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.effects.model_builds import Note, Preparation
+from fleetd.daemon.effects.model_stores import Store
+from fleetd.daemon.sources.prerequisites import Requirements
+from fleetd.errors import ApiError, EngineError, FleetError
+from fleetd.models.ollama.sync import Change, Library, Step
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+    from fleetd.core.fleet import Fleet
+
+_KEPT = 8  # syncs whose story can still be read
+_ITEMS = 5000
+
+
+@dataclass(slots=True)
+class Sync:
+    """One run: what happened so far, and whether it is over."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    over: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, **item: Any) -> None:
+        if len(self.items) < _ITEMS:
+            self.items.append(item)
+        self.news.set()
+
+
+class Libraries:
+    """Everything that is asked of the stores by hand. `http()` gives the shared client."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        preparation: Preparation,
+        requirements: Requirements,
+        http: Callable[[], ClientSession],
+        tasks: Tasks,
+    ) -> None:
+        self._fleet = fleet
+        self._preparation = preparation
+        self._requirements = requirements
+        self._http = http
+        self._tasks = tasks
+        self._syncs: dict[int, Sync] = {}
+        self._last = 0
+
+    # -- looking --------------------------------------------------------------------------------------------------------
+
+    async def diff(self) -> Mapping[str, Any]:
+        stores = [await self._compared(store) for store in self._preparation.stores().values() if store.models]
+        todo = sum(step["change"] not in ("none", "foreign") for one in stores for step in one["steps"])
+        return {"stores": stores, "differences": todo}
+
+    async def _compared(self, store: Store) -> dict[str, Any]:
+        found: dict[str, Any] = {"store": store.key, "instances": store.instances, "error": None, "steps": []}
+        try:
+            steps = await self._preparation.steps(store, self._ready(store))
+        except FleetError as error:
+            return {**found, "error": str(error)}
+        found["steps"] = [_shown(step, self._requirements.missing_models) for step in steps]
+        for name in store.models:
+            note = self._preparation.notes.get(name)
+            if note is not None and note.state == "failed":
+                rows = [
+                    row for row in found["steps"] if row["name"] == name and row["change"] not in ("none", "foreign")
+                ]
+                for row in rows:
+                    row["failure"] = note.detail
+        return found
+
+    def _ready(self, store: Store) -> LaunchPlan:
+        plan = self._preparation.serving(store)
+        if plan is not None:
+            return plan
+        said = [
+            f"{name} is {process.state}: {process.reason}"
+            for name in store.instances
+            if (process := self._fleet.processes.get(name)) is not None
+        ]
+        raise EngineError("; ".join(said) or "no server of it is in the fleet")
+
+    async def show(self, name: str) -> Mapping[str, Any]:
+        model = self._fleet.models.get(self._fleet.facts.names.get(name, name))
+        if model is None:
+            raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
+        for store in self._preparation.stores().values():
+            if model.name in store.models:
+                plan, held = store.models[model.name]
+                library = self._library(store, plan)
+                facts = await asyncio.to_thread(_facts, store, plan, model.name, library)
+                note = self._preparation.notes.get(model.name)
+                where = [{"process": name, "state": str(one.state)} for name, one in model.placements.items()]
+                return {
+                    "model": model.name,
+                    "served_as": held.served_as,
+                    "store": store.key,
+                    "instances": list(model.spec.holders),
+                    "loaded": where,
+                    "state": note.document() if note is not None else None,
+                    **facts,
+                }
+        raise ApiError(
+            409, "not_held", f"{model.name} is not held by a server with a store: there is nothing to make it from."
+        )
+
+    def _library(self, store: Store, plan: LaunchPlan) -> Library:
+        assert plan.endpoint is not None
+        found: Library = store.engine.library(self._http(), plan.endpoint, plan.context, self._preparation.state_dir())
+        return found
+
+    # -- changing -------------------------------------------------------------------------------------------------------
+
+    def sync(self, names: Sequence[str]) -> int:
+        """Begin to make what differs; return the number under which its progress can be read."""
+        known = self._fleet.facts.names
+        for name in names:
+            if name not in known:
+                raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
+        self._last += 1
+        sync = self._syncs[self._last] = Sync()
+        for number in list(self._syncs)[:-_KEPT]:
+            del self._syncs[number]
+        self._tasks.start(self._sync(sync, {known[name] for name in names}), "sync models")
+        return self._last
+
+    async def _sync(self, sync: Sync, names: Collection[str]) -> None:
+        count = dict.fromkeys(("unchanged", "made", "failed"), 0)
+        try:
+            for store in self._preparation.stores().values():
+                if store.models:
+                    await self._sync_store(sync, store, names, count)
+        finally:
+            sync.over = True
+            sync.add(what="done", **count)
+
+    async def _sync_store(self, sync: Sync, store: Store, names: Collection[str], count: dict[str, int]) -> None:
+        try:
+            plan = self._ready(store)
+            steps = await self._preparation.steps(store, plan)
+        except FleetError as error:
+            count["failed"] += 1
+            sync.add(what="failed", name=None, store=store.key, detail=str(error))
+            return
+        for step in steps:
+            if step.recipe is None or (names and step.name not in names):
+                continue
+            if step.change in (Change.NONE, Change.FOREIGN):
+                count["unchanged"] += 1
+            elif step.change is Change.MISSING:
+                count["failed"] += 1
+                blocked = self._requirements.missing_models.get(step.name)
+                sync.add(what="failed", name=step.name, store=store.key, detail=", ".join(blocked or (step.reason,)))
+            else:
+                await self._sync_model(sync, store, plan, step, count)
+
+    async def _sync_model(self, sync: Sync, store: Store, plan: LaunchPlan, step: Step, count: dict[str, int]) -> None:
+        def tell(note: Note) -> None:
+            if note.state == "making":
+                sync.add(what="making", name=step.name, store=store.key, **_without(note.document(), "state"))
+
+        note = await self._preparation.make_alone(store, plan, step, tell)
+        what = "failed" if note.state == "failed" else "made"
+        count[what] += 1
+        sync.add(what=what, name=step.name, store=store.key, detail=note.detail)
+
+    async def progress(self, number: int) -> AsyncIterator[Mapping[str, Any]]:
+        """Yield what a sync said and says, until it is over."""
+        sync = self._syncs.get(number)
+        if sync is None:
+            raise ApiError(404, "unknown_name", f"There is no sync {number}.")
+        told = 0
+        while True:
+            while told < len(sync.items):
+                yield sync.items[told]
+                told += 1
+            if sync.over:
+                return
+            sync.news.clear()
+            await sync.news.wait()
+
+    async def prune(self, dry_run: bool) -> Mapping[str, Any]:
+        found: list[dict[str, Any]] = []
+        for store in self._preparation.stores().values():
+            try:
+                plan = self._ready(store)
+                steps = await self._preparation.steps(store, plan)
+            except FleetError as error:
+                found.append({"store": store.key, "name": None, "result": "failed", "reason": str(error)})
+                continue
+            doomed = [step for step in steps if step.change is Change.DELETE]
+            found += [await self._delete(store, plan, step, dry_run) for step in doomed]
+        return {"results": found} if not dry_run else {"doomed": found}
+
+    async def _delete(self, store: Store, plan: LaunchPlan, step: Step, dry_run: bool) -> dict[str, Any]:
+        row = {"store": store.key, "name": step.served_as, "result": "ok", "reason": step.reason}
+        if dry_run:
+            return row
+        library = self._library(store, plan)
+        try:
+            async with store.engine.one_at_a_time(store.key):
+                await library.delete(step.served_as)
+        except FleetError as error:
+            return {**row, "result": "failed", "reason": str(error)}
+        return row
+
+    # -- volumes --------------------------------------------------------------------------------------------------------
+
+    def volumes(self) -> Mapping[str, Any]:
+        """Return the volumes that something of the fleet is on."""
+        known = self._requirements.volumes.known
+        needed = self._requirements.needed_by()
+        return {
+            "volumes": [
+                {
+                    "path": path,
+                    "identity": known.get(path) or None,
+                    "problem": self._requirements.why(path),
+                    "needed_by": names,
+                }
+                for path, names in sorted(needed.items())
+            ]
+        }
+
+    def accept_volume(self, path: str) -> Mapping[str, Any]:
+        if not self._requirements.forget(path):
+            raise ApiError(
+                404, "unknown_name", f"No volume at {path} was seen yet.", hint="fleetctl volumes lists them"
+            )
+        return {"path": path, "accepted": True}
+
+
+def _shown(step: Step, blocked: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    change = "blocked" if step.change is Change.MISSING and step.name in blocked else str(step.change)
+    reason = ", ".join(blocked[step.name]) if change == "blocked" else step.reason
+    return {"name": step.name, "served_as": step.served_as, "change": change, "reason": reason}
+
+
+def _without(document: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in keys}
+
+
+def _entry_of(made: Mapping[str, Mapping[str, Any]], served_as: str) -> dict[str, Any] | None:
+    from fleetd.models.ollama.store import ModelName
+
+    entry = made.get(ModelName.parse(served_as).key)
+    return dict(entry) if entry is not None else None
+
+
+def _facts(store: Store, plan: LaunchPlan, name: str, library: Library) -> dict[str, Any]:
+    """Read the entry, the record and the file. Blocks."""
+    held = store.models[name][1]
+    found: dict[str, Any] = {
+        "modelfile": None,
+        "modelfile_error": None,
+        "from": held.source,
+        "quantize": held.quantize,
+    }
+    try:
+        recipe = store.engine.recipe(plan.context, held)
+        if recipe.source is None and recipe.base is None:
+            found["modelfile_error"] = f"models.{name}.from is not set: whatever the store has is used"
+        else:
+            found["modelfile"] = recipe.render()
+    except (EngineError, ValueError) as error:
+        found["modelfile_error"] = str(error)
+    if held.source is not None and held.source.startswith("/"):
+        path = Path(held.source)
+        found["size_bytes"] = path.stat().st_size if path.is_file() else None
+    made = _entry_of(library.made(), held.served_as)
+    return found | {"made": made, **library.stored(held.served_as)}

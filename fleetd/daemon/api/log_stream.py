@@ -1,0 +1,102 @@
+"""The logs of processes, as `fleetctl logs` and the status screens read them.
+
+The rules of this file
+- Several logs come merged: what is there is sorted where lines have times, what comes is passed on as it comes.
+- A reader that leaves closes every follower; a log that does not exist yet is empty, not a mistake. One that was deleted
+  under its process is said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fleetd.control.wire import OWN_WORD, LogLine, rfc3339
+from fleetd.host.logs.registry import LogBook
+from fleetd.host.logs.tail import Line, Wanted, read_tail
+from fleetd.host.process.table import ProcessTable, command_of
+
+_AT_ONCE = 1000
+
+
+class LogSource:
+    """The log book of the host, and the process table for the tree of a set."""
+
+    def __init__(self, book: LogBook, table: ProcessTable) -> None:
+        self.book = book
+        self._table = table
+
+    def path(self, name: str) -> str:
+        """Return the live file of a log."""
+        return str(self.book.files(name).live)
+
+    def last(self, name: str, count: int) -> list[tuple[str | None, str]]:
+        """Return (UTC or None, text) of the last lines. Reads the end of one file; a millisecond."""
+        try:
+            found = read_tail(self.book.files(name), Wanted(count))
+        except OSError:
+            return []
+        return [(rfc3339(line.at) if line.at is not None else None, line.text) for line in found]
+
+    def tree(self, pids: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the members of a process set that live now."""
+        entries = [entry for pid in pids if (entry := self._table.entry(pid)) is not None]
+        return [
+            {"pid": one.pid, "ppid": one.ppid, "command": command_of(one.pid), "rss_bytes": one.rss_bytes}
+            for one in entries
+        ]
+
+
+async def read_logs(
+    source: LogSource,
+    names: Sequence[str],
+    lines: int,
+    since_s: float | None,
+    grep: re.Pattern[str] | None,
+    follow: bool,
+) -> AsyncIterator[LogLine]:
+    """Yield the last lines of each log, then, with `follow`, what comes."""
+    since = time.time() - since_s if since_s is not None else None
+    if not follow:
+        for name in names:
+            for line in await source.book.tail(name, lines, since=since, grep=grep):
+                yield _wire(name, line)
+            if (lost := await source.book.lost(name)) is not None:
+                yield _note(name, lost)
+        return
+    queue: asyncio.Queue[LogLine] = asyncio.Queue(_AT_ONCE)
+
+    async def pump(name: str) -> None:
+        before, coming = await source.book.follow(name, lines, since=since)
+        try:
+            for line in before:
+                if grep is None or grep.search(line.text):
+                    await queue.put(_wire(name, line))
+            if (lost := await source.book.lost(name)) is not None:
+                await queue.put(_note(name, lost))
+            async for several in coming:
+                for line in several:
+                    if grep is None or grep.search(line.text):
+                        await queue.put(_wire(name, line))
+        finally:
+            await coming.aclose()
+
+    pumps = [asyncio.get_running_loop().create_task(pump(name), name=f"follow {name}") for name in names]
+    try:
+        while True:
+            yield await queue.get()
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _note(name: str, sentence: str) -> LogLine:
+    return {"name": name, "at": None, "line": sentence, "stream": OWN_WORD}
+
+
+def _wire(name: str, line: Line) -> LogLine:
+    return {"name": name, "at": rfc3339(line.at) if line.at is not None else None, "line": line.text, "stream": None}

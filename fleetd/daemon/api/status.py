@@ -1,0 +1,306 @@
+"""The whole fleet as JSON: what `GET /v1/status` answers. Read from memory, never from the machine.
+
+The rules of this file
+- Status is advisory: nothing decides by it.
+- Times of the core are monotonic; here they become UTC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from fleetd import __version__
+from fleetd.control.wire import (
+    DaemonStatus,
+    DeviceStatus,
+    HostStatus,
+    LastExit,
+    ModelStatus,
+    ProcessStatus,
+    Status,
+    rfc3339,
+)
+from fleetd.core.data.state import RUNNING, Model, Process, ProcessState, Residency
+from fleetd.daemon.effects.model_builds import Preparation
+from fleetd.daemon.effects.processes import Processes, Run
+from fleetd.daemon.sources.sampler import Sampling
+from fleetd.host.system.load import machine_load, own_rss_bytes
+from fleetd.resolver.launch_plan import LaunchPlan
+from fleetd.resolver.resolved import Assembly
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+
+
+Entry = TypeVar("Entry")
+Row = TypeVar("Row")
+
+_SLICE = 200  # entries: a few milliseconds
+
+
+@dataclass(slots=True)
+class DaemonFacts:
+    """What the daemon knows of itself, beside the fleet."""
+
+    config_path: str
+    started: float = field(default_factory=time.monotonic)
+    config_error: str | None = None
+    restart_needed: tuple[str, ...] = ()
+    gateway: str | None = None
+    stopping: bool = False
+
+
+class StatusView:
+    """Renders status from the fleet, the newest assembly and the last samples."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        assembly: Callable[[], Assembly],
+        processes: Processes,
+        sampling: Sampling,
+        facts: DaemonFacts,
+        preparation: Preparation,
+        store_problem: Callable[[], str | None],
+    ) -> None:
+        """`store_problem` says why what is to be remembered is not on the disk."""
+        self._store_problem = store_problem
+        self._preparation = preparation
+        self._fleet = fleet
+        self._assembly = assembly
+        self._processes = processes
+        self._sampling = sampling
+        self.facts = facts
+
+    async def status(self) -> Status:
+        """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
+        now = time.monotonic()
+        self._sampling.asked()
+        ready, _ = self.ready()
+        queued = self._queued()
+        return {
+            "name": self._assembly().name,
+            "ready": ready,
+            "daemon": self._daemon(now),
+            "devices": self.devices(),
+            "processes": await _in_slices(lambda process: self.process(process, now), self._in_order()),
+            "models": await _in_slices(lambda model: self.model(model, now, queued), self._models_in_order()),
+            "host": self._host(),
+        }
+
+    def ready(self) -> tuple[bool, Sequence[str]]:
+        """Return whether the fleet is what fleet.yaml asks for, and a sentence for everything that is not."""
+        reasons = []
+        for process in self._fleet.processes.values():
+            spec = process.spec
+            if spec.on_demand or not spec.enabled or process.stopped or process.removed:
+                continue
+            if process.state not in (ProcessState.READY, ProcessState.EXITED):
+                reasons.append(f"{process.name} is {process.state}: {process.reason}")
+        reasons += [
+            f"{model.name} is {model.state}" + (f": {model.failure}" if model.failure else "")
+            for model in self._fleet.models.values()
+            if model.spec.preload and model.state is not Residency.LOADED
+        ]
+        if self.facts.stopping:
+            reasons.append("the fleet is shutting down")
+        return not reasons, reasons
+
+    def _in_order(self) -> list[Process]:
+        order = {name: index for index, name in enumerate(self._assembly().spec.processes)}
+        return sorted(self._fleet.processes.values(), key=lambda process: order.get(process.name, len(order)))
+
+    def _models_in_order(self) -> list[Model]:
+        order = {name: index for index, name in enumerate(self._assembly().spec.models)}
+        return sorted(self._fleet.models.values(), key=lambda model: order.get(model.name, len(order)))
+
+    def _daemon(self, now: float) -> DaemonStatus:
+        facts = self.facts
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_s": round(now - facts.started, 3),
+            "config": facts.config_path,
+            "config_hash": self._assembly().config_hash,
+            "rss_bytes": own_rss_bytes(),
+            "config_error": facts.config_error,
+            "restart_needed": list(facts.restart_needed),
+            "gateway": facts.gateway,
+            "store_problem": self._store_problem(),
+            "stopping": facts.stopping,
+        }
+
+    def _host(self) -> HostStatus:
+        load = machine_load()
+        return {
+            "hostname": socket.gethostname(),
+            "cpus": os.cpu_count() or 1,
+            "cpu_percent": load.cpu_percent,
+            "load1": os.getloadavg()[0],
+            "memory_total_bytes": load.memory_total_bytes,
+            "memory_used_bytes": load.memory_used_bytes,
+        }
+
+    def devices(self) -> list[DeviceStatus]:
+        ledger = self._fleet.ledger
+        return [
+            {
+                "name": name,
+                "kind": spec.kind,
+                "total_bytes": spec.total_bytes,
+                "budget_bytes": spec.budget_bytes,
+                "reserved_bytes": ledger.reserved_bytes(name),
+                "used_bytes": sample.used_bytes if (sample := self._sampling.devices.get(name)) is not None else None,
+                "utilization": sample.utilization if sample is not None else None,
+                "temperature_c": sample.temperature_c if sample is not None else None,
+            }
+            for name, spec in self._assembly().spec.devices.items()
+        ]
+
+    def process(self, process: Process, now: float) -> ProcessStatus:
+        spec = process.spec
+        run = self._processes.run_of(process.name, process.generation)
+        ended = run is not None and run.dead  # the fleet is told once its last lines are read
+        running = process.state in RUNNING and process.spawned and not ended
+        state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
+        placements = list(self._fleet.facts.placements_on(process.name))
+        status: ProcessStatus = {
+            "name": process.name,
+            "kind": str(spec.kind),
+            "engine": spec.engine,
+            "state": str(state),
+            "desired": "up" if self._fleet.supervision.wanted(process) else "down",
+            "reason": self._reason(process)
+            if state is process.state
+            else "it has ended; its last lines are being read",
+            "pid": process.pid if running else None,
+            "generation": process.generation,
+            "port": spec.port,
+            "restarts": process.restarts,
+            "uptime_s": round(_age_s(process, run, now), 3) if running else None,
+            "cpu_percent": run.cpu_percent if running and run is not None else None,
+            "rss_bytes": run.usage.rss_bytes if running and run is not None and run.sampled_at else None,
+            "next_start_s": round(max(0.0, process.next_start_s - now), 3)
+            if process.state is ProcessState.BACKOFF and process.next_start_s is not None
+            else None,
+            "last_exit": last_exit(process, now),
+            "base": spec.base,
+            "device_bytes": self._held_bytes([placement.key for placement in placements]),
+            "in_flight": sum(placement.in_flight for placement in placements),
+            "draining": process.drained,
+        }
+        return status
+
+    def _reason(self, process: Process) -> str:
+        """Return why it is what it is; of a start how far it has come, of a server that is not ours what it answers."""
+        external = not process.spec.capabilities.owns_process
+        detail = process.phase or (process.startup_detail if external else "")
+        if process.state is not ProcessState.STARTING or not detail:
+            return process.reason
+        return f"waiting for it: {detail}" if external else f"starting: {detail}"
+
+    def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for key in keys:
+            for device, size in self._fleet.ledger.reservations.get(key, {}).items():
+                total[device] = total.get(device, 0) + size
+        return total
+
+    def _queued(self) -> Mapping[str, int]:
+        return {model.name: model.waiting for model in self._fleet.models.values()}
+
+    def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
+        spec = model.spec
+        plans = self._assembly().plans
+        plan = plans.get(spec.holders[0]) if spec.holders else None
+        status: ModelStatus = {
+            "name": model.name,
+            "state": "ROUTE" if spec.routes else str(model.state),
+            "engine": plan.engine_name if plan is not None else None,
+            "instances": [
+                name for name, placement in model.placements.items() if placement.state is not Residency.UNLOADING
+            ],
+            "device_bytes": self._held_bytes([placement.key for placement in model.placements.values()]),
+            "footprint": None if spec.routes else str(model.footprint.source),
+            "pinned": model.pinned,
+            "priority": spec.priority,
+            "in_flight": model.in_flight,
+            "queued": queued.get(model.name, 0),
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "sleeps": model.sleeps,
+            "wakes": model.wakes,
+            "last_used": wall(model.last_used_s, now),
+            "ttl_left_s": self._ttl_left(model, now),
+            "load_s": round(model.load_s, 4) if model.load_s is not None else None,
+            "wake_s": round(model.wake_s, 4) if model.wake_s is not None else None,
+            "ttl_s": spec.ttl_s,
+            "context_length": self._context_length(model, plan),
+            "reason": reason_of(model),
+            "aliases": list(spec.aliases),
+            "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
+        }
+        note = self._preparation.notes.get(model.name)
+        if note is not None:
+            status["store"] = note.document()
+            if not model.placements and not model.failure and note.state in ("making", "failed"):
+                status["reason"] = note.detail
+        return status
+
+    def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
+        """Return what a server that holds it says; else the default of its entry."""
+        for name, placement in model.placements.items():
+            said = self._sampling.context_length(model.name, name) if placement.state is Residency.LOADED else None
+            if said is not None:
+                return said
+        options = plan.context.options if plan is not None else None
+        return getattr(options, "context_length", None) or getattr(options, "max_model_len", None)
+
+    def _ttl_left(self, model: Model, now: float) -> float | None:
+        ends = [
+            deadline
+            for placement in model.placements.values()
+            if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
+        ]
+        return round(max(0.0, min(ends) - now), 1) if ends else None
+
+
+def _age_s(process: Process, run: Run | None, now: float) -> float:
+    """Return how long its process lives: what came before it, such as a hook, does not count."""
+    return run.handle.uptime_s if run is not None and run.handle is not None else now - process.started_s
+
+
+async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -> list[Row]:
+    rows: list[Row] = []
+    for entry in entries:
+        if rows and not len(rows) % _SLICE:
+            await asyncio.sleep(0)
+        rows.append(render(entry))
+    return rows
+
+
+def reason_of(model: Model) -> str:
+    """Return why a model is where it is, as one sentence."""
+    if model.missing:
+        return f"blocked: requires {', '.join(model.missing)}, absent now"
+    return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
+
+
+def wall(moment_s: float | None, now: float) -> str | None:
+    """Return a monotonic moment as UTC."""
+    return rfc3339(time.time() - (now - moment_s)) if moment_s else None
+
+
+def last_exit(process: Process, now: float) -> LastExit | None:
+    """Return how the process ended last."""
+    report = process.last_exit
+    if report is None:
+        return None
+    at = wall(process.last_exit_s, now) or rfc3339(time.time())
+    return {"code": report.code, "signal": report.signal, "oom": report.oom, "at": at, "reason": report.reason}

@@ -1,0 +1,318 @@
+"""Models as code: what fleet.yaml gives a `from` for is made in its server's store before it is loaded.
+
+The rules of this file
+- When a server is ready, its store is compared with fleet.yaml once, and what differs is made, one model at a time in the whole
+  daemon. A load makes what it needs by itself; whoever comes second finds it made.
+- Servers that share a store share the work. Nothing is made anew when nothing changed, nothing is deleted here.
+- A model that is in memory leaves it before it is made anew, and comes back after.
+- A failure is a sentence with the key of fleet.yaml; it is tried again when its file, its volume or fleet.yaml changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetd.core.data.commands import Load
+from fleetd.core.data.events import Event, LoadProgress
+from fleetd.core.data.state import ProcessState, Residency
+from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.effects.model_stores import Store, stores_of
+from fleetd.daemon.sources.prerequisites import Requirements
+from fleetd.engines.base import HeldModel
+from fleetd.errors import EngineError, FleetError
+from fleetd.models.ollama.sync import Change, Step
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+    from fleetd.core.fleet import Fleet
+
+TELL_S = 1.0
+_PASS_AGE_S = 10.0
+_DONE = {Change.NONE: "unchanged", Change.FOREIGN: "foreign", Change.CREATE: "made", Change.UPDATE: "made"}
+Told = Callable[[str, str, str], None]  # model, what happened, sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is known of a model in its store: unchanged | made | making | failed | blocked | missing | foreign | changed."""
+
+    state: str
+    detail: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def document(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"state": self.state, "detail": self.detail}
+        if self.total_bytes:
+            found |= {"done_bytes": self.done_bytes, "total_bytes": self.total_bytes}
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What preparation asks of the rest of the daemon: take a model out of memory, and back in."""
+
+    unload: Callable[[str], Awaitable[None]]
+    load: Callable[[str], Awaitable[None]]
+
+
+class Preparation:
+    """`notes` by model, for the status. `say` tells the event stream."""
+
+    def __init__(
+        self,
+        http: Callable[[], ClientSession],
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        fleet: Fleet,
+        requirements: Requirements,
+        state_dir: Callable[[], Path],
+        tasks: Tasks,
+        say: Told,
+        doing: Doing,
+    ) -> None:
+        self._http = http
+        self._dispatch = dispatch
+        self._plans = plans
+        self._fleet = fleet
+        self._requirements = requirements
+        self.state_dir = state_dir
+        self._tasks = tasks
+        self._say = say
+        self._doing = doing
+        self._one = asyncio.Lock()
+        self._for: object = None
+        self._stores: dict[str, Store] = {}
+        self._due: set[str] = set()
+        self._passing: set[str] = set()
+        self._passed: dict[str, float] = {}
+        self._seen: dict[str, int] = {}  # process to the generation that was seen ready
+        self._verified: dict[tuple[str, str], tuple[HeldModel, object]] = {}
+        self.notes: dict[str, Note] = {}
+
+    # -- stores ---------------------------------------------------------------------------------------------------------
+
+    def stores(self) -> dict[str, Store]:
+        """Return the stores of the plans that count now."""
+        plans = self._plans()
+        if plans is not self._for:
+            self._for, self._stores = plans, stores_of(plans)
+            wanted = {name for store in self._stores.values() for name in store.models}
+            self.notes = {name: note for name, note in self.notes.items() if name in wanted}
+            self._due = {key for key, store in self._stores.items() if store.has_recipes}
+            self._verified.clear()
+        return self._stores
+
+    def serving(self, store: Store) -> LaunchPlan | None:
+        """Return a server of the store that answers now."""
+        for plan in store.plans:
+            process = self._fleet.processes.get(plan.name)
+            if process is not None and process.state in (ProcessState.READY, ProcessState.DRAINING):
+                return plan
+        return None
+
+    # -- in the background ----------------------------------------------------------------------------------------------
+
+    def happened(self) -> None:
+        """Something of the fleet changed: begin what is due on servers that are ready now."""
+        for key, store in self.stores().items():
+            if not store.has_recipes:
+                continue
+            for plan in store.plans:
+                process = self._fleet.processes.get(plan.name)
+                if process is None or process.state is not ProcessState.READY:
+                    continue
+                if self._seen.get(plan.name) != process.generation:
+                    self._seen[plan.name] = process.generation
+                    if time.monotonic() - self._passed.get(key, -1e9) > _PASS_AGE_S:
+                        self._due.add(key)
+                if key in self._due and key not in self._passing:
+                    self._due.discard(key)
+                    self._passing.add(key)
+                    self._tasks.start(self._pass(store), f"compare {key} with fleet.yaml")
+
+    def volume_back(self, model: str) -> None:
+        """What a model is made from is there again: look at its store once more."""
+        for key, store in self.stores().items():
+            if model in store.models:
+                self._due.add(key)
+        self.happened()
+
+    async def _pass(self, store: Store) -> None:
+        try:
+            plan = self.serving(store)
+            if plan is not None:
+                for step in await self.steps(store, plan):
+                    await self._step(store, plan, step)
+        except FleetError as error:
+            self._say(store.instances[0], "store not compared", str(error))
+        finally:
+            self._passed[store.key] = time.monotonic()
+            self._passing.discard(store.key)
+            self.happened()
+
+    async def steps(self, store: Store, plan: LaunchPlan) -> list[Step]:
+        """Return what differs between fleet.yaml and a store; entries that cannot be read are failures. Raises EngineError."""
+        assert plan.endpoint is not None
+        recipes = []
+        for name, (owner, held) in store.models.items():
+            try:
+                recipes.append(store.engine.recipe(owner.context, held))
+            except EngineError as error:
+                self._failed(name, error)
+        library = store.engine.library(self._http(), plan.endpoint, plan.context, self.state_dir())
+        found: list[Step] = await library.plan(recipes)
+        return found
+
+    async def _step(self, store: Store, plan: LaunchPlan, step: Step) -> None:
+        name = step.name
+        if step.recipe is None or name not in store.models:
+            return
+        if step.change in (Change.NONE, Change.FOREIGN):
+            await self._right(store, step)
+        elif step.change is Change.MISSING:
+            blocked = name in self._requirements.missing_models
+            self.notes[name] = Note("blocked" if blocked else "missing", step.reason)
+        else:
+            async with self._one:
+                if self._plans() is self._for and self.serving(store) is plan:
+                    await self.make(store, plan, step)
+
+    async def make(
+        self, store: Store, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
+    ) -> Note:
+        """Make one model, taking it out of memory first where it is loaded; its failure is a note."""
+        name = step.name
+        held = store.models[name][1]
+        was_loaded = step.change is Change.UPDATE and self._in_memory(name)
+        try:
+            if was_loaded:
+                await self._doing.unload(name)
+            await self._prepare(plan, held, progress)
+            await self._right(store, step)
+        except FleetError as error:
+            self._failed(name, error)
+        finally:
+            if was_loaded:
+                await self._doing.load(name)
+        progress(self.notes[name])
+        return self.notes[name]
+
+    async def make_alone(self, store: Store, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]) -> Note:
+        """Make one model when no other is being made."""
+        async with self._one:
+            return await self.make(store, plan, step, progress)
+
+    def _in_memory(self, name: str) -> bool:
+        model = self._fleet.models.get(name)
+        return model is not None and model.state in (Residency.LOADED, Residency.LOADING)
+
+    async def _right(self, store: Store, step: Step) -> None:
+        """The store has the model as wanted, for all of its servers."""
+        held = store.models[step.name][1]
+        known = self.notes.get(step.name)
+        if known is None or known.state != "made":
+            self.notes[step.name] = Note(_DONE[step.change], step.reason)
+        if step.change is not Change.FOREIGN:
+            mark = (held, await asyncio.to_thread(_stamp, held))
+            self._verified |= {(plan.name, step.name): mark for plan in store.plans}
+
+    def _failed(self, name: str, error: FleetError) -> None:
+        said = error.sentence.removeprefix(f"{name}: ")
+        text = (f"models.{name}: " if not said.startswith("models.") else "") + said
+        if self.notes.get(name) != Note("failed", text):
+            self.notes[name] = Note("failed", text)
+            self._say(name, "not made", text)
+
+    # -- before a load --------------------------------------------------------------------------------------------------
+
+    async def before_load(self, command: Load, plan: LaunchPlan, held: HeldModel) -> bool:
+        """Make what a load needs; the fleet hears of progress. False when it was known to be right. Raises EngineError."""
+        if held.source is None or not hasattr(plan.engine, "prepare"):
+            return False
+        missing = await self._requirements.fresh_model(command.model)
+        if missing:
+            raise EngineError(f"requires {', '.join(missing)}, absent now")
+        stamp = await asyncio.to_thread(_stamp, held)
+        if self._verified.get((plan.name, command.model)) == (held, stamp):
+            return False
+        making = asyncio.ensure_future(self._prepare(plan, held))
+        try:
+            while not (await asyncio.wait({making}, timeout=TELL_S))[0]:
+                note = self.notes.get(command.model)
+                phase = note.detail if note is not None and note.state == "making" else "waiting for another to be made"
+                self._dispatch(LoadProgress(command.model, command.process, command.generation, phase))
+            await making
+        except FleetError as error:
+            self._failed(command.model, error)
+            raise EngineError(
+                self.notes[command.model].detail, recoverable=getattr(error, "recoverable", True)
+            ) from error
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
+        self._verified[plan.name, command.model] = (held, stamp)
+        if self.notes.get(command.model, Note("", "")).state != "made":
+            self.notes[command.model] = Note("unchanged", "as fleet.yaml says")
+        return True
+
+    def doubt(self, process: str, model: str) -> bool:
+        """A load failed of what was thought to be right; return whether it is worth a look."""
+        return self._verified.pop((process, model), None) is not None
+
+    async def _prepare(
+        self, plan: LaunchPlan, held: HeldModel, progress: Callable[[Note], None] = lambda _: None
+    ) -> None:
+        name, began, told = held.name, time.monotonic(), ""
+
+        def tell(phase: str, done: int, total: int) -> None:
+            nonlocal told
+            percent = f" {100 * done // total} %" if total > 1 else ""
+            note = Note("making", f"making {held.served_as}: {phase}{percent}", done, total if total > 1 else 0)
+            self.notes[name] = note
+            progress(note)
+            if phase != told and not told:
+                self._say(name, "making", f"making {held.served_as} from {held.source}")
+            told = phase
+
+        before = self.notes.get(name)
+        try:
+            said = await plan.engine.prepare(self._http(), plan.endpoint, plan.context, held, self.state_dir(), tell)  # type: ignore[attr-defined]
+        except BaseException:
+            if self.notes.get(name, Note("", "")).state == "making":
+                self.notes.pop(name)
+            raise
+        if said is not None:
+            took_s = time.monotonic() - began
+            self.notes[name] = Note("made", str(said))
+            self._say(name, "made", f"{said} ({took_s:.1f} s)")
+        elif before is not None and before.state != "making":
+            self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
+
+
+def _stamp(held: HeldModel) -> object:
+    """Return what changes when a file that the model is made from does; None where there is none. Blocks."""
+    found = []
+    for path in _files(held):
+        try:
+            stat = path.stat()
+            found.append((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        except OSError:
+            found.append((str(path), 0, 0, 0))
+    return tuple(found)
+
+
+def _files(held: HeldModel) -> Iterable[Path]:
+    if held.source is not None and held.source.startswith("/"):
+        yield Path(held.source)
+    for key in ("adapter", "projector"):
+        text = held.modelfile.get(key)
+        if isinstance(text, str) and text.startswith("/"):
+            yield Path(text)

@@ -1,0 +1,221 @@
+"""Models on servers: Load, Unload and ReadAhead carried out by engines, and a look now and then at what a server holds.
+
+The rules of this file
+- Every Load is answered by Loaded or LoadFailed, every Unload by Unloaded or UnloadFailed, also when the server dies on the way:
+  the death of a process ends its calls at once, not at their timeout.
+- What a server says it holds is passed on only if no load or unload ran on it meanwhile: the answer would be out of date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetd.core.data.commands import Load, ReadAhead, Unload
+from fleetd.core.data.events import Event, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
+from fleetd.core.data.specs import ModelSpec
+from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.effects.model_builds import Preparation
+from fleetd.engines.base import Endpoint, HeldModel, Resident
+from fleetd.errors import EngineError, FleetError
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+_UNLOAD_TIMEOUT_S = 60.0
+_CHUNK_BYTES = 64 * 1024 * 1024
+
+
+class Residency:
+    """Loads and unloads. `http()` gives the shared client, `specs()` the models of the fleet."""
+
+    def __init__(
+        self,
+        http: Callable[[], ClientSession],
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        specs: Callable[[], Mapping[str, ModelSpec]],
+        tasks: Tasks,
+        preparation: Preparation,
+    ) -> None:
+        self._preparation = preparation
+        self._http = http
+        self._dispatch = dispatch
+        self._plans = plans
+        self._specs = specs
+        self._tasks = tasks
+        self._calls: dict[str, set[asyncio.Task[None]]] = {}
+        self._changes: dict[str, int] = {}  # loads and unloads begun or ended, per process
+        self._reading: set[str] = set()
+        self._lengths: dict[str, dict[str, int]] = {}  # of the context, by process and model, as the server last said
+
+    def load(self, command: Load) -> None:
+        self.call(command.process, self._load(command), f"load {command.model} on {command.process}")
+
+    def unload(self, command: Unload) -> None:
+        self.call(command.process, self._unload(command), f"unload {command.model} from {command.process}")
+
+    def process_died(self, name: str) -> None:
+        """End the calls to a process that is gone."""
+        for task in self._calls.get(name, set()).copy():
+            task.cancel()
+
+    def call(self, process: str, work: Awaitable[None], title: str) -> None:
+        """Carry out a call that ends with the process."""
+
+        async def counted() -> None:
+            self._changes[process] = self._changes.get(process, 0) + 1
+            try:
+                await work
+            finally:
+                self._changes[process] += 1
+                calls.discard(task)
+
+        calls = self._calls.setdefault(process, set())
+        task = self._tasks.start(counted(), title)
+        calls.add(task)
+
+    def _target(self, model: str, process: str) -> tuple[LaunchPlan, Endpoint, HeldModel]:
+        plan = self._plans().get(process)
+        held = plan.held.get(model) if plan is not None else None
+        if plan is None or plan.endpoint is None or held is None:
+            raise EngineError(f"{model} is no longer placed on {process} by fleet.yaml", recoverable=False)
+        return plan, plan.endpoint, held
+
+    async def _load(self, command: Load) -> None:
+        model, process, generation = command.model, command.process, command.generation
+        spec = self._specs().get(model)
+        timeout_s = spec.load_timeout_s if spec is not None else 300.0
+        try:
+            plan, endpoint, held = self._target(model, process)
+            looked = await self._preparation.before_load(command, plan, held)
+            try:
+                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+            except EngineError:
+                if looked or not self._preparation.doubt(process, model):
+                    raise
+                if not await self._preparation.before_load(command, plan, held):
+                    raise
+                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+        except FleetError as error:
+            self._dispatch(
+                LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
+            )
+        except asyncio.CancelledError:
+            self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
+            raise
+        except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the model
+            self._dispatch(
+                LoadFailed(model, process, generation, f"unexpected failure: {type(error).__name__}: {error}")
+            )
+        else:
+            self._dispatch(Loaded(model, process, generation, on_devices(measured, plan)))
+            self._lengths.get(process, {}).pop(model, None)
+            await self._residents(plan, endpoint)
+
+    async def _unload(self, command: Unload) -> None:
+        model, process, generation = command.model, command.process, command.generation
+        try:
+            plan, endpoint, held = self._target(model, process)
+            await plan.engine.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
+        except FleetError as error:
+            self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
+        except asyncio.CancelledError:
+            self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
+            raise
+        except Exception as error:  # noqa: BLE001
+            self._dispatch(
+                UnloadFailed(model, process, generation, f"unexpected failure: {type(error).__name__}: {error}")
+            )
+        else:
+            self._dispatch(Unloaded(model, process, generation))
+
+    def _told(self, process: str, error: FleetError) -> str:
+        plan = self._plans().get(process)
+        return plan.told(error) if plan is not None else error.sentence
+
+    async def observe(self, process: str, generation: int) -> None:
+        """Ask a many-model server what it holds, and tell the fleet."""
+        plan = self._plans().get(process)
+        if plan is None or plan.endpoint is None:
+            return
+        before = self._changes.get(process, 0)
+        residents = await self._residents(plan, plan.endpoint)
+        if residents is None or self._changes.get(process, 0) != before or self._calls.get(process):
+            return
+        found = {name: on_devices(resident.device_bytes, plan) for name, resident in residents.items()}
+        self._dispatch(ResidentsObserved(process, generation, found))
+
+    async def _residents(self, plan: LaunchPlan, endpoint: Endpoint) -> Mapping[str, Resident] | None:
+        """Return the models of the fleet that a server says it holds; None: its probes say what is wrong with it."""
+        try:
+            residents = await plan.engine.loaded(self._http(), endpoint)
+        except FleetError:
+            return None
+        canonical = getattr(plan.engine, "canonical_name", str)
+        names = {canonical(held.served_as): name for name, held in plan.held.items()}
+        found = {names[resident.served_as]: resident for resident in residents if resident.served_as in names}
+        self._lengths[plan.name] = {
+            name: resident.context_length for name, resident in found.items() if resident.context_length is not None
+        }
+        return found
+
+    def context_length(self, model: str, process: str) -> int | None:
+        """Return the context that a server says it loaded a model with; None: it does not say."""
+        return self._lengths.get(process, {}).get(model)
+
+    # -- reading ahead ------------------------------------------------------------------------------------------------
+
+    def read_ahead(self, command: ReadAhead) -> None:
+        path = self._source_of(command.model)
+        if path is None or path in self._reading or not hasattr(os, "posix_fadvise"):
+            return
+        self._reading.add(path)
+        self._tasks.start(self._read_ahead(path), f"read ahead {command.model}")
+
+    async def _read_ahead(self, path: str) -> None:
+        try:
+            await asyncio.to_thread(advise_will_need, path)
+        except OSError:
+            pass  # the load itself will say what is wrong with the file
+        finally:
+            self._reading.discard(path)
+
+    def _source_of(self, model: str) -> str | None:
+        spec = self._specs().get(model)
+        for name in spec.holders if spec is not None else ():
+            plan = self._plans().get(name)
+            if plan is None:
+                continue
+            held = plan.held.get(model) or plan.own_model
+            if held is not None and held.source and Path(held.source).is_file():
+                return held.source
+        return None
+
+
+def advise_will_need(path: str) -> None:
+    """Ask the kernel to read a file into the page cache. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        for offset in range(0, size, _CHUNK_BYTES):
+            os.posix_fadvise(fd, offset, min(_CHUNK_BYTES, size - offset), os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(fd)
+
+
+def on_devices(measured: Mapping[str, int], plan: LaunchPlan) -> dict[str, int]:
+    """Return an engine's measurement under the fleet's device names: "gpu" means the entry's own device.
+
+    On one unified pool everything counts there.
+    """
+    device = plan.device
+    result: dict[str, int] = {}
+    for name, size in measured.items():
+        target = device if device == "unified" or name in ("gpu", "device") else name
+        result[target] = result.get(target, 0) + size
+    return result

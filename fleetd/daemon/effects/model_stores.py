@@ -1,0 +1,49 @@
+"""The stores of the fleet: which servers share one, and what fleet.yaml wants in it.
+
+The rules of this file
+- A store is known by its engine's key; replicas over one folder are one store, and their models are wanted once.
+- Values only: nothing is asked of a server here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fleetd.engines.base import HeldModel
+from fleetd.resolver.launch_plan import LaunchPlan
+
+
+@dataclass(slots=True)
+class Store:
+    """`plans` are the servers over it, in the order of fleet.yaml; `models` what they are asked to hold."""
+
+    key: str
+    engine: Any
+    plans: list[LaunchPlan] = field(default_factory=list)
+    models: dict[str, tuple[LaunchPlan, HeldModel]] = field(default_factory=dict)
+
+    @property
+    def instances(self) -> list[str]:
+        return [plan.name for plan in self.plans]
+
+    @property
+    def has_recipes(self) -> bool:
+        """True when fleet.yaml says of any of its models how it is made."""
+        return any(held.source is not None for _, held in self.models.values())
+
+
+def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, Store]:
+    """Return the stores by key. Blocks for a moment: a store's folder is looked at."""
+    found: dict[str, Store] = {}
+    for plan in plans.values():
+        key_of = getattr(plan.engine, "store_key", None)
+        if key_of is None or plan.endpoint is None:
+            continue
+        key = key_of(plan.context, plan.endpoint)
+        store = found.setdefault(key, Store(key, plan.engine))
+        store.plans.append(plan)
+        for name, held in plan.held.items():
+            store.models.setdefault(name, (plan, held))
+    return found

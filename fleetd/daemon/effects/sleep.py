@@ -1,0 +1,136 @@
+"""Sleep, Wake and LookAsleep carried out by engines that can sleep.
+
+The rules of this file
+- Every command is answered by one SleepSeen, also when the process dies on the way. Whatever goes wrong is FAILED: the core then
+  kills the process, since nobody knows what its memory holds.
+- What a sleeper's waking has to know (how deep it sleeps, what it said before) is kept per run of its process, and on the disk before
+  the sleep is told. Before a wake begins that is taken back: an adopted engine that sleeps without it was left half-way, and failed.
+- The calls go straight to the engine's own port, which is on loopback; the gateway has no route that leads to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from fleetd.core.data.commands import LookAsleep, Sleep, Wake
+from fleetd.core.data.events import Event, SleepSeen
+from fleetd.core.data.specs import ModelSpec, SleepState
+from fleetd.daemon.effects.startup_log import Facts
+from fleetd.engines.base import Asleep, Endpoint, Sleeper
+from fleetd.errors import EngineError, FleetError
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+LOOK_TIMEOUT_S = 10.0
+PREFIX = "asleep:"
+C = TypeVar("C", Sleep, Wake, LookAsleep)
+
+
+class KeptFacts(Facts, Protocol):
+    """Where small facts outlive the daemon: written, and read again."""
+
+    async def get(self, key: str, default: Any = None) -> Any: ...
+    async def flush(self) -> None: ...
+
+
+class Sleepers:
+    """`call` carries out a call that ends with its process."""
+
+    def __init__(
+        self,
+        http: Callable[[], ClientSession],
+        dispatch: Callable[[Event], None],
+        plans: Callable[[], Mapping[str, LaunchPlan]],
+        specs: Callable[[], Mapping[str, ModelSpec]],
+        call: Callable[[str, Awaitable[None], str], None],
+        store: KeptFacts,
+    ) -> None:
+        self._store = store
+        self._http = http
+        self._dispatch = dispatch
+        self._plans = plans
+        self._specs = specs
+        self._call = call
+        self._known: dict[str, tuple[int, Asleep]] = {}  # process to generation and what its last sleep returned
+
+    def sleep(self, command: Sleep) -> None:
+        self._carry_out(command, self._sleep, self._spec(command.model).sleep_timeout_s)
+
+    def wake(self, command: Wake) -> None:
+        self._carry_out(command, self._wake, self._spec(command.model).load_timeout_s)
+
+    def look(self, command: LookAsleep) -> None:
+        self._carry_out(command, self._look, LOOK_TIMEOUT_S)
+
+    def _spec(self, model: str) -> ModelSpec:
+        return self._specs().get(model) or ModelSpec(model)
+
+    def _carry_out(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
+        title = f"{type(command).__name__.lower()} {command.model} on {command.process}"
+        self._call(command.process, self._answered(command, work, timeout_s), title)
+
+    async def _answered(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
+        state, said = SleepState.FAILED, ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                state = await work(command, timeout_s)
+        except TimeoutError:
+            said = f"no answer within {timeout_s:g} s"
+        except FleetError as error:
+            said = error.sentence
+        except asyncio.CancelledError:
+            self._seen(command, state, f"{command.process} ended")
+            raise
+        except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the model
+            said = f"unexpected failure: {type(error).__name__}: {error}"
+        self._seen(command, state, said)
+
+    def _seen(self, command: Sleep | Wake | LookAsleep, state: SleepState, said: str) -> None:
+        self._dispatch(SleepSeen(command.model, command.process, command.generation, state, said))
+
+    def _target(self, process: str) -> tuple[LaunchPlan, Endpoint, Sleeper]:
+        plan = self._plans().get(process)
+        if plan is None or plan.endpoint is None:
+            raise EngineError(f"{process} is no longer in fleet.yaml", recoverable=False)
+        return plan, plan.endpoint, cast("Sleeper", plan.engine)
+
+    def _known_of(self, process: str, generation: int) -> Asleep | None:
+        known = self._known.get(process)
+        return known[1] if known is not None and known[0] == generation else None
+
+    async def _keep(self, process: str, generation: int, asleep: Asleep, sleeps: bool) -> None:
+        self._known[process] = (generation, asleep)
+        value = {"generation": generation, "level": asleep.level, "said": asleep.said, "sleeps": sleeps}
+        self._store.put(PREFIX + process, value)
+        await self._store.flush()
+
+    async def _sleep(self, command: Sleep, timeout_s: float) -> SleepState:
+        plan, endpoint, engine = self._target(command.process)
+        before = self._known_of(command.process, command.generation)
+        found = await engine.sleep(self._http(), endpoint, plan.context.options, before, timeout_s)
+        await self._keep(command.process, command.generation, found, sleeps=True)
+        return SleepState.ASLEEP
+
+    async def _wake(self, command: Wake, timeout_s: float) -> SleepState:
+        _, endpoint, engine = self._target(command.process)
+        before = self._known_of(command.process, command.generation)
+        if before is None:
+            raise EngineError(f"nobody knows how deep {command.model} sleeps")
+        await self._keep(command.process, command.generation, before, sleeps=False)
+        await engine.wake(self._http(), endpoint, before, timeout_s)
+        return SleepState.AWAKE
+
+    async def _look(self, command: LookAsleep, timeout_s: float) -> SleepState:
+        _, endpoint, engine = self._target(command.process)
+        sleeps = await engine.sleeping(self._http(), endpoint, timeout_s)
+        kept = await self._store.get(PREFIX + command.process)
+        known = kept if isinstance(kept, dict) and kept.get("generation") == command.generation else {}
+        if isinstance(known.get("level"), int):
+            self._known[command.process] = (command.generation, Asleep(known["level"], known.get("said")))
+        if sleeps and not (known.get("sleeps") is True and command.process in self._known):
+            raise EngineError("it sleeps, and was left on its way there or back")
+        return SleepState.ASLEEP if sleeps else SleepState.AWAKE

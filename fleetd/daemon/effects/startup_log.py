@@ -1,0 +1,135 @@
+"""Long starts, seen: the phases that an engine's log shows, and what one start teaches the next.
+
+The rules of this file
+- A run is read along from its spawn until it is ready or dead; a new phase is an event, which also gives the start more time.
+- What was learned is filed under the model's footprint hash, as its memory is, and is given to the next start only: a running
+  process is never restarted for it. A start that fails with it forgets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fleetd.core.data.events import Event, StartProgress
+from fleetd.core.data.specs import ModelSpec
+from fleetd.core.data.state import ProcessState
+from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.effects.machine import Machine
+from fleetd.engines.container import pulling
+from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from fleetd.core.fleet import Fleet
+    from fleetd.daemon.effects.processes import Run
+
+PREFIX = "start:"
+PERIOD_S = 0.3
+_KEPT_LINES = 4000
+
+
+class Facts(Protocol):
+    """Where small facts are kept."""
+
+    def put(self, key: str, value: Any) -> None: ...
+
+
+class Starts:
+    """Follows starts. `learned` holds what earlier starts found out, by footprint hash."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        fleet: Fleet,
+        dispatch: Callable[[Event], None],
+        specs: Callable[[], Mapping[str, ModelSpec]],
+        store: Facts,
+        tasks: Tasks,
+        say: Callable[[str, str], None],
+    ) -> None:
+        self._machine = machine
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._specs = specs
+        self._store = store
+        self._tasks = tasks
+        self._say = say
+        self.learned: dict[str, dict[str, int]] = {}
+
+    def know(self, facts: Mapping[str, Any]) -> None:
+        """Take over what earlier daemons kept; what cannot be read is not known."""
+        for key, value in facts.items():
+            if isinstance(value, dict) and value and all(isinstance(one, int) for one in value.values()):
+                self.learned[key.removeprefix(PREFIX)] = value
+
+    def informed(self, plan: LaunchPlan) -> LaunchPlan:
+        """Return the plan with what earlier starts of the same entry found out. Raises EngineError like a launch."""
+        known = self.learned.get(self._key(plan))
+        if not known or plan.missing_program is not None or not hasattr(plan.engine, "learned_at_start"):
+            return plan
+        context = replace(plan.context, learned=known)
+        kept = plan.launch_hash()
+        if plan.recipe is not None:
+            contained = plan.recipe.contain(plan.engine, context)
+            return replace(plan, context=context, launch=contained.launch, contained=contained, kept_hash=kept)
+        return replace(plan, context=context, launch=plan.engine.launch(context), kept_hash=kept)
+
+    def began(self, run: Run) -> None:
+        """Read along, where the engine has anything to say of its start."""
+        if hasattr(run.plan.engine, "phase") or run.plan.contained is not None:
+            self._tasks.start(self._follow(run), f"start of {run.name}")
+
+    async def _follow(self, run: Run) -> None:
+        new_lines = self._machine.new_lines(run.handle)
+        lines: list[str] = []
+        phase = ""
+        while True:
+            starting = self._starting(run)
+            for line in await new_lines():
+                lines.append(line)
+                found = self._phase(run.plan, line)
+                if found is not None and found != phase and starting:
+                    phase = found
+                    self._dispatch(StartProgress(run.name, run.generation, phase))
+            del lines[:-_KEPT_LINES]
+            if not starting:
+                break
+            await asyncio.sleep(PERIOD_S)
+        self._learn(run, lines)
+
+    def _phase(self, plan: LaunchPlan, line: str) -> str | None:
+        of_engine = getattr(plan.engine, "phase", None)
+        found: str | None = of_engine(line) if of_engine is not None else None
+        return found or (pulling(line) if plan.contained is not None else None)
+
+    def _starting(self, run: Run) -> bool:
+        process = self._fleet.processes.get(run.name)
+        if process is None or process.generation != run.generation or run.dead:
+            return False
+        return process.state is ProcessState.STARTING
+
+    def _learn(self, run: Run, lines: list[str]) -> None:
+        learn = getattr(run.plan.engine, "learned_at_start", None)
+        key = self._key(run.plan)
+        if learn is None or not key:
+            return
+        process = self._fleet.processes.get(run.name)
+        served = process is not None and process.generation == run.generation and process.ready_s is not None
+        if not served:
+            if run.plan.context.learned and self.learned.pop(key, None) is not None:
+                self._store.put(PREFIX + key, {})
+                self._say(run.name, "what an earlier start had found out is forgotten: this one failed with it")
+            return
+        found = dict(learn(run.plan.context, lines))
+        if found and not run.plan.context.learned and found != self.learned.get(key):
+            self.learned[key] = found
+            self._store.put(PREFIX + key, found)
+            said = ", ".join(f"{name} {value}" for name, value in found.items())
+            self._say(run.name, f"found out at its start, given to the next one: {said}")
+
+    def _key(self, plan: LaunchPlan) -> str:
+        model = plan.own_model
+        spec = self._specs().get(model.name) if model is not None else None
+        return spec.footprint_hash if spec is not None else ""

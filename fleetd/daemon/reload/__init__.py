@@ -1,0 +1,1 @@
+"""Read, check and apply a changed configuration."""

@@ -1,0 +1,1 @@
+"""Sources of events other than commands: files, cron, prerequisites, samples."""

@@ -1,0 +1,1 @@
+"""Any program that serves models on a port."""

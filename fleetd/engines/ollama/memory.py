@@ -1,0 +1,113 @@
+"""What a model costs in Ollama, from headers alone: the file it is made from, or the blob that the store has.
+
+The rules of this file
+- The store's blob is what will be loaded; where it is there and was made anew (quantised, or without a `from`), it counts.
+- A model still to be quantised is reckoned by its tensors at the bits of the wanted type.
+- None where there is nothing to read yet: the fleet then learns the bytes from the first load. A file that is there and cannot
+  be read is an error about the key that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fleetd.core.data.specs import Footprint
+from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.errors import EngineError
+from fleetd.models import memory_estimate
+from fleetd.models.formats import gguf
+from fleetd.models.ollama import store
+from fleetd.models.ollama.modelfile import absolute, looks_like_path
+
+# bytes per weight of a matrix, for each type that Ollama makes; the K types mix, so these are a little high
+_WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S": 0.59}
+
+
+def estimate_held(
+    context: LaunchContext, model: HeldModel, models_dir: Path, serving: memory_estimate.Serving
+) -> Footprint | None:
+    """Return the bytes of one held model; `serving.context_length` is the server's default, which the model may override.
+
+    Raises EngineError for a `from` that is no usable model.
+    """
+    try:
+        found = _weights(context, model, models_dir)
+        if found is None:
+            return None
+        header, parameters, weight_bytes = found
+        length = model.options.get("num_ctx") or parameters.get("num_ctx") or serving.context_length
+        trained = header.number("context_length")
+        if not isinstance(length, int) or length < 1:
+            length = serving.context_length
+        limit = trained if trained and trained > 0 else length
+        slots = 1 if _embeds(header) or model.embedding else serving.slots
+        layers = model.options.get("num_gpu", serving.gpu_layers)
+        own = memory_estimate.Serving(
+            context_length=min(length, limit),
+            slots=slots,
+            cache_type_k=serving.cache_type_k,
+            cache_type_v=serving.cache_type_v,
+            flash_attention=serving.flash_attention,
+            gpu_layers=layers if isinstance(layers, int) and layers >= 0 else serving.gpu_layers,
+            unified=serving.unified,
+            prompt_cache_bytes=serving.prompt_cache_bytes,
+        )
+        sizes = memory_estimate.estimate([header], own)
+    except _BadSourceError as error:
+        raise EngineError(str(error), recoverable=False, key="from") from None
+    except (EngineError, ValueError, OSError):
+        return None
+    change = weight_bytes - header.weight_bytes
+    device = context.device or "host"
+    if device in ("host", "unified"):
+        return Footprint({device: max(0, sizes.total_bytes + change)})
+    return Footprint({device: max(0, sizes.device_bytes + change), "host": sizes.host_bytes})
+
+
+def _weights(
+    context: LaunchContext, model: HeldModel, models_dir: Path
+) -> tuple[gguf.Header, Mapping[str, Any], int] | None:
+    """Return the header, the model's parameters, and the bytes of its weights as they will be loaded."""
+    source, inherited = _source(context, model, models_dir)
+    parameters: Mapping[str, Any] = {**inherited, **(model.modelfile.get("parameters") or {})}
+    stored = store.model_file(models_dir, model.served_as)
+    if stored is not None and (model.quantize or source is None or not source.is_file()):
+        header = gguf.read(stored)
+        return header, {**store.stored_parameters(models_dir, model.served_as), **parameters}, header.weight_bytes
+    if source is None or not source.is_file():
+        return None
+    header = _header_of_source(source)
+    per_weight = _WEIGHT_BYTES.get((model.quantize or "").upper())
+    if per_weight is None:
+        return header, parameters, header.weight_bytes
+    sizes = (
+        int(prod(tensor.dims) * per_weight) if len(tensor.dims) > 1 else tensor.size_bytes for tensor in header.tensors
+    )
+    return header, parameters, sum(sizes)
+
+
+def _source(context: LaunchContext, model: HeldModel, models_dir: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return the file that a model is made from, be it another model's of the store, and the parameters that come with it."""
+    if model.source is None:
+        return None, {}
+    if looks_like_path(model.source):
+        return absolute(model.source, context.config_dir), {}
+    return store.model_file(models_dir, model.source), store.stored_parameters(models_dir, model.source)
+
+
+class _BadSourceError(Exception):
+    pass
+
+
+def _header_of_source(path: Path) -> gguf.Header:
+    try:
+        return gguf.read(path)
+    except EngineError as error:
+        raise _BadSourceError(str(error)) from None
+
+
+def _embeds(header: gguf.Header) -> bool:
+    return header.number("pooling_type") is not None

@@ -1,0 +1,66 @@
+"""The environment of `ollama serve`, typed. What each option renders to stands in `ollama_env.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fleetd.config.schema.types import Choice, Flag, Text, Whole
+from fleetd.engines.base import Options
+from fleetd.engines.option_types import (
+    AnyOf,
+    Count,
+    Duration,
+    Index,
+    Lifetime,
+    Names,
+    PathText,
+    Secret,
+    Size,
+    Switch,
+    Word,
+)
+
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
+class OllamaOptions(Options):
+    """The environment of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
+
+    models_dir: PathText | None = Field(
+        None, description="where models are stored; must exist before the server starts"
+    )
+    keep_alive: Lifetime = Field(
+        -1.0, description="idle time before Ollama itself unloads; -1 leaves it to fleetd's ttl"
+    )
+    load_timeout: Duration | None = Field(None, description="longest silence of a load; 0 for no limit")
+    context_length: Count = Field(4096, description="tokens per slot, for models that do not say num_ctx themselves")
+    num_parallel: Count = Field(1, description="requests that one model works on at once")
+    max_loaded_models: Count | None = Field(None, description="default: as many as the fleet asks for, at least 8")
+    max_queue: Count | None = Field(None, description="waiting loads before Ollama answers 503")
+    kv_cache_type: Annotated[str, Choice(*KV_TYPES)] | None = None
+    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] | None = None
+    sched_spread: Switch | None = Field(None, description="spread a model over all GPUs though one would do")
+    gpu_overhead: Size | None = Field(None, description="has no effect since Ollama 0.30")
+    igpu: Switch | None = Field(None, description="use integrated GPUs")
+    vulkan: Switch | None = None
+    llm_library: Word | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
+    origins: Names = Field((), description="web origins allowed beside localhost")
+    noprune: Switch = Field(True, description="do not delete unused blobs at start: another server may share the store")
+    no_cloud: Switch = Field(True, description="no models and no searches on Ollama's servers")
+    remotes: Names = ()
+    api_key: Secret | None = Field(None, description="sent as a bearer token to a server that is not ours")
+    go_template: Switch | None = Field(None, description="prefer the Modelfile's template over the one in the file")
+    debug: Annotated[bool | int, AnyOf("true or false, 1 (debug) or 2 (trace)", Flag(), Whole(0, 2))] | None = None
+    debug_log_requests: Switch | None = Field(None, description="write request bodies to a temporary folder")
+    max_transfer_streams: Count | None = None
+    cache_ram: Size = Field(0, description="host memory for prompts, per loaded model; llama.cpp's own default is 8GiB")
+    fit: Switch | None = Field(None, description="let llama.cpp fit layers into the free GPU memory")
+    fit_target: Size | None = Field(None, description="GPU memory to leave free")
+    n_gpu_layers: Index | None = None
+    n_cpu_moe: Index | None = None
+    ctx_checkpoints: Index | None = None
+    hsa_override_gfx_version: (
+        Annotated[str, Text(32, pattern=r"\d+\.\d+\.\d+", what="a version such as 10.3.0")] | None
+    ) = None

@@ -1,0 +1,1 @@
+"""Memory, GPUs, mounts and ports of the machine."""

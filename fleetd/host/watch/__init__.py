@@ -1,0 +1,1 @@
+"""Watch files and folders for changes."""

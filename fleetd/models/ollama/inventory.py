@@ -1,0 +1,104 @@
+"""What an Ollama store folder holds, read from its manifests and blobs; no server is asked.
+
+The rules of this file
+- A manifest that cannot be read is a note, not an error; so is a blob whose header cannot be.
+- Bounded: so many manifests, and of each file its header only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fleetd.errors import EngineError
+from fleetd.models.formats import gguf
+from fleetd.models.ollama import store
+
+MAX_MODELS = 5_000
+_EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One model. `name` is as Ollama's lists print it; `keys` are the header's `general.*` keys; `weights` None: absent."""
+
+    name: str
+    weights: Path | None
+    size_bytes: int
+    architecture: str
+    context_length: int | None = None
+    embedding: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    models: tuple[Stored, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def is_store(folder: Path) -> bool:
+    """True for a folder that is laid out as a store."""
+    return (folder / "manifests").is_dir()
+
+
+def read(folder: Path) -> Inventory:
+    """Return what a store holds. Raises EngineError when the folder is no store."""
+    if not is_store(folder):
+        hint = "a store has the folders manifests and blobs; Ollama's own is ~/.ollama/models"
+        raise EngineError(f"{folder} is no store of Ollama", hint=hint, recoverable=False)
+    notes: list[str] = []
+    models: list[Stored] = []
+    for name in _names(folder):
+        if len(models) >= MAX_MODELS:
+            notes.append(f"stopped after {MAX_MODELS} models")
+            break
+        try:
+            models.append(_model(folder, name, notes))
+        except (ValueError, OSError) as error:
+            notes.append(f"{name.short}: {error}")
+    return Inventory(tuple(models), tuple(notes))
+
+
+def _names(folder: Path) -> Iterator[store.ModelName]:
+    for path in sorted((folder / "manifests").glob("*/*/*/*")):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        host, namespace, model, tag = path.relative_to(folder / "manifests").parts
+        yield store.ModelName(host, namespace, model, tag)
+
+
+def _model(folder: Path, name: store.ModelName, notes: list[str]) -> Stored:
+    full = f"{name.host}/{name.namespace}/{name.model}:{name.tag}"
+    manifest = store.read_manifest(folder, full)
+    layers = manifest.get("layers") if manifest is not None else None
+    kinds = [layer.get("mediaType") for layer in layers or () if isinstance(layer, Mapping)]
+    weights = store.model_file(folder, full)
+    keys: Mapping[str, Any] = {}
+    architecture, context_length, pooling, size = "", None, None, 0
+    if weights is not None:
+        size = weights.stat().st_size
+        try:
+            header = gguf.read(weights)
+            keys = {key: value for key, value in header.keys.items() if key.startswith("general.")}
+            architecture = header.architecture
+            context_length, pooling = header.number("context_length"), header.number("pooling_type")
+        except EngineError as error:
+            notes.append(f"{name.short}: {error}")
+    elif store.MODEL_LAYER in kinds:
+        notes.append(f"{name.short}: its weights are absent (an unplugged drive?)")
+    return Stored(
+        name=name.short,
+        weights=weights,
+        size_bytes=size,
+        architecture=architecture,
+        context_length=context_length,
+        embedding=pooling is not None or architecture in _EMBEDDING,
+        keys=keys,
+        parameters=store.stored_parameters(folder, full),
+        adapters=kinds.count("application/vnd.ollama.image.adapter"),
+    )

@@ -1,0 +1,1 @@
+"""From configuration, engines and the machine to the desired state, without a running daemon."""

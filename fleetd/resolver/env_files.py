@@ -1,0 +1,75 @@
+"""The env files of a configuration: what each entry sets by them, and what is wrong with them.
+
+The rules of this file
+- An absent file is no mistake of fleet.yaml: its process is BLOCKED until the file is there. What is there and cannot be read is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fleetd.config.load import LoadedConfig
+from fleetd.config.yaml.source_map import Path_, path_text
+from fleetd.errors import Problem
+from fleetd.resolver.entries import Entry
+from fleetd.resolver.environment import EnvSource, Variables, read_env_file
+
+
+@dataclass(frozen=True, slots=True)
+class OwnEnvironment:
+    """What an entry sets. `source` is None where no file is named; `absent` are the files that could not be read yet."""
+
+    values: dict[str, str]
+    source: EnvSource | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+class EnvFiles:
+    """The files of one configuration, each read once. `problem` and `warn` take a place of fleet.yaml and what is to say."""
+
+    def __init__(
+        self,
+        loaded: LoadedConfig,
+        problem: Callable[[Path_, str], None],
+        warn: Callable[[Path_, str], None],
+        elsewhere: Callable[[Problem], None],
+    ) -> None:
+        self._loaded = loaded
+        self._problem, self._warn, self._elsewhere = problem, warn, elsewhere
+        self._read: dict[Path, Variables | None] = {}
+
+    def environment(self, entry: Entry, places: Mapping[str, object]) -> OwnEnvironment:
+        """Return what an entry sets for its process."""
+        files: dict[str, str] = {}
+        absent: dict[str, str] = {}
+        contents: list[Variables] = []
+        for index, text in enumerate(entry.keys.env_file):
+            path = self._loaded.resolve((*entry.path, "env_file"), text)
+            where = (*entry.path, "env_file", index)
+            files[str(path)] = path_text((*entry.path, "env_file"))
+            content = self._content(path, where)
+            if content is None:
+                absent[str(path)] = files[str(path)]
+                self._warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
+            else:
+                contents.append(content)
+        source = EnvSource(files, entry.keys.env, places, entry.keys.replicas > 1 or entry.port is not None)
+        return OwnEnvironment(source.made(contents), source if files else None, absent)
+
+    def _content(self, path: Path, where: Path_) -> Variables | None:
+        if path not in self._read:
+            self._read[path] = self._told(path, where)
+        return self._read[path]
+
+    def _told(self, path: Path, where: Path_) -> Variables | None:
+        found = read_env_file(path)
+        if found is None:
+            return None
+        content, mistakes = found
+        if mistakes.general is not None:
+            self._problem(where, mistakes.general)
+        for line, message in mistakes.lines:
+            self._elsewhere(Problem(str(path), line, 1, "", message))
+        return content

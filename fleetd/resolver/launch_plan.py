@@ -1,0 +1,200 @@
+"""How each process is started, reached and stopped: the shell's half of an entry, beside the core's ProcessSpec.
+
+The rules of this file
+- A plan is a value, replaced with every change of fleet.yaml; a running process keeps the one it was started by.
+- The launch hash covers all that only a restart can change. What the daemon inherits from its own environment is not in
+  it: a daemon started from another terminal must not restart the fleet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fleetd.core.data.specs import Probes, ProcessKind
+from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
+from fleetd.engines.container import Contained
+from fleetd.errors import FleetError
+from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
+from fleetd.resolver.containers import Recipe
+from fleetd.resolver.environment import EnvSource, inherited, redacted_argv, redacted_env
+
+REMOVAL = "container_removal"  # in a record's `extra`
+RESTARTS = "restarts"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A restart by the clock: five cron fields and a time zone name (None: the machine's own)."""
+
+    cron: str
+    timezone: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WatchPlan:
+    """A restart when one of `paths` changes and then stays quiet for `debounce_s`; `ignore` holds glob patterns."""
+
+    paths: tuple[Path, ...]
+    ignore: tuple[str, ...] = ()
+    debounce_s: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What the operating system is told of a process."""
+
+    cwd: str | None = None
+    user: str | None = None
+    umask: int | None = None
+    nice: int | None = None
+    cpu: tuple[int, ...] = ()
+    nofile: int | None = None
+    logs: LogPolicy = LogPolicy()
+    pre_start: tuple[str, ...] = ()
+    post_stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """One process, ready to be started.
+
+    `own_env` is what fleet.yaml and fleetd set, later than the engine's; `missing_program` says why no command line could be
+    written when the file was read (it is tried again at every start). `endpoint` is None where there is no port.
+    """
+
+    name: str
+    base: str
+    kind: ProcessKind
+    engine_name: str | None
+    engine: Engine
+    context: LaunchContext
+    api: Api
+    launch: Launch
+    endpoint: Endpoint | None = None
+    external: bool = False
+    missing_program: str | None = None
+    own_env: Mapping[str, str] = field(default_factory=dict)
+    env_source: EnvSource | None = None  # where files are named that it comes from
+    unread: tuple[str, ...] = ()  # those of them that were not there; `requires` has them
+    execution: Execution = Execution()
+    stop: StopPolicy = StopPolicy()
+    probes: Probes = Probes()
+    requires: tuple[str, ...] = ()
+    required_by: Mapping[str, str] = field(default_factory=dict)  # required path → the key of fleet.yaml that names it
+    device: str = "host"
+    held: Mapping[str, HeldModel] = field(default_factory=dict)
+    own_model: HeldModel | None = None
+    schedule: Schedule | None = None
+    watch: WatchPlan | None = None
+    recipe: Recipe | None = None  # where it runs in a container
+    contained: Contained | None = None  # the container, once its client is there
+    kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
+    source: tuple[str, int] = ("", 0)
+    place: str = ""  # its entry in fleet.yaml: `models.tiny`
+
+    def about(self, said: str, key: str | None) -> str:
+        """Return a sentence with the key of fleet.yaml that it is about."""
+        if key is None:
+            return said
+        if key.startswith("options.") and not hasattr(self.context.options, key.removeprefix("options.")):
+            return f"{said} ({self.place}: the engine {self.engine_name} has no {key})"
+        return f"{said} ({self.place}.{'external' if self.external and key == 'command' else key})"
+
+    def told(self, error: FleetError) -> str:
+        """Return the sentence of an error, with the key that it is about."""
+        return self.about(error.sentence, getattr(error, "key", None))
+
+    def environment(self, parent: Mapping[str, str]) -> dict[str, str]:
+        """Return the whole environment of the process, given the daemon's own."""
+        env = {key: value for key, value in inherited(parent).items() if key not in self.launch.unset_env}
+        return env | self.set_env()
+
+    def set_env(self) -> dict[str, str]:
+        """Return what is set beyond the inherited part: the engine's, then the entry's."""
+        env = {**self.launch.env, **self.own_env}
+        taken = self.contained.taken if self.contained is not None else ()
+        return {key: value for key, value in env.items() if key not in taken} if taken else env
+
+    @property
+    def has_channel(self) -> bool:
+        """Say whether it is given the channel of Node programs: somebody has to say, or hear, something over it."""
+        startup = self.probes.startup
+        return self.stop.message is not None or (startup is not None and startup.message is not None)
+
+    def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
+        """Return what the host needs to start it, and what a later daemon has to know of this run."""
+        run = self.execution
+        return SpawnRequest(
+            name=self.name,
+            generation=generation,
+            argv=self.launch.argv,
+            env=self.environment(parent),
+            cwd=run.cwd,
+            user=run.user,
+            umask=run.umask,
+            nice=run.nice,
+            cpu=run.cpu,
+            nofile=run.nofile,
+            logs=run.logs,
+            host=self.context.host,
+            port=self.context.port,
+            ipc=self.has_channel,
+            extra={"launch_hash": self.launch_hash(), RESTARTS: restarts, **self._kept_of_container()},
+        )
+
+    def _kept_of_container(self) -> dict[str, list[str]]:
+        """Return what a later daemon needs to remove the container, whatever fleet.yaml says by then."""
+        return {REMOVAL: list(self.contained.remove)} if self.contained is not None else {}
+
+    def launch_hash(self) -> str:
+        """Return a short hash of everything that only a restart can change."""
+        if self.kept_hash is not None:
+            return self.kept_hash
+        run = self.execution
+        parts = [
+            self.launch.argv, sorted(self.set_env().items()), sorted(self.launch.unset_env), run.cwd, run.user, run.umask,
+            run.nice, run.cpu, run.nofile, run.logs.capture, self.context.host, self.context.port, self.device,
+            self.endpoint.base_url if self.external and self.endpoint else None, self.missing_program is not None,
+        ]  # fmt: skip
+        if self.has_channel:
+            parts.append("channel")
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+    def shown_argv(self) -> list[str]:
+        """Return the command line, fit to be shown."""
+        secrets = {value for key, value in self.set_env().items() if key in self.launch.secret_env and len(value) >= 4}
+        return redacted_argv(self.launch.argv, secrets)
+
+    def shown_env(self) -> dict[str, str]:
+        """Return what is set beyond the inherited part, fit to be shown."""
+        return redacted_env(self.set_env(), self.launch.secret_env)
+
+
+def connect_host(host: str) -> str:
+    """Return the address to reach a server that listens on `host` from this machine, ready for a URL."""
+    if host in ("", "0.0.0.0", "*"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+_JSON_TYPES = frozenset({str, int, float, bool, type(None)})
+
+
+def plain(value: Any) -> Any:
+    """Return a value of the configuration as JSON types, for hashes and for showing."""
+    if type(value) in _JSON_TYPES:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump())
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

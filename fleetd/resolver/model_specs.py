@@ -1,0 +1,156 @@
+"""Models of fleet.yaml to ModelSpecs: holders, footprints, limits, routes.
+
+The rules of this file
+- A footprint is declared (more, where more was measured), or learned, or estimated, in this order; a model of which nothing
+  is known costs nothing, and a warning says so.
+- The footprint hash covers what changes a model's memory: engine, options, source, and the device it lives on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from fleetd.config.load import LoadedConfig
+from fleetd.config.schema.model import EngineModel, HeldModel, ModelKeys, RouteModel
+from fleetd.core.data.specs import DeviceSpec, Footprint, FootprintSource, ModelSpec, ProcessSpec, Route
+from fleetd.core.models.measurement import ASLEEP_HASH
+from fleetd.engines.base import HeldModel as Held
+from fleetd.engines.base import Sleeper, capabilities_of
+from fleetd.errors import FleetError
+from fleetd.resolver.launch_plan import LaunchPlan, plain
+from fleetd.resolver.resolved import Surroundings
+from fleetd.units import show_size
+
+Path_ = tuple[str | int, ...]
+Say = Callable[[Path_, str], None]
+
+
+@dataclass(slots=True)
+class ModelAssembler:
+    """One pass over the models, once the processes are known."""
+
+    loaded: LoadedConfig
+    around: Surroundings
+    plans: Mapping[str, LaunchPlan]
+    processes: Mapping[str, ProcessSpec]
+    devices: Mapping[str, DeviceSpec]
+    holders: Mapping[str, list[str]]
+    problem: Say
+    warn: Say
+    _own: dict[str, list[str]] = field(default_factory=dict)
+    _shown: tuple[str, Any] = ("", None)
+
+    def specs(self) -> dict[str, ModelSpec]:
+        result: dict[str, ModelSpec] = {}
+        for name, keys in self.loaded.config.models.items():
+            if isinstance(keys, RouteModel):
+                routes = tuple(Route(route.to, route.weight, route.shadow) for route in keys.route)
+                result[name] = ModelSpec(name, aliases=keys.aliases, routes=routes, fallback=keys.fallback)
+            else:
+                spec = self._memory_model(name, keys)
+                if spec is not None:
+                    result[name] = spec
+        return result
+
+    def _memory_model(self, name: str, keys: HeldModel | EngineModel) -> ModelSpec | None:
+        wanted = self.holders.get(name, []) if isinstance(keys, HeldModel) else self._own_processes(name)
+        found = [process for process in wanted if process in self.plans]
+        if not found:
+            return None  # its processes have problems of their own
+        plan = self.plans[found[0]]
+        held = plan.held.get(name)
+        footprint_hash = self._hash(plan, held)
+        footprint = self._footprint(name, keys, plan, held, footprint_hash)
+        concurrency = (
+            keys.concurrency if keys.concurrency is not None else plan.engine.concurrency(plan.context.options)
+        )
+        return ModelSpec(
+            name=name,
+            holders=tuple(found),
+            served_as=keys.served_as or name,
+            aliases=keys.aliases,
+            footprint=footprint,
+            footprint_hash=footprint_hash,
+            preload=keys.preload,
+            pin=keys.pin,
+            priority=keys.priority,
+            ttl_s=keys.ttl,
+            min_resident_s=keys.min_resident,
+            concurrency=max(1, concurrency),
+            queue_max=keys.queue.max,
+            queue_timeout_s=self.loaded.config.gateway.queue.timeout
+            if keys.queue.timeout is None
+            else keys.queue.timeout,
+            load_timeout_s=keys.load_timeout,
+            asleep=self._asleep(plan, footprint, footprint_hash),
+            fallback=keys.fallback,
+        )
+
+    def _own_processes(self, name: str) -> list[str]:
+        if not self._own:
+            for process, spec in self.processes.items():
+                if spec.own_model is not None:
+                    self._own.setdefault(spec.own_model, []).append(process)
+        return self._own.get(name, [])
+
+    def _hash(self, plan: LaunchPlan, held: Held | None) -> str:
+        if plan.name != self._shown[0]:  # the many models of one server come one after another
+            self._shown = (plan.name, plain(plan.context.options))
+        parts = [plan.engine_name, plan.device, self._shown[1], plan.context.args, plan.context.command]
+        if held is not None:
+            parts += [held.served_as, held.source, held.quantize, plain(held.modelfile), plain(held.options)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _footprint(
+        self, name: str, keys: ModelKeys, plan: LaunchPlan, held: Held | None, footprint_hash: str
+    ) -> Footprint:
+        path: Path_ = ("models", name, "memory")
+        if keys.memory != "auto":
+            declared = {plan.device: keys.memory} if isinstance(keys.memory, int) else dict(keys.memory)
+            footprint = Footprint(declared, FootprintSource.DECLARED)
+            footprint = footprint.raised(self.around.learned.get(footprint_hash, {}))
+        elif plan.external:
+            footprint = Footprint()  # another machine's memory
+        elif learned := self.around.learned.get(footprint_hash):
+            footprint = Footprint(dict(learned), FootprintSource.LEARNED)
+        else:
+            footprint = self._estimated(path, plan, held)
+        self._check_fit(path, footprint)
+        return footprint
+
+    def _asleep(self, plan: LaunchPlan, footprint: Footprint, footprint_hash: str) -> Mapping[str, int] | None:
+        if plan.external or not capabilities_of(plan.engine, plan.context.options).can_sleep:
+            return None
+        estimated = cast("Sleeper", plan.engine).asleep(plan.context, footprint.bytes)
+        if estimated is None:
+            return None
+        return {**estimated, **self.around.learned.get(ASLEEP_HASH.format(footprint_hash), {})}
+
+    def _estimated(self, path: Path_, plan: LaunchPlan, held: Held | None) -> Footprint:
+        try:
+            estimated = plan.engine.estimate(plan.context, held)
+        except FleetError as error:
+            key = getattr(error, "key", None)
+            where, said = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
+            self.warn(where, f"{said}{error}")
+            return Footprint()
+        if estimated is None:
+            self.warn(
+                path,
+                "nothing says how much memory it takes, so it counts as nothing until it was measured; declare memory",
+            )
+            return Footprint()
+        return estimated
+
+    def _check_fit(self, path: Path_, footprint: Footprint) -> None:
+        for device, size in footprint.bytes.items():
+            spec = self.devices.get(device)
+            if spec is None:
+                self.warn(path, f"this machine has no {device}")
+            elif size > spec.budget_bytes:
+                said = f"can never fit: needs {show_size(size)} on {device}, whose budget is {show_size(spec.budget_bytes)}"
+                self.warn(path, f"{said} ({footprint.source})")

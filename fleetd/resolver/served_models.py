@@ -1,0 +1,62 @@
+"""The models of fleet.yaml as engines see them: HeldModel values for servers, and for the one model a process is.
+
+The rules of this file
+- A `from` that looks like a path is made absolute, from the folder of the file that says it; anything else is a name that the
+  server understands, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fleetd.config.load import LoadedConfig
+from fleetd.config.schema.model import HeldModel as HeldKeys
+from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.resolver.entries import Entry
+
+
+def held_models(loaded: LoadedConfig, names: Iterable[str]) -> Iterable[HeldModel]:
+    """Yield what a server will be asked to hold, in the order of the file."""
+    for name in names:
+        keys = loaded.config.models[name]
+        if isinstance(keys, HeldKeys):
+            yield held_model(loaded, name, keys)
+
+
+def held_model(loaded: LoadedConfig, name: str, keys: HeldKeys) -> HeldModel:
+    modelfile = (
+        keys.modelfile.model_dump(exclude_none=True, exclude_defaults=True) if keys.modelfile is not None else {}
+    )
+    return HeldModel(
+        name=name,
+        served_as=keys.served_as or name,
+        source=source_of(loaded, name, keys.from_),
+        quantize=keys.quantize,
+        modelfile=modelfile,
+        embedding=keys.embedding,
+        options=dict(keys.options),
+    )
+
+
+def own_held(entry: Entry, context: LaunchContext) -> HeldModel | None:
+    """Return the model that a process is, as its engine's probes see it."""
+    if entry.own_model is None:
+        return None
+    source = getattr(context.options, "model", None)
+    path = context.config_dir / source if isinstance(source, str) and looks_like_path(source) else None
+    return HeldModel(
+        name=entry.base,
+        served_as=context.served_as,
+        source=str(path) if path is not None else None,
+        embedding=bool(getattr(context.options, "embeddings", False)),
+    )
+
+
+def looks_like_path(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~")) or text.lower().endswith((".gguf", ".safetensors"))
+
+
+def source_of(loaded: LoadedConfig, name: str, text: str | None) -> str | None:
+    if text is None or not looks_like_path(text):
+        return text
+    return str(loaded.resolve(("models", name, "from"), text))

@@ -1,0 +1,365 @@
+"""The contract that every engine keeps, built in or not: one file, over whatever `names()` says, against a fake of its dialect.
+
+A new engine adds one row to CASES. A row missing is a failure, not a skip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import tiny_gguf
+from bench.rig import free_port
+from fleetd.core.data.specs import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
+from fleetd.engines import registry
+from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
+from fleetd.errors import EngineError
+from tests.fakes.launch import command, eventually, fake
+
+SECRET = "sk-very-secret-4711"
+GGUF = Path(__file__).parent / "absent.gguf"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an engine is tried out. `api` is the fake's dialect; `serves` whether its own launch can start the fake."""
+
+    api: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    program: tuple[str, ...] = ("/opt/engine/program", "serve")
+    serves: bool = True
+    held: HeldModel = HeldModel("fleet-name", "fake")
+
+
+CASES: dict[str, Case] = {
+    "external": Case("openai", program=(), serves=False),
+    "llamacpp": Case("llamacpp", {"model": str(GGUF)}, ("/opt/llama-server",)),
+    "lmstudio": Case("lmstudio", serves=False),
+    "ollama": Case("ollama"),
+    "process": Case("openai", program=("/opt/server", "--port", "18080")),
+    "vllm": Case("vllm", {"model": "org/model"}),
+}
+NAMES = registry.names()
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def context_of(name: str, **more: Any) -> LaunchContext:
+    case, engine = CASES[name], registry.load(name)
+    given = {**case.options, **more.pop("options", {})}
+    base = LaunchContext(
+        name="entry-1", options=engine.options(**given), host="127.0.0.1", port=18080, command=case.program, served_as="fake",
+        config_dir=Path("/etc/fleetd"), device="host",
+    )  # fmt: skip
+    return replace(base, **more)
+
+
+def ask(
+    endpoint: str, action: Callable[[aiohttp.ClientSession, Endpoint], Awaitable[Any]], key: str | None = None
+) -> Any:
+    async def run() -> Any:
+        async with aiohttp.ClientSession() as http:
+            return await action(http, Endpoint(endpoint, key))
+
+    return asyncio.run(run())
+
+
+def contains(argv: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    return any(argv[start : start + len(words)] == words for start in range(len(argv)))
+
+
+# -- the pure half ------------------------------------------------------------------------------------------------------
+
+
+def test_every_engine_has_a_case() -> None:
+    assert set(NAMES) == set(CASES)
+    assert list(NAMES) == sorted(NAMES)
+
+
+def test_loads_by_its_name(name: str) -> None:
+    engine: Engine = registry.load(name)
+    assert engine.name == name
+    assert registry.load(name) is engine
+    assert isinstance(engine.capabilities, Capabilities)
+    config = engine.options.model_config
+    assert config.get("extra") == "forbid"
+    assert config.get("frozen") is True
+
+
+def test_is_imported_only_when_it_is_loaded() -> None:
+    program = (
+        "import sys; from fleetd.engines import registry; registry.names();"
+        "print([n for n in registry.BUILT_IN if 'fleetd.engines.' + n in sys.modules], 'aiohttp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[] False"
+
+
+def test_launch_is_pure_and_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, context = registry.load(name), context_of(name)
+    if not engine.capabilities.owns_process:
+        with pytest.raises(EngineError):
+            engine.launch(context)
+        return
+    monkeypatch.setattr(subprocess, "Popen", None)
+    first = engine.launch(context)
+    assert first == engine.launch(context)
+    assert isinstance(first, Launch)
+    assert contains(first.argv, CASES[name].program)
+    assert all(isinstance(word, str) and "\0" not in word for word in first.argv)
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in first.env.items())
+    assert all(Path(path).is_absolute() for path in first.requires)
+    assert not set(first.unset_env) & set(first.env)
+
+
+def test_launch_passes_args_on(name: str) -> None:
+    engine = registry.load(name)
+    if engine.capabilities.owns_process:
+        launch = engine.launch(context_of(name, args=("--extra-word", "5")))
+        assert contains(launch.argv, ("--extra-word", "5"))
+
+
+def test_the_users_env_wins(name: str) -> None:
+    engine = registry.load(name)
+    if not engine.capabilities.owns_process:
+        return
+    for key in engine.launch(context_of(name)).unset_env:
+        assert key not in engine.launch(context_of(name, env={key: "x"})).unset_env
+
+
+def test_two_ports_and_two_names_give_two_launches(name: str) -> None:
+    engine = registry.load(name)
+    if engine.capabilities.owns_process and name != "process":
+        one, other = engine.launch(context_of(name)), engine.launch(context_of(name, port=18081))
+        assert (one.argv, one.env) != (other.argv, other.env)
+
+
+def test_no_secret_is_on_the_command_line(name: str) -> None:
+    engine = registry.load(name)
+    if "api_key" not in engine.options.model_fields or not engine.capabilities.owns_process:
+        return
+    launch = engine.launch(context_of(name, options={"api_key": SECRET}))
+    assert SECRET not in " ".join(launch.argv)
+    carriers = {key for key, value in launch.env.items() if SECRET in value}
+    assert carriers or name in ("lmstudio", "ollama")  # there the key is only sent by us
+    assert carriers <= launch.secret_env
+
+
+def test_secrets_are_not_printed(name: str) -> None:
+    engine = registry.load(name)
+    if "api_key" in engine.options.model_fields:
+        options = context_of(name, options={"api_key": SECRET}).options
+        assert SECRET not in repr(options)
+        assert SECRET not in options.model_dump_json()
+
+
+def test_validate_accepts_a_plain_entry(name: str) -> None:
+    case = CASES[name]
+    external = not registry.load(name).capabilities.owns_process
+    context = context_of(name, command=() if external else case.program)
+    assert [str(p) for p in registry.load(name).validate(context) if not p.warning] == []
+
+
+def test_validate_names_paths_below_options(name: str) -> None:
+    engine = registry.load(name)
+    for problem in engine.validate(context_of(name, env={"OLLAMA_HOST": "x", "LLAMA_ARG_PORT": "1", "VLLM_PORT": "1"})):
+        assert isinstance(problem.path, tuple)
+        assert problem.message
+        assert "\n" not in problem.message
+        if problem.path:
+            assert problem.path[0] in {*engine.options.model_fields, "env", "args", "command", "models"}
+
+
+def mechanisms(probe: ProbeSpec) -> int:
+    return sum((probe.http is not None, probe.tcp, bool(probe.exec), probe.log_line is not None, probe.completion))
+
+
+def test_probes_are_complete(name: str) -> None:
+    engine = registry.load(name)
+    probes = engine.probes(context_of(name).options)
+    assert isinstance(probes, Probes)
+    assert probes.startup is not None
+    for probe in filter(None, (probes.startup, probes.readiness, probes.liveness)):
+        assert mechanisms(probe) == 1
+        assert probe.period_s > 0
+        assert probe.timeout_s > 0
+        assert probe.failures >= 1
+        if probe.http is not None:
+            assert probe.http.startswith("/")
+
+
+def test_api_and_concurrency(name: str) -> None:
+    engine, context = registry.load(name), context_of(name)
+    assert engine.api(context.options) in set(Api)
+    assert engine.concurrency(context.options) >= 1
+
+
+@pytest.mark.parametrize("device", ["host", "gpu0", "unified", None])
+def test_estimate_is_a_footprint_or_nothing(name: str, device: str | None, tmp_path: Path) -> None:
+    path = tiny_gguf.write(tmp_path / "m.gguf")
+    options = {"model": str(path)} if name == "llamacpp" else {}
+    engine, context = registry.load(name), context_of(name, device=device, options=options)
+    for model in (None, replace(CASES[name].held, source=str(path))):
+        found = engine.estimate(context, model)
+        if found is None:
+            continue
+        assert isinstance(found, Footprint)
+        assert set(found.bytes) <= {device or "host", "host"}
+        assert all(size > 0 for size in found.bytes.values())
+    if name == "llamacpp":
+        assert engine.estimate(context, None)
+
+
+def test_estimate_of_an_absent_file_is_nothing() -> None:
+    assert registry.load("llamacpp").estimate(context_of("llamacpp"), None) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    which=st.sampled_from(NAMES),
+    code=st.none() | st.integers(-255, 255),
+    number=st.none() | st.sampled_from(["SIGKILL", "SIGTERM", "SIGSEGV", "SIG99"]),
+    tail=st.lists(st.text(max_size=200), max_size=20),
+)
+def test_classify_exit_always_says_something(which: str, code: int | None, number: str | None, tail: list[str]) -> None:
+    verdict = registry.load(which).classify_exit(None if number else code, number, tail)
+    assert isinstance(verdict.kind, ExitKind)
+    assert verdict.reason.strip()
+    assert len(verdict.reason) < 1000
+
+
+@pytest.mark.parametrize("line", ["bind: address already in use", "OSError: [Errno 98] Address already in use"])
+def test_classify_exit_knows_a_taken_port(name: str, line: str) -> None:
+    engine = registry.load(name)
+    if engine.capabilities.owns_process and name != "lmstudio":
+        assert engine.classify_exit(1, None, ["hello", line, "bye"]).kind is ExitKind.PORT_IN_USE
+
+
+# -- against a server of its dialect ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_flags(name: str) -> list[str]:
+    return ["--api", CASES[name].api, "--models", "fake,other", "--memory", "100000", "--tokens", "2"]
+
+
+def test_alive_does_real_work(name: str, server_flags: list[str]) -> None:
+    engine, held = registry.load(name), CASES[name].held
+    with fake(*server_flags) as server:
+        if engine.capabilities.many_models and engine.capabilities.owns_process:
+            ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        outcome = ask(server.base_url, lambda http, end: engine.alive(http, end, held, 10))
+        assert outcome.ok, outcome.detail
+        if engine.capabilities.owns_process:
+            eventually(lambda: server.stats()["finished"] == 1, "the work is counted")
+
+
+@pytest.mark.parametrize("fault", ["--hang", "--garbage"])
+def test_alive_is_false_in_time_for_a_broken_server(name: str, fault: str, server_flags: list[str]) -> None:
+    if fault == "--garbage" and not registry.load(name).capabilities.owns_process:
+        return  # somebody else's server is asked for its list only, which is well
+    engine, held = registry.load(name), CASES[name].held
+    many = engine.capabilities.many_models and engine.capabilities.owns_process
+    with fake(*server_flags, fault) as server:
+        if many and fault == "--garbage":
+            ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        begun = time.monotonic()
+        outcome = ask(server.base_url, lambda http, end: engine.alive(http, end, held, 0.5))
+        assert not outcome.ok
+        assert outcome.detail
+        assert time.monotonic() - begun < 5
+
+
+def test_alive_is_false_where_nobody_listens(name: str) -> None:
+    engine, held = registry.load(name), CASES[name].held
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        outcome = ask(
+            f"http://127.0.0.1:{unheard.getsockname()[1]}", lambda http, end: engine.alive(http, end, held, 2)
+        )
+    assert not outcome.ok
+    assert outcome.detail
+
+
+def test_load_and_unload(name: str, server_flags: list[str]) -> None:
+    engine, held = registry.load(name), CASES[name].held
+    many = engine.capabilities.many_models and engine.capabilities.owns_process
+    with fake(*server_flags, "--load-time", "0.05" if many else "0") as server:
+        if not many:
+            if engine.capabilities.owns_process:
+                stranger = replace(held, served_as="another-model")
+                with pytest.raises(EngineError):
+                    ask(server.base_url, lambda http, end: engine.load(http, end, stranger, 2))
+                with pytest.raises(EngineError):
+                    ask(server.base_url, lambda http, end: engine.unload(http, end, held, 2))
+                eventually(lambda: ask(server.base_url, engine.loaded), "it lists its model")
+            return
+        assert ask(server.base_url, engine.loaded) == ()
+        sizes = ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        assert all(size >= 0 for size in sizes.values())
+        assert [resident.served_as for resident in ask(server.base_url, engine.loaded)] == [held.served_as]
+        ask(server.base_url, lambda http, end: engine.unload(http, end, held, 10))
+        assert not ask(server.base_url, engine.loaded)
+        assert server.stats()["held_bytes"] == 0
+
+
+def test_what_cannot_be_loaded_is_an_error(name: str, server_flags: list[str]) -> None:
+    engine = registry.load(name)
+    if not engine.capabilities.many_models or not engine.capabilities.owns_process:
+        return
+    with fake(*server_flags) as server, pytest.raises(EngineError):
+        ask(server.base_url, lambda http, end: engine.load(http, end, HeldModel("x", "unknown-model"), 5))
+    with fake(*server_flags, "--fail-load") as server, pytest.raises(EngineError):
+        ask(server.base_url, lambda http, end: engine.load(http, end, CASES[name].held, 5))
+    with fake(*server_flags, "--load-time", "30") as server, pytest.raises(EngineError):
+        ask(server.base_url, lambda http, end: engine.load(http, end, CASES[name].held, 0.3))
+
+
+def test_its_own_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
+    """The fake stands in for the program: the flags and variables that the engine writes bring it up where it says."""
+    case, engine = CASES[name], registry.load(name)
+    if not case.serves:
+        return
+    port = free_port()
+    stand_in = (*command("--api", case.api), *(("--port", str(port)) if name == "process" else ()))
+    launch = engine.launch(context_of(name, command=stand_in, port=port))
+    startup = engine.probes(context_of(name).options).startup
+    assert startup is not None
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(
+            launch.argv, env={"PATH": "/usr/bin:/bin", **launch.env}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            base = f"http://127.0.0.1:{port}"
+
+            async def ready(http: aiohttp.ClientSession, end: Endpoint) -> bool:
+                async with http.get(end.base_url + (startup.http or "/v1/models")) as response:
+                    return response.status == 200
+
+            def up() -> bool:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                try:
+                    return bool(ask(base, ready))
+                except aiohttp.ClientError:
+                    return False
+
+            eventually(up, "the startup probe succeeds")
+        finally:
+            process.kill()

@@ -1,0 +1,243 @@
+"""The layers of the architecture, read from the import statements of every module.
+
+A module imports only downward. The core is pure: it may import data types and nothing that touches the world.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fleetd"
+
+# Package (or top-level module) -> what of fleetd it may import. The longest matching prefix counts.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "fleetd": (),
+    "fleetd.errors": (),
+    "fleetd.units": ("fleetd.errors",),
+    "fleetd.config": ("fleetd.errors", "fleetd.units", "fleetd.config"),
+    "fleetd.core": ("fleetd.errors", "fleetd.units", "fleetd.core"),
+    "fleetd.models": ("fleetd.errors", "fleetd.units", "fleetd.models"),
+    "fleetd.engines": ("fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core.data.specs", "fleetd.models", "fleetd.engines"),
+    "fleetd.host": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core.data.specs", "fleetd.host"),
+    "fleetd.gateway": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.gateway"),
+    "fleetd.control": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.control"),
+    "fleetd.resolver": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models",
+        "fleetd.host", "fleetd.control", "fleetd.resolver", "fleetd.daemon.reload.messages", "fleetd.daemon.sources.sampler",
+    ),
+    "fleetd.daemon": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models", "fleetd.resolver",
+        "fleetd.host", "fleetd.gateway", "fleetd.control", "fleetd.daemon",
+    ),
+    "fleetd.cli": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.control.wire", "fleetd.models", "fleetd.cli",
+    ),
+    "fleetd.cli.fleetd": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.resolver", "fleetd.daemon", "fleetd.cli",
+    ),
+    "fleetd.__main__": ("fleetd.cli",),
+}  # fmt: skip
+
+# What the core may import from outside the project: data and pure functions only.
+CORE_STDLIB = frozenset({
+    "__future__", "abc", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools", "json",
+    "math", "operator", "types", "typing",
+})  # fmt: skip
+
+# Libraries that touch the machine: the host, and a child program of an engine, alone may use them.
+HOST_ONLY = frozenset({"subprocess", "psutil", "pynvml", "watchfiles"})
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, dotted name, only for types) of every import, relative ones resolved."""
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        lazy = id(node) in typing_only
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, lazy
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = module.split(".")[: len(module.split(".")) - node.level + (1 if is_package else 0)]
+                base = ".".join([*anchor, base] if base else anchor)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                target = PACKAGE.parent / Path(*full.split("."))
+                is_module = target.with_suffix(".py").is_file() or target.is_dir()
+                yield node.lineno, full if is_module else base, lazy
+
+
+def rule_of(module: str) -> str:
+    return max((key for key in ALLOWED if module == key or module.startswith(key + ".")), key=len)
+
+
+def may_import(rule: str, name: str) -> bool:
+    return any(name == allowed or (allowed != "fleetd" and name.startswith(allowed + ".")) for allowed in ALLOWED[rule])
+
+
+def upward(module: str, source: str, is_package: bool = False) -> list[str]:
+    """Return the imports of `source` that the layers forbid."""
+    found = []
+    rule = rule_of(module)
+    for line, name, lazy in imports(ast.parse(source), module, is_package):
+        top = name.split(".")[0]
+        if top == "fleetd":
+            if not may_import(rule, name) and name != module:
+                found.append(f"{module}:{line} imports {name}")
+            elif rule == "fleetd.engines" and _other_engine(module, name):
+                found.append(f"{module}:{line} imports another engine, {name}")
+        elif module.startswith("fleetd.core") and top not in CORE_STDLIB and not (name == "random" and lazy):
+            found.append(f"{module}:{line} imports {name}: the core is pure")
+        elif top in HOST_ONLY and not (lazy or module.startswith("fleetd.host") or module in HOST_ONLY_EXCEPTIONS):
+            found.append(f"{module}:{line} imports {name}: only the host may")
+    return found
+
+
+# fleetctl writes unit files and opens programs for a person; the doctor asks the machine the same questions as the host.
+HOST_ONLY_EXCEPTIONS = frozenset({"fleetd.cli.fleetctl"})
+
+
+def _other_engine(module: str, name: str) -> bool:
+    engines = {"ollama", "vllm", "lmstudio", "llamacpp", "generic", "external"}
+    mine, theirs = module.split("."), name.split(".")
+    return len(theirs) > 2 and theirs[2] in engines and theirs[2] != mine[2]
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted)
+def test_module_imports_only_downward(path: Path) -> None:
+    assert upward(dotted(path), path.read_text("utf-8"), path.name == "__init__.py") == []
+
+
+def import_graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """Return which modules each module imports, imports for types and inside functions included.
+
+    `sources` maps a module to its text and whether it is a package.
+    """
+    return {
+        module: {name for _, name, _ in imports(ast.parse(text), module, is_package) if name in sources} - {module}
+        for module, (text, is_package) in sources.items()
+    }
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in sorted(graph[node]):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def package_sources() -> dict[str, tuple[str, bool]]:
+    return {dotted(path): (path.read_text("utf-8"), path.name == "__init__.py") for path in modules()}
+
+
+def test_no_import_cycle() -> None:
+    assert cycles(import_graph(package_sources())) == []
+
+
+def test_layer_table_has_no_stale_name() -> None:
+    known = set(package_sources())
+    named = {*ALLOWED, *HOST_ONLY_EXCEPTIONS} | {name for allowed in ALLOWED.values() for name in allowed}
+    assert named - known == set()
+
+
+def random_uses(source: str) -> list[str]:
+    """Return uses of the `random` module beyond the type `random.Random`."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "random"
+        and node.attr != "Random"
+    ]
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if "core" in path.relative_to(PACKAGE).parts], ids=dotted)
+def test_core_has_no_random_source_of_its_own(path: Path) -> None:
+    assert random_uses(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "bad"),
+    [
+        ("fleetd.core.fleet", "import asyncio", True),
+        ("fleetd.core.fleet", "import random", True),
+        ("fleetd.core.fleet", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import random", False),
+        ("fleetd.core.fleet", "from time import monotonic", True),
+        ("fleetd.core.fleet", "from fleetd.host import process", True),
+        ("fleetd.core.fleet", "from . import events", False),
+        ("fleetd.engines.vllm.engine", "from fleetd.engines.ollama.engine import ENGINE", True),
+        ("fleetd.engines.vllm.engine", "from fleetd.engines.base import Options", False),
+        ("fleetd.engines.vllm.engine", "from fleetd.core.fleet import Fleet", True),
+        ("fleetd.gateway.proxy", "from fleetd.daemon import app", True),
+        ("fleetd.control.server", "import psutil", True),
+        ("fleetd.host.process", "import psutil", False),
+        ("fleetd.cli.fleetctl", "from fleetd.daemon import app", True),
+        ("fleetd.cli.fleetd", "from fleetd.daemon import app", False),
+        ("fleetd.config.load", "from fleetd.core.data import specs", True),
+    ],
+)
+def test_the_check_itself(module: str, source: str, bad: bool) -> None:
+    assert bool(upward(module, source)) is bad
+
+
+def test_random_check_itself() -> None:
+    assert random_uses("import random\nrandom.random()") == ["random.random"]
+    assert random_uses("def f(rng: random.Random): ...") == []
+
+
+def test_core_names_are_standard_library() -> None:
+    assert sys.stdlib_module_names >= CORE_STDLIB
+
+
+def test_cycle_check_itself() -> None:
+    sources = {
+        "a": ("import b", False),
+        "b": ("def f():\n    import c", False),
+        "c": ("import a", False),
+        "d": ("import a", False),
+    }
+    assert cycles(import_graph(sources)) == [["a", "b", "c"]]

@@ -1,0 +1,213 @@
+"""Cases 9, 10, 11: waiting for one another, and never for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.daemon import ROOT, fake, fleetd, until
+from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh, until_said
+
+# Says `up` when there is a file named go.
+SLOW = sh("while [ ! -e go ]; do sleep 0.02; done; echo up; exec sleep 1000")
+UP = {"startup": {"log_line": "^up$", "period": "20ms"}}
+
+
+def test_case_09_a_process_that_waits_can_be_stopped_and_restarted(tmp_path: Path) -> None:
+    services = {"base": {"command": SLOW, "probes": UP}, "a": {"command": SLEEPER, "depends_on": {"base": "ready"}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        row = daemon.until_state("a", "BLOCKED")
+        assert row["reason"] == "waiting for base to be ready"
+        assert order(daemon, "restart", "a", wait=False).status == 202
+        assert daemon.until_state("a", "BLOCKED")["generation"] == 0
+        assert order(daemon, "stop", "a").status == 200
+        assert daemon.process_row("a")["state"] == "STOPPED"
+        (tmp_path / "go").touch()
+        ready(daemon, "base")
+        assert daemon.process_row("a")["state"] == "STOPPED", "the dependency comes, and the stop still holds"
+        assert order(daemon, "start", "a").status == 200
+        assert daemon.process_row("a")["generation"] == 1, "one start, no second copy"
+        assert len(daemon.children()) == 2
+
+
+def test_case_09_a_restart_of_all_waits_for_those_that_wait_for_one_another(tmp_path: Path) -> None:
+    base = {"command": sh("sleep 0.3; echo up; exec sleep 1000"), "probes": UP}
+    chain = {name: {"command": SLEEPER, "depends_on": {on: "ready"}} for name, on in (("a", "base"), ("b", "a"))}
+    held = {"command": SLEEPER, "requires": ["volume"]}
+    services = {"base": base, **chain, "held": held, "c": {"command": SLEEPER, "depends_on": {"held": "ready"}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        ready(daemon, "b")
+        answer = order(daemon, "restart", "all")
+        told = {row["name"]: (row["result"], row["state"]) for row in answer.json["results"]}
+        assert {name: told[name] for name in ("base", "a", "b")} == dict.fromkeys(("base", "a", "b"), ("ok", "READY"))
+        assert told["held"] == told["c"] == ("failed", "BLOCKED"), "nobody can say when a volume comes"
+        assert [daemon.process_row(name)["generation"] for name in ("base", "a", "b")] == [2, 2, 2]
+
+
+def test_case_09_a_stop_during_a_restart_wins(tmp_path: Path) -> None:
+    code = sh("trap 'sleep 0.4; exit 0' TERM; echo up; while true; do sleep 0.02; done")
+    with fleetd(tmp_path, fleet({"a": {"command": code}})) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        until_said(daemon, "a", "up")
+        order(daemon, "restart", "a", wait=False)
+        daemon.until_state("a", "STOPPING")
+        assert order(daemon, "stop", "a").status == 200
+        row = daemon.until_state("a", "STOPPED")
+        assert (row["generation"], row["desired"]) == (1, "down")
+
+
+def test_case_10_a_changed_probe_releases_what_waits(tmp_path: Path) -> None:
+    services = {"base": {"command": SLOW, "probes": UP}, "a": {"command": SLEEPER, "depends_on": {"base": "ready"}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pid = daemon.until_state("base", "STARTING")["pid"]
+        daemon.until_state("a", "BLOCKED")
+        services["base"] = {"command": SLOW, "probes": {"startup": {"exec": ["true"], "period": "20ms"}}}
+        daemon.write(fleet(services))
+        ready(daemon, "a")
+        assert daemon.process_row("base")["pid"] in (pid, None) or pid is None
+
+
+def test_case_10_a_dependency_that_dies_and_comes_back_does_not_leave_the_late_waiter_behind(tmp_path: Path) -> None:
+    """The waiter is judged by the generation that is there now."""
+    services = {
+        "base": {
+            "command": json.loads(fake()),
+            "restart": QUICK,
+            "probes": {"readiness": {"http": "/health", "period": "50ms"}},
+        },
+        "late": {"command": SLEEPER, "depends_on": {"base": "ready"}, "requires": ["volume"]},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pid = ready(daemon, "base")
+        daemon.until_state("late", "BLOCKED")
+        os.kill(pid, signal.SIGKILL)
+        (tmp_path / "volume").mkdir()
+        ready(daemon, "late")
+        assert ready(daemon, "base") != pid
+
+
+def test_case_10_a_dependency_that_fails_is_said_and_its_return_is_enough(tmp_path: Path) -> None:
+    services = {
+        "base": {
+            "command": sh("[ -e go ] && echo up && exec sleep 1000; exit 1"),
+            "probes": UP,
+            "restart": {**QUICK, "crash_loop": {"count": 2}},
+        },
+        "a": {"command": SLEEPER, "depends_on": {"base": "ready"}},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        row = daemon.until_state("a", "FAILED")
+        assert "depends on base, which failed" in row["reason"]
+        (tmp_path / "go").touch()
+        assert order(daemon, "start", "base").status == 200
+        ready(daemon, "a")
+
+
+def test_case_11_a_cycle_is_refused_with_its_path(tmp_path: Path) -> None:
+    services = {
+        name: {"command": SLEEPER, "depends_on": [after]} for name, after in (("a", "b"), ("b", "c"), ("c", "a"))
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        done = subprocess.run(
+            [sys.executable, "-m", "fleetd", "check", str(daemon.config)],
+            cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "a" in done.stderr
+        assert "->" in done.stderr or "cycle" in done.stderr or "→" in done.stderr
+
+
+def test_case_11_the_order_is_transitive_and_a_completed_step_opens_the_next(tmp_path: Path) -> None:
+    services = {
+        "three": {"command": SLEEPER, "depends_on": {"two": "completed"}},
+        "two": {
+            "command": sh("date +%s%N > two; exit 0"),
+            "depends_on": {"one": "started"},
+            "restart": {"policy": "never"},
+        },
+        "one": {"command": sh("date +%s%N > one; exec sleep 1000")},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        ready(daemon, "three")
+        assert daemon.process_row("two")["state"] == "EXITED"
+        assert int((tmp_path / "one").read_text()) < int((tmp_path / "two").read_text())
+        assert daemon.get("/ready").status == 200
+
+
+def test_case_11_a_step_that_ends_badly_opens_nothing(tmp_path: Path) -> None:
+    services = {
+        "step": {"command": sh("exit 3"), "restart": {"policy": "never"}},
+        "a": {"command": SLEEPER, "depends_on": {"step": "completed"}},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        row = daemon.until_state("a", "FAILED")
+        assert "step" in row["reason"]
+        assert row["generation"] == 0
+
+
+def test_case_11_a_completed_step_is_not_run_again_by_a_daemon_that_takes_over(tmp_path: Path) -> None:
+    services = {
+        "step": {"command": sh("echo ran >> ran"), "restart": {"policy": "on-failure"}},
+        "a": {"command": SLEEPER, "depends_on": {"step": "completed"}},
+    }
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        assert daemon.control("POST", "/v1/reexec", {}).status == 202
+        until(lambda: daemon.log().count("fleetd is up") == 2, "the new program is up")
+        assert ready(daemon, "a") == pid
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        daemon.start()
+        assert ready(daemon, "a") == pid
+        assert daemon.process_row("step")["state"] == "EXITED"
+        assert (tmp_path / "ran").read_text() == "ran\n"
+        assert daemon.stop() == 0
+        daemon.start()
+        ready(daemon, "a")
+        assert (tmp_path / "ran").read_text() == "ran\nran\n", "an ordered start is a start of everything"
+
+
+def test_case_11_readiness_takes_out_of_the_dependency_and_never_restarts(tmp_path: Path) -> None:
+    """Elsewhere a failed readiness probe stops or restarts; here it is a fact about routing alone, and liveness restarts."""
+    (tmp_path / "well").touch()
+    probe = {"exec": ["test", "-e", "well"], "period": "50ms", "failures": 2}
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "probes": {"readiness": probe}}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        (tmp_path / "well").unlink()
+        row = daemon.until_state("a", "UNHEALTHY")
+        assert row["pid"] == pid
+        (tmp_path / "well").touch()
+        assert ready(daemon, "a") == pid
+        daemon.write(fleet({"a": {"command": SLEEPER, "probes": {"liveness": probe}}}))
+        (tmp_path / "well").unlink()
+        until(lambda: daemon.process_row("a")["pid"] not in (pid, None), "liveness restarts it")
+
+
+def test_case_11_replicas_grow_and_shrink_and_the_others_stay(tmp_path: Path) -> None:
+    def of(count: int) -> str:
+        return fleet({"a": {"command": SLEEPER, "replicas": count}})
+
+    with fleetd(tmp_path, of(2)) as daemon:
+        daemon.start()
+        pids = {name: ready(daemon, name) for name in ("a-1", "a-2")}
+        daemon.write(of(4))
+        until(lambda: len(daemon.status()["processes"]) == 4, "four of them")
+        ready(daemon, "a-4")
+        daemon.write(of(2))
+        until(lambda: len(daemon.status()["processes"]) == 2, "two of them")
+        assert {name: ready(daemon, name) for name in pids} == pids
+        until(lambda: len(daemon.children()) == 2, "no more than two run")

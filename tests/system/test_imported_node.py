@@ -1,0 +1,87 @@
+"""An app of PM2, imported by the real command line and run with real Node: what it expects of PM2 is there without PM2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.daemon import ROOT, fleetd, until
+
+APP = """
+const fs = require('fs');
+const note = text => fs.appendFileSync('said.txt', text + '\\n');
+process.on('SIGINT', () => { note('signal'); process.exit(3); });
+process.on('SIGTERM', () => { note('signal'); process.exit(3); });
+process.on('message', message => {
+  note('message ' + JSON.stringify(message));
+  if (message === 'shutdown') setTimeout(() => { note('saved'); process.exit(0); }, 50);
+});
+if (process.env.LEAVES_CHANNEL) process.disconnect();
+setInterval(() => {}, 1000);
+note('up');
+"""
+node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+def imported(folder: Path, *apps: dict[str, Any]) -> str:
+    """Return the services that `fleetctl import pm2` makes of an ecosystem file."""
+    (folder / "app.js").write_text(APP)
+    (folder / "ecosystem.config.js").write_text(f"module.exports = {json.dumps({'apps': apps})};\n")
+    out = folder / "parts.yaml"
+    subprocess.run(
+        [sys.executable, "-m", "fleetd.cli.fleetctl", "import", "pm2", "ecosystem.config.js", "-o", str(out)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    parts = yaml.safe_load(out.read_text())
+    return yaml.safe_dump({"services": parts["services"]})
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "said.txt"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def app(**more: Any) -> dict[str, Any]:
+    return {"name": "bot", "script": "app.js", "kill_timeout": 20000, **more}
+
+
+@node
+@pytest.mark.parametrize(
+    ("more", "said", "code"),
+    [
+        ({"shutdown_with_message": True}, ['message "shutdown"', "saved"], 0),
+        ({"shutdown_with_message": False}, ["signal"], 3),
+        ({"shutdown_with_message": True, "env": {"LEAVES_CHANNEL": "1"}}, ["signal"], 3),
+    ],
+    ids=["message", "signal", "a channel that it closed"],
+)
+def test_a_stop_reaches_the_app_as_under_pm2(more: dict[str, Any], said: list[str], code: int, tmp_path: Path) -> None:
+    with fleetd(tmp_path, imported(tmp_path, app(**more))).start() as daemon:
+        until(lambda: lines(tmp_path) == ["up"], "the app is up")
+        daemon.until_state("bot", "READY")
+        assert daemon.control("POST", "/v1/processes/bot/stop?wait=true", {}).status == 200
+        assert lines(tmp_path) == ["up", *said]
+        assert daemon.process_row("bot")["last_exit"]["code"] == code
+
+
+@node
+def test_a_restart_and_the_end_of_the_daemon_send_the_message_too(tmp_path: Path) -> None:
+    with fleetd(tmp_path, imported(tmp_path, app(shutdown_with_message=True))).start() as daemon:
+        until(lambda: lines(tmp_path) == ["up"], "the app is up")
+        daemon.until_state("bot", "READY")
+        assert daemon.control("POST", "/v1/processes/bot/restart?wait=true", {}).status == 200
+        until(lambda: lines(tmp_path) == ["up", 'message "shutdown"', "saved", "up"], "it was told, and is up again")
+        assert daemon.stop() == 0
+        assert lines(tmp_path)[4:] == ['message "shutdown"', "saved"]

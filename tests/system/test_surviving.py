@@ -1,0 +1,284 @@
+"""Cases 1, 3, 4, 6, 28, 31 and Supervisor 5: what runs outlives its daemon, and nothing is killed by mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.rig import free_port
+from tests.support.daemon import alive, fake, fleetd, until
+from tests.support.fleet_files import (
+    QUICK,
+    SLEEPER,
+    all_lines,
+    crash,
+    fleet,
+    numbers,
+    order,
+    piped_lines,
+    python,
+    ready,
+    sh,
+    until_said,
+)
+
+COUNTER = python("import time\nn = 0\nwhile True:\n    print(n); n += 1; time.sleep(0.002)")
+
+
+def test_case_01_kill9_daemon_ten_times_keeps_the_child(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        for _ in range(10):
+            crash(daemon)
+            assert alive(pid)
+            daemon.start()
+            row = daemon.until_state("a", "READY")
+            assert (row["pid"], row["restarts"], row["generation"]) == (pid, 0, 1)
+        assert len(daemon.children()) == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", '{"version": 99}', "\0\0\0\0", '{"name": "a", "pid": 1}'])
+def test_case_03_a_damaged_record_is_set_aside_and_kills_nobody(tmp_path: Path, damage: str) -> None:
+    port = free_port()
+    server = json.loads(fake())
+    services = {"a": {"command": server, "port": port, "restart": QUICK}, "b": {"command": SLEEPER}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pids = {name: ready(daemon, name) for name in services}
+        until(lambda: all(p["pid"] for p in daemon.status()["processes"]), "both run")
+        crash(daemon)
+        record = next((tmp_path / "state" / "handles").glob("a*.json"))
+        record.write_text(damage)
+        daemon.start()
+        assert {name: ready(daemon, name) for name in services} == pids, "its copy is as good"
+        assert "set aside" in daemon.log()
+        assert len(daemon.children()) == 2
+        crash(daemon)
+        record.unlink()
+        daemon.start()
+        assert {name: ready(daemon, name) for name in services} == pids, "gone is as good as torn"
+
+
+def test_case_03_a_torn_database_does_not_stop_the_daemon(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        crash(daemon)
+        database = next((tmp_path / "state").glob("*.db"))
+        database.write_bytes(database.read_bytes()[:100] + b"\xff" * 5000)
+        for extra in (tmp_path / "state").glob("*.db-*"):
+            extra.unlink()
+        (tmp_path / "state" / "ports.json").write_text("{torn")
+        daemon.start()
+        assert ready(daemon, "a") == pid
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("capture", ["file", "pipe"])
+@pytest.mark.parametrize("how", ["crash", "reexec"])
+def test_case_04_no_line_is_lost_when_the_collector_dies_mid_stream(tmp_path: Path, capture: str, how: str) -> None:
+    services = {"a": {"command": COUNTER, "logs": {"capture": capture}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        read = piped_lines if capture == "pipe" else all_lines
+        until(lambda: len(numbers(read(tmp_path, "a"))) > 50, "lines come")
+        if how == "crash":
+            crash(daemon)
+            daemon.start()
+        else:
+            assert daemon.control("POST", "/v1/reexec", {}).status == 202
+            until(lambda: daemon.log().count("fleetd is up") == 2, "the new program is up")
+        assert ready(daemon, "a") == pid
+        before = len(numbers(read(tmp_path, "a")))
+        until(lambda: len(numbers(read(tmp_path, "a"))) > before + 50, "lines come again")
+        assert order(daemon, "stop", "a").status == 200
+        found = numbers(read(tmp_path, "a"))
+        assert found == list(range(len(found))), "none lost, none twice, none cut"
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "again"),
+    [("always", 0, True), ("always", 3, True), ("on-failure", 0, True), ("never", 3, False)],
+)
+def test_case_06_a_death_while_the_daemon_is_away_is_noticed(
+    tmp_path: Path, policy: str, code: int, again: bool
+) -> None:
+    """Nobody saw the exit code: it counts as a failure, so `on-failure` starts again."""
+    wait = f"while [ ! -e go ]; do sleep 0.02; done; rm go; exit {code}"
+    with fleetd(tmp_path, fleet({"a": {"command": sh(wait), "restart": {**QUICK, "policy": policy}}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        crash(daemon)
+        (tmp_path / "go").touch()
+        until(lambda: not alive(pid), "it ended by itself")
+        daemon.start()
+        if again:
+            row = daemon.until_state("a", "READY")
+            assert row["pid"] != pid
+            assert len(daemon.children()) <= 2  # the shell and its sleep
+        else:
+            row = daemon.until_state("a", "FAILED", "EXITED", "READY")
+            assert row["state"] == "FAILED", "a process that is never restarted stays down, whoever saw it die"
+
+
+def test_case_06_a_stop_by_an_operator_is_kept_and_a_kill_is_not(tmp_path: Path) -> None:
+    services = {name: {"command": SLEEPER, "restart": QUICK} for name in ("stopped", "killed", "removed")}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        pids = {name: ready(daemon, name) for name in services}
+        assert order(daemon, "stop", "stopped").status == 200
+        crash(daemon)
+        os.kill(pids["killed"], signal.SIGKILL)
+        daemon.write(fleet({name: services[name] for name in ("stopped", "killed")}))
+        daemon.start()
+        assert ready(daemon, "killed") != pids["killed"]
+        row = daemon.process_row("stopped")
+        assert (row["state"], row["desired"]) == ("STOPPED", "down")
+        until(lambda: not alive(pids["removed"]), "what left fleet.yaml while the daemon was away is ended")
+
+
+def test_case_06_counters_and_a_crash_loop_are_kept(tmp_path: Path) -> None:
+    loop = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 3}}
+    services = {"bad": {"command": sh("exit 4"), "restart": loop}, "good": {"command": SLEEPER, "restart": QUICK}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        daemon.until_state("bad", "FAILED")
+        os.kill(ready(daemon, "good"), signal.SIGKILL)
+        until(lambda: daemon.process_row("good")["restarts"] == 1, "it started again")
+        ready(daemon, "good")
+        generation = daemon.process_row("bad")["generation"]
+        crash(daemon)
+        daemon.start()
+        row = daemon.until_state("bad", "FAILED")
+        assert row["generation"] == generation, "giving up outlives the daemon: no new tries"
+        assert "crash loop" in row["reason"]
+        assert daemon.until_state("good", "READY")["restarts"] == 1
+
+
+def test_case_06_a_daemon_killed_before_its_file_was_written_loses_no_count(tmp_path: Path) -> None:
+    """The record of a run is written before its start, and knows how many came before."""
+    with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
+        daemon.start()
+        for count in (1, 2):
+            os.kill(ready(daemon, "good"), signal.SIGKILL)
+            until(lambda count=count: daemon.process_row("good")["restarts"] == count, "it started again")
+        pid = ready(daemon, "good")
+        crash(daemon)
+        (tmp_path / "state" / "remembered.json").unlink(missing_ok=True)
+        daemon.start()
+        assert daemon.until_state("good", "READY")["restarts"] == 2
+        crash(daemon)
+        (tmp_path / "state" / "remembered.json").unlink(missing_ok=True)
+        os.kill(pid, signal.SIGKILL)  # and of one that died meanwhile
+        daemon.start()
+        assert daemon.until_state("good", "READY")["restarts"] == 3
+
+
+def test_case_28_power_loss_in_the_middle_of_a_save_keeps_the_stop(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}, "b": {"command": SLEEPER}})) as daemon:
+        daemon.start()
+        ready(daemon, "a")
+        ready(daemon, "b")
+        assert order(daemon, "stop", "a").status == 200
+        crash(daemon)
+        handles = tmp_path / "state" / "handles"
+        record = next(handles.glob("b*.json"))
+        (handles / f".{record.name}.1.tmp").write_bytes(record.read_bytes()[:20])  # a write that never became a rename
+        daemon.start()
+        assert daemon.process_row("a")["state"] == "STOPPED"
+        ready(daemon, "b")
+        assert daemon.stop() == 0
+        daemon.write(fleet({}))
+        daemon.start()
+        daemon.write(fleet({"b": {"command": SLEEPER}}))
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("forged", ["init", "itself", "absent", "foreign"])
+def test_case_31_a_forged_record_moves_nobody(tmp_path: Path, forged: str) -> None:
+    foreign = subprocess.Popen(SLEEPER)
+    try:
+        with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+            daemon.start()
+            mine = ready(daemon, "a")
+            crash(daemon)
+            record = next((tmp_path / "state" / "handles").glob("a*.json"))
+            content = json.loads(record.read_text())
+            target = {"init": 1, "itself": os.getpid(), "absent": 2**22 - 3, "foreign": foreign.pid}[forged]
+            text = json.dumps(content).replace(f'"pid": {mine}', f'"pid": {target}')
+            assert text != json.dumps(content)
+            record.write_text(text)
+            daemon.start()
+            assert ready(daemon, "a") not in (1, os.getpid(), foreign.pid)
+            assert daemon.stop() == 0
+            assert foreign.poll() is None
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
+def test_case_31_a_link_in_the_place_of_a_record_is_not_followed_to_a_kill(tmp_path: Path) -> None:
+    foreign = subprocess.Popen(SLEEPER)
+    try:
+        with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
+            daemon.start()
+            ready(daemon, "a")
+            crash(daemon)
+            record = next((tmp_path / "state" / "handles").glob("a*.json"))
+            elsewhere = tmp_path / "elsewhere.json"
+            elsewhere.write_text(f'{{"pid": {foreign.pid}}}')
+            record.unlink()
+            record.symlink_to(elsewhere)
+            daemon.start()
+            ready(daemon, "a")
+            assert daemon.stop() == 0
+            assert foreign.poll() is None
+            assert elsewhere.exists()
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
+def test_case_05_supervisor_a_crash_in_the_middle_of_a_start_leaves_no_second_copy(tmp_path: Path) -> None:
+    port = free_port()
+    slow = (
+        json.loads(fake("--bind-after", "2"))
+        if "--bind-after" in fake_flags()
+        else json.loads(fake("--load-time", "2"))
+    )
+    services = {"a": {"command": slow, "port": port, "probes": {"startup": {"http": "/health"}}}}
+    with fleetd(tmp_path, fleet(services)) as daemon:
+        daemon.start()
+        until(lambda: daemon.process_row("a")["pid"], "it was spawned")
+        pid = daemon.process_row("a")["pid"]
+        assert daemon.process_row("a")["state"] == "STARTING"
+        crash(daemon)
+        daemon.start()
+        assert ready(daemon, "a") == pid
+        assert len(daemon.children()) == 1
+
+
+def fake_flags() -> str:
+    from tests.support.daemon import FAKE
+
+    return FAKE.read_text()
+
+
+def test_case_04_the_end_of_an_adopted_process_is_marked_in_its_log(tmp_path: Path) -> None:
+    with fleetd(tmp_path, fleet({"a": {"command": sh("echo hello; exec sleep 1000"), "restart": QUICK}})) as daemon:
+        daemon.start()
+        pid = ready(daemon, "a")
+        until_said(daemon, "a", "hello")
+        crash(daemon)
+        daemon.start()
+        assert ready(daemon, "a") == pid
+        os.kill(pid, signal.SIGKILL)
+        text = until_said(daemon, "a", "hello", 2)
+        assert text.index("--- exited") > text.index("hello")

@@ -1,0 +1,106 @@
+"""Held models whose files are absent: blocked, never failed, and back by themselves; loads that are still being prepared."""
+
+from __future__ import annotations
+
+from fleetd.core.data import commands as c
+from fleetd.core.data import events as e
+from fleetd.core.data.state import Residency
+from tests.support.core import Rig, fleet_spec, model, server
+
+ABSENT = ("/Volumes/B/x.gguf (the volume /Volumes/B is not mounted)",)
+
+
+def serving(**changes: object) -> Rig:
+    rig = Rig(fleet_spec([server("o")], [model("m", "o", **changes), model("other", "o", size=0)]))
+    rig.spawned("o")
+    return rig
+
+
+def test_a_request_for_a_model_without_its_file_is_blocked_and_names_the_volume() -> None:
+    rig = serving()
+    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    refused = rig.ask("m")
+    assert rig.rejects()[refused] == "model_blocked"
+    assert "the volume /Volumes/B is not mounted" in rig.take(c.Reject)[-1].reason
+    rig.send(e.ModelRequirementsChanged("m"))
+    rig.ask("m")
+    assert [load.model for load in rig.take(c.Load)] == ["m"]
+
+
+def test_what_is_absent_at_the_start_is_not_loaded_ahead_and_comes_by_itself() -> None:
+    rig = Rig(fleet_spec([server("o")], [model("m", "o", preload=True)]), missing_models={"m": ABSENT})
+    rig.spawned("o")
+    assert not rig.take(c.Load)
+    rig.send(e.ModelRequirementsChanged("m"))
+    assert [load.model for load in rig.take(c.Load)] == ["m"]
+
+
+def test_a_failed_load_is_forgiven_when_the_file_is_back() -> None:
+    rig = serving()
+    rig.ask("m")
+    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    rig.send(e.LoadFailed("m", "o", 1, "no such file"))
+    assert list(rig.rejects().values()) == ["model_blocked"]
+    rig.wait(1.0)
+    rig.send(e.ModelRequirementsChanged("m"))
+    assert rig.fleet.models["m"].state is Residency.ABSENT
+    rig.clear()
+    rig.ask("m")
+    assert [load.model for load in rig.take(c.Load)] == ["m"]
+
+
+def test_a_loaded_model_leaves_with_its_volume_and_a_preloaded_one_comes_back() -> None:
+    rig = serving(preload=True)
+    rig.send(e.Loaded("m", "o", 1))
+    rig.clear()
+    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    assert [unload.model for unload in rig.take(c.Unload)] == ["m"]
+    rig.send(e.Unloaded("m", "o", 1))
+    rig.wait(1.0)
+    assert not rig.take(c.Load)
+    rig.send(e.ModelRequirementsChanged("m"))
+    assert [load.model for load in rig.take(c.Load)] == ["m"]
+
+
+def test_a_route_passes_by_a_model_without_its_file() -> None:
+    routes = [e_route("m"), e_route("other")]
+    spec = fleet_spec([server("o")], [model("m", "o"), model("other", "o", size=0), model("r", routes=tuple(routes))])
+    rig = Rig(spec, missing_models={"m": ABSENT})
+    rig.spawned("o")
+    for _ in range(8):
+        rig.ask("r")
+    assert {load.model for load in rig.take(c.Load)} == {"other"}
+
+
+def e_route(to: str) -> object:
+    from fleetd.core.data.specs import Route
+
+    return Route(to)
+
+
+def test_progress_moves_the_deadline_of_a_load() -> None:
+    rig = serving(load_timeout_s=20.0, queue_timeout_s=500.0)
+    rig.ask("m")
+    for _ in range(5):
+        rig.wait(15.0)
+        rig.send(e.LoadProgress("m", "o", 1, "quantizing"))
+    placement = rig.fleet.models["m"].placements["o"]
+    assert (placement.state, placement.reason) == (Residency.LOADING, "quantizing")
+    rig.wait(31.0)
+    assert "not loaded within 20 s" in str(rig.fleet.models["m"].failure)
+
+
+def test_a_request_that_its_only_engine_failed_goes_on_to_the_fallback() -> None:
+    models = [model("m", "o", fallback=("n",)), model("n", "p", size=0)]
+    rig = Rig(fleet_spec([server("o"), server("p")], models))
+    rig.spawned("o")
+    rig.spawned("p")
+    for name, holder in (("m", "o"), ("n", "p")):
+        rig.ask(name)
+        rig.loaded(name, holder)
+    rig.clear()
+    rig.ask("m", avoid=("o",))
+    assert [grant.process for grant in rig.take(c.Grant)] == ["p"]
+    rig.clear()
+    rig.ask("n", avoid=("p",))  # no fallback: the one that failed may have come back
+    assert [grant.process for grant in rig.take(c.Grant)] == ["p"]

@@ -1,0 +1,251 @@
+"""When a dead process starts again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetd.core.data import commands as c
+from fleetd.core.data import events as e
+from fleetd.core.data.specs import Backoff, CrashLoop, ExitKind, ExitReport, RestartMode, RestartPolicy
+from fleetd.core.data.state import ProcessState
+from fleetd.core.processes.restart_policy import (
+    Again,
+    Decision,
+    Done,
+    GiveUp,
+    RestartRecord,
+    after_death,
+    delay_s,
+    describe,
+)
+from tests.support.core import Rig, fleet_spec, process
+
+CRASH = ExitReport(1)
+PLAIN = RestartPolicy(backoff=Backoff(1.0, 2.0, 8.0, 0.0), crash_loop=CrashLoop(count=100))
+
+
+def decide(
+    policy: RestartPolicy,
+    report: ExitReport = CRASH,
+    record: RestartRecord | None = None,
+    now: float = 0.0,
+    zero: bool = False,
+) -> Decision:
+    return after_death(policy, record or RestartRecord(), report, zero_is_failure=zero, now=now, rng=Random(1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "zero", "expected"),
+    [
+        (RestartMode.ALWAYS, 0, False, Again), (RestartMode.ALWAYS, 1, False, Again), (RestartMode.ALWAYS, None, False, Again),
+        (RestartMode.ON_FAILURE, 0, False, Done), (RestartMode.ON_FAILURE, 1, False, Again), (RestartMode.ON_FAILURE, None, False, Again),
+        (RestartMode.ON_FAILURE, 0, True, Again), (RestartMode.ON_FAILURE, 3, False, Done),
+        (RestartMode.NEVER, 0, False, Done), (RestartMode.NEVER, 1, False, GiveUp), (RestartMode.NEVER, 0, True, GiveUp),
+        (RestartMode.NEVER, None, False, GiveUp),
+    ],
+)  # fmt: skip
+def test_what_follows_a_death(mode: RestartMode, code: int | None, zero: bool, expected: type) -> None:
+    assert isinstance(decide(replace(PLAIN, mode=mode, success_codes=(0, 3)), ExitReport(code), zero=zero), expected)
+
+
+def test_a_mistake_in_the_configuration_is_not_tried_again() -> None:
+    record = RestartRecord()
+    decision = decide(PLAIN, ExitReport(1, kind=ExitKind.BAD_CONFIG, reason="no such option"), record)
+    assert isinstance(decision, GiveUp)
+    assert "no such option" in decision.reason
+    assert record.deaths == 0
+    patient = replace(PLAIN, crash_loop=CrashLoop(then="slow", every_s=600.0))
+    slow = decide(patient, ExitReport(127, kind=ExitKind.BAD_CONFIG, reason="no such program"), record)
+    assert isinstance(slow, Again), "who asks for slow tries is not given up: a program may come back"
+    assert (slow.delay_s, record.deaths, record.slow) == (600.0, 1, True)
+    never = replace(patient, mode=RestartMode.NEVER)
+    assert isinstance(decide(never, ExitReport(127, kind=ExitKind.BAD_CONFIG)), GiveUp)
+
+
+def test_the_backoff_doubles_up_to_its_limit() -> None:
+    record = RestartRecord()
+    delays = [decision.delay_s for _ in range(6) if isinstance(decision := decide(PLAIN, record=record), Again)]
+    assert delays == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+@given(
+    st.floats(0.001, 10),
+    st.floats(1.0, 1e6),
+    st.floats(0.001, 600),
+    st.floats(0, 1),
+    st.integers(1, 10_000),
+    st.integers(),
+)
+def test_jitter_stays_in_its_bounds(
+    initial: float, factor: float, top: float, jitter: float, deaths: int, seed: int
+) -> None:
+    delay = delay_s(Backoff(initial, factor, top, jitter), deaths, Random(seed))
+    plain = delay_s(Backoff(initial, factor, top, 0.0), deaths, Random(seed))
+    assert plain * (1 - jitter) - 1e-9 <= delay <= min(top, plain * (1 + jitter)) + 1e-9
+
+
+@pytest.mark.parametrize("gap", [0.0, 5.0, 14.9])
+def test_a_crash_loop_is_seen_whatever_the_gap(gap: float) -> None:
+    policy = replace(PLAIN, crash_loop=CrashLoop(count=5, window_s=60.0))
+    record = RestartRecord()
+    decisions = [decide(policy, record=record, now=1000.0 + gap * number) for number in range(5)]
+    assert [type(decision) for decision in decisions] == [Again] * 4 + [GiveUp]
+    assert "5 deaths within 60 s" in decisions[-1].reason
+
+
+def test_deaths_outside_of_the_window_do_not_count() -> None:
+    policy = replace(PLAIN, crash_loop=CrashLoop(count=2, window_s=60.0))
+    record = RestartRecord()
+    assert all(isinstance(decide(policy, record=record, now=61.0 * number), Again) for number in range(20))
+
+
+def test_stable_runs_do_not_hide_a_crash_loop() -> None:
+    policy = replace(PLAIN, crash_loop=CrashLoop(count=3, window_s=60.0))
+    record = RestartRecord()
+    for now in (0.0, 12.0):
+        assert isinstance(decide(policy, record=record, now=now), Again)
+        record.stable()
+    assert isinstance(decide(policy, record=record, now=24.0), GiveUp)
+
+
+def test_slow_mode_goes_on_until_a_stable_run() -> None:
+    policy = replace(PLAIN, crash_loop=CrashLoop(count=2, window_s=10.0, then="slow", every_s=600.0))
+    record = RestartRecord()
+    delays = [
+        decision.delay_s
+        for now in (0.0, 1.0, 700.0, 1400.0)
+        if isinstance(decision := decide(policy, record=record, now=now), Again)
+    ]
+    assert delays == [1.0, 600.0, 600.0, 600.0]
+    record.stable()
+    after = decide(policy, record=record, now=3000.0)
+    assert isinstance(after, Again)
+    assert after.delay_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (ExitReport(3), "exited with code 3"),
+        (ExitReport(None, "SIGSEGV"), "killed by SIGSEGV"),
+        (ExitReport(None, oom=True, reason="cuda"), "killed for memory: cuda"),
+        (ExitReport(None, kind=ExitKind.UNKNOWN, reason="while nobody watched"), "died unseen: while nobody watched"),
+        (ExitReport(None, reason="liveness probe failed 3 times"), "liveness probe failed 3 times"),
+        (ExitReport(None), "died unseen"),
+    ],
+)
+def test_a_death_in_words(report: ExitReport, said: str) -> None:
+    assert describe(report) == said
+
+
+# -- the same in the fleet --------------------------------------------------------------------------------------------------
+
+
+def crashing(**changes: object) -> Rig:
+    policy = replace(RestartPolicy(backoff=Backoff(1.0, 2.0, 8.0, 0.0)), **changes)  # type: ignore[arg-type]
+    rig = Rig(fleet_spec([process("a", restart=policy)]))
+    rig.spawned("a")
+    return rig
+
+
+def test_a_crash_is_swept_then_backed_off_then_started_again() -> None:
+    rig = crashing()
+    rig.clear()
+    rig.exits("a")
+    assert [type(command) for command in rig.seen] == [c.StopProbes, c.Sweep]
+    assert rig.state("a") is ProcessState.STOPPING
+    rig.empty("a")
+    assert rig.state("a") is ProcessState.BACKOFF
+    assert rig.fleet.next_deadline() == rig.now + 1.0
+    rig.wait(1.0)
+    assert rig.state("a") is ProcessState.STARTING
+    assert (rig.of("a").generation, rig.of("a").restarts) == (2, 1)
+
+
+def test_a_stable_run_resets_the_backoff_by_a_timer() -> None:
+    rig = crashing(stable_after_s=10.0)
+    for _ in range(2):
+        rig.dies("a")
+        rig.wait(8.0)
+        rig.spawned("a")
+    assert rig.of("a").record.deaths == 2
+    rig.wait(9.9)
+    assert rig.of("a").record.deaths == 2
+    rig.wait(0.2)
+    assert rig.of("a").record.deaths == 0
+    assert rig.take(c.Persist)[-1].remembered.deaths == 0
+    rig.dies("a")
+    assert rig.of("a").next_start_s == rig.now + 1.0
+
+
+def test_a_crash_loop_ends_in_failed_and_only_a_person_ends_that() -> None:
+    rig = crashing(crash_loop=CrashLoop(count=3, window_s=60.0))
+    for _ in range(2):
+        rig.dies("a")
+        rig.wait(4.0)
+        rig.spawned("a")
+    rig.dies("a")
+    assert rig.state("a") is ProcessState.FAILED
+    assert rig.take(c.Persist)[-1].remembered.failed == rig.of("a").reason
+    assert rig.fleet.next_deadline() is None
+    rig.wait(10_000)
+    assert rig.state("a") is ProcessState.FAILED
+    rig.send(e.StartAsked("a"))
+    assert rig.state("a") is ProcessState.STARTING
+    assert rig.of("a").record.deaths == 0
+
+
+@pytest.mark.parametrize("order", [e.StopAsked("a"), e.RestartAsked("a"), e.RestartDue("a", "schedule")])
+def test_an_ordered_end_is_no_death(order: e.Event) -> None:
+    rig = crashing()
+    rig.send(order)
+    assert rig.state("a") is ProcessState.STOPPING
+    rig.exits("a", None)
+    rig.empty("a")
+    assert rig.of("a").record.deaths == 0
+    assert rig.state("a") is (ProcessState.STOPPED if isinstance(order, e.StopAsked) else ProcessState.STARTING)
+
+
+def test_a_start_that_cannot_be_is_a_death_and_a_hopeless_one_is_the_end() -> None:
+    rig = Rig(fleet_spec([process("a")]))
+    rig.send(e.SpawnFailed("a", 1, "port 80 is taken"))
+    assert rig.state("a") is ProcessState.BACKOFF
+    rig.wait(1.0)
+    rig.send(e.SpawnFailed("a", 2, "no such file: a.js", recoverable=False))
+    assert rig.state("a") is ProcessState.FAILED
+    assert "no such file: a.js" in rig.of("a").reason
+
+
+def test_an_external_server_is_looked_for_for_ever() -> None:
+    from fleetd.core.data.specs import Capabilities, ProbeKind
+    from tests.support.core import ALL_PROBES
+
+    far = process("far", capabilities=Capabilities(owns_process=False, many_models=True), probes=ALL_PROBES)
+    rig = Rig(fleet_spec([far]))
+    for _ in range(20):
+        rig.wait(10.0)
+        assert rig.state("far") is ProcessState.BACKOFF
+        rig.wait(80.0 if rig.of("far").record.deaths > 6 else rig.of("far").next_start_s - rig.now)  # type: ignore[operator]
+        if rig.state("far") is ProcessState.BACKOFF:
+            rig.wait(rig.of("far").next_start_s - rig.now)  # type: ignore[operator]
+    assert not rig.take(c.Spawn)
+    assert not rig.take(c.Stop)
+    while rig.state("far") is not ProcessState.STARTING:
+        rig.wait(1.0)
+    rig.probe("far", ProbeKind.STARTUP)
+    rig.probe("far", ProbeKind.READINESS)
+    assert rig.state("far") is ProcessState.READY
+
+
+def test_few_deaths_are_kept_for_the_next_daemon_however_many_a_crash_loop_may_have() -> None:
+    record = RestartRecord()
+    for number in range(1500):
+        record.times.append(float(number))
+    assert record.last(3) == (1497.0, 1498.0, 1499.0)
+    assert len(record.last(1_000_000)) == 20, "every record of the process holds them, and so does the journal"
+    assert RestartRecord().last(5) == ()

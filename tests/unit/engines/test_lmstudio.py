@@ -1,0 +1,301 @@
+"""LM Studio and external servers: explicit loads, the shape of every answer, and the child that stands for `lms`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.rig import free_port
+from fleetd.core.data.specs import ExitKind
+from fleetd.engines import external
+from fleetd.engines.base import Api, Endpoint, HeldModel, LaunchContext
+from fleetd.engines.external import ExternalOptions
+from fleetd.engines.lmstudio import engine
+from fleetd.engines.lmstudio.engine import LmStudioOptions
+from fleetd.errors import EngineError
+from tests.support.engines import FAKE, fake
+
+ENGINE, EXTERNAL = engine.ENGINE, external.ENGINE
+CHILD = Path(engine.__file__).with_name("server_main.py")
+
+
+def context(**changes: Any) -> LaunchContext:
+    values = {"name": "studio", "host": "127.0.0.1", "port": 1234, "options": LmStudioOptions(), **changes}
+    return LaunchContext(**values)
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+
+def test_load_list_unload(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "lmstudio", "--models", "a=1000,b-embed=2000") as server:
+            http, endpoint = server.http, server.endpoint
+            a, b = HeldModel("A", "a", options={"context_length": 512}), HeldModel("B", "b-embed", embedding=True)
+            assert await ENGINE.load(http, endpoint, a, 5) == {"gpu": 1000}
+            assert await ENGINE.load(http, endpoint, a, 5) == {"gpu": 1000}  # loaded already: not a second instance
+            assert await ENGINE.load(http, endpoint, b, 5) == {"gpu": 2000}
+            listed = await server.get("/api/v1/models")
+            loaded = {model["key"]: model["loaded_instances"] for model in listed["models"]}
+            assert [len(instances) for instances in loaded.values()] == [1, 1]
+            assert loaded["a"][0]["config"]["context_length"] == 512
+            residents = {one.served_as: one.context_length for one in await ENGINE.loaded(http, endpoint)}
+            assert residents == {"a": 512, "b-embed": 4096}
+            for model in (None, a, b):
+                outcome = await ENGINE.alive(http, endpoint, model, 5)
+                assert outcome.ok
+                assert "one token" in outcome.detail
+            await ENGINE.unload(http, endpoint, a, 5)
+            assert [resident.served_as for resident in await ENGINE.loaded(http, endpoint)] == ["b-embed"]
+            await ENGINE.unload(http, endpoint, a, 5)
+
+    asyncio.run(go())
+
+
+def test_a_probe_never_loads_just_in_time(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "lmstudio", "--models", "a=1000") as server:
+            for model in (None, HeldModel("A", "a")):
+                assert (await ENGINE.alive(server.http, server.endpoint, model, 5)).ok
+            assert await ENGINE.loaded(server.http, server.endpoint) == ()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "text", "recoverable"),
+    [
+        (("--models", "a"), "nope", "has no model nope", False),
+        (("--models", "a", "--fail-load"), "a", "insufficient resources", True),
+    ],
+)
+def test_failed_loads(tmp_path: Path, arguments: tuple[str, ...], name: str, text: str, recoverable: bool) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "lmstudio", *arguments) as server:
+            with pytest.raises(EngineError, match=text) as caught:
+                await ENGINE.load(server.http, server.endpoint, HeldModel("m", name), 5)
+            assert caught.value.recoverable is recoverable
+
+    asyncio.run(go())
+
+
+def test_another_server_is_told_from_lm_studio(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "openai") as server:
+            with pytest.raises(EngineError, match="does not list models as LM Studio does"):
+                await ENGINE.loaded(server.http, server.endpoint)
+            assert not (await ENGINE.alive(server.http, server.endpoint, None, 5)).ok
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ttl": 5}, "takes context_length"),
+        ({"context_length": "many"}, "a whole number"),
+        ({"context_length": True}, "a whole number"),
+        ({"flash_attention": 1}, "true or false"),
+    ],
+)
+def test_options_of_a_load(options: Mapping[str, Any], text: str) -> None:
+    found = ENGINE.validate(context(models=(HeldModel("m", "a", options=options),)))
+    assert len(found) == 1
+    assert text in found[0].message
+    assert ENGINE.validate(context(models=(HeldModel("m", "a", options={"context_length": 1}),))) == []
+
+
+# -- the child ----------------------------------------------------------------------------------------------------------
+
+LMS = """\
+import json, os, signal, subprocess, sys, time
+home, fake, words = {home!r}, {fake!r}, sys.argv[1:]
+with open(os.path.join(home, "calls"), "a") as calls:
+    calls.write(json.dumps(words) + "\\n")
+pid_file = os.path.join(home, "pid")
+if words[:2] == ["daemon", "status"]:
+    print(json.dumps({{"status": {daemon!r}}}))
+elif words[:2] == ["server", "start"]:
+    if {broken!r}:
+        sys.exit("Error: no such runtime")
+    port = words[words.index("--port") + 1]
+    argv = [sys.executable, fake, "--api", "lmstudio", "--port", port]
+    with open(os.path.join(home, "server.log"), "wb") as log:
+        server = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    open(pid_file, "w").write(str(server.pid))
+    import socket
+    for _ in range(500):
+        try:
+            socket.create_connection(("127.0.0.1", int(port)), 1).close()
+            break
+        except OSError:
+            time.sleep(0.01)
+elif words[:2] == ["server", "stop"] and os.path.exists(pid_file):
+    pid = int(open(pid_file).read())
+    os.kill(pid, signal.SIGTERM)
+    os.remove(pid_file)
+    print("Stopped the server")
+"""
+
+
+def child(tmp_path: Path, port: int, *, daemon: str = "running", broken: bool = False) -> subprocess.Popen[bytes]:
+    lms = tmp_path / "lms.py"
+    lms.write_text(LMS.format(home=str(tmp_path), fake=str(FAKE), daemon=daemon, broken=broken))
+    argv = list(ENGINE.launch(context(port=port, command=(sys.executable, str(lms)))).argv)
+    assert argv[:3] == [sys.executable, "-I", str(CHILD)]
+    with (tmp_path / "child.log").open("wb") as log:
+        return subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def until(condition: Any, text: str) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, text
+        time.sleep(0.02)
+
+
+def calls(tmp_path: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("daemon", "down"), [("running", False), ("stopped", True)])
+def test_the_child_starts_and_stops_the_server(tmp_path: Path, daemon: str, down: bool) -> None:
+    port = free_port()
+    process = child(tmp_path, port, daemon=daemon)
+    try:
+        until(lambda: answers(port), (tmp_path / "child.log").read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, (tmp_path / "child.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    until(lambda: not answers(port), "the server still listens")
+    assert ["server", "start", "--port", str(port), "--bind", "127.0.0.1"] in calls(tmp_path)
+    assert ["server", "stop"] in calls(tmp_path)
+    assert (["daemon", "down"] in calls(tmp_path)) is down
+
+
+def test_the_child_ends_when_the_server_is_gone(tmp_path: Path) -> None:
+    port = free_port()
+    process = child(tmp_path, port)
+    try:
+        until(lambda: (tmp_path / "pid").exists() and answers(port), "no server")
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        (tmp_path / "pid").unlink()
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+        process.wait()
+    lines = (tmp_path / "child.log").read_text().splitlines()
+    assert any("no longer answers" in line for line in lines)
+    assert ENGINE.classify_exit(1, None, lines).kind is ExitKind.CRASH
+
+
+def test_the_child_says_why_a_start_failed(tmp_path: Path) -> None:
+    process = child(tmp_path, free_port(), broken=True)
+    assert process.wait(30) == 1
+    text = (tmp_path / "child.log").read_text()
+    assert "no such runtime" in text
+    assert "Traceback" not in text
+
+
+def test_the_child_wants_a_program() -> None:
+    done = subprocess.run([sys.executable, "-I", str(CHILD), "--port", "1"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "say how to run lms" in done.stderr
+    gone = subprocess.run(
+        [sys.executable, "-I", str(CHILD), "--port", "1", "--", "/nowhere/lms"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert gone.returncode == 1
+    assert "cannot be started" in gone.stdout
+    assert "Traceback" not in gone.stderr
+
+
+def test_the_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleetd.engines.lmstudio.engine.PLACES", ())
+    with pytest.raises(EngineError, match="no program named lms") as caught:
+        ENGINE.launch(context(env={"PATH": str(tmp_path)}))
+    assert not caught.value.recoverable
+
+
+@pytest.mark.parametrize(
+    ("code", "signal_name", "lines", "kind"),
+    [
+        (0, None, [], ExitKind.EXPECTED),
+        (1, None, ["address already in use: an LM Studio server answers"], ExitKind.PORT_IN_USE),
+        (2, None, ["usage"], ExitKind.BAD_CONFIG),
+        (None, "SIGKILL", [], ExitKind.CRASH),
+        (None, None, [], ExitKind.UNKNOWN),
+    ],
+)
+def test_exits(code: int | None, signal_name: str | None, lines: list[str], kind: ExitKind) -> None:
+    assert ENGINE.classify_exit(code, signal_name, lines).kind is kind
+
+
+# -- external -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_external_server_is_asked_for_its_models(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "openai", "--model", "gpt") as server:
+            http = server.http
+            endpoint = server.endpoint
+            assert (await EXTERNAL.alive(http, endpoint, None, 5)).ok
+            assert (await EXTERNAL.alive(http, endpoint, HeldModel("m", "gpt"), 5)).ok
+            assert not (await EXTERNAL.alive(http, endpoint, HeldModel("m", "other"), 5)).ok
+            assert [resident.served_as for resident in await EXTERNAL.loaded(http, endpoint)] == ["gpt"]
+            assert await EXTERNAL.load(http, endpoint, HeldModel("m", "gpt"), 5) == {}
+            with pytest.raises(EngineError, match="has no model other; it lists gpt"):
+                await EXTERNAL.load(http, endpoint, HeldModel("m", "other"), 5)
+            await EXTERNAL.unload(http, endpoint, HeldModel("m", "gpt"), 5)
+            stats = await server.get("/fake/stats")
+            assert stats["finished"] == 0  # not one token was asked for
+
+    asyncio.run(go())
+
+
+def test_an_error_with_status_200_is_no_list(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with fake(tmp_path, "lmstudio") as server:
+            outcome = await EXTERNAL.alive(server.http, Endpoint(server.endpoint.base_url + "/api"), None, 5)
+            assert not outcome.ok
+            assert "did not answer" in outcome.detail
+
+    asyncio.run(go())
+
+
+def test_external_is_never_started() -> None:
+    assert not EXTERNAL.capabilities.owns_process
+    plain = context(options=ExternalOptions())
+    assert EXTERNAL.validate(plain) == []
+    with pytest.raises(EngineError, match="starts nothing"):
+        EXTERNAL.launch(plain)
+    assert [problem.path for problem in EXTERNAL.validate(context(options=ExternalOptions(), command=("x",)))] == [
+        ("command",)
+    ]
+    assert [problem.path for problem in EXTERNAL.validate(context(options=ExternalOptions(api=Api.NONE)))] == [("api",)]
+    footprint = EXTERNAL.estimate(plain, None)
+    assert footprint is not None
+    assert footprint.bytes == {}

@@ -1,0 +1,305 @@
+"""The real Ollama on the CPU with tiny models of a few hundred KB: what the fake only claims."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.rig import free_port
+from bench.tiny_gguf import write
+from fleetd.core.data.specs import ExitKind
+from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.engines.ollama.engine import ENGINE, OllamaOptions
+from fleetd.errors import EngineError
+from fleetd.models.ollama import sync as library_module
+from fleetd.models.ollama.modelfile import recipe
+from fleetd.models.ollama.sync import Change, Library
+from tests.support.engines import Server, launched, ollama_program
+
+pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(180)]
+TEMPLATE = "{{ .System }} {{ .Prompt }}"
+TIMEOUT_S = 60.0
+
+
+def context(tmp_path: Path, **options: Any) -> LaunchContext:
+    store = tmp_path / "store"
+    store.mkdir(exist_ok=True)
+    return LaunchContext(
+        name="ollama-1",
+        options=OllamaOptions(models_dir=str(store), **{"num_parallel": 2, **options}),
+        host="127.0.0.1",
+        port=free_port(),
+        command=(ollama_program(), "serve"),
+        device="host",
+    )
+
+
+@contextlib.asynccontextmanager
+async def served(tmp_path: Path, ready: LaunchContext) -> AsyncIterator[Server]:
+    launch = ENGINE.launch(ready)
+    assert ready.port is not None
+    env = {**launch.env, "HOME": str(tmp_path)}
+    async with launched(tmp_path, launch.argv, env, ready.port, "/api/version") as server:
+        yield server
+
+
+def tiny(tmp_path: Path, seed: int = 1) -> Path:
+    folder = tmp_path / "my models @f16"
+    folder.mkdir(exist_ok=True)
+    return write(folder / f"tiny {seed}.gguf", seed=seed)
+
+
+def names(residents: Any) -> set[str]:
+    return {resident.served_as for resident in residents}
+
+
+def test_in_place_load_chat_evict(tmp_path: Path) -> None:
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            path = tiny(tmp_path)
+            modelfile = {"template": TEMPLATE, "system": 'say "x"', "parameters": {"num_ctx": 512, "stop": ["</s>"]}}
+            one = recipe("a", "tsc-a:f16", source=str(path), modelfile=modelfile)
+            two = recipe("b", "b", source=str(path))  # the same file under another name
+            for each in (one, two):
+                assert (await lib.ensure(each)).change is Change.CREATE
+                assert (await lib.ensure(each)).change is Change.NONE
+            links = [entry for entry in (tmp_path / "store" / "blobs").iterdir() if entry.is_symlink()]
+            assert [link.resolve() for link in links] == [path, path]
+            assert (
+                sum(
+                    entry.stat().st_size for entry in (tmp_path / "store" / "blobs").iterdir() if not entry.is_symlink()
+                )
+                < 5000
+            )
+            a, b = HeldModel("a", "tsc-a:f16"), HeldModel("b", "b")
+            measured = await ENGINE.load(server.http, server.endpoint, a, TIMEOUT_S)
+            estimate = ENGINE.estimate(ready, replace(a, source=str(path), modelfile=modelfile))
+            assert estimate is not None
+            assert 0.5 < estimate.bytes["host"] / measured["host"] < 2
+            await ENGINE.load(server.http, server.endpoint, b, TIMEOUT_S)
+            assert names(await ENGINE.loaded(server.http, server.endpoint)) == {"tsc-a:f16", "b"}
+            answer = await server.post(
+                "/api/chat",
+                {
+                    "model": "tsc-a:f16",
+                    "stream": False,
+                    "messages": [{"role": "user", "content": "hi"}],
+                    "options": {"num_predict": 3},
+                },
+            )
+            assert answer["done"] is True
+            await ENGINE.unload(server.http, server.endpoint, b, TIMEOUT_S)
+            assert names(await ENGINE.loaded(server.http, server.endpoint)) == {"tsc-a:f16"}
+            changed = recipe("a", "tsc-a:f16", source=str(tiny(tmp_path, 2)), modelfile=modelfile)
+            assert (await lib.ensure(changed)).change is Change.UPDATE
+            for step in await lib.plan([]):
+                await lib.apply(step)
+            assert (await server.get("/api/tags"))["models"] == []
+            assert not any(entry.is_symlink() for entry in (tmp_path / "store" / "blobs").iterdir())
+            assert path.exists()
+
+    asyncio.run(go())
+
+
+def test_a_probe_starts_no_new_runner(tmp_path: Path) -> None:
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            await lib.ensure(recipe("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE}))
+            model = HeldModel("a", "a", options={"num_ctx": 768})
+            await ENGINE.load(server.http, server.endpoint, model, TIMEOUT_S)
+            runners = children(server)
+            for probed in (model, None, HeldModel("a", "a")):
+                outcome = await ENGINE.alive(server.http, server.endpoint, probed, TIMEOUT_S)
+                assert outcome.ok
+                assert "one token" in outcome.detail
+            assert children(server) == runners
+
+    asyncio.run(go())
+
+
+def test_load_options_hold_over_requests_that_carry_none(tmp_path: Path) -> None:
+    """Of a model made from a file, and of one derived from a model that somebody else made."""
+    ready = context(tmp_path, context_length=512)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            state, path = tmp_path / "state", str(tiny(tmp_path))
+            others = Library(server.http, server.endpoint.base_url, tmp_path / "other state", tmp_path / "store")
+            await others.ensure(recipe("hand", "hand", source=path, modelfile={"template": TEMPLATE}))
+            for source, length in ((path, 2048), ("hand", 1024)):
+                template = {"template": TEMPLATE, "parameters": {"temperature": 0.5}}
+                model = HeldModel("h", f"h{length}", source=source, modelfile=template, options={"num_ctx": length})
+                said = await ENGINE.prepare(server.http, server.endpoint, ready, model, state)
+                assert said == f"h{length}: created, not in the store"
+                await ENGINE.load(server.http, server.endpoint, model, TIMEOUT_S)
+                runners = children(server)
+                question = {"model": model.served_as, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                assert (await server.post("/v1/chat/completions", question))["choices"]
+                listed = {one["name"]: one["context_length"] for one in (await server.get("/api/ps"))["models"]}
+                assert listed == {f"{model.served_as}:latest": length}
+                assert children(server) == runners
+                more = replace(model, options={"num_ctx": length + 256})
+                said = await ENGINE.prepare(server.http, server.endpoint, ready, more, state)
+                assert said == f"h{length}: updated, its file or its modelfile changed"
+                await ENGINE.unload(server.http, server.endpoint, model, TIMEOUT_S)
+            shown = await server.post("/api/show", {"model": "hand"})
+            assert "num_ctx" not in shown.get("parameters", ""), "what somebody else made stays as it is"
+
+    asyncio.run(go())
+
+
+def children(server: Server) -> set[int]:
+    return {child.pid for child in psutil.Process(server.process.pid).children(recursive=True)}
+
+
+def test_quantised_by_ollama(tmp_path: Path) -> None:
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            path, seen = tiny(tmp_path), []
+            one = recipe("q", "q:q8_0", source=str(path), quantize="q8_0")
+            await lib.ensure(one, lambda phase, done, total: seen.append((phase, done, total)))
+            assert any("quantizing" in phase and 0 < done <= total for phase, done, total in seen)
+            assert (await lib.ensure(one)).change is Change.NONE
+            shown = await server.post("/api/show", {"model": "q:q8_0"})
+            assert shown["details"]["quantization_level"] == "Q8_0"
+            assert not any(entry.is_symlink() for entry in (tmp_path / "store" / "blobs").iterdir())
+            before = ENGINE.estimate(ready, HeldModel("q", "absent", source=str(path), quantize="q8_0"))
+            after = ENGINE.estimate(ready, HeldModel("q", "q:q8_0", source=str(path), quantize="q8_0"))
+            assert before is not None
+            assert after is not None
+            assert abs(before.total_bytes - after.total_bytes) < 30_000  # of 230 KB of weights
+            await ENGINE.load(server.http, server.endpoint, HeldModel("q", "q:q8_0"), TIMEOUT_S)
+
+    asyncio.run(go())
+
+
+def test_a_manifest_by_hand_is_what_create_would_have_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0.30 on, /api/create copies; the manifest that fleetd writes then must say the same as Ollama's own."""
+    ready = context(tmp_path)
+    modelfile = {
+        "template": TEMPLATE, "system": "hey", "license": "MIT", "parameters": {"temperature": 0.5, "stop": ["a", "b"]},
+        "messages": [{"role": "user", "content": "q"}],
+    }  # fmt: skip
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            path = str(tiny(tmp_path))
+            await lib.ensure(recipe("a", "made", source=path, modelfile=modelfile))
+            monkeypatch.setattr(library_module, "COPIES_SINCE", (0, 0, 0))
+            await lib.ensure(recipe("b", "by-hand", source=path, modelfile=modelfile))
+            made, by_hand = [await server.post("/api/show", {"model": name}) for name in ("made", "by-hand")]
+            for one in (made, by_hand):
+                one["parameters"] = sorted(one["parameters"].splitlines())  # in no order of its own
+            for key in ("template", "system", "license", "parameters", "messages", "model_info", "capabilities"):
+                assert made[key] == by_hand[key], key
+            details = [
+                {key: value for key, value in one["details"].items() if key != "parent_model"}
+                for one in (made, by_hand)
+            ]
+            assert details[0] == details[1]
+            await ENGINE.load(server.http, server.endpoint, HeldModel("b", "by-hand"), TIMEOUT_S)
+            await lib.delete("by-hand")
+            assert Path(path).exists()
+
+    asyncio.run(go())
+
+
+def test_three_replicas_share_a_store(tmp_path: Path) -> None:
+    ready = [context(tmp_path) for _ in range(3)]
+
+    async def go() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(served(tmp_path, one)) for one in ready]
+            first = servers[0]
+            model = HeldModel("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE})
+            said = await asyncio.gather(
+                *(
+                    ENGINE.prepare(one.http, one.endpoint, where, model, tmp_path / "state")
+                    for one, where in zip(servers, ready, strict=True)
+                )
+            )
+            assert sorted(filter(None, said)) == ["a: created, not in the store"]  # by the first; the others found it
+            await asyncio.gather(*(ENGINE.load(one.http, one.endpoint, model, TIMEOUT_S) for one in servers))
+            assert [names(await ENGINE.loaded(one.http, one.endpoint)) for one in servers] == [{"a"}] * 3
+            await ENGINE.unload(first.http, first.endpoint, model, TIMEOUT_S)
+            assert [len(await ENGINE.loaded(one.http, one.endpoint)) for one in servers] == [0, 1, 1]
+
+    asyncio.run(go())
+
+
+def test_a_kill_leaves_runners_in_the_group(tmp_path: Path) -> None:
+    """Why the host sweeps the whole set: the server is dead, its runner holds the memory."""
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            await lib.ensure(recipe("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE}))
+            await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), TIMEOUT_S)
+            runners = children(server)
+            assert runners
+            server.process.kill()
+            server.process.wait()
+            left = {
+                pid
+                for pid in runners
+                if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            }
+            assert left
+            assert {os.getpgid(pid) for pid in left} == {server.process.pid}
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+
+    asyncio.run(go())
+
+
+def test_a_taken_port_and_its_verdict(tmp_path: Path) -> None:
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready):
+            launch = ENGINE.launch(ready)
+            env = {**os.environ, **launch.env, "HOME": str(tmp_path)}
+            second = await asyncio.create_subprocess_exec(*launch.argv, env=env, stderr=asyncio.subprocess.PIPE)
+            _, said = await asyncio.wait_for(second.communicate(), TIMEOUT_S)
+            verdict = ENGINE.classify_exit(second.returncode, None, said.decode().splitlines())
+            assert (second.returncode, verdict.kind) == (1, ExitKind.PORT_IN_USE)
+
+    asyncio.run(go())
+
+
+def test_missing_and_dangling(tmp_path: Path) -> None:
+    ready = context(tmp_path)
+
+    async def go() -> None:
+        async with served(tmp_path, ready) as server:
+            with pytest.raises(EngineError, match="has no model nope") as caught:
+                await ENGINE.load(server.http, server.endpoint, HeldModel("n", "nope"), TIMEOUT_S)
+            assert not caught.value.recoverable
+            lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
+            path = tiny(tmp_path)
+            await lib.ensure(recipe("a", "a", source=str(path), modelfile={"template": TEMPLATE}))
+            path.rename(path.with_name("elsewhere.gguf"))
+            with pytest.raises(EngineError):
+                await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), TIMEOUT_S)
+
+    asyncio.run(go())

@@ -1,0 +1,158 @@
+"""One `check` tells all: what the types of fleet.yaml refuse does not hide what only an assembly finds."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fleetd.config.load import load
+from fleetd.errors import ConfigError, Problem
+from fleetd.resolver import offline
+
+CLASH = "services: {a: {command: x, port: 7001}, b: {command: x, port: 7001}}\n"
+
+
+def problems(folder: Path, fleet: str) -> list[Problem]:
+    path = folder / "fleet.yaml"
+    path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
+    with pytest.raises(ConfigError) as caught:
+        offline.assembled(path, {"PATH": "/bin", "HOME": "/root"})
+    return list(caught.value.problems)
+
+
+def places(folder: Path, fleet: str) -> list[str]:
+    return [problem.path for problem in problems(folder, fleet)]
+
+
+def test_a_clash_of_ports_hides_nothing(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        CLASH + "instances:\n"
+        "  ol: {engine: ollama, port: 7001, options: {kv_cache_type: q8_0, flash_attention: false}, env: {OLLAMA_HOST: x}}\n"
+        "models:\n"
+        "  m: {instance: ol, served_as: 'bad name!', options: {num_ctx: -3}}\n",
+    )
+    assert [(problem.line, problem.path) for problem in found] == [
+        (2, "services.b.port"),
+        (4, "instances.ol.port"),
+        (4, "instances.ol.options.kv_cache_type"),
+        (4, "instances.ol.env.OLLAMA_HOST"),
+        (6, "models.m.served_as"),
+        (6, "models.m.options.num_ctx"),
+    ]
+
+
+def test_a_wrong_entry_hides_nothing_of_the_others(tmp_path: Path) -> None:
+    assert places(
+        tmp_path,
+        """
+        gateway: {max_body: 10G}
+        services: {a: {command: x, restrt: 1}}
+        instances: {ol: {engine: ollama}}
+        models:
+          m: {instance: ol, quantize: q3, from: /m.gguf}
+          n: {instance: ol, modelfile: {system: 5}, served_as: 'not judged!'}
+        """,
+    ) == ["gateway.max_body", "services.a.restrt", "models.m.quantize", "models.n.modelfile.system"]
+
+
+def test_a_key_that_no_engine_looks_at_hides_nothing_of_its_own_entry(tmp_path: Path) -> None:
+    assert places(
+        tmp_path,
+        """
+        instances: {ol: {engine: ollama, restart: 5, env: {OLLAMA_KEEP_ALIVE: 5m}}}
+        models: {m: {instance: ol, pin: yes, queue: {max: -1}, served_as: 'bad name!'}}
+        """,
+    ) == [
+        "instances.ol.restart",
+        "instances.ol.env.OLLAMA_KEEP_ALIVE",
+        "models.m.pin",
+        "models.m.queue.max",
+        "models.m.served_as",
+    ]
+
+
+@pytest.mark.parametrize("mistake", ["external: nowhere", "external: 'http://h:1', port: 80", "nope: 1", "env: 5"])
+def test_the_models_of_a_wrong_instance_are_judged(mistake: str, tmp_path: Path) -> None:
+    """Nothing is said of the instance itself: its key may mean something for a server elsewhere."""
+    found = places(
+        tmp_path,
+        f"""
+        instances: {{ol: {{engine: ollama, {mistake}, options: {{api_key: k}}}}}}
+        models: {{m: {{instance: ol, served_as: 'bad name!'}}, n: {{instance: ol-2}}}}
+        """,
+    )
+    assert [path for path in found if path.startswith("models.")] == ["models.m.served_as", "models.n.instance"]
+    assert not [path for path in found if path.startswith("instances.ol.options")]
+
+
+def test_wrong_options_hide_neither_variables_nor_models(tmp_path: Path) -> None:
+    """Of the options themselves nothing more is said: one that is right may depend on one that is wrong."""
+    assert places(
+        tmp_path,
+        """
+        instances:
+          ol:
+            engine: ollama
+            options: {num_parallel: 0, flash_attention: "off", kv_cache_type: q8_0, api_key: k}
+            env: {OLLAMA_KEEP_ALIVE: 5m}
+        models: {m: {instance: ol, served_as: 'bad name!'}}
+        """,
+    ) == [
+        "instances.ol.options.num_parallel",
+        "instances.ol.options.flash_attention",
+        "instances.ol.env.OLLAMA_KEEP_ALIVE",
+        "models.m.served_as",
+    ]
+
+
+def test_a_probe_without_a_port_is_told_beside_a_wrong_option(tmp_path: Path) -> None:
+    assert places(
+        tmp_path,
+        """
+        services: {s: {command: x, probes: {readiness: {tcp: true}}}}
+        instances: {v: {engine: process, command: x, args: ["{nope}"], options: {healthy: 1}}}
+        models: {a: {instance: v}, b: {instance: v}}
+        """,
+    ) == ["services.s.probes", "instances.v", "instances.v.options.healthy"]
+
+
+def test_a_place_that_could_not_be_read_is_told_once(tmp_path: Path) -> None:
+    assert places(
+        tmp_path,
+        """
+        instances: {ol: {engine: ollama, options: {kv_cache_type: "${NOPE}"}}}
+        models: {m: {instance: ol, from: "${NOPE}", quantize: q3}}
+        """,
+    ) == ["instances.ol.options.kv_cache_type", "models.m.from", "models.m.quantize"]
+
+
+@pytest.mark.parametrize(
+    "fleet",
+    [
+        "models: 5",
+        "models: {m: 5, n: [], o: {}}",
+        "instances: {ol: {engine: 7}, p: {engine: nope, replicas: 0}, q: {}}\nmodels: {m: {instance: [ol, p, q]}}",
+        "instances: [x]\nmodels: {m: {instance: x}}",
+        "devices: {unified: {}, gpu0: {}}\nservices: {'': {command: x}}",
+        "nonsense: 1\ninclude: gone.yaml\ndefaults: {process: {restart: 5}, model: 7}\nservices: {s: {command: x}}",
+        "models: {'': {instance: ''}, 'a.b': {engine: llamacpp, options: {model: []}}, a: {b: 1}}",
+        "version: 2\npaths: {state: 5}\ngateway: []\nadmin: {listen: nowhere}",
+    ],
+)
+def test_half_of_a_file_is_no_reason_to_break(fleet: str, tmp_path: Path) -> None:
+    found = problems(tmp_path, fleet)
+    assert found
+    assert len({(one.line, one.column, one.path, one.message) for one in found}) == len(found)
+
+
+def test_the_order_of_files_is_found_once_for_thousands_of_warnings(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("version: 1\nservices: {a: {command: x}}\n", "utf-8")
+    marks = load(path, {}).marks
+    assert marks.order_of(str(path)) == 0
+    del marks.root
+    assert marks.order_of(str(path)) == 0
+    assert marks.order_of("other.yaml") > 0
