@@ -176,11 +176,11 @@ def format_size(size_bytes: int) -> str:
 
 
 def show_size(size_bytes: int) -> str:
-    """Return a rounded text for people, with one decimal: 1610612736 gives 1.5GiB. Not exact."""
-    for unit, factor in sorted(_BINARY.items(), key=lambda item: -item[1]):
-        if abs(size_bytes) >= factor:
-            return f"{size_bytes / factor:.1f}{unit}".replace(".0", "")
-    return f"{size_bytes}B"
+    """Return a rounded size for messages: 1610612736 gives 1.50 GiB."""
+    for unit, decimals in (("GiB", 2), ("MiB", 1), ("KiB", 1)):
+        if size_bytes >= _BINARY[unit]:
+            return f"{size_bytes / _BINARY[unit]:.{decimals}f} {unit}"
+    return f"{size_bytes} B"
 
 
 def parse_percent(value: object) -> float:

@@ -22,6 +22,7 @@ from fleetd.core.models.ledger import Ledger
 from fleetd.core.models.reconcile import Residencies
 from fleetd.core.models.retention import preload
 from fleetd.core.processes.reconcile import Supervision
+from fleetd.core.queries import FleetQueries
 from fleetd.core.requests.admission import Admission
 from fleetd.core.spec_update import Change
 from fleetd.errors import FleetError
@@ -41,6 +42,7 @@ class Fleet:
         self.residencies = Residencies(self.facts)
         self.admission = Admission(self.facts, self.residencies)
         self.change = Change(self.facts, self.supervision, self.residencies)
+        self.queries = FleetQueries(self.facts, self.supervision)
         self._intake = Intake(self.facts, self.supervision, self.residencies, self.admission, self.change)
         self._now = 0.0  # when facts were last reconciled
         self._deadline: float | None = None

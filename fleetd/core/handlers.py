@@ -15,13 +15,13 @@ from fleetd.core.data.fleet_state import Facts
 from fleetd.core.data.specs import ExitKind, ExitReport, ProbeKind
 from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency
 from fleetd.core.models.candidates import dozing
-from fleetd.core.models.eviction import gib
 from fleetd.core.models.measurement import learn, learn_asleep
 from fleetd.core.models.reconcile import Residencies
 from fleetd.core.operator_handlers import Orders
 from fleetd.core.processes.reconcile import Supervision
 from fleetd.core.requests.admission import Admission
 from fleetd.core.spec_update import Change
+from fleetd.units import show_size
 
 _MEMORY_STRIKES = 2
 
@@ -153,7 +153,7 @@ class Intake:
         over = limit is not None and event.rss_bytes > limit
         process.memory_strikes = process.memory_strikes + 1 if over else 0
         if process.memory_strikes >= _MEMORY_STRIKES and process.restart_wanted is None:
-            process.restart_wanted = f"over its memory limit: {gib(event.rss_bytes)} of {gib(limit or 0)}"
+            process.restart_wanted = f"over its memory limit: {show_size(event.rss_bytes)} of {show_size(limit or 0)}"
         if process.spec.own_model is not None and event.device_bytes:
             for placement in self.facts.placements_on(event.name):
                 if placement.state is Residency.LOADED:

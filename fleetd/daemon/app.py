@@ -219,7 +219,7 @@ class App:
         daemon.facts.gateway = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._operations = Operations(daemon, self._applied, self._stop, self._reexec)
         control = DaemonControlPort(
-            daemon.fleet,
+            daemon.fleet.queries,
             daemon.view,
             daemon.feed,
             daemon.verbs,
@@ -235,7 +235,7 @@ class App:
         async def metrics() -> bytes:
             return await asyncio.to_thread(render, await daemon.view.status(), gateway.stats())
 
-        library = Libraries(daemon.fleet, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
+        library = Libraries(daemon.fleet.queries, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
         self._control = ControlServer(control, paths.run / control_socket.NAME, metrics=metrics, library=library)
         await self._control.start()
         stack.push_async_callback(self._control.close)
@@ -391,7 +391,7 @@ class App:
             await daemon.store.flush()
             await daemon.configuration.close()
             await signals.hold()
-            wishes = reexec.wishes_of(daemon.fleet, daemon.facts.stopping)
+            wishes = reexec.wishes_of(daemon.fleet.queries, daemon.facts.stopping)
             environ, config = self._notifier.environment, daemon.configuration.path
             reexec.execute(lock_fds, records, wishes, environ, config, stack)
 

@@ -26,7 +26,7 @@ from fleetd.host.process.handle import decode_records, encode_records
 from fleetd.host.types import HandleRecord
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
     from fleetd.daemon.wiring import Daemon
 
 VARIABLE = "FLEETD_TAKE_OVER"
@@ -86,21 +86,16 @@ def under_way(process: Process) -> bool:
     return starting or process.state is ProcessState.STOPPING or process.restart_wanted is not None
 
 
-def wishes_of(fleet: Fleet, stop: bool) -> Wishes:
+def wishes_of(queries: FleetQueries, stop: bool) -> Wishes:
     """Return what the fleet has begun. What is being stopped may run on a while: it is stopped again, and then starts anew."""
-    restarts = {
-        name: process.restart_wanted or process.reason
-        for name, process in fleet.processes.items()
-        if process.restart_wanted is not None or process.state is ProcessState.STOPPING
-    }
-    return Wishes(restarts, dict(fleet.facts.turns), stop)
+    return Wishes(queries.pending_restarts(), queries.rolling_restarts(), stop)
 
 
 async def settled(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
     """Return once nothing is under way, or the daemon is told to stop, or when the time is over."""
 
     def look() -> bool | None:
-        return daemon.facts.stopping or not any(map(under_way, daemon.fleet.processes.values())) or None
+        return daemon.facts.stopping or not any(map(under_way, daemon.fleet.queries.processes())) or None
 
     await daemon.changes.wait_for(look, timeout_s)
 

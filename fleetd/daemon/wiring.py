@@ -82,19 +82,21 @@ class Daemon:
         self.machine = HostMachine(host, parent_env)
         host.logs.tell_lost = self._complain
         self.fleet = Fleet(FleetSpec(), random.Random())
-        self.requirements = Requirements(self.dispatch, self.plans, self.fleet, configuration.assembly.paths.state)
+        self.requirements = Requirements(
+            self.dispatch, self.plans, self.fleet.queries, configuration.assembly.paths.state
+        )
         self.requirements.read_again = LateEnvironment(
             configuration, self.dispatch, lambda: (self.requirements.missing, self.requirements.missing_models)
         ).read
         self.starts = Starts(
-            self.machine, self.fleet, self.dispatch, self.model_specs, store, self.tasks, self._complain
+            self.machine, self.fleet.queries, self.dispatch, self.model_specs, store, self.tasks, self._complain
         )
         self.processes = self._processes(parent_env)
         self.preparation = Preparation(
             self.http,
             self.dispatch,
             self.plans,
-            self.fleet,
+            self.fleet.queries,
             self.requirements,
             lambda: configuration.assembly.paths.state,
             self.tasks,
@@ -104,18 +106,26 @@ class Daemon:
         self.residency = Residency(self.http, self.dispatch, self.plans, self.model_specs, self.tasks, self.preparation)
         self.sleepers = Sleepers(self.http, self.dispatch, self.plans, self.model_specs, self.residency.call, store)
         self.sampling = Sampling(
-            self.machine, self.processes, self.residency, self.fleet, self.dispatch, devices, self.processes.inner_pid
+            self.machine,
+            self.processes,
+            self.residency,
+            self.fleet.queries,
+            self.dispatch,
+            devices,
+            self.processes.inner_pid,
         )
         self.view = self._view()
-        self.port = DaemonFleetPort(self.fleet, self.dispatch, self.plans, self.view.ready, self._port_failed)
+        self.port = DaemonFleetPort(self.fleet.queries, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = self._probing()
-        self.verbs = Verbs(self.fleet, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept)
+        self.verbs = Verbs(
+            self.fleet.queries, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
+        )
         self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
         self.port.warm = self.loop
 
     def _view(self) -> StatusView:
         return StatusView(
-            self.fleet,
+            self.fleet.queries,
             lambda: self.configuration.assembly,
             self.processes,
             self.sampling,
@@ -132,7 +142,7 @@ class Daemon:
             self.processes,
             lambda name: self.plans().get(name),
             self.port,
-            lambda name: any(p.sleeps for p in self.fleet.facts.placements_on(name)),
+            self.fleet.queries.may_be_asleep,
         )
 
     def _processes(self, parent_env: Mapping[str, str]) -> Processes:
@@ -230,17 +240,18 @@ class Daemon:
 
     def _observe(self, event: Event, _commands: list[c.Command], _now: float) -> None:
         """See each step: tell the feed what the journal has, wake who waits, end calls to the dead."""
-        journal = self.fleet.journal
-        if journal.serial != self._serial:
-            self._serial = journal.serial
-            self.feed.publish(journal.entries[-1], self.fleet.processes.keys())
-        elif isinstance(event, _HOT):
+        queries = self.fleet.queries
+        entries = queries.journal_after(self._serial)
+        for entry in entries:
+            self._serial = entry.serial
+            self.feed.publish(entry, queries.process_names())
+        if not entries and isinstance(event, _HOT):
             return
         self.processes.hooks.break_off()
         if isinstance(event, Exited):
             self.residency.process_died(event.name)
             if event.report.log_tail or event.report.code:
-                process = self.fleet.processes.get(event.name)
+                process = queries.process(event.name)
                 ordered = process is not None and process.outcome is None
                 say = self.log.info if ordered else self.log.warning
                 say(
@@ -268,15 +279,19 @@ class Daemon:
     async def _take_out(self, name: str) -> None:
         """Unload a model that is to be made anew; go on after a while even so."""
         self.dispatch(UnloadAsked(name))
-        await self.changes.wait_for(lambda: True if not self.fleet.models[name].placements else None, _TAKE_OUT_S)
+        await self.changes.wait_for(lambda: True if not self._is_placed(name) else None, _TAKE_OUT_S)
+
+    def _is_placed(self, name: str) -> bool:
+        model = self.fleet.queries.model(name)
+        return model is not None and bool(model.placements)
 
     async def _bring_back(self, name: str) -> None:
-        if name in self.fleet.models:
+        if self.fleet.queries.model(name) is not None:
             await self.verbs.act("load", [name], ActOptions(wait=False))
 
     def _unwanted(self, name: str) -> bool:
-        process = self.fleet.processes.get(name)
-        return process is None or not self.fleet.supervision.wanted(process)
+        process = self.fleet.queries.process(name)
+        return process is None or not self.fleet.queries.is_wanted(process)
 
     def _complain(self, name: str, sentence: str) -> None:
         self.log.warning("complaint", name=name, reason=sentence)

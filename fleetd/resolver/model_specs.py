@@ -16,8 +16,15 @@ from typing import Any, cast
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.model import EngineModel, HeldModel, ModelKeys, RouteModel
-from fleetd.core.data.specs import DeviceSpec, Footprint, FootprintSource, ModelSpec, ProcessSpec, Route
-from fleetd.core.models.measurement import ASLEEP_HASH
+from fleetd.core.data.specs import (
+    DeviceSpec,
+    Footprint,
+    FootprintSource,
+    ModelSpec,
+    ProcessSpec,
+    Route,
+    asleep_hash,
+)
 from fleetd.engines.base import HeldModel as Held
 from fleetd.engines.base import Sleeper, capabilities_of
 from fleetd.errors import FleetError
@@ -128,7 +135,7 @@ class ModelAssembler:
         estimated = cast("Sleeper", plan.engine).asleep(plan.context, footprint.bytes)
         if estimated is None:
             return None
-        return {**estimated, **self.around.learned.get(ASLEEP_HASH.format(footprint_hash), {})}
+        return {**estimated, **self.around.learned.get(asleep_hash(footprint_hash), {})}
 
     def _estimated(self, path: Path_, plan: LaunchPlan, held: Held | None) -> Footprint:
         try:

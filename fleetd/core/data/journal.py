@@ -82,6 +82,11 @@ class Journal:
         """Return the last entries about one process or model, oldest first."""
         return tuple(self._by_subject.get(subject, ()))
 
+    def after(self, serial: int) -> tuple[Entry, ...]:
+        """Return the entries that are newer than `serial`, oldest first."""
+        count = min(self.serial - serial, len(self.entries))
+        return tuple(self.entries[index] for index in range(-count, 0))
+
     def story(self, subject: str) -> tuple[str, ...]:
         """Return those entries as sentences."""
         return tuple(line for entry in self.of(subject) for line in sentences(entry, subject))

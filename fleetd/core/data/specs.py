@@ -230,6 +230,11 @@ class ModelSpec:
     routes: tuple[Route, ...] = ()  # not empty: this name only points to others
 
 
+def asleep_hash(footprint_hash: str) -> str:
+    """Return the key of the learned footprint that a model has while it sleeps."""
+    return f"{footprint_hash}:asleep"
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
     """A pool of bytes: host, gpuN or unified."""

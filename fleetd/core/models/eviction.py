@@ -17,6 +17,7 @@ from math import exp
 
 from fleetd.core.data.state import Model, Placement, Residency, SleepStep
 from fleetd.core.models.ledger import Ledger
+from fleetd.units import show_size
 
 DEMAND_HALF_LIFE_S = 300.0
 _LN2 = 0.6931471805599453
@@ -60,11 +61,6 @@ def demand_at(model: Model, now: float) -> float:
     return model.demand * exp(-_LN2 * max(0.0, now - model.demand_s) / DEMAND_HALF_LIFE_S)
 
 
-def gib(size: int) -> str:
-    """Return bytes as a person reads them."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
 def plan(
     need: Mapping[str, int],
     key: tuple[str, str],
@@ -77,7 +73,8 @@ def plan(
     never = ledger.never_fits(need)
     if never:
         said = ", ".join(
-            f"needs {gib(size)} on {device}, whose budget is {gib(budget)}" for device, (size, budget) in never.items()
+            f"needs {show_size(size)} on {device}, whose budget is {show_size(budget)}"
+            for device, (size, budget) in never.items()
         )
         return Never(f"{key[0]} can never fit: it {said}")
     lack = ledger.lacking(need)

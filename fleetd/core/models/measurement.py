@@ -12,11 +12,10 @@ from collections.abc import Mapping
 
 from fleetd.core.data.commands import LearnFootprint
 from fleetd.core.data.fleet_state import Facts
-from fleetd.core.data.specs import FootprintSource
+from fleetd.core.data.specs import FootprintSource, asleep_hash
 from fleetd.core.data.state import Placement, Residency, SleepStep
 from fleetd.core.models.eviction import coming_free
 
-ASLEEP_HASH = "{}:asleep"  # what a learned footprint of a sleeper is filed under
 SETTLED_S = 30.0  # a look at a device may be this old
 
 
@@ -47,7 +46,7 @@ def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int]
     if grown:
         model.learned_asleep.update(grown)
         facts.ledger.correct(placement.key, model.asleep or {})
-        key = ASLEEP_HASH.format(model.spec.footprint_hash)
+        key = asleep_hash(model.spec.footprint_hash)
         facts.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
 
 

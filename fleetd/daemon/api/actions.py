@@ -17,8 +17,7 @@ from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, Outcome, OutcomeCode
 from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
-from fleetd.core.data.state import RUNNING, Process, ProcessState, Residency
-from fleetd.core.processes.start_gate import comes
+from fleetd.core.data.state import RUNNING, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
 from fleetd.daemon.effects.machine import Machine
 from fleetd.daemon.effects.processes import Processes
@@ -26,7 +25,7 @@ from fleetd.daemon.waiting import Changes
 from fleetd.errors import ApiError, HostError
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 KEPT_WITHIN_S = 2.0
 _REMEMBERED = frozenset({"start", "stop"})
@@ -50,7 +49,7 @@ class Verbs:
 
     def __init__(
         self,
-        fleet: Fleet,
+        queries: FleetQueries,
         dispatch: Callable[[e.Event], None],
         changes: Changes,
         processes: Processes,
@@ -60,7 +59,7 @@ class Verbs:
     ) -> None:
         """`kept` returns once everything is on the disk, with what the disk refused."""
         self._kept = kept
-        self._fleet = fleet
+        self._queries = queries
         self._dispatch = dispatch
         self._changes = changes
         self._processes = processes
@@ -107,14 +106,14 @@ class Verbs:
         self, name: str, look: Callable[[], Judgement | None], code: OutcomeCode, reason: str | None
     ) -> tuple[OutcomeCode, str | None]:
         """Judge once more when all others were waited for too: the state that stands beside it is the state of then."""
-        found, process = look(), self._fleet.processes.get(name)
+        found, process = look(), self._queries.process(name)
         if found is not None or code is not OutcomeCode.OK or process is None:
             return found or (code, reason)
         return OutcomeCode.FAILED, f"it was {reason}, and is {process.state} by now: {process.reason}"
 
     def _post(self, verb: str, name: str) -> Callable[[], Judgement | None]:
         """Tell the fleet, and return how to see that it is done."""
-        process = self._fleet.processes.get(name)
+        process = self._queries.process(name)
         generation = process.generation if process is not None else 0
         if verb == "load":
             return self._ask_load(name)
@@ -134,7 +133,7 @@ class Verbs:
         return found if found is not None else (OutcomeCode.TIMEOUT, None)
 
     def _outcome(self, name: str, code: OutcomeCode, reason: str | None) -> Outcome:
-        process, model = self._fleet.processes.get(name), self._fleet.models.get(name)
+        process, model = self._queries.process(name), self._queries.model(name)
         state = (
             str(model.state)
             if process is None and model is not None
@@ -149,7 +148,7 @@ class Verbs:
     # -- how an end looks -----------------------------------------------------------------------------------------------
 
     def _started(self, name: str, since: int | None) -> Judgement | None:
-        process = self._fleet.processes.get(name)
+        process = self._queries.process(name)
         if process is None:
             return OutcomeCode.FAILED, "it is no longer in the fleet"
         fresh = since is None or process.generation > since
@@ -157,18 +156,16 @@ class Verbs:
             return OutcomeCode.OK, "ready"
         if process.state is _S.EXITED and fresh:
             return OutcomeCode.OK, process.reason
-        if process.state is _S.FAILED or (
-            process.state is _S.BLOCKED and not comes(self._fleet.facts, self._fleet.supervision.wanted, process)
-        ):
+        if process.state is _S.FAILED or (process.state is _S.BLOCKED and not self._queries.can_start(process)):
             return OutcomeCode.FAILED, process.reason
-        if process.state is _S.STOPPED and not self._fleet.supervision.wanted(process):
+        if process.state is _S.STOPPED and not self._queries.is_wanted(process):
             if process.spec.on_demand and not process.stopped:
                 return OutcomeCode.OK, "it starts when its model is wanted"
             return OutcomeCode.FAILED, process.reason
         return None
 
     def _stopped(self, name: str) -> Judgement | None:
-        process = self._fleet.processes.get(name)
+        process = self._queries.process(name)
         if process is None or process.state not in RUNNING:
             if process is not None and process.state is _S.FAILED and "cannot be killed" in process.reason:
                 return OutcomeCode.FAILED, process.reason
@@ -176,17 +173,14 @@ class Verbs:
         return None
 
     def _drained(self, name: str) -> Judgement | None:
-        process = self._fleet.processes.get(name)
-        if process is None or not self._in_flight(process):
+        process = self._queries.process(name)
+        if process is None or not self._queries.in_flight(name):
             return OutcomeCode.OK, "nothing is in flight"
         return None
 
-    def _in_flight(self, process: Process) -> int:
-        return sum(placement.in_flight for placement in self._fleet.facts.placements_on(process.name))
-
     def _ask_load(self, name: str) -> Callable[[], Judgement | None]:
         refused: list[str] = []
-        known = self._fleet.models.get(name)
+        known = self._queries.model(name)
         loads, wakes = (known.loads, known.wakes) if known is not None else (0, 0)
 
         def reject(command: Reject) -> None:
@@ -197,7 +191,7 @@ class Verbs:
         self._dispatch(e.LoadAsked(name, request_id))
 
         def look() -> Judgement | None:
-            model = self._fleet.models.get(name)
+            model = self._queries.model(name)
             found: Judgement | None = None
             if model is None:
                 found = OutcomeCode.FAILED, "it is no longer in the fleet"
@@ -216,20 +210,20 @@ class Verbs:
 
     def _still_loaded(self, name: str, code: OutcomeCode, reason: str | None) -> tuple[OutcomeCode, str | None]:
         """Return the same, or a failure where the model left again while others were waited for."""
-        model = self._fleet.models.get(name)
+        model = self._queries.model(name)
         if code is not OutcomeCode.OK or (model is not None and model.state is Residency.LOADED):
             return code, reason
         return OutcomeCode.FAILED, self._left_again(name)
 
     def _left_again(self, name: str) -> str:
         start = f"{name}: leaving "
-        notes = (note for entry in self._fleet.journal.of(name) for note in entry.notes if note.startswith(start))
+        notes = (note for entry in self._queries.journal_of(name) for note in entry.notes if note.startswith(start))
         *_, last = ("", *notes)
         why = last.removeprefix(start).partition(": ")[2]
         return f"it was loaded, and is no longer: {why or f'fleetctl story {name} says why'}"
 
     def _unloaded(self, name: str) -> Judgement | None:
-        model = self._fleet.models.get(name)
+        model = self._queries.model(name)
         return (OutcomeCode.OK, "not in memory") if model is None or not model.placements else None
 
     # -- the rest ---------------------------------------------------------------------------------------------------------
@@ -251,7 +245,7 @@ class Verbs:
         wanted, done, order = set(names), set(), []
 
         def visit(name: str, path: tuple[str, ...]) -> None:
-            process = self._fleet.processes.get(name)
+            process = self._queries.process(name)
             if name in done or name in path or process is None:
                 return
             for dependency in process.spec.depends_on:

@@ -39,7 +39,7 @@ from fleetd.daemon.sources.prerequisites import Requirements, is_about
 from fleetd.errors import ApiError
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 _LAST = 10
 
@@ -61,7 +61,7 @@ class DaemonControlPort:
 
     def __init__(
         self,
-        fleet: Fleet,
+        queries: FleetQueries,
         view: StatusView,
         feed: Feed,
         verbs: Verbs,
@@ -74,7 +74,7 @@ class DaemonControlPort:
         preparation: Preparation,
     ) -> None:
         self._preparation = preparation
-        self._fleet = fleet
+        self._queries = queries
         self._view = view
         self._feed = feed
         self._verbs = verbs
@@ -94,24 +94,22 @@ class DaemonControlPort:
         return self._view.devices()
 
     def names(self) -> Names:
-        models = self._fleet.models
+        models = self._queries.models()
         return Names(
-            {name: process.spec.base for name, process in self._fleet.processes.items()},
-            {name: model.spec.aliases for name, model in models.items()},
-            {name: tuple(one.to for one in model.spec.routes) for name, model in models.items() if model.spec.routes},
+            {process.name: process.spec.base for process in self._queries.processes()},
+            {model.name: model.spec.aliases for model in models},
+            {model.name: tuple(route.to for route in model.spec.routes) for model in models if model.spec.routes},
         )
 
     def process(self, name: str) -> ProcessDetail:
-        process = self._fleet.processes.get(name)
+        process = self._queries.process(name)
         if process is None:
             raise unknown(name)
         now = time.monotonic()
         plan = self._configuration.assembly.plans.get(name)
-        held = {placement.model for placement in self._fleet.facts.placements_on(name)}
-        held |= {model.name for model in self._fleet.models.values() if name in model.spec.holders}
         detail: ProcessDetail = {
             "process": self._view.process(process, now),
-            "models": [self._view.model(self._fleet.models[model], now, self._waiting()) for model in sorted(held)],
+            "models": [self._view.model(model, now, self._queries.queued()) for model in self._queries.models_of(name)],
             "events": self._feed.of(name, _LAST),
             "log": [LogLine(name=name, at=at, line=line, stream=None) for at, line in self._logs.last(name, _LAST)],
             "log_path": self._logs.path(name),
@@ -127,9 +125,6 @@ class DaemonControlPort:
             detail["requires"] = {path: not any(is_about(one, path) for one in missing) for path in plan.requires}
         return detail
 
-    def _waiting(self) -> dict[str, int]:
-        return {model.name: model.waiting for model in self._fleet.models.values()}
-
     def _probes(self, name: str) -> dict[str, Any]:
         found = {}
         for kind in ProbeKind:
@@ -143,13 +138,13 @@ class DaemonControlPort:
         return self._logs.tree(run.usage.pids) if run is not None else []
 
     def model(self, name: str) -> ModelDetail:
-        model = self._fleet.models.get(self._fleet.facts.names.get(name, name))
+        model = self._queries.find_model(name)
         if model is None:
             raise unknown(name)
         file, line = self._configuration.assembly.sources.get(("model", model.name), ("", 0))
         holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
         return {
-            "model": self._view.model(model, time.monotonic(), self._waiting()),
+            "model": self._view.model(model, time.monotonic(), self._queries.queued()),
             "events": self._feed.of(model.name, _LAST),
             "log": [LogLine(name=holder, at=at, line=line, stream=None) for at, line in self._logs.last(holder, _LAST)]
             if holder
@@ -172,22 +167,22 @@ class DaemonControlPort:
         return read_logs(self._logs, names, lines, since_s, pattern, follow)
 
     def story(self, name: str) -> Sequence[FleetEvent]:
-        known = self._fleet.facts.names.get(name, name)
-        if known not in self._fleet.processes and known not in self._fleet.models:
+        known = self._queries.canonical_name(name) or name
+        if self._queries.process(known) is None and self._queries.model(known) is None:
             raise unknown(name)
         return self._feed.of(known)
 
     def explain(self, model: str) -> Mapping[str, Any]:
-        found = self._fleet.models.get(self._fleet.facts.names.get(model, model))
+        found = self._queries.find_model(model)
         if found is None:
             raise unknown(model)
         note = self._preparation.notes.get(found.name)
-        return explain(self._fleet, found, time.monotonic(), note.document() if note is not None else None)
+        return explain(self._queries, found, time.monotonic(), note.document() if note is not None else None)
 
     async def dump(self) -> Mapping[str, Any]:
         from fleetd.core.data.journal import sentences
 
-        journal = [line for entry in list(self._fleet.journal.entries) for line in sentences(entry)]
+        journal = [line for entry in self._queries.journal() for line in sentences(entry)]
         return {
             "at": rfc3339(time.time()),
             "status": await self.status(),

@@ -7,18 +7,18 @@ The rules of this file
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from fleetd.core.data.state import Model, Residency
-from fleetd.core.models.candidates import holder, sleeper, to_wake
-from fleetd.core.models.eviction import Evict, Fits, Never, Wait, gib, plan
+from fleetd.core.queries import FleetQueries, LoadForecast, Outlook
 from fleetd.daemon.api.status import reason_of
-
-if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+from fleetd.units import show_size
 
 
-def explain(fleet: Fleet, model: Model, now: float, store: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+def explain(
+    queries: FleetQueries, model: Model, now: float, store: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
     """Return the answer of `fleetctl explain MODEL`. `store` is what is known of it in its server's store."""
     footprint = model.footprint
     text = [_where(model)]
@@ -29,9 +29,10 @@ def explain(fleet: Fleet, model: Model, now: float, store: Mapping[str, Any] | N
         text.append(_cost(model))
         if model.asleep is not None:
             text.append(_asleep(model, now))
-        if not model.missing and (not model.placements or sleeper(fleet.facts, model) is not None):
-            said, victims = _if_wanted(fleet, model, now)
-            text.append(said)
+        forecast = queries.forecast(model, now)
+        if forecast is not None:
+            sentence, victims = _if_wanted(queries, forecast, now)
+            text.append(sentence)
     if model.missing:
         text.append(f"It is blocked: it requires {', '.join(model.missing)}, absent now. It comes back by itself.")
     if store is not None:
@@ -46,8 +47,8 @@ def explain(fleet: Fleet, model: Model, now: float, store: Mapping[str, Any] | N
         "reason": reason_of(model),
         "store": store,
         "footprint": {"source": str(footprint.source), "bytes": dict(footprint.bytes)},
-        "devices": [_device(fleet, device) for device in footprint.bytes or fleet.ledger.devices],
-        "holders": [_holder(fleet, model, name) for name in model.spec.holders],
+        "devices": [asdict(queries.device(device)) for device in footprint.bytes or queries.limited_devices()],
+        "holders": [_holder(queries, model, name) for name in model.spec.holders],
         "victims": victims,
         "text": text,
     }
@@ -66,7 +67,7 @@ def _cost(model: Model) -> str:
     footprint = model.footprint
     if not footprint.bytes:
         return "Nothing is known of its memory, so it counts as nothing until it was measured."
-    sizes = ", ".join(f"{gib(size)} on {device}" for device, size in footprint.bytes.items())
+    sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in footprint.bytes.items())
     how = {
         "declared": "as fleet.yaml declares",
         "learned": "the most that was measured",
@@ -76,7 +77,7 @@ def _cost(model: Model) -> str:
 
 
 def _asleep(model: Model, now: float) -> str:
-    sizes = ", ".join(f"{gib(size)} on {device}" for device, size in (model.asleep or {}).items())
+    sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in (model.asleep or {}).items())
     if now < model.sleepless_until_s:
         return (
             f"It can sleep, but its last try failed: for {model.sleepless_until_s - now:.0f} s it is unloaded instead."
@@ -84,50 +85,36 @@ def _asleep(model: Model, now: float) -> str:
     return f"It can sleep, and then holds {sizes}."
 
 
-def _if_wanted(fleet: Fleet, model: Model, now: float) -> tuple[str, list[dict[str, str]]]:
-    asleep = sleeper(fleet.facts, model)
-    process = holder(fleet.facts, model) if asleep is None else fleet.processes[asleep.process]
-    if process is None:
+def _if_wanted(queries: FleetQueries, forecast: LoadForecast, now: float) -> tuple[str, list[dict[str, str]]]:
+    outlook = forecast.outlook
+    if outlook is Outlook.NO_PROCESS:
         return "No process can take it now.", []
-    need = model.footprint.bytes if asleep is None else to_wake(fleet.facts, asleep)
-    verdict = plan(need, (model.name, process.name), fleet.facts.resident(), fleet.ledger, now)
-    if isinstance(verdict, Fits):
-        how = "loaded" if asleep is None else "woken"
-        return f"If it were asked for now, it would be {how} on {process.name} at once: there is room.", []
-    if isinstance(verdict, Evict):
-        victims = [
-            {"name": victim.model, "reason": _why_victim(fleet, victim.model, now)} for victim in verdict.victims
+    if outlook is Outlook.FITS:
+        how = "woken" if forecast.wakes else "loaded"
+        return f"If it were asked for now, it would be {how} on {forecast.process} at once: there is room.", []
+    if outlook is Outlook.EVICTS:
+        victims = [{"name": name, "reason": _why_victim(queries, name, now)} for name in forecast.leaving]
+        moves = [
+            f"{name} would be {'put to sleep' if name in forecast.put_to_sleep else 'unloaded'}"
+            for name in forecast.leaving
         ]
-        told = [
-            f"{p.model} would be {'put to sleep' if p in verdict.sleepers else 'unloaded'}" for p in verdict.victims
-        ]
-        return f"If it were asked for now, {', '.join(told)} for it: the cheapest to bring back.", victims
-    if isinstance(verdict, Wait):
-        victims = [{"name": busy.model, "reason": "busy; it would be drained first"} for busy in verdict.drain]
-        return f"If it were asked for now, it would wait: {verdict.reason}.", victims
-    assert isinstance(verdict, Never)
-    return verdict.reason[:1].upper() + verdict.reason[1:] + ".", []
+        return f"If it were asked for now, {', '.join(moves)} for it: the cheapest to bring back.", victims
+    if outlook is Outlook.WAITS:
+        victims = [{"name": name, "reason": "busy; it would be drained first"} for name in forecast.leaving]
+        return f"If it were asked for now, it would wait: {forecast.reason}.", victims
+    return forecast.reason[:1].upper() + forecast.reason[1:] + ".", []
 
 
-def _why_victim(fleet: Fleet, name: str, now: float) -> str:
-    model = fleet.models[name]
+def _why_victim(queries: FleetQueries, name: str, now: float) -> str:
+    model = queries.model(name)
+    assert model is not None
     idle = f"idle for {now - model.last_used_s:.0f} s" if model.last_used_s else "never used"
     load = f"{model.load_s:.2f} s to load again" if model.load_s is not None else "load time unknown"
     return f"{idle}, {load}, priority {model.spec.priority}"
 
 
-def _device(fleet: Fleet, name: str) -> dict[str, Any]:
-    spec = fleet.ledger.devices.get(name)
-    return {
-        "name": name,
-        "budget_bytes": spec.budget_bytes if spec is not None else None,
-        "reserved_bytes": fleet.ledger.reserved_bytes(name),
-        "free_bytes": fleet.ledger.free_bytes(name),
-    }
-
-
-def _holder(fleet: Fleet, model: Model, name: str) -> dict[str, Any]:
-    process = fleet.processes.get(name)
+def _holder(queries: FleetQueries, model: Model, name: str) -> dict[str, Any]:
+    process = queries.process(name)
     placement = model.placements.get(name)
     if process is None:
         return {"name": name, "state": "ABSENT", "reason": "not in the fleet"}

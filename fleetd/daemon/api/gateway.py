@@ -22,7 +22,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
     from fleetd.core.data.state import Placement
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 _APIS: Mapping[Api, frozenset[str]] = {
     Api.OPENAI: frozenset({"openai"}),
@@ -44,14 +44,14 @@ class DaemonFleetPort:
 
     def __init__(
         self,
-        fleet: Fleet,
+        queries: FleetQueries,
         dispatch: Callable[[Event], None],
         plans: Callable[[], Mapping[str, LaunchPlan]],
         ready: Callable[[], tuple[bool, Sequence[str]]],
         fault: Callable[[str, Exception], None],
     ) -> None:
         """`warm` is set to the loop before the first request comes."""
-        self._fleet = fleet
+        self._queries = queries
         self._dispatch = dispatch
         self._plans = plans
         self._ready = ready
@@ -117,7 +117,10 @@ class DaemonFleetPort:
         held = self._plans()[process].held.get(model)
         if held is not None:
             return held.served_as
-        return self._fleet.models[model].spec.served_as or model
+        found = self._queries.model(model)
+        if found is None:
+            raise KeyError(model)
+        return found.spec.served_as or model
 
     def models(self) -> Sequence[ModelEntry]:
         return [self._entry(alias, name) for alias, name in self._names.items()]
@@ -129,7 +132,7 @@ class DaemonFleetPort:
         return self._ready()
 
     def _entry(self, alias: str, name: str) -> ModelEntry:
-        model = self._fleet.models.get(name)
+        model = self._queries.model(name)
         if model is None:
             return ModelEntry(alias, "ABSENT", created=self._created)
         if model.spec.routes:
@@ -190,7 +193,7 @@ class DaemonFleetPort:
             if plan is None or upstream_of(plan) != old:
                 del self._upstreams[name]
         names: dict[str, str] = {}
-        for spec in self._fleet.facts.spec.models.values():
+        for spec in self._queries.model_specs():
             for alias in (spec.name, *spec.aliases):
                 names[alias] = spec.name
         self._names = names
@@ -200,10 +203,7 @@ class DaemonFleetPort:
 
         A server that works on as many requests as it can may leave one more waiting for as long as they take.
         """
-        for placement in self._fleet.facts.placements_on(process):
-            if placement.in_flight >= self._fleet.models[placement.model].spec.concurrency:
-                return self._given.get(process)
-        return None
+        return self._given.get(process) if self._queries.is_full(process) else None
 
     @property
     def in_flight(self) -> int:

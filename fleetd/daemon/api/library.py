@@ -25,7 +25,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 _KEPT = 8  # syncs whose story can still be read
 _ITEMS = 5000
@@ -50,13 +50,13 @@ class Libraries:
 
     def __init__(
         self,
-        fleet: Fleet,
+        queries: FleetQueries,
         preparation: Preparation,
         requirements: Requirements,
         http: Callable[[], ClientSession],
         tasks: Tasks,
     ) -> None:
-        self._fleet = fleet
+        self._queries = queries
         self._preparation = preparation
         self._requirements = requirements
         self._http = http
@@ -95,12 +95,12 @@ class Libraries:
         said = [
             f"{name} is {process.state}: {process.reason}"
             for name in store.instances
-            if (process := self._fleet.processes.get(name)) is not None
+            if (process := self._queries.process(name)) is not None
         ]
         raise EngineError("; ".join(said) or "no server of it is in the fleet")
 
     async def show(self, name: str) -> Mapping[str, Any]:
-        model = self._fleet.models.get(self._fleet.facts.names.get(name, name))
+        model = self._queries.find_model(name)
         if model is None:
             raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
         for store in self._preparation.stores().values():
@@ -132,15 +132,15 @@ class Libraries:
 
     def sync(self, names: Sequence[str]) -> int:
         """Begin to make what differs; return the number under which its progress can be read."""
-        known = self._fleet.facts.names
-        for name in names:
-            if name not in known:
+        known = {name: self._queries.canonical_name(name) for name in names}
+        for name, model in known.items():
+            if model is None:
                 raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
         self._last += 1
         sync = self._syncs[self._last] = Sync()
         for number in list(self._syncs)[:-_KEPT]:
             del self._syncs[number]
-        self._tasks.start(self._sync(sync, {known[name] for name in names}), "sync models")
+        self._tasks.start(self._sync(sync, {model for model in known.values() if model is not None}), "sync models")
         return self._last
 
     async def _sync(self, sync: Sync, names: Collection[str]) -> None:

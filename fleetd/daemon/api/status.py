@@ -35,7 +35,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.resolved import Assembly
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 
 Entry = TypeVar("Entry")
@@ -61,7 +61,7 @@ class StatusView:
 
     def __init__(
         self,
-        fleet: Fleet,
+        queries: FleetQueries,
         assembly: Callable[[], Assembly],
         processes: Processes,
         sampling: Sampling,
@@ -72,7 +72,7 @@ class StatusView:
         """`store_problem` says why what is to be remembered is not on the disk."""
         self._store_problem = store_problem
         self._preparation = preparation
-        self._fleet = fleet
+        self._queries = queries
         self._assembly = assembly
         self._processes = processes
         self._sampling = sampling
@@ -83,7 +83,7 @@ class StatusView:
         now = time.monotonic()
         self._sampling.asked()
         ready, _ = self.ready()
-        queued = self._queued()
+        queued = self._queries.queued()
         return {
             "name": self._assembly().name,
             "ready": ready,
@@ -97,7 +97,7 @@ class StatusView:
     def ready(self) -> tuple[bool, Sequence[str]]:
         """Return whether the fleet is what fleet.yaml asks for, and a sentence for everything that is not."""
         reasons = []
-        for process in self._fleet.processes.values():
+        for process in self._queries.processes():
             spec = process.spec
             if spec.on_demand or not spec.enabled or process.stopped or process.removed:
                 continue
@@ -105,7 +105,7 @@ class StatusView:
                 reasons.append(f"{process.name} is {process.state}: {process.reason}")
         reasons += [
             f"{model.name} is {model.state}" + (f": {model.failure}" if model.failure else "")
-            for model in self._fleet.models.values()
+            for model in self._queries.models()
             if model.spec.preload and model.state is not Residency.LOADED
         ]
         if self.facts.stopping:
@@ -114,11 +114,11 @@ class StatusView:
 
     def _in_order(self) -> list[Process]:
         order = {name: index for index, name in enumerate(self._assembly().spec.processes)}
-        return sorted(self._fleet.processes.values(), key=lambda process: order.get(process.name, len(order)))
+        return sorted(self._queries.processes(), key=lambda process: order.get(process.name, len(order)))
 
     def _models_in_order(self) -> list[Model]:
         order = {name: index for index, name in enumerate(self._assembly().spec.models)}
-        return sorted(self._fleet.models.values(), key=lambda model: order.get(model.name, len(order)))
+        return sorted(self._queries.models(), key=lambda model: order.get(model.name, len(order)))
 
     def _daemon(self, now: float) -> DaemonStatus:
         facts = self.facts
@@ -148,14 +148,14 @@ class StatusView:
         }
 
     def devices(self) -> list[DeviceStatus]:
-        ledger = self._fleet.ledger
+        use = self._queries.device
         return [
             {
                 "name": name,
                 "kind": spec.kind,
                 "total_bytes": spec.total_bytes,
                 "budget_bytes": spec.budget_bytes,
-                "reserved_bytes": ledger.reserved_bytes(name),
+                "reserved_bytes": use(name).reserved_bytes,
                 "used_bytes": sample.used_bytes if (sample := self._sampling.devices.get(name)) is not None else None,
                 "utilization": sample.utilization if sample is not None else None,
                 "temperature_c": sample.temperature_c if sample is not None else None,
@@ -169,13 +169,12 @@ class StatusView:
         ended = run is not None and run.dead  # the fleet is told once its last lines are read
         running = process.state in RUNNING and process.spawned and not ended
         state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
-        placements = list(self._fleet.facts.placements_on(process.name))
         status: ProcessStatus = {
             "name": process.name,
             "kind": str(spec.kind),
             "engine": spec.engine,
             "state": str(state),
-            "desired": "up" if self._fleet.supervision.wanted(process) else "down",
+            "desired": "up" if self._queries.is_wanted(process) else "down",
             "reason": self._reason(process)
             if state is process.state
             else "it has ended; its last lines are being read",
@@ -191,8 +190,8 @@ class StatusView:
             else None,
             "last_exit": last_exit(process, now),
             "base": spec.base,
-            "device_bytes": self._held_bytes([placement.key for placement in placements]),
-            "in_flight": sum(placement.in_flight for placement in placements),
+            "device_bytes": self._queries.reserved(self._queries.placements_on(process.name)),
+            "in_flight": self._queries.in_flight(process.name),
             "draining": process.drained,
         }
         return status
@@ -205,16 +204,6 @@ class StatusView:
             return process.reason
         return f"waiting for it: {detail}" if external else f"starting: {detail}"
 
-    def _held_bytes(self, keys: Sequence[tuple[str, str]]) -> dict[str, int]:
-        total: dict[str, int] = {}
-        for key in keys:
-            for device, size in self._fleet.ledger.reservations.get(key, {}).items():
-                total[device] = total.get(device, 0) + size
-        return total
-
-    def _queued(self) -> Mapping[str, int]:
-        return {model.name: model.waiting for model in self._fleet.models.values()}
-
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
         plans = self._assembly().plans
@@ -226,7 +215,7 @@ class StatusView:
             "instances": [
                 name for name, placement in model.placements.items() if placement.state is not Residency.UNLOADING
             ],
-            "device_bytes": self._held_bytes([placement.key for placement in model.placements.values()]),
+            "device_bytes": self._queries.reserved(model.placements.values()),
             "footprint": None if spec.routes else str(model.footprint.source),
             "pinned": model.pinned,
             "priority": spec.priority,
@@ -263,12 +252,8 @@ class StatusView:
         return getattr(options, "context_length", None) or getattr(options, "max_model_len", None)
 
     def _ttl_left(self, model: Model, now: float) -> float | None:
-        ends = [
-            deadline
-            for placement in model.placements.values()
-            if (deadline := self._fleet.residencies.ttl_deadline(placement)) is not None
-        ]
-        return round(max(0.0, min(ends) - now), 1) if ends else None
+        deadline = self._queries.ttl_deadline(model)
+        return round(max(0.0, deadline - now), 1) if deadline is not None else None
 
 
 def _age_s(process: Process, run: Run | None, now: float) -> float:

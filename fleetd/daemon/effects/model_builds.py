@@ -31,7 +31,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 TELL_S = 1.0
 _PASS_AGE_S = 10.0
@@ -71,7 +71,7 @@ class Preparation:
         http: Callable[[], ClientSession],
         dispatch: Callable[[Event], None],
         plans: Callable[[], Mapping[str, LaunchPlan]],
-        fleet: Fleet,
+        queries: FleetQueries,
         requirements: Requirements,
         state_dir: Callable[[], Path],
         tasks: Tasks,
@@ -81,7 +81,7 @@ class Preparation:
         self._http = http
         self._dispatch = dispatch
         self._plans = plans
-        self._fleet = fleet
+        self._queries = queries
         self._requirements = requirements
         self.state_dir = state_dir
         self._tasks = tasks
@@ -113,7 +113,7 @@ class Preparation:
     def serving(self, store: Store) -> LaunchPlan | None:
         """Return a server of the store that answers now."""
         for plan in store.plans:
-            process = self._fleet.processes.get(plan.name)
+            process = self._queries.process(plan.name)
             if process is not None and process.state in (ProcessState.READY, ProcessState.DRAINING):
                 return plan
         return None
@@ -126,7 +126,7 @@ class Preparation:
             if not store.has_recipes:
                 continue
             for plan in store.plans:
-                process = self._fleet.processes.get(plan.name)
+                process = self._queries.process(plan.name)
                 if process is None or process.state is not ProcessState.READY:
                     continue
                 if self._seen.get(plan.name) != process.generation:
@@ -211,7 +211,7 @@ class Preparation:
             return await self.make(store, plan, step, progress)
 
     def _in_memory(self, name: str) -> bool:
-        model = self._fleet.models.get(name)
+        model = self._queries.model(name)
         return model is not None and model.state in (Residency.LOADED, Residency.LOADING)
 
     async def _right(self, store: Store, step: Step) -> None:

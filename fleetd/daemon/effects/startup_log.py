@@ -22,7 +22,7 @@ from fleetd.engines.container import pulling
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
     from fleetd.daemon.effects.processes import Run
 
 PREFIX = "start:"
@@ -42,7 +42,7 @@ class Starts:
     def __init__(
         self,
         machine: Machine,
-        fleet: Fleet,
+        queries: FleetQueries,
         dispatch: Callable[[Event], None],
         specs: Callable[[], Mapping[str, ModelSpec]],
         store: Facts,
@@ -50,7 +50,7 @@ class Starts:
         say: Callable[[str, str], None],
     ) -> None:
         self._machine = machine
-        self._fleet = fleet
+        self._queries = queries
         self._dispatch = dispatch
         self._specs = specs
         self._store = store
@@ -105,7 +105,7 @@ class Starts:
         return found or (pulling(line) if plan.contained is not None else None)
 
     def _starting(self, run: Run) -> bool:
-        process = self._fleet.processes.get(run.name)
+        process = self._queries.process(run.name)
         if process is None or process.generation != run.generation or run.dead:
             return False
         return process.state is ProcessState.STARTING
@@ -115,7 +115,7 @@ class Starts:
         key = self._key(run.plan)
         if learn is None or not key:
             return
-        process = self._fleet.processes.get(run.name)
+        process = self._queries.process(run.name)
         served = process is not None and process.generation == run.generation and process.ready_s is not None
         if not served:
             if run.plan.context.learned and self.learned.pop(key, None) is not None:

@@ -89,7 +89,7 @@ class Operations:
             return plan, [], {}
         self._tell_what_waits(reading)
         wait_for = affected(old, new)
-        generations = {name: self._generation(name) for name in wait_for}
+        generations = {name: self._daemon.fleet.queries.generation(name) for name in wait_for}
         await self._change(reading, Path(path) if path else None)
         return plan, wait_for, generations
 
@@ -102,10 +102,6 @@ class Operations:
             daemon.feed.say("config", None, "restart needed", said)
             daemon.log.warning("restart needed", reason=said)
         daemon.facts.restart_needed = waiting
-
-    def _generation(self, name: str) -> int:
-        process = self._daemon.fleet.processes.get(name)
-        return process.generation if process is not None else 0
 
     async def _change(self, reading: Reading, path: Path | None) -> None:
         daemon, new = self._daemon, reading.assembly

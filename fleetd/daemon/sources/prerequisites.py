@@ -30,7 +30,7 @@ from fleetd.host.system.volumes import Look, Volumes
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
     from fleetd.engines.base import HeldModel
 
 PERIOD_S = 2.0
@@ -77,19 +77,19 @@ class _Required:
 class Requirements:
     """The last answer for every process and held model that requires something.
 
-    `state_dir` keeps which volumes were seen; None keeps nothing. `fleet` is only read, to know what runs.
+    `state_dir` keeps which volumes were seen; None keeps nothing. `queries` tells what runs.
     """
 
     def __init__(
         self,
         dispatch: Callable[[Event], None],
         plans: Callable[[], Mapping[str, LaunchPlan]],
-        fleet: Fleet,
+        queries: FleetQueries,
         state_dir: Path | None = None,
     ) -> None:
         self._dispatch = dispatch
         self._plans = plans
-        self._fleet = fleet
+        self._queries = queries
         self._state_dir = state_dir
         self._record = state_dir / "volumes.json" if state_dir is not None else None
         self.volumes = Volumes(known=read_known(self._record))
@@ -279,7 +279,7 @@ class Requirements:
         return told if found is None else found
 
     def _tell_process(self, name: str, missing: Missing) -> None:
-        process = self._fleet.processes.get(name)
+        process = self._queries.process(name)
         running = process is not None and process.state in _RUNNING
         if missing != self.missing.get(name, ()):
             if running and missing and not self._sure("process", name, missing):
@@ -293,7 +293,7 @@ class Requirements:
             self._dispatch(RestartDue(name, f"requires {', '.join(missing)}, absent now"))
 
     def _tell_model(self, name: str, missing: Missing) -> None:
-        model = self._fleet.models.get(name)
+        model = self._queries.model(name)
         if not missing:
             self._suspected.pop(("model", name), None)
         if missing == self.missing_models.get(name, ()):

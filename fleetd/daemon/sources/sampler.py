@@ -15,10 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fleetd.core.data import state
 from fleetd.core.data.events import Event, MemorySampled
 from fleetd.core.data.state import SERVING, Process
-from fleetd.core.models.measurement import SETTLED_S
 from fleetd.daemon.effects.machine import Machine
 from fleetd.daemon.effects.model_loads import Residency
 from fleetd.daemon.effects.processes import Processes, Run
@@ -28,7 +26,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.resolved import MachineDevice
 
 if TYPE_CHECKING:
-    from fleetd.core.fleet import Fleet
+    from fleetd.core.queries import FleetQueries
 
 PERIOD_S, QUIET_S = 2.0, 6.0
 _ASKED_S = 15.0
@@ -47,7 +45,7 @@ class Sampling:
         machine: Machine,
         processes: Processes,
         residency: Residency,
-        fleet: Fleet,
+        queries: FleetQueries,
         dispatch: Callable[[Event], None],
         devices: Devices,
         inner_pid: Callable[[LaunchPlan], Awaitable[int | None]],
@@ -56,7 +54,7 @@ class Sampling:
         self._machine = machine
         self._processes = processes
         self._residency = residency
-        self._fleet = fleet
+        self._queries = queries
         self._dispatch = dispatch
         self._devices = devices
         self._said: dict[
@@ -104,7 +102,7 @@ class Sampling:
         if now - self._asked_at <= _ASKED_S:
             return False
         for run in self._processes.live():
-            process = self._fleet.processes.get(run.name)
+            process = self._queries.process(run.name)
             if process is None or process.spec.memory_limit_bytes is not None:
                 return False
             if (
@@ -130,7 +128,7 @@ class Sampling:
     async def _look_into_containers(self, runs: list[Run]) -> None:
         """Ask once per run where its container's first process is, as soon as it serves."""
         for run in runs:
-            process = self._fleet.processes.get(run.name)
+            process = self._queries.process(run.name)
             serves = process is not None and process.generation == run.generation and process.state in SERVING
             if run.plan.contained is not None and not run.looked_inside and serves:
                 run.looked_inside = True
@@ -142,27 +140,21 @@ class Sampling:
             used_s = max(0.0, usage.cpu_s - run.usage.cpu_s)
             run.cpu_percent = round(100.0 * used_s / (now - run.sampled_at), 1)
         run.usage, run.sampled_at = usage, now
-        process = self._fleet.processes.get(run.name)
+        process = self._queries.process(run.name)
         if process is None or process.generation != run.generation:
             return
         generation, said, settled = self._said.get(run.name, (0, 0, False))
-        sleeps = self._settled_asleep(process, now)
+        sleeps = self._queries.is_settled_asleep(run.name, now)
         limited = process.spec.memory_limit_bytes is not None
         moved = abs(usage.rss_bytes - said) > _WORTH_SAYING * max(said, 1 << 20)
         if limited or generation != run.generation or moved or sleeps is not settled:
             self._said[run.name] = (run.generation, usage.rss_bytes, sleeps)
-            self._dispatch(MemorySampled(run.name, run.generation, usage.rss_bytes, self._on_devices(run, usage)))
+            self._dispatch(
+                MemorySampled(run.name, run.generation, usage.rss_bytes, self._on_devices(process, run, usage))
+            )
 
-    def _settled_asleep(self, process: Process, now: float) -> bool:
-        """Say whether it has slept for so long that what is seen of its device is what it keeps there."""
-        return any(
-            placement.state is state.Residency.ASLEEP and now - placement.since_s >= SETTLED_S
-            for placement in self._fleet.facts.placements_on(process.name)
-        )
-
-    def _on_devices(self, run: Run, usage: Usage) -> Mapping[str, int]:
+    def _on_devices(self, process: Process, run: Run, usage: Usage) -> Mapping[str, int]:
         """Return what a model's own process holds per device, as far as it can be seen."""
-        process = self._fleet.processes[run.name]
         if process.spec.own_model is None:
             return {}
         if run.plan.contained is not None and run.inner_pid is None:
@@ -179,9 +171,9 @@ class Sampling:
         return self._residency.context_length(model, process)
 
     async def _observe_residents(self) -> None:
-        for name, process in list(self._fleet.processes.items()):
+        for process in list(self._queries.processes()):
             if process.spec.capabilities.many_models and process.state in SERVING:
-                await self._residency.observe(name, process.generation)
+                await self._residency.observe(process.name, process.generation)
 
 
 def machine_devices(samples: list[DeviceSample]) -> list[MachineDevice]:

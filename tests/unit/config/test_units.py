@@ -149,7 +149,8 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(3 * 2**29, "1.5GiB"), (2**30, "1GiB"), (100, "100B"), (10 * 2**30 + 1, "10GiB"), (0, "0B")]
+    ("size", "text"),
+    [(3 * 2**29, "1.50 GiB"), (2**30, "1.00 GiB"), (100, "100 B"), (10 * 2**30 + 1, "10.00 GiB"), (0, "0 B")],
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert show_size(size) == text

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from fleetd.core.data.events import Event, RequirementsChanged
-from fleetd.core.fleet import Fleet
+from fleetd.core.queries import FleetQueries
 from fleetd.daemon.sources.prerequisites import Requirements
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -51,11 +51,11 @@ def test_an_apply_in_the_middle_of_a_look_neither_ends_the_looking_nor_is_undone
     now = before = plans(engine, tmp_path, 40)
     after = plans(engine, tmp_path, 2, new="absent")
     told: list[Event] = []
-    fleet: Any = SimpleNamespace(processes={}, models={})
+    queries: Any = SimpleNamespace(process=lambda _: None, model=lambda _: None)
 
     async def scene() -> None:
         nonlocal now
-        found = Requirements(told.append, lambda: now, cast("Fleet", fleet), tmp_path / "state")
+        found = Requirements(told.append, lambda: now, cast("FleetQueries", queries), tmp_path / "state")
         looking = asyncio.create_task(found.run())
         found.look_soon()
         assert await asyncio.to_thread(engine.asked.wait, DEADLINE_S)

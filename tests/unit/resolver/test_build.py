@@ -231,7 +231,7 @@ def test_a_sleep_level_without_sleep_is_a_mistake_with_its_place(tmp_path: Path)
 def test_a_model_larger_than_its_budget_is_a_warning(tmp_path: Path) -> None:
     found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 100GiB}}")
     assert not found.problems
-    assert "can never fit: needs 100GiB on host" in str(found.warnings[-1])
+    assert "can never fit: needs 100.00 GiB on host" in str(found.warnings[-1])
 
 
 def test_held_models_are_expanded_over_replicas(tmp_path: Path) -> None:
