@@ -225,19 +225,18 @@ def serve(port: int, origin: int) -> None:
     import uvloop
 
     from fleetd.core.data.commands import Grant
-    from fleetd.gateway import Gateway, GatewayOptions, Seat, Upstream
+    from fleetd.gateway import Gateway, GatewayOptions, ModelTarget, Upstream
 
     class OneModel:
         """A FleetPort without a fleet."""
 
         def __init__(self) -> None:
-            self.to = Upstream("127.0.0.1", origin)
-            self.seat = Seat(MODEL, "origin", self.to, MODEL)
+            self.only = ModelTarget(MODEL, "origin", Upstream("127.0.0.1", origin), MODEL)
             self.last = 0
 
-        def take(self, _model: str) -> tuple[int, Seat]:
+        def take(self, _model: str) -> tuple[int, ModelTarget]:
             self.last += 1
-            return self.last, self.seat
+            return self.last, self.only
 
         def admit(self, model: str, on_grant, _on_reject, _avoid=()):  # type: ignore[no-untyped-def]
             self.last += 1
@@ -246,19 +245,16 @@ def serve(port: int, origin: int) -> None:
 
         def cancel(self, request_id: int) -> None: ...
 
-        def finish(self, request_id: int, failed: bool = False) -> None: ...
+        def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None: ...
 
-        def upstream(self, _process: str) -> Upstream:
-            return self.to
-
-        def served_name(self, model: str, _process: str) -> str:
-            return model
+        def target(self, _model: str, _process: str) -> ModelTarget:
+            return self.only
 
         def models(self):  # type: ignore[no-untyped-def]
             return []
 
         def names(self):  # type: ignore[no-untyped-def]
-            return {MODEL}
+            return {MODEL: MODEL}
 
         def ready(self):  # type: ignore[no-untyped-def]
             return True, ()

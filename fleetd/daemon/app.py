@@ -212,7 +212,7 @@ class App:
             retry_attempts=keys.retry_attempts,
         )
         self._gateway = gateway = Gateway(daemon.port, options)
-        daemon.port.heard_s = gateway.heard_s
+        daemon.port.heard_s = gateway.last_answer_s
         addresses = await gateway.start([listener])
         stack.push_async_callback(gateway.close)
         host, port = addresses[0]

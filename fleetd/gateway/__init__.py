@@ -1,17 +1,18 @@
-"""The data plane: an HTTP/1.1 proxy that knows models. `Gateway(port, options)` is all that the daemon needs.
+"""The data plane: an HTTP/1.1 proxy that knows models. The daemon uses `Gateway(fleet, options)`.
 
-    client ── http1.ServerConnection ── routes ── proxy.Exchange ── upstream.UpstreamConnection ── engine
-                        │                               │
-                     policy                     port.FleetPort (the daemon)
+    client ── http1.ServerConnection ── handlers ── proxy.Exchange ── upstream.UpstreamConnection ── engine
+                        │                                 │
+                     checks                       port.FleetPort (the daemon)
 
-The rules of this package
-- Everything runs on the loop's thread in plain callbacks; no task and no future per request.
+Invariants:
+- Everything runs on the loop's thread in plain callbacks; no task and no future per request, except to open a connection.
 - llhttp parses both sides; nothing here parses HTTP.
-- The only thing it knows of the fleet is `FleetPort`.
+- Everything the gateway knows of the fleet comes through `FleetPort`.
 """
 
 from fleetd.gateway.listener import Gateway, GatewayStats
 from fleetd.gateway.options import GatewayOptions
-from fleetd.gateway.port import FleetPort, ModelEntry, Seat, Upstream
+from fleetd.gateway.port import FleetPort, ModelEntry
+from fleetd.gateway.target import ModelTarget, Upstream
 
-__all__ = ["FleetPort", "Gateway", "GatewayOptions", "GatewayStats", "ModelEntry", "Seat", "Upstream"]
+__all__ = ["FleetPort", "Gateway", "GatewayOptions", "GatewayStats", "ModelEntry", "ModelTarget", "Upstream"]

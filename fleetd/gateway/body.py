@@ -1,10 +1,9 @@
-"""What the gateway reads of a JSON body: `model` and `stream`; and the one thing it may change: the model's name.
+"""Read `model` and `stream` from a JSON body, and replace the model's name.
 
-The rules of this file
-- A body goes on byte for byte. Where the engine knows the model by another name, that one value is replaced in place, and
-  everything else stays as it was sent.
-- Of doubled keys the last counts, as in every engine. Go reads `MODEL` as `model` and others do not: that is refused.
-- A large body is not turned into objects (that would hold up every other stream): its top level is walked in a thread.
+Invariants:
+- A body is forwarded byte for byte. If the engine knows the model by another name, that one value is replaced in place.
+- Of duplicate keys the last counts, as in every engine. Go reads `MODEL` as `model` and others do not: that is rejected.
+- A large body is not turned into objects (that would delay every other stream): its top level is scanned in a thread.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import orjson
 from fleetd.errors import ApiError
 from fleetd.gateway.errors import invalid_request
 
-LARGE_BYTES: Final = 1024 * 1024  # read in a thread from here on
+LARGE_BYTES: Final = 1024 * 1024  # parsed in a thread from this size
 MAX_MODEL_CHARS: Final = 512
 
 _MODEL_KEY = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 _TOP = re.compile(rb'["\[\]{},:]')
-# A run of short strings and what lies between them, cut so that no single match holds up other threads for long. Nothing
-# follows the run, so there is nothing to go back for; possessive quantifiers, which would say so, are broken before Python 3.11.4.
+# A run of short strings and the bytes between them, bounded so that no single match blocks other threads for long. Nothing
+# follows the run, so it never backtracks; possessive quantifiers would enforce that, but are broken before Python 3.11.4.
 _RUN = re.compile(rb'(?:[^"\[\]{}]+|"(?:[^"\\]|\\.){0,256}"){1,1000}', re.DOTALL)
 _SPACE = b" \t\r\n"
 
@@ -58,19 +57,19 @@ _USUAL_KEYS = frozenset(
 )
 
 
-class Asked(NamedTuple):
-    """What a body asks for. `span` is where the value of `model` stands, when that is known."""
+class BodyFields(NamedTuple):
+    """The fields of a body that the gateway reads. `span` is the position of the value of `model`, if known."""
 
     model: str
     stream: bool
     span: tuple[int, int] | None = None
 
 
-_new = tuple.__new__  # a named tuple's own constructor takes three times as long, for every request
+_new = tuple.__new__  # a named tuple's own constructor takes three times as long
 
 
-def read(body: bytes | bytearray) -> Asked:
-    """Read a body of any size that may be parsed at once. Raises ApiError (400, 404)."""
+def parse(body: bytes | bytearray) -> BodyFields:
+    """Parse a body on the event loop. Raises ApiError (400, 404)."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -84,13 +83,13 @@ def read(body: bytes | bytearray) -> Asked:
     model = document.get("model")
     if type(model) is not str or not model or len(model) > MAX_MODEL_CHARS or not model.isprintable():
         raise _bad_model(model)
-    return _new(Asked, (model, document.get("stream") is True, None))
+    return _new(BodyFields, (model, document.get("stream") is True, None))
 
 
-def scan(body: bytes | bytearray) -> Asked:
-    """Read the top level of a large body without building it. Raises ApiError (400, 404).
+def scan(body: bytes | bytearray) -> BodyFields:
+    """Parse the top level of a large body without building objects. Raises ApiError (400, 404).
 
-    Values other than `model` and `stream` are only skipped; whether they are valid is the engine's to say.
+    Values other than `model` and `stream` are skipped; the engine decides whether they are valid.
     """
     at = _skip_space(body, 0)
     if body[at : at + 1] != b"{":
@@ -121,27 +120,27 @@ def scan(body: bytes | bytearray) -> Asked:
     return _asked(body, found)
 
 
-def _asked(body: bytes | bytearray, found: dict[str, tuple[int, int]]) -> Asked:
+def _asked(body: bytes | bytearray, found: dict[str, tuple[int, int]]) -> BodyFields:
     start, end = found.get("model", (0, 0))
     model = _load(body[start:end]) if end else None
     if not isinstance(model, str) or not model or len(model) > MAX_MODEL_CHARS or not model.isprintable():
         raise _bad_model(model)
     stream = "stream" in found and bytes(body[slice(*found["stream"])]).strip() == b"true"
-    return Asked(model, stream, (start, end))
+    return BodyFields(model, stream, (start, end))
 
 
-def rename(body: bytes | bytearray, asked: Asked, served_name: str) -> bytes | bytearray:
-    """Return the body with the engine's own name for the model."""
-    if served_name == asked.model:
+def rename_model(body: bytes | bytearray, fields: BodyFields, served_name: str) -> bytes | bytearray:
+    """Return the body with the engine's name for the model."""
+    if served_name == fields.model:
         return body
-    span = asked.span or _simple_span(body, asked.model) or scan(body).span
+    span = fields.span or _simple_span(body, fields.model) or scan(body).span
     assert span is not None
     view = memoryview(body)
     return b"".join((view[: span[0]], orjson.dumps(served_name), view[span[1] :]))
 
 
 def _simple_span(body: bytes | bytearray, model: str) -> tuple[int, int] | None:
-    """Return where the value of `model` stands, where one look is enough: one such key, and no key written in escapes."""
+    """Return the position of the value of `model` if there is one such key and no escape; else None."""
     if b"\\u" in body or len(_MODEL_KEY.findall(body)) != 1:
         return None
     match = _MODEL_KEY.search(body)
@@ -162,7 +161,7 @@ def _skip_space(body: bytes | bytearray, at: int) -> int:
 
 
 def _string_end(body: bytes | bytearray, at: int) -> int:
-    """Return the place after the string that starts at `at`."""
+    """Return the position after the string that starts at `at`."""
     if body[at : at + 1] != b'"':
         raise _not_json("a key that is not a string")
     quote = at
@@ -178,7 +177,7 @@ def _string_end(body: bytes | bytearray, at: int) -> int:
 
 
 def _value_end(body: bytes | bytearray, at: int) -> int:
-    """Return the place after the value that starts at `at`."""
+    """Return the position after the value that starts at `at`."""
     first = body[at : at + 1]
     if first == b'"':
         return _string_end(body, at)
@@ -217,4 +216,4 @@ def _bad_model(model: object) -> ApiError:
         return invalid_request("The body must name a model: a string under the key 'model'.")
     if len(model) > MAX_MODEL_CHARS:
         return ApiError(404, "model_not_found", f"There is no model with a name of {len(model)} characters.")
-    return invalid_request("The model's name holds characters that cannot be printed.")
+    return invalid_request("The model's name has characters that cannot be printed.")

@@ -1,12 +1,11 @@
-"""What is refused at the end of a request's headers, before a byte of its body is read.
+"""Checks at the end of a request's headers, before a byte of its body is read.
 
-The rules of this file
-- A name is allowed when it is localhost, the listen address, this machine's own name, or in `allowed_hosts`.
-- An address that is written as numbers cannot be rebound: loopback ones are allowed everywhere, all of them where the
-  gateway listens on every address.
-- Without this, any web page could talk to the fleet by DNS rebinding. And a page of another origin may send nothing that
-  costs something: its Origin must be our own Host, and JSON must be called JSON, which no HTML form can do.
-- What passed once is remembered (bounded), on the head itself, so that the usual request costs one look-up.
+Invariants:
+- A host name is allowed if it is localhost, the listen address, this machine's own name, or in `allowed_hosts`.
+- A numeric address cannot be rebound: loopback ones are always allowed, all of them if the gateway listens on every address.
+- A web page of another origin cannot use the fleet by DNS rebinding or by an HTML form: its Origin must be the request's own
+  Host, and JSON must be declared as JSON, which no form can do.
+- What was allowed once is cached (bounded), on the head itself, so that the usual request costs one look-up.
 """
 
 from __future__ import annotations
@@ -14,23 +13,21 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import httptools
 
 from fleetd.errors import ApiError
+from fleetd.gateway import routes
 from fleetd.gateway.errors import invalid_request
+from fleetd.gateway.headers import Head
 from fleetd.gateway.options import GatewayOptions
+from fleetd.gateway.request import Request
 
-if TYPE_CHECKING:
-    from fleetd.gateway.request import Head, Request
-    from fleetd.gateway.routes import Routes
-
-_REMEMBERED = 1024
+_CACHED = 1024
 
 
 def split_host(value: bytes) -> str | None:
-    """Return the lower-case host of a Host header without its port and brackets; None when it is not one."""
+    """Return the lower-case host of a Host header without port and brackets; None if it is invalid."""
     try:
         text = value.decode("ascii").strip().lower()
     except UnicodeDecodeError:
@@ -50,7 +47,7 @@ def split_host(value: bytes) -> str | None:
 
 
 class HostPolicy:
-    """Decides about Host and Origin, and remembers what it allowed."""
+    """Decides which Host and Origin headers are allowed, and caches the hosts it allowed."""
 
     def __init__(self, listen_host: str, allowed_hosts: Iterable[str] = ()) -> None:
         listen = listen_host.lower()
@@ -72,12 +69,12 @@ class HostPolicy:
             self._names.add(split_host(name.encode("idna" if not name.isascii() else "ascii")) or name)
 
     def allows(self, host: bytes) -> bool:
-        """Say whether a request may name us like this."""
+        """Return whether a request may address the gateway by this Host."""
         if host in self._known:
             return True
         if not self._decide(host):
             return False
-        if len(self._known) < _REMEMBERED:
+        if len(self._known) < _CACHED:
             self._known.add(host)
         return True
 
@@ -95,42 +92,46 @@ class HostPolicy:
 
     @staticmethod
     def same_origin(origin: bytes, host: bytes) -> bool:
-        """Say whether a page of `origin` was served by us."""
+        """Return whether a page of `origin` was served by this gateway."""
         scheme, separator, rest = origin.lower().partition(b"://")
         return bool(separator) and scheme in (b"http", b"https") and rest == host.lower()
 
 
-class RequestPolicy:
-    """All that a request's head must satisfy."""
+class RequestChecks:
+    """Everything that the head of a request must satisfy."""
 
-    def __init__(self, options: GatewayOptions, routes: Routes) -> None:
+    def __init__(self, options: GatewayOptions) -> None:
         self.options = options
-        self.routes = routes
         self.hosts = HostPolicy(options.host, options.allowed_hosts)
         self._json_types: set[bytes] = {b"application/json"}
 
     def body_too_large(self) -> ApiError:
-        """Return the answer to a body over the limit."""
+        """Return the error for a body over the limit."""
         return invalid_request(
-            f"The body is over the limit of {self.options.max_body_bytes} bytes.", 413, "body_too_large"
+            f"The body is larger than the limit of {self.options.max_body_bytes} bytes.", 413, "body_too_large"
         )
 
     def check(self, request: Request) -> ApiError | None:
-        """Return what is wrong with a head, or None. Sets the route of its request."""
+        """Return the error in a head, or None. Sets the route of its request."""
         head = request.head
         if head.allowed and request.method == b"POST" and not request.version_refused:
-            route = self.routes.by_path.get(request.target)
+            route = routes.ROUTES.get(request.target)
             if route is not None and route.method == b"POST" and request.length <= self.options.max_body_bytes:
                 request.route = route
                 return None
         error = (
             self._check_form(request)
             or self._check_origin(request)
-            or self.routes.find(request)
+            or self._find_route(request)
             or (self._check_body(head) if request.method == b"POST" else None)
         )
         if error is None and request.method == b"POST" and request.target[:1] == b"/" and head.host is not None:
             head.allowed = True
+        return error
+
+    @staticmethod
+    def _find_route(request: Request) -> ApiError | None:
+        request.route, error = routes.find(request.method, request.target)
         return error
 
     def _check_form(self, request: Request) -> ApiError | None:
@@ -139,24 +140,24 @@ class RequestPolicy:
         if len(target) > options.max_target_bytes:
             return invalid_request("The request line is too long.", 414, "uri_too_long")
         if request.head.header_count > options.max_headers or request.head.head_bytes > options.max_head_bytes:
-            return invalid_request("The headers are too many or too large.", 431, "headers_too_large")
+            return invalid_request("There are too many headers, or they are too large.", 431, "headers_too_large")
         if request.version_refused:
-            return invalid_request("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505, "http_version")
+            return invalid_request("Unsupported HTTP version: use HTTP/1.1 or HTTP/1.0.", 505, "http_version")
         if request.head.unknown_expect:
-            return invalid_request("Only 100-continue may be expected here.", 417, "expectation_failed")
+            return invalid_request("Unsupported Expect header: only 100-continue is known.", 417, "expectation_failed")
         if request.length > options.max_body_bytes:
             return self.body_too_large()
         host = request.head.host
         if host is None and not request.http11:
             return None
         if not host:
-            return invalid_request("A request carries exactly one Host header.")
+            return invalid_request("A request must have exactly one Host header.")
         if target[:1] != b"/":
             return self._check_absolute(request)
         return None if self.hosts.allows(host) else self._foreign_host()
 
     def _check_absolute(self, request: Request) -> ApiError | None:
-        """`GET http://host/path`: the host in the target counts, and both must be ours."""
+        """Check `GET http://host/path`: the host in the target counts, and both hosts must be allowed."""
         if request.target == b"*" and request.method == b"OPTIONS":
             return None
         try:
@@ -175,13 +176,13 @@ class RequestPolicy:
         return ApiError(
             403,
             "host_not_allowed",
-            "This Host is not one of the gateway's names; add it to gateway.allowed_hosts if it should be.",
+            "This Host is not a name of the gateway (add it to gateway.allowed_hosts to allow it).",
         )
 
     def _check_origin(self, request: Request) -> ApiError | None:
         origin = request.head.origin
         if origin is None or request.method in (b"GET", b"HEAD"):
-            return None  # nothing to steal: no answer ever allows another origin to read it
+            return None  # harmless: no answer allows another origin to read it
         if request.head.host and self.hosts.same_origin(origin, request.head.host):
             return None
         return ApiError(403, "origin_not_allowed", "Web pages of another origin may not use this gateway.")
@@ -194,6 +195,6 @@ class RequestPolicy:
             return None
         if content_type is None or content_type.partition(b";")[0].strip().lower() != b"application/json":
             return invalid_request("Content-Type must be application/json.", 415, "unsupported_media_type")
-        if len(self._json_types) < _REMEMBERED:
+        if len(self._json_types) < _CACHED:
             self._json_types.add(content_type)
         return None

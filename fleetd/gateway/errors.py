@@ -1,9 +1,9 @@
-"""Answers that are not success: a status, a stable code, one sentence, and what a client should do next.
+"""Error answers: a status, a stable code, one sentence, and whether and when to retry.
 
-The rules of this file
-- The shape of a body belongs to the dialect of the route (`ErrorShape`); status, code and headers do not.
-- 429 and 503 carry Retry-After (1 to 120 seconds: clients ignore what is longer). What must not be tried again says so.
-- Whatever a client sent is cut to a decent length before it is repeated, and never stands in a header.
+Invariants:
+- The body is in the dialect of the route (`ErrorShape`); status, code and headers are the same for all dialects.
+- 429 and 503 carry Retry-After (1 to 120 seconds: clients ignore longer ones). Errors that must not be retried say so.
+- Text from a client is cut before it is repeated, and never appears in a header.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REJECT_STATUS = {
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _DEFAULT_RETRY_AFTER_S = 5.0
-# A 502 has been tried as often as it may be; the others are the client's own.
+# A 502 was retried as often as allowed; the others are errors of the client.
 _FINAL = frozenset({400, 401, 403, 404, 405, 411, 413, 414, 415, 417, 422, 431, 501, 502, 505})
 
 
@@ -48,7 +48,7 @@ def error_type(status: int) -> str:
 
 
 def openai_shape(error: ApiError) -> bytes:
-    """Return the body that OpenAI's clients read: always an object under `error`."""
+    """Return the body in OpenAI's format: always an object under `error`."""
     return orjson.dumps(
         {
             "error": {
@@ -62,7 +62,7 @@ def openai_shape(error: ApiError) -> bytes:
 
 
 def error_headers(error: ApiError) -> bytes:
-    """Return the header lines that tell a client whether and when to try again."""
+    """Return the header lines that let a client decide whether and when to retry."""
     lines = b"X-Fleet-Error-Source: gateway\r\n"
     if error.status in (429, 503):
         wait_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
@@ -76,17 +76,17 @@ def error_headers(error: ApiError) -> bytes:
 
 
 def from_reject(reject: Reject) -> ApiError:
-    """Return the answer to a request that the core refused."""
+    """Return the error for a request that the core rejected."""
     status = REJECT_STATUS.get(reject.code, 503)
     return ApiError(status, reject.code, reject.reason, retry_after_s=reject.retry_after_s)
 
 
 def invalid_request(message: str, status: int = 400, code: str = "invalid_request") -> ApiError:
-    """Return the answer to a request that is wrong in itself."""
+    """Return the error for an invalid request."""
     return ApiError(status, code, message)
 
 
 def quoted(text: str, limit: int = 80) -> str:
-    """Return `text` in quotes, cut to `limit` characters, with nothing that a terminal or a log would act on."""
+    """Return `text` in quotes, cut to `limit` characters, control characters escaped."""
     cut = text if len(text) <= limit else text[:limit] + "…"
     return repr(cut)

@@ -1,9 +1,8 @@
-"""Is a client that sent its end of input still there? Closed and half-closed look the same until something is sent.
+"""Probe whether a client that sent its end of input is still connected.
 
-The rules of this file
-- The question is an interim `100 Continue`, which HTTP/1.1 lets a server send before an answer, and every client skips. A
-  client that closed its socket answers with a reset, which the kernel keeps as an error of ours; a half-closed one is silent.
-- It is asked at once, looked at three times within a tenth of a second, and asked again every few seconds.
+A closed and a half-closed connection look the same until something is sent. The probe is an interim `100 Continue`, which
+HTTP/1.1 lets a server send before an answer and every client skips. A client that closed its socket replies with a reset,
+which the kernel keeps as a socket error; a half-closed one stays silent.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import socket
 from collections.abc import Callable
 
 LOOK_DELAYS_S = (0.005, 0.02, 0.06)
-ASK_AGAIN_S = 5.0
-QUESTION = b"HTTP/1.1 100 Continue\r\n\r\n"
+PROBE_AGAIN_S = 5.0
+PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class Departure:
-    """Watches one half-closed connection until `stop`, or until `gone` was called."""
+class HalfCloseProbe:
+    """Probes one half-closed connection until `stop` is called or the client is gone."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, gone: Callable[[], None]) -> None:
         self._loop = loop
@@ -26,14 +25,14 @@ class Departure:
         self._gone = gone
         self._timer: asyncio.TimerHandle | None = None
         self.looks = 0
-        self._ask()
+        self._send()
 
-    def _ask(self) -> None:
-        self._transport.write(QUESTION)
+    def _send(self) -> None:
+        self._transport.write(PROBE)
         self._look_later(0)
 
     def _look_later(self, turn: int) -> None:
-        delay_s = LOOK_DELAYS_S[turn] if turn < len(LOOK_DELAYS_S) else ASK_AGAIN_S
+        delay_s = LOOK_DELAYS_S[turn] if turn < len(LOOK_DELAYS_S) else PROBE_AGAIN_S
         self._timer = self._loop.call_later(delay_s, self._look, turn)
 
     def _look(self, turn: int) -> None:
@@ -45,7 +44,7 @@ class Departure:
         elif turn < len(LOOK_DELAYS_S):
             self._look_later(turn + 1)
         else:
-            self._ask()
+            self._send()
 
     def _was_reset(self) -> bool:
         try:
@@ -54,6 +53,6 @@ class Departure:
             return True
 
     def stop(self) -> None:
-        """The answer begins: from now on writing to the client tells."""
+        """Stop probing: once an answer begins, writing it shows whether the client is gone."""
         if self._timer is not None:
             self._timer.cancel()

@@ -1,13 +1,13 @@
-"""The server half: one `ServerConnection` per client, from bytes to `Request` and back. Parsing is llhttp's.
+"""The server half: one `ServerConnection` per client, from bytes to `Request` and back. llhttp parses.
 
-The rules of this file
-- llhttp stays strict: two lengths, a length beside chunks, bare LF, folded lines and bad chunks are errors, and an error
-  ends the connection after everything before it was answered. Nothing that was not understood is ever passed on.
+Invariants:
+- llhttp stays strict: two lengths, a length next to chunks, bare LF, folded lines and bad chunks are errors, and an error
+  ends the connection after everything before it was answered. Input that was not understood is never forwarded.
 - Limits hold from the first byte: head size and count, target, body (declared and as it arrives), deadlines, pipelining.
-- What is wrong with a request is known at the end of its headers, and said before its body is read where that is long.
+- An error in a request is known at the end of its headers, and answered before its body is read if that is long.
 - Answers leave in the order of the requests. One request of a connection is in progress at a time.
-- A client that closes is noticed while its request waits: reading goes on all the time. One that only finished sending looks
-  the same and gets its answer all the same, if it had not begun: departure.py tells them apart. Once an answer has begun, and
+- A client that closes is noticed while its request waits: reading never pauses. A client that only finished sending looks the
+  same and still gets its answer if that has not begun: half_close.py distinguishes them. Once an answer has begun, and
   for HTTP/1.0 and TLS, end of input means that the client is gone.
 """
 
@@ -16,26 +16,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
 from fleetd.errors import ApiError
+from fleetd.gateway.context import GatewayContext
 from fleetd.gateway.errors import error_headers, invalid_request, openai_shape, status_line
-from fleetd.gateway.half_close import Departure
-from fleetd.gateway.request import APART_SIZES, Request
-
-if TYPE_CHECKING:
-    from fleetd.gateway.listener import Gateway
+from fleetd.gateway.half_close import HalfCloseProbe
+from fleetd.gateway.request import Request
 
 log = logging.getLogger("fleetd.gateway")
 
 NEVER = float("inf")
-SMALL_BODY_BYTES = 64 * 1024  # what a refused request may still send on a connection that goes on
+SMALL_BODY_BYTES = 64 * 1024  # a rejected request may still send this much on a connection that stays open
+# Lengths of the names of headers that differ from request to request; the other lines are looked up as a whole.
+_VARYING_NAME_SIZES: Final = frozenset({len(b"content-length"), len(b"x-request-id")})
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-# What a connection waits for; ACTIVE alone has no deadline of its own.
+# Phases of a connection; ACTIVE alone has no deadline of its own.
 IDLE: Final = 0
 HEAD: Final = 1
 BODY: Final = 2
@@ -44,8 +44,8 @@ CLOSING: Final = 4
 LINGER: Final = 5
 
 
-class Handler(Protocol):
-    """Whatever works on the request in progress and wants to know about its client."""
+class ClientObserver(Protocol):
+    """Works on the request in progress, and is notified about its client."""
 
     relaying: bool
 
@@ -55,14 +55,32 @@ class Handler(Protocol):
     def tick(self, now: float) -> None: ...
 
 
+class ConnectionOwner(Protocol):
+    """The listener that a connection belongs to."""
+
+    def register(self, connection: ServerConnection) -> bool:
+        """Count a new connection; False if it is over a limit."""
+        ...
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Forget a connection that was lost."""
+        ...
+
+    def handle(self, connection: ServerConnection, request: Request) -> None:
+        """Handle a request that passed all checks."""
+        ...
+
+
 class ServerConnection(asyncio.Protocol):
     """A client's connection."""
 
     __slots__ = (
+        "_context",
         "_current",
-        "_deaf",
+        "_ignore_input",
         "_in_head",
         "_lines",
+        "_owner",
         "_parser",
         "_queue",
         "_raw_bytes",
@@ -72,22 +90,22 @@ class ServerConnection(asyncio.Protocol):
         "active",
         "client",
         "deadline",
-        "departure",
         "eof",
-        "gateway",
-        "handler",
+        "half_close",
+        "observer",
         "phase",
         "stalled_bytes",
         "stalled_since",
         "transport",
     )
 
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
+    def __init__(self, context: GatewayContext, owner: ConnectionOwner) -> None:
+        self._context = context
+        self._owner = owner
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.client = ""
         self.active: Request | None = None
-        self.handler: Handler | None = None
+        self.observer: ClientObserver | None = None
         self.phase = IDLE
         self.deadline = NEVER
         self.stalled_since = NEVER
@@ -97,13 +115,13 @@ class ServerConnection(asyncio.Protocol):
         self._queue: deque[Request] = deque()
         self._starting = False
         self._reading_paused = False
-        self._deaf = False
+        self._ignore_input = False
         self._in_head = True
         self._lines: list[bytes] = []  # of the head being read: name, value, name, value …
         self._current: Request | None = None  # the one being read
         self._raw_bytes = 0
         self._raw_left = 0
-        self.departure: Departure | None = None  # only of a client that sent its end of input
+        self.half_close: HalfCloseProbe | None = None  # only after the client sent its end of input
 
     # -- the connection -------------------------------------------------------------------------------------------------
 
@@ -111,72 +129,72 @@ class ServerConnection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if isinstance(peer, tuple) and peer else "local"
-        if self.gateway.register(self):
+        if self._owner.register(self):
             self.phase = IDLE
-            self.deadline = self.gateway.clock + self.gateway.options.head_timeout_s
+            self.deadline = self._context.clock + self._context.options.head_timeout_s
         else:
-            self._deaf = True
+            self._ignore_input = True
             self._refuse_now(ApiError(503, "too_many_connections", "Too many connections are open.", retry_after_s=1))
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the reason is nobody's business
-        self.gateway.forget(self)
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the reason does not matter
+        self._owner.forget(self)
         self.answer_begins()
         self.deadline = NEVER
         self.stalled_since = NEVER
-        handler, self.handler = self.handler, None
-        if handler is not None:
-            handler.client_left()
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.client_left()
         for request in (*self._queue, self.active, self._current):
             if request is not None:
-                self.give_back(request)
+                self.release_body(request)
         self.active = self._current = None
         self._queue.clear()
-        self._deaf = True
+        self._ignore_input = True
         self._parser = cast(httptools.HttpRequestParser, None)  # the parser holds us: break the cycle
 
     def eof_received(self) -> bool:
         self.eof = True
         if self.active is None or self.phase >= CLOSING:
             return False
-        handler = self.handler
-        if handler is None or handler.relaying or not self.active.http11 or not self.transport.can_write_eof():
-            self._gone()
+        observer = self.observer
+        if observer is None or observer.relaying or not self.active.http11 or not self.transport.can_write_eof():
+            self._client_left()
             return False
         self._watch()
         return True
 
     def _watch(self) -> None:
-        self.departure = Departure(self.gateway.loop, self.transport, self._gone)
+        self.half_close = HalfCloseProbe(self._context.loop, self.transport, self._client_left)
 
     def answer_begins(self) -> None:
-        """From now on writing tells whether the client is there."""
-        departure, self.departure = self.departure, None
-        if departure is not None:
-            departure.stop()
+        """Stop probing a half-closed client: writing now shows whether it is connected."""
+        probe, self.half_close = self.half_close, None
+        if probe is not None:
+            probe.stop()
 
-    def _gone(self) -> None:
-        handler, self.handler = self.handler, None
-        if handler is not None:
-            handler.client_left()
+    def _client_left(self) -> None:
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.client_left()
         self.transport.abort()
 
     def pause_writing(self) -> None:
-        self.stalled_since = self.gateway.clock
+        self.stalled_since = self._context.clock
         self.stalled_bytes = self.transport.get_write_buffer_size()
-        if self.handler is not None:
-            self.handler.client_paused()
+        if self.observer is not None:
+            self.observer.client_paused()
 
     def resume_writing(self) -> None:
         self.stalled_since = NEVER
-        if self.handler is not None:
-            self.handler.client_resumed()
+        if self.observer is not None:
+            self.observer.client_resumed()
         elif self._queue:
             self._start_next()
 
     # -- bytes in -------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignore_input:
             return
         self._raw_bytes += len(data)
         try:
@@ -186,7 +204,7 @@ class ServerConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._after_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            if not self._deaf:
+            if not self._ignore_input:
                 self._give_up(invalid_request(f"This is not valid HTTP/1.1: {error}."))
         if self._current is not None:
             self._check_partial(self._current)
@@ -194,7 +212,7 @@ class ServerConnection(asyncio.Protocol):
             self._start_next()
 
     def _take_raw(self, data: bytes) -> bytes:
-        """Take the body of a request that asked for an upgrade: llhttp leaves it to us. Returns what comes after it."""
+        """Take the body of a request that asked for an upgrade, which llhttp does not read. Returns the rest."""
         body, rest = data[: self._raw_left], data[self._raw_left :]
         self._raw_left -= len(body)
         self.on_body(body)
@@ -203,8 +221,8 @@ class ServerConnection(asyncio.Protocol):
         return rest
 
     def _after_upgrade(self, rest: bytes) -> None:
-        """An upgrade is ignored, as HTTP allows: the request is answered as if it had not asked (JDK clients do ask)."""
-        if self._deaf or self._current is None:
+        """Ignore an upgrade, as HTTP allows, and answer the request without it (JDK clients ask for one)."""
+        if self._ignore_input or self._current is None:
             return
         self._raw_left = max(0, self._current.length)
         if not self._raw_left:
@@ -213,8 +231,8 @@ class ServerConnection(asyncio.Protocol):
             self.data_received(rest)
 
     def _check_partial(self, request: Request) -> None:
-        """A request is half read: guard its size, and say when the rest must be there."""
-        options = self.gateway.options
+        """Check the size of a partly read request, and set the deadline for the rest."""
+        options = self._context.options
         if self._in_head:
             if self._raw_bytes > options.max_head_bytes:
                 if len(request.target) > options.max_target_bytes:
@@ -223,15 +241,15 @@ class ServerConnection(asyncio.Protocol):
                     self._give_up(invalid_request("The headers are too large.", 431, "headers_too_large"))
             elif self.active is None and self.phase != HEAD:
                 self.phase = HEAD
-                self.deadline = self.gateway.clock + options.head_timeout_s
-        # Chunk extensions and trailers are no body, and llhttp takes any number of them.
+                self.deadline = self._context.clock + options.head_timeout_s
+        # Chunk extensions and trailers do not count as body, and llhttp accepts any number of them.
         elif request.head.chunked and self._raw_bytes > options.max_head_bytes + 8 * (len(request.body) + 1024):
-            self._give_up(invalid_request("The chunked body is nearly all framing."))
+            self._give_up(invalid_request("The chunked body is mostly framing."))
         elif self.active is None:
             self.phase = BODY
-            self.deadline = self.gateway.clock + options.body_idle_timeout_s
+            self.deadline = self._context.clock + options.body_idle_timeout_s
 
-    # -- what llhttp saw ------------------------------------------------------------------------------------------------
+    # -- callbacks of llhttp ------------------------------------------------------------------------------------------------
 
     def on_url(self, url: bytes) -> None:
         if self._current is None:
@@ -243,24 +261,23 @@ class ServerConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
             return  # a trailer
-        if len(name) in APART_SIZES and self._current is not None:
-            # What differs from request to request is kept apart: the other lines are looked up as a whole.
+        if len(name) in _VARYING_NAME_SIZES and self._current is not None:
             lower = name.lower()
             if lower == b"content-length":
                 self._current.length = int(value)
                 return
             if lower == b"x-request-id":
-                self._current.own_id = value
+                self._current.client_id = value
                 return
         self._lines += (name, value)
 
     def on_headers_complete(self) -> None:
         request = self._current
-        if self._deaf or request is None:
+        if self._ignore_input or request is None:
             return
         self._in_head = False
-        parser, gateway = self._parser, self.gateway
-        head = request.head = gateway.heads.get(self._lines)
+        parser, context = self._parser, self._context
+        head = request.head = context.heads.get(self._lines)
         self._lines = []
         method = request.method = parser.get_method()
         keep_alive = request.keep_alive = parser.should_keep_alive()
@@ -269,14 +286,14 @@ class ServerConnection(asyncio.Protocol):
             request.http11 = version == "1.1"
             request.keep_alive = keep_alive and request.http11
             request.version_refused = version not in ("1.1", "1.0")
-        request.id_line = gateway.id_line(request.own_id)
-        error = request.error = gateway.policy.check(request)
+        request.id_line = context.id_line(request.client_id)
+        error = request.error = context.checks.check(request)
         if error is not None:
             final = head.expect or method == b"CONNECT" or request.version_refused
             if final or head.chunked or request.length > SMALL_BODY_BYTES:
                 self._give_up(error)
         elif head.chunked and parser.should_upgrade():
-            self._give_up(invalid_request("An upgrade with a chunked body is not understood here."))
+            self._give_up(invalid_request("An upgrade with a chunked body is not supported."))
         elif head.expect and request.http11:
             if self.active is None and not self._queue:
                 self.transport.write(CONTINUE)
@@ -285,7 +302,7 @@ class ServerConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         request = self._current
-        if self._deaf or request is None or request.error is not None:
+        if self._ignore_input or request is None or request.error is not None:
             return
         body = request.body
         if not body:
@@ -298,13 +315,13 @@ class ServerConnection(asyncio.Protocol):
             size = len(body)
         if size <= SMALL_BODY_BYTES:
             return
-        gateway = self.gateway
-        if size > gateway.options.max_body_bytes:
-            self._give_up(gateway.policy.body_too_large())
+        context = self._context
+        if size > context.options.max_body_bytes:
+            self._give_up(context.checks.body_too_large())
             return
-        gateway.buffered_bytes += size - request.buffered_bytes
+        context.buffered_bytes += size - request.buffered_bytes
         request.buffered_bytes = size
-        if gateway.buffered_bytes > gateway.options.max_buffered_bytes:
+        if context.buffered_bytes > context.options.max_buffered_bytes:
             self._give_up(ApiError(503, "overloaded", "Too many large requests are being read.", retry_after_s=2))
 
     def on_message_complete(self) -> None:
@@ -318,7 +335,7 @@ class ServerConnection(asyncio.Protocol):
         self._current = None
         self._raw_bytes = 0
         self._queue.append(request)
-        if len(self._queue) > self.gateway.options.max_pipelined and not self._reading_paused:
+        if len(self._queue) > self._context.options.max_pipelined and not self._reading_paused:
             self._reading_paused = True
             self.transport.pause_reading()
 
@@ -328,7 +345,7 @@ class ServerConnection(asyncio.Protocol):
         if self._starting:
             return
         self._starting = True
-        # A client that sends requests and reads no answers gets no more of them made.
+        # A client that sends requests without reading answers gets no further ones.
         while self.active is None and self._queue and self.phase < CLOSING and self.stalled_since == NEVER:
             request = self._queue.popleft()
             self.active = request
@@ -339,20 +356,20 @@ class ServerConnection(asyncio.Protocol):
                 if error is not None:
                     self.respond_error(error)
                 elif request.route is not None:
-                    request.route.handle(self, request)
-                    if self.eof and self.handler is not None and not self.handler.relaying:
+                    self._owner.handle(self, request)
+                    if self.eof and self.observer is not None and not self.observer.relaying:
                         self._watch()
             except Exception:
-                log.exception("a request failed inside the gateway")
+                log.exception("request failed inside the gateway")
                 self.fail()
         self._starting = False
 
     def fail(self) -> None:
-        """Answer a bug of ours: 500 where nothing was sent yet, else a cut connection."""
-        handler, self.handler = self.handler, None
-        relaying = handler.relaying if handler is not None else False
-        if handler is not None:
-            handler.client_left()
+        """Answer after an internal error: 500 if nothing was sent yet, else cut the connection."""
+        observer, self.observer = self.observer, None
+        relaying = observer.relaying if observer is not None else False
+        if observer is not None:
+            observer.client_left()
         if self.active is None or relaying:
             self.transport.abort()
         else:
@@ -361,12 +378,12 @@ class ServerConnection(asyncio.Protocol):
             )
 
     def respond(self, status: int, body: bytes, extra: bytes = b"", content_type: bytes = b"application/json") -> None:
-        """Answer the request in progress with a body of our own."""
+        """Answer the request in progress with the gateway's own body."""
         request = self.active
         if request is None:
             return
         self.answer_begins()
-        keep = request.keep_alive and not self.gateway.draining
+        keep = request.keep_alive and not self._context.draining
         pieces = [status_line(status)]
         if body or status != 204:
             pieces.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, len(body)))
@@ -386,12 +403,12 @@ class ServerConnection(asyncio.Protocol):
         self.respond(error.status, shape(error), error_headers(error) + extra)
 
     def done(self, keep: bool) -> None:
-        """The request in progress has its whole answer."""
+        """End the request in progress after its complete answer, and start the next."""
         request, self.active = self.active, None
-        self.handler = None
+        self.observer = None
         if request is not None and request.buffered_bytes:
-            self.give_back(request)
-        if not keep or self.gateway.draining:
+            self.release_body(request)
+        if not keep or self._context.draining:
             self._finish_writing(linger=request is not None and request.close_unread)
             return
         if self._queue:
@@ -406,84 +423,84 @@ class ServerConnection(asyncio.Protocol):
             self._wait_for_rest(self._current)
         else:
             self.phase = IDLE
-            self.deadline = self.gateway.clock + self.gateway.options.keepalive_timeout_s
+            self.deadline = self._context.clock + self._context.options.keepalive_timeout_s
 
     def _wait_for_rest(self, request: Request) -> None:
-        """A pipelined request is half read: its clock starts now."""
+        """Start the clock of a pipelined request that is partly read."""
         self.phase = IDLE
         if request.expect and not self._in_head:
             self.transport.write(CONTINUE)
             request.expect = False
         self._check_partial(request)
 
-    def give_back(self, request: Request) -> None:
-        """Its body is no longer in memory."""
-        self.gateway.buffered_bytes -= request.buffered_bytes
+    def release_body(self, request: Request) -> None:
+        """Subtract a body that is no longer in memory."""
+        self._context.buffered_bytes -= request.buffered_bytes
         request.buffered_bytes = 0
 
-    # -- the end --------------------------------------------------------------------------------------------------------
+    # -- closing --------------------------------------------------------------------------------------------------------
 
     def _give_up(self, error: ApiError) -> None:
-        """Nothing after this can be understood or is wanted: answer what came before, then this error, then close."""
-        self._deaf = True
+        """Ignore further input: answer the requests before this, then this error, then close."""
+        self._ignore_input = True
         request = self._current or Request(b"")
         self._current = None
         request.error = error
         request.close_unread = True
-        request.id_line = self.gateway.id_line(request.own_id)
+        request.id_line = self._context.id_line(request.client_id)
         request.body = b""
-        self.give_back(request)
+        self.release_body(request)
         self._queue.append(request)
 
     def _refuse_now(self, error: ApiError) -> None:
         self.active = Request(b"")
-        self.active.id_line = self.gateway.id_line(b"")
+        self.active.id_line = self._context.id_line(b"")
         self.active.close_unread = True
         self.respond_error(error)
 
     def _finish_writing(self, linger: bool) -> None:
-        options = self.gateway.options
-        self._deaf = True
+        options = self._context.options
+        self._ignore_input = True
         self._queue.clear()
         if linger and not self.eof and self.transport.can_write_eof():
-            # Closing with unread input would reset the connection, and the client would lose the answer.
+            # Closing with unread input would reset the connection, and the client might lose the answer.
             self.phase = LINGER
-            self.deadline = self.gateway.clock + options.linger_s
+            self.deadline = self._context.clock + options.linger_s
             self.transport.write_eof()
             if self._reading_paused:
                 self.transport.resume_reading()
             return
         self.phase = CLOSING
-        self.deadline = self.gateway.clock + options.write_timeout_s
+        self.deadline = self._context.clock + options.write_timeout_s
         self.transport.close()
 
     def cut(self) -> None:
-        """End the answer in progress short of its end: the client must see that something is missing."""
-        self.handler = None
+        """Break off the answer in progress, visibly: the client must see that it is incomplete."""
+        self.observer = None
         request, self.active = self.active, None
         if request is not None:
-            self.give_back(request)
+            self.release_body(request)
         self._finish_writing(linger=False)
 
     def close_when_idle(self) -> None:
-        """The gateway drains: close now unless a request is in progress."""
+        """Close the draining connection now unless a request is in progress."""
         if self.active is None and not self._queue:
             self.transport.close()
 
     def tick(self, now: float) -> None:
-        """Called a few times a second by the gateway."""
+        """Check deadlines; called a few times a second."""
         if self.deadline <= now:
             self._expire()
         elif self.stalled_since != NEVER:
             self._check_stalled(now)
-        handler = self.handler
-        if handler is not None:
-            handler.tick(now)
+        observer = self.observer
+        if observer is not None:
+            observer.tick(now)
 
     def _expire(self) -> None:
-        if self.phase in (HEAD, BODY) and not self._deaf:
-            what = "headers" if self.phase == HEAD else "body"
-            self._give_up(ApiError(408, "request_timeout", f"The request's {what} did not arrive in time."))
+        if self.phase in (HEAD, BODY) and not self._ignore_input:
+            part = "headers" if self.phase == HEAD else "body"
+            self._give_up(ApiError(408, "request_timeout", f"The request's {part} did not arrive in time."))
             self._start_next()
         elif self.phase == IDLE:
             self.transport.close()
@@ -494,6 +511,6 @@ class ServerConnection(asyncio.Protocol):
         left_bytes = self.transport.get_write_buffer_size()
         if left_bytes < self.stalled_bytes:
             self.stalled_since = now
-        elif now - self.stalled_since >= self.gateway.options.write_timeout_s:
-            self._gone()
+        elif now - self.stalled_since >= self._context.options.write_timeout_s:
+            self._client_left()
         self.stalled_bytes = left_bytes

@@ -1,11 +1,10 @@
-"""What the gateway needs of the fleet, and nothing more. The daemon implements `FleetPort`; tests have small stand-ins.
+"""What the gateway needs of the fleet. The daemon implements `FleetPort`; tests have small stand-ins.
 
-The rules of this file
-- Everything here is called on the event loop's thread, for every request: plain calls and plain callbacks, no tasks.
-- `take` is for what is in memory; whatever else there is to decide goes through `admit`.
+Invariants:
+- Every call is made on the event loop's thread and does not block; callbacks are plain calls, no tasks.
 - `admit` is answered by exactly one callback, unless `cancel` comes first; it may call back before it returns.
-- A granted request is ended by exactly one `finish`; a request that was not granted yet by `cancel` alone.
-- No call blocks. None raises for a request of its own, save where its docstring says so.
+- A granted request ends with exactly one `finish`; one that was not granted yet with `cancel`.
+- No call raises for a request, except where its docstring says so.
 """
 
 from __future__ import annotations
@@ -15,41 +14,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fleetd.core.data.commands import Grant, Reject
+from fleetd.gateway.target import ModelTarget
 
 OnGrant = Callable[[Grant], None]
 OnReject = Callable[[Reject], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
-    """Where a process listens, and what it speaks.
-
-    `apis` holds dialect names: "openai", "ollama". `base_path` comes before the route's own path ("" for most; no
-    trailing slash). `headers` are added to every request, such as the engine's own key. Return the same object until
-    something changes: the gateway keeps one connection pool per process and compares by identity first.
-    """
-
-    host: str
-    port: int
-    apis: frozenset[str] = frozenset({"openai"})
-    headers: tuple[tuple[str, str], ...] = ()
-    base_path: str = ""
-    tls: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Seat:
-    """A model on a process that has it in memory. Return the same object until something changes: it is a key by identity."""
-
-    model: str
-    process: str
-    upstream: Upstream
-    served_name: str
-
-
-@dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One entry of GET /v1/models. `created` is Unix seconds; `instance`, `engine`: None where there is none yet."""
+    """One entry of GET /v1/models. `created` is Unix seconds; `instance` and `engine` are None if unknown."""
 
     id: str
     state: str
@@ -62,10 +35,10 @@ class ModelEntry:
 class FleetPort(Protocol):
     """The fleet, as a request sees it."""
 
-    def take(self, model: str) -> tuple[int, Seat] | None:
-        """Grant a new request at once, without callbacks, where `model` is in memory and has room; None: use `admit`.
+    def take(self, model: str) -> tuple[int, ModelTarget] | None:
+        """Grant a request at once if `model` is in memory and has a free slot.
 
-        The id in the answer is the request's, for `finish`.
+        Returns the request's id, for `finish`, and its target; None: use `admit`.
         """
         ...
 
@@ -78,19 +51,18 @@ class FleetPort(Protocol):
         ...
 
     def cancel(self, request_id: int) -> None:
-        """The client left before a grant. No callback fires after this, and nothing is loaded for the request."""
+        """Withdraw a request before its grant: no callback follows, and nothing is loaded for it."""
         ...
 
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
-        """A granted request is over; `failed` when the upstream broke it, `refused` why it took no connection."""
+        """End a granted request.
+
+        `failed`: the upstream broke it. `refused`: why the upstream accepted no connection.
+        """
         ...
 
-    def upstream(self, process: str) -> Upstream:
-        """Return where `process` listens. Raises KeyError when it is gone."""
-        ...
-
-    def served_name(self, model: str, process: str) -> str:
-        """Return the name that `process` knows `model` by. Raises KeyError when either is gone."""
+    def target(self, model: str, process: str) -> ModelTarget:
+        """Return where granted requests for `model` on `process` go. Raises KeyError if either is gone."""
         ...
 
     def models(self) -> Sequence[ModelEntry]:
@@ -98,9 +70,9 @@ class FleetPort(Protocol):
         ...
 
     def names(self) -> Mapping[str, str]:
-        """Return every name a request may use, with the model's own; membership is quick."""
+        """Return every name a request may use, mapped to the model's own name."""
         ...
 
     def ready(self) -> tuple[bool, Sequence[str]]:
-        """Return whether the fleet is what fleet.yaml asks for, and one sentence for everything that is not."""
+        """Return whether the fleet is as fleet.yaml asks, and one sentence for each deviation."""
         ...

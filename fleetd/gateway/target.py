@@ -1,42 +1,56 @@
-"""Where a granted request goes: the pool of its process, the model's name there, and the header lines that tell the client.
-
-The rules of this file
-- A place is made once per model and process and shared by all requests until the fleet hands out another seat.
-"""
+"""The target of granted requests: a model in memory on a process, the engine's address, and the header lines that name both."""
 
 from __future__ import annotations
 
-from fleetd.gateway.port import Seat
-from fleetd.gateway.upstream import Pool
+from dataclasses import dataclass
+from typing import Final
 
-AT_ONCE = b"X-Fleet-Queue-Ms: 0\r\nX-Fleet-Load-Ms: 0\r\n"
+_NO_WAIT: Final = b"X-Fleet-Queue-Ms: 0\r\nX-Fleet-Load-Ms: 0\r\n"
 
 
-class Place:
-    """A model on a process, with all that requests for it have in common."""
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """The address of a process and the dialects it speaks.
 
-    __slots__ = ("labels", "labels_at_once", "pool", "process", "served_name")
+    `apis` holds dialect names: "openai", "ollama". `base_path` precedes the route's own path ("" for most; no trailing slash).
+    `headers` are added to every request, such as the engine's own key. The gateway keeps
+    one connection pool per process and address.
+    """
 
-    def __init__(self, seat: Seat, pool: Pool) -> None:
-        self.process = seat.process
-        self.pool = pool
-        self.served_name = seat.served_name
-        names = tuple(_header_value(text) for text in (seat.model, seat.process))
-        self.labels = b"X-Fleet-Model: %b\r\nX-Fleet-Instance: %b\r\n" % names
-        self.labels_at_once = self.labels + AT_ONCE
+    host: str
+    port: int
+    apis: frozenset[str] = frozenset({"openai"})
+    headers: tuple[tuple[str, str], ...] = ()
+    base_path: str = ""
+    tls: bool = False
 
-    def labels_after(self, queued_s: float, load_s: float) -> bytes:
-        """Return the header lines for a request that waited so long, of that for a load."""
+
+class ModelTarget:
+    """A model on a process that has it in memory.
+
+    Compared by identity: return the same object until something changes.
+    """
+
+    __slots__ = ("_names", "model", "names_no_wait", "process", "served_name", "upstream")
+
+    def __init__(self, model: str, process: str, upstream: Upstream, served_name: str) -> None:
+        self.model = model
+        self.process = process
+        self.upstream = upstream
+        self.served_name = served_name
+        self._names = b"X-Fleet-Model: %b\r\nX-Fleet-Instance: %b\r\n" % (_header_value(model), _header_value(process))
+        self.names_no_wait = self._names + _NO_WAIT  # header lines of a request that did not wait
+
+    def names_after(self, queued_s: float, load_s: float) -> bytes:
+        """Return the header lines of a request that waited `queued_s` seconds, `load_s` of them for a load."""
         if not queued_s and not load_s:
-            return self.labels_at_once
-        return self.labels + b"X-Fleet-Queue-Ms: %d\r\nX-Fleet-Load-Ms: %d\r\n" % (
-            int(queued_s * 1000),
-            int(load_s * 1000),
-        )
+            return self.names_no_wait
+        waits = (int(queued_s * 1000), int(load_s * 1000))
+        return self._names + b"X-Fleet-Queue-Ms: %d\r\nX-Fleet-Load-Ms: %d\r\n" % waits
 
 
-def labels_of_refusal(model: str | None, queued_s: float) -> bytes:
-    """Return the header lines for a request that went nowhere; `model` None: there is no such one."""
+def rejection_lines(model: str | None, queued_s: float) -> bytes:
+    """Return the header lines of a rejected request; `model` None: the fleet has no such model."""
     if model is None:
         return b""
     return b"X-Fleet-Model: %b\r\nX-Fleet-Queue-Ms: %d\r\n" % (_header_value(model), int(queued_s * 1000))

@@ -1,123 +1,51 @@
 """The client half: one `Pool` of kept-alive connections per process, one request at a time on each connection.
 
-The rules of this file
-- A connection goes back to its pool only after a whole answer on an orderly connection; anything odd closes it.
-- An idle connection is closed before the server does it (vLLM's closes after 5 s). One that was closed at the same moment
-  is told apart from a failing server: it was used before, and nothing was received; its user may try a new one once.
+Invariants:
+- A connection returns to its pool only after a whole answer on an orderly connection; anything else closes it.
+- An idle connection is closed before the server closes it (vLLM does after 5 s). A connection that the server closed at that
+  moment is distinguished from a failing server: it was used before, and nothing was received; its request may try a new one once.
 - Cancelling closes the socket at once: that is the only signal that every engine understands.
-- Nothing here knows of models, grants or clients: it reports to an `Answered`.
+- Nothing here knows of models, grants or clients: it reports to an `AnswerReceiver`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
-from fleetd.gateway.port import Upstream
+from fleetd.gateway.context import GatewayContext
+from fleetd.gateway.headers import AnswerHead
+from fleetd.gateway.target import Upstream
 
-if TYPE_CHECKING:
-    from fleetd.gateway.listener import Gateway
-
-# What is done with a response header.
-PASS: Final = 0
-DROP: Final = 1
-CONTENT_LENGTH: Final = 2
-TRANSFER_ENCODING: Final = 3
-CONTENT_TYPE: Final = 4
-CONNECTION: Final = 5
-
-# Hop-by-hop; the engine's banner; permissions to web pages that only we may give; what only we say.
-_DROPPED = [
-    "keep-alive",
-    "proxy-connection",
-    "proxy-authenticate",
-    "te",
-    "trailer",
-    "upgrade",
-    "server",
-    "alt-svc",
-    "x-powered-by",
-    "x-request-id",
-    "access-control-allow-origin",
-    "access-control-allow-credentials",
-    "access-control-allow-headers",
-    "access-control-allow-methods",
-    "access-control-expose-headers",
-    "access-control-max-age",
-    "x-fleet-model",
-    "x-fleet-instance",
-    "x-fleet-queue-ms",
-    "x-fleet-load-ms",
-    "x-fleet-error-source",
-]
-_SPECIAL = {
-    "content-length": CONTENT_LENGTH,
-    "transfer-encoding": TRANSFER_ENCODING,
-    "content-type": CONTENT_TYPE,
-    "connection": CONNECTION,
-}
-KINDS: dict[bytes, int] = {name.encode(): DROP for name in _DROPPED}
-KINDS.update((name.encode(), kind) for name, kind in _SPECIAL.items())
-
-UNBUFFERED: Final = (b"X-Accel-Buffering", b"no")
 MAX_HEAD_BYTES: Final = 64 * 1024
-_REMEMBERED: Final = 32  # heads of answers
-JOIN_BYTES: Final = 64 * 1024
+JOIN_BYTES: Final = 64 * 1024  # a request with a body below this is sent in one write
+_CACHED_HEADS: Final = 32
 
 Pieces = tuple[bytes | bytearray, ...]  # of a request: lines of its head, and its body last
 
 
-class AnswerHead:
-    """What the header lines of an answer say. Built once for equal lines, then shared: engines repeat themselves."""
-
-    __slots__ = ("chunked", "event_stream", "lines", "sized")
-
-    def __init__(self, raw: tuple[bytes, ...]) -> None:
-        """`raw` is name, value, name, value …"""
-        self.sized = False  # the answer has a Content-Length
-        self.chunked = False
-        self.event_stream = False
-        named: set[bytes] = set()
-        passed: list[tuple[bytes, bytes]] = []
-        for at in range(0, len(raw), 2):
-            name, value = raw[at], raw[at + 1]
-            kind = KINDS.get(name.lower(), PASS)
-            if kind in (PASS, CONTENT_LENGTH, CONTENT_TYPE):
-                passed.append((name, value))
-            if kind == CONTENT_LENGTH:
-                self.sized = True
-            elif kind == CONTENT_TYPE:
-                self.event_stream = value[:17].lower() == b"text/event-stream"
-            elif kind == TRANSFER_ENCODING:
-                self.chunked = True
-            elif kind == CONNECTION:
-                named.update(part.strip() for part in value.lower().split(b","))
-        if self.event_stream and not self.sized:  # said once, whether the engine says it too or not
-            passed = [*(line for line in passed if line[0].lower() != UNBUFFERED[0].lower()), UNBUFFERED]
-        self.lines = b"".join(b"%b: %b\r\n" % line for line in passed if line[0].lower() not in named)
-
-
-class Answered(Protocol):
-    """Who waits for the answer."""
+class AnswerReceiver(Protocol):
+    """Receives the answer to one request."""
 
     def connected(self, connection: UpstreamConnection) -> None:
-        """A new connection is there; the request goes out on it now."""
+        """A new connection is open; the request is sent on it now."""
         ...
 
     def answer_read(self, connection: UpstreamConnection) -> None:
-        """Something arrived: `status` (0: head incomplete), `head`, `pieces` and `complete` of the connection say what."""
+        """Data arrived: see `status` (0: head incomplete), `head`, `pieces` and `complete` of the connection."""
         ...
 
     def upstream_lost(self, reason: str, received: bool, stale: bool) -> None:
-        """The connection broke. `stale`: it came from the pool and broke before a byte."""
+        """The connection broke. `stale`: it came from the pool and broke before a byte arrived."""
         ...
 
     def unreachable(self, reason: str) -> None:
-        """No connection could be made: nothing was sent."""
+        """No connection could be opened; nothing was sent."""
         ...
 
 
@@ -139,38 +67,38 @@ class UpstreamConnection(asyncio.Protocol):
         "on_body",
         "pieces",
         "pool",
+        "receiver",
         "status",
         "transport",
-        "user",
     )
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self.user: Answered | None = None
+        self.receiver: AnswerReceiver | None = None
         self.idle_since = 0.0
         self.status = 0
         self.head: AnswerHead = _NO_HEAD
-        self.pieces: list[bytes] = []  # of the body, since the last report; its user clears it
+        self.pieces: list[bytes] = []  # of the body, since the last report; the receiver clears it
         self.complete = False
         self.keep_alive = False
         self._raw: list[bytes] = []
         self._received_bytes = 0
         self._reused = False
-        self.on_body = self.pieces.append  # llhttp's callback, without a function of ours between
+        self.on_body = self.pieces.append  # llhttp's callback, without a Python function between
         self._parser = httptools.HttpResponseParser(self)
 
-    def send(self, user: Answered, pieces: Pieces) -> None:
-        """Send one request, whose answer `user` gets."""
-        self.user = user
+    def send(self, receiver: AnswerReceiver, pieces: Pieces) -> None:
+        """Send one request; its answer goes to `receiver`."""
+        self.receiver = receiver
         if len(pieces[-1]) < JOIN_BYTES:
             self.transport.write(b"".join(pieces))
         else:
             self.transport.writelines((b"".join(pieces[:-1]), pieces[-1]))
 
     def release(self) -> None:
-        """The answer is complete and was taken: back to the pool, or away."""
-        self.user = None
+        """Return the connection to its pool after a complete answer, or close it."""
+        self.receiver = None
         if self.keep_alive:
             self._reused = True
             self.status = self._received_bytes = 0
@@ -180,8 +108,8 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once; nobody hears of it."""
-        self.user = None
+        """Close at once, without a report."""
+        self.receiver = None
         self.transport.abort()
 
     # -- asyncio.Protocol -----------------------------------------------------------------------------------------------
@@ -191,62 +119,62 @@ class UpstreamConnection(asyncio.Protocol):
         self.pool.open_connections += 1
 
     def data_received(self, data: bytes) -> None:
-        user = self.user
-        if user is None:
-            self.transport.abort()  # an answer that nobody asked for
+        receiver = self.receiver
+        if receiver is None:
+            self.transport.abort()  # an answer without a request
             return
         if not self.status:
             self._received_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._broken("it switched protocols unasked")
+            self._broken("it switched protocols without being asked")
             return
         except httptools.HttpParserError as error:
             if not self.complete:
                 if self.status:
-                    user.answer_read(self)  # what came before the nonsense
+                    receiver.answer_read(self)  # what came before the invalid part
                 self._broken(f"its answer is not valid HTTP/1.1: {error}")
                 return
             self.keep_alive = False  # more bytes than the answer has
         if self.status:
             if self.status == 200:
-                self.pool.heard_s = monotonic()
-            user.answer_read(self)
+                self.pool.last_answer_s = monotonic()
+            receiver.answer_read(self)
         elif self._received_bytes > MAX_HEAD_BYTES:
-            self._broken("the headers of its answer do not end")
+            self._broken("the headers of its answer are too large")
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.lost(self)
-        user, self.user = self.user, None
+        receiver, self.receiver = self.receiver, None
         self._parser = cast(httptools.HttpResponseParser, None)  # the parser holds us: break the cycle
-        if user is None:
+        if receiver is None:
             return
         if exc is None and self.status and not self.head.sized and not self.head.chunked:
             self.complete = True  # the end of the connection is the end of the answer
-            self.user = user
-            user.answer_read(self)
+            self.receiver = receiver
+            receiver.answer_read(self)
             return
         received = self._received_bytes > 0
         reason = "the connection was closed" if exc is None else f"the connection broke ({exc})"
-        user.upstream_lost(reason, received, self._reused and not received)
+        receiver.upstream_lost(reason, received, self._reused and not received)
 
     def pause_writing(self) -> None:
-        """Nothing to pause: a request's body is in memory as a whole."""
+        """Do nothing: a request's body is completely in memory."""
 
     def resume_writing(self) -> None:
-        """See pause_writing."""
+        """Do nothing; see pause_writing."""
 
     def _broken(self, reason: str) -> None:
-        user, self.user = self.user, None
+        receiver, self.receiver = self.receiver, None
         self.transport.abort()
-        if user is not None:
-            user.upstream_lost(reason, True, False)
+        if receiver is not None:
+            receiver.upstream_lost(reason, True, False)
 
-    # -- what llhttp saw ------------------------------------------------------------------------------------------------
+    # -- callbacks of llhttp ------------------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.status:  # else a trailer
@@ -271,13 +199,17 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """The connections to one process."""
 
-    def __init__(self, gateway: Gateway, process: str, upstream: Upstream) -> None:
-        self.gateway = gateway
+    def __init__(
+        self, context: GatewayContext, process: str, upstream: Upstream, on_empty: Callable[[Pool], None]
+    ) -> None:
+        """`on_empty` is called with the pool whenever its last connection is gone."""
+        self._context = context
+        self._on_empty = on_empty
         self.process = process
         self.upstream = upstream
         self.open_connections = 0
-        self.heard_s = 0.0  # when a good answer, or a piece of one, last came: monotonic
-        self.idle: list[UpstreamConnection] = []  # the one used last is at the end
+        self.last_answer_s = 0.0  # when a piece of a successful answer last arrived: monotonic
+        self.idle: list[UpstreamConnection] = []  # the most recently used is last
         self._connecting: set[asyncio.Task[None]] = set()
         self._heads: dict[tuple[bytes, ...], AnswerHead] = {}
         host = f"[{upstream.host}]" if ":" in upstream.host else upstream.host
@@ -287,69 +219,69 @@ class Pool:
         self.prefix = b"POST " + upstream.base_path.encode("ascii", "replace")
 
     def answer_head(self, raw: list[bytes]) -> AnswerHead:
-        """Return what these header lines say; a Date makes them new once a second."""
+        """Return the head with these lines, cached until the engine's Date changes."""
         key = tuple(raw)
         head = self._heads.get(key)
         if head is None:
-            if len(self._heads) >= _REMEMBERED:
+            if len(self._heads) >= _CACHED_HEADS:
                 self._heads.clear()
             head = self._heads[key] = AnswerHead(key)
         return head
 
     def take(self) -> UpstreamConnection | None:
-        """Return an idle connection, the one used last; None: a new one is needed."""
+        """Return the most recently used idle connection; None: a new one is needed."""
         return self.idle.pop() if self.idle else None
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection for the next request."""
-        gateway = self.gateway
+        context = self._context
         idle = self.idle
-        if len(idle) >= gateway.options.max_idle_per_upstream or gateway.closed:
+        if len(idle) >= context.options.max_idle_per_upstream or context.closed:
             connection.transport.close()
             return
-        connection.idle_since = gateway.clock
+        connection.idle_since = context.clock
         idle.append(connection)
 
     def lost(self, connection: UpstreamConnection) -> None:
-        """A connection is gone."""
+        """Forget a connection that was lost."""
         self.open_connections -= 1
-        if connection.user is None and connection in self.idle:
+        if connection.receiver is None and connection in self.idle:
             self.idle.remove(connection)
         if not self.open_connections:
-            self.gateway.pool_emptied(self)
+            self._on_empty(self)
 
-    def connect(self, user: Answered, pieces: Pieces) -> asyncio.Task[None]:
-        """Open a connection and send one request on it. Cancel the returned task to give it up."""
-        task = self.gateway.loop.create_task(self._connect(user, pieces))
+    def connect(self, receiver: AnswerReceiver, pieces: Pieces) -> asyncio.Task[None]:
+        """Open a connection and send one request on it. Cancel the returned task to stop it."""
+        task = self._context.loop.create_task(self._connect(receiver, pieces))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         return task
 
-    async def _connect(self, user: Answered, pieces: Pieces) -> None:
-        upstream, gateway = self.upstream, self.gateway
-        context = ssl.create_default_context() if upstream.tls else None
+    async def _connect(self, receiver: AnswerReceiver, pieces: Pieces) -> None:
+        upstream, context = self.upstream, self._context
+        tls = ssl.create_default_context() if upstream.tls else None
         connection = UpstreamConnection(self)
         try:
-            async with asyncio.timeout(gateway.options.connect_timeout_s):
-                await gateway.loop.create_connection(lambda: connection, upstream.host, upstream.port, ssl=context)
+            async with asyncio.timeout(context.options.connect_timeout_s):
+                await context.loop.create_connection(lambda: connection, upstream.host, upstream.port, ssl=tls)
         except TimeoutError:
-            user.unreachable("no connection in time")
+            receiver.unreachable("no connection in time")
             return
         except OSError as error:
-            user.unreachable(f"no connection ({error.strerror or error})")
+            receiver.unreachable(f"no connection ({error.strerror or error})")
             return
         except asyncio.CancelledError:
             if cast(object, connection.transport) is not None:
-                connection.abort()  # it was made in the moment when it was given up
+                connection.abort()  # opened in the moment of the cancellation
             raise
         if connection.transport.is_closing():
-            user.upstream_lost("the connection was closed", False, False)
+            receiver.upstream_lost("the connection was closed", False, False)
             return
-        user.connected(connection)
-        connection.send(user, pieces)
+        receiver.connected(connection)
+        connection.send(receiver, pieces)
 
     def close_idle(self, older_than: float = float("inf")) -> None:
-        """Close connections that are idle since before `older_than` (loop time); all without it."""
+        """Close connections idle since before `older_than` (loop time); by default all."""
         keep: list[UpstreamConnection] = []
         for connection in self.idle:
             if connection.idle_since < older_than:
@@ -359,7 +291,7 @@ class Pool:
         self.idle = keep
 
     def close(self) -> None:
-        """Close what is idle and give up what is being opened."""
+        """Close idle connections and stop opening others."""
         self.close_idle()
         for task in tuple(self._connecting):
             task.cancel()

@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from fleetd.core.data.commands import Grant, Reject
-from fleetd.gateway import Gateway, GatewayOptions, ModelEntry, Seat, Upstream
+from fleetd.gateway import Gateway, GatewayOptions, ModelEntry, ModelTarget, Upstream
 
 DEADLINE_S = 20.0
 
@@ -29,7 +29,7 @@ class ScriptedFleet:
         self.served: dict[tuple[str, str], str] = {}
         self.aliases: dict[str, str] = {}
         self.hold = False
-        self.seats: dict[tuple[str, str, Upstream, str], Seat] = {}
+        self.targets: dict[tuple[str, str, Upstream, str], ModelTarget] = {}
         self.rejects: dict[str, Reject] = {}
         self.held: dict[int, tuple[str, Any, Any, tuple[str, ...]]] = {}
         self.admitted: list[tuple[str, tuple[str, ...]]] = []
@@ -48,18 +48,17 @@ class ScriptedFleet:
         self.holders.setdefault(model, []).append(process)
         self.served[model, process] = served_name or model
 
-    def take(self, model: str) -> tuple[int, Seat] | None:
+    def take(self, model: str) -> tuple[int, ModelTarget] | None:
         """Grant at once what has a holder; what is scripted otherwise goes through `admit`."""
         if self.hold or model in self.rejects or not self.holders.get(model):
             return None
         process = self._last_holder = self.holders[model][0]
         if process not in self.upstreams or process in self.down:
             return None
-        seat = Seat(model, process, self.upstreams[process], self.served[model, process])
         self._last_id += 1
         self.admitted.append((model, ()))
         self.granted.append(self._last_id)
-        return self._last_id, self.seats.setdefault((model, process, seat.upstream, seat.served_name), seat)
+        return self._last_id, self.target(model, process)
 
     def admit(self, model: str, on_grant: Any, on_reject: Any, avoid: tuple[str, ...] = ()) -> int:
         self._last_id += 1
@@ -100,11 +99,10 @@ class ScriptedFleet:
             self.refused.append(refused)
             self.down.add(self._last_holder)
 
-    def upstream(self, process: str) -> Upstream:
-        return self.upstreams[process]
-
-    def served_name(self, model: str, process: str) -> str:
-        return self.served[model, process]
+    def target(self, model: str, process: str) -> ModelTarget:
+        upstream, served_name = self.upstreams[process], self.served[model, process]
+        key = (model, process, upstream, served_name)
+        return self.targets.setdefault(key, ModelTarget(model, process, upstream, served_name))
 
     def models(self) -> list[ModelEntry]:
         return self.entries
@@ -332,8 +330,8 @@ async def rig(script: Script | None = None, **options: Any) -> AsyncIterator[Rig
         for engine in the_rig.engines:
             await engine.stop()
     the_rig.fleet.check_balanced()
-    assert the_rig.gateway.buffered_bytes == 0
     stats = the_rig.gateway.stats()
+    assert stats.buffered_bytes == 0
     assert stats.connections == 0
 
 

@@ -1,7 +1,7 @@
 """The fleet as the gateway sees it: every request passes here twice, so everything is a dictionary away.
 
 The rules of this file
-- `take` and `finish` go past the inbox where the fleet need not think; the seat they lead to is remembered.
+- `take` and `finish` go past the inbox where the fleet need not think; the target they lead to is cached.
 - `admit` dispatches one event; the core's Grant or Reject comes back through `granted` and `rejected`, often before `admit`
   has returned. No task, no future, no copy.
 - What a process answers on is remembered until the plans change, as the same object: the gateway compares by identity.
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from fleetd.core.data.commands import Grant, Reject
 from fleetd.core.data.events import Event, RequestArrived, RequestCancelled, RequestFinished
 from fleetd.engines.base import Api
-from fleetd.gateway.port import ModelEntry, OnGrant, OnReject, Seat, Upstream
+from fleetd.gateway.port import ModelEntry, OnGrant, OnReject
+from fleetd.gateway.target import ModelTarget, Upstream
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class DaemonFleetPort:
         self._waiting: dict[int, tuple[OnGrant, OnReject]] = {}
         self._granted: dict[int, str] = {}  # request to process
         self._upstreams: dict[str, Upstream] = {}
-        self._seats: dict[tuple[str, str], Seat] = {}
+        self._targets: dict[tuple[str, str], ModelTarget] = {}
         self._names: dict[str, str] = {}
         self._created = int(time.time())
         self._given: dict[str, float] = {}  # process to its last grant, monotonic
@@ -69,7 +70,7 @@ class DaemonFleetPort:
 
     # -- the gateway's side -------------------------------------------------------------------------------------------
 
-    def take(self, model: str) -> tuple[int, Seat] | None:
+    def take(self, model: str) -> tuple[int, ModelTarget] | None:
         self._next = request_id = self._next + 1
         placement = self.warm.take(request_id, model)
         if placement is None:
@@ -77,19 +78,21 @@ class DaemonFleetPort:
         process = placement.process
         self._granted[request_id] = process
         self._given[process] = placement.last_used_s
-        seat = self._seats.get((placement.model, process))
-        if seat is None:
+        target = self._targets.get((placement.model, process))
+        if target is None:
             try:
-                seat = self._seat(placement.model, process)
+                target = self.target(placement.model, process)
             except KeyError:
                 self.finish(request_id, failed=True)
                 return None
-        return request_id, seat
+        return request_id, target
 
-    def _seat(self, model: str, process: str) -> Seat:
-        seat = Seat(model, process, self.upstream(process), self.served_name(model, process))
-        self._seats[model, process] = seat
-        return seat
+    def target(self, model: str, process: str) -> ModelTarget:
+        target = self._targets.get((model, process))
+        if target is None:
+            target = ModelTarget(model, process, self._upstream(process), self._served_name(model, process))
+            self._targets[model, process] = target
+        return target
 
     def admit(self, model: str, on_grant: OnGrant, on_reject: OnReject, avoid: tuple[str, ...] = ()) -> int:
         self._next = request_id = self._next + 1
@@ -107,13 +110,13 @@ class DaemonFleetPort:
             return
         self._dispatch(RequestFinished(request_id, failed, refused))
 
-    def upstream(self, process: str) -> Upstream:
+    def _upstream(self, process: str) -> Upstream:
         found = self._upstreams.get(process)
         if found is None:
             found = self._upstreams[process] = upstream_of(self._plans()[process])
         return found
 
-    def served_name(self, model: str, process: str) -> str:
+    def _served_name(self, model: str, process: str) -> str:
         held = self._plans()[process].held.get(model)
         if held is not None:
             return held.served_as
@@ -187,7 +190,7 @@ class DaemonFleetPort:
     def spec_changed(self) -> None:
         """Forget what was remembered of the plans before, but keep objects that did not change."""
         plans = self._plans()
-        self._seats.clear()
+        self._targets.clear()
         for name, old in list(self._upstreams.items()):
             plan = plans.get(name)
             if plan is None or upstream_of(plan) != old:

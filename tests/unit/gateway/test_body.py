@@ -42,7 +42,7 @@ def test_both_readings_agree_and_renaming_changes_one_value(
     document = {**before, "model": model, "stream": stream, **after, "nested": [{"model": model, "stream": True}]}
     data = written(document, spaces, ascii_only)
     try:
-        expected = bodies.read(data)
+        expected = bodies.parse(data)
     except ApiError:
         return
     scanned = bodies.scan(data)
@@ -50,13 +50,13 @@ def test_both_readings_agree_and_renaming_changes_one_value(
     assert scanned.span is not None
     assert orjson.loads(data[slice(*scanned.span)]) == model
     for asked in (expected, scanned):
-        renamed = orjson.loads(bodies.rename(data, asked, served))
+        renamed = orjson.loads(bodies.rename_model(data, asked, served))
         assert renamed == {**orjson.loads(data), "model": served}
 
 
 @given(st.binary(max_size=60) | st.text('{}[]":,\\ modelstream01', max_size=60).map(str.encode))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
-    for way in (bodies.read, bodies.scan):
+    for way in (bodies.parse, bodies.scan):
         with contextlib.suppress(ApiError):  # anything else is a failure
             assert way(data).model
 
@@ -80,13 +80,13 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     ],
 )
 def test_what_does_not_end_is_refused(data: bytes) -> None:
-    for way in (bodies.read, bodies.scan):
+    for way in (bodies.parse, bodies.scan):
         with pytest.raises(ApiError):
             way(data)
 
 
 def test_the_last_of_equal_keys_counts_and_is_renamed() -> None:
     data = b'{"model":"a","x":1,"model":"b"}'
-    for asked in (bodies.read(data), bodies.scan(data)):
+    for asked in (bodies.parse(data), bodies.scan(data)):
         assert asked.model == "b"
-        assert orjson.loads(bodies.rename(data, asked, "c"))["model"] == "c"
+        assert orjson.loads(bodies.rename_model(data, asked, "c"))["model"] == "c"

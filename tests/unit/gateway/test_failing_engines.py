@@ -353,8 +353,8 @@ def test_an_error_says_where_the_request_went_as_far_as_it_did() -> None:
             it.fleet.hold = True
             await client.send(post(CHAT))
             await until(lambda: bool(it.fleet.held))
-            began = it.gateway.loop.time()
-            await until(lambda: it.gateway.loop.time() - began > 0.005)
+            began = asyncio.get_running_loop().time()
+            await until(lambda: asyncio.get_running_loop().time() - began > 0.005)
             it.fleet.hold = False
             it.fleet.grant_held()
             waited = labels((await client.read_response())[1])

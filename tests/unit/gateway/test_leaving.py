@@ -94,7 +94,7 @@ def test_while_a_large_body_is_read_in_a_thread() -> None:
             await client.send(post({"model": "m", "x": ["a"] * 300_000}))
             client.reset()
             await until(lambda: it.gateway.stats().connections == 0)
-            assert it.gateway.buffered_bytes == 0
+            assert it.gateway.stats().buffered_bytes == 0
 
     run(scenario())
 
@@ -104,10 +104,10 @@ def test_while_the_body_arrives() -> None:
         async with rig() as it:
             client = await it.client()
             await client.send(post(b"x" * 200_000)[:150_000])
-            await until(lambda: it.gateway.buffered_bytes > 0)
+            await until(lambda: it.gateway.stats().buffered_bytes > 0)
             client.close()
             await until(lambda: it.gateway.stats().connections == 0)
-            assert it.gateway.buffered_bytes == 0
+            assert it.gateway.stats().buffered_bytes == 0
             assert it.fleet.admitted == []
 
     run(scenario())
@@ -148,7 +148,7 @@ def test_a_half_closed_client_gets_its_answer(body: dict[str, object]) -> None:
             await request.answer(b'{"answer":1}')
 
         def probed(gateway: object) -> bool:
-            return any(c.departure is not None and c.departure.looks >= 3 for c in it.gateway._connections)
+            return any(c.half_close is not None and c.half_close.looks >= 3 for c in it.gateway._connections)
 
         async with rig(script) as it:
             client = await it.client()

@@ -279,13 +279,13 @@ def test_all_bodies_together_have_a_limit() -> None:
         async with rig(fine, max_buffered_bytes=300_000) as it:
             first, second = await it.client(), await it.client()
             await first.send(post(b"x" * 200_001)[:200_000])
-            await until(lambda: it.gateway.buffered_bytes > 150_000)
+            await until(lambda: it.gateway.stats().buffered_bytes > 150_000)
             await second.send(post(b"x" * 200_001)[:200_000])
             status, headers, _ = await second.read_response()
             assert status == 503
             assert int(headers["retry-after"]) >= 1
             first.close()
-            await until(lambda: it.gateway.buffered_bytes == 0)
+            await until(lambda: it.gateway.stats().buffered_bytes == 0)
 
     run(scenario())
 
