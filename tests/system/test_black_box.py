@@ -42,7 +42,7 @@ def test_services_start_in_order_and_stop_without_a_trace(tmp_path: Path) -> Non
         assert not daemon.socket.exists()
 
 
-def test_a_request_loads_its_model_and_a_full_budget_evicts(tmp_path: Path) -> None:
+def test_request_loads_its_model_and_full_budget_evicts(tmp_path: Path) -> None:
     fleet = "devices: {host: {budget: 100MiB}}\nmodels:\n"
     for name in ("a", "b", "c"):
         fleet += f"  {name}: {{engine: process, command: {fake('--model', name)}, memory: 40MiB, min_resident: 0}}\n"
@@ -60,7 +60,7 @@ def test_a_request_loads_its_model_and_a_full_budget_evicts(tmp_path: Path) -> N
         assert sum(row["loads"] for row in rows) - evictions == 2
 
 
-def test_a_crash_is_seen_at_once_and_restarted(tmp_path: Path) -> None:
+def test_crash_is_seen_at_once_and_restarted(tmp_path: Path) -> None:
     fleet = f"""
     services:
       web: {{command: {fake()}, probes: {{startup: {{http: /health}}}}, restart: {{backoff: {{initial: 50ms}}}}}}
@@ -76,7 +76,7 @@ def test_a_crash_is_seen_at_once_and_restarted(tmp_path: Path) -> None:
         assert after["last_exit"]["signal"] == "SIGKILL"
 
 
-def test_a_crash_loop_gives_up_and_says_why(tmp_path: Path) -> None:
+def test_crash_loop_fails_with_a_reason(tmp_path: Path) -> None:
     fleet = """
     services:
       bad:
@@ -91,7 +91,7 @@ def test_a_crash_loop_gives_up_and_says_why(tmp_path: Path) -> None:
         assert daemon.get("/ready").status == 503
 
 
-def test_an_engine_that_dies_while_loading_is_said_at_once(tmp_path: Path) -> None:
+def test_engine_death_while_loading_is_reported_at_once(tmp_path: Path) -> None:
     command = '[sh, -c, "echo CUDA out of memory; sleep 0.2; exit 1"]'
     fleet = f"models:\n  m: {{engine: process, command: {command}, memory: 1MiB}}\n"
     with fleetd(tmp_path, fleet) as daemon:
@@ -102,7 +102,7 @@ def test_an_engine_that_dies_while_loading_is_said_at_once(tmp_path: Path) -> No
         assert "out of memory" in answer.json["error"]["message"].lower()
 
 
-def test_a_missing_binary_is_a_sentence_and_final(tmp_path: Path) -> None:
+def test_missing_binary_is_one_error_and_final(tmp_path: Path) -> None:
     fleet = "services:\n  gone: {command: [/no/such/program]}\n"
     with fleetd(tmp_path, fleet) as daemon:
         daemon.start()
@@ -111,7 +111,7 @@ def test_a_missing_binary_is_a_sentence_and_final(tmp_path: Path) -> None:
         assert row["restarts"] == 0
 
 
-def test_a_model_that_can_never_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:
+def test_model_that_never_fits_is_rejected_with_numbers(tmp_path: Path) -> None:
     fleet = (
         f"devices: {{host: {{budget: 64MiB}}}}\nmodels:\n  big: {{engine: process, command: {fake()}, memory: 1GiB}}\n"
     )
@@ -124,7 +124,7 @@ def test_a_model_that_can_never_fit_is_refused_with_the_numbers(tmp_path: Path) 
         assert daemon.children() == []
 
 
-def test_all_pinned_is_a_clear_error(tmp_path: Path) -> None:
+def test_all_candidates_pinned_is_a_clear_error(tmp_path: Path) -> None:
     fleet = f"""
     devices: {{host: {{budget: 64MiB}}}}
     models:
@@ -140,7 +140,7 @@ def test_all_pinned_is_a_clear_error(tmp_path: Path) -> None:
         assert int(answer.headers["Retry-After"]) >= 1
 
 
-def test_an_unknown_model_is_404_and_nothing_starts(tmp_path: Path) -> None:
+def test_unknown_model_is_404_and_starts_nothing(tmp_path: Path) -> None:
     fleet = f"models:\n  m: {{engine: process, command: {fake()}, memory: 1MiB}}\n"
     with fleetd(tmp_path, fleet) as daemon:
         daemon.start()
@@ -149,7 +149,7 @@ def test_an_unknown_model_is_404_and_nothing_starts(tmp_path: Path) -> None:
         assert daemon.children() == []
 
 
-def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_daemon_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}}}\n") as daemon:
         daemon.start()
         pid = daemon.until_state("a", "READY")["pid"]
@@ -163,7 +163,7 @@ def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) -> Non
         assert daemon.process_row("a")["pid"] == pid
 
 
-def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+def test_stale_socket_is_replaced(tmp_path: Path) -> None:
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}}}\n") as daemon:
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(daemon.socket))
@@ -187,7 +187,7 @@ def test_sigterm_during_a_load_leaves_nothing(tmp_path: Path) -> None:
         assert daemon.children() == []
 
 
-def test_a_second_signal_forces(tmp_path: Path) -> None:
+def test_second_signal_forces_the_shutdown(tmp_path: Path) -> None:
     fleet = f"services:\n  stubborn: {{command: {fake('--ignore-term')}, stop: {{timeout: 1h}}, probes: {{startup: {{http: /health}}}}}}\n"
     with fleetd(tmp_path, fleet) as daemon:
         daemon.start()
@@ -199,7 +199,7 @@ def test_a_second_signal_forces(tmp_path: Path) -> None:
         assert daemon.children() == []
 
 
-def test_requests_in_flight_are_finished_before_the_end(tmp_path: Path) -> None:
+def test_requests_in_flight_finish_before_shutdown(tmp_path: Path) -> None:
     fleet = f"models:\n  m: {{engine: process, command: {fake('--tps', '10', '--tokens', '10')}, memory: 1MiB}}\n"
     with fleetd(tmp_path, fleet) as daemon:
         daemon.start()
@@ -211,7 +211,7 @@ def test_requests_in_flight_are_finished_before_the_end(tmp_path: Path) -> None:
             assert running.result(20).status == 200
 
 
-def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
+def test_taken_port_names_its_owner(tmp_path: Path) -> None:
     port = free_port()
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
@@ -226,7 +226,7 @@ def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
             daemon.until_state("web", "READY")
 
 
-def test_a_required_file_blocks_until_it_is_there(tmp_path: Path) -> None:
+def test_required_file_blocks_until_it_exists(tmp_path: Path) -> None:
     wanted = tmp_path / "volume"
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}, requires: [{wanted}]}}\n") as daemon:
         daemon.start()
@@ -237,7 +237,7 @@ def test_a_required_file_blocks_until_it_is_there(tmp_path: Path) -> None:
         daemon.until_state("a", "READY")
 
 
-def test_a_saved_file_changes_only_what_differs(tmp_path: Path) -> None:
+def test_saved_file_changes_only_what_differs(tmp_path: Path) -> None:
     keep = f"  keep: {{command: {SLEEPER}}}\n"
     with fleetd(
         tmp_path, f"services:\n{keep}  edit: {{command: {SLEEPER}}}\n  drop: {{command: {SLEEPER}}}\n"
@@ -262,7 +262,7 @@ def test_a_saved_file_changes_only_what_differs(tmp_path: Path) -> None:
         assert not psutil.pid_exists(before["drop"])
 
 
-def test_a_bad_file_is_shown_and_changes_nothing(tmp_path: Path) -> None:
+def test_invalid_file_is_reported_and_changes_nothing(tmp_path: Path) -> None:
     good = f"services:\n  a: {{command: {SLEEPER}}}\n"
     with fleetd(tmp_path, good) as daemon:
         daemon.start()
@@ -284,7 +284,7 @@ def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
         until(lambda: len(daemon.status()["processes"]) == 2, "the new process is there")
 
 
-def test_a_crashed_daemon_is_followed_by_one_that_adopts(tmp_path: Path) -> None:
+def test_next_daemon_adopts_after_a_crash(tmp_path: Path) -> None:
     fleet = f"""
     services:
       kept: {{command: {fake()}, probes: {{startup: {{http: /health}}, readiness: {{http: /health}}}}}}
@@ -314,7 +314,7 @@ def test_a_crashed_daemon_is_followed_by_one_that_adopts(tmp_path: Path) -> None
         assert daemon.children() == []
 
 
-def test_an_operators_stop_outlives_the_daemon(tmp_path: Path) -> None:
+def test_operator_stop_outlives_the_daemon(tmp_path: Path) -> None:
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}}}\n") as daemon:
         daemon.start()
         daemon.until_state("a", "READY")
@@ -351,7 +351,7 @@ def test_reexec_keeps_pid_children_and_exit_codes(tmp_path: Path) -> None:
         assert daemon.children() == []
 
 
-def test_exit_codes_of_a_bad_file(tmp_path: Path) -> None:
+def test_exit_codes_for_an_invalid_file(tmp_path: Path) -> None:
     with fleetd(tmp_path, "services:\n  a: {comand: x}\n  b: {command: y, stop: {timeout: 10}}\n") as daemon:
         for verb in (["run", "--config"], ["check"]):
             done = subprocess.run(
@@ -368,7 +368,7 @@ def test_exit_codes_of_a_bad_file(tmp_path: Path) -> None:
             assert "Traceback" not in done.stderr
 
 
-def test_the_gateways_port_taken_is_a_sentence(tmp_path: Path) -> None:
+def test_taken_gateway_port_is_one_clear_error(tmp_path: Path) -> None:
     with fleetd(tmp_path, f"services:\n  a: {{command: {SLEEPER}}}\n") as daemon, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", daemon.port))
@@ -404,7 +404,7 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
         assert "hunter2" not in "".join(seen) + daemon.log()
 
 
-def test_many_requests_at_once_are_all_answered(tmp_path: Path) -> None:
+def test_many_concurrent_requests_are_all_answered(tmp_path: Path) -> None:
     fleet = "devices: {host: {budget: 100MiB}}\nmodels:\n"
     for name in ("a", "b", "c", "d"):
         fleet += f"  {name}: {{engine: process, command: {fake('--model', name)}, memory: 40MiB, min_resident: 0}}\n"
@@ -429,7 +429,7 @@ def test_many_requests_at_once_are_all_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--orphan-worker", "--ignore-term"])
-def test_stop_empties_the_whole_set(tmp_path: Path, flag: str) -> None:
+def test_stop_empties_the_whole_process_set(tmp_path: Path, flag: str) -> None:
     fleet = (
         f"services:\n  a: {{command: {fake(flag)}, stop: {{timeout: 300ms}}, probes: {{startup: {{http: /health}}}}}}\n"
     )

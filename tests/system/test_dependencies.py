@@ -17,7 +17,7 @@ SLOW = sh("while [ ! -e go ]; do sleep 0.02; done; echo up; exec sleep 1000")
 UP = {"startup": {"log_line": "^up$", "period": "20ms"}}
 
 
-def test_case_09_a_process_that_waits_can_be_stopped_and_restarted(tmp_path: Path) -> None:
+def test_case_09_waiting_process_can_be_stopped_and_restarted(tmp_path: Path) -> None:
     services = {"base": {"command": SLOW, "probes": UP}, "a": {"command": SLEEPER, "depends_on": {"base": "ready"}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -35,7 +35,7 @@ def test_case_09_a_process_that_waits_can_be_stopped_and_restarted(tmp_path: Pat
         assert len(daemon.children()) == 2
 
 
-def test_case_09_a_restart_of_all_waits_for_those_that_wait_for_one_another(tmp_path: Path) -> None:
+def test_case_09_restart_all_waits_in_order_of_dependency(tmp_path: Path) -> None:
     base = {"command": sh("sleep 0.3; echo up; exec sleep 1000"), "probes": UP}
     chain = {name: {"command": SLEEPER, "depends_on": {on: "ready"}} for name, on in (("a", "base"), ("b", "a"))}
     held = {"command": SLEEPER, "requires": ["volume"]}
@@ -50,7 +50,7 @@ def test_case_09_a_restart_of_all_waits_for_those_that_wait_for_one_another(tmp_
         assert [daemon.process_row(name)["generation"] for name in ("base", "a", "b")] == [2, 2, 2]
 
 
-def test_case_09_a_stop_during_a_restart_wins(tmp_path: Path) -> None:
+def test_case_09_stop_during_a_restart_wins(tmp_path: Path) -> None:
     code = sh("trap 'sleep 0.4; exit 0' TERM; echo up; while true; do sleep 0.02; done")
     with fleetd(tmp_path, fleet({"a": {"command": code}})) as daemon:
         daemon.start()
@@ -63,7 +63,7 @@ def test_case_09_a_stop_during_a_restart_wins(tmp_path: Path) -> None:
         assert (row["generation"], row["desired"]) == (1, "down")
 
 
-def test_case_10_a_changed_probe_releases_what_waits(tmp_path: Path) -> None:
+def test_case_10_changed_probe_releases_waiting_processes(tmp_path: Path) -> None:
     services = {"base": {"command": SLOW, "probes": UP}, "a": {"command": SLEEPER, "depends_on": {"base": "ready"}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -75,7 +75,7 @@ def test_case_10_a_changed_probe_releases_what_waits(tmp_path: Path) -> None:
         assert daemon.process_row("base")["pid"] in (pid, None) or pid is None
 
 
-def test_case_10_a_dependency_that_dies_and_comes_back_does_not_leave_the_late_waiter_behind(tmp_path: Path) -> None:
+def test_case_10_late_waiter_starts_after_dependency_restarts(tmp_path: Path) -> None:
     """The waiter is judged by the generation that is there now."""
     services = {
         "base": {
@@ -95,7 +95,7 @@ def test_case_10_a_dependency_that_dies_and_comes_back_does_not_leave_the_late_w
         assert ready(daemon, "base") != pid
 
 
-def test_case_10_a_dependency_that_fails_is_said_and_its_return_is_enough(tmp_path: Path) -> None:
+def test_case_10_failed_dependency_is_reported_until_it_returns(tmp_path: Path) -> None:
     services = {
         "base": {
             "command": sh("[ -e go ] && echo up && exec sleep 1000; exit 1"),
@@ -113,7 +113,7 @@ def test_case_10_a_dependency_that_fails_is_said_and_its_return_is_enough(tmp_pa
         ready(daemon, "a")
 
 
-def test_case_11_a_cycle_is_refused_with_its_path(tmp_path: Path) -> None:
+def test_case_11_dependency_cycle_is_rejected_with_its_path(tmp_path: Path) -> None:
     services = {
         name: {"command": SLEEPER, "depends_on": [after]} for name, after in (("a", "b"), ("b", "c"), ("c", "a"))
     }
@@ -127,7 +127,7 @@ def test_case_11_a_cycle_is_refused_with_its_path(tmp_path: Path) -> None:
         assert "->" in done.stderr or "cycle" in done.stderr or "→" in done.stderr
 
 
-def test_case_11_the_order_is_transitive_and_a_completed_step_opens_the_next(tmp_path: Path) -> None:
+def test_case_11_order_is_transitive_through_completed_steps(tmp_path: Path) -> None:
     services = {
         "three": {"command": SLEEPER, "depends_on": {"two": "completed"}},
         "two": {
@@ -145,7 +145,7 @@ def test_case_11_the_order_is_transitive_and_a_completed_step_opens_the_next(tmp
         assert daemon.get("/ready").status == 200
 
 
-def test_case_11_a_step_that_ends_badly_opens_nothing(tmp_path: Path) -> None:
+def test_case_11_failed_step_starts_no_dependents(tmp_path: Path) -> None:
     services = {
         "step": {"command": sh("exit 3"), "restart": {"policy": "never"}},
         "a": {"command": SLEEPER, "depends_on": {"step": "completed"}},
@@ -157,7 +157,7 @@ def test_case_11_a_step_that_ends_badly_opens_nothing(tmp_path: Path) -> None:
         assert row["generation"] == 0
 
 
-def test_case_11_a_completed_step_is_not_run_again_by_a_daemon_that_takes_over(tmp_path: Path) -> None:
+def test_case_11_completed_step_is_not_rerun_by_the_next_daemon(tmp_path: Path) -> None:
     services = {
         "step": {"command": sh("echo ran >> ran"), "restart": {"policy": "on-failure"}},
         "a": {"command": SLEEPER, "depends_on": {"step": "completed"}},
@@ -180,7 +180,7 @@ def test_case_11_a_completed_step_is_not_run_again_by_a_daemon_that_takes_over(t
         assert (tmp_path / "ran").read_text() == "ran\nran\n", "an ordered start is a start of everything"
 
 
-def test_case_11_readiness_takes_out_of_the_dependency_and_never_restarts(tmp_path: Path) -> None:
+def test_case_11_failing_readiness_never_restarts(tmp_path: Path) -> None:
     """Elsewhere a failed readiness probe stops or restarts; here it is a fact about routing alone, and liveness restarts."""
     (tmp_path / "well").touch()
     probe = {"exec": ["test", "-e", "well"], "period": "50ms", "failures": 2}
@@ -197,7 +197,7 @@ def test_case_11_readiness_takes_out_of_the_dependency_and_never_restarts(tmp_pa
         until(lambda: daemon.process_row("a")["pid"] not in (pid, None), "liveness restarts it")
 
 
-def test_case_11_replicas_grow_and_shrink_and_the_others_stay(tmp_path: Path) -> None:
+def test_case_11_scaling_leaves_other_replicas_running(tmp_path: Path) -> None:
     def of(count: int) -> str:
         return fleet({"a": {"command": SLEEPER, "replicas": count}})
 

@@ -55,7 +55,7 @@ def fleet(port: int, engine: str = "ollama") -> str:
     return f"instances: {{away: {entry}}}\nmodels: {{m: {{instance: [away], queue: {{timeout: 1s}}}}}}\n"
 
 
-def test_an_unreachable_server_is_waited_for_and_said(tmp_path: Path) -> None:
+def test_unreachable_server_is_awaited_and_reported(tmp_path: Path) -> None:
     port = free_port()
     with fleetd(tmp_path, fleet(port)).start() as daemon:
         until(lambda: "waiting for it" in daemon.process_row("away")["reason"], "it says why")
@@ -67,7 +67,7 @@ def test_an_unreachable_server_is_waited_for_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("engine", ["external", "ollama", "lmstudio"])
-def test_a_wrong_key_is_said_with_its_place(engine: str, status: int, tmp_path: Path) -> None:
+def test_wrong_api_key_is_reported_with_its_place(engine: str, status: int, tmp_path: Path) -> None:
     said = f"HTTP {status}: no such key (instances.away.options.api_key)"
     with answering(status, {"error": "no such key"}) as port, fleetd(tmp_path, fleet(port, engine)).start() as daemon:
         until(lambda: said in daemon.process_row("away")["reason"], "it says why")
@@ -77,7 +77,7 @@ def test_a_wrong_key_is_said_with_its_place(engine: str, status: int, tmp_path: 
         assert said in answer.json["error"]["message"]
 
 
-def test_a_key_that_turns_wrong_is_said_too(tmp_path: Path) -> None:
+def test_api_key_that_turns_wrong_is_reported(tmp_path: Path) -> None:
     """It was right at the start; the probe of readiness finds out later."""
     good = {"data": [{"id": "m"}]}
     probes = "probes: {readiness: {http: /v1/models, period: 50ms, failures: 1}}"
@@ -94,7 +94,7 @@ def test_a_key_that_turns_wrong_is_said_too(tmp_path: Path) -> None:
     assert "(instances.away.options.api_key)" in reason
 
 
-def test_an_address_with_https_is_asked_by_tls(tmp_path: Path) -> None:
+def test_https_address_is_probed_by_tls(tmp_path: Path) -> None:
     with answering(200, {"version": "0.33.0", "models": []}) as port:
         plain = fleet(port)
         probes = "probes: {startup: {http: /api/version, period: 50ms}}"
@@ -106,7 +106,7 @@ def test_an_address_with_https_is_asked_by_tls(tmp_path: Path) -> None:
             assert daemon.process_row("away")["state"] == "STARTING"
 
 
-def test_a_server_of_ours_that_is_too_old_fails_with_both_versions(tmp_path: Path) -> None:
+def test_own_server_too_old_fails_with_both_versions(tmp_path: Path) -> None:
     text = f"instances: {{o: {{engine: ollama, command: {fake('--version', '0.1.48', api='ollama')}}}}}\n"
     with fleetd(tmp_path, text).start() as daemon:
         failed = daemon.until_state("o", "FAILED")
@@ -114,7 +114,7 @@ def test_a_server_of_ours_that_is_too_old_fails_with_both_versions(tmp_path: Pat
         assert failed["restarts"] == 0
 
 
-def test_a_server_elsewhere_that_is_too_old_is_waited_for_with_both_versions(tmp_path: Path) -> None:
+def test_external_server_too_old_is_awaited(tmp_path: Path) -> None:
     with answering(200, {"version": "0.1.48", "models": []}) as port, fleetd(tmp_path, fleet(port)).start() as daemon:
         said = "says Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.away.external)"
         until(lambda: said in daemon.process_row("away")["reason"], "it says why")
@@ -122,7 +122,7 @@ def test_a_server_elsewhere_that_is_too_old_is_waited_for_with_both_versions(tmp
 
 
 @pytest.mark.parametrize("body", [["hello"], {"models": "none"}, {"models": [1, None, {"name": 3}]}])
-def test_answers_of_another_shape_are_an_error_and_no_crash(tmp_path: Path, body: object) -> None:
+def test_answer_of_another_shape_is_an_error(tmp_path: Path, body: object) -> None:
     with answering(200, body) as port, fleetd(tmp_path, fleet(port)).start() as daemon:
         said = f"http://127.0.0.1:{port}/api/ps did not answer with a"
         until(lambda: said in daemon.process_row("away")["reason"], "it says why")
@@ -137,7 +137,7 @@ def test_answers_of_another_shape_are_an_error_and_no_crash(tmp_path: Path, body
 @pytest.mark.parametrize(
     "body", [b"<html>hello</html>", b'{"models": [{"name": "m", "size": "big"}]}', b"x" * 9_000_000]
 )
-def test_a_server_whose_answers_change_shape_fails_its_loads_and_no_more(tmp_path: Path, body: bytes) -> None:
+def test_server_changing_its_answers_fails_only_its_loads(tmp_path: Path, body: bytes) -> None:
     with answering(200, {"version": "0.33.0", "models": [], "done": True}) as port:
         with fleetd(tmp_path, fleet(port)).start() as daemon:
             daemon.until_state("away", "READY")
@@ -150,7 +150,7 @@ def test_a_server_whose_answers_change_shape_fails_its_loads_and_no_more(tmp_pat
             assert daemon.get("/health").status == 200
 
 
-def test_a_file_that_is_not_there_is_said_with_the_key_that_names_it(tmp_path: Path) -> None:
+def test_missing_file_is_reported_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     fleet = f"""
         models:

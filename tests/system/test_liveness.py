@@ -19,14 +19,14 @@ def fleet(*flags: str, slots: int = 1) -> str:
     return f"models:\n  m: {{engine: process, command: {command}, options: {options}, {PROBE}, preload: true}}\n"
 
 
-def test_one_that_accepts_and_never_answers_is_ended_and_started_again(tmp_path: Path) -> None:
+def test_liveness_restarts_a_server_that_never_answers(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet("--hang-after", "2", slots=4)).start() as daemon:
         daemon.until_state("m", "READY")
         until(lambda: daemon.process_row("m")["generation"] >= 2, "it is ended")
         assert "liveness probe failed 2 times" in daemon.log()
 
 
-def test_clients_that_give_up_are_no_sign_of_life(tmp_path: Path) -> None:
+def test_liveness_ignores_clients_that_give_up(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet("--hang-after", "1", slots=4)).start() as daemon:
         daemon.until_state("m", "READY")
 
@@ -52,7 +52,7 @@ def stays(daemon: Fleetd, asked: threading.Thread) -> None:
     assert daemon.process_row("m")["state"] == "READY"
 
 
-def test_a_stream_of_slow_tokens_is_a_sign_of_life(tmp_path: Path) -> None:
+def test_liveness_counts_slow_tokens_as_alive(tmp_path: Path) -> None:
     answers: list[bytes] = []
     with fleetd(tmp_path, fleet("--tps", "5", "--tokens", "16", "--slots", "1", slots=4)).start() as daemon:
         asked = threading.Thread(target=lambda: answers.append(daemon.chat("m", max_tokens=16, stream=True).body))
@@ -60,7 +60,7 @@ def test_a_stream_of_slow_tokens_is_a_sign_of_life(tmp_path: Path) -> None:
         assert answers[0].rstrip().endswith(b"[DONE]")
 
 
-def test_one_whose_slots_are_all_taken_is_left_to_its_work(tmp_path: Path) -> None:
+def test_liveness_spares_a_server_with_all_slots_busy(tmp_path: Path) -> None:
     answers: list[int] = []
     with fleetd(tmp_path, fleet("--tps", "5", "--tokens", "16", "--slots", "1")).start() as daemon:
         asked = threading.Thread(target=lambda: answers.append(daemon.chat("m", max_tokens=16).status))

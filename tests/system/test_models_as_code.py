@@ -65,7 +65,7 @@ def made(daemon: Fleetd, name: str) -> list[str]:
     return [event["reason"] for event in events if event["name"] == name and event["what"] == "made"]
 
 
-def test_models_are_made_once_shown_changed_and_pruned(tmp_path: Path) -> None:
+def test_models_are_created_once_changed_and_pruned(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     write(tmp_path / "a model.gguf", layers=1, embedding=64)
     port = ports(2)

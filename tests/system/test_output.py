@@ -33,7 +33,7 @@ def line_numbers(lines: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
-def test_case_22_no_line_is_cut_or_lost_over_many_rotations(tmp_path: Path, capture: str) -> None:
+def test_case_22_rotations_cut_and_lose_no_line(tmp_path: Path, capture: str) -> None:
     count = 60_000
     logs = {"capture": capture, "max_size": "256KiB", "keep": 200, "compress": False}
     code = WRITER.format(count=count, end="time.sleep(1000)")
@@ -49,7 +49,7 @@ def test_case_22_no_line_is_cut_or_lost_over_many_rotations(tmp_path: Path, capt
 
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
-def test_case_22_the_tail_is_whole_at_every_exit(tmp_path: Path, capture: str) -> None:
+def test_case_22_log_tail_is_complete_at_every_exit(tmp_path: Path, capture: str) -> None:
     """100 runs that write and end at once; the last line has no newline."""
     code = "import os\nfor n in range(300): print('line', n, 'x' * (n % 97))\nos.write(1, b'the end')"
     restart = {"backoff": {"initial": "1ms", "max": "1ms"}, "crash_loop": {"count": 100, "window": "1h"}}
@@ -64,7 +64,7 @@ def test_case_22_the_tail_is_whole_at_every_exit(tmp_path: Path, capture: str) -
         assert sum(line.startswith("--- exited code=0") for line in lines) == 100
 
 
-def test_case_22_a_log_that_is_deleted_begins_anew_with_the_next_run(tmp_path: Path) -> None:
+def test_case_22_deleted_log_is_recreated_by_the_next_run(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo hello; exec sleep 1000"), "restart": QUICK}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -78,7 +78,7 @@ def test_case_22_a_log_that_is_deleted_begins_anew_with_the_next_run(tmp_path: P
         until_said(daemon, "a", "hello")
 
 
-def test_case_22_a_piped_log_that_is_deleted_comes_back_by_itself(tmp_path: Path) -> None:
+def test_case_22_deleted_piped_log_is_recreated(tmp_path: Path) -> None:
     code = "while true; do echo tick; sleep 0.02; done"
     services = {"a": {"command": sh(code), "logs": {"capture": "pipe", "max_size": "4KiB"}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
@@ -90,7 +90,7 @@ def test_case_22_a_piped_log_that_is_deleted_comes_back_by_itself(tmp_path: Path
 
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
-def test_case_17_bytes_that_are_no_text_harm_nobody(tmp_path: Path, capture: str) -> None:
+def test_case_17_binary_output_is_harmless(tmp_path: Path, capture: str) -> None:
     raw = "\\xff\\xfe\\x00 nul \\x1b[31mred\\x1b[0m \\xf0\\x9f\\x98\\x80 gr\\xc3\\xb6\\xc3\\x9fe\\nend\\n"
     code = f"import os, time\nos.write(1, b'{raw}')\ntime.sleep(1000)"
     with fleetd(tmp_path, fleet({"a": {"command": python(code), "logs": {"capture": capture}}})) as daemon:
@@ -105,7 +105,7 @@ def test_case_17_bytes_that_are_no_text_harm_nobody(tmp_path: Path, capture: str
             assert "Traceback" not in done.stderr
 
 
-def test_case_17_a_reader_that_closes_ends_the_follower_quietly(tmp_path: Path) -> None:
+def test_case_17_closed_reader_stops_the_follower_quietly(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("while true; do echo tick; sleep 0.01; done")}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -117,7 +117,7 @@ def test_case_17_a_reader_that_closes_ends_the_follower_quietly(tmp_path: Path) 
         assert "Error" not in done.stderr
 
 
-def test_case_17_a_program_may_open_its_own_output_again(tmp_path: Path) -> None:
+def test_case_17_program_can_reopen_its_own_output(tmp_path: Path) -> None:
     for capture in ("file", "pipe"):
         folder = tmp_path / capture
         folder.mkdir()
@@ -143,7 +143,7 @@ def end_of(path: Path) -> bytes:
         return b""
 
 
-def test_supervisor_18_a_flood_and_an_endless_line_leave_the_daemon_small(tmp_path: Path) -> None:
+def test_supervisor_18_flood_and_endless_line_keep_memory_small(tmp_path: Path) -> None:
     flood = python(
         "import os, time\nblock = b'y' * 99 + b'\\n'\nfor n in range(1500): os.write(1, block * 1000)\n"
         "print('done'); time.sleep(1000)"
@@ -178,7 +178,7 @@ def test_supervisor_18_a_flood_and_an_endless_line_leave_the_daemon_small(tmp_pa
         assert daemon.status()["daemon"]["pid"] == daemon.pid
 
 
-def test_case_39_a_full_disk_neither_blocks_nor_grows_and_is_over_when_it_is_over(tmp_path: Path) -> None:
+def test_case_39_full_disk_neither_blocks_nor_grows_and_recovers(tmp_path: Path) -> None:
     """The daemon's own limit on the size of a file stands in for the disk."""
     code = (
         "import os, time\nn = 0\nwhile True:\n    print('line', n, 'x' * 1000); n += 1\n"
@@ -204,7 +204,7 @@ def test_case_39_a_full_disk_neither_blocks_nor_grows_and_is_over_when_it_is_ove
         assert "Traceback" not in daemon.log()
 
 
-def test_case_39_state_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+def test_case_39_unwritable_state_stops_no_process(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("exec sleep 1000"), "restart": QUICK}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -220,7 +220,7 @@ def test_case_39_state_that_cannot_be_written_stops_nobody(tmp_path: Path) -> No
         assert "Traceback" not in daemon.log()
 
 
-def test_case_17_json_lines_are_whole_documents(tmp_path: Path) -> None:
+def test_case_17_json_lines_are_complete_documents(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo '{\"x\": 1}'; exec sleep 1000")}})) as daemon:
         daemon.start()
         ready(daemon, "a")

@@ -71,7 +71,7 @@ def test_six_workers_over_more_models_than_fit(tmp_path: Path) -> None:
         assert 0 < most[1] <= 110 * MIB
 
 
-def test_an_engine_that_is_killed_is_back_before_the_next_answer(tmp_path: Path) -> None:
+def test_killed_engine_is_back_before_the_next_answer(tmp_path: Path) -> None:
     with fleetd(tmp_path, models(tmp_path, "a", more=", restart: {backoff: {initial: 20ms}}")) as daemon:
         daemon.start()
         assert daemon.chat("a").status == 200
@@ -82,7 +82,7 @@ def test_an_engine_that_is_killed_is_back_before_the_next_answer(tmp_path: Path)
         assert daemon.process_row("a")["pid"] != pid
 
 
-def test_a_truncated_model_is_said_with_the_engines_own_words(tmp_path: Path) -> None:
+def test_truncated_model_reports_the_engines_own_error(tmp_path: Path) -> None:
     fleet = models(tmp_path, "cut", more=", memory: 30MiB, restart: {backoff: {initial: 10ms, max: 20ms}}")
     path = tmp_path / "cut.gguf"
     path.write_bytes(path.read_bytes()[:100_000])
@@ -101,7 +101,7 @@ def test_a_truncated_model_is_said_with_the_engines_own_words(tmp_path: Path) ->
         assert len(answer.json["error"]["message"]) > 30
 
 
-def test_a_model_larger_than_the_budget(tmp_path: Path) -> None:
+def test_model_larger_than_the_budget_is_rejected(tmp_path: Path) -> None:
     with fleetd(tmp_path, models(tmp_path, "a", budget="16MiB")) as daemon:
         daemon.start()
         answer = daemon.chat("a")
@@ -109,7 +109,7 @@ def test_a_model_larger_than_the_budget(tmp_path: Path) -> None:
         assert "16.0 MiB" in answer.json["error"]["message"]
 
 
-def test_a_missing_model_file_blocks_and_comes_back(tmp_path: Path) -> None:
+def test_missing_model_file_blocks_until_it_exists(tmp_path: Path) -> None:
     fleet = models(tmp_path, "a", more=", memory: 30MiB")
     (tmp_path / "a.gguf").rename(tmp_path / "away")
     with fleetd(tmp_path, fleet) as daemon:
@@ -134,7 +134,7 @@ def test_measured_memory_is_learned_and_kept(tmp_path: Path) -> None:
         assert daemon.model_row("a")["footprint"] == "learned"
 
 
-def test_systemd_is_told(tmp_path: Path) -> None:
+def test_systemd_is_notified(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, fleetd(tmp_path, models(tmp_path, "a")) as daemon:
         address = daemon.run / "notify"
         manager.bind(str(address))

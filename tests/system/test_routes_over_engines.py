@@ -45,7 +45,7 @@ def up(daemon: Fleetd) -> None:
     daemon.control("POST", "/v1/models/inside/load", {"wait": True})
 
 
-def test_weights_share_and_a_killed_engine_leaves_its_name_served(tmp_path: Path) -> None:
+def test_killed_engine_leaves_its_route_served_by_weight(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with fleetd(tmp_path, fleet(tmp_path / "store", weights=(70, 30))) as daemon:
         up(daemon)
@@ -60,7 +60,7 @@ def test_weights_share_and_a_killed_engine_leaves_its_name_served(tmp_path: Path
         assert served(daemon, 10) == {"outside": 10}
 
 
-def test_a_full_engine_hands_over_to_the_other(tmp_path: Path) -> None:
+def test_full_engine_overflows_to_the_other(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     text = fleet(tmp_path / "store", left="--tps 20 --tokens 200", weights=(100, 0))
     with fleetd(tmp_path, text) as daemon:
@@ -79,7 +79,7 @@ def test_a_full_engine_hands_over_to_the_other(tmp_path: Path) -> None:
             assert first.result() == 200
 
 
-def test_while_an_engine_starts_again_the_other_serves(tmp_path: Path) -> None:
+def test_other_engine_serves_during_a_restart(tmp_path: Path) -> None:
     """Its start takes longer than anybody waits."""
     (tmp_path / "store").mkdir()
     text = fleet(tmp_path / "store", right="--load-time 1.5", weights=(0, 100))
@@ -94,7 +94,7 @@ def test_while_an_engine_starts_again_the_other_serves(tmp_path: Path) -> None:
         until(lambda: served(daemon, 1) == {"outside": 1}, "the first serves again")
 
 
-def test_a_server_elsewhere_that_does_not_answer_leaves_its_name_served(tmp_path: Path) -> None:
+def test_silent_external_server_leaves_its_route_served(tmp_path: Path) -> None:
     text = f"""
     instances: {{far: {{engine: external, external: "http://127.0.0.1:{free_port()}"}}}}
     models:
@@ -109,7 +109,7 @@ def test_a_server_elsewhere_that_does_not_answer_leaves_its_name_served(tmp_path
         assert (answer.status, answer.headers["X-Fleet-Model"]) == (200, "here")
 
 
-def test_an_engine_taken_out_of_the_file_leaves_its_name_served(tmp_path: Path) -> None:
+def test_removed_engine_leaves_its_route_served(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     text = fleet(tmp_path / "store")
     with fleetd(tmp_path, text) as daemon:

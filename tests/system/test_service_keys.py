@@ -48,7 +48,7 @@ def started(folder: Path, service: dict[str, Any], **keys: Any) -> Fleetd:
     return fleetd(folder, fleet({"a": service}, **keys))
 
 
-def test_command_args_cwd_env_and_places(tmp_path: Path) -> None:
+def test_service_command_args_cwd_env_and_placeholders(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / ".env").write_text("FROM_FILE='a b'\nBOTH=file\n")
     code = (
@@ -71,7 +71,7 @@ def test_command_args_cwd_env_and_places(tmp_path: Path) -> None:
         assert (env["PORT"], env["FLEETD_NAME"]) == (port, "a")
 
 
-def test_a_string_is_split_as_a_shell_splits_and_never_run_by_one(tmp_path: Path) -> None:
+def test_command_string_is_split_like_a_shell_without_one(tmp_path: Path) -> None:
     text = f"{sys.executable} -I -c 'import sys, time; print(sys.argv[1:], flush=True); time.sleep(1000)' \"a b\" c;d $HOME"
     with started(tmp_path, {"command": text.replace("$", "$$")}) as daemon:
         daemon.start()
@@ -93,7 +93,7 @@ def free_run(count: int) -> int:
             return first
 
 
-def test_replicas_have_numbers_and_ports(tmp_path: Path) -> None:
+def test_replicas_get_numbers_and_ports(tmp_path: Path) -> None:
     port = free_run(3)
     with started(
         tmp_path, {"command": sh("echo $FLEETD_REPLICA $PORT; exec sleep 1000"), "replicas": 3, "port": port}
@@ -105,7 +105,7 @@ def test_replicas_have_numbers_and_ports(tmp_path: Path) -> None:
             assert daemon.process_row(f"a-{number}")["port"] == port + number - 1
 
 
-def test_requires_blocks_and_resumes_without_a_crash_loop(tmp_path: Path) -> None:
+def test_requires_blocks_then_resumes_without_crash_loop(tmp_path: Path) -> None:
     """Supervisor 14, with a folder in the place of a volume."""
     with started(
         tmp_path, {"command": sh("test -e volume/model && exec sleep 1000"), "requires": ["volume"]}
@@ -129,7 +129,7 @@ def test_requires_blocks_and_resumes_without_a_crash_loop(tmp_path: Path) -> Non
         ready(daemon, "a")
 
 
-def test_stop_command_is_run_with_the_pid(tmp_path: Path) -> None:
+def test_stop_command_gets_the_pid(tmp_path: Path) -> None:
     stop = ["sh", "-c", "echo asked; kill -USR1 $MAINPID"]
     code = "trap 'echo by the command; exit 0' USR1; trap 'echo by the signal' TERM; echo up; while true; do sleep 0.02; done"
     with started(tmp_path, {"command": sh(code), "stop": {"command": stop, "timeout": "10s"}}) as daemon:
@@ -141,7 +141,7 @@ def test_stop_command_is_run_with_the_pid(tmp_path: Path) -> None:
         assert "by the signal" not in daemon.log_of("a")
 
 
-def test_a_stop_command_that_fails_falls_back_to_the_signal(tmp_path: Path) -> None:
+def test_failing_stop_command_falls_back_to_the_signal(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "stop": {"command": ["false"], "timeout": "20s"}}) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -163,7 +163,7 @@ STOP_COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "told"), STOP_COMMANDS, ids=["fails", "absent", "hangs", "works"])
-def test_how_a_stop_command_went_is_told(tmp_path: Path, command: list[str], told: str) -> None:
+def test_stop_command_result_is_reported(tmp_path: Path, command: list[str], told: str) -> None:
     child = sh("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.02; done") if "well" in told else SLEEPER
     timeout = "500ms" if "within" in told else "20s"
     with started(tmp_path, {"command": child, "stop": {"command": command, "timeout": timeout}}) as daemon:
@@ -175,7 +175,7 @@ def test_how_a_stop_command_went_is_told(tmp_path: Path, command: list[str], tol
 
 
 @pytest.mark.parametrize(("kill", "left"), [("set", 0), ("leader", 1)])
-def test_stop_kill_says_who_has_to_go(tmp_path: Path, kill: str, left: int) -> None:
+def test_stop_kill_scope_selects_the_processes(tmp_path: Path, kill: str, left: int) -> None:
     code = "import os, subprocess, time\nprint(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)\ntime.sleep(1000)"
     with started(tmp_path, {"command": python(code), "stop": {"kill": kill, "timeout": "500ms"}}) as daemon:
         daemon.start()
@@ -186,7 +186,7 @@ def test_stop_kill_says_who_has_to_go(tmp_path: Path, kill: str, left: int) -> N
 
 
 @pytest.mark.parametrize("way", ["http", "tcp", "exec", "log_line"])
-def test_every_way_to_probe_gates_the_start(tmp_path: Path, way: str) -> None:
+def test_every_probe_kind_gates_the_start(tmp_path: Path, way: str) -> None:
     probe: dict[str, Any] = {
         "http": {"http": "/health"},
         "tcp": {"tcp": True},
@@ -216,7 +216,7 @@ def test_every_way_to_probe_gates_the_start(tmp_path: Path, way: str) -> None:
         assert ready(daemon, "a") == row["pid"] or row["pid"] is None
 
 
-def test_liveness_restarts_what_hangs_and_counts_it(tmp_path: Path) -> None:
+def test_liveness_restarts_a_hung_process_and_counts_it(tmp_path: Path) -> None:
     service = {
         "command": json.loads(fake()), "restart": QUICK,
         "probes": {"startup": {"http": "/health"}, "liveness": {"http": "/health", "period": "100ms", "timeout": "300ms", "failures": 2}},
@@ -231,7 +231,7 @@ def test_liveness_restarts_what_hangs_and_counts_it(tmp_path: Path) -> None:
         assert not alive(pid)
 
 
-def test_limits_umask_and_environment_of_the_kernel(tmp_path: Path) -> None:
+def test_limits_umask_and_environment_reach_the_kernel(tmp_path: Path) -> None:
     code = (
         "import os, resource, time\nos.close(os.open('made', os.O_CREAT | os.O_WRONLY, 0o666))\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], os.nice(0), sorted(os.sched_getaffinity(0)), flush=True)\ntime.sleep(1000)"
@@ -250,7 +250,7 @@ def test_limits_umask_and_environment_of_the_kernel(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_user(tmp_path: Path) -> None:
+def test_service_runs_as_its_user(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     for folder in tmp_path.parents:
         if str(folder).startswith("/tmp/pytest"):
@@ -264,13 +264,13 @@ def test_user(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_a_user_that_does_not_exist_is_a_sentence(tmp_path: Path) -> None:
+def test_unknown_user_is_one_clear_error(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "user": "no-such-user"}) as daemon:
         daemon.start()
         assert "no user 'no-such-user'" in daemon.until_state("a", "FAILED")["reason"]
 
 
-def test_max_age_restarts_without_a_death(tmp_path: Path) -> None:
+def test_max_age_restart_counts_no_death(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "max_age": "1s"}) as daemon:
         daemon.start()
         before = daemon.until_state("a", "READY")
@@ -280,7 +280,7 @@ def test_max_age_restarts_without_a_death(tmp_path: Path) -> None:
         assert "BACKOFF" not in story(daemon, "a")
 
 
-def test_schedule_restarts_what_runs_and_not_what_is_stopped(tmp_path: Path) -> None:
+def test_schedule_restarts_running_but_not_stopped(tmp_path: Path) -> None:
     """Every minute; the clock of the process is moved close to one by its own time name space is not needed: we wait for it."""
     every = {"schedule": {"restart": "* * * * *", "timezone": "Europe/Berlin"}}
     left_s = 60 - time.time() % 60
@@ -301,12 +301,10 @@ def test_schedule_restarts_what_runs_and_not_what_is_stopped(tmp_path: Path) -> 
             until(lambda name=name: daemon.process_row(name)["generation"] > generation, f"{name} is restarted")
 
 
-test_schedule_restarts_what_runs_and_not_what_is_stopped = pytest.mark.slow(
-    test_schedule_restarts_what_runs_and_not_what_is_stopped
-)
+test_schedule_restarts_running_but_not_stopped = pytest.mark.slow(test_schedule_restarts_running_but_not_stopped)
 
 
-def test_hooks_run_before_and_after_with_the_environment_of_the_process(tmp_path: Path) -> None:
+def test_hooks_run_before_and_after_in_the_process_env(tmp_path: Path) -> None:
     service = {
         "command": sh("cat made; exec sleep 1000"), "env": {"WORD": "hello"},
         "hooks": {"pre_start": sh("echo $WORD $FLEETD_NAME > made; echo one; echo two"), "post_stop": sh("rm made; echo over > over")},
@@ -322,7 +320,7 @@ def test_hooks_run_before_and_after_with_the_environment_of_the_process(tmp_path
         assert re.search(r"its post_stop hook ended well after [0-9.]+ s: it said nothing", story(daemon, "a"))
 
 
-def test_case_35_a_pre_start_that_fails_starts_nothing_and_counts_as_a_failure(tmp_path: Path) -> None:
+def test_case_35_failing_pre_start_aborts_and_counts_as_failure(tmp_path: Path) -> None:
     service = {
         "command": sh("echo started > started; exec sleep 1000"),
         "hooks": {"pre_start": sh("echo no database >&2; exit 1")},
@@ -336,7 +334,7 @@ def test_case_35_a_pre_start_that_fails_starts_nothing_and_counts_as_a_failure(t
         assert not (tmp_path / "started").exists()
 
 
-def test_what_has_ended_has_no_process_while_its_post_stop_runs(tmp_path: Path) -> None:
+def test_stopped_process_has_no_pid_while_post_stop_runs(tmp_path: Path) -> None:
     hooks = {"post_stop": sh("touch hook; while test ! -e go_on; do sleep 0.02; done")}
     with started(tmp_path, {"command": SLEEPER, "hooks": hooks}) as daemon:
         daemon.start()
@@ -351,7 +349,7 @@ def test_what_has_ended_has_no_process_while_its_post_stop_runs(tmp_path: Path) 
         daemon.until_state("a", "STOPPED")
 
 
-def test_uptime_is_the_age_of_the_process_also_after_an_adoption(tmp_path: Path) -> None:
+def test_uptime_is_process_age_after_adoption_too(tmp_path: Path) -> None:
     service = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "2"]}}
     with started(tmp_path, service) as daemon:
         daemon.start()
@@ -364,7 +362,7 @@ def test_uptime_is_the_age_of_the_process_also_after_an_adoption(tmp_path: Path)
         assert abs(again["uptime_s"] - row["uptime_s"] - (time.monotonic() - seen)) < 1
 
 
-def test_case_35_a_post_stop_that_fails_changes_nothing(tmp_path: Path) -> None:
+def test_case_35_failing_post_stop_changes_nothing(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "hooks": {"post_stop": sh("echo broken; exit 1")}}) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -374,7 +372,7 @@ def test_case_35_a_post_stop_that_fails_changes_nothing(tmp_path: Path) -> None:
         assert order(daemon, "start", "a").status == 200
 
 
-def test_case_35_a_stop_breaks_off_a_slow_pre_start(tmp_path: Path) -> None:
+def test_case_35_stop_interrupts_a_slow_pre_start(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "hooks": {"pre_start": sh("echo $$$$ > hook; sleep 1000")}}) as daemon:
         daemon.start()
         until(lambda: (tmp_path / "hook").exists() and (tmp_path / "hook").read_text().strip(), "the hook runs")
@@ -391,7 +389,7 @@ def test_case_35_a_stop_breaks_off_a_slow_pre_start(tmp_path: Path) -> None:
         assert daemon.children() == []
 
 
-def test_a_forced_stop_does_not_wait_for_post_stop(tmp_path: Path) -> None:
+def test_forced_stop_does_not_wait_for_post_stop(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "hooks": {"post_stop": sh("touch hook; sleep 1000")}}) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -402,7 +400,7 @@ def test_a_forced_stop_does_not_wait_for_post_stop(tmp_path: Path) -> None:
         until(lambda: daemon.children() == [], "nothing is left")
 
 
-def test_enabled_false_starts_nothing_and_true_does(tmp_path: Path) -> None:
+def test_enabled_false_starts_nothing_true_starts(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER, "enabled": False}) as daemon:
         daemon.start()
         row = daemon.until_state("a", "STOPPED")
@@ -414,7 +412,7 @@ def test_enabled_false_starts_nothing_and_true_does(tmp_path: Path) -> None:
         daemon.until_state("a", "STOPPED")
 
 
-def test_logs_captured_by_pipe_have_times_and_rotate(tmp_path: Path) -> None:
+def test_piped_logs_have_times_and_rotate(tmp_path: Path) -> None:
     service = {
         "command": python("import time\nfor n in range(4000): print('line', n, 'x' * 40)\ntime.sleep(1000)"),
         "logs": {"capture": "pipe", "max_size": "64KiB", "keep": 20, "compress": True},
@@ -437,7 +435,7 @@ def test_logs_captured_by_pipe_have_times_and_rotate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "adopted"])
-def test_a_log_that_is_gone_from_under_its_process_is_told(tmp_path: Path, how: str) -> None:
+def test_deleted_log_of_a_running_process_is_reported(tmp_path: Path, how: str) -> None:
     loud = sh("n=0; while true; do n=$((n+1)); echo line $n; sleep 0.02; done")
     with started(tmp_path, {"command": loud}) as daemon:
         daemon.start()
@@ -464,7 +462,7 @@ def test_a_log_that_is_gone_from_under_its_process_is_told(tmp_path: Path, how: 
         assert ctl(daemon, "logs", "a").stderr == ""
 
 
-def test_memory_limits_and_backoff_change_without_a_restart(tmp_path: Path) -> None:
+def test_memory_limit_and_backoff_change_without_restart(tmp_path: Path) -> None:
     with started(tmp_path, {"command": SLEEPER}) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -482,7 +480,7 @@ def test_memory_limits_and_backoff_change_without_a_restart(tmp_path: Path) -> N
         until(lambda: daemon.process_row("a")["generation"] == 2, "the new backoff is used")
 
 
-def test_success_codes_hold_for_completed(tmp_path: Path) -> None:
+def test_success_codes_apply_to_completed(tmp_path: Path) -> None:
     services = {
         "step": {"command": sh("exit 5"), "restart": {"policy": "on-failure", "success_codes": [0, 5]}},
         "a": {"command": SLEEPER, "depends_on": {"step": "completed"}},
@@ -492,7 +490,7 @@ def test_success_codes_hold_for_completed(tmp_path: Path) -> None:
         ready(daemon, "a")
 
 
-def test_ports_without_a_number_are_kept_over_restarts_and_edits(tmp_path: Path) -> None:
+def test_assigned_ports_survive_restarts_and_edits(tmp_path: Path) -> None:
     service = {"command": json.loads(fake()), "probes": {"startup": {"http": "/health"}}}
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
         daemon.start()
@@ -525,7 +523,7 @@ print("ended by a message")
 """
 
 
-def test_messages_over_the_channel_of_node_programs(tmp_path: Path) -> None:
+def test_node_channel_carries_ready_and_shutdown(tmp_path: Path) -> None:
     """Case 26: what PM2 calls wait_ready and shutdown_with_message; silence is a failure here."""
     service = {
         "command": python(NODE_LIKE.replace("$", "$$")), "restart": {"crash_loop": {"count": 1}},
@@ -546,7 +544,7 @@ def test_messages_over_the_channel_of_node_programs(tmp_path: Path) -> None:
         assert "ended by a message" in daemon.log_of("a")
 
 
-def test_a_program_that_never_says_ready_is_not_ready(tmp_path: Path) -> None:
+def test_program_without_ready_message_is_not_ready(tmp_path: Path) -> None:
     service = {
         "command": SLEEPER, "restart": {"crash_loop": {"count": 1}},
         "probes": {"startup": {"message": "ready", "deadline": "400ms"}},

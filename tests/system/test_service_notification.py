@@ -60,7 +60,7 @@ def test_start_reload_and_stop(tmp_path: Path) -> None:
         assert heard.said("STOPPING=1")
 
 
-def test_a_new_program_in_the_same_pid_is_a_reload_not_a_stop(tmp_path: Path) -> None:
+def test_reexec_notifies_a_reload_and_not_a_stop(tmp_path: Path) -> None:
     with told(tmp_path, WATCHDOG_USEC="400000") as (daemon, heard):
         daemon.start()
         until(lambda: heard.said("READY=1"), "it says that it is ready")
@@ -73,7 +73,7 @@ def test_a_new_program_in_the_same_pid_is_a_reload_not_a_stop(tmp_path: Path) ->
         until(lambda: heard.said("WATCHDOG=1"), "the new program feeds the watchdog")
 
 
-def test_no_new_program_on_a_file_that_it_could_not_start_on(tmp_path: Path) -> None:
+def test_reexec_is_refused_with_an_invalid_file(tmp_path: Path) -> None:
     with told(tmp_path) as (daemon, _):
         daemon.start()
         row = daemon.until_state("one", "READY")
@@ -85,7 +85,7 @@ def test_no_new_program_on_a_file_that_it_could_not_start_on(tmp_path: Path) -> 
         assert daemon.process_row("one")["pid"] == row["pid"]
 
 
-def test_reloads_at_the_same_time_wait_for_one_another(tmp_path: Path) -> None:
+def test_concurrent_reloads_wait_for_one_another(tmp_path: Path) -> None:
     with told(tmp_path) as (daemon, _), ThreadPoolExecutor(8) as pool:
         daemon.start()
         row = daemon.until_state("one", "READY")

@@ -196,7 +196,7 @@ def test_a_log_path_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bound", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")]
 )
-def test_a_taken_port_names_its_owner(bound: str, asked: str, tmp_path: Path) -> None:
+def test_taken_port_names_its_owner(bound: str, asked: str, tmp_path: Path) -> None:
     async def run() -> str:
         with socket.socket() as listener:
             listener.bind((bound, 0))

@@ -114,7 +114,7 @@ def blocked_and_back(daemon: Fleetd, drive: Drive, point: Path) -> None:
     assert daemon.process_row("other")["generation"] == 1
 
 
-def test_a_drive_absent_at_the_start_pulled_and_back(tmp_path: Path, point: Path) -> None:
+def test_drive_missing_at_start_pulled_and_back(tmp_path: Path, point: Path) -> None:
     drive = Drive(tmp_path / "drive.img", point)
     drive.fill()
     with fleetd(tmp_path, both(point, f"command: {fake_ollama()}")) as daemon:
@@ -122,14 +122,14 @@ def test_a_drive_absent_at_the_start_pulled_and_back(tmp_path: Path, point: Path
 
 
 @real_ollama
-def test_the_same_with_the_real_ollama(tmp_path: Path, point: Path) -> None:
+def test_drive_pulled_and_back_with_real_ollama(tmp_path: Path, point: Path) -> None:
     drive = Drive(tmp_path / "drive.img", point)
     drive.fill()
     with fleetd(tmp_path, both(point, "")) as daemon:
         blocked_and_back(daemon, drive, point)
 
 
-def test_another_drive_of_the_same_name_is_refused_until_it_is_accepted(tmp_path: Path, point: Path) -> None:
+def test_other_drive_of_same_name_is_refused_until_accepted(tmp_path: Path, point: Path) -> None:
     first, second = Drive(tmp_path / "1.img", point), Drive(tmp_path / "2.img", point)
     first.fill()
     second.fill()
@@ -159,7 +159,7 @@ def test_another_drive_of_the_same_name_is_refused_until_it_is_accepted(tmp_path
         daemon.until_state("ollama", "READY")
 
 
-def test_a_model_whose_file_is_on_a_pulled_drive_is_blocked_alone(tmp_path: Path, point: Path) -> None:
+def test_model_on_a_pulled_drive_is_blocked_alone(tmp_path: Path, point: Path) -> None:
     drive = Drive(tmp_path / "drive.img", point)
     drive.fill()
     (tmp_path / "store").mkdir()

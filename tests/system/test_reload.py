@@ -60,7 +60,7 @@ def with_changes(**changes: Any) -> dict[str, Any]:
         ({"b": {"stop": {"timeout": "10000ms"}}}, set(), 0),  # the default, said out loud in another unit
     ],
 )
-def test_case_34_a_change_restarts_what_it_must_and_nothing_else(
+def test_case_34_change_restarts_only_what_it_must(
     tmp_path: Path, change: dict[str, Any], restarted: set[str], code: int
 ) -> None:
     """Config/CLI 23 and 25 too: the codes of diff, and a second apply that does nothing."""
@@ -96,7 +96,7 @@ BAD_FILES = [
 ]
 
 
-def test_config_21_26_a_bad_file_is_told_with_its_place_and_touches_nothing(tmp_path: Path) -> None:
+def test_config_21_26_invalid_file_changes_nothing(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(BASE, watch=False)) as daemon:
         daemon.start()
         before = pids(daemon)
@@ -126,7 +126,7 @@ BOUNDED = (
 )
 
 
-def test_config_22_a_file_that_explodes_is_refused_quickly(tmp_path: Path) -> None:
+def test_config_22_alias_bomb_is_rejected_quickly(tmp_path: Path) -> None:
     bombs = {
         "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
         + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(12)),
@@ -146,7 +146,7 @@ def test_config_22_a_file_that_explodes_is_refused_quickly(tmp_path: Path) -> No
         assert time.monotonic() - began < 10
 
 
-def test_config_24_an_apply_that_is_killed_half_way_is_finished_by_the_next(tmp_path: Path) -> None:
+def test_config_24_killed_apply_is_finished_by_the_next_daemon(tmp_path: Path) -> None:
     slow = sh("trap 'sleep 0.5; exit 0' TERM; echo up; while true; do sleep 0.02; done")
     old = {f"s{n}": {"command": slow, "env": {"V": "1"}} for n in range(4)}
     new = {f"s{n}": {"command": slow, "env": {"V": "2"}} for n in range(1, 5)}
@@ -188,7 +188,7 @@ def versions(daemon: Fleetd) -> list[str]:
     return found
 
 
-def test_case_32_a_flood_of_reloads_and_a_death_in_the_middle(tmp_path: Path) -> None:
+def test_case_32_reload_flood_with_a_death_in_the_middle(tmp_path: Path) -> None:
     services = {"a": {"command": SLEEPER}, "b": {"command": SLEEPER, "restart": QUICK}}
     with fleetd(tmp_path, fleet(services, watch=False)) as daemon:
         daemon.start()
@@ -219,7 +219,7 @@ def test_case_32_a_flood_of_reloads_and_a_death_in_the_middle(tmp_path: Path) ->
         assert "Traceback" not in daemon.log()
 
 
-def test_case_32_a_reload_keeps_what_streams(tmp_path: Path) -> None:
+def test_case_32_reload_keeps_running_streams(tmp_path: Path) -> None:
     services = {"a": {"command": SLEEPER}}
     models = {
         "m": {"engine": "process", "command": json.loads(fake("--tps", "20", "--tokens", "160")), "memory": "1MiB"}
@@ -240,7 +240,7 @@ def test_case_32_a_reload_keeps_what_streams(tmp_path: Path) -> None:
         assert daemon.process_row("m")["pid"] == pid
 
 
-def test_config_27_a_planted_secret_is_found_nowhere(tmp_path: Path) -> None:
+def test_config_27_planted_secret_is_found_nowhere(tmp_path: Path) -> None:
     canary = "canary-7f3a91"
     service = {
         "command": ["sh", "-c", "exec sleep 1000"], "env": {"API_KEY": f"{canary}-1", "URL": f"http://u:{canary}-2@h/"},
@@ -271,7 +271,7 @@ def test_config_27_a_planted_secret_is_found_nowhere(tmp_path: Path) -> None:
         database.close()
 
 
-def test_config_28_the_status_is_shown_to_every_kind_of_reader(tmp_path: Path) -> None:
+def test_config_28_status_works_for_every_output_format(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(BASE)) as daemon:
         daemon.start()
         pids(daemon)

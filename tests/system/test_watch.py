@@ -33,7 +33,7 @@ def renewed(daemon: Fleetd, before: int) -> int:
     return generation(daemon)
 
 
-def test_case_12_a_burst_is_one_restart_and_two_edits_are_two(tmp_path: Path) -> None:
+def test_case_12_burst_is_one_restart_two_edits_are_two(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": watching(tmp_path)})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -46,7 +46,7 @@ def test_case_12_a_burst_is_one_restart_and_two_edits_are_two(tmp_path: Path) ->
         assert daemon.process_row("a")["restarts"] == 2
 
 
-def test_case_12_what_is_ignored_and_what_is_stopped_stays_as_it_is(tmp_path: Path) -> None:
+def test_case_12_ignored_files_and_stopped_services_stay(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": watching(tmp_path)})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -66,7 +66,7 @@ def test_case_12_what_is_ignored_and_what_is_stopped_stays_as_it_is(tmp_path: Pa
         assert daemon.process_row("a")["state"] == "STOPPED"
 
 
-def test_case_12_renames_new_folders_and_a_folder_that_comes_later(tmp_path: Path) -> None:
+def test_case_12_renames_new_and_late_folders_are_seen(tmp_path: Path) -> None:
     service = watching(tmp_path)
     service["watch"] = {"paths": ["src", "later"], "debounce": "100ms"}
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
@@ -85,7 +85,7 @@ def test_case_12_renames_new_folders_and_a_folder_that_comes_later(tmp_path: Pat
         renewed(daemon, found)
 
 
-def test_case_12_a_program_that_changes_its_own_files_is_held_back(tmp_path: Path) -> None:
+def test_case_12_program_changing_its_own_files_is_held_back(tmp_path: Path) -> None:
     code = "sleep 0.1; echo $$ > src/touched; exec sleep 1000"
     service = watching(tmp_path, command=sh(code))
     service["watch"] = {"paths": ["src"], "debounce": "20ms"}
@@ -98,7 +98,7 @@ def test_case_12_a_program_that_changes_its_own_files_is_held_back(tmp_path: Pat
         assert generation(daemon) == 11
 
 
-def test_case_12_a_change_starts_again_what_had_given_up(tmp_path: Path) -> None:
+def test_case_12_change_restarts_a_failed_process(tmp_path: Path) -> None:
     code = "grep -q good src/state && exec sleep 1000; exit 1"
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 2}}
     service = watching(tmp_path, command=sh(code), restart=restart)
@@ -142,7 +142,7 @@ def in_pieces(config: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("save", [in_place, by_rename, like_vim, removed_first, in_pieces])
-def test_case_34_every_way_to_save_is_noticed_and_pids_stay(tmp_path: Path, save: Callable[[Path, str], None]) -> None:
+def test_case_34_every_way_to_save_is_noticed(tmp_path: Path, save: Callable[[Path, str], None]) -> None:
     services = {"a": {"command": SLEEPER}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -161,7 +161,7 @@ def test_case_34_every_way_to_save_is_noticed_and_pids_stay(tmp_path: Path, save
         assert daemon.status()["daemon"]["config_error"] is None
 
 
-def test_case_34_a_swapped_link_is_a_saved_file(tmp_path: Path) -> None:
+def test_case_34_swapped_link_counts_as_a_save(tmp_path: Path) -> None:
     """As configuration maps and release folders do it: the folder behind a link changes."""
     services = {"a": {"command": SLEEPER}}
     with fleetd(tmp_path, fleet(services)) as daemon:
@@ -181,7 +181,7 @@ def test_case_34_a_swapped_link_is_a_saved_file(tmp_path: Path) -> None:
         assert daemon.process_row("a")["pid"] == pid
 
 
-def test_case_34_a_burst_of_saves_ends_with_the_last_one(tmp_path: Path) -> None:
+def test_case_34_burst_of_saves_applies_the_last_one(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -192,7 +192,7 @@ def test_case_34_a_burst_of_saves_ends_with_the_last_one(tmp_path: Path) -> None
         assert alive(ready(daemon, "b59"))
 
 
-def test_case_34_a_file_saved_while_the_daemon_starts_is_not_missed(tmp_path: Path) -> None:
+def test_case_34_save_during_the_start_is_not_missed(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start(wait=False)
         until(lambda: (daemon.run / "fleetd.lock").exists(), "it has begun")

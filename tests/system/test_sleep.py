@@ -58,7 +58,7 @@ def booked(daemon: Fleetd, device: str) -> float:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_two_models_take_turns_by_waking(tmp_path: Path, level: int) -> None:
+def test_two_models_alternate_by_sleep_and_wake(tmp_path: Path, level: int) -> None:
     with fleetd(tmp_path, fleet(level=level)).start() as daemon:
         first = {name: answered(daemon, name) for name in "ab"}
         pids = {name: daemon.process_row(name)["pid"] for name in "ab"}
@@ -81,7 +81,7 @@ def test_two_models_take_turns_by_waking(tmp_path: Path, level: int) -> None:
         assert {daemon.process_row(name)["generation"] for name in "ab"} == {1}, "no probe took a sleeper for dead"
 
 
-def test_an_operator_loads_and_unloads_a_sleeper(tmp_path: Path) -> None:
+def test_operator_loads_and_unloads_a_sleeper(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet()).start() as daemon:
         for name in "ab":
             answered(daemon, name)
@@ -95,7 +95,7 @@ def test_an_operator_loads_and_unloads_a_sleeper(tmp_path: Path) -> None:
         assert booked(daemon, "gpu0") == pytest.approx(8.0)
 
 
-def test_without_room_for_a_sleeper_it_is_unloaded(tmp_path: Path) -> None:
+def test_sleeper_without_room_is_unloaded(tmp_path: Path) -> None:
     """At level 1 the weights go to the host: where that is full, there is no sleep."""
     with fleetd(tmp_path, fleet(host="1GiB")).start() as daemon:
         for name in "aba":
@@ -105,7 +105,7 @@ def test_without_room_for_a_sleeper_it_is_unloaded(tmp_path: Path) -> None:
         assert rows[0]["loads"] == 2
 
 
-def test_a_sleep_that_fails_kills_and_starts_cold(tmp_path: Path) -> None:
+def test_failed_sleep_kills_and_starts_cold(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet("--fail-sleep", "--ignore-term")).start() as daemon:
         text = answered(daemon, "a")
         pid = daemon.process_row("a")["pid"]
@@ -121,7 +121,7 @@ def test_a_sleep_that_fails_kills_and_starts_cold(tmp_path: Path) -> None:
         assert story(daemon, "a").count("sleep failed") == told.count("sleep failed")
 
 
-def test_a_wake_without_an_answer_kills_and_starts_cold(tmp_path: Path) -> None:
+def test_wake_without_answer_kills_and_starts_cold(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet("--hang-wake", more="load_timeout: 1s")).start() as daemon:
         text = answered(daemon, "a")
         answered(daemon, "b")
@@ -135,7 +135,7 @@ def test_a_wake_without_an_answer_kills_and_starts_cold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_after_a_crash_of_the_daemon_a_sleeper_is_found_asleep(tmp_path: Path, level: int) -> None:
+def test_sleeper_is_found_asleep_after_a_daemon_crash(tmp_path: Path, level: int) -> None:
     with fleetd(tmp_path, fleet(level=level)).start() as daemon:
         first = {name: answered(daemon, name) for name in "ab"}
         pids = {name: daemon.process_row(name)["pid"] for name in "ab"}
@@ -151,7 +151,7 @@ def test_after_a_crash_of_the_daemon_a_sleeper_is_found_asleep(tmp_path: Path, l
         assert {name: daemon.process_row(name)["pid"] for name in "ab"} == pids
 
 
-def test_one_that_was_left_on_its_way_is_killed_and_started_cold(tmp_path: Path) -> None:
+def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
     """The daemon dies while it wakes `a`: what its memory holds by then, nobody knows."""
     with fleetd(tmp_path, fleet("--hang-wake")).start() as daemon:
         text = answered(daemon, "a")
@@ -170,7 +170,7 @@ def test_one_that_was_left_on_its_way_is_killed_and_started_cold(tmp_path: Path)
         assert answered(daemon, "a") == text
 
 
-def test_one_that_somebody_else_put_to_sleep_is_started_again(tmp_path: Path) -> None:
+def test_engine_put_to_sleep_by_others_is_restarted(tmp_path: Path) -> None:
     """It takes requests and lets them wait for ever, and says that it is well."""
     with fleetd(tmp_path, fleet(names="a")).start() as daemon:
         text = answered(daemon, "a")
@@ -185,7 +185,7 @@ def test_one_that_somebody_else_put_to_sleep_is_started_again(tmp_path: Path) ->
         assert "fleetd did not put it to sleep" in story(daemon, "a")
 
 
-def test_the_gateway_has_no_way_to_a_sleep_route(tmp_path: Path) -> None:
+def test_gateway_never_reaches_a_sleep_route(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(names="a")).start() as daemon:
         answered(daemon, "a")
         for path in DEV_ROUTES:

@@ -19,7 +19,7 @@ def running(daemon: Fleetd) -> set[str]:
     return {row["name"] for row in daemon.status()["processes"] if row["state"] == "READY"}
 
 
-def test_files_that_a_pattern_includes_are_applied_when_they_come_go_and_come_back(tmp_path: Path) -> None:
+def test_included_files_apply_when_added_and_removed(tmp_path: Path) -> None:
     folder = tmp_path / "inc"
     folder.mkdir()
     (folder / "a.yaml").write_text(INCLUDED % "a")
@@ -47,7 +47,7 @@ def test_files_that_a_pattern_includes_are_applied_when_they_come_go_and_come_ba
 SAYS = sh('echo "B is $${B:-nothing}"; exec sleep 1000')
 
 
-def test_an_absent_env_file_blocks_its_own_process_until_it_is_there_and_is_read_then(tmp_path: Path) -> None:
+def test_missing_env_file_blocks_its_process_until_it_exists(tmp_path: Path) -> None:
     volume = tmp_path / "vol"
     volume.mkdir()
     (volume / ".env").write_text("B=1\n")
@@ -88,7 +88,7 @@ def test_an_absent_env_file_blocks_its_own_process_until_it_is_there_and_is_read
         assert "B is nothing" not in daemon.log_of("onvol") + daemon.log_of("early")
 
 
-def test_an_env_file_that_comes_late_may_not_contradict_the_options_of_its_server(tmp_path: Path) -> None:
+def test_late_env_file_contradicting_options_blocks(tmp_path: Path) -> None:
     file, place = tmp_path / "late.env", f"env_file: {tmp_path}/late.env ("
     entry = {
         "engine": "ollama", "command": json.loads(fake("--models", "m=1000", api="ollama")), "port": free_port(),
@@ -107,7 +107,7 @@ def test_an_env_file_that_comes_late_may_not_contradict_the_options_of_its_serve
         assert ctl(daemon, "reload").returncode == 0
 
 
-def test_what_an_edit_no_longer_requires_blocks_no_more(tmp_path: Path) -> None:
+def test_removed_requirement_no_longer_blocks(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "requires": ["./gone"]}})) as daemon:
         daemon.start()
         daemon.until_state("a", "BLOCKED")
@@ -115,7 +115,7 @@ def test_what_an_edit_no_longer_requires_blocks_no_more(tmp_path: Path) -> None:
         ready(daemon, "a")
 
 
-def test_an_env_file_that_was_saved_is_in_every_plan_and_restarts_its_process_once(tmp_path: Path) -> None:
+def test_saved_env_file_is_planned_and_restarts_once(tmp_path: Path) -> None:
     file = tmp_path / "b.env"
     file.write_text("B=3\n")
     services = {"benv": {"command": SAYS, "env_file": "b.env"}, "other": {"command": SLEEPER}}
@@ -139,7 +139,7 @@ def test_an_env_file_that_was_saved_is_in_every_plan_and_restarts_its_process_on
         assert ready(daemon, "other") == pids["other"]
 
 
-def test_what_waits_for_a_restart_of_the_daemon_is_said_until_it_is_true(tmp_path: Path) -> None:
+def test_pending_daemon_restart_is_reported_until_done(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -167,7 +167,7 @@ def test_what_waits_for_a_restart_of_the_daemon_is_said_until_it_is_true(tmp_pat
         assert ctl(daemon, "diff").returncode == 0
 
 
-def test_mistakes_of_standard_input_are_told_as_its_own(tmp_path: Path) -> None:
+def test_mistakes_in_standard_input_name_standard_input(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         told = []
@@ -182,7 +182,7 @@ def test_mistakes_of_standard_input_are_told_as_its_own(tmp_path: Path) -> None:
         assert not any("plan.yaml" in text or f"{daemon.config}" in text for text in told)
 
 
-def test_a_file_that_kept_a_configuration_from_being_used_is_watched_until_it_is_mended(tmp_path: Path) -> None:
+def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     part, env = tmp_path / "parts" / "part.yaml", tmp_path / "b.env"
     part.write_text("nonsense\n")
@@ -220,7 +220,7 @@ def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_one_state_has_one_daemon_over_a_re_execution_too(tmp_path: Path) -> None:
+def test_state_lock_survives_a_reexec(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()

@@ -30,7 +30,7 @@ from tests.support.fleet_files import (
 COUNTER = python("import time\nn = 0\nwhile True:\n    print(n); n += 1; time.sleep(0.002)")
 
 
-def test_case_01_kill9_daemon_ten_times_keeps_the_child(tmp_path: Path) -> None:
+def test_case_01_ten_daemon_kills_keep_the_child(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -44,7 +44,7 @@ def test_case_01_kill9_daemon_ten_times_keeps_the_child(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "null", '{"version": 99}', "\0\0\0\0", '{"name": "a", "pid": 1}'])
-def test_case_03_a_damaged_record_is_set_aside_and_kills_nobody(tmp_path: Path, damage: str) -> None:
+def test_case_03_damaged_record_is_set_aside_and_kills_nothing(tmp_path: Path, damage: str) -> None:
     port = free_port()
     server = json.loads(fake())
     services = {"a": {"command": server, "port": port, "restart": QUICK}, "b": {"command": SLEEPER}}
@@ -65,7 +65,7 @@ def test_case_03_a_damaged_record_is_set_aside_and_kills_nobody(tmp_path: Path, 
         assert {name: ready(daemon, name) for name in services} == pids, "gone is as good as torn"
 
 
-def test_case_03_a_torn_database_does_not_stop_the_daemon(tmp_path: Path) -> None:
+def test_case_03_torn_database_does_not_stop_the_daemon(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -82,7 +82,7 @@ def test_case_03_a_torn_database_does_not_stop_the_daemon(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
 @pytest.mark.parametrize("how", ["crash", "reexec"])
-def test_case_04_no_line_is_lost_when_the_collector_dies_mid_stream(tmp_path: Path, capture: str, how: str) -> None:
+def test_case_04_killed_collector_loses_no_line(tmp_path: Path, capture: str, how: str) -> None:
     services = {"a": {"command": COUNTER, "logs": {"capture": capture}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -107,9 +107,7 @@ def test_case_04_no_line_is_lost_when_the_collector_dies_mid_stream(tmp_path: Pa
     ("policy", "code", "again"),
     [("always", 0, True), ("always", 3, True), ("on-failure", 0, True), ("never", 3, False)],
 )
-def test_case_06_a_death_while_the_daemon_is_away_is_noticed(
-    tmp_path: Path, policy: str, code: int, again: bool
-) -> None:
+def test_case_06_death_while_the_daemon_is_down_is_noticed(tmp_path: Path, policy: str, code: int, again: bool) -> None:
     """Nobody saw the exit code: it counts as a failure, so `on-failure` starts again."""
     wait = f"while [ ! -e go ]; do sleep 0.02; done; rm go; exit {code}"
     with fleetd(tmp_path, fleet({"a": {"command": sh(wait), "restart": {**QUICK, "policy": policy}}})) as daemon:
@@ -128,7 +126,7 @@ def test_case_06_a_death_while_the_daemon_is_away_is_noticed(
             assert row["state"] == "FAILED", "a process that is never restarted stays down, whoever saw it die"
 
 
-def test_case_06_a_stop_by_an_operator_is_kept_and_a_kill_is_not(tmp_path: Path) -> None:
+def test_case_06_operator_stop_is_kept_but_a_kill_is_not(tmp_path: Path) -> None:
     services = {name: {"command": SLEEPER, "restart": QUICK} for name in ("stopped", "killed", "removed")}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -144,7 +142,7 @@ def test_case_06_a_stop_by_an_operator_is_kept_and_a_kill_is_not(tmp_path: Path)
         until(lambda: not alive(pids["removed"]), "what left fleet.yaml while the daemon was away is ended")
 
 
-def test_case_06_counters_and_a_crash_loop_are_kept(tmp_path: Path) -> None:
+def test_case_06_counters_and_crash_loop_are_kept(tmp_path: Path) -> None:
     loop = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 3}}
     services = {"bad": {"command": sh("exit 4"), "restart": loop}, "good": {"command": SLEEPER, "restart": QUICK}}
     with fleetd(tmp_path, fleet(services)) as daemon:
@@ -162,7 +160,7 @@ def test_case_06_counters_and_a_crash_loop_are_kept(tmp_path: Path) -> None:
         assert daemon.until_state("good", "READY")["restarts"] == 1
 
 
-def test_case_06_a_daemon_killed_before_its_file_was_written_loses_no_count(tmp_path: Path) -> None:
+def test_case_06_daemon_killed_before_saving_loses_no_count(tmp_path: Path) -> None:
     """The record of a run is written before its start, and knows how many came before."""
     with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
         daemon.start()
@@ -181,7 +179,7 @@ def test_case_06_a_daemon_killed_before_its_file_was_written_loses_no_count(tmp_
         assert daemon.until_state("good", "READY")["restarts"] == 3
 
 
-def test_case_28_power_loss_in_the_middle_of_a_save_keeps_the_stop(tmp_path: Path) -> None:
+def test_case_28_power_loss_during_a_save_keeps_the_stop(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}, "b": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -202,7 +200,7 @@ def test_case_28_power_loss_in_the_middle_of_a_save_keeps_the_stop(tmp_path: Pat
 
 
 @pytest.mark.parametrize("forged", ["init", "itself", "absent", "foreign"])
-def test_case_31_a_forged_record_moves_nobody(tmp_path: Path, forged: str) -> None:
+def test_case_31_forged_record_signals_no_process(tmp_path: Path, forged: str) -> None:
     foreign = subprocess.Popen(SLEEPER)
     try:
         with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
@@ -224,7 +222,7 @@ def test_case_31_a_forged_record_moves_nobody(tmp_path: Path, forged: str) -> No
         foreign.wait()
 
 
-def test_case_31_a_link_in_the_place_of_a_record_is_not_followed_to_a_kill(tmp_path: Path) -> None:
+def test_case_31_linked_record_is_not_followed(tmp_path: Path) -> None:
     foreign = subprocess.Popen(SLEEPER)
     try:
         with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
@@ -246,7 +244,7 @@ def test_case_31_a_link_in_the_place_of_a_record_is_not_followed_to_a_kill(tmp_p
         foreign.wait()
 
 
-def test_case_05_supervisor_a_crash_in_the_middle_of_a_start_leaves_no_second_copy(tmp_path: Path) -> None:
+def test_case_05_supervisor_crash_during_a_start_leaves_no_copy(tmp_path: Path) -> None:
     port = free_port()
     slow = (
         json.loads(fake("--bind-after", "2"))
@@ -271,7 +269,7 @@ def fake_flags() -> str:
     return FAKE.read_text()
 
 
-def test_case_04_the_end_of_an_adopted_process_is_marked_in_its_log(tmp_path: Path) -> None:
+def test_case_04_exit_of_adopted_process_is_marked_in_its_log(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo hello; exec sleep 1000"), "restart": QUICK}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")

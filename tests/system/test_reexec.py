@@ -65,7 +65,7 @@ def fresh(daemon: Fleetd, before: Mapping[str, int]) -> bool:
 
 
 @pytest.mark.parametrize("moment_s", [0.0, 0.05, 0.15, 0.3, 0.45, 0.5, 0.55, 0.6, 0.8])
-def test_a_restart_under_way_happens_once(tmp_path: Path, moment_s: float) -> None:
+def test_reexec_during_a_restart_restarts_once(tmp_path: Path, moment_s: float) -> None:
     services = {"stubborn": STUBBORN, "prepared": PREPARED, "orderly": ORDERLY}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -82,7 +82,7 @@ def test_a_restart_under_way_happens_once(tmp_path: Path, moment_s: float) -> No
 
 
 @pytest.mark.parametrize("moment_s", [0.1, 0.4, 0.6])
-def test_an_apply_under_way_happens_once(tmp_path: Path, moment_s: float) -> None:
+def test_reexec_during_an_apply_applies_once(tmp_path: Path, moment_s: float) -> None:
     services = {"stubborn": STUBBORN, "prepared": PREPARED}
     with fleetd(tmp_path, fleet(services, watch=False)) as daemon:
         daemon.start()
@@ -98,7 +98,7 @@ def test_an_apply_under_way_happens_once(tmp_path: Path, moment_s: float) -> Non
         assert instances(daemon) == {}
 
 
-def test_an_accepted_restart_is_not_forgotten(tmp_path: Path) -> None:
+def test_reexec_keeps_an_accepted_restart(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"orderly": ORDERLY, "stubborn": STUBBORN})) as daemon:
         daemon.start()
         before = {name: ready(daemon, name) for name in ("orderly", "stubborn")}
@@ -109,7 +109,7 @@ def test_an_accepted_restart_is_not_forgotten(tmp_path: Path) -> None:
         until(lambda: fresh(daemon, before), "both were started anew")
 
 
-def test_the_file_that_was_applied_is_gone_on_with(tmp_path: Path) -> None:
+def test_reexec_continues_with_the_applied_file(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
@@ -130,7 +130,7 @@ def test_the_file_that_was_applied_is_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
-def test_a_death_while_nobody_looks_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
+def test_death_during_reexec_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
     """It dies in the very moment of the exchange: whichever program sees it, it is one death with its code."""
     wait = sh("while [ ! -e go ]; do sleep 0.01; done; rm go; exit 7")
     with fleetd(tmp_path, fleet({"a": {"command": wait, "restart": QUICK, "logs": {"capture": capture}}})) as daemon:
@@ -152,7 +152,7 @@ def test_a_death_while_nobody_looks_counts_and_keeps_its_code(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("how", ["reexec", "crash"])
-def test_what_happened_is_told_by_the_next_daemon(tmp_path: Path, how: str) -> None:
+def test_past_events_are_shown_by_the_next_daemon(tmp_path: Path, how: str) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "restart": QUICK}})) as daemon:
         daemon.start()
         os.kill(ready(daemon, "a"), signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_what_happened_is_told_by_the_next_daemon(tmp_path: Path, how: str) -> N
         assert daemon.process_row("a")["last_exit"]["signal"] == "SIGKILL"
 
 
-def test_fleetctl_bears_a_re_execution(tmp_path: Path) -> None:
+def test_fleetctl_works_during_a_reexec(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -186,7 +186,7 @@ def test_fleetctl_bears_a_re_execution(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment_s", [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
-def test_a_sigterm_between_two_programs_is_heeded_by_one_of_them(tmp_path: Path, moment_s: float) -> None:
+def test_sigterm_during_reexec_stops_the_daemon(tmp_path: Path, moment_s: float) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -197,7 +197,7 @@ def test_a_sigterm_between_two_programs_is_heeded_by_one_of_them(tmp_path: Path,
 
 
 @pytest.mark.parametrize("moment_s", [0.05, 0.15, 0.25, 0.35, 0.45])
-def test_a_sigterm_during_the_start_leaves_nothing(tmp_path: Path, moment_s: float) -> None:
+def test_sigterm_during_the_start_leaves_nothing(tmp_path: Path, moment_s: float) -> None:
     services = {name: {"command": SLEEPER} for name in "abcdef"}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start(wait=False)
@@ -207,7 +207,7 @@ def test_a_sigterm_during_the_start_leaves_nothing(tmp_path: Path, moment_s: flo
 
 
 @pytest.mark.parametrize("moment_s", [0.05, 0.15, 0.25, 0.35])
-def test_a_reload_between_two_programs_is_made_by_one_of_them(tmp_path: Path, moment_s: float) -> None:
+def test_sighup_during_reexec_reloads(tmp_path: Path, moment_s: float) -> None:
     services = {"a": {"command": SLEEPER}}
     with fleetd(tmp_path, fleet(services, watch=False)) as daemon:
         daemon.start()

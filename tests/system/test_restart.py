@@ -22,7 +22,7 @@ def stamps(daemon: Fleetd, name: str) -> list[float]:
     return [float(line) for line in daemon.log_of(name).split() if line.replace(".", "", 1).isdigit() and "." in line]
 
 
-def test_supervisor_01_the_delay_doubles_and_the_counter_counts(tmp_path: Path) -> None:
+def test_supervisor_01_delay_doubles_and_restarts_count(tmp_path: Path) -> None:
     restart = {"backoff": {"initial": "200ms", "factor": 2, "max": "10s", "jitter": 0}, "crash_loop": {"count": 100}}
     with fleetd(tmp_path, fleet({"a": {"command": sh("date +%s.%N; exit 1"), "restart": restart}})) as daemon:
         daemon.start()
@@ -39,7 +39,7 @@ def test_supervisor_01_the_delay_doubles_and_the_counter_counts(tmp_path: Path) 
         assert row["last_exit"]["code"] == 1
 
 
-def test_supervisor_02_a_crash_loop_ends_is_said_and_costs_nothing(tmp_path: Path) -> None:
+def test_supervisor_02_crash_loop_fails_and_costs_nothing(tmp_path: Path) -> None:
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 4, "window": "1m"}}
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo the reason >&2; exit 3"), "restart": restart}})) as daemon:
         daemon.start()
@@ -65,7 +65,7 @@ def daemon_cpu(daemon: Fleetd) -> float:
     return float(times.user + times.system)
 
 
-def test_case_23_a_long_lived_program_that_turns_into_a_fast_crasher_trips(tmp_path: Path) -> None:
+def test_case_23_late_fast_crasher_trips_the_crash_loop(tmp_path: Path) -> None:
     """What PM2 counts only in the first seconds after a start."""
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "stable_after": "500ms", "crash_loop": {"count": 5}}
     code = "while [ -e good ]; do sleep 0.02; done; exit 1"
@@ -80,7 +80,7 @@ def test_case_23_a_long_lived_program_that_turns_into_a_fast_crasher_trips(tmp_p
         assert "crash loop" in row["reason"]
 
 
-def test_case_23_a_program_that_dies_after_0_3_s_is_no_success(tmp_path: Path) -> None:
+def test_case_23_program_dying_after_0_3_s_is_no_success(tmp_path: Path) -> None:
     """What supervisord takes for RUNNING."""
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 3}, "stable_after": "1s"}
     with fleetd(tmp_path, fleet({"a": {"command": sh("sleep 0.3; exit 1"), "restart": restart}})) as daemon:
@@ -89,14 +89,14 @@ def test_case_23_a_program_that_dies_after_0_3_s_is_no_success(tmp_path: Path) -
         assert row["generation"] == 3
 
 
-def test_case_23_a_delay_between_starts_hides_no_crash_loop(tmp_path: Path) -> None:
+def test_case_23_start_delay_hides_no_crash_loop(tmp_path: Path) -> None:
     restart = {"backoff": {"initial": "300ms", "factor": 1, "jitter": 0}, "crash_loop": {"count": 4, "window": "1m"}}
     with fleetd(tmp_path, fleet({"a": {"command": sh("exit 1"), "restart": restart}})) as daemon:
         daemon.start()
         assert daemon.until_state("a", "FAILED")["generation"] == 4
 
 
-def test_case_27_the_backoff_grows_and_a_stable_run_resets_it(tmp_path: Path) -> None:
+def test_case_27_backoff_grows_and_a_stable_run_resets_it(tmp_path: Path) -> None:
     restart = {
         "backoff": {"initial": "50ms", "factor": 3, "jitter": 0},
         "stable_after": "600ms",
@@ -117,7 +117,7 @@ def test_case_27_the_backoff_grows_and_a_stable_run_resets_it(tmp_path: Path) ->
         ready(daemon, "a")
 
 
-def test_case_27_over_its_memory_for_two_samples_it_restarts_without_a_death(tmp_path: Path) -> None:
+def test_case_27_memory_limit_restarts_without_a_death(tmp_path: Path) -> None:
     """The sum over the set counts: the leader alone is below the limit."""
     code = (
         "import os, time\nif os.fork() == 0:\n    block = bytearray(os.urandom(1)) * (90 << 20)\n    time.sleep(1000)\n"
@@ -133,7 +133,7 @@ def test_case_27_over_its_memory_for_two_samples_it_restarts_without_a_death(tmp
         ready(daemon, "a")
 
 
-def test_case_30_a_start_limit_of_three_is_exactly_three_runs(tmp_path: Path) -> None:
+def test_case_30_start_limit_of_three_is_three_runs(tmp_path: Path) -> None:
     restart = {"backoff": {"initial": "20ms", "max": "20ms"}, "crash_loop": {"count": 3, "window": "1m"}}
     services = {"a": {"command": sh("echo run; exit 1"), "restart": {**restart, "policy": "on-failure"}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
@@ -157,7 +157,7 @@ def test_case_30_a_start_limit_of_three_is_exactly_three_runs(tmp_path: Path) ->
         ("never", [0], 9, "FAILED", 1),
     ],
 )
-def test_case_30_which_exit_codes_start_again(
+def test_case_30_exit_codes_decide_about_a_restart(
     tmp_path: Path, policy: str, codes: list[int], code: int, state: str, runs: int
 ) -> None:
     restart = {"policy": policy, "success_codes": codes, "backoff": {"initial": "10ms"}, "crash_loop": {"count": 2}}
@@ -167,7 +167,7 @@ def test_case_30_which_exit_codes_start_again(
         assert (row["state"], row["generation"], row["last_exit"]["code"]) == (state, runs, code)
 
 
-def test_case_30_after_a_crash_loop_it_may_go_on_slowly(tmp_path: Path) -> None:
+def test_case_30_crash_loop_can_continue_slowly(tmp_path: Path) -> None:
     loop = {"count": 3, "window": "1m", "then": "slow", "every": "700ms"}
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": loop}
     with fleetd(tmp_path, fleet({"a": {"command": sh("exit 1"), "restart": restart}})) as daemon:
@@ -179,7 +179,7 @@ def test_case_30_after_a_crash_loop_it_may_go_on_slowly(tmp_path: Path) -> None:
         until(lambda: daemon.process_row("a")["generation"] > row["generation"], "and tries again")
 
 
-def test_supervisor_11_a_taken_port_names_its_owner_and_waits(tmp_path: Path) -> None:
+def test_supervisor_11_taken_port_names_its_owner_and_waits(tmp_path: Path) -> None:
     port = free_port()
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
@@ -198,7 +198,7 @@ def test_supervisor_11_a_taken_port_names_its_owner_and_waits(tmp_path: Path) ->
             ready(daemon, "a")
 
 
-def test_supervisor_13_a_start_that_takes_too_long_is_killed_and_counted(tmp_path: Path) -> None:
+def test_supervisor_13_slow_start_is_killed_and_counted(tmp_path: Path) -> None:
     services = {
         "a": {
             "command": json.loads(fake("--load-time", "60")),
@@ -214,7 +214,7 @@ def test_supervisor_13_a_start_that_takes_too_long_is_killed_and_counted(tmp_pat
         assert daemon.children() == []
 
 
-def test_case_30_a_restart_by_hand_is_no_death(tmp_path: Path) -> None:
+def test_case_30_manual_restart_is_no_death(tmp_path: Path) -> None:
     restart = {"crash_loop": {"count": 2}}
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "restart": restart}})) as daemon:
         daemon.start()
@@ -228,7 +228,7 @@ def test_case_30_a_restart_by_hand_is_no_death(tmp_path: Path) -> None:
         assert row["generation"] == 5
 
 
-def test_case_30_a_process_that_is_up_says_so_only_with_a_pid(tmp_path: Path) -> None:
+def test_case_30_running_process_always_has_a_pid(tmp_path: Path) -> None:
     """The words and the facts agree in every look at a process that comes and goes."""
     services = {"a": {"command": sh("sleep 0.05; exit 1"), "restart": QUICK}}
     with fleetd(tmp_path, fleet(services)) as daemon:

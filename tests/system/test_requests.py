@@ -43,7 +43,7 @@ def streamed(daemon: Fleetd, name: str, tokens: int, begun: threading.Event | No
         connection.close()
 
 
-def test_supervisor_09_an_end_of_the_daemon_in_a_stream_is_an_error_event(tmp_path: Path) -> None:
+def test_supervisor_09_shutdown_in_a_stream_is_an_error_event(tmp_path: Path) -> None:
     """Forced, since an ordered end waits for what is in flight."""
     models = {"m": model("--tps", "5", "--tokens", "500")}
     with fleetd(tmp_path, fleet(models=models)) as daemon:
@@ -61,7 +61,7 @@ def test_supervisor_09_an_end_of_the_daemon_in_a_stream_is_an_error_event(tmp_pa
         assert b"[DONE]" not in body
 
 
-def test_supervisor_10_an_ordered_end_finishes_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
+def test_supervisor_10_shutdown_finishes_running_rejects_new(tmp_path: Path) -> None:
     models = {"m": model("--tps", "10", "--tokens", "15")}
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}}, models=models)) as daemon:
         daemon.start()
@@ -80,7 +80,7 @@ def test_supervisor_10_an_ordered_end_finishes_what_runs_and_refuses_what_comes(
         assert daemon.children() == []
 
 
-def test_supervisor_12_a_server_that_answers_503_is_not_ready_and_gets_no_requests(tmp_path: Path) -> None:
+def test_supervisor_12_server_with_503_gets_no_requests(tmp_path: Path) -> None:
     models = {"m": model("--load-time", "1.5", probes={"startup": {"http": "/health", "period": "50ms"}})}
     with fleetd(tmp_path, fleet(models=models)) as daemon:
         daemon.start()
@@ -94,7 +94,7 @@ def test_supervisor_12_a_server_that_answers_503_is_not_ready_and_gets_no_reques
         assert int(answer.headers["X-Fleet-Load-Ms"]) >= 1000
 
 
-def test_supervisor_15_two_loads_that_fit_alone_never_overlap(tmp_path: Path) -> None:
+def test_supervisor_15_loads_that_fit_only_alone_never_overlap(tmp_path: Path) -> None:
     probes = {"startup": {"http": "/health", "period": "50ms"}}
     models = {name: model("--load-time", "0.2", probes=probes) for name in ("m1", "m2")}
     with fleetd(tmp_path, fleet(devices={"host": {"budget": "64MiB"}}, models=models)) as daemon:
@@ -117,7 +117,7 @@ def test_supervisor_15_two_loads_that_fit_alone_never_overlap(tmp_path: Path) ->
         assert 0 < most[0] <= 64 << 20
 
 
-def test_supervisor_17_an_unload_waits_for_what_is_in_flight(tmp_path: Path) -> None:
+def test_supervisor_17_unload_waits_for_requests_in_flight(tmp_path: Path) -> None:
     models = {"m": model("--tps", "10", "--tokens", "12")}
     with fleetd(tmp_path, fleet(models=models)) as daemon:
         daemon.start()
@@ -132,7 +132,7 @@ def test_supervisor_17_an_unload_waits_for_what_is_in_flight(tmp_path: Path) -> 
         assert daemon.children() == []
 
 
-def test_case_26_a_server_that_never_gets_ready_is_never_taken_for_ready(tmp_path: Path) -> None:
+def test_case_26_server_that_never_gets_ready_is_not_ready(tmp_path: Path) -> None:
     """Elsewhere the end of the waiting time is a success."""
     service = {
         "command": json.loads(fake("--load-time", "60")), "restart": {"crash_loop": {"count": 1}},
@@ -151,7 +151,7 @@ def test_case_26_a_server_that_never_gets_ready_is_never_taken_for_ready(tmp_pat
         assert "READY" not in seen
 
 
-def test_case_26_two_restarts_at_once_are_one_process(tmp_path: Path) -> None:
+def test_case_26_two_restarts_at_once_leave_one_process(tmp_path: Path) -> None:
     service = {"command": json.loads(fake("--load-time", "0.3")), "probes": {"startup": {"http": "/health"}}}
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
         daemon.start()

@@ -33,7 +33,7 @@ def started_with(daemon: Fleetd) -> list[str]:
     return psutil.Process(daemon.process_row("m")["pid"]).cmdline()
 
 
-def test_the_phase_of_a_start_is_shown_while_it_lasts(tmp_path: Path) -> None:
+def test_start_phase_is_shown_while_it_lasts(tmp_path: Path) -> None:
     script = 'echo Starting to load model m; sleep 2; echo torch.compile took 9 s; sleep 2; exec "$@"'
     slow = fleet(more="preload: true").replace("command: [", f"command: [sh, -c, {json.dumps(script)}, sh, ")
     with fleetd(tmp_path, slow).start() as daemon:
@@ -52,7 +52,7 @@ def test_the_phase_of_a_start_is_shown_while_it_lasts(tmp_path: Path) -> None:
         assert "compiling" in story
 
 
-def test_what_a_start_found_out_is_pinned_at_the_next_and_over_a_restart_of_the_daemon(tmp_path: Path) -> None:
+def test_learned_start_values_survive_a_daemon_restart(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(more="preload: true")).start() as daemon:
         first = daemon.until_state("m", "READY")
         assert KV not in started_with(daemon)
@@ -75,7 +75,7 @@ def test_what_a_start_found_out_is_pinned_at_the_next_and_over_a_restart_of_the_
         assert KV in started_with(daemon)
 
 
-def test_a_start_that_fails_with_what_was_learned_forgets_it(tmp_path: Path) -> None:
+def test_failed_start_forgets_learned_values(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(more="preload: true")).start() as daemon:
         daemon.until_state("m", "READY")
         until(lambda: "kv_cache_memory" in daemon.log(), "it is learned")

@@ -64,7 +64,7 @@ async def read_once(path: Path) -> Reading:
 # -- values -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_crosses_is_what_was_assembled(tmp_path: Path) -> None:
+def test_worker_result_equals_an_in_process_build(tmp_path: Path) -> None:
     text = SLEEPERS + "models: {m: {engine: llamacpp, memory: 1GiB, options: {model: ./m.gguf}}}\n"
     path = written(tmp_path, text + "instances: {p: {engine: process, command: [x], options: {concurrency: 3}}}\n")
     there = asyncio.run(read_once(path))
@@ -81,7 +81,7 @@ def test_what_crosses_is_what_was_assembled(tmp_path: Path) -> None:
     assert (options.concurrency, options.health) == (3, None)  # type: ignore[attr-defined]
 
 
-def test_every_problem_crosses_with_its_place(tmp_path: Path) -> None:
+def test_worker_reports_every_problem_with_its_place(tmp_path: Path) -> None:
     path = written(tmp_path, "services:\n  a: {command: x, env_file: .}\n  b: {command: x, env_file: ..}\n")
     with pytest.raises(ConfigError) as found:
         asyncio.run(read_once(path))
@@ -89,7 +89,7 @@ def test_every_problem_crosses_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("message", [b"", b"nonsense", pack("a text"), b"\x80\x05."])
-def test_nonsense_is_one_clear_error(message: bytes) -> None:
+def test_invalid_worker_response_is_one_clear_error(message: bytes) -> None:
     with pytest.raises(HostError, match="nonsense"):
         unpack(message, Places)
 
@@ -97,7 +97,7 @@ def test_nonsense_is_one_clear_error(message: bytes) -> None:
 # -- the process --------------------------------------------------------------------------------------------------------
 
 
-def test_it_stays_for_the_next_reading_and_goes_when_told(tmp_path: Path, own_readers: OwnReaders) -> None:
+def test_worker_is_reused_and_exits_on_close(tmp_path: Path, own_readers: OwnReaders) -> None:
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> None:
@@ -117,7 +117,7 @@ def test_it_stays_for_the_next_reading_and_goes_when_told(tmp_path: Path, own_re
     asyncio.run(body())
 
 
-def test_an_idle_one_that_was_killed_is_replaced(tmp_path: Path, own_readers: OwnReaders) -> None:
+def test_killed_idle_worker_is_replaced(tmp_path: Path, own_readers: OwnReaders) -> None:
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> None:
@@ -131,7 +131,7 @@ def test_an_idle_one_that_was_killed_is_replaced(tmp_path: Path, own_readers: Ow
     asyncio.run(body())
 
 
-def test_two_at_once_do_not_wait_for_each_other(tmp_path: Path, own_readers: OwnReaders) -> None:
+def test_two_reads_at_once_do_not_wait_for_each_other(tmp_path: Path, own_readers: OwnReaders) -> None:
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> list[Reading]:
@@ -144,7 +144,7 @@ def test_two_at_once_do_not_wait_for_each_other(tmp_path: Path, own_readers: Own
     assert not own_readers()
 
 
-def test_a_death_while_it_reads_is_a_sentence(tmp_path: Path) -> None:
+def test_worker_death_while_reading_is_one_clear_error(tmp_path: Path) -> None:
     companion = begin_reading(written(tmp_path, SLEEPERS))
 
     async def body() -> None:
@@ -159,7 +159,7 @@ def test_a_death_while_it_reads_is_a_sentence(tmp_path: Path) -> None:
     assert found.value.recoverable
 
 
-def test_one_that_never_answers_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_never_answers_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_client, "LIMIT_S", 0.2)
     path = tmp_path / "pipe.yaml"
     os.mkfifo(path)  # opening it for reading waits for a writer, for ever
@@ -175,7 +175,7 @@ def test_one_that_never_answers_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     assert not psutil.pid_exists(companion.pid)
 
 
-def test_leaving_early_ends_it(tmp_path: Path) -> None:
+def test_leaving_early_kills_the_worker(tmp_path: Path) -> None:
     companion = begin_reading(written(tmp_path, SLEEPERS))
     os.kill(companion.pid, signal.SIGSTOP)
 
@@ -188,7 +188,7 @@ def test_leaving_early_ends_it(tmp_path: Path) -> None:
     assert not psutil.pid_exists(companion.pid)
 
 
-def test_what_does_not_answer_in_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_output_without_frames_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "babbler.py").write_text("def main():\n    print('hello, I am not a reader at all')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     companion = Companion("babbler")
@@ -200,7 +200,7 @@ def test_what_does_not_answer_in_frames_is_refused(tmp_path: Path, monkeypatch: 
 # -- in a daemon --------------------------------------------------------------------------------------------------------
 
 
-def test_a_daemon_of_services_loads_neither_pydantic_nor_yaml(tmp_path: Path) -> None:
+def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
     with fleetd(tmp_path, SLEEPERS) as daemon:
         daemon.start()
         daemon.until_state("s1", "READY")
@@ -213,9 +213,7 @@ def test_a_daemon_of_services_loads_neither_pydantic_nor_yaml(tmp_path: Path) ->
         assert "_yaml" not in maps
 
 
-def test_a_reader_that_is_killed_before_it_was_asked_says_what_it_was_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(path: Path) -> Companion:
         raise CompanionGone("the companion process was ended by SIGKILL before it had answered")
 
@@ -230,7 +228,7 @@ def test_a_reader_that_is_killed_before_it_was_asked_says_what_it_was_for(
     asyncio.run(body())
 
 
-def test_a_killed_reading_changes_nothing_and_the_next_one_works(tmp_path: Path) -> None:
+def test_killed_read_changes_nothing_and_the_next_works(tmp_path: Path) -> None:
     fleet = f"models: {{m: {{engine: process, command: {fake('--model', 'm')}, memory: 1MiB}}}}\n"
     with fleetd(tmp_path, "watch: false\n" + fleet) as daemon:
         daemon.start()

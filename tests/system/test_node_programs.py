@@ -67,7 +67,7 @@ def app(**more: Any) -> dict[str, Any]:
     ],
     ids=["message", "signal", "a channel that it closed"],
 )
-def test_a_stop_reaches_the_app_as_under_pm2(more: dict[str, Any], said: list[str], code: int, tmp_path: Path) -> None:
+def test_stop_reaches_the_app_as_under_pm2(more: dict[str, Any], said: list[str], code: int, tmp_path: Path) -> None:
     with fleetd(tmp_path, imported(tmp_path, app(**more))).start() as daemon:
         until(lambda: lines(tmp_path) == ["up"], "the app is up")
         daemon.until_state("bot", "READY")
@@ -77,7 +77,7 @@ def test_a_stop_reaches_the_app_as_under_pm2(more: dict[str, Any], said: list[st
 
 
 @node
-def test_a_restart_and_the_end_of_the_daemon_send_the_message_too(tmp_path: Path) -> None:
+def test_restart_and_shutdown_send_the_stop_message(tmp_path: Path) -> None:
     with fleetd(tmp_path, imported(tmp_path, app(shutdown_with_message=True))).start() as daemon:
         until(lambda: lines(tmp_path) == ["up"], "the app is up")
         daemon.until_state("bot", "READY")

@@ -16,7 +16,7 @@ from tests.support.daemon import fleetd, until
 from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh
 
 
-def test_a_row_tells_of_one_moment(tmp_path: Path) -> None:
+def test_result_row_reports_the_state_at_the_end_of_the_wait(tmp_path: Path) -> None:
     """What was ready, and failed while another was waited for, is no success."""
     once = {
         "command": sh("test -e again || exec sleep 1000; touch up; while test ! -e fail; do sleep 0.01; done; exit 1"),
@@ -73,7 +73,7 @@ def fill(folder: Path) -> None:
             file.write(bytes(512))
 
 
-def test_a_stop_that_the_disk_refuses_is_said(tmp_path: Path) -> None:
+def test_unsaved_stop_is_reported(tmp_path: Path) -> None:
     said = f"could not be written: {os.strerror(errno.ENOSPC)}"
     with (
         small_disk(tmp_path / "state"),

@@ -56,7 +56,7 @@ def tree_of(daemon: Fleetd, name: str, times: int = 1) -> list[int]:
 @pytest.mark.parametrize(
     "leader", ["time.sleep(1000)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"]
 )
-def test_case_24_a_stop_ends_a_tree_of_every_kind(tmp_path: Path, leader: str) -> None:
+def test_case_24_stop_kills_every_kind_of_tree(tmp_path: Path, leader: str) -> None:
     services = {"a": {"command": python(TREE.replace("{end}", leader)), "stop": {"timeout": "500ms"}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -70,7 +70,7 @@ def test_case_24_a_stop_ends_a_tree_of_every_kind(tmp_path: Path, leader: str) -
         assert daemon.children() == []
 
 
-def test_case_24_a_leader_that_dies_takes_its_tree_along_before_the_next_start(tmp_path: Path) -> None:
+def test_case_24_dead_leader_is_swept_before_the_next_start(tmp_path: Path) -> None:
     services = {"a": {"command": python(TREE.replace("{end}", "time.sleep(1000)")), "restart": QUICK}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -81,7 +81,7 @@ def test_case_24_a_leader_that_dies_takes_its_tree_along_before_the_next_start(t
         assert all(map(alive, second))
 
 
-def test_case_05_a_program_that_ignores_term_is_killed_at_its_deadline(tmp_path: Path) -> None:
+def test_case_05_program_ignoring_term_is_killed_at_deadline(tmp_path: Path) -> None:
     """Supervisor 3."""
     code = "trap '' TERM; echo up; while true; do sleep 0.05; done"
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"timeout": "700ms"}}})) as daemon:
@@ -96,7 +96,7 @@ def test_case_05_a_program_that_ignores_term_is_killed_at_its_deadline(tmp_path:
         assert daemon.children() == []
 
 
-def test_case_05_a_clean_exit_within_the_grace_is_seen_as_such(tmp_path: Path) -> None:
+def test_case_05_clean_exit_within_grace_is_reported_as_clean(tmp_path: Path) -> None:
     code = "trap 'echo bye; exit 7' TERM; echo up; while true; do sleep 0.05; done"
     with fleetd(tmp_path, fleet({"a": {"command": sh(code)}})) as daemon:
         daemon.start()
@@ -107,7 +107,7 @@ def test_case_05_a_clean_exit_within_the_grace_is_seen_as_such(tmp_path: Path) -
         assert "bye" in daemon.log_of("a")
 
 
-def test_case_07_a_child_in_its_own_session_that_holds_the_output_delays_nobody(tmp_path: Path) -> None:
+def test_case_07_child_holding_the_output_delays_nothing(tmp_path: Path) -> None:
     code = "import subprocess, time\nsubprocess.Popen(['sleep', '1000'], start_new_session=True)\nprint('up')\ntime.sleep(1000)"
     for capture in ("file", "pipe"):
         services = {
@@ -129,7 +129,7 @@ def test_case_07_a_child_in_its_own_session_that_holds_the_output_delays_nobody(
             assert daemon.children() == []
 
 
-def test_case_25_the_stop_timeout_is_kept_and_shown(tmp_path: Path) -> None:
+def test_case_25_stop_timeout_is_kept_and_shown(tmp_path: Path) -> None:
     code = "trap '' TERM INT; echo up; while true; do sleep 0.05; done"
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"signal": "SIGINT", "timeout": "2s"}}})) as daemon:
         daemon.start()
@@ -144,7 +144,7 @@ def test_case_25_the_stop_timeout_is_kept_and_shown(tmp_path: Path) -> None:
         assert 1.9 < time.monotonic() - began < 6
 
 
-def test_case_25_a_delayed_exit_is_waited_for_and_its_signal_is_the_stated_one(tmp_path: Path) -> None:
+def test_case_25_delayed_exit_is_awaited_with_its_stop_signal(tmp_path: Path) -> None:
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('wrong signal'))\n"
@@ -162,7 +162,7 @@ def test_case_25_a_delayed_exit_is_waited_for_and_its_signal_is_the_stated_one(t
         assert "wrong signal" not in daemon.log_of("a")
 
 
-def test_case_25_a_second_stop_does_not_shorten_the_grace_but_a_forced_shutdown_does(tmp_path: Path) -> None:
+def test_case_25_only_a_forced_shutdown_shortens_the_grace(tmp_path: Path) -> None:
     code = "trap '' TERM; echo up; while true; do sleep 0.05; done"
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"timeout": "1h"}}})) as daemon:
         daemon.start()
@@ -179,7 +179,7 @@ def test_case_25_a_second_stop_does_not_shorten_the_grace_but_a_forced_shutdown_
         until_gone(pid)
 
 
-def test_case_37_a_killed_engine_leader_is_seen_swept_and_restarted(tmp_path: Path) -> None:
+def test_case_37_killed_engine_leader_is_swept_and_restarted(tmp_path: Path) -> None:
     """The leader of a vLLM dies; its worker lives, holds the pipe and answers on a port of its own."""
     command = json.loads(fake("--orphan-worker", api="vllm"))
     services = {
@@ -198,7 +198,7 @@ def test_case_37_a_killed_engine_leader_is_seen_swept_and_restarted(tmp_path: Pa
         assert not any(map(alive, workers))
 
 
-def test_supervisor_04_a_grandchild_that_holds_the_port_is_reaped_and_the_port_is_free(tmp_path: Path) -> None:
+def test_supervisor_04_grandchild_holding_the_port_is_killed(tmp_path: Path) -> None:
     port = free_port()
     code = (
         "import os, sys, time\n"
@@ -219,7 +219,7 @@ def test_supervisor_04_a_grandchild_that_holds_the_port_is_reaped_and_the_port_i
         assert daemon.children() == []
 
 
-def test_case_05_the_end_of_the_daemon_ends_everything_in_reverse_order(tmp_path: Path) -> None:
+def test_case_05_shutdown_stops_everything_in_reverse_order(tmp_path: Path) -> None:
     noisy = sh("trap 'echo ended $(date +%s%N); exit 0' TERM; while true; do sleep 0.05; done")
     services = {
         "base": {"command": noisy},

@@ -29,7 +29,7 @@ def subscribe(daemon: Fleetd, path: str) -> socket.socket:
     return client
 
 
-def test_case_13_a_slow_reader_of_events_costs_the_daemon_nothing(tmp_path: Path) -> None:
+def test_case_13_slow_event_reader_costs_the_daemon_nothing(tmp_path: Path) -> None:
     services = {"a": {"command": sh("exit 1"), "restart": {**QUICK, "backoff": {"initial": "5ms", "max": "5ms"}}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
@@ -43,7 +43,7 @@ def test_case_13_a_slow_reader_of_events_costs_the_daemon_nothing(tmp_path: Path
         assert daemon.status()["daemon"]["rss_bytes"] < 300 << 20
 
 
-def test_case_13_the_last_events_come_with_the_subscription_and_none_is_missed(tmp_path: Path) -> None:
+def test_case_13_subscription_starts_with_past_events(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -57,7 +57,7 @@ def test_case_13_the_last_events_come_with_the_subscription_and_none_is_missed(t
 
 
 @pytest.mark.parametrize("name", ["a/b", "a+b", "a b", "größe", "日本", "a%2fb", "a:b", "..", "a" * 200, "-x", ""])
-def test_case_14_odd_names_work_or_are_refused_with_their_place(tmp_path: Path, name: str) -> None:
+def test_case_14_odd_names_work_or_are_rejected_with_place(tmp_path: Path, name: str) -> None:
     with fleetd(tmp_path, fleet({name: {"command": SLEEPER}, "ok": {"command": SLEEPER}})) as daemon:
         done = subprocess.run(
             [sys.executable, "-m", "fleetd", "check", str(daemon.config)],
@@ -106,7 +106,7 @@ def bad_programs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     }
 
 
-def test_case_15_every_way_not_to_start_is_final_and_a_sentence(tmp_path: Path) -> None:
+def test_case_15_every_start_failure_is_final_and_explained(tmp_path: Path) -> None:
     bad = bad_programs(tmp_path)
     services = {name: service for name, (service, _) in bad.items()}
     with fleetd(tmp_path, fleet({**services, "good": {"command": SLEEPER}})) as daemon:
@@ -130,7 +130,7 @@ def test_case_15_bad_quoting_is_found_before_anything_runs(tmp_path: Path) -> No
         assert "services.a.command" in done.stderr
 
 
-def test_case_15_out_of_descriptors_is_tried_again(tmp_path: Path) -> None:
+def test_case_15_out_of_descriptors_is_retried(tmp_path: Path) -> None:
     """The limit of the running daemon is lowered under it, and raised again."""
     import resource
 
@@ -151,7 +151,7 @@ def test_case_15_out_of_descriptors_is_tried_again(tmp_path: Path) -> None:
         assert "unexpected failure" not in daemon.log()
 
 
-def test_case_18_percent_and_dollar_reach_the_program_as_they_are(tmp_path: Path) -> None:
+def test_case_18_percent_and_dollar_reach_the_program(tmp_path: Path) -> None:
     code = "import os, sys, time; print(sys.argv[1:], os.environ['A'], os.environ['B'], flush=True); time.sleep(1000)"
     service = {
         "command": python(code, "%(ENV_X)s", "100%", "%%", "$$HOME", "$${x}", "{x}", "a'b\"c"),
@@ -164,7 +164,7 @@ def test_case_18_percent_and_dollar_reach_the_program_as_they_are(tmp_path: Path
         assert said == str(["%(ENV_X)s", "100%", "%%", "$HOME", "${x}", "{x}", "a'b\"c"]) + " 50% of $5 %(x)s a"
 
 
-def test_case_20_a_second_daemon_leaves_the_first_one_its_files(tmp_path: Path) -> None:
+def test_case_20_second_daemon_leaves_the_first_its_files(tmp_path: Path) -> None:
     """Supervisor 7."""
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
@@ -181,7 +181,7 @@ def test_case_20_a_second_daemon_leaves_the_first_one_its_files(tmp_path: Path) 
         assert daemon.process_row("a")["pid"] == pid
 
 
-def test_case_20_many_daemons_at_once_are_one(tmp_path: Path) -> None:
+def test_case_20_many_daemons_at_once_leave_one(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         command = [sys.executable, "-m", "fleetd", "run", "--config", str(daemon.config)]
         env = {**os.environ, **daemon.env}
@@ -200,7 +200,7 @@ def test_case_20_many_daemons_at_once_are_one(tmp_path: Path) -> None:
                     other.wait()
 
 
-def test_case_21_clients_that_leave_and_garbage_cost_no_cpu(tmp_path: Path) -> None:
+def test_case_21_leaving_clients_and_garbage_cost_no_cpu(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -240,7 +240,7 @@ def test_case_21_clients_that_leave_and_garbage_cost_no_cpu(tmp_path: Path) -> N
         ("POST", "/v1/plan", {"text": "version: [" * 2000}, 400),
     ],
 )
-def test_case_21_wrong_orders_are_answered_and_change_nothing(
+def test_case_21_invalid_requests_change_nothing(
     shared: Fleetd, method: str, path: str, body: Any, status: int
 ) -> None:
     answer = shared.control(method, path, body)
@@ -258,7 +258,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield daemon
 
 
-def test_case_36_the_socket_is_for_its_owner_alone_and_shutdown_by_order_exits_0(tmp_path: Path) -> None:
+def test_case_36_socket_is_private_and_shutdown_exits_0(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
         ready(daemon, "a")
@@ -274,7 +274,7 @@ def test_case_36_the_socket_is_for_its_owner_alone_and_shutdown_by_order_exits_0
         assert daemon.stop() == 0
 
 
-def test_case_36_state_of_earlier_and_later_versions_is_read_or_set_aside(tmp_path: Path) -> None:
+def test_case_36_state_of_other_versions_is_read_or_set_aside(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}, "b": {"command": SLEEPER}})) as daemon:
         state = tmp_path / "state"
         state.mkdir()
@@ -294,7 +294,7 @@ def test_case_36_state_of_earlier_and_later_versions_is_read_or_set_aside(tmp_pa
 
 
 @pytest.mark.parametrize("lost", ["a record and its copy", "the whole state"])
-def test_case_36_what_no_record_knows_any_more_is_ended_and_not_doubled(tmp_path: Path, lost: str) -> None:
+def test_case_36_process_without_a_record_is_killed_not_doubled(tmp_path: Path, lost: str) -> None:
     """Its environment says which daemon spawned it: that is no proof of what it is now, and proof enough of whose it is."""
     with fleetd(
         tmp_path, fleet({"a": {"command": sh("sleep 1000 & exec sleep 1001")}, "b": {"command": SLEEPER}})
@@ -315,7 +315,7 @@ def test_case_36_what_no_record_knows_any_more_is_ended_and_not_doubled(tmp_path
         assert "its record was lost" in daemon.log()
 
 
-def test_case_21_a_client_that_stops_reading_an_answer_is_let_go(tmp_path: Path) -> None:
+def test_case_21_client_that_stops_reading_is_disconnected(tmp_path: Path) -> None:
     code = "import time\nfor n in range(30000): print('x' * 100)\ntime.sleep(1000)"
     with fleetd(tmp_path, fleet({"a": {"command": python(code)}})) as daemon:
         daemon.start()

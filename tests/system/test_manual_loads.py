@@ -20,7 +20,7 @@ models:
 
 @pytest.mark.parametrize("verb", ["load", "unload", "pin", "unpin"])
 @pytest.mark.parametrize("name", ["rt", "both"])
-def test_a_route_is_no_model_to_hold(verb: str, name: str, tmp_path: Path) -> None:
+def test_route_cannot_be_loaded_or_pinned(verb: str, name: str, tmp_path: Path) -> None:
     with fleetd(tmp_path, ROUTED.format(command=fake())).start() as daemon:
         answer = daemon.control("POST", f"/v1/models/{verb}", {"names": ["good", name]})
         assert (answer.status, answer.code) == (409, "is_a_route")
@@ -32,7 +32,7 @@ def test_a_route_is_no_model_to_hold(verb: str, name: str, tmp_path: Path) -> No
             assert [(row["name"], row["result"]) for row in results] == [("good", "ok"), ("other", "ok")]
 
 
-def test_what_left_again_for_another_of_the_same_order_is_a_failure(tmp_path: Path) -> None:
+def test_load_evicted_by_the_same_request_is_a_failure(tmp_path: Path) -> None:
     fleet = "devices: {host: {budget: 100MiB}}\nmodels:\n"
     for name in ("a", "b", "c"):
         fleet += f"  {name}: {{engine: process, command: {fake('--model', name)}, memory: 40MiB, min_resident: 0}}\n"
@@ -46,7 +46,7 @@ def test_what_left_again_for_another_of_the_same_order_is_a_failure(tmp_path: Pa
         assert [row["result"] for row in rows.values()].count("ok") == 2
 
 
-def test_the_context_of_a_loaded_model_is_the_server_s_word(tmp_path: Path) -> None:
+def test_context_length_comes_from_the_server(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     command = json.dumps(["env", "OLLAMA_CONTEXT_LENGTH=256", *json.loads(fake("--models", "m=1000", api="ollama"))])
     fleet = f"""
