@@ -64,7 +64,7 @@ async def adopt_all(
             gone = await machine.host.gone(record)
             survivors = await _end(machine, record, str(error), tell)
             if gone and not survivors:
-                report = ExitReport(None, kind=ExitKind.UNKNOWN, reason="it ended while no daemon ran")
+                report = ExitReport(None, kind=ExitKind.UNKNOWN, reason="it exited while no daemon ran")
                 found.died.append(Exited(record.name, record.generation, report))
             continue
         event = processes.adopted(run, handle)

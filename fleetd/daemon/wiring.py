@@ -23,7 +23,7 @@ from fleetd.core.data.events import (
     RequestFinished,
     UnloadAsked,
 )
-from fleetd.core.data.specs import FleetSpec
+from fleetd.core.data.specs import FleetSpec, describe_exit
 from fleetd.core.fleet import Fleet
 from fleetd.daemon.api.actions import Verbs
 from fleetd.daemon.api.event_log import Feed
@@ -260,7 +260,7 @@ class Daemon:
                     generation=event.generation,
                     code=event.report.code,
                     signal=event.report.signal,
-                    reason=event.report.reason,
+                    reason=describe_exit(event.report),
                     last_lines=list(event.report.log_tail[-5:]),
                 )
         if isinstance(event, ModelRequirementsChanged) and not event.missing:

@@ -109,8 +109,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class ExitVerdict:
+    """The engine's view of an exit. `reason` holds only what the exit code and the signal do not say; it may be empty."""
+
     kind: ExitKind
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,10 +232,16 @@ def client_verdict(code: int | None, log_tail: Sequence[str], program: str = "")
         line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
         if line is not None:
             return ExitVerdict(kind, f"{key}: {line.strip()[:300]}" if key else line.strip()[:300])
-    last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), f"ended with code {code}")
+    last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
     if code == CANNOT_START:
-        return ExitVerdict(ExitKind.CRASH, f"the container could not be started: {last}")
-    return ExitVerdict(ExitKind.BAD_CONFIG, f"command: the image has no such program, or cannot run it: {last}")
+        return ExitVerdict(ExitKind.CRASH, _with_line("the container could not be started", last))
+    return ExitVerdict(
+        ExitKind.BAD_CONFIG, _with_line("command: the image has no such program, or cannot run it", last)
+    )
+
+
+def _with_line(sentence: str, line: str) -> str:
+    return f"{sentence}: {line}" if line else sentence
 
 
 def inner_signal(code: int | None) -> str | None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from bench import tiny_gguf
 from bench.rig import free_port
-from fleetd.core.data.specs import Capabilities, ExitKind, Footprint, Probes, ProbeSpec
+from fleetd.core.data.specs import Capabilities, ExitKind, ExitReport, Footprint, Probes, ProbeSpec, describe_exit
 from fleetd.engines import registry
 from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
 from fleetd.errors import EngineError
@@ -239,8 +239,9 @@ def test_estimate_of_an_absent_file_is_nothing() -> None:
 def test_classify_exit_always_says_something(which: str, code: int | None, number: str | None, tail: list[str]) -> None:
     verdict = registry.load(which).classify_exit(None if number else code, number, tail)
     assert isinstance(verdict.kind, ExitKind)
-    assert verdict.reason.strip()
-    assert len(verdict.reason) < 1000
+    text = describe_exit(ExitReport(None if number else code, number, kind=verdict.kind, reason=verdict.reason))
+    assert text.strip()
+    assert len(text) < 1000
 
 
 @pytest.mark.parametrize("line", ["bind: address already in use", "OSError: [Errno 98] Address already in use"])

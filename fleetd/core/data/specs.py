@@ -167,8 +167,23 @@ class ExitReport:
     signal: str | None = None
     oom: bool = False
     kind: ExitKind = ExitKind.CRASH
-    reason: str = ""
+    reason: str = ""  # only what the other fields do not say
     log_tail: tuple[str, ...] = ()
+
+
+def describe_exit(report: ExitReport) -> str:
+    """Return one exit as a sentence: how it ended, and the reason where one is known."""
+    if report.oom:
+        how = "killed by the kernel: out of memory"
+    elif report.signal:
+        how = f"killed by {report.signal}"
+    elif report.code is not None:
+        how = f"exited with code {report.code}"
+    elif report.reason and report.kind is not ExitKind.UNKNOWN:
+        return report.reason  # it never ran, or fleetd stopped it itself
+    else:
+        how = "died with an unknown exit code"
+    return f"{how}: {report.reason}" if report.reason else how
 
 
 @dataclass(frozen=True, slots=True)

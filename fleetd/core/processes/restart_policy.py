@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fleetd.core.data.specs import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy
+from fleetd.core.data.specs import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy, describe_exit
 
 if TYPE_CHECKING:
     from random import Random
@@ -77,24 +77,6 @@ def succeeded(policy: RestartPolicy, report: ExitReport, zero_is_failure: bool) 
     return report.code in policy.success_codes
 
 
-def describe(report: ExitReport) -> str:
-    """Say one death in a few words."""
-    if report.oom:
-        how = "killed for memory"
-    elif report.signal:
-        how = f"killed by {report.signal}"
-    elif report.code is None:
-        if report.reason and report.kind is not ExitKind.UNKNOWN:
-            return report.reason  # nobody saw it die: it never ran, or we ended it ourselves
-        how = "died unseen"
-    else:
-        how = f"exited with code {report.code}"
-    if not report.reason:
-        return how
-    said = f"ended with code {report.code}"  # engines begin so when the log says no more than the code
-    return f"{how}{report.reason.removeprefix(said)}" if report.reason.startswith(said) else f"{how}: {report.reason}"
-
-
 def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:
     """Return the jittered delay after the `deaths`-th death in a row (from 1), never above `max_s`."""
     plain = backoff.initial_s
@@ -118,7 +100,7 @@ def after_death(
     policy: RestartPolicy, record: RestartRecord, report: ExitReport, *, zero_is_failure: bool, now: float, rng: Random
 ) -> Decision:
     """Count one death that nobody ordered, and decide what follows."""
-    said = describe(report)
+    said = describe_exit(report)
     if report.kind is ExitKind.BAD_CONFIG:
         if policy.crash_loop.then == "slow" and policy.mode is not RestartMode.NEVER:
             record.deaths, record.slow = record.deaths + 1, True

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from fleetd.core.data.commands import Stop, StopProbes, Sweep
 from fleetd.core.data.fleet_state import Facts
-from fleetd.core.data.specs import ExitKind, ExitReport
+from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
 from fleetd.core.data.state import Process, ProcessState
-from fleetd.core.processes.restart_policy import Again, Decision, Done, GiveUp, after_death, after_loss, describe
+from fleetd.core.processes.restart_policy import Again, Decision, Done, GiveUp, after_death, after_loss
 
 RESWEEP_S = 60.0
 
@@ -43,9 +43,9 @@ class Ending:
         if process.state is ProcessState.STOPPING:
             return
         process.outcome = report
-        self.facts.move(process, ProcessState.STOPPING, now, describe(report))
-        self.facts.emit(StopProbes(process.name, process.generation, describe(report)))
-        self.facts.emit(Sweep(process.name, process.generation, describe(report)))
+        self.facts.move(process, ProcessState.STOPPING, now, describe_exit(report))
+        self.facts.emit(StopProbes(process.name, process.generation, describe_exit(report)))
+        self.facts.emit(Sweep(process.name, process.generation, describe_exit(report)))
 
     def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
         """Nothing was spawned: no set to sweep. For want of what it requires it is BLOCKED, which is no death."""

@@ -20,6 +20,7 @@ from fleetd.control.wire import FleetEvent, rfc3339
 from fleetd.core.data import commands as c
 from fleetd.core.data import events as e
 from fleetd.core.data.journal import Entry
+from fleetd.core.data.specs import describe_exit
 from fleetd.core.data.state import Residency
 
 _IN_ALL = 5000
@@ -178,7 +179,7 @@ def _told_event(event: e.Event) -> Iterator[tuple[str, str | None, str, dict[str
     if isinstance(event, e.Exited):
         report = event.report
         data = {"code": report.code, "signal": report.signal, "oom": report.oom, "log": list(report.log_tail[-10:])}
-        yield what, name, report.reason, {"data": data}
+        yield what, name, describe_exit(report), {"data": data}
     elif isinstance(event, e.SpawnFailed | e.LoadFailed | e.UnloadFailed):
         yield what, name, event.message, {}
     elif isinstance(event, e.Spawned | e.Adopted):

@@ -326,12 +326,10 @@ def written(plan: LaunchPlan) -> LaunchPlan:
 def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:
     """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
     if raw.code is None and raw.signal is None:
-        return ExitReport(
-            None, None, raw.oom, ExitKind.UNKNOWN, "it ended with an unknown exit code", tail[-_TAIL_LINES:]
-        )
+        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "", tail[-_TAIL_LINES:])
     verdict = _verdict(plan, raw, tail)
     kind = ExitKind.OOM if raw.oom else verdict.kind
-    reason = "killed by the kernel: out of memory" if raw.oom else verdict.reason
+    reason = "" if raw.oom else verdict.reason
     return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail[-_TAIL_LINES:])
 
 
@@ -340,7 +338,7 @@ def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdi
     if plan.contained is None:
         return plan.engine.classify_exit(raw.code, raw.signal, tail)
     if raw.signal is not None:
-        return ExitVerdict(ExitKind.CRASH, f"{plan.contained.remove[0]} itself was ended by {raw.signal}")
+        return ExitVerdict(ExitKind.CRASH, f"{plan.contained.remove[0]} itself was killed")
     own = client_verdict(raw.code, tail, plan.context.command[0] if plan.context.command else "")
     if own is not None:
         return own

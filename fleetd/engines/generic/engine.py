@@ -93,17 +93,17 @@ class Process:
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         if code == 0:
-            return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+            return ExitVerdict(ExitKind.EXPECTED)
         for kind, needles in ((ExitKind.PORT_IN_USE, _PORT), (ExitKind.OOM, _MEMORY)):
             for line in reversed(log_tail):
                 if any(needle in line.lower() for needle in needles):
                     return ExitVerdict(kind, line.strip()[:_LONGEST])
         if signal is not None:
-            return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
+            return ExitVerdict(ExitKind.CRASH)
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
+            return ExitVerdict(ExitKind.UNKNOWN)
         last = next((line.strip()[:_LONGEST] for line in reversed(log_tail) if line.strip()), "")
-        return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
+        return ExitVerdict(ExitKind.CRASH, last)
 
     async def load(
         self,

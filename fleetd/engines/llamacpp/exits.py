@@ -80,7 +80,7 @@ def _refused_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
 def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
     """Return the kind and a sentence. A line counts only when the process failed: code not 0, or a signal of its own making."""
     if code == 0:
-        return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+        return ExitVerdict(ExitKind.EXPECTED)
     if found := _refused_flag(log_tail):
         return found
     if signal in (None, "SIGABRT", "SIGSEGV", "SIGBUS", "SIGKILL"):
@@ -89,9 +89,9 @@ def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> E
                 if any(needle in line.lower() for needle in needles):
                     return ExitVerdict(kind, line.strip()[:_LONGEST])
     if signal is not None:
-        return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
+        return ExitVerdict(ExitKind.CRASH)
     if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
+        return ExitVerdict(ExitKind.UNKNOWN)
     kind = ExitKind.BAD_CONFIG if code == 2 else ExitKind.CRASH
     last = next((line.strip()[:_LONGEST] for line in reversed(log_tail) if line.strip()), "")
-    return ExitVerdict(kind, f"ended with code {code}" + (f": {last}" if last else ""))
+    return ExitVerdict(kind, last)

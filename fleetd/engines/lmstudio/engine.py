@@ -108,18 +108,17 @@ class LmStudio:
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
         last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
-        because = f": {last}" if last else ""
         if any("address already in use" in line.lower() or "eaddrinuse" in line.lower() for line in log_tail):
             return ExitVerdict(ExitKind.PORT_IN_USE, last or "its port is taken")
         if signal is not None:
-            return ExitVerdict(ExitKind.CRASH, f"ended by {signal}{because}")
+            return ExitVerdict(ExitKind.CRASH, last)
         if code == 0:
-            return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+            return ExitVerdict(ExitKind.EXPECTED)
         if code == 2:
             return ExitVerdict(ExitKind.BAD_CONFIG, last or "the command line is wrong")
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
-        return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
+            return ExitVerdict(ExitKind.UNKNOWN)
+        return ExitVerdict(ExitKind.CRASH, last)
 
     # -- models ---------------------------------------------------------------------------------------------------------
 

@@ -139,13 +139,13 @@ class Ollama:
                 if needle in line.lower():
                     return ExitVerdict(kind, line.strip()[:300])
         if signal is not None:
-            return ExitVerdict(ExitKind.CRASH, f"ended by {signal}")
+            return ExitVerdict(ExitKind.CRASH)
         if code == 0:
-            return ExitVerdict(ExitKind.EXPECTED, "ended with code 0")
+            return ExitVerdict(ExitKind.EXPECTED)
         if code is None:
-            return ExitVerdict(ExitKind.UNKNOWN, "died with an unknown exit code")
+            return ExitVerdict(ExitKind.UNKNOWN)
         last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
-        return ExitVerdict(ExitKind.CRASH, f"ended with code {code}" + (f": {last}" if last else ""))
+        return ExitVerdict(ExitKind.CRASH, last)
 
     # -- the store ------------------------------------------------------------------------------------------------------
 

@@ -127,18 +127,17 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
         if line is not None:
             return ExitVerdict(kind, f"{key}: {_sentence(line)}" if key else _sentence(line))
     last = next((line for line in reversed(log_tail) if _ANY_ERROR.search(line) and not _USELESS.search(line)), None)
-    because = f": {_sentence(last)}" if last is not None else ""
+    cause = _sentence(last) if last is not None else ""
+    because = f": {cause}" if cause else ""
     if signal is not None:
-        return ExitVerdict(ExitKind.CRASH, f"ended by {signal}{because}")
+        return ExitVerdict(ExitKind.CRASH, cause)
     if code == 0:
-        return ExitVerdict(ExitKind.CRASH, f"ended with code 0 though nobody asked: its engine process died{because}")
+        return ExitVerdict(ExitKind.CRASH, f"without a stop request: its engine process died{because}")
     if code == 2:
-        return ExitVerdict(
-            ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM does not know an argument (code 2){because}"
-        )
+        return ExitVerdict(ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM does not know an argument{because}")
     if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN, f"died with an unknown exit code{because}")
-    return ExitVerdict(ExitKind.CRASH, f"ended with code {code}{because}")
+        return ExitVerdict(ExitKind.UNKNOWN, cause)
+    return ExitVerdict(ExitKind.CRASH, cause)
 
 
 def _refused_argument(log_tail: Sequence[str]) -> ExitVerdict | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetd.core.data import commands as c
 from fleetd.core.data import events as e
-from fleetd.core.data.specs import Backoff, CrashLoop, ExitKind, ExitReport, RestartMode, RestartPolicy
+from fleetd.core.data.specs import Backoff, CrashLoop, ExitKind, ExitReport, RestartMode, RestartPolicy, describe_exit
 from fleetd.core.data.state import ProcessState
 from fleetd.core.processes.restart_policy import (
     Again,
@@ -21,7 +21,6 @@ from fleetd.core.processes.restart_policy import (
     RestartRecord,
     after_death,
     delay_s,
-    describe,
 )
 from tests.support.core import Rig, fleet_spec, process
 
@@ -132,15 +131,19 @@ def test_slow_mode_goes_on_until_a_stable_run() -> None:
     ("report", "said"),
     [
         (ExitReport(3), "exited with code 3"),
+        (ExitReport(3, reason="bind failed"), "exited with code 3: bind failed"),
         (ExitReport(None, "SIGSEGV"), "killed by SIGSEGV"),
-        (ExitReport(None, oom=True, reason="cuda"), "killed for memory: cuda"),
-        (ExitReport(None, kind=ExitKind.UNKNOWN, reason="while nobody watched"), "died unseen: while nobody watched"),
+        (ExitReport(None, oom=True, reason="cuda"), "killed by the kernel: out of memory: cuda"),
+        (
+            ExitReport(None, kind=ExitKind.UNKNOWN, reason="while the daemon was down"),
+            "died with an unknown exit code: while the daemon was down",
+        ),
         (ExitReport(None, reason="liveness probe failed 3 times"), "liveness probe failed 3 times"),
-        (ExitReport(None), "died unseen"),
+        (ExitReport(None), "died with an unknown exit code"),
     ],
 )
 def test_a_death_in_words(report: ExitReport, said: str) -> None:
-    assert describe(report) == said
+    assert describe_exit(report) == said
 
 
 # -- the same in the fleet --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bench import tiny_gguf
-from fleetd.core.data.specs import ExitKind
+from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
 from fleetd.engines.base import HeldModel, LaunchContext
 from fleetd.engines.ollama.engine import ENGINE, OllamaOptions, device_bytes, pinned_options
 from fleetd.engines.ollama.environment import GO_BOOLEANS, TYPED
@@ -316,7 +316,7 @@ def test_only_go_booleans_pass(text: str) -> None:
 def test_exits(code: int | None, signal: str | None, lines: list[str], kind: ExitKind) -> None:
     verdict = ENGINE.classify_exit(code, signal, lines)
     assert verdict.kind is kind
-    assert verdict.reason
+    assert describe_exit(ExitReport(code, signal, kind=verdict.kind, reason=verdict.reason))
 
 
 # -- its API ------------------------------------------------------------------------------------------------------------

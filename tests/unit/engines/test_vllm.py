@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fleetd.core.data.specs import ExitKind
+from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
 from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, capabilities_of
 from fleetd.engines.registry import load
 from fleetd.engines.vllm.engine import CONSTANTS, ENGINE
@@ -394,7 +394,7 @@ CORE = "RuntimeError: Engine core initialization failed. See root cause above. F
         (1, None, ["huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error."], ExitKind.BAD_CONFIG, "404"),
         (1, None, ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", CORE], ExitKind.OOM, "2.00 GiB"),
         (1, None, ["AssertionError: Error in memory profiling. Initial free memory 1"], ExitKind.CRASH, "profiling"),
-        (0, None, ["INFO:     Application shutdown complete."], ExitKind.CRASH, "though nobody asked"),
+        (0, None, ["INFO:     Application shutdown complete."], ExitKind.CRASH, "without a stop request"),
         (0, None, ["vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."], ExitKind.CRASH, "EngineCore"),
         (1, None, ["KeyError: 'foo'", CORE], ExitKind.CRASH, "KeyError"),
         (None, "SIGKILL", [], ExitKind.CRASH, "SIGKILL"),
@@ -404,7 +404,7 @@ CORE = "RuntimeError: Engine core initialization failed. See root cause above. F
 def test_exits(code: int | None, signal: str | None, lines: list[str], kind: ExitKind, text: str) -> None:
     verdict = ENGINE.classify_exit(code, signal, lines)
     assert verdict.kind is kind
-    assert text in verdict.reason
+    assert text in describe_exit(ExitReport(code, signal, kind=verdict.kind, reason=verdict.reason))
     assert not verdict.reason.startswith("(EngineCore")
 
 
