@@ -47,8 +47,8 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def words_in(text: str) -> list[str]:
-    """Return the words of the list in a text, code in backticks left out."""
-    return _WORD.findall(_CODE.sub("", text))
+    """Return the words of the list in a text, code in backticks and the Unix user left out."""
+    return _WORD.findall(_CODE.sub("", text).replace("user: nobody", ""))
 
 
 def found_in_python(source: str) -> list[tuple[int, str]]:

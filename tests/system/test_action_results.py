@@ -1,4 +1,4 @@
-"""What an action answers: rows that agree with themselves, and a word where it will not last."""
+"""Results of actions: consistent rows, and a warning for what could not be saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, 
 
 
 def test_result_row_reports_the_state_at_the_end_of_the_wait(tmp_path: Path) -> None:
-    """What was ready, and failed while another was waited for, is no success."""
+    """A process that became ready and failed during the wait is reported as failed."""
     once = {
         "command": sh("test -e again || exec sleep 1000; touch up; while test ! -e fail; do sleep 0.01; done; exit 1"),
         "restart": {"policy": "never"},
@@ -67,7 +67,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def fill(folder: Path) -> None:
-    """Take what is free: a record that went away makes room."""
+    """Fill the disk again: a deleted record frees space."""
     with (folder / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(512))

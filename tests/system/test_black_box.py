@@ -1,4 +1,4 @@
-"""`fleetd run`, from outside, with fake model servers: what a user sees, and what is left behind."""
+"""`fleetd run` as a black box with fake model servers: what a user sees, and that nothing is left behind."""
 
 from __future__ import annotations
 

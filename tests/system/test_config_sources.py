@@ -1,4 +1,4 @@
-"""What a reload, a plan and a second daemon see: one answer for all of them, and one daemon for one state."""
+"""Included files, env files and the state lock: reload, plan and `status` agree; one daemon per state folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_included_files_apply_when_added_and_removed(tmp_path: Path) -> None:
         (tmp_path / "other").rename(folder)
         until(lambda: running(daemon) == {"own", "b"}, "a swap of folders")
         (folder / "c.yaml").write_text("nonsense")
-        until(lambda: daemon.status()["daemon"]["config_error"], "a bad one is told")
+        until(lambda: daemon.status()["daemon"]["config_error"], "an invalid one is reported")
         (folder / "c.yaml").write_text(INCLUDED % "c")
         until(lambda: running(daemon) == {"own", "b", "c"}, "and applied when it is mended")
         assert ready(daemon, "own") == pid
@@ -73,7 +73,7 @@ def test_missing_env_file_blocks_its_process_until_it_exists(tmp_path: Path) -> 
         daemon.until_state("onvol", "BLOCKED")
         (tmp_path / "vol.off" / ".env").write_text("nonsense\n")
         (tmp_path / "vol.off").rename(volume)
-        until(lambda: "(line 1: expected NAME=value)" in daemon.process_row("onvol")["reason"], "what is wrong is said")
+        until(lambda: "(line 1: expected NAME=value)" in daemon.process_row("onvol")["reason"], "the mistake is reported")
         (volume / ".env").write_text("B=2\n")
         (tmp_path / "early.env").write_text("B=3\n")
         pids = {name: ready(daemon, name) for name in ("onvol", "early")}
@@ -99,7 +99,7 @@ def test_late_env_file_contradicting_options_blocks(tmp_path: Path) -> None:
         assert place in daemon.until_state("o", "BLOCKED")["reason"]
         file.write_text("OLLAMA_NUM_PARALLEL=9\n")
         said = "instances.o.env.OLLAMA_NUM_PARALLEL: options.num_parallel sets it already"
-        until(lambda: said in daemon.process_row("o")["reason"], "the contradiction is told")
+        until(lambda: said in daemon.process_row("o")["reason"], "the contradiction is reported")
         assert daemon.process_row("o")["state"] == "BLOCKED"
         assert said in ctl(daemon, "reload").stderr
         file.write_text("OLLAMA_DEBUG=1\n")
@@ -195,14 +195,14 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
 
         services = {"a": {"command": SLEEPER}, "benv": {"command": SAYS, "env_file": "b.env"}}
         daemon.write(fleet(services, include=["parts/part.yaml"]))
-        until(lambda: "part.yaml" in error(), "the included file is told")
+        until(lambda: "part.yaml" in error(), "the included file is reported")
         part.write_text(INCLUDED % "p")
         until(lambda: "b.env:1:" in error(), "then the env file")
         env.write_text("B=1\n")
         until_said(daemon, "benv", "B is 1")
         until(lambda: running(daemon) == {"a", "benv", "p"}, "all of it runs")
         daemon.write(fleet(services, include=["parts/part.yaml", "parts/absent.yaml", "parts/other.yaml"]))
-        until(lambda: "there is no file parts/absent.yaml" in error(), "an absent file is told")
+        until(lambda: "there is no file parts/absent.yaml" in error(), "a missing file is reported")
         (tmp_path / "parts" / "other.yaml").write_text(INCLUDED % "p")
         (tmp_path / "parts" / "absent.yaml").write_text(INCLUDED % "q")
         until(lambda: "other.yaml" in error(), "then the second of two of one name")
@@ -211,7 +211,7 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run another daemon on the state of the first, with a run folder and a port of its own, to its end."""
+    """Run a second daemon on the state of the first, with its own run folder and port, until it exits."""
     second = fleetd(folder, "")
     text = second.config.read_text().replace("state: ./state", f"state: {first.folder / 'state'}")
     second.config.write_text(text)

@@ -1,4 +1,4 @@
-"""The configuration is read in a process of its own: what crosses, what stays out of the daemon, and what happens when it fails."""
+"""The config worker: what it returns, what never loads in the daemon, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OwnReaders = Callable[[], list[psutil.Process]]
 def readers(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
-        with suppress(psutil.NoSuchProcess):  # or a zombie, which is one to psutil
+        with suppress(psutil.NoSuchProcess):  # or a zombie, which psutil reports as alive
             if "fleetd.daemon.reload.worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
@@ -50,7 +50,7 @@ def readers(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def own_readers() -> OwnReaders:
-    """Those of this test alone: a daemon that an earlier test killed may have left one to this process."""
+    """Return only the workers of this test: an earlier test may have left one of its own."""
     strays = readers(os.getpid())
     return lambda: [child for child in readers(os.getpid()) if child not in strays]
 
@@ -162,7 +162,7 @@ def test_worker_death_while_reading_is_one_clear_error(tmp_path: Path) -> None:
 def test_worker_that_never_answers_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_client, "LIMIT_S", 0.2)
     path = tmp_path / "pipe.yaml"
-    os.mkfifo(path)  # opening it for reading waits for a writer, for ever
+    os.mkfifo(path)  # opening a FIFO for reading blocks until there is a writer
     companion = begin_reading(path)
     os.kill(companion.pid, signal.SIGSTOP)
 

@@ -1,4 +1,4 @@
-"""Cases 1, 3, 4, 6, 28, 31 and Supervisor 5: what runs outlives its daemon, and nothing is killed by mistake."""
+"""Cases 1, 3, 4, 6, 28, 31 and Supervisor 5: processes outlive the daemon, and none is killed by mistake."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_case_04_killed_collector_loses_no_line(tmp_path: Path, capture: str, ho
     [("always", 0, True), ("always", 3, True), ("on-failure", 0, True), ("never", 3, False)],
 )
 def test_case_06_death_while_the_daemon_is_down_is_noticed(tmp_path: Path, policy: str, code: int, again: bool) -> None:
-    """Nobody saw the exit code: it counts as a failure, so `on-failure` starts again."""
+    """An unknown exit code counts as a failure, so `on-failure` restarts."""
     wait = f"while [ ! -e go ]; do sleep 0.02; done; rm go; exit {code}"
     with fleetd(tmp_path, fleet({"a": {"command": sh(wait), "restart": {**QUICK, "policy": policy}}})) as daemon:
         daemon.start()
@@ -123,7 +123,7 @@ def test_case_06_death_while_the_daemon_is_down_is_noticed(tmp_path: Path, polic
             assert len(daemon.children()) <= 2  # the shell and its sleep
         else:
             row = daemon.until_state("a", "FAILED", "EXITED", "READY")
-            assert row["state"] == "FAILED", "a process that is never restarted stays down, whoever saw it die"
+            assert row["state"] == "FAILED", "a process that is never restarted stays down, whichever daemon saw it die"
 
 
 def test_case_06_operator_stop_is_kept_but_a_kill_is_not(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_case_06_counters_and_crash_loop_are_kept(tmp_path: Path) -> None:
 
 
 def test_case_06_daemon_killed_before_saving_loses_no_count(tmp_path: Path) -> None:
-    """The record of a run is written before its start, and knows how many came before."""
+    """The record of a run is written before its start, with the number of earlier restarts."""
     with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
         daemon.start()
         for count in (1, 2):
@@ -174,7 +174,7 @@ def test_case_06_daemon_killed_before_saving_loses_no_count(tmp_path: Path) -> N
         assert daemon.until_state("good", "READY")["restarts"] == 2
         crash(daemon)
         (tmp_path / "state" / "remembered.json").unlink(missing_ok=True)
-        os.kill(pid, signal.SIGKILL)  # and of one that died meanwhile
+        os.kill(pid, signal.SIGKILL)  # and of one that died in between
         daemon.start()
         assert daemon.until_state("good", "READY")["restarts"] == 3
 
@@ -188,7 +188,7 @@ def test_case_28_power_loss_during_a_save_keeps_the_stop(tmp_path: Path) -> None
         crash(daemon)
         handles = tmp_path / "state" / "handles"
         record = next(handles.glob("b*.json"))
-        (handles / f".{record.name}.1.tmp").write_bytes(record.read_bytes()[:20])  # a write that never became a rename
+        (handles / f".{record.name}.1.tmp").write_bytes(record.read_bytes()[:20])  # a write without its rename
         daemon.start()
         assert daemon.process_row("a")["state"] == "STOPPED"
         ready(daemon, "b")

@@ -1,4 +1,4 @@
-"""Cases 9, 10, 11: waiting for one another, and never for nothing."""
+"""Cases 9, 10, 11: dependencies between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support.daemon import ROOT, fake, fleetd, until
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh, until_said
 
-# Says `up` when there is a file named go.
+# Prints `up` once a file named go exists.
 SLOW = sh("while [ ! -e go ]; do sleep 0.02; done; echo up; exec sleep 1000")
 UP = {"startup": {"log_line": "^up$", "period": "20ms"}}
 
@@ -46,7 +46,7 @@ def test_case_09_restart_all_waits_in_order_of_dependency(tmp_path: Path) -> Non
         answer = order(daemon, "restart", "all")
         told = {row["name"]: (row["result"], row["state"]) for row in answer.json["results"]}
         assert {name: told[name] for name in ("base", "a", "b")} == dict.fromkeys(("base", "a", "b"), ("ok", "READY"))
-        assert told["held"] == told["c"] == ("failed", "BLOCKED"), "nobody can say when a volume comes"
+        assert told["held"] == told["c"] == ("failed", "BLOCKED"), "the time of a mount is unknown"
         assert [daemon.process_row(name)["generation"] for name in ("base", "a", "b")] == [2, 2, 2]
 
 
@@ -76,7 +76,7 @@ def test_case_10_changed_probe_releases_waiting_processes(tmp_path: Path) -> Non
 
 
 def test_case_10_late_waiter_starts_after_dependency_restarts(tmp_path: Path) -> None:
-    """The waiter is judged by the generation that is there now."""
+    """A waiting process counts only the current generation of its dependency."""
     services = {
         "base": {
             "command": json.loads(fake()),
@@ -181,7 +181,7 @@ def test_case_11_completed_step_is_not_rerun_by_the_next_daemon(tmp_path: Path) 
 
 
 def test_case_11_failing_readiness_never_restarts(tmp_path: Path) -> None:
-    """Elsewhere a failed readiness probe stops or restarts; here it is a fact about routing alone, and liveness restarts."""
+    """Readiness affects routing only; liveness restarts."""
     (tmp_path / "well").touch()
     probe = {"exec": ["test", "-e", "well"], "period": "50ms", "failures": 2}
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "probes": {"readiness": probe}}})) as daemon:

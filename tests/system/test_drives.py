@@ -1,4 +1,4 @@
-"""The external drive, with real mounts against a real daemon: absent at the start, pulled in the middle, swapped, back again."""
+"""An external drive with real mounts and a real daemon: missing at the start, pulled, swapped, returned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ real_ollama = pytest.mark.skipif(shutil.which("ollama") is None, reason="no prog
 
 
 class Drive:
-    """An ext4 image on a loop device; `fill` puts what a user keeps on it."""
+    """An ext4 image on a loop device; `fill` writes a user's files to it."""
 
     def __init__(self, image: Path, point: Path) -> None:
         self.image, self.point = image, point
@@ -41,7 +41,7 @@ class Drive:
         subprocess.run(["mount", "-o", "loop", str(self.image), str(self.point)], check=True)
 
     def pull(self) -> None:
-        """As a cable is pulled: whatever is open."""
+        """Detach the drive as a pulled cable does, with files open."""
         subprocess.run(["umount", "-l", str(self.point)], check=True)
 
     def fill(self) -> None:
@@ -53,7 +53,7 @@ class Drive:
 
 @pytest.fixture
 def point(tmp_path: Path) -> Iterator[Path]:
-    """A mount point that the daemon takes for a removable drive: below /mnt."""
+    """A mount point below /mnt, which the daemon treats as a removable drive."""
     point = Path("/mnt") / f"BOWIE-{os.getpid()}-{tmp_path.name[-12:]}"
     yield point
     while subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False).returncode == 0:
@@ -67,7 +67,7 @@ def fake_ollama(*flags: str) -> str:
 
 
 def both(point: Path, command: str) -> str:
-    """An Ollama whose store is on the drive, and a service that needs the drive."""
+    """An Ollama with its store on the drive, and a service that requires the drive."""
     return f"""
     instances:
       ollama:
@@ -85,7 +85,7 @@ def both(point: Path, command: str) -> str:
 
 
 def blocked_and_back(daemon: Fleetd, drive: Drive, point: Path) -> None:
-    """The whole story of one drive."""
+    """Follow one drive from missing to mounted, pulled and returned."""
     daemon.start()
     for name in ("ollama", "keeper"):
         row = daemon.until_state(name, "BLOCKED")
@@ -151,7 +151,7 @@ def test_other_drive_of_same_name_is_refused_until_accepted(tmp_path: Path, poin
         assert daemon.stop() == 0
         first.pull()
         second.plug()
-        daemon.start()  # it is remembered over the daemon's own restart
+        daemon.start()  # the volume's identity survives a restart of the daemon
         assert "another volume is mounted" in daemon.until_state("ollama", "BLOCKED")["reason"]
         shown = daemon.control("GET", "/v1/volumes").json["volumes"]
         assert [(row["path"], sorted(row["needed_by"])) for row in shown] == [(str(point), ["keeper", "m", "ollama"])]

@@ -1,5 +1,6 @@
-"""What is outside fleetd and not as fleet.yaml says: servers that are unreachable, refuse our key, are too old or answer in
-another shape, and files that are not there. Said in `status` and in the error of a request, with the key of fleet.yaml."""
+"""Servers and files that are not as fleet.yaml says: unreachable, wrong key, too old, another answer shape, missing.
+
+`status` and the error of a request report each with its key of fleet.yaml."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.support.daemon import fake, fleetd, until
 
 @contextmanager
 def answering(status: int, body: object) -> Iterator[int]:
-    """Yield the port of a server that gives one answer to everything; `answering.now` may change it meanwhile."""
+    """Yield the port of a server that gives one answer to everything; `answering.now` changes the answer."""
     data = json.dumps(body).encode()
     answering.now = None  # type: ignore[attr-defined]
 
@@ -78,7 +79,7 @@ def test_wrong_api_key_is_reported_with_its_place(engine: str, status: int, tmp_
 
 
 def test_api_key_that_turns_wrong_is_reported(tmp_path: Path) -> None:
-    """It was right at the start; the probe of readiness finds out later."""
+    """The key was right at the start; the readiness probe detects the change."""
     good = {"data": [{"id": "m"}]}
     probes = "probes: {readiness: {http: /v1/models, period: 50ms, failures: 1}}"
     with answering(200, good) as port:

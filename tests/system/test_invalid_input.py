@@ -1,4 +1,4 @@
-"""Cases 13, 14, 15, 18, 20, 21: names, words, clients and machines that are not as expected. The daemon stays up."""
+"""Cases 13, 14, 15, 18, 20, 21, 36: invalid names, commands, clients and state files; the daemon stays up."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_case_15_bad_quoting_is_found_before_anything_runs(tmp_path: Path) -> No
 
 
 def test_case_15_out_of_descriptors_is_retried(tmp_path: Path) -> None:
-    """The limit of the running daemon is lowered under it, and raised again."""
+    """Lower the descriptor limit of the running daemon, then raise it again."""
     import resource
 
     services = {"a": {"command": SLEEPER, "restart": QUICK}}
@@ -295,7 +295,7 @@ def test_case_36_state_of_other_versions_is_read_or_set_aside(tmp_path: Path) ->
 
 @pytest.mark.parametrize("lost", ["a record and its copy", "the whole state"])
 def test_case_36_process_without_a_record_is_killed_not_doubled(tmp_path: Path, lost: str) -> None:
-    """Its environment says which daemon spawned it: that is no proof of what it is now, and proof enough of whose it is."""
+    """The process environment names the daemon that spawned it: enough to decide ownership, not identity."""
     with fleetd(
         tmp_path, fleet({"a": {"command": sh("sleep 1000 & exec sleep 1001")}, "b": {"command": SLEEPER}})
     ) as daemon:

@@ -1,4 +1,4 @@
-"""Liveness by a real token: what hangs is ended, and what is only busy never is."""
+"""Liveness by a one-token request: a hung server is restarted, a busy one is not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_liveness_ignores_clients_that_give_up(tmp_path: Path) -> None:
 
 
 def stays(daemon: Fleetd, asked: threading.Thread) -> None:
-    """Ask in the background, and watch the process until the answer is there: longer than two probes may fail."""
+    """Send a request in the background and watch the process until the answer: longer than two failing probes."""
     generation = daemon.until_state("m", "READY")["generation"]
     began = time.monotonic()
     asked.start()

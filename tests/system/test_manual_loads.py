@@ -1,4 +1,4 @@
-"""Models loaded, unloaded and pinned by hand, and what is then told of them."""
+"""Models loaded, unloaded and pinned by an operator, and how they are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_load_evicted_by_the_same_request_is_a_failure(tmp_path: Path) -> None:
         answer = daemon.control("POST", "/v1/models/load", {"names": ["a", "b", "c"]})
         assert answer.status == 409
         rows = {row["name"]: row for row in answer.json["results"]}
-        [left] = [name for name in "ab" if rows[name]["result"] == "failed"]  # whichever is cheaper to bring back
+        [left] = [name for name in "ab" if rows[name]["result"] == "failed"]  # whichever is cheaper to load again
         assert rows[left]["reason"] == "it was loaded, and is no longer: evicted for c", json.dumps(rows)
         assert [row["result"] for row in rows.values()].count("ok") == 2
 

@@ -1,4 +1,4 @@
-"""Models as code against a real daemon: made in the store before their load, once for all replicas, anew only when changed."""
+"""Models as code with a real daemon: created in the store before their load, once for all replicas, again only when changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("ollama") is None, reason="no progr
 
 
 def ports(count: int) -> int:
-    """Return the first of so many free ports in a row, below those that Ollama's runners take."""
+    """Return the first of `count` consecutive free ports, below the range of Ollama's runners."""
     import socket
 
     for first in range(23000, 32000, 7):
@@ -87,7 +87,7 @@ def test_models_are_created_once_changed_and_pruned(tmp_path: Path) -> None:
         assert "loaded on ollama-" in said
 
         daemon.write(fleet(tmp_path, 0.9, port=port).replace("\n      q: ", "\n      # q: "))
-        until(lambda: len(made(daemon, "a")) == 2, "a changed parameter makes the model anew")
+        until(lambda: len(made(daemon, "a")) == 2, "a changed parameter creates the model again")
         until(lambda: daemon.model_row("a")["state"] == "LOADED", "and it is back in memory")
         assert "PARAMETER temperature 0.9" in ctl(daemon, "models", "show", "a")[1]
         assert "- q: delete" in ctl(daemon, "models", "diff")[1]

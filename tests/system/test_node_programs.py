@@ -1,4 +1,4 @@
-"""An app of PM2, imported by the real command line and run with real Node: what it expects of PM2 is there without PM2."""
+"""A PM2 app, imported by fleetctl and run with real Node: what it expects from PM2 works under fleetd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not inst
 
 
 def imported(folder: Path, *apps: dict[str, Any]) -> str:
-    """Return the services that `fleetctl import pm2` makes of an ecosystem file."""
+    """Return the services that `fleetctl import pm2` writes for an ecosystem file."""
     (folder / "app.js").write_text(APP)
     (folder / "ecosystem.config.js").write_text(f"module.exports = {json.dumps({'apps': apps})};\n")
     out = folder / "parts.yaml"
@@ -82,6 +82,6 @@ def test_restart_and_shutdown_send_the_stop_message(tmp_path: Path) -> None:
         until(lambda: lines(tmp_path) == ["up"], "the app is up")
         daemon.until_state("bot", "READY")
         assert daemon.control("POST", "/v1/processes/bot/restart?wait=true", {}).status == 200
-        until(lambda: lines(tmp_path) == ["up", 'message "shutdown"', "saved", "up"], "it was told, and is up again")
+        until(lambda: lines(tmp_path) == ["up", 'message "shutdown"', "saved", "up"], "it got the message and is up again")
         assert daemon.stop() == 0
         assert lines(tmp_path)[4:] == ['message "shutdown"', "saved"]

@@ -1,4 +1,4 @@
-"""Cases 17, 22, 39 and Supervisor 18: what programs write arrives whole, once, in order, whatever it is; and disks end."""
+"""Cases 17, 22, 39 and Supervisor 18: output arrives complete, once and in order; full disks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_case_22_rotations_cut_and_lose_no_line(tmp_path: Path, capture: str) ->
         ready(daemon, "a")
         read = piped_lines if capture == "pipe" else all_lines
         until(lambda: len(list((tmp_path / "logs").glob("a.log.*"))) > 4, "it rotates")
-        # not line by line: what is being written may be cut where it is read
+        # not line by line: a line that is being written may be read in part
         until(lambda: f"line {count - 1} " in "\n".join(all_lines(tmp_path, "a")[-3:]), "all is written")
         assert order(daemon, "stop", "a").status == 200
         assert line_numbers(read(tmp_path, "a")) == list(range(count))
@@ -50,7 +50,7 @@ def test_case_22_rotations_cut_and_lose_no_line(tmp_path: Path, capture: str) ->
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
 def test_case_22_log_tail_is_complete_at_every_exit(tmp_path: Path, capture: str) -> None:
-    """100 runs that write and end at once; the last line has no newline."""
+    """100 runs that write and exit at once; the last line has no newline."""
     code = "import os\nfor n in range(300): print('line', n, 'x' * (n % 97))\nos.write(1, b'the end')"
     restart = {"backoff": {"initial": "1ms", "max": "1ms"}, "crash_loop": {"count": 100, "window": "1h"}}
     with fleetd(
@@ -86,7 +86,7 @@ def test_case_22_deleted_piped_log_is_recreated(tmp_path: Path) -> None:
         ready(daemon, "a")
         until_said(daemon, "a", "tick")
         (tmp_path / "logs" / "a.log").unlink()
-        until(lambda: "tick" in daemon.log_of("a"), "it is made anew")
+        until(lambda: "tick" in daemon.log_of("a"), "it is created again")
 
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
@@ -131,7 +131,7 @@ def test_case_17_program_can_reopen_its_own_output(tmp_path: Path) -> None:
             daemon.start()
             ready(daemon, "a")
             text = until_said(daemon, "a", "second")
-            assert "first" in text or capture == "file"  # opened anew without O_APPEND it may be written over
+            assert "first" in text or capture == "file"  # reopened without O_APPEND it may be overwritten
 
 
 def end_of(path: Path) -> bytes:
@@ -171,7 +171,7 @@ def test_supervisor_18_flood_and_endless_line_keep_memory_small(tmp_path: Path) 
                 most = max(most, daemon.status()["daemon"]["rss_bytes"])
                 return b"done" in end_of(path) + end_of(
                     path.with_name(f"{path.name}.1")
-                )  # it may be what filled the file
+                )  # the line may have filled the file
 
             until(done, f"{name} has written all", 60)
         assert most - before < 120 << 20
@@ -179,7 +179,7 @@ def test_supervisor_18_flood_and_endless_line_keep_memory_small(tmp_path: Path) 
 
 
 def test_case_39_full_disk_neither_blocks_nor_grows_and_recovers(tmp_path: Path) -> None:
-    """The daemon's own limit on the size of a file stands in for the disk."""
+    """A limit on file size of the daemon replaces the full disk."""
     code = (
         "import os, time\nn = 0\nwhile True:\n    print('line', n, 'x' * 1000); n += 1\n"
         "    with open('beat.part', 'w') as file: file.write(str(n))\n    os.replace('beat.part', 'beat'); time.sleep(0.0005)"

@@ -1,4 +1,4 @@
-"""The daemon with real llama.cpp: real loads, real memory, real deaths. The models are tiny and random."""
+"""The daemon with real llama.cpp and tiny random models: loads, memory and crashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.real_engine,
     pytest.mark.skipif(
         importlib.util.find_spec("xllamacpp") is None and shutil.which("llama-server") is None,
-        reason="llamacpp is absent",
+        reason="llamacpp is not installed",
     ),
 ]
 MIB = 2**20
@@ -48,7 +48,7 @@ def test_six_workers_over_more_models_than_fit(tmp_path: Path) -> None:
             while not stop.is_set():
                 most[0] = max(most[0], daemon.status()["devices"][0]["reserved_bytes"])
                 try:
-                    # Between fork and exec a child shows the daemon's own memory: only what is an engine by now counts.
+                    # Between fork and exec a child shows the memory of the daemon: count only engines.
                     engines = [
                         child for child in parent.children() if any("llama" in word for word in child.cmdline()[:4])
                     ]
@@ -91,7 +91,7 @@ def test_truncated_model_reports_the_engines_own_error(tmp_path: Path) -> None:
         try:
             until(daemon.is_up, "up")
         except AssertionError:
-            # The header may be read before a start: then the file is refused, at its place, and nothing runs.
+            # The header may be read before a start: then the file is rejected and nothing runs.
             assert "cut.gguf" in daemon.log()
             assert "Traceback" not in daemon.log()
             return

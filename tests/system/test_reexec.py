@@ -1,4 +1,4 @@
-"""A re-execution at any moment: nothing runs twice, nothing that was accepted is forgotten, nothing that happened is lost."""
+"""Re-execution at any moment: nothing runs twice, no accepted order or event is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, 
 
 STUBBORN = {"command": sh('trap "" TERM; while :; do sleep 0.05; done'), "stop": {"timeout": "500ms"}}
 PREPARED = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "0.3"]}}
-ORDERLY = {"command": SLEEPER, "stop": {"command": ["sleep", "0.4"], "timeout": "1s"}}  # it ends nothing
+ORDERLY = {"command": SLEEPER, "stop": {"command": ["sleep", "0.4"], "timeout": "1s"}}  # the signal stops nothing
 
 
 def ups(daemon: Fleetd) -> int:
@@ -45,7 +45,7 @@ def instances(daemon: Fleetd) -> dict[str, set[int]]:
 
 @contextmanager
 def beside(call: Callable[[], Any]) -> Iterator[None]:
-    """Run a call in a thread of its own; what becomes of it does not matter."""
+    """Run a call in its own thread and ignore its result."""
 
     def run() -> None:
         with suppress(OSError):
@@ -74,7 +74,7 @@ def test_reexec_during_a_restart_restarts_once(tmp_path: Path, moment_s: float) 
         with beside(lambda: daemon.control("POST", "/v1/processes/restart", {**body, "wait": moment_s != 0.3})):
             time.sleep(moment_s)
             reexecute(daemon)
-        until(lambda: fresh(daemon, before), f"all were started anew; the log:\n{daemon.log()[-3000:]}")
+        until(lambda: fresh(daemon, before), f"all were restarted; the log:\n{daemon.log()[-3000:]}")
         rows = {row["name"]: row["generation"] for row in daemon.status()["processes"]}
         assert instances(daemon) == {name: {generation} for name, generation in rows.items()}
         assert daemon.stop() == 0
@@ -92,7 +92,7 @@ def test_reexec_during_an_apply_applies_once(tmp_path: Path, moment_s: float) ->
         with beside(lambda: daemon.control("POST", "/v1/apply", {"wait": True})):
             time.sleep(moment_s)
             reexecute(daemon)
-        until(lambda: fresh(daemon, before), f"all were started anew; the log:\n{daemon.log()[-3000:]}")
+        until(lambda: fresh(daemon, before), f"all were restarted; the log:\n{daemon.log()[-3000:]}")
         assert {name: len(found) for name, found in instances(daemon).items()} == {"stubborn": 1, "prepared": 1}
         assert daemon.stop() == 0
         assert instances(daemon) == {}
@@ -106,7 +106,7 @@ def test_reexec_keeps_an_accepted_restart(tmp_path: Path) -> None:
             assert order(daemon, "restart", name, wait=False).status == 202
         until(lambda: daemon.process_row("orderly")["state"] == "STOPPING", "the stop has begun")
         reexecute(daemon)
-        until(lambda: fresh(daemon, before), "both were started anew")
+        until(lambda: fresh(daemon, before), "both were restarted")
 
 
 def test_reexec_continues_with_the_applied_file(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_reexec_continues_with_the_applied_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
 def test_death_during_reexec_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
-    """It dies in the very moment of the exchange: whichever program sees it, it is one death with its code."""
+    """A process that dies during the exchange counts as one death with its exit code, whichever program sees it."""
     wait = sh("while [ ! -e go ]; do sleep 0.01; done; rm go; exit 7")
     with fleetd(tmp_path, fleet({"a": {"command": wait, "restart": QUICK, "logs": {"capture": capture}}})) as daemon:
         daemon.start()

@@ -1,4 +1,4 @@
-"""Cases 32, 34 and Config/CLI 21 to 28: changes of the fleet cost what they must and no more; nothing secret comes out."""
+"""Cases 32, 34 and Config/CLI 21 to 28: a change restarts only what it must; secrets stay hidden."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def with_changes(**changes: Any) -> dict[str, Any]:
         ({"b": {"cwd": "/"}}, {"b"}, 1),
         ({"b": {"logs": {"capture": "pipe"}}}, {"b"}, 1),
         ({"b": {"logs": {"keep": 2}}, "a": {"watch": {"paths": ["."]}, "max_age": "1d"}}, set(), 1),
-        ({"b": {"stop": {"timeout": "10000ms"}}}, set(), 0),  # the default, said out loud in another unit
+        ({"b": {"stop": {"timeout": "10000ms"}}}, set(), 0),  # the default, written in another unit
     ],
 )
 def test_case_34_change_restarts_only_what_it_must(
     tmp_path: Path, change: dict[str, Any], restarted: set[str], code: int
 ) -> None:
-    """Config/CLI 23 and 25 too: the codes of diff, and a second apply that does nothing."""
+    """Config/CLI 23 and 25 too: exit codes of diff, and a second apply without changes."""
     with fleetd(tmp_path, fleet(BASE, watch=False)) as daemon:
         daemon.start()
         before = pids(daemon)
@@ -177,7 +177,7 @@ def test_config_24_killed_apply_is_finished_by_the_next_daemon(tmp_path: Path) -
 
 
 def versions(daemon: Fleetd) -> list[str]:
-    """Return V of every shell of the fleet; one that ends under the look does not count."""
+    """Return V of every shell of the fleet; one that exits in between does not count."""
     found = []
     for child in daemon.children():
         try:

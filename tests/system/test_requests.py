@@ -1,4 +1,4 @@
-"""Supervisor 9, 10, 12, 15, 17 and case 26: what clients see while processes come, go and are replaced."""
+"""Supervisor 9, 10, 12, 15, 17 and case 26: what clients see while processes start, stop and restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(*flags: str, **keys: Any) -> dict[str, Any]:
 
 
 def streamed(daemon: Fleetd, name: str, tokens: int, begun: threading.Event | None = None) -> tuple[int, bytes]:
-    """Return the status and all bytes of a streamed chat, up to its end however it comes; `begun` is set at the first."""
+    """Return the status and all bytes of a streamed chat; `begun` is set at the first byte."""
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
     body = json.dumps(
         {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "stream": True}
@@ -44,7 +44,7 @@ def streamed(daemon: Fleetd, name: str, tokens: int, begun: threading.Event | No
 
 
 def test_supervisor_09_shutdown_in_a_stream_is_an_error_event(tmp_path: Path) -> None:
-    """Forced, since an ordered end waits for what is in flight."""
+    """Force the shutdown: an ordered one waits for requests in flight."""
     models = {"m": model("--tps", "5", "--tokens", "500")}
     with fleetd(tmp_path, fleet(models=models)) as daemon:
         daemon.start()
@@ -133,7 +133,7 @@ def test_supervisor_17_unload_waits_for_requests_in_flight(tmp_path: Path) -> No
 
 
 def test_case_26_server_that_never_gets_ready_is_not_ready(tmp_path: Path) -> None:
-    """Elsewhere the end of the waiting time is a success."""
+    """A start that exceeds its deadline is a failure, not a success."""
     service = {
         "command": json.loads(fake("--load-time", "60")), "restart": {"crash_loop": {"count": 1}},
         "probes": {"startup": {"http": "/health", "deadline": "500ms"}},

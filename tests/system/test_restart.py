@@ -1,4 +1,4 @@
-"""Cases 23, 27, 30 and Supervisor 1, 2, 11, 13: restarts that wait longer each time, give up in time, and say so."""
+"""Cases 23, 27, 30 and Supervisor 1, 2, 11, 13: backoff, crash loops and restart limits."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def daemon_cpu(daemon: Fleetd) -> float:
 
 
 def test_case_23_late_fast_crasher_trips_the_crash_loop(tmp_path: Path) -> None:
-    """What PM2 counts only in the first seconds after a start."""
+    """PM2 counts such crashes only in the first seconds after a start."""
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "stable_after": "500ms", "crash_loop": {"count": 5}}
     code = "while [ -e good ]; do sleep 0.02; done; exit 1"
     (tmp_path / "good").touch()
@@ -81,7 +81,7 @@ def test_case_23_late_fast_crasher_trips_the_crash_loop(tmp_path: Path) -> None:
 
 
 def test_case_23_program_dying_after_0_3_s_is_no_success(tmp_path: Path) -> None:
-    """What supervisord takes for RUNNING."""
+    """supervisord reports this program as RUNNING."""
     restart = {"backoff": {"initial": "10ms", "max": "10ms"}, "crash_loop": {"count": 3}, "stable_after": "1s"}
     with fleetd(tmp_path, fleet({"a": {"command": sh("sleep 0.3; exit 1"), "restart": restart}})) as daemon:
         daemon.start()
@@ -229,7 +229,7 @@ def test_case_30_manual_restart_is_no_death(tmp_path: Path) -> None:
 
 
 def test_case_30_running_process_always_has_a_pid(tmp_path: Path) -> None:
-    """The words and the facts agree in every look at a process that comes and goes."""
+    """State and pid agree in every status of a process that starts and stops."""
     services = {"a": {"command": sh("sleep 0.05; exit 1"), "restart": QUICK}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()

@@ -1,4 +1,4 @@
-"""One name over two engines: weights while both serve, and the other one when one is killed, full or removed."""
+"""One name over two engines: weights while both serve, the other one when one is killed, full or removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.daemon import Fleetd, fake, fleetd, until
 
 
 def fleet(store: Path, left: str = "", right: str = "", weights: tuple[int, int] = (50, 50)) -> str:
-    """`chat` is served by a model in a store and by one that is a process of its own."""
+    """`chat` is served by a held model and by a model with its own process."""
     port, other = free_port(), free_port()
     return f"""
     instances:
@@ -41,7 +41,7 @@ def up(daemon: Fleetd) -> None:
     daemon.start()
     daemon.until_state("store", "READY")
     daemon.until_state("outside", "READY")
-    # no request may wait for `inside` (its queue is 0), so it is loaded by hand
+    # no request may wait for `inside` (its queue is 0), so the test loads it
     daemon.control("POST", "/v1/models/inside/load", {"wait": True})
 
 
@@ -52,7 +52,7 @@ def test_killed_engine_leaves_its_route_served_by_weight(tmp_path: Path) -> None
         count = served(daemon, 60)
         assert count["inside"] > count["outside"] > 0
         os.kill(daemon.process_row("outside")["pid"], signal.SIGKILL)
-        assert sum(served(daemon, 10).values()) == 10  # not one request is lost while it restarts
+        assert sum(served(daemon, 10).values()) == 10  # no request is lost while it restarts
         daemon.control("POST", "/v1/processes/outside/stop", {"wait": True})
         assert served(daemon, 10) == {"inside": 10}
         daemon.control("POST", "/v1/processes/outside/start", {"wait": True})
@@ -80,7 +80,7 @@ def test_full_engine_overflows_to_the_other(tmp_path: Path) -> None:
 
 
 def test_other_engine_serves_during_a_restart(tmp_path: Path) -> None:
-    """Its start takes longer than anybody waits."""
+    """Its start takes longer than any request waits."""
     (tmp_path / "store").mkdir()
     text = fleet(tmp_path / "store", right="--load-time 1.5", weights=(0, 100))
     text = text.replace("start: always,", "start: always, probes: {startup: {http: /health, period: 50ms}},")

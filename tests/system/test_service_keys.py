@@ -1,4 +1,4 @@
-"""Every key of a service acts: one look at the running process, or at what the daemon does, per key."""
+"""Every key of a service has its effect on the running process or the daemon."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_command_string_is_split_like_a_shell_without_one(tmp_path: Path) -> Non
 
 
 def free_run(count: int) -> int:
-    """Return the first of so many free ports in a row, below those that outgoing connections take."""
+    """Return the first of `count` consecutive free ports, below the ephemeral range."""
     first = random.Random().randrange(15000, 19000)
     while True:
         with ExitStack() as stack:
@@ -106,7 +106,7 @@ def test_replicas_get_numbers_and_ports(tmp_path: Path) -> None:
 
 
 def test_requires_blocks_then_resumes_without_crash_loop(tmp_path: Path) -> None:
-    """Supervisor 14, with a folder in the place of a volume."""
+    """Supervisor 14, with a folder instead of a volume."""
     with started(
         tmp_path, {"command": sh("test -e volume/model && exec sleep 1000"), "requires": ["volume"]}
     ) as daemon:
@@ -281,7 +281,7 @@ def test_max_age_restart_counts_no_death(tmp_path: Path) -> None:
 
 
 def test_schedule_restarts_running_but_not_stopped(tmp_path: Path) -> None:
-    """Every minute; the clock of the process is moved close to one by its own time name space is not needed: we wait for it."""
+    """The schedule fires every minute; the test waits for it."""
     every = {"schedule": {"restart": "* * * * *", "timezone": "Europe/Berlin"}}
     left_s = 60 - time.time() % 60
     services = {"a": {}, "b": {}, "c": {"replicas": 2}}
@@ -451,7 +451,7 @@ def test_deleted_log_of_a_running_process_is_reported(tmp_path: Path, how: str) 
             daemon.start()
             ready(daemon, "a")
         what = "is another file" if how == "replaced" else "was deleted while it runs"
-        until(lambda: what in story(daemon, "a"), "it is told")
+        until(lambda: what in story(daemon, "a"), "it is reported")
         assert story(daemon, "a").count(what) == 1
         for words in (["logs", "a"], ["-o", "json", "logs", "a"]):
             done = ctl(daemon, *words)
@@ -524,7 +524,7 @@ print("ended by a message")
 
 
 def test_node_channel_carries_ready_and_shutdown(tmp_path: Path) -> None:
-    """Case 26: what PM2 calls wait_ready and shutdown_with_message; silence is a failure here."""
+    """Case 26: wait_ready and shutdown_with_message of PM2; no message is a failure here."""
     service = {
         "command": python(NODE_LIKE.replace("$", "$$")), "restart": {"crash_loop": {"count": 1}},
         "probes": {"startup": {"message": "ready", "period": "20ms", "deadline": "20s"}},

@@ -1,4 +1,4 @@
-"""What the daemon tells systemd, read from the socket that systemd would listen on."""
+"""Notifications to systemd, read from the socket that systemd would listen on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLEET = "services:\n  one: {command: [/bin/sleep, '86400']}\n"
 
 
 class Told:
-    """Everything that was said so far, a line each."""
+    """Return all notifications so far, one line each."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener

@@ -1,7 +1,7 @@
-"""Models that sleep: two that do not fit together take turns by waking, and what goes wrong ends in a cold start.
+"""Sleeping models: two that do not fit together alternate by waking; every failure leads to a cold start.
 
-The fake engine keeps vLLM's traps: asleep it takes requests and lets them wait for ever, its /health stays well, and after level 2 it
-speaks garbage unless its weights are read again.
+The fake engine has vLLM's traps: asleep it accepts requests and never answers, its /health stays 200, and after level 2 it
+generates garbage unless its weights are read again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ DEV_ROUTES = (
 def fleet(
     *flags: str, level: int = 1, more: str = "", budget: str = "10GiB", host: str = "8GiB", names: str = "ab"
 ) -> str:
-    """Two vLLMs of 8 GiB on a card of 10: one awake beside one asleep. `flags` are the first one's."""
+    """Two vLLMs of 8 GiB on a card of 10 GiB: one awake, one asleep. `flags` are those of the first."""
     text = f"devices: {{gpu0: {{budget: {budget}}}, host: {{budget: {host}}}}}\nmodels:\n"
     for name in names:
         command = fake(*(flags if name == "a" else ()), api="vllm")
         text += (
             f"  {name}:\n    engine: vllm\n    command: {command}\n    device: gpu0\n    memory: {{gpu0: 8GiB}}\n"
-            f"    port: {free_port()}\n"  # an assigned one goes by the name, and many tests have an `a`
+            f"    port: {free_port()}\n"  # an assigned port depends on the name, and many tests have an `a`
             "    probes: {liveness: {completion: true, period: 50ms, timeout: 500ms, failures: 1}}\n"
             "    restart: {backoff: {initial: 50ms}}\n"
             f"    options: {{model: org/{name}, gpu_memory_utilization: 0.5, kv_cache_memory: 7GiB,"
@@ -64,7 +64,7 @@ def test_two_models_alternate_by_sleep_and_wake(tmp_path: Path, level: int) -> N
         pids = {name: daemon.process_row(name)["pid"] for name in "ab"}
         row = daemon.model_row("a")
         assert (row["state"], row["reason"]) == ("ASLEEP", "put to sleep: evicted for b")
-        assert booked(daemon, "gpu0") == pytest.approx(9.5)  # one awake, and what a sleeper keeps
+        assert booked(daemon, "gpu0") == pytest.approx(9.5)  # one awake, and the residual of a sleeper
         assert booked(daemon, "host") == pytest.approx(1.2 if level == 1 else 0.0, abs=0.01)
         assert 'fleetd_model_state{model="a",state="ASLEEP"} 1' in daemon.control("GET", "/metrics").body.decode()
         explained = " ".join(daemon.control("GET", "/v1/explain/a").json["text"])
@@ -96,7 +96,7 @@ def test_operator_loads_and_unloads_a_sleeper(tmp_path: Path) -> None:
 
 
 def test_sleeper_without_room_is_unloaded(tmp_path: Path) -> None:
-    """At level 1 the weights go to the host: where that is full, there is no sleep."""
+    """At level 1 the weights go to the host: a full host rules out sleep."""
     with fleetd(tmp_path, fleet(host="1GiB")).start() as daemon:
         for name in "aba":
             answered(daemon, name)
@@ -116,7 +116,7 @@ def test_failed_sleep_kills_and_starts_cold(tmp_path: Path) -> None:
         assert "freed memory is negative" in told
         assert answered(daemon, "a") == text
         assert daemon.process_row("a")["generation"] == 2
-        answered(daemon, "b")  # for a while a is unloaded for it instead
+        answered(daemon, "b")  # for a while `a` is unloaded instead
         assert daemon.model_row("a")["sleeps"] == 0
         assert story(daemon, "a").count("sleep failed") == told.count("sleep failed")
 
@@ -152,7 +152,7 @@ def test_sleeper_is_found_asleep_after_a_daemon_crash(tmp_path: Path, level: int
 
 
 def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
-    """The daemon dies while it wakes `a`: what its memory holds by then, nobody knows."""
+    """The daemon dies while it wakes `a`: the state of its memory is unknown."""
     with fleetd(tmp_path, fleet("--hang-wake")).start() as daemon:
         text = answered(daemon, "a")
         answered(daemon, "b")
@@ -160,7 +160,7 @@ def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
         daemon.control("POST", "/v1/models/load", {"names": ["a"], "wait": False})
         until(
             lambda: daemon.model_row("a")["state"] == "LOADING" and "/wake_up" in daemon.log_of("a"),
-            "it is told to wake",
+            "it is ordered to wake",
         )
         daemon.signal(signal.SIGKILL)
         daemon.wait()
@@ -171,7 +171,7 @@ def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
 
 
 def test_engine_put_to_sleep_by_others_is_restarted(tmp_path: Path) -> None:
-    """It takes requests and lets them wait for ever, and says that it is well."""
+    """It accepts requests, never answers them, and reports that it is healthy."""
     with fleetd(tmp_path, fleet(names="a")).start() as daemon:
         text = answered(daemon, "a")
         row = daemon.process_row("a")

@@ -1,4 +1,4 @@
-"""Long starts: phases shown while they last, patience while there is progress, and what one start teaches the next."""
+"""Long starts: phases in `status`, deadlines extended by progress, values learned for the next start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 from tests.support.daemon import Fleetd, fake, fleetd, until
 
-KV = str(int(0.99 * 2**30))  # of the 1.00 GiB that the fake says it has
+KV = str(int(0.99 * 2**30))  # of the 1.00 GiB that the fake reports
 
 
 def fleet(*flags: str, options: str = "", more: str = "") -> str:
@@ -59,7 +59,7 @@ def test_learned_start_values_survive_a_daemon_restart(tmp_path: Path) -> None:
         until(lambda: "kv_cache_memory" in daemon.log(), "it is learned")
         daemon.write(fleet(more="preload: true, ttl: 1h".replace(", ", "\n        ")))
         until(lambda: daemon.model_row("m")["ttl_s"] == 3600.0, "the edit is applied")
-        assert daemon.process_row("m")["pid"] == first["pid"]  # nothing is restarted for what was learned
+        assert daemon.process_row("m")["pid"] == first["pid"]  # a learned value restarts nothing
         os.kill(first["pid"], signal.SIGKILL)
         until(lambda: daemon.process_row("m")["generation"] == 2, "it is started again")
         daemon.until_state("m", "READY")
@@ -94,7 +94,7 @@ def test_failed_start_forgets_learned_values(tmp_path: Path) -> None:
         )
     finally:
         database.close()
-    # the same entry by a program that cannot take it: the hash covers the command, so what is known is filed anew
+    # the same entry with another program: the hash covers the command, so learned values start again
     again = fleet(more="preload: true").replace('"-I", ', f'"{failing}", ')
     with fleetd(tmp_path, again).start() as daemon:
         daemon.until_state("m", "READY")

@@ -1,4 +1,4 @@
-"""Cases 5, 7, 24, 25, 37 and Supervisor 3, 4: a stop ends the whole set, in its time, and says so only then."""
+"""Cases 5, 7, 24, 25, 37 and Supervisor 3, 4: a stop empties the whole process set within its time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bench.rig import free_port
 from tests.support.daemon import FAKE, Fleetd, alive, fake, fleetd, until
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_gone, until_said
 
-# Starts, one below the other: a child that ignores TERM and INT, a child in a session of its own, and one that was
-# forked twice and belongs to nobody. Prints their pids.
+# Starts a child that ignores TERM and INT, a child in its own session, and one that was forked twice and has no parent
+# in the set. Prints their pids.
 TREE = '''
 import os, signal, subprocess, sys, time
 stubborn = """
@@ -180,7 +180,7 @@ def test_case_25_only_a_forced_shutdown_shortens_the_grace(tmp_path: Path) -> No
 
 
 def test_case_37_killed_engine_leader_is_swept_and_restarted(tmp_path: Path) -> None:
-    """The leader of a vLLM dies; its worker lives, holds the pipe and answers on a port of its own."""
+    """The leader of a vLLM dies; its worker lives, holds the pipe and answers on its own port."""
     command = json.loads(fake("--orphan-worker", api="vllm"))
     services = {
         "a": {"command": command, "port": free_port(), "probes": {"startup": {"http": "/health"}}, "restart": QUICK}

@@ -1,4 +1,4 @@
-"""Case 12: watched files. And the files of the fleet itself, saved in every way that editors and deployments save them."""
+"""Case 12: watched files, and fleet.yaml saved in every way that editors and deployments save it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def generation(daemon: Fleetd) -> int:
 
 
 def renewed(daemon: Fleetd, before: int) -> int:
-    """Return the generation after a restart that is over."""
+    """Return the generation after a finished restart."""
     until(lambda: generation(daemon) > before and daemon.process_row("a")["state"] == "READY", "it restarts")
     return generation(daemon)
 
@@ -93,7 +93,7 @@ def test_case_12_program_changing_its_own_files_is_held_back(tmp_path: Path) -> 
         daemon.start()
         until(
             lambda: "restarts when they were quiet" in json.dumps(daemon.control("GET", "/v1/story/a").json),
-            "it is said",
+            "it is reported",
         )
         assert generation(daemon) == 11
 
@@ -162,7 +162,7 @@ def test_case_34_every_way_to_save_is_noticed(tmp_path: Path, save: Callable[[Pa
 
 
 def test_case_34_swapped_link_counts_as_a_save(tmp_path: Path) -> None:
-    """As configuration maps and release folders do it: the folder behind a link changes."""
+    """Change the folder behind a link, as configuration maps and release folders do."""
     services = {"a": {"command": SLEEPER}}
     with fleetd(tmp_path, fleet(services)) as daemon:
         text = daemon.config.read_text()
