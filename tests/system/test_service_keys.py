@@ -513,12 +513,12 @@ fd = int(os.environ["NODE_CHANNEL_FD"])
 while not os.path.exists("go"):
     time.sleep(0.02)
 os.write(fd, b'"ready"\\n')
-said = b""
-while b'"shutdown"\\n' not in said:
+received = b""
+while b'"shutdown"\\n' not in received:
     block = os.read(fd, 1000)
     if not block:
         time.sleep(1000)
-    said += block
+    received += block
 print("ended by a message")
 """
 
