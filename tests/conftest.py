@@ -1,8 +1,8 @@
-"""What every test gets: a check that it leaves nothing behind, and a closing line that names the engines that were absent.
+"""Fixtures of every test: leak checks, and a summary line with the engines that are not installed.
 
-The rules of this file
-- A test that leaks a file descriptor, a child process or a running thread fails, whatever it asserted.
-- A real engine that is not installed is a skip with its name; the summary repeats the names, so that none is overlooked.
+Invariants:
+- A test that leaks a file descriptor, a child process or a running thread fails.
+- A test of an engine that is not installed is skipped with its name; the summary lists these engines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -33,49 +34,65 @@ ENGINES = {
 }
 
 
-# An example's time says more of what else the machine does than of the code.
+# No deadline per example: on a loaded machine the time of one example says nothing about the code.
 hypothesis.settings.register_profile("fleetd", deadline=None)
 hypothesis.settings.load_profile("fleetd")
 
-# A run in a script's background ignores Ctrl-C, and every program started from it would too: some tests send it.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that. Some tests send SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def absent_engines() -> list[str]:
-    """Return the engines of the contract that this machine has no program for."""
+def missing_engines() -> list[str]:
+    """Return the engines whose program is not installed on this machine."""
     return [name for name, present in ENGINES.items() if not present()]
 
 
+# A library keeps these open for the life of the process: random sources, terminals, pytest's own files.
+_LONG_LIVED = ("/dev/urandom", "/dev/null", "/dev/pts", "/dev/tty", "/dev/nvidia", "/proc/")
+_HAS_PROC = Path(f"/proc/self/task/{threading.get_native_id()}/children").is_file()  # Linux; other systems use psutil
+
+
 def _open_fds() -> dict[int, str]:
-    """Return the open descriptors that a test could own, with what they point to."""
-    folder = Path("/proc/self/fd") if Path("/proc/self/fd").is_dir() else Path("/dev/fd")
+    """Return the open descriptors that a test could own, with their targets."""
+    if not Path("/proc/self/fd").is_dir():
+        return {int(name): name for name in os.listdir("/dev/fd")}  # noqa: PTH208 - runs twice per test
     found: dict[int, str] = {}
-    for entry in folder.iterdir():
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         try:
-            target = str(entry.readlink()) if folder.parts[1] == "proc" else entry.name
+            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
         except OSError:
-            continue
-        # Descriptors that a library keeps for the life of the process: the loop's epoll, random sources, pytest's own.
-        if any(
-            part in target for part in ("/dev/urandom", "/dev/null", "/dev/pts", "/dev/tty", "/dev/nvidia", "/proc/")
-        ):
-            continue
-        found[int(entry.name)] = target
+            continue  # the descriptor of the listing itself
+        if not target.startswith(_LONG_LIVED):
+            found[int(name)] = target
     return found
 
 
-def _children() -> dict[int, str]:
-    found = {}
-    for child in psutil.Process().children(recursive=True):
-        try:
-            words = " ".join(child.cmdline()) or child.name()
-            own = child.ppid() == os.getpid()
-        except psutil.Error:
-            continue
-        if own or "fleetd.daemon.reload.worker" not in words:
-            found[child.pid] = words  # a daemon's reading process stays for the next reading, and ends by itself
+def _children(pid: int | str = "self") -> set[int]:
+    """Return the PIDs of all descendants, zombies included."""
+    if not _HAS_PROC:
+        return {child.pid for child in psutil.Process().children(recursive=True)}
+    found: set[int] = set()
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:  # noqa: PTH123
+                for child in file.read().split():
+                    found |= {int(child), *_children(child)}
     return found
+
+
+def _command_of_leaked(pid: int) -> str | None:
+    """Return the command of a child that counts as leaked, None if it does not.
+
+    The config worker of a daemon stays alive for the next load and exits by itself.
+    """
+    try:
+        child = psutil.Process(pid)
+        command = " ".join(child.cmdline()) or child.name()
+        is_worker = child.ppid() != os.getpid() and "fleetd.daemon.reload.worker" in command
+    except psutil.Error:
+        return None
+    return None if is_worker else command
 
 
 def _threads() -> set[str]:
@@ -88,26 +105,25 @@ def _threads() -> set[str]:
     }
 
 
-def _left_over(fds: dict[int, str], children: dict[int, str], threads: set[str]) -> list[str]:
+def _left_over(fds: dict[int, str], children: set[int], threads: set[str]) -> list[str]:
     left = [f"file descriptor {fd} -> {target}" for fd, target in _open_fds().items() if fds.get(fd) != target]
-    left += [f"child process {pid}: {line}" for pid, line in _children().items() if pid not in children]
+    new = {pid: _command_of_leaked(pid) for pid in _children() - children}
+    left += [f"child process {pid}: {command}" for pid, command in new.items() if command is not None]
     left += [f"thread {name}" for name in _threads() - threads]
     return left
 
 
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a descriptor, a child or a thread. `@pytest.mark.leaks` is no way out: there is none."""
+    """Fail a test that leaves a descriptor, a child process or a thread."""
     fds, children, threads = _open_fds(), _children(), _threads()
     yield
     deadline = time.monotonic() + _LEAK_GRACE_S
-    left = _left_over(fds, children, threads)
-    while left and time.monotonic() < deadline:
+    while left := _left_over(fds, children, threads):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{request.node.nodeid} left behind:\n  " + "\n  ".join(left))
         gc.collect()
         time.sleep(0.02)
-        left = _left_over(fds, children, threads)
-    if left:
-        pytest.fail(f"{request.node.nodeid} left behind:\n  " + "\n  ".join(left))
 
 
 @pytest.fixture(autouse=True)
@@ -123,5 +139,5 @@ def no_running_loop() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing = absent_engines()
-    terminalreporter.write_line(f"engines absent on this machine: {', '.join(missing) if missing else 'none'}")
+    missing = missing_engines()
+    terminalreporter.write_line(f"engines not installed: {', '.join(missing) if missing else 'none'}")
