@@ -4,7 +4,7 @@ The rules of this file
 - Everything runs on the daemon's event loop. The plain methods read memory only and return within a millisecond.
 - Names arrive resolved: globs, `all`, and the base names of replicas are expanded by the server, against `names()`.
 - Mistakes are raised as FleetError: ConfigError (all problems), ApiError (status and code), CapacityError, EngineError,
-  HostError. A failure that concerns one name of several is an Outcome, not an exception.
+  HostError. A failure that concerns one name of several is an ActionResult, not an exception.
 - A caller that hangs up cancels the await. Cancelling stops the *waiting*; the fleet goes on doing what was asked.
 """
 
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fleetd.control.wire import (
+    ActionResult,
     Applied,
     DeviceStatus,
     FleetEvent,
+    FleetStatus,
     LogLine,
     ModelDetail,
-    Outcome,
     Plan,
     ProcessDetail,
-    Status,
 )
 
 
@@ -79,7 +79,7 @@ class ApplyOptions:
 class ControlPort(Protocol):
     """The daemon, as the control plane sees it."""
 
-    async def status(self) -> Status:
+    async def status(self) -> FleetStatus:
         """Return the whole fleet, without `schema`."""
 
     def process(self, name: str) -> ProcessDetail:
@@ -94,8 +94,8 @@ class ControlPort(Protocol):
     def names(self) -> Names:
         """Return what can be named now."""
 
-    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[Outcome]:
-        """Do one of wire.VERBS to each name, in the order that dependencies ask; return one Outcome per name.
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
+        """Do one of wire.VERBS to each name, in the order that dependencies ask; return one ActionResult per name.
 
         start, restart: ok when READY (or EXITED as expected); failed on FAILED or BLOCKED, with the reason.
         stop: ok when STOPPED. drain: ok when nothing is in flight. load: ok when LOADED. unload: ok when ABSENT.

@@ -226,17 +226,17 @@ async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: M
             results = list(await port.act(verb, names, options)) if names else []
     except TimeoutError:
         reason = f"not done after {options.timeout_s:g} s; it goes on"
-        results = [wire.Outcome(name=n, result=wire.OutcomeCode.TIMEOUT, state=None, reason=reason) for n in names]
+        results = [wire.ActionResult(name=n, result=wire.ResultCode.TIMEOUT, state=None, reason=reason) for n in names]
     return answer({"verb": verb, "results": results}, _status_of(results))
 
 
-def _status_of(results: Sequence[wire.Outcome]) -> int:
+def _status_of(results: Sequence[wire.ActionResult]) -> int:
     found = {outcome["result"] for outcome in results}
-    if wire.OutcomeCode.FAILED in found:
+    if wire.ResultCode.FAILED in found:
         return 409
-    if wire.OutcomeCode.TIMEOUT in found:
+    if wire.ResultCode.TIMEOUT in found:
         return 504
-    return 202 if wire.OutcomeCode.ACCEPTED in found else 200
+    return 202 if wire.ResultCode.ACCEPTED in found else 200
 
 
 async def post_action(request: web.Request) -> web.Response:

@@ -23,7 +23,7 @@ MODEL_VERBS = ("load", "unload", "pin", "unpin")
 VERBS = PROCESS_VERBS + MODEL_VERBS
 
 
-class OutcomeCode(StrEnum):
+class ResultCode(StrEnum):
     """How one name of an action ended. `ACCEPTED` is the answer to an action that was not to be waited for."""
 
     OK = "ok"
@@ -32,11 +32,11 @@ class OutcomeCode(StrEnum):
     TIMEOUT = "timeout"
 
 
-class Outcome(TypedDict):
+class ActionResult(TypedDict):
     """One name's result of an action. `reason` is a sentence for a person, `state` the state it is in now."""
 
     name: str
-    result: str  # an OutcomeCode
+    result: str  # an ResultCode
     state: str | None
     reason: str | None
     warning: NotRequired[str]  # it was done, but
@@ -138,7 +138,7 @@ class HostStatus(TypedDict):
     memory_used_bytes: int
 
 
-class Status(TypedDict):
+class FleetStatus(TypedDict):
     """The whole fleet: `GET /v1/status` and `fleetctl status -o json`. The server adds `schema`."""
 
     name: str
@@ -210,7 +210,7 @@ class KeyChange(TypedDict):
     effect: str  # hot | reload (a held model is made and loaded again) | scale | restart | daemon
 
 
-class Change(TypedDict):
+class PlannedChange(TypedDict):
     kind: str  # service | instance | model | device | gateway | …
     name: str
     change: str  # add | change | remove
@@ -226,13 +226,13 @@ class Plan(TypedDict):
 
     file: str | None
     config_hash: str
-    changes: list[Change]
+    changes: list[PlannedChange]
     unchanged: int
 
 
 class Applied(TypedDict):
     plan: Plan
-    results: list[Outcome]
+    results: list[ActionResult]
 
 
 def rfc3339(unix_s: float) -> str:

@@ -31,7 +31,7 @@ MAX_LAYERS = 4_096  # a header may state any number
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class GgufServing:
     """How a model is served. `context_length` is per slot; `gpu_layers` None means all layers on the device, 0 none."""
 
     context_length: int = 4096
@@ -48,7 +48,7 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class GgufSizes:
     """The parts, and their sum split by where they lie. All layers on the host: everything is in `host_bytes`."""
 
     weight_bytes: int
@@ -63,14 +63,14 @@ class Sizes:
         return self.device_bytes + self.host_bytes
 
 
-def estimate_gguf(paths: Sequence[Path], serving: Serving) -> Sizes:
+def estimate_gguf(paths: Sequence[Path], serving: GgufServing) -> GgufSizes:
     """Return the bytes that a GGUF model (all its parts) needs. Raises GgufError."""
     headers = gguf.read_all(paths)
     extra = sum(gguf.read(path).weight_bytes for path in serving.extra_files)
     return estimate(headers, serving, extra)
 
 
-def estimate(headers: Sequence[Header], serving: Serving, extra_weight_bytes: int = 0) -> Sizes:
+def estimate(headers: Sequence[Header], serving: GgufServing, extra_weight_bytes: int = 0) -> GgufSizes:
     """Return the bytes for headers that were read already; `extra_weight_bytes` are adapters and projectors."""
     first = headers[0]
     weights = sum(header.weight_bytes for header in headers)
@@ -83,19 +83,19 @@ def estimate(headers: Sequence[Header], serving: Serving, extra_weight_bytes: in
     share = 1.0 if serving.gpu_layers is None else min(1.0, serving.gpu_layers / (layers + 1))
     if share == 0.0:
         total = weights + extra_weight_bytes + kv + compute + host
-        return Sizes(weights + extra_weight_bytes, kv, compute, host, 0, total)
+        return GgufSizes(weights + extra_weight_bytes, kv, compute, host, 0, total)
     embedding = _embedding_on_host(headers) if not serving.unified else 0
     movable = weights - embedding + kv
     context = 0 if serving.unified else GPU_CONTEXT_BYTES
     device = int(movable * share) + extra_weight_bytes + compute + context
     left = movable - int(movable * share) + embedding + host
-    return Sizes(weights + extra_weight_bytes, kv, compute, host + context, device, left)
+    return GgufSizes(weights + extra_weight_bytes, kv, compute, host + context, device, left)
 
 
 # -- KV cache -----------------------------------------------------------------------------------------------------------
 
 
-def kv_bytes(header: Header, serving: Serving) -> int:
+def kv_bytes(header: Header, serving: GgufServing) -> int:
     """Return the bytes of the KV cache and of recurrent state, for all slots together."""
     layers = header.number("block_count") or 0
     layers -= header.number("nextn_predict_layers") or 0
@@ -113,7 +113,7 @@ def kv_bytes(header: Header, serving: Serving) -> int:
     return max(0, _grouped(header, serving, layers))
 
 
-def cells(serving: Serving) -> int:
+def cells(serving: GgufServing) -> int:
     """Return the cells of a full-attention layer: the pool of all slots, each slot padded as llama.cpp pads it."""
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
     return per_slot * serving.slots
@@ -142,25 +142,25 @@ def head_widths(header: Header, suffix: str = "") -> tuple[int, int]:
     return key, value
 
 
-def _cell_bytes(key: int, value: int, serving: Serving) -> float:
+def _cell_bytes(key: int, value: int, serving: GgufServing) -> float:
     """Return the bytes of one head in one cell; without flash attention the value cache is not quantised."""
     return key * KV_BYTES.get(serving.cache_type_k, 2.0) + value * KV_BYTES.get(serving.cache_type_v, 2.0)
 
 
-def _grouped(header: Header, serving: Serving, layers: int) -> int:
+def _grouped(header: Header, serving: GgufServing, layers: int) -> int:
     key, value = head_widths(header)
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     return int(sum(heads) * _cell_bytes(key, value, serving) * cells(serving))
 
 
-def _latent(header: Header, serving: Serving, layers: int) -> int:
+def _latent(header: Header, serving: GgufServing, layers: int) -> int:
     """Multi-head latent attention keeps one compressed vector and the rotary part per cell, whatever the heads."""
     rank = header.number("attention.kv_lora_rank") or 0
     rotary = header.number("rope.dimension_count") or 64
     return int(layers * (rank + rotary) * KV_BYTES.get(serving.cache_type_k, 2.0) * cells(serving))
 
 
-def _hybrid(header: Header, serving: Serving, layers: int) -> int:
+def _hybrid(header: Header, serving: GgufServing, layers: int) -> int:
     """Every `full_attention_interval`-th layer has a cache; the others keep a state of fixed size per slot, in f32."""
     interval = header.number("full_attention_interval")
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
@@ -176,7 +176,7 @@ def _hybrid(header: Header, serving: Serving, layers: int) -> int:
     return int(sum(full) * _cell_bytes(key, value, serving) * cells(serving)) + recurrent
 
 
-def _windowed(header: Header, serving: Serving, layers: int) -> int:
+def _windowed(header: Header, serving: GgufServing, layers: int) -> int:
     """Layers with a sliding window keep the window and one batch per slot; the others the whole context."""
     window = header.number("attention.sliding_window") or 0
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
@@ -215,7 +215,7 @@ def vocabulary_bytes(header: Header) -> int:
     return min(header.vocabulary, 2_000_000) * 200
 
 
-def compute_bytes(header: Header, serving: Serving) -> int:
+def compute_bytes(header: Header, serving: GgufServing) -> int:
     """Return the compute buffer: one step of `ubatch` tokens through the widest layer, or through the vocabulary."""
     batch = min(serving.ubatch, serving.context_length * serving.slots)
     width, heads = header.number("embedding_length") or 0, _heads(header)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from fleetd.control.wire import Change, KeyChange, Plan
+from fleetd.control.wire import KeyChange, Plan, PlannedChange
 from fleetd.daemon.reload.messages import Edit, Reading
 from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.resolved import Assembly
@@ -104,9 +104,9 @@ def affected(old: Assembly, new: Assembly) -> list[str]:
     return [*added, *sorted(restarting(old, new))]
 
 
-def _change(edit: Edit, moves: _Moves) -> Change:
+def _change(edit: Edit, moves: _Moves) -> PlannedChange:
     keys = list(edit.keys)
-    change: Change = {"kind": edit.kind, "name": edit.name, "change": edit.action, "effect": "hot", "keys": keys}
+    change: PlannedChange = {"kind": edit.kind, "name": edit.name, "change": edit.action, "effect": "hot", "keys": keys}
     if edit.action != "change":
         change["effect"] = "start" if edit.action == "add" else "stop"
         return change

@@ -16,19 +16,19 @@ from typing import Any, cast
 from fleetd.control.port import ActOptions, ApplyOptions, Names
 from fleetd.control.server import ControlServer
 from fleetd.control.wire import (
+    ActionResult,
     Applied,
-    Change,
     DeviceStatus,
     FleetEvent,
+    FleetStatus,
     KeyChange,
     LogLine,
     ModelDetail,
     ModelStatus,
-    Outcome,
     Plan,
+    PlannedChange,
     ProcessDetail,
     ProcessStatus,
-    Status,
     rfc3339,
 )
 from fleetd.errors import ApiError, CapacityError, ConfigError, EngineError, HostError, Problem
@@ -104,7 +104,7 @@ class FakePort:
         self.closed_streams = 0
         self.calls: list[str] = []
 
-    async def status(self) -> Status:
+    async def status(self) -> FleetStatus:
         if self.raising is not None:
             raise self.raising
         return {
@@ -176,11 +176,11 @@ class FakePort:
             raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
         return {"model": found, "events": [self._event(1, name)], "source": "fleet.yaml:9"}
 
-    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[Outcome]:
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
         self.acted.append((verb, tuple(names), options))
         if not options.wait:
             return [{"name": n, "result": "accepted", "state": None, "reason": None} for n in names]
-        outcomes: list[Outcome] = []
+        outcomes: list[ActionResult] = []
         for name in names:
             if name == "slow":
                 await asyncio.sleep(options.timeout_s)
@@ -259,7 +259,7 @@ class FakePort:
         if "same" in content:
             return {"file": path, "config_hash": "abc123", "changes": [], "unchanged": 5}
         key: KeyChange = {"path": "services.web.env.A", "before": "1", "after": "2", "effect": "restart"}
-        changes: list[Change] = [
+        changes: list[PlannedChange] = [
             {"kind": "service", "name": "new", "change": "add", "effect": "start", "keys": []},
             {"kind": "service", "name": "web", "change": "change", "effect": "restart", "keys": [key]},
             {"kind": "instance", "name": "old", "change": "remove", "effect": "stop", "keys": []},
@@ -271,7 +271,7 @@ class FakePort:
         if path and path.endswith("locked.yaml"):
             raise ApiError(409, "locked", "Locked by pid 42 since 10:00.")
         self.applied.append((path, options))
-        results: list[Outcome] = [
+        results: list[ActionResult] = [
             {"name": c["name"], "result": "ok", "state": "READY", "reason": None} for c in plan["changes"]
         ]
         return {"plan": plan, "results": [] if options.dry_run else results}

@@ -18,7 +18,7 @@ import click
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT
 from fleetd.cli.context import Duration, Session, forms, names_argument, say
 from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, duration, table
-from fleetd.control.wire import MODEL_VERBS, OutcomeCode
+from fleetd.control.wire import MODEL_VERBS, ResultCode
 
 PATIENCE_S = 1.5
 _COLOURS = {"ok": GREEN, "accepted": GREEN, "failed": RED, "timeout": YELLOW}
@@ -64,11 +64,11 @@ def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
     """Return 1 when any failed, else 6 when any timed out, else 0; what went wrong is also said on stderr."""
     found = {str(row.get("result")) for row in results}
     for row in results:
-        if row.get("result") == OutcomeCode.FAILED:
+        if row.get("result") == ResultCode.FAILED:
             say(f"fleetctl: {clean(row.get('name'))}: {clean(row.get('reason') or 'failed')}")
-    if OutcomeCode.FAILED in found or found - set(OutcomeCode):
+    if ResultCode.FAILED in found or found - set(ResultCode):
         return EXIT_FAILED
-    return EXIT_TIMEOUT if OutcomeCode.TIMEOUT in found else EXIT_OK
+    return EXIT_TIMEOUT if ResultCode.TIMEOUT in found else EXIT_OK
 
 
 def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s: float, **extra: Any) -> int:

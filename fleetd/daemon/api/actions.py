@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
-from fleetd.control.wire import PROCESS_VERBS, Outcome, OutcomeCode
+from fleetd.control.wire import PROCESS_VERBS, ActionResult, ResultCode
 from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.state import RUNNING, ProcessState, Residency
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KEPT_WITHIN_S = 2.0
 _REMEMBERED = frozenset({"start", "stop"})
 _S = ProcessState
-Judgement = tuple[OutcomeCode, str]
+Judgement = tuple[ResultCode, str]
 
 _EVENTS: Mapping[str, Callable[[str], e.Event]] = {
     "start": e.StartAsked,
@@ -66,14 +66,14 @@ class Verbs:
         self._machine = machine
         self._port = port
 
-    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[Outcome]:
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[ActionResult]:
         """Do one verb to each name; the outcomes come in the order of `names`."""
         if verb == "signal":
             return [await self._signal(name, options.signal or "") for name in names]
         ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
         looks = {name: self._post(verb, name) for name in ordered}
         lost = await self._keep()
-        judged: dict[str, tuple[OutcomeCode, str | None]] = dict.fromkeys(names, (OutcomeCode.ACCEPTED, None))
+        judged: dict[str, tuple[ResultCode, str | None]] = dict.fromkeys(names, (ResultCode.ACCEPTED, None))
         if options.wait:
             found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
             judged = dict(zip(ordered, found, strict=True))
@@ -92,7 +92,9 @@ class Verbs:
             why = f"the disk did not take it within {KEPT_WITHIN_S:g} s"
         return f"this does not outlive fleetd: {why}" if why else None
 
-    async def settled(self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions) -> list[Outcome]:
+    async def settled(
+        self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions
+    ) -> list[ActionResult]:
         """Wait until each process runs a newer generation than given and is where it should be."""
 
         def look_at(name: str) -> Callable[[], Judgement | None]:
@@ -103,13 +105,13 @@ class Verbs:
         return [self._outcome(name, *self._by_now(name, look_at(name), *one)) for name, one in judged]
 
     def _by_now(
-        self, name: str, look: Callable[[], Judgement | None], code: OutcomeCode, reason: str | None
-    ) -> tuple[OutcomeCode, str | None]:
+        self, name: str, look: Callable[[], Judgement | None], code: ResultCode, reason: str | None
+    ) -> tuple[ResultCode, str | None]:
         """Judge once more when all others were waited for too: the state that stands beside it is the state of then."""
         found, process = look(), self._queries.process(name)
-        if found is not None or code is not OutcomeCode.OK or process is None:
+        if found is not None or code is not ResultCode.OK or process is None:
             return found or (code, reason)
-        return OutcomeCode.FAILED, f"it was {reason}, and is {process.state} by now: {process.reason}"
+        return ResultCode.FAILED, f"it was {reason}, and is {process.state} by now: {process.reason}"
 
     def _post(self, verb: str, name: str) -> Callable[[], Judgement | None]:
         """Tell the fleet, and return how to see that it is done."""
@@ -126,13 +128,13 @@ class Verbs:
             return lambda: self._drained(name)
         if verb == "unload":
             return lambda: self._unloaded(name)
-        return lambda: (OutcomeCode.OK, "")
+        return lambda: (ResultCode.OK, "")
 
-    async def _await(self, look: Callable[[], Judgement | None], timeout_s: float) -> tuple[OutcomeCode, str | None]:
+    async def _await(self, look: Callable[[], Judgement | None], timeout_s: float) -> tuple[ResultCode, str | None]:
         found = await self._changes.wait_for(look, timeout_s)
-        return found if found is not None else (OutcomeCode.TIMEOUT, None)
+        return found if found is not None else (ResultCode.TIMEOUT, None)
 
-    def _outcome(self, name: str, code: OutcomeCode, reason: str | None) -> Outcome:
+    def _outcome(self, name: str, code: ResultCode, reason: str | None) -> ActionResult:
         process, model = self._queries.process(name), self._queries.model(name)
         state = (
             str(model.state)
@@ -150,32 +152,32 @@ class Verbs:
     def _started(self, name: str, since: int | None) -> Judgement | None:
         process = self._queries.process(name)
         if process is None:
-            return OutcomeCode.FAILED, "it is no longer in the fleet"
+            return ResultCode.FAILED, "it is no longer in the fleet"
         fresh = since is None or process.generation > since
         if process.state is _S.READY and fresh and process.restart_wanted is None:
-            return OutcomeCode.OK, "ready"
+            return ResultCode.OK, "ready"
         if process.state is _S.EXITED and fresh:
-            return OutcomeCode.OK, process.reason
+            return ResultCode.OK, process.reason
         if process.state is _S.FAILED or (process.state is _S.BLOCKED and not self._queries.can_start(process)):
-            return OutcomeCode.FAILED, process.reason
+            return ResultCode.FAILED, process.reason
         if process.state is _S.STOPPED and not self._queries.is_wanted(process):
             if process.spec.on_demand and not process.stopped:
-                return OutcomeCode.OK, "it starts when its model is wanted"
-            return OutcomeCode.FAILED, process.reason
+                return ResultCode.OK, "it starts when its model is wanted"
+            return ResultCode.FAILED, process.reason
         return None
 
     def _stopped(self, name: str) -> Judgement | None:
         process = self._queries.process(name)
         if process is None or process.state not in RUNNING:
             if process is not None and process.state is _S.FAILED and "cannot be killed" in process.reason:
-                return OutcomeCode.FAILED, process.reason
-            return OutcomeCode.OK, "stopped"
+                return ResultCode.FAILED, process.reason
+            return ResultCode.OK, "stopped"
         return None
 
     def _drained(self, name: str) -> Judgement | None:
         process = self._queries.process(name)
         if process is None or not self._queries.in_flight(name):
-            return OutcomeCode.OK, "nothing is in flight"
+            return ResultCode.OK, "nothing is in flight"
         return None
 
     def _ask_load(self, name: str) -> Callable[[], Judgement | None]:
@@ -194,26 +196,26 @@ class Verbs:
             model = self._queries.model(name)
             found: Judgement | None = None
             if model is None:
-                found = OutcomeCode.FAILED, "it is no longer in the fleet"
+                found = ResultCode.FAILED, "it is no longer in the fleet"
             elif refused:
-                found = OutcomeCode.FAILED, refused[0]
+                found = ResultCode.FAILED, refused[0]
             elif model.state is Residency.LOADED:
                 woken = "woken" if model.wakes > wakes else "it was loaded already"
-                found = OutcomeCode.OK, "loaded" if model.loads > loads else woken
+                found = ResultCode.OK, "loaded" if model.loads > loads else woken
             elif not model.placements and not model.waiting:
-                found = OutcomeCode.FAILED, model.failure or self._left_again(name)
+                found = ResultCode.FAILED, model.failure or self._left_again(name)
             if found is not None:
                 self._port.forget_wish(request_id)
             return found
 
         return look
 
-    def _still_loaded(self, name: str, code: OutcomeCode, reason: str | None) -> tuple[OutcomeCode, str | None]:
+    def _still_loaded(self, name: str, code: ResultCode, reason: str | None) -> tuple[ResultCode, str | None]:
         """Return the same, or a failure where the model left again while others were waited for."""
         model = self._queries.model(name)
-        if code is not OutcomeCode.OK or (model is not None and model.state is Residency.LOADED):
+        if code is not ResultCode.OK or (model is not None and model.state is Residency.LOADED):
             return code, reason
-        return OutcomeCode.FAILED, self._left_again(name)
+        return ResultCode.FAILED, self._left_again(name)
 
     def _left_again(self, name: str) -> str:
         start = f"{name}: leaving "
@@ -224,20 +226,20 @@ class Verbs:
 
     def _unloaded(self, name: str) -> Judgement | None:
         model = self._queries.model(name)
-        return (OutcomeCode.OK, "not in memory") if model is None or not model.placements else None
+        return (ResultCode.OK, "not in memory") if model is None or not model.placements else None
 
     # -- the rest ---------------------------------------------------------------------------------------------------------
 
-    async def _signal(self, name: str, signal: str) -> Outcome:
+    async def _signal(self, name: str, signal: str) -> ActionResult:
         run = self._processes.runs.get(name)
         if run is None or run.handle is None or run.dead:
-            return self._outcome(name, OutcomeCode.FAILED, "it is not running")
+            return self._outcome(name, ResultCode.FAILED, "it is not running")
         try:
             sent = await self._machine.signal(run.handle, signal)
         except HostError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
         return self._outcome(
-            name, OutcomeCode.OK if sent else OutcomeCode.FAILED, f"{signal} sent" if sent else "it is gone"
+            name, ResultCode.OK if sent else ResultCode.FAILED, f"{signal} sent" if sent else "it is gone"
         )
 
     def _ordered(self, names: Sequence[str], *, stopping: bool) -> list[str]:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fleetd.control.port import ActOptions, ApplyOptions, Names
 from fleetd.control.wire import (
+    ActionResult,
     Applied,
     DeviceStatus,
     FleetEvent,
+    FleetStatus,
     LogLine,
     ModelDetail,
-    Outcome,
     Plan,
     ProcessDetail,
-    Status,
     rfc3339,
 )
 from fleetd.core.data.specs import ProbeKind
@@ -87,7 +87,7 @@ class DaemonControlPort:
 
     # -- looking --------------------------------------------------------------------------------------------------------
 
-    async def status(self) -> Status:
+    async def status(self) -> FleetStatus:
         return await self._view.status()
 
     def devices(self) -> Sequence[DeviceStatus]:
@@ -201,7 +201,7 @@ class DaemonControlPort:
 
     # -- changing -------------------------------------------------------------------------------------------------------
 
-    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[Outcome]:
+    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
         return await self._verbs.act(verb, names, options)
 
     async def plan(self, path: str | None, text: str | None) -> Plan:

@@ -19,7 +19,7 @@ from fleetd.daemon.effects.model_builds import Note, Preparation
 from fleetd.daemon.effects.model_stores import Store
 from fleetd.daemon.sources.prerequisites import Requirements
 from fleetd.errors import ApiError, EngineError, FleetError
-from fleetd.models.ollama.sync import Change, Library, Step
+from fleetd.models.ollama.sync import Library, Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -164,9 +164,9 @@ class Libraries:
         for step in steps:
             if step.recipe is None or (names and step.name not in names):
                 continue
-            if step.change in (Change.NONE, Change.FOREIGN):
+            if step.change in (StoreChange.NONE, StoreChange.FOREIGN):
                 count["unchanged"] += 1
-            elif step.change is Change.MISSING:
+            elif step.change is StoreChange.MISSING:
                 count["failed"] += 1
                 blocked = self._requirements.missing_models.get(step.name)
                 sync.add(what="failed", name=step.name, store=store.key, detail=", ".join(blocked or (step.reason,)))
@@ -207,7 +207,7 @@ class Libraries:
             except FleetError as error:
                 found.append({"store": store.key, "name": None, "result": "failed", "reason": str(error)})
                 continue
-            doomed = [step for step in steps if step.change is Change.DELETE]
+            doomed = [step for step in steps if step.change is StoreChange.DELETE]
             found += [await self._delete(store, plan, step, dry_run) for step in doomed]
         return {"results": found} if not dry_run else {"doomed": found}
 
@@ -250,7 +250,7 @@ class Libraries:
 
 
 def _shown(step: Step, blocked: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    change = "blocked" if step.change is Change.MISSING and step.name in blocked else str(step.change)
+    change = "blocked" if step.change is StoreChange.MISSING and step.name in blocked else str(step.change)
     reason = ", ".join(blocked[step.name]) if change == "blocked" else step.reason
     return {"name": step.name, "served_as": step.served_as, "change": change, "reason": reason}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetd.control.wire import Status
+    from fleetd.control.wire import FleetStatus
     from fleetd.gateway.listener import GatewayStats
 
 _PROCESS_STATES = (
@@ -52,7 +52,7 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def render(status: Status, gateway: GatewayStats) -> bytes:
+def render(status: FleetStatus, gateway: GatewayStats) -> bytes:
     """Return the page."""
     page = Page()
     daemon = status["daemon"]
@@ -80,7 +80,7 @@ def render(status: Status, gateway: GatewayStats) -> bytes:
     return page.bytes()
 
 
-def _devices(page: Page, status: Status) -> None:
+def _devices(page: Page, status: FleetStatus) -> None:
     rows = status["devices"]
     for key, what in (
         ("total_bytes", "Memory of the device."),
@@ -105,7 +105,7 @@ def _devices(page: Page, status: Status) -> None:
     )
 
 
-def _processes(page: Page, status: Status) -> None:
+def _processes(page: Page, status: FleetStatus) -> None:
     rows = status["processes"]
     page.metric(
         "fleetd_process_state",
@@ -137,7 +137,7 @@ def _processes(page: Page, status: Status) -> None:
     )
 
 
-def _models(page: Page, status: Status) -> None:
+def _models(page: Page, status: FleetStatus) -> None:
     rows = [row for row in status["models"] if row["state"] != "ROUTE"]
     page.metric(
         "fleetd_model_state",

@@ -19,11 +19,11 @@ from fleetd import __version__
 from fleetd.control.wire import (
     DaemonStatus,
     DeviceStatus,
+    FleetStatus,
     HostStatus,
     LastExit,
     ModelStatus,
     ProcessStatus,
-    Status,
     rfc3339,
 )
 from fleetd.core.data.state import RUNNING, Model, Process, ProcessState, Residency
@@ -78,7 +78,7 @@ class StatusView:
         self._sampling = sampling
         self.facts = facts
 
-    async def status(self) -> Status:
+    async def status(self) -> FleetStatus:
         """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
         now = time.monotonic()
         self._sampling.asked()

@@ -25,7 +25,7 @@ from fleetd.daemon.effects.model_stores import Store, stores_of
 from fleetd.daemon.sources.prerequisites import Requirements
 from fleetd.engines.base import HeldModel
 from fleetd.errors import EngineError, FleetError
-from fleetd.models.ollama.sync import Change, Step
+from fleetd.models.ollama.sync import Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 TELL_S = 1.0
 _PASS_AGE_S = 10.0
-_DONE = {Change.NONE: "unchanged", Change.FOREIGN: "foreign", Change.CREATE: "made", Change.UPDATE: "made"}
+_DONE = {
+    StoreChange.NONE: "unchanged",
+    StoreChange.FOREIGN: "foreign",
+    StoreChange.CREATE: "made",
+    StoreChange.UPDATE: "made",
+}
 Told = Callable[[str, str, str], None]  # model, what happened, sentence
 
 
@@ -175,9 +180,9 @@ class Preparation:
         name = step.name
         if step.recipe is None or name not in store.models:
             return
-        if step.change in (Change.NONE, Change.FOREIGN):
+        if step.change in (StoreChange.NONE, StoreChange.FOREIGN):
             await self._right(store, step)
-        elif step.change is Change.MISSING:
+        elif step.change is StoreChange.MISSING:
             blocked = name in self._requirements.missing_models
             self.notes[name] = Note("blocked" if blocked else "missing", step.reason)
         else:
@@ -191,7 +196,7 @@ class Preparation:
         """Make one model, taking it out of memory first where it is loaded; its failure is a note."""
         name = step.name
         held = store.models[name][1]
-        was_loaded = step.change is Change.UPDATE and self._in_memory(name)
+        was_loaded = step.change is StoreChange.UPDATE and self._in_memory(name)
         try:
             if was_loaded:
                 await self._doing.unload(name)
@@ -220,7 +225,7 @@ class Preparation:
         known = self.notes.get(step.name)
         if known is None or known.state != "made":
             self.notes[step.name] = Note(_DONE[step.change], step.reason)
-        if step.change is not Change.FOREIGN:
+        if step.change is not StoreChange.FOREIGN:
             mark = (held, await asyncio.to_thread(_stamp, held))
             self._verified |= {(plan.name, step.name): mark for plan in store.plans}
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fleetd.control.port import ActOptions, ApplyOptions
-from fleetd.control.wire import Applied, Outcome, Plan
+from fleetd.control.wire import ActionResult, Applied, Plan
 from fleetd.core.data.events import SpecChanged
 from fleetd.daemon.own_memory import give_back
 from fleetd.daemon.reload.messages import Reading
@@ -123,7 +123,9 @@ class Operations:
         daemon.log.info("applied", config=str(daemon.configuration.path), config_hash=new.config_hash)
         self._applied(new)
 
-    async def _outcomes(self, names: list[str], generations: dict[str, int], options: ApplyOptions) -> list[Outcome]:
+    async def _outcomes(
+        self, names: list[str], generations: dict[str, int], options: ApplyOptions
+    ) -> list[ActionResult]:
         if not options.wait:
             return [{"name": name, "result": "accepted", "state": None, "reason": None} for name in names]
         return await self._daemon.verbs.settled(names, generations, ActOptions(timeout_s=options.timeout_s))

@@ -179,7 +179,7 @@ class LlamaCpp:
         try:
             sizes = memory_estimate.estimate_gguf(
                 [Path(path) for path in gguf.shards(absolute(context, options.model))],
-                memory_estimate.Serving(
+                memory_estimate.GgufServing(
                     context_length=options.context_length,
                     slots=options.parallel,
                     cache_type_k=options.cache_type_k,

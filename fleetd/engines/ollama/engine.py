@@ -49,16 +49,16 @@ from fleetd.engines.ollama.models import (
 from fleetd.engines.ollama.options import OllamaOptions
 from fleetd.engines.visible import visible_devices
 from fleetd.errors import EngineError
-from fleetd.models.memory_estimate import PROCESS_BYTES, Serving
+from fleetd.models.memory_estimate import PROCESS_BYTES, GgufServing
 from fleetd.models.ollama import store
-from fleetd.models.ollama.sync import Change, Library
+from fleetd.models.ollama.sync import Library, StoreChange
 from fleetd.units import expand_home
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
     from fleetd.models.ollama.api import Progress
-    from fleetd.models.ollama.modelfile import Recipe
+    from fleetd.models.ollama.modelfile import ModelRecipe
 
 
 DEFAULT_LOADED_MODELS = 8
@@ -158,7 +158,7 @@ class Ollama:
         """Return the store of a server, to compare with what fleet.yaml wants."""
         return library(http, endpoint, _store(context), state_dir)
 
-    def recipe(self, context: LaunchContext, model: HeldModel) -> Recipe:
+    def recipe(self, context: LaunchContext, model: HeldModel) -> ModelRecipe:
         """Return how a held model is made. Raises EngineError."""
         return recipe_of(model, context.config_dir)
 
@@ -191,7 +191,7 @@ class Ollama:
         step = await prepare(
             http, endpoint, context, model, models_dir=_store(context), state_dir=state_dir, progress=progress
         )
-        if step is None or step.change in (Change.NONE, Change.FOREIGN):
+        if step is None or step.change in (StoreChange.NONE, StoreChange.FOREIGN):
             return None
         return f"{model.served_as}: {step.change}d, {step.reason}"
 
@@ -350,9 +350,9 @@ def _rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
     return rendered
 
 
-def _serving(context: LaunchContext, options: OllamaOptions) -> Serving:
+def _serving(context: LaunchContext, options: OllamaOptions) -> GgufServing:
     kind = options.kv_cache_type or "f16"
-    return Serving(
+    return GgufServing(
         context_length=options.context_length,
         slots=options.num_parallel,
         cache_type_k=kind,

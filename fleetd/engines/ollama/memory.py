@@ -27,7 +27,7 @@ _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S
 
 
 def estimate_held(
-    context: LaunchContext, model: HeldModel, models_dir: Path, serving: memory_estimate.Serving
+    context: LaunchContext, model: HeldModel, models_dir: Path, serving: memory_estimate.GgufServing
 ) -> Footprint | None:
     """Return the bytes of one held model; `serving.context_length` is the server's default, which the model may override.
 
@@ -45,7 +45,7 @@ def estimate_held(
         limit = trained if trained and trained > 0 else length
         slots = 1 if _embeds(header) or model.embedding else serving.slots
         layers = model.options.get("num_gpu", serving.gpu_layers)
-        own = memory_estimate.Serving(
+        own = memory_estimate.GgufServing(
             context_length=min(length, limit),
             slots=slots,
             cache_type_k=serving.cache_type_k,

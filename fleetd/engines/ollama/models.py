@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
     from fleetd.models.ollama.api import Progress
-    from fleetd.models.ollama.modelfile import Recipe
+    from fleetd.models.ollama.modelfile import ModelRecipe
     from fleetd.models.ollama.sync import Library, Step
 
 # options of a request that make Ollama start a new runner when they differ from the loaded one's
@@ -137,7 +137,7 @@ def library(http: ClientSession, endpoint: Endpoint, models_dir: Path, state_dir
     return Library(http, endpoint.base_url, state_dir, shared_store(endpoint, models_dir), endpoint.api_key)
 
 
-def recipe_of(model: HeldModel, config_dir: Path) -> Recipe:
+def recipe_of(model: HeldModel, config_dir: Path) -> ModelRecipe:
     """Return how the model is made. Raises EngineError with everything that is wrong with its entry."""
     try:
         return recipe(

@@ -39,8 +39,10 @@ from fleetd.engines.vllm import sleep as vllm_sleep
 from fleetd.engines.vllm.log import learned_kv_bytes, phase, verdict
 from fleetd.engines.vllm.options import VllmOptions, arguments, extra_problems, local, local_files
 from fleetd.errors import EngineError
+from fleetd.models import vllm_memory
 from fleetd.models.formats import safetensors
-from fleetd.models.formats.safetensors import ModelFolder, Serving
+from fleetd.models.formats.safetensors import ModelFolder
+from fleetd.models.vllm_memory import VllmServing
 from fleetd.units import expand_home, show_size
 
 if TYPE_CHECKING:
@@ -348,7 +350,7 @@ def _option_problems(context: LaunchContext, options: VllmOptions) -> list[Optio
         )
         found.append(OptionProblem(("kv_cache_memory",), message, warning=True))
     stated = _folder(context, options) if options.kv_cache_memory is not None else None
-    least = safetensors.minimum_kv_bytes(*stated) if stated is not None else 0
+    least = vllm_memory.minimum_kv_bytes(*stated) if stated is not None else 0
     if options.kv_cache_memory is not None and options.kv_cache_memory < least:
         message = (
             f"{show_size(least)} are needed for one request of the longest length: raise it, or lower max_model_len"
@@ -360,7 +362,7 @@ def _option_problems(context: LaunchContext, options: VllmOptions) -> list[Optio
     return found
 
 
-def _folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFolder, Serving] | None:
+def _folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFolder, VllmServing] | None:
     """Return the model's shape and how it will be served; None where its files are not here, or not to be read."""
     _, path = _model(context, options)
     if path is None:
@@ -371,7 +373,7 @@ def _folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFolder, 
         return None
     space = options.cpu_kvcache_space
     length = options.max_model_len
-    serving = Serving(
+    serving = VllmServing(
         max_model_len=length if isinstance(length, int) and length > 0 else None,
         max_num_seqs=options.max_num_seqs or DEFAULT_SEQUENCES,
         max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS,
@@ -391,14 +393,14 @@ def _needed(context: LaunchContext, options: VllmOptions) -> int | None:
     if options.kv_cache_memory is None and options.cpu_kvcache_space is None:
         return None
     found = _folder(context, options)
-    return safetensors.estimate(*found).total_bytes if found is not None else None
+    return vllm_memory.estimate(*found).total_bytes if found is not None else None
 
 
 def _weights(context: LaunchContext, options: VllmOptions, held: int) -> int:
     """Return the bytes of all its weights; where its files are not here, the most that they can be."""
     found = _folder(context, options)
     if found is not None:
-        return safetensors.estimate(*found).weight_bytes * _world(options)
+        return vllm_memory.estimate(*found).weight_bytes * _world(options)
     return max(0, held - (options.kv_cache_memory or 0))
 
 

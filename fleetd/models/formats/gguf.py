@@ -1,18 +1,15 @@
-"""Headers of GGUF files: what a model is and how large, without loading it.
+"""Read headers of GGUF files: what a model is and how large, without loading it.
 
-The rules of this file
-- Every byte is untrusted. Counts, lengths and offsets are checked against the file before they are believed; nothing is
-  allocated by a number that a file states. All that is wrong ends in one `GgufError` sentence.
-- Bounded: long arrays are walked and skipped, never built; 150,000 tokens take some 50 ms and no memory.
-- Read, not mapped: a drive that is pulled out gives an error here, where a mapping would kill the daemon with SIGBUS.
-- A path may be a folder, a FIFO or a device: those are refused without waiting on them.
+Invariants:
+- Every byte is untrusted. Counts, lengths and offsets are checked against the file before they are used; nothing is
+  allocated by a number that a file states. Every error is one `GgufError` sentence.
+- Bounded: long arrays are skipped, never built; 150,000 tokens take some 50 ms and no memory.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fleetd.errors import EngineError
+from fleetd.models.formats.regular_file import opened
 
 MAX_KEYS = 10_000
 MAX_TENSORS = 200_000
@@ -42,7 +40,7 @@ BLOCKS: dict[int, tuple[int, int]] = {
     41: (128, 18),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-# value type -> struct code, for the types of a fixed size
+# value type -> struct code, for types of a fixed size
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _SCALAR_BYTES = {kind: struct.calcsize("<" + code) for kind, code in _SCALARS.items()}
 _U64 = struct.Struct("<Q")
@@ -53,14 +51,14 @@ Value = Scalar | tuple[Scalar, ...]
 
 
 class GgufError(EngineError):
-    """A file that is not a GGUF model that we can read. Trying again helps only where the file changes."""
+    """A file is not a readable GGUF model. Retry only after the file has changed."""
 
     recoverable = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One row of the tensor table. `size_bytes` is exact for known types, else the room up to the next tensor."""
+    """One row of the tensor table. `size_bytes` is exact for known types, else the distance to the next tensor."""
 
     name: str
     dims: tuple[int, ...]
@@ -92,13 +90,13 @@ class Header:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """Return the whole numbers of `{architecture}.key`, one for a scalar; empty when absent."""
+        """Return the whole numbers of `{architecture}.key`, one for a scalar; empty if missing."""
         value = self.keys.get(f"{self.architecture}.{key}", ())
         values = value if isinstance(value, tuple) else (value,)
-        return tuple(int(item) for item in values if isinstance(item, int | float) and _sane(item))
+        return tuple(int(item) for item in values if isinstance(item, int | float) and _is_exact(item))
 
     def number(self, key: str) -> int | None:
-        """Return the whole number of `{architecture}.key`; None when it is absent or differs by layer."""
+        """Return the whole number of `{architecture}.key`; None if it is missing or differs by layer."""
         values = self.numbers(key)
         return values[0] if len(values) == 1 else None
 
@@ -107,12 +105,15 @@ class Header:
         return self.lengths.get("tokenizer.ggml.tokens", 0) or self.number("vocab_size") or 0
 
 
-def _sane(item: float) -> bool:
+def _is_exact(item: float) -> bool:
     return item == item and abs(item) < 2**53
 
 
 def shards(path: Path) -> tuple[str, ...]:
-    """Return every file of a model by its name alone: `x-00001-of-00003.gguf` stands for three, any other name for itself."""
+    """Return every file of a model, by its name alone.
+
+    `x-00001-of-00003.gguf` means three files, any other name itself.
+    """
     match = _SHARD.match(path.name)
     count = int(match["count"]) if match else 0
     if match is None or not 1 <= count <= MAX_SHARDS:
@@ -122,59 +123,43 @@ def shards(path: Path) -> tuple[str, ...]:
     )
 
 
-# The last headers, since one file is asked for several times while a fleet is checked: path → what stat said, header.
+# Recent headers, since one file is read several times while a fleet is checked: path → stat fields, header.
 _KNOWN: dict[str, tuple[tuple[int, int, int, int], Header]] = {}
 KNOWN_MAX = 32
 
 
 def read(path: Path) -> Header:
-    """Return the header of one file, read anew only when the file changed. Raises GgufError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise GgufError(f"{path}: {error.strerror}", recoverable=True) from None
-    except ValueError as error:
-        raise GgufError(f"{str(path)!r} is not a path: {error}") from None
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise GgufError(f"{path} is {_kind(status.st_mode)}, not a GGUF file")
+    """Return the header of one file; it is read again only after the file has changed. Raises GgufError."""
+    with opened(path, GgufError) as (handle, status):
         mark = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         known = _KNOWN.get(str(path))
         if known is None or known[0] != mark:
             if len(_KNOWN) >= KNOWN_MAX:
                 del _KNOWN[next(iter(_KNOWN))]
-            known = _KNOWN[str(path)] = (mark, _Reader(handle, str(path), status.st_size).header())
+            known = _KNOWN[str(path)] = (mark, _HeaderReader(handle, str(path), status.st_size).header())
         return known[1]
-    except OSError as error:
-        raise GgufError(f"{path}: {error.strerror}", recoverable=True) from None
-    finally:
-        os.close(handle)
 
 
 def read_all(paths: Sequence[Path]) -> tuple[Header, ...]:
-    """Return the headers of all parts of a model, the first one first. Raises GgufError, also for parts that do not belong."""
+    """Return the headers of all parts of a model, in order. Raises GgufError, also for parts of another model."""
     headers = tuple(read(path) for path in paths)
     for number, header in enumerate(headers):
-        said = header.keys.get("split.no", number)
-        if len(headers) > 1 and said != number:
-            raise GgufError(f"{header.path} says that it is part {said} of its model (from 0), its name says {number}")
+        stated = header.keys.get("split.no", number)
+        if len(headers) > 1 and stated != number:
+            raise GgufError(
+                f"{header.path} states that it is part {stated} of its model (from 0), its name says {number}"
+            )
     return headers
 
 
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
-
-
-class _Reader:
-    """A cursor over a file: a window of bytes that moves forward, and jumps over what nobody needs."""
+class _HeaderReader:
+    """A cursor over a file: a window of bytes that moves forward and skips data that is not needed."""
 
     def __init__(self, handle: int, path: str, size: int) -> None:
         self.handle, self.path, self.size = handle, path, size
         self.start = 0  # file offset of the window
         self.window = b""
-        self.at = 0  # position in the window; may lie beyond its end after a jump
+        self.at = 0  # position in the window; may be beyond its end after a jump
         self.strings_left, self.text_left, self.items_left = MAX_STRINGS, MAX_TEXT_BYTES, MAX_ITEMS
 
     def wrong(self, what: str) -> GgufError:
@@ -185,7 +170,7 @@ class _Reader:
         return self.start + self.at
 
     def need(self, count: int) -> None:
-        """Have `count` bytes in the window from `at` on."""
+        """Fill the window with at least `count` bytes from `at` on."""
         if self.at + count <= len(self.window):
             return
         offset = self.offset
@@ -211,7 +196,7 @@ class _Reader:
         """Return a string of at most `limit` bytes."""
         length = self.number("Q", 8)
         if length > limit or length > self.text_left:
-            raise self.wrong(f"it holds a name of {length} bytes")
+            raise self.wrong(f"it has a name of {length} bytes")
         self.text_left -= length
         self.need(length)
         raw = self.window[self.at : self.at + length]
@@ -286,12 +271,12 @@ class _Reader:
                 keys[key] = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.window, self.at)
             self.jump(size)
         elif kind == _ARRAY:
-            raise self.wrong(f"the key {key[:80]!r} holds arrays in an array")
+            raise self.wrong(f"the key {key[:80]!r} is an array of arrays")
         else:
-            raise self.wrong(f"the key {key[:80]!r} holds an array of the unknown type {kind}")
+            raise self.wrong(f"the key {key[:80]!r} is an array of the unknown type {kind}")
 
     def skip_strings(self, count: int) -> None:
-        """Walk over `count` strings: the one loop that runs once per token of a vocabulary."""
+        """Skip `count` strings: the one loop that runs once per token of a vocabulary."""
         if count > self.strings_left or count * 8 > self.size - self.offset:
             raise self.wrong(f"it states {count} texts where {max(0, self.size - self.offset)} bytes are left")
         self.strings_left -= count
@@ -304,7 +289,7 @@ class _Reader:
                 count -= 1
             self.at = at
             if self.offset > self.size:
-                raise self.wrong("it holds a text that ends after the file")
+                raise self.wrong("it has a text that ends after the file")
 
     def row(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.text(MAX_NAME_BYTES)
@@ -315,7 +300,7 @@ class _Reader:
         return name, dims, self.number("I", 4), self.number("Q", 8)
 
     def tensors(self, rows: list[tuple[str, tuple[int, ...], int, int]], data: int) -> tuple[Tensor, ...]:
-        if not rows:  # a vocabulary alone
+        if not rows:  # only a vocabulary
             return ()
         room = self.size - data
         if room < 0:

@@ -54,7 +54,7 @@ Mistake = tuple[tuple[str | int, ...], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ModelRecipe:
     """How one model of a store is made: from a file (`source`) or from another model of the store (`base`).
 
     `parameters` are in Ollama's own names and types, `stop` always a tuple. `quantize` is None or as Ollama spells it.
@@ -132,7 +132,7 @@ def recipe(
     quantize: str | None = None,
     modelfile: Mapping[str, Any] | None = None,
     config_dir: Path = Path(),
-) -> Recipe:
+) -> ModelRecipe:
     """Read one entry of fleet.yaml. Raises ValueError with every mistake, one per line.
 
     `source` is a file when it looks like a path (a slash at its front, `./`, `~`, or the ending .gguf), else a model's name.
@@ -146,7 +146,7 @@ def recipe(
     files = source is not None and looks_like_path(source)
     licence = known.get("license") or ()
     adapters = [*([known["adapter"]] if known.get("adapter") else []), *(known.get("adapters") or ())]
-    return Recipe(
+    return ModelRecipe(
         name=name,
         served_as=served_as,
         source=absolute(source, config_dir) if source is not None and files else None,

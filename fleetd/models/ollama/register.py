@@ -24,7 +24,7 @@ from typing import Any
 from fleetd.errors import EngineError
 from fleetd.models.formats import gguf
 from fleetd.models.ollama import store
-from fleetd.models.ollama.modelfile import Recipe
+from fleetd.models.ollama.modelfile import ModelRecipe
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
@@ -37,7 +37,7 @@ _FILE_TYPES: Mapping[Any, str] = {
 _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
-def register(models_dir: Path, recipe: Recipe, digest: str) -> None:
+def register(models_dir: Path, recipe: ModelRecipe, digest: str) -> None:
     """Write config, layers and manifest of a model whose weights are the blob `digest`. Raises EngineError."""
     blob = store.blob_path(models_dir, digest)
     try:
@@ -70,7 +70,7 @@ def named_blobs(models_dir: Path, served_as: str) -> frozenset[str]:
     return frozenset(digest.replace(":", "-").lower() for digest in digests if store.DIGEST.fullmatch(digest))
 
 
-def _bodies(recipe: Recipe) -> list[tuple[str, bytes]]:
+def _bodies(recipe: ModelRecipe) -> list[tuple[str, bytes]]:
     """The small layers, in the order in which Ollama writes them."""
     bodies = [("template", recipe.template), ("system", recipe.system), *(("license", text) for text in recipe.license)]
     found = [(kind, text.encode()) for kind, text in bodies if text]
@@ -94,7 +94,7 @@ def _layer(models_dir: Path, kind: str, body: bytes) -> dict[str, Any]:
     return {"mediaType": LAYER_TYPE + kind if kind else CONFIG_TYPE, "digest": digest, "size": len(body)}
 
 
-def _config(recipe: Recipe, header: gguf.Header, digests: list[str]) -> dict[str, Any]:
+def _config(recipe: ModelRecipe, header: gguf.Header, digests: list[str]) -> dict[str, Any]:
     family = header.architecture
     config: dict[str, Any] = {
         "model_format": "gguf",

@@ -27,7 +27,7 @@ from fleetd.errors import EngineError
 from fleetd.models.formats import fingerprint
 from fleetd.models.ollama import register, store
 from fleetd.models.ollama.api import OllamaApi, Progress, ignore_progress
-from fleetd.models.ollama.modelfile import Recipe, invisible
+from fleetd.models.ollama.modelfile import ModelRecipe, invisible
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -37,7 +37,7 @@ _RECORD = threading.Lock()  # one file for all stores, and each store's work is 
 COPIES_SINCE = (0, 30, 0)  # from here on, /api/create writes every GGUF anew; before, it takes the blob as it is
 
 
-class Change(StrEnum):
+class StoreChange(StrEnum):
     NONE = "none"
     CREATE = "create"
     UPDATE = "update"
@@ -52,9 +52,9 @@ class Step:
 
     name: str
     served_as: str
-    change: Change
+    change: StoreChange
     reason: str
-    recipe: Recipe | None = None
+    recipe: ModelRecipe | None = None
     content_hash: str = ""
 
 
@@ -80,7 +80,7 @@ class Library:
 
     # -- what differs ---------------------------------------------------------------------------------------------------
 
-    async def plan(self, recipes: Sequence[Recipe]) -> list[Step]:
+    async def plan(self, recipes: Sequence[ModelRecipe]) -> list[Step]:
         """Return one step per recipe, and one per model that fleetd made and nobody wants. Changes nothing."""
         present = {store.ModelName.parse(_tag_name(tag)).key for tag in await self.api.tags()}
         made = await asyncio.to_thread(self._made)
@@ -90,44 +90,44 @@ class Library:
             if key not in wanted:
                 served_as = str(entry.get("served_as", key))
                 reason = "fleetd made it, and fleet.yaml no longer names it"
-                steps.append(Step(str(entry.get("name", key)), served_as, Change.DELETE, reason))
+                steps.append(Step(str(entry.get("name", key)), served_as, StoreChange.DELETE, reason))
         return steps
 
-    async def _step(self, recipe: Recipe, present: set[str], made: Mapping[str, Mapping[str, Any]]) -> Step:
-        def step(change: Change, reason: str, content_hash: str = "") -> Step:
+    async def _step(self, recipe: ModelRecipe, present: set[str], made: Mapping[str, Mapping[str, Any]]) -> Step:
+        def step(change: StoreChange, reason: str, content_hash: str = "") -> Step:
             return Step(recipe.name, recipe.served_as, change, reason, recipe, content_hash)
 
         key = store.ModelName.parse(recipe.served_as).key
         if recipe.source is None and recipe.base is None:
             if key in present:
-                return step(Change.NONE, "in the store, as fleet.yaml expects")
+                return step(StoreChange.NONE, "in the store, as fleet.yaml expects")
             reason = (
                 f"{recipe.served_as} is not in the store, and models.{recipe.name}.from names no file to make it from"
             )
-            return step(Change.MISSING, reason)
+            return step(StoreChange.MISSING, reason)
         if key in present and key not in made and not await asyncio.to_thread(self._was_ours, recipe):
             lacks = f", without {', '.join(sorted(recipe.parameters))} of fleet.yaml" if recipe.parameters else ""
-            return step(Change.FOREIGN, f"in the store, not made by fleetd: used as it is{lacks}")
+            return step(StoreChange.FOREIGN, f"in the store, not made by fleetd: used as it is{lacks}")
         try:
             content_hash = recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe))
         except EngineError as error:
             if key in present and key in made and not made[key].get("link"):
-                return step(Change.NONE, "in the store whole; the file it was made from is absent")
-            return step(Change.MISSING, str(error))
+                return step(StoreChange.NONE, "in the store whole; the file it was made from is absent")
+            return step(StoreChange.MISSING, str(error))
         if key not in present:
-            return step(Change.CREATE, "not in the store", content_hash)
+            return step(StoreChange.CREATE, "not in the store", content_hash)
         if key not in made:
-            return step(Change.UPDATE, "fleetd made it, and its record is lost", content_hash)
+            return step(StoreChange.UPDATE, "fleetd made it, and its record is lost", content_hash)
         if made[key].get("hash") != content_hash:
-            return step(Change.UPDATE, "its file or its modelfile changed", content_hash)
+            return step(StoreChange.UPDATE, "its file or its modelfile changed", content_hash)
         link = made[key].get("link")
         if (
             self.models_dir is not None
             and link
             and not await asyncio.to_thread((self.models_dir / "blobs" / link).exists)
         ):
-            return step(Change.UPDATE, "its link leads nowhere", content_hash)
-        return step(Change.NONE, "unchanged", content_hash)
+            return step(StoreChange.UPDATE, "its link leads nowhere", content_hash)
+        return step(StoreChange.NONE, "unchanged", content_hash)
 
     # -- doing it -------------------------------------------------------------------------------------------------------
 
@@ -135,23 +135,23 @@ class Library:
         self, step: Step, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
     ) -> None:
         """Carry out one step. Raises EngineError; a model whose file is absent can be tried again later."""
-        if step.change is Change.DELETE:
+        if step.change is StoreChange.DELETE:
             await self.delete(step.served_as)
-        elif step.change is Change.MISSING:
+        elif step.change is StoreChange.MISSING:
             has_source = step.recipe is not None and step.recipe.source is not None
             raise EngineError(step.reason, recoverable=has_source, hint="is the drive mounted?" if has_source else None)
-        elif step.change in (Change.CREATE, Change.UPDATE) and step.recipe is not None:
+        elif step.change in (StoreChange.CREATE, StoreChange.UPDATE) and step.recipe is not None:
             await self._make(step.recipe, step.content_hash, progress, timeout_s)
 
     async def ensure(
-        self, recipe: Recipe, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
+        self, recipe: ModelRecipe, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
     ) -> Step:
         """Make one model as wanted, if anything changed; return what was done. Raises EngineError."""
         step = next(step for step in await self.plan([recipe]) if step.recipe is recipe)
         await self.apply(step, progress, timeout_s)
         return step
 
-    async def replace(self, recipe: Recipe, progress: Progress = ignore_progress) -> None:
+    async def replace(self, recipe: ModelRecipe, progress: Progress = ignore_progress) -> None:
         """Make a model although one of this name is there that fleetd did not make: on a person's order only."""
         await self._make(
             recipe, recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe)), progress, CREATE_TIMEOUT_S
@@ -168,7 +168,7 @@ class Library:
         await self.api.delete(served_as)
         await asyncio.to_thread(self._forget, key, entry.get("link"))
 
-    async def _make(self, recipe: Recipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
+    async def _make(self, recipe: ModelRecipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
         files = await asyncio.to_thread(_files, recipe)
         digests: dict[Path, str] = {}
         links: list[str] = []
@@ -184,7 +184,7 @@ class Library:
         kept = await asyncio.to_thread(self._keep, recipe, content_hash, links)
         progress("in place" if kept else "made", 1, 1)
 
-    async def _shared(self, recipe: Recipe, path: Path, links: list[str]) -> str | None:
+    async def _shared(self, recipe: ModelRecipe, path: Path, links: list[str]) -> str | None:
         """Link a file into the store; None where the server does not see the link. `links` collects what was made."""
         digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
         if digest is None:
@@ -196,7 +196,7 @@ class Library:
         links.append(link)
         return digest
 
-    async def _registered(self, recipe: Recipe, digests: Mapping[Path, str], links: Sequence[str]) -> bool:
+    async def _registered(self, recipe: ModelRecipe, digests: Mapping[Path, str], links: Sequence[str]) -> bool:
         """Enter the model by its manifest where /api/create would copy the file; False where that is not the way."""
         whole = recipe.quantize is None and len(digests) == len(links) == 1 and recipe.source in digests
         if self.models_dir is None or not whole or await self.api.version() < COPIES_SINCE:
@@ -256,7 +256,7 @@ class Library:
                 made[key] = entry
             fingerprint.write_record(self.record_path, record)
 
-    def _was_ours(self, recipe: Recipe) -> bool:
+    def _was_ours(self, recipe: ModelRecipe) -> bool:
         """True when the store's model names the link that fleetd would make: the record was lost, not the model."""
         if self.models_dir is None or recipe.source is None or not recipe.source.is_file():
             return False
@@ -264,7 +264,7 @@ class Library:
             self.models_dir, recipe.served_as
         )
 
-    def _link(self, recipe: Recipe, path: Path) -> str | None:
+    def _link(self, recipe: ModelRecipe, path: Path) -> str | None:
         """Link a file into the store; None where that cannot be. Returns the digest that the link stands for."""
         assert self.models_dir is not None
         digest = _link_digest(recipe, path)
@@ -280,7 +280,7 @@ class Library:
             return None  # a file system without links, or a folder that is not ours to write
         return digest
 
-    def _keep(self, recipe: Recipe, content_hash: str, links: list[str]) -> bool:
+    def _keep(self, recipe: ModelRecipe, content_hash: str, links: list[str]) -> bool:
         """Record the model; drop links that its manifest does not name. Returns True when it is in place."""
         key = store.ModelName.parse(recipe.served_as).key
         before = self._made().get(key, {}).get("link")
@@ -324,7 +324,7 @@ class Library:
         return digest
 
 
-def _link_digest(recipe: Recipe, path: Path) -> str:
+def _link_digest(recipe: ModelRecipe, path: Path) -> str:
     key = store.ModelName.parse(recipe.served_as).key
     seed = f"fleetd\0{key}\0{path.name}\0{fingerprint.fingerprint(path)}"
     return "sha256:" + hashlib.sha256(seed.encode()).hexdigest()
@@ -334,7 +334,7 @@ def _tag_name(tag: Mapping[str, Any]) -> str:
     return str(tag.get("model") or tag.get("name") or "")
 
 
-def _files(recipe: Recipe) -> dict[Path, str]:
+def _files(recipe: ModelRecipe) -> dict[Path, str]:
     """Return the files a recipe is made from, with their names in the request. Raises EngineError for one that is absent."""
     found: dict[Path, str] = {}
     for number, path in enumerate(filter(None, (recipe.source, recipe.projector, *recipe.adapters))):
@@ -352,7 +352,7 @@ def _files(recipe: Recipe) -> dict[Path, str]:
     return found
 
 
-def _fingerprints(recipe: Recipe) -> dict[str, str]:
+def _fingerprints(recipe: ModelRecipe) -> dict[str, str]:
     try:
         return {str(path): fingerprint.known_fingerprint(path) for path in _files(recipe)}
     except OSError as error:

@@ -22,7 +22,7 @@ from fleetd.engines.ollama.engine import ENGINE, OllamaOptions
 from fleetd.errors import EngineError
 from fleetd.models.ollama import sync as library_module
 from fleetd.models.ollama.modelfile import recipe
-from fleetd.models.ollama.sync import Change, Library
+from fleetd.models.ollama.sync import Library, StoreChange
 from tests.support.engines import Server, launched, ollama_program
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(180)]
@@ -73,8 +73,8 @@ def test_in_place_load_chat_evict(tmp_path: Path) -> None:
             one = recipe("a", "tsc-a:f16", source=str(path), modelfile=modelfile)
             two = recipe("b", "b", source=str(path))  # the same file under another name
             for each in (one, two):
-                assert (await lib.ensure(each)).change is Change.CREATE
-                assert (await lib.ensure(each)).change is Change.NONE
+                assert (await lib.ensure(each)).change is StoreChange.CREATE
+                assert (await lib.ensure(each)).change is StoreChange.NONE
             links = [entry for entry in (tmp_path / "store" / "blobs").iterdir() if entry.is_symlink()]
             assert [link.resolve() for link in links] == [path, path]
             assert (
@@ -103,7 +103,7 @@ def test_in_place_load_chat_evict(tmp_path: Path) -> None:
             await ENGINE.unload(server.http, server.endpoint, b, TIMEOUT_S)
             assert names(await ENGINE.loaded(server.http, server.endpoint)) == {"tsc-a:f16"}
             changed = recipe("a", "tsc-a:f16", source=str(tiny(tmp_path, 2)), modelfile=modelfile)
-            assert (await lib.ensure(changed)).change is Change.UPDATE
+            assert (await lib.ensure(changed)).change is StoreChange.UPDATE
             for step in await lib.plan([]):
                 await lib.apply(step)
             assert (await server.get("/api/tags"))["models"] == []
@@ -177,7 +177,7 @@ def test_quantised_by_ollama(tmp_path: Path) -> None:
             one = recipe("q", "q:q8_0", source=str(path), quantize="q8_0")
             await lib.ensure(one, lambda phase, done, total: seen.append((phase, done, total)))
             assert any("quantizing" in phase and 0 < done <= total for phase, done, total in seen)
-            assert (await lib.ensure(one)).change is Change.NONE
+            assert (await lib.ensure(one)).change is StoreChange.NONE
             shown = await server.post("/api/show", {"model": "q:q8_0"})
             assert shown["details"]["quantization_level"] == "Q8_0"
             assert not any(entry.is_symlink() for entry in (tmp_path / "store" / "blobs").iterdir())

@@ -24,7 +24,7 @@ from fleetd.engines.base import LaunchContext
 from fleetd.models import memory_estimate
 from fleetd.models.formats import gguf
 from fleetd.models.formats.gguf import Header, Tensor
-from fleetd.models.memory_estimate import MIB, Serving
+from fleetd.models.memory_estimate import MIB, GgufServing
 
 
 def header(arch: str = "llama", lengths: dict[str, int] | None = None, **numbers: Any) -> Header:
@@ -56,24 +56,25 @@ HYBRID = header(
 GIB = 1 << 30
 KV = [
     # 32 layers x 8 heads x 2 x 128 numbers x 2 bytes: 128 KiB per token
-    (LLAMA_8B, Serving(8192), 1 * GIB),
-    (LLAMA_8B, Serving(8192, slots=4), 4 * GIB),
-    (LLAMA_8B, Serving(8192, cache_type_k="q8_0", cache_type_v="q8_0"), int(1.0625 / 2 * GIB)),
-    (LLAMA_8B, Serving(8192, cache_type_k="q4_0", cache_type_v="f32"), int((0.5625 + 4) / 4 * GIB)),
-    (LLAMA_8B, Serving(1), 256 * 131072),
+    (LLAMA_8B, GgufServing(8192), 1 * GIB),
+    (LLAMA_8B, GgufServing(8192, slots=4), 4 * GIB),
+    (LLAMA_8B, GgufServing(8192, cache_type_k="q8_0", cache_type_v="q8_0"), int(1.0625 / 2 * GIB)),
+    (LLAMA_8B, GgufServing(8192, cache_type_k="q4_0", cache_type_v="f32"), int((0.5625 + 4) / 4 * GIB)),
+    (LLAMA_8B, GgufServing(1), 256 * 131072),
     # 10 global layers hold everything, 52 hold their window and one batch
-    (GEMMA_27B, Serving(32768), 2 * 16 * 128 * 2 * (10 * 32768 + 52 * 1536)),
-    (GEMMA_27B, Serving(512), 2 * 16 * 128 * 2 * 62 * 512),
-    (DEEPSEEK, Serving(4096), 61 * (512 + 64) * 2 * 4096),
-    (HYBRID, Serving(4096), 12 * 2 * 512 * 2 * 4096 + 36 * (3 * (4096 + 2 * 16 * 128) + 128 * 4096) * 4),
-    (header(block_count=2, embedding_length=64, attention__head_count=4, attention__head_count_kv=(1, 3)), Serving(256), 4 * 32 * 2 * 256),
-    (header("bert", block_count=12, embedding_length=768, attention__head_count=12, attention__causal=False), Serving(512), 0),
-    (header("unknown"), Serving(4096), 0),
+    (GEMMA_27B, GgufServing(32768), 2 * 16 * 128 * 2 * (10 * 32768 + 52 * 1536)),
+    (GEMMA_27B, GgufServing(512), 2 * 16 * 128 * 2 * 62 * 512),
+    (DEEPSEEK, GgufServing(4096), 61 * (512 + 64) * 2 * 4096),
+    (HYBRID, GgufServing(4096), 12 * 2 * 512 * 2 * 4096 + 36 * (3 * (4096 + 2 * 16 * 128) + 128 * 4096) * 4),
+    (header(block_count=2, embedding_length=64, attention__head_count=4, attention__head_count_kv=(1, 3)),
+     GgufServing(256), 4 * 32 * 2 * 256),
+    (header("bert", block_count=12, embedding_length=768, attention__head_count=12, attention__causal=False), GgufServing(512), 0),
+    (header("unknown"), GgufServing(4096), 0),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "serving", "wanted"), KV)
-def test_kv_bytes(model: Header, serving: Serving, wanted: int) -> None:
+def test_kv_bytes(model: Header, serving: GgufServing, wanted: int) -> None:
     assert memory_estimate.kv_bytes(model, serving) == wanted
 
 
@@ -82,14 +83,14 @@ def test_pattern_of_the_header_wins() -> None:
         "gemma3", block_count=2, embedding_length=64, attention__head_count=1, attention__head_count_kv=1,
         attention__sliding_window=256, attention__sliding_window_pattern=(True, False),
     )  # fmt: skip
-    assert memory_estimate.kv_bytes(pattern, Serving(4096, ubatch=256)) == 64 * 2 * 2 * (512 + 4096)
+    assert memory_estimate.kv_bytes(pattern, GgufServing(4096, ubatch=256)) == 64 * 2 * 2 * (512 + 4096)
 
 
 def test_layers_go_where_they_are_sent() -> None:
-    host = memory_estimate.estimate([LLAMA_8B], Serving(gpu_layers=0))
-    half = memory_estimate.estimate([LLAMA_8B], Serving(gpu_layers=16))
-    whole = memory_estimate.estimate([LLAMA_8B], Serving(gpu_layers=None))
-    unified = memory_estimate.estimate([LLAMA_8B], Serving(gpu_layers=None, unified=True))
+    host = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=0))
+    half = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=16))
+    whole = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=None))
+    unified = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=None, unified=True))
     assert host.device_bytes == 0
     assert 0 < half.device_bytes < whole.device_bytes
     assert half.host_bytes > whole.host_bytes
@@ -99,9 +100,11 @@ def test_layers_go_where_they_are_sent() -> None:
 
 def test_prompt_cache_and_other_files_count(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "m.gguf")
-    plain = memory_estimate.estimate_gguf([path], Serving()).total_bytes
-    assert memory_estimate.estimate_gguf([path], Serving(prompt_cache_bytes=64 * MIB)).total_bytes == plain + 64 * MIB
-    with_lora = memory_estimate.estimate_gguf([path], Serving(extra_files=(path,))).total_bytes
+    plain = memory_estimate.estimate_gguf([path], GgufServing()).total_bytes
+    assert (
+        memory_estimate.estimate_gguf([path], GgufServing(prompt_cache_bytes=64 * MIB)).total_bytes == plain + 64 * MIB
+    )
+    with_lora = memory_estimate.estimate_gguf([path], GgufServing(extra_files=(path,))).total_bytes
     assert with_lora == plain + gguf.read(path).weight_bytes
 
 
@@ -116,7 +119,7 @@ KEYS = st.sampled_from(
 @settings(deadline=None)
 @given(numbers=st.dictionaries(KEYS, NUMBERS), slots=st.integers(1, 64), length=st.integers(1, 10**6))
 def test_absurd_headers_give_a_number(numbers: dict[str, Any], slots: int, length: int) -> None:
-    sizes = memory_estimate.estimate([header(**numbers)], Serving(length, slots))
+    sizes = memory_estimate.estimate([header(**numbers)], GgufServing(length, slots))
     assert min(sizes.kv_bytes, sizes.compute_bytes, sizes.device_bytes, sizes.host_bytes) >= 0
 
 

@@ -135,7 +135,7 @@ def test_a_large_vocabulary_is_quick_and_small(tmp_path: Path) -> None:
 def peak_bytes(path: Path) -> int:
     """Return the peak of a process that only reads a header. Linux's rusage would count what its parent had before exec."""
     program = (
-        "import resource, sys; from pathlib import Path; from fleetd.models import gguf\n"
+        "import resource, sys; from pathlib import Path; from fleetd.models.formats import gguf\n"
         f"gguf.read(Path({str(path)!r}))\n"
         "status = Path('/proc/self/status')\n"
         "rows = dict(line.split(':', 1) for line in status.read_text().splitlines()) if status.exists() else {}\n"
@@ -172,7 +172,7 @@ BAD = {
     "many texts": (raw.header([raw.array("k", raw.STRING, [], count=HUGE)]), "texts"),
     "texts past the end": (raw.header([raw.array("k", raw.STRING, ["a"], count=100)]), "texts"),
     "endless text": (raw.header([ENDLESS]), "ends after the file|ends after"),
-    "nested": (raw.header([NESTED]), "arrays in an array"),
+    "nested": (raw.header([NESTED]), "array of arrays"),
     "array of unknown": (raw.header([raw.text("k") + struct.pack("<IIQ", raw.ARRAY, 55, 1) + bytes(8)]), "array of the unknown type"),
     "dimensions": (raw.header([], [raw.tensor("t", [1] * 5, 0, 0)]), "5 dimensions"),
     "no dimension": (raw.header([], [raw.tensor("t", [], 0, 0)]), "0 dimensions"),

@@ -14,9 +14,9 @@ from bench.tiny_gguf import write
 from fleetd.errors import EngineError
 from fleetd.models.formats import fingerprint
 from fleetd.models.ollama import register
-from fleetd.models.ollama.modelfile import Recipe, recipe
+from fleetd.models.ollama.modelfile import ModelRecipe, recipe
 from fleetd.models.ollama.store import ModelName, blob_path, manifest_path, read_manifest, same_name
-from fleetd.models.ollama.sync import Change, Library, Step
+from fleetd.models.ollama.sync import Library, Step, StoreChange
 from tests.support.engines import Server, fake
 
 
@@ -43,11 +43,11 @@ def library(server: Server, tmp_path: Path, models_dir: Path | None = None) -> L
     return Library(server.http, server.endpoint.base_url, tmp_path / "state", models_dir)
 
 
-def changes(steps: list[Step]) -> dict[str, Change]:
+def changes(steps: list[Step]) -> dict[str, StoreChange]:
     return {step.served_as: step.change for step in steps}
 
 
-async def apply(lib: Library, recipes: list[Recipe]) -> dict[str, Change]:
+async def apply(lib: Library, recipes: list[ModelRecipe]) -> dict[str, StoreChange]:
     steps = await lib.plan(recipes)
     for step in steps:
         await lib.apply(step)
@@ -61,16 +61,16 @@ def test_a_life(tmp_path: Path) -> None:
         lib = library(server, tmp_path)
         first = recipe("a", "a", source=str(path), modelfile={"system": "one"})
         second = recipe("b", "b:q8", source=str(path), quantize="q8_0")
-        assert await apply(lib, [first, second]) == {"a": Change.CREATE, "b:q8": Change.CREATE}
-        assert await apply(lib, [first, second]) == {"a": Change.NONE, "b:q8": Change.NONE}
+        assert await apply(lib, [first, second]) == {"a": StoreChange.CREATE, "b:q8": StoreChange.CREATE}
+        assert await apply(lib, [first, second]) == {"a": StoreChange.NONE, "b:q8": StoreChange.NONE}
         os.utime(path, (1, 1))  # touched, not changed
-        assert await apply(lib, [first, second]) == {"a": Change.NONE, "b:q8": Change.NONE}
+        assert await apply(lib, [first, second]) == {"a": StoreChange.NONE, "b:q8": StoreChange.NONE}
         changed = recipe("a", "a", source=str(path), modelfile={"system": "two"})
-        assert await apply(lib, [changed, second]) == {"a": Change.UPDATE, "b:q8": Change.NONE}
+        assert await apply(lib, [changed, second]) == {"a": StoreChange.UPDATE, "b:q8": StoreChange.NONE}
         path.write_bytes(b"GGUF" + b"y" * 5000)
-        assert await apply(lib, [changed, second]) == {"a": Change.UPDATE, "b:q8": Change.UPDATE}
-        assert await apply(lib, [changed]) == {"a": Change.NONE, "b:q8": Change.DELETE}
-        assert await apply(lib, []) == {"a": Change.DELETE}
+        assert await apply(lib, [changed, second]) == {"a": StoreChange.UPDATE, "b:q8": StoreChange.UPDATE}
+        assert await apply(lib, [changed]) == {"a": StoreChange.NONE, "b:q8": StoreChange.DELETE}
+        assert await apply(lib, []) == {"a": StoreChange.DELETE}
         names = {tag["model"] for tag in (await server.get("/api/tags"))["models"]}
         assert names == {"other:latest"}
         assert path.exists()
@@ -83,15 +83,15 @@ def test_what_others_made_is_used_and_never_touched(tmp_path: Path) -> None:
         lib = library(server, tmp_path)
         mine = recipe("m", "other", source=str(model_file(tmp_path)))
         assert await apply(lib, [mine, recipe("n", "other:latest", source=None)]) == {
-            "other": Change.FOREIGN,
-            "other:latest": Change.NONE,
+            "other": StoreChange.FOREIGN,
+            "other:latest": StoreChange.NONE,
         }
         wanted = recipe("m", "other", source=str(model_file(tmp_path)), modelfile={"parameters": {"num_ctx": 2048}})
         assert (await lib.plan([wanted]))[0].reason.endswith("used as it is, without num_ctx of fleet.yaml")
         with pytest.raises(EngineError, match="not made by fleetd"):
             await lib.delete("other")
         await lib.replace(mine)  # a person's order
-        assert await apply(lib, [mine]) == {"other": Change.NONE}
+        assert await apply(lib, [mine]) == {"other": StoreChange.NONE}
 
     run(tmp_path, work)
 
@@ -101,7 +101,7 @@ def test_what_is_absent_says_so(tmp_path: Path) -> None:
         lib = library(server, tmp_path)
         gone = recipe("g", "g", source="/Volumes/BOWIE/x\u00a0y.gguf")
         steps = await lib.plan([gone, recipe("n", "n", source=None)])
-        assert [step.change for step in steps] == [Change.MISSING, Change.MISSING]
+        assert [step.change for step in steps] == [StoreChange.MISSING, StoreChange.MISSING]
         assert "/Volumes/BOWIE" in steps[0].reason
         with pytest.raises(EngineError, match="does not exist") as caught:
             await lib.apply(steps[0])
@@ -163,7 +163,7 @@ def test_a_failure_in_the_middle_of_the_stream_leaves_nothing(tmp_path: Path) ->
         with pytest.raises(EngineError, match="unsupported architecture"):
             await lib.ensure(recipe("a", "a", source=str(path)))
         assert list((store / "blobs").iterdir()) == []
-        assert changes(await lib.plan([recipe("a", "a", source=str(path))])) == {"a": Change.CREATE}
+        assert changes(await lib.plan([recipe("a", "a", source=str(path))])) == {"a": StoreChange.CREATE}
 
     # the file is no GGUF that fleetd reads, so that the server is asked
     run(tmp_path, work, "--fail-load", store=store)
@@ -213,7 +213,7 @@ def test_a_damaged_record_counts_as_empty(tmp_path: Path, text: str) -> None:
         lib = library(server, tmp_path)
         if text != '{"stores": 5}':
             await lib.ensure(recipe("a", "a", source=str(path)))
-            assert changes(await lib.plan([recipe("a", "a", source=str(path))])) == {"a": Change.NONE}
+            assert changes(await lib.plan([recipe("a", "a", source=str(path))])) == {"a": StoreChange.NONE}
         else:
             assert await lib.plan([]) == []
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetd.models.ollama.modelfile import (
-    Recipe,
+    ModelRecipe,
     invisible,
     looks_like_path,
     modelfile_mistakes,
@@ -26,7 +26,7 @@ PLACE = Path(
 )
 
 
-def made(**changes: Any) -> Recipe:
+def made(**changes: Any) -> ModelRecipe:
     values = {"name": "ulysses", "served_as": "tsc-ulysses:q8_0", "source": str(PLACE), **changes}
     return recipe(values.pop("name"), values.pop("served_as"), **values)
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fleetd.models import vllm_memory
 from fleetd.models.formats import safetensors
-from fleetd.models.formats.safetensors import ModelFolder, SafetensorsError, Serving
+from fleetd.models.formats.safetensors import ModelFolder, SafetensorsError
+from fleetd.models.vllm_memory import VllmServing
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -60,38 +62,38 @@ def test_text_config_of_a_multimodal_model(tmp_path: Path) -> None:
     assert found.number("hidden_size") == 64
 
 
-KV: list[tuple[dict[str, Any], Serving, int]] = [
-    ({}, Serving(max_model_len=8192), 1 << 30),  # 128 KiB per token
-    ({}, Serving(max_model_len=8192, tensor_parallel=2), 1 << 29),
-    ({}, Serving(max_model_len=8192, tensor_parallel=16), 1 << 27),  # never less than one head
-    ({}, Serving(max_model_len=8192, kv_dtype="fp8"), 1 << 29),
-    ({}, Serving(max_model_len=8192, sequences=3), 3 << 30),
-    ({}, Serving(max_model_len=1), 16 * 131072),  # whole blocks
-    ({}, Serving(), 1 << 30),
-    ({"torch_dtype": "float32"}, Serving(), 1 << 30),  # served in 16 bits
-    ({"torch_dtype": "float32"}, Serving(dtype="float32"), 2 << 30),
-    ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, Serving(max_model_len=4096, tensor_parallel=8), 32 * 576 * 2 * 4096),
-    ({"full_attention_interval": 4}, Serving(max_model_len=8192), 1 << 28),
-    ({"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 1024}, Serving(8192, max_num_batched_tokens=1024),
+KV: list[tuple[dict[str, Any], VllmServing, int]] = [
+    ({}, VllmServing(max_model_len=8192), 1 << 30),  # 128 KiB per token
+    ({}, VllmServing(max_model_len=8192, tensor_parallel=2), 1 << 29),
+    ({}, VllmServing(max_model_len=8192, tensor_parallel=16), 1 << 27),  # never less than one head
+    ({}, VllmServing(max_model_len=8192, kv_dtype="fp8"), 1 << 29),
+    ({}, VllmServing(max_model_len=8192, sequences=3), 3 << 30),
+    ({}, VllmServing(max_model_len=1), 16 * 131072),  # whole blocks
+    ({}, VllmServing(), 1 << 30),
+    ({"torch_dtype": "float32"}, VllmServing(), 1 << 30),  # served in 16 bits
+    ({"torch_dtype": "float32"}, VllmServing(dtype="float32"), 2 << 30),
+    ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, VllmServing(max_model_len=4096, tensor_parallel=8), 32 * 576 * 2 * 4096),
+    ({"full_attention_interval": 4}, VllmServing(max_model_len=8192), 1 << 28),
+    ({"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 1024}, VllmServing(8192, max_num_batched_tokens=1024),
      16 * 4096 * (8192 + 2048)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "serving", "wanted"), KV)
-def test_kv(config: dict[str, Any], serving: Serving, wanted: int) -> None:
-    assert safetensors.minimum_kv_bytes(model(**config), serving) == wanted
+def test_kv(config: dict[str, Any], serving: VllmServing, wanted: int) -> None:
+    assert vllm_memory.minimum_kv_bytes(model(**config), serving) == wanted
 
 
 def test_estimate_of_a_known_model() -> None:
-    sizes = safetensors.estimate(model(16_060_000_000), Serving(max_model_len=8192, enforce_eager=True))
+    sizes = vllm_memory.estimate(model(16_060_000_000), VllmServing(max_model_len=8192, enforce_eager=True))
     assert sizes.weight_bytes == 16_060_000_000
     assert sizes.kv_bytes == 1 << 30
     assert 17e9 < sizes.total_bytes < 20e9
-    shared = safetensors.estimate(model(16_060_000_000), Serving(max_model_len=8192, tensor_parallel=2))
+    shared = vllm_memory.estimate(model(16_060_000_000), VllmServing(max_model_len=8192, tensor_parallel=2))
     assert shared.weight_bytes == 8_030_000_000
-    halved = safetensors.estimate(model(1000, torch_dtype="float32"), Serving())
+    halved = vllm_memory.estimate(model(1000, torch_dtype="float32"), VllmServing())
     assert halved.weight_bytes == 500
-    given_kv = safetensors.estimate(model(), Serving(kv_cache_bytes=123))
+    given_kv = vllm_memory.estimate(model(), VllmServing(kv_cache_bytes=123))
     assert given_kv.kv_bytes == 123
 
 
@@ -169,4 +171,4 @@ JSON = st.recursive(
 )
 def test_absurd_configurations_give_a_number(tmp_path: Path, config: dict[str, Any]) -> None:
     found = safetensors.read_folder(folder(tmp_path, config, m=tensors(5)))
-    assert safetensors.estimate(found, Serving()).total_bytes >= 0
+    assert vllm_memory.estimate(found, VllmServing()).total_bytes >= 0
