@@ -1,9 +1,9 @@
-"""JSON answers, and every exception as one of them.
+"""JSON answers of the control API, and the answer to every exception.
 
-The rules of this file
-- A caller never sees a traceback and never an HTML page: an error is {schema, error: {code, message, hint}}.
-- What nobody expected is logged with its traceback and answered as `internal`, without its text.
-- A client that hangs up is not an error.
+Invariants:
+- A caller never gets a traceback or an HTML page: an error is {schema, error: {code, message, hint}}.
+- An unexpected exception is logged with its traceback and answered as `internal`, without its text.
+- A client that disconnects is not an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Return JSON in UTF-8. Not-a-number becomes null; lone surrogates (a log line may hold them) are escaped."""
+    """Return JSON in UTF-8. NaN becomes null; lone surrogates (a log line may have them) are escaped."""
     try:
         return orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
     except TypeError:
@@ -33,7 +33,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def answer(body: Mapping[str, Any], status: int = 200) -> web.Response:
-    """Return a JSON response carrying the schema name."""
+    """Return a JSON response with the schema name."""
     return web.Response(body=encode(wire.document(body)), status=status, content_type="application/json")
 
 
@@ -92,7 +92,7 @@ def _http_error(error: web.HTTPException, request: web.Request) -> web.Response:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn whatever a handler raises into a JSON answer. Once a stream has begun, its own handler deals with errors."""
+    """Turn every exception of a handler into a JSON answer. A stream that has begun handles its own errors."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -100,7 +100,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except FleetError as error:
         return failure(error)
     except ConnectionError:
-        raise  # the client went away: aiohttp closes the connection quietly
+        raise  # the client disconnected: aiohttp closes the connection quietly
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return answer(
@@ -109,7 +109,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 class QuietHTTP(logging.Filter):
-    """Keeps aiohttp's own logger from printing a traceback for every malformed request: one line is enough."""
+    """Reduces the traceback that aiohttp logs for every malformed request to one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[0] is not None and record.exc_info[0].__module__.startswith("aiohttp"):

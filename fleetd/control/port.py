@@ -1,11 +1,11 @@
-"""What the control plane asks of the daemon, as a protocol: the server is written and tested without one.
+"""What the control plane asks of the daemon, as protocols: the server is written and tested without a daemon.
 
-The rules of this file
+Invariants:
 - Everything runs on the daemon's event loop. The plain methods read memory only and return within a millisecond.
 - Names arrive resolved: globs, `all`, and the base names of replicas are expanded by the server, against `names()`.
-- Mistakes are raised as FleetError: ConfigError (all problems), ApiError (status and code), CapacityError, EngineError,
-  HostError. A failure that concerns one name of several is an ActionResult, not an exception.
-- A caller that hangs up cancels the await. Cancelling stops the *waiting*; the fleet goes on doing what was asked.
+- Errors are raised as FleetError: ConfigError (all problems), ApiError (status and code), CapacityError, EngineError,
+  HostError. A failure of one name among several is an ActionResult, not an exception.
+- A caller that disconnects cancels the await. That stops the waiting; the fleet goes on with what was asked.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from fleetd.control.wire import (
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What can be named. `processes`: name → its key in fleet.yaml (differs for replicas); `models`: name → aliases.
+    """The names that requests may use.
 
-    `routes`: those of the models that only lead to others → these.
+    `processes`: name → its key in fleet.yaml (differs for replicas); `models`: name → aliases; `routes`: the models that only
+    route to others → these.
     """
 
     processes: Mapping[str, str] = field(default_factory=dict)
@@ -41,10 +42,9 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class ActOptions:
-    """How an action is carried out. `wait` False: answer `accepted` as soon as the fleet knows of it.
+    """Options of an action. `wait` False: answer `accepted` as soon as the fleet knows of it.
 
-    `timeout_s` bounds the waiting: what is not there by then is `timeout`, and goes on. `signal` is a name with its
-    SIG.
+    `timeout_s` bounds the waiting: what is not done by then is `timeout`, and goes on. `signal` is a name such as SIGHUP.
     """
 
     wait: bool = True
@@ -55,7 +55,7 @@ class ActOptions:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is at the other end of the socket. `pid` is None where the system does not say."""
+    """The process that connected to the socket. None: the operating system does not say."""
 
     uid: int | None = None
     pid: int | None = None
@@ -63,10 +63,9 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """`dry_run` plans only. `wait`: until every changed process is where it should be, or `timeout_s` is over.
+    """Options of an apply. `dry_run` only plans. `wait`: until every changed process has settled, at most `timeout_s`.
 
-    `expect_hash`, when given, is the `config_hash` of the plan a person agreed to: another one now is an
-    ApiError(409, "plan_changed").
+    `expect_hash` is the `config_hash` of the plan that was confirmed: a different one now is ApiError(409, "plan_changed").
     """
 
     dry_run: bool = False
@@ -86,68 +85,107 @@ class ControlPort(Protocol):
         """Return one process with its last ten events and log lines. Raises ApiError 404."""
 
     def model(self, name: str) -> ModelDetail:
-        """Return one model (an alias will do) with its last ten events. Raises ApiError 404."""
+        """Return one model, by name or alias, with its last ten events. Raises ApiError 404."""
 
     def devices(self) -> Sequence[DeviceStatus]:
         """Return the devices of `status()`."""
 
     def names(self) -> Names:
-        """Return what can be named now."""
+        """Return the names that requests may use now."""
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
-        """Do one of wire.VERBS to each name, in the order that dependencies ask; return one ActionResult per name.
+        """Carry out one of wire.VERBS on each name, in the order of dependencies; return one result per name.
 
         start, restart: ok when READY (or EXITED as expected); failed on FAILED or BLOCKED, with the reason.
         stop: ok when STOPPED. drain: ok when nothing is in flight. load: ok when LOADED. unload: ok when ABSENT.
-        undrain, pin, unpin, signal: at once.
+        undrain, pin, unpin, signal: ok at once.
         """
 
     def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
-        """Yield events, oldest first: those of the last `since_s` seconds (None: the last hundred or so), or those
-        after
-        sequence number `after`; with `follow` go on for ever. Closing the iterator frees what it holds.
+        """Yield events, oldest first; with `follow` for ever. Closing the iterator frees its resources.
+
+        Starts with the events of the last `since_s` seconds (None: the last hundred or so), or those after sequence number
+        `after`.
         """
 
     def logs(
         self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
     ) -> AsyncIterator[LogLine]:
-        """Yield the last `lines` lines of each process (those that match the regular expression `grep`), then
-        follow."""
+        """Yield the last `lines` lines of each process that match the regular expression `grep`, then follow."""
 
     def story(self, name: str) -> Sequence[FleetEvent]:
         """Return the journal's events and commands about a process or model, oldest first. Raises ApiError 404."""
 
     def explain(self, model: str) -> Mapping[str, Any]:
-        """Return why a model is where it is: {model, state, reason, footprint: {source, bytes}, devices: [{name,
-        budget_bytes,
-        reserved_bytes, free_bytes}], holders: [{name, state, reason}], victims: [{name, reason}], text: [sentences]}.
-        Raises ApiError 404.
+        """Return why a model is where it is. Raises ApiError 404.
+
+        {model, state, reason, footprint: {source, bytes}, devices: [{name, budget_bytes, reserved_bytes, free_bytes}],
+        holders: [{name, state, reason}], victims: [{name, reason}], text: [sentences]}
         """
 
     async def dump(self) -> Mapping[str, Any]:
-        """Return everything needed to understand and replay this fleet: status, configuration, journal. Secrets
-        redacted."""
+        """Return status, configuration and journal, secrets redacted: enough to understand and replay the fleet."""
 
     def config(self) -> Mapping[str, Any]:
-        """Return {file, config_hash, config}: the configuration that runs, normalised, secrets redacted."""
+        """Return {file, config_hash, config}: the active configuration, normalised, secrets redacted."""
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
-        """Return the way from what runs to a file: `path` (absolute), or `text` read as if it stood in the daemon's
-        own file,
-        or, both None, the daemon's own file. Raises ConfigError.
+        """Return the changes from the running fleet to a file. Raises ConfigError.
+
+        The file is `path` (absolute), or `text` read in place of the daemon's own file, or (both None) that file itself.
         """
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
-        """Check the file, then change only what differs. Raises ConfigError (nothing was touched), ApiError 409
-        `locked` while
-        another apply runs. A `path` other than the daemon's own becomes its configuration file from now on.
+        """Check a file, then change only what differs; another `path` becomes the daemon's configuration file.
+
+        Raises ConfigError (nothing was changed), ApiError 409 `locked` while another apply runs.
         """
 
     async def reload(self) -> Applied:
-        """Apply the daemon's own file; do not wait. Raises ConfigError."""
+        """Apply the daemon's own file without waiting. Raises ConfigError."""
 
     async def reexec(self) -> None:
-        """Replace the daemon's program by a new one in the same PID; children stay. Returns before it happens."""
+        """Replace the daemon's program in the same PID; children keep running. Returns before it happens."""
 
     async def shutdown(self, force: bool) -> None:
         """Begin to shut down, and return."""
+
+
+class LibraryPort(Protocol):
+    """The model stores and volumes of the fleet, as the control plane sees them."""
+
+    async def diff(self) -> Mapping[str, Any]:
+        """Return how the stores differ from fleet.yaml.
+
+        {stores: [{store, instances, error, steps: [{name, served_as, change, reason, failure?}]}], differences}. `change` is
+        none | create | update | delete | foreign | missing | blocked; `error` says why a store was not compared.
+        """
+
+    async def show(self, name: str) -> Mapping[str, Any]:
+        """Return one model of a store. Raises ApiError 404, 409.
+
+        {model, served_as, store, instances, loaded: [{process, state}], state, modelfile, modelfile_error, from, quantize,
+        size_bytes, made, present, digest, link_to, stored_bytes}
+        """
+
+    def sync(self, names: Sequence[str]) -> int:
+        """Start to create and update what differs (of `names`, or all); return the number of this sync. Raises ApiError 404."""
+
+    def progress(self, number: int) -> AsyncIterator[Mapping[str, Any]]:
+        """Yield the steps of a sync. Raises ApiError 404.
+
+        {what: making | made | failed | done, name, store, detail, done_bytes, total_bytes}; the last is `done`, with the counts
+        unchanged, made and failed.
+        """
+
+    async def prune(self, dry_run: bool) -> Mapping[str, Any]:
+        """Delete what fleetd created and fleet.yaml no longer names.
+
+        {results: [{store, name, result, reason}]}, or {doomed} for a dry run.
+        """
+
+    def volumes(self) -> Mapping[str, Any]:
+        """Return {volumes: [{path, identity, problem, needed_by}]}."""
+
+    def accept_volume(self, path: str) -> Mapping[str, Any]:
+        """Accept what is now mounted at `path` as the expected volume. Raises ApiError 404."""

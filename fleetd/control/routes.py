@@ -1,126 +1,54 @@
-"""The routes of /v1: read a request strictly, ask the port, answer.
+"""The routes of the control API: read a request, ask the port, answer.
 
-The rules of this file
+Invariants:
 - Handlers decide nothing about the fleet; they check input and translate.
-- Input is closed: an unknown key or query parameter is an error that names it.
-- Every wait has an end: the port gets the caller's timeout, and GRACE_S later the server stops waiting by itself.
+- Every wait ends: the port gets the caller's timeout, and GRACE_S later the server stops waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
 from aiohttp import web
 
 from fleetd.control import selection, sse, wire
 from fleetd.control.answers import answer
-from fleetd.control.port import ActOptions, ApplyOptions, Caller, ControlPort
+from fleetd.control.inputs import (
+    Kinds,
+    check_pattern,
+    invalid,
+    names_of,
+    parse_flag,
+    parse_number,
+    path_of,
+    read_body,
+    read_query,
+    signal_name,
+    timeout_of,
+)
+from fleetd.control.port import ActOptions, ApplyOptions, Caller, ControlPort, LibraryPort
 from fleetd.errors import ApiError
 
 PORT: web.AppKey[ControlPort] = web.AppKey("port", ControlPort)
+LIBRARY: web.AppKey[LibraryPort] = web.AppKey("library", LibraryPort)
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
-BODY_TIMEOUT_S = 10.0
 GRACE_S = 5.0
-TIMEOUT_S = 300.0
-TIMEOUT_MAX_S = 86_400.0
 LINES_MAX = 100_000
 JSON_LINES_MAX = 10_000
-
-
-def _invalid(message: str) -> ApiError:
-    return ApiError(400, "invalid_request", message)
-
-
-Kinds = Mapping[str, type | tuple[type, ...]]
-
-
-async def read_body(request: web.Request, allowed: Kinds) -> dict[str, Any]:
-    """Return the JSON object of the request; an empty body is {}. Raises ApiError 400."""
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await request.read()
-    except TimeoutError:
-        raise ApiError(408, "body_timeout", f"The body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
-    if not raw.strip():
-        return {}
-    try:
-        body = orjson.loads(raw)
-    except ValueError as error:
-        raise _invalid(f"The body is not JSON: {error}.") from None
-    if not isinstance(body, dict):
-        raise _invalid("The body must be a JSON object.")
-    for key, value in body.items():
-        if key not in allowed:
-            raise _invalid(f"Unknown key {key[:60]!r}; known: {', '.join(allowed)}.")
-        kinds = allowed[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise _invalid(f"The value of {key!r} has the wrong type.")
-    return body
-
-
-def read_query(request: web.Request, allowed: Sequence[str]) -> dict[str, str]:
-    """Return the query's parameters, each given once. Raises ApiError 400."""
-    for key in request.query:
-        if key not in allowed:
-            raise _invalid(f"Unknown parameter {key[:60]!r}; known: {', '.join(allowed) or 'none'}.")
-    return dict(request.query)
-
-
-def _number(text: str | None, name: str, lowest: float, highest: float) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        raise _invalid(f"{name} must be a number.") from None
-    if not lowest <= value <= highest:
-        raise _invalid(f"{name} must be between {lowest:g} and {highest:g}.")
-    return value
-
-
-def _flag(text: str | None, default: bool) -> bool:
-    if text is None:
-        return default
-    if text.lower() in ("1", "true", "yes", ""):
-        return True
-    if text.lower() in ("0", "false", "no"):
-        return False
-    raise _invalid("follow must be 1 or 0.")
-
-
-def _timeout(body: Mapping[str, Any]) -> float:
-    value = float(body.get("timeout_s", TIMEOUT_S))
-    if not 0 <= value <= TIMEOUT_MAX_S:
-        raise _invalid(f"timeout_s must be between 0 and {TIMEOUT_MAX_S:g}.")
-    return value
-
-
-def signal_name(text: str) -> str:
-    """Return `hup`, `SIGHUP` or `1` as SIGHUP. Raises ApiError 400."""
-    word = text.strip().upper()
-    try:
-        if word.isascii() and word.isdigit():
-            return signal.Signals(int(word)).name
-        return signal.Signals[word if word.startswith("SIG") else f"SIG{word}"].name
-    except (KeyError, ValueError):
-        raise ApiError(400, "invalid_request", f"There is no signal {text[:40]!r}.") from None
-
+_TEN_YEARS_S = 10 * 365 * 86_400
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
 async def get_status(request: web.Request) -> web.Response:
-    read_query(request, ())
+    read_query(request)
     return answer(await request.app[PORT].status())
 
 
 async def get_processes(request: web.Request) -> web.Response:
-    read_query(request, ())
+    read_query(request)
     return answer({"processes": (await request.app[PORT].status())["processes"]})
 
 
@@ -129,7 +57,7 @@ async def get_process(request: web.Request) -> web.Response:
 
 
 async def get_models(request: web.Request) -> web.Response:
-    read_query(request, ())
+    read_query(request)
     return answer({"models": (await request.app[PORT].status())["models"]})
 
 
@@ -170,11 +98,11 @@ def _wants_stream(request: web.Request, follow: bool) -> bool:
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """SSE; with follow=0 and no wish for SSE, one JSON document."""
+    """Stream events as SSE; with follow=0 and without Accept: text/event-stream, answer one JSON document."""
     query = read_query(request, ("since_s", "after", "follow"))
-    follow = _flag(query.get("follow"), default=True)
-    since_s = _number(query.get("since_s"), "since_s", 0, 10 * 365 * 86_400)
-    after = _number(query.get("after") or request.headers.get("Last-Event-ID"), "after", 0, 2**53)
+    follow = parse_flag(query.get("follow"), "follow", default=True)
+    since_s = parse_number(query.get("since_s"), "since_s", 0, _TEN_YEARS_S)
+    after = parse_number(query.get("after") or request.headers.get("Last-Event-ID"), "after", 0, 2**53)
     source = request.app[PORT].events(since_s, None if after is None else int(after), follow)
     if _wants_stream(request, follow):
         return await sse.stream(request, source, "event")
@@ -182,20 +110,13 @@ async def get_events(request: web.Request) -> web.StreamResponse:
 
 
 async def get_logs(request: web.Request) -> web.StreamResponse:
-    """SSE on request or with follow=1; else one JSON document."""
+    """Stream log lines as SSE with follow=1 or Accept: text/event-stream; else answer one JSON document."""
     query = read_query(request, ("lines", "since_s", "grep", "follow"))
-    follow = _flag(query.get("follow"), default=False)
+    follow = parse_flag(query.get("follow"), "follow", default=False)
     streaming = _wants_stream(request, follow)
-    lines = _number(query.get("lines"), "lines", 0, LINES_MAX if streaming else JSON_LINES_MAX)
-    since_s = _number(query.get("since_s"), "since_s", 0, 10 * 365 * 86_400)
-    grep = query.get("grep")
-    if grep is not None:
-        if len(grep) > 1000:
-            raise _invalid("grep is too long.")
-        try:
-            re.compile(grep)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise _invalid(f"grep is not a regular expression: {error}.") from None
+    lines = parse_number(query.get("lines"), "lines", 0, LINES_MAX if streaming else JSON_LINES_MAX)
+    since_s = parse_number(query.get("since_s"), "since_s", 0, _TEN_YEARS_S)
+    grep = check_pattern(query.get("grep"))
     port = request.app[PORT]
     names = selection.processes(request.match_info["names"].split(","), port.names())
     source = port.logs(names, 50 if lines is None else int(lines), since_s, grep, follow)
@@ -206,7 +127,7 @@ async def get_logs(request: web.Request) -> web.StreamResponse:
 
 # -- changing --------------------------------------------------------------------------------------------------------
 
-_ACTION: Kinds = {"wait": bool, "timeout_s": (int, float), "force": bool, "signal": str, "names": list}
+_ACTION: Kinds = {"wait": bool, "timeout_s": (int, float), "force": bool, "signal": str}
 
 
 async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: Mapping[str, Any]) -> web.Response:
@@ -214,10 +135,10 @@ async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: M
     choose = selection.processes if verb in wire.PROCESS_VERBS else selection.models
     names = choose(patterns, port.names())
     if (verb == "signal") != ("signal" in body):
-        raise _invalid("The verb signal, and only it, takes a signal.")
+        raise invalid("The key 'signal' belongs to the verb signal, which requires it.")
     options = ActOptions(
         wait=body.get("wait", True),
-        timeout_s=_timeout(body),
+        timeout_s=timeout_of(body),
         force=body.get("force", False),
         signal=signal_name(body["signal"]) if "signal" in body else None,
     )
@@ -227,11 +148,11 @@ async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: M
     except TimeoutError:
         reason = f"not done after {options.timeout_s:g} s; it goes on"
         results = [wire.ActionResult(name=n, result=wire.ResultCode.TIMEOUT, state=None, reason=reason) for n in names]
-    return answer({"verb": verb, "results": results}, _status_of(results))
+    return answer({"verb": verb, "results": results}, _http_status(results))
 
 
-def _status_of(results: Sequence[wire.ActionResult]) -> int:
-    found = {outcome["result"] for outcome in results}
+def _http_status(results: Sequence[wire.ActionResult]) -> int:
+    found = {result["result"] for result in results}
     if wire.ResultCode.FAILED in found:
         return 409
     if wire.ResultCode.TIMEOUT in found:
@@ -240,32 +161,22 @@ def _status_of(results: Sequence[wire.ActionResult]) -> int:
 
 
 async def post_action(request: web.Request) -> web.Response:
-    """POST /v1/{processes,models}/NAME/VERB; NAME may be a glob, `all`, or the base of replicas."""
-    body = await read_body(request, {key: kinds for key, kinds in _ACTION.items() if key != "names"})
+    """Act on NAME of the path: a name, a glob, `all`, or the base name of replicas."""
+    body = await read_body(request, _ACTION)
     return await _act(request, request.match_info["verb"], [request.match_info["name"]], body)
 
 
 async def post_actions(request: web.Request) -> web.Response:
-    """POST /v1/{processes,models}/VERB with `names` in the body: several at once, all known or none touched."""
-    body = await read_body(request, _ACTION)
-    names = body.get("names", [])
-    if not all(isinstance(name, str) for name in names) or len(names) > 10_000:
-        raise _invalid("names must be a list of names.")
-    return await _act(request, request.match_info["verb"], names, body)
+    """Act on `names` of the body: several at once; if one is unknown, on none."""
+    body = await read_body(request, {**_ACTION, "names": list})
+    return await _act(request, request.match_info["verb"], names_of(body), body)
 
 
 async def post_plan(request: web.Request) -> web.Response:
     body = await read_body(request, {"path": str, "text": str})
     if len(body) > 1:
-        raise _invalid("Give either path or text.")
-    return answer({"plan": await request.app[PORT].plan(_path(body), body.get("text"))})
-
-
-def _path(body: Mapping[str, Any]) -> str | None:
-    path = body.get("path")
-    if path is not None and (not path.startswith("/") or "\0" in path):
-        raise _invalid("path must be absolute.")
-    return path
+        raise invalid("Give either path or text.")
+    return answer({"plan": await request.app[PORT].plan(path_of(body), body.get("text"))})
 
 
 async def post_apply(request: web.Request) -> web.Response:
@@ -274,16 +185,16 @@ async def post_apply(request: web.Request) -> web.Response:
     options = ApplyOptions(
         dry_run=body.get("dry_run", False),
         wait=body.get("wait", True),
-        timeout_s=_timeout(body),
+        timeout_s=timeout_of(body),
         expect_hash=body.get("expect_hash"),
         caller=request.get(CALLER, Caller()),
     )
     try:
         async with asyncio.timeout(options.timeout_s + GRACE_S):
-            applied = await request.app[PORT].apply(_path(body), options)
+            applied = await request.app[PORT].apply(path_of(body), options)
     except TimeoutError:
         raise ApiError(504, "wait_timeout", f"Not done after {options.timeout_s:g} s; it goes on.") from None
-    return answer(applied, _status_of(applied["results"]))
+    return answer(applied, _http_status(applied["results"]))
 
 
 async def post_reload(request: web.Request) -> web.Response:
@@ -303,15 +214,56 @@ async def post_shutdown(request: web.Request) -> web.Response:
     return answer({"accepted": True}, 202)
 
 
-def table() -> list[web.RouteDef]:
-    """Return all routes of /v1."""
+# -- model stores and volumes ------------------------------------------------------------------------------------------
+
+
+async def get_library(request: web.Request) -> web.Response:
+    read_query(request)
+    return answer(await request.app[LIBRARY].diff())
+
+
+async def get_library_model(request: web.Request) -> web.Response:
+    read_query(request)
+    return answer(await request.app[LIBRARY].show(request.match_info["name"]))
+
+
+async def post_sync(request: web.Request) -> web.Response:
+    body = await read_body(request, {"names": list})
+    return answer({"sync": request.app[LIBRARY].sync(names_of(body))}, 202)
+
+
+async def get_sync(request: web.Request) -> web.StreamResponse:
+    """Stream the steps of a sync as SSE, past ones first."""
+    number = int(request.match_info["number"])
+    return await sse.stream(request, request.app[LIBRARY].progress(number), "step")
+
+
+async def post_prune(request: web.Request) -> web.Response:
+    body = await read_body(request, {"dry_run": bool})
+    return answer(await request.app[LIBRARY].prune(body.get("dry_run", False)))
+
+
+async def get_volumes(request: web.Request) -> web.Response:
+    read_query(request)
+    return answer(request.app[LIBRARY].volumes())
+
+
+async def post_accept(request: web.Request) -> web.Response:
+    path = path_of(await read_body(request, {"path": str}))
+    if path is None:
+        raise invalid("path must be absolute.")
+    return answer(request.app[LIBRARY].accept_volume(path))
+
+
+def fleet_routes() -> list[web.RouteDef]:
+    """Return the routes that ask the ControlPort."""
     process_verbs, model_verbs = "|".join(wire.PROCESS_VERBS), "|".join(wire.MODEL_VERBS)
     return [
         web.get("/v1/status", get_status),
         web.get("/v1/processes", get_processes),
         web.get("/v1/processes/{name}", get_process),
         web.get("/v1/models", get_models),
-        web.get("/v1/models/{name:.+}", get_model),  # a model's name may hold slashes
+        web.get("/v1/models/{name:.+}", get_model),  # a model's name may contain slashes
         web.get("/v1/devices", get_devices),
         web.get("/v1/names", get_names),
         web.get("/v1/events", get_events),
@@ -329,4 +281,17 @@ def table() -> list[web.RouteDef]:
         web.post("/v1/reload", post_reload),
         web.post("/v1/reexec", post_reexec),
         web.post("/v1/shutdown", post_shutdown),
+    ]
+
+
+def library_routes() -> list[web.RouteDef]:
+    """Return the routes that ask the LibraryPort."""
+    return [
+        web.get("/v1/library", get_library),
+        web.post("/v1/library/sync", post_sync),
+        web.post("/v1/library/prune", post_prune),
+        web.get(r"/v1/syncs/{number:\d{1,9}}", get_sync),
+        web.get("/v1/library/{name:.+}", get_library_model),
+        web.get("/v1/volumes", get_volumes),
+        web.post("/v1/volumes/accept", post_accept),
     ]

@@ -1,9 +1,9 @@
-"""From what a person typed to names: exact, `all`, globs, and the base name of replicas.
+"""Resolve what a user typed to names: exact names, `all`, globs, and the base names of replicas.
 
-The rules of this file
-- Either every pattern means something, or nothing is done: ApiError 404 `unknown_name` names all that do not.
-- The order of the words is kept; a name is taken once.
-- A route is never in memory itself: `all` and globs pass over it, and who names it is told the models that it leads to.
+Invariants:
+- If any pattern matches nothing, nothing is selected: ApiError 404 `unknown_name` lists all that do not match.
+- The order of the patterns is kept; a name is selected once.
+- A route is never in memory itself: `all` and globs skip it, and naming it is an error that lists the models behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fleetd.errors import ApiError
 
 
 def processes(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the processes that the patterns name. Raises ApiError 404."""
+    """Return the processes that the patterns select. Raises ApiError 404."""
 
     def find(pattern: str) -> list[str]:
         if pattern in names.processes:
@@ -29,20 +29,20 @@ def processes(patterns: Sequence[str], names: Names) -> list[str]:
 
 
 def models(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the models that the patterns name, aliases resolved. Raises ApiError 404, and 409 for a route."""
+    """Return the models that the patterns select, aliases resolved. Raises ApiError 404, 409 for a route."""
 
-    def meant(pattern: str) -> list[str]:
+    def matching(pattern: str) -> list[str]:
         if pattern in names.models:
             return [pattern]
         by_alias = [name for name, aliases in names.models.items() if pattern in aliases]
         return by_alias or [name for name in names.models if pattern == "all" or _like(name, pattern)]
 
     def find(pattern: str) -> list[str]:
-        found = meant(pattern)
-        held = [name for name in found if name not in names.routes]
-        if found and not held and pattern != "all":
-            raise _a_route(pattern, names.routes[found[0]])
-        return held
+        found = matching(pattern)
+        loadable = [name for name in found if name not in names.routes]
+        if found and not loadable and pattern != "all":
+            raise _route_error(pattern, names.routes[found[0]])
+        return loadable
 
     known = dict.fromkeys((*names.models, *(alias for aliases in names.models.values() for alias in aliases)))
     return _select(patterns, find, "model", known, other=_processes_hint(names))
@@ -68,7 +68,7 @@ def _processes_hint(names: Names) -> Callable[[str], str | None]:
     return hint
 
 
-def _a_route(pattern: str, targets: Sequence[str]) -> ApiError:
+def _route_error(pattern: str, targets: Sequence[str]) -> ApiError:
     return ApiError(409, "is_a_route", f"{pattern} is a route: name its models ({', '.join(targets)}).")
 
 
@@ -80,7 +80,7 @@ def _select(
     other: Callable[[str], str | None],
 ) -> list[str]:
     if not patterns:
-        raise ApiError(400, "invalid_request", f"Name at least one {noun}, or say all.")
+        raise ApiError(400, "invalid_request", f"Name at least one {noun}, or use all.")
     chosen: dict[str, None] = {}
     unknown: list[str] = []
     for pattern in patterns:

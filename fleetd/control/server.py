@@ -1,9 +1,9 @@
-"""The control API: one aiohttp application, served on the Unix socket; the same one can stand read-only elsewhere.
+"""The control API: an aiohttp application, served on the Unix socket or, read-only, elsewhere.
 
-The rules of this file
-- On the socket the peer's credentials are the key: same user or root. Elsewhere nothing may be changed, unless
-  `may_change(request)` says so.
-- aiohttp's defaults are not trusted: cancellation of handlers, limits and timeouts are set here.
+Invariants:
+- On the socket the peer's credentials are the key: the same user or root. Elsewhere nothing may be changed, unless
+  `may_change(request)` allows it.
+- aiohttp's defaults are replaced: cancellation of handlers, limits and timeouts are set here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from fleetd.control import library_routes, routes, socket, sse
+from fleetd.control import routes, socket, sse
 from fleetd.control.answers import Handler, QuietHTTP, answer, errors_as_json
-from fleetd.control.library_port import LibraryPort
-from fleetd.control.port import ControlPort
+from fleetd.control.port import ControlPort, LibraryPort
 from fleetd.control.wire import error_document
 
 BODY_MAX_BYTES = 4 * 1024 * 1024  # a fleet.yaml sent as text
@@ -43,21 +42,19 @@ def create_app(
 ) -> web.Application:
     """Return the application with every route of /v1.
 
-    `read_only`: every change is answered 403, but for requests that `may_change` accepts. `metrics` renders the
-    Prometheus
-    text of GET /v1/metrics and /metrics; without it those routes are absent. `middlewares` run inside the one that
-    turns
-    errors into JSON, before anything else. Without `library` the routes of the stores and volumes are absent.
+    `read_only`: changes are answered 403, except requests that `may_change` accepts. `metrics` renders the Prometheus text of
+    GET /v1/metrics and /metrics; without it these routes do not exist. `middlewares` run inside the one that turns errors into
+    JSON. Without `library` the routes of stores and volumes do not exist.
     """
     guards = [_guard_changes(may_change)] if read_only else []
     app = web.Application(middlewares=[errors_as_json, *middlewares, *guards], client_max_size=BODY_MAX_BYTES)
     app[routes.PORT] = port
     app[sse.STREAMS] = set()
     app.on_shutdown.append(sse.cut_all)
-    app.add_routes(routes.table())
+    app.add_routes(routes.fleet_routes())
     if library is not None:
-        app[library_routes.LIBRARY] = library
-        app.add_routes(library_routes.table())
+        app[routes.LIBRARY] = library
+        app.add_routes(routes.library_routes())
     if metrics is not None:
         _add_metrics(app, metrics)
     app.on_response_prepare.append(_hide_software)
@@ -110,7 +107,7 @@ def _check_peer(allowed_uids: Collection[int]) -> Middleware:
 
 
 class ControlServer:
-    """Serves a port on a Unix socket. `start` once, `close` once; the caller holds the host's lock in between."""
+    """Serves a port on a Unix socket. Call `start` once and `close` once, while holding the host's lock."""
 
     def __init__(
         self,
@@ -150,7 +147,7 @@ class ControlServer:
         self._server = await asyncio.get_running_loop().create_unix_server(serve, sock=self._listener)
 
     async def close(self) -> None:
-        """Stop listening, give running requests SHUTDOWN_S, cut the rest, remove the socket file."""
+        """Stop listening, wait SHUTDOWN_S for requests in progress, cut the rest, remove the socket file."""
         socket.release(self.path, self._identity)
         if self._server is not None:
             self._server.close()

@@ -1,9 +1,8 @@
-"""The Unix socket: bound without a moment in which someone else could use it, and open to one user.
+"""The control socket: never reachable for another user, not even while it is created.
 
-The rules of this file
-- The daemon holds the host's lock before it binds: what lies at the path is then a leftover, unless something
-  answers there.
-- Bound and closed to others under another name, then renamed into place: no reader ever sees it half ready.
+Invariants:
+- The daemon holds the host's lock before it binds, so a file at the path is left over, unless a program answers there.
+- The socket is bound under another name with mode 0600, then renamed into place: no client sees it half ready.
 - Folder 0700, socket 0600, and the peer's credentials are checked as well: the mode alone is not trusted.
 """
 
@@ -26,26 +25,28 @@ _SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 0x001, 0x002
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a listening socket at `path`, mode 0600 in a 0700 folder. The caller holds the host's lock. Raises
-    HostError."""
+    """Return a listening socket at `path`, mode 0600 in a 0700 folder. Raises HostError.
+
+    The caller must hold the host's lock.
+    """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     problem = length_problem(path)
     if problem is not None:
         raise HostError(f"T{problem[1:]}.", hint="Set paths.run in fleet.yaml to a shorter folder.", recoverable=False)
     try:
         _prepare_folder(path.parent)
-        _refuse_foreign(path)
+        _check_free(path)
         temporary.unlink(missing_ok=True)
         return _bind_and_rename(path, temporary)
     except OSError as error:
         raise HostError(
-            f"The control socket {path} cannot be made: {error.strerror or error}.",
-            hint="Check that paths.run in fleet.yaml is a folder of yours on a local disk.",
+            f"The control socket {path} cannot be created: {error.strerror or error}.",
+            hint="Check that paths.run in fleet.yaml is your own folder on a local disk.",
         ) from error
 
 
 def length_problem(path: Path) -> str | None:
-    """Return why no socket can be bound at a path, None where one can."""
+    """Return why a path is too long for a socket; None if it is not."""
     length, most = len(os.fsencode(path)), PATH_MAX_BYTES - len(TEMPORARY_SUFFIX)
     if length <= most:
         return None
@@ -59,7 +60,7 @@ def _bind_and_rename(path: Path, temporary: Path) -> socket.socket:
     try:
         listener.setblocking(False)
         listener.bind(str(temporary))
-        temporary.chmod(0o600)  # inside a 0700 folder: nobody else could have reached it before
+        temporary.chmod(0o600)  # inside a 0700 folder: no other user could reach it before
         listener.listen(128)
         temporary.rename(path)
     except BaseException:
@@ -82,15 +83,15 @@ def _prepare_folder(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Raise HostError when what is at the path is not a dead socket of ours."""
+def _check_free(path: Path) -> None:
+    """Raise HostError unless the path is free or a dead socket."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise HostError(
-            f"{path} is there and is not a socket; fleetd does not replace it.",
+            f"{path} exists and is not a socket; fleetd does not replace it.",
             hint="Move it away, or set paths.run in fleet.yaml to another folder.",
             recoverable=False,
         )
@@ -108,17 +109,17 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def release(path: Path, identity: tuple[int, int]) -> None:
-    """Remove the socket file, if it is still the one with this (device, inode)."""
+    """Remove the socket file if it still has this (device, inode)."""
     try:
         found = path.lstat()
         if (found.st_dev, found.st_ino) == identity:
             path.unlink()
     except OSError:
-        pass  # gone, or not ours to remove: nothing depends on it
+        pass  # already removed, or another user's: nothing depends on it
 
 
 def peer(connection: socket.socket) -> Caller:
-    """Return who connected. Uid None: the system does not say."""
+    """Return the process that connected; uid None if the system does not say."""
     try:
         if hasattr(socket, "SO_PEERCRED"):
             size = struct.calcsize("3i")
@@ -130,5 +131,5 @@ def peer(connection: socket.socket) -> Caller:
             (pid,) = struct.unpack("=i", connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, 4))
             return Caller(uid=uid, pid=pid)
     except OSError:
-        pass  # the peer is gone already: it stays unknown, and unknown is refused
+        pass  # the peer is already gone: it stays unknown, and unknown is rejected
     return Caller()

@@ -1,11 +1,10 @@
-"""Server-sent events to a reader that may be slow, stuck or gone.
+"""Server-sent events to a reader that may be slow, stuck or disconnected.
 
-The rules of this file
-- The daemon never waits for a reader for long: items pass through a queue of QUEUE_ITEMS; a reader that takes
-  nothing for
-  STALL_S while it is full is cut off, and the source is closed.
-- A finished stream ends with `event: end`; one that broke, with `event: error`. A stream that just stops was cut.
-- A comment every PING_S shows both sides that the other still lives.
+Invariants:
+- The daemon waits for a reader only briefly: items pass through a queue of QUEUE_ITEMS; a reader that reads nothing for STALL_S
+  while it is full is disconnected, and the source is closed.
+- A finished stream ends with `event: end`, a failed one with `event: error`. A stream without either was cut.
+- A comment every PING_S keeps the connection alive.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ log = logging.getLogger("fleetd.control")
 STREAMS: web.AppKey[set[asyncio.Task[object]]] = web.AppKey("streams", set)
 
 
-class _Stalled(Exception):
-    """The reader takes nothing."""
+class _StalledReader(Exception):
+    """The reader has read nothing for STALL_S."""
 
 
 def _frame(event: str, body: Mapping[str, Any], number: object = None) -> bytes:
@@ -46,13 +45,13 @@ async def _close(source: AsyncIterator[Mapping[str, Any]]) -> None:
         try:
             await close()
         except Exception:
-            log.exception("a stream's source did not close")
+            log.exception("source of a stream failed to close")
 
 
 async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asyncio.Queue[bytes | None]) -> None:
-    """Move items from the source into the queue; None is the end. Raises _Stalled when nobody takes them.
+    """Move items from the source into the queue; None is the end. Raises _StalledReader.
 
-    The source is closed here, before anybody cuts the connection: that would cancel whoever waits.
+    The source is closed here, before the connection is cut: a cut cancels the tasks that wait.
     """
 
     async def put(frame: bytes | None) -> None:
@@ -60,7 +59,7 @@ async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asy
             async with asyncio.timeout(STALL_S):
                 await queue.put(frame)
         except TimeoutError:
-            raise _Stalled from None
+            raise _StalledReader from None
 
     try:
         async for item in source:
@@ -68,11 +67,11 @@ async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asy
         await put(_frame("end", wire.document({})))
     except FleetError as error:
         await put(_frame("error", describe_error(error)[1]))
-    except (_Stalled, ConnectionError):
+    except (_StalledReader, ConnectionError):
         raise
     except Exception:
-        log.exception("a stream of %s events broke", event)
-        await put(_frame("error", wire.error_document("internal", "A bug in fleetd: the stream broke.")))
+        log.exception("stream of %s events failed", event)
+        await put(_frame("error", wire.error_document("internal", "A bug in fleetd: the stream failed.")))
     finally:
         await _close(source)
     await put(None)
@@ -92,8 +91,7 @@ async def _write(response: web.StreamResponse, queue: asyncio.Queue[bytes | None
 
 
 async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]], event: str) -> web.StreamResponse:
-    """Send every item of `source` as an event named `event`, until it ends or the reader goes; then close the
-    source."""
+    """Send every item of `source` as an SSE event, until it ends or the reader disconnects; then close it."""
     response = web.StreamResponse(
         headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     )
@@ -110,23 +108,23 @@ async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]],
         for task in done:
             task.result()
         await response.write_eof()
-    except _Stalled:
-        log.warning("a reader of %s took nothing for %g s and was cut off", request.path, STALL_S)
+    except _StalledReader:
+        log.warning("reader of %s read nothing for %g s: disconnected", request.path, STALL_S)
         if request.transport is not None:
             request.transport.abort()
     except ConnectionError:
-        pass  # the reader left
+        pass  # the reader disconnected
     finally:
         streams.discard(this)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _close(source)  # it may never have been started
+        await _close(source)  # the pump may never have started
     return response
 
 
 async def cut_all(app: web.Application) -> None:
-    """End every stream: followers would otherwise hold up the end of the daemon."""
+    """Cancel every stream: followers would otherwise delay the shutdown."""
     streams: set[asyncio.Task[object]] = app[STREAMS]
     for task in tuple(streams):
         task.cancel()

@@ -1,12 +1,10 @@
-"""What crosses the control socket: the shapes, the schema name, and the form of times.
+"""The documents of the control API: their fields, the schema name, and the format of times.
 
-The rules of this file
-- Standard library only: the client imports it and must start in a few milliseconds.
-- Keys are stable: a key may be added, never renamed or given another meaning. Unknown keys are to be ignored by
-  readers.
-- Times are UTC in RFC 3339 with milliseconds and `Z`; durations are float seconds (`_s`); memory is integer bytes
-  (`_bytes`).
-- Every JSON document carries `"schema": "fleetctl/v1"` as its first key; items of a stream do too.
+Invariants:
+- Standard library only: the client imports this module and must start in a few milliseconds.
+- Keys are stable: a key may be added, never renamed or given another meaning. Readers ignore unknown keys.
+- Times are UTC in RFC 3339 with milliseconds and `Z`; durations are float seconds (`_s`); memory is integer bytes (`_bytes`).
+- Every JSON document has `"schema": "fleetctl/v1"` as its first key; so do the items of a stream.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ VERBS = PROCESS_VERBS + MODEL_VERBS
 
 
 class ResultCode(StrEnum):
-    """How one name of an action ended. `ACCEPTED` is the answer to an action that was not to be waited for."""
+    """The result of an action for one name. `ACCEPTED`: the caller asked not to wait."""
 
     OK = "ok"
     ACCEPTED = "accepted"
@@ -33,13 +31,13 @@ class ResultCode(StrEnum):
 
 
 class ActionResult(TypedDict):
-    """One name's result of an action. `reason` is a sentence for a person, `state` the state it is in now."""
+    """The result of an action for one name. `reason` is a sentence for a person, `state` the current state."""
 
     name: str
     result: str  # an ResultCode
     state: str | None
     reason: str | None
-    warning: NotRequired[str]  # it was done, but
+    warning: NotRequired[str]  # it succeeded, with this restriction
 
 
 class LastExit(TypedDict):
@@ -66,7 +64,7 @@ class ProcessStatus(TypedDict):
     rss_bytes: int | None
     next_start_s: float | None
     last_exit: LastExit | None
-    base: NotRequired[str]  # the key in fleet.yaml, where replicas make it differ from the name
+    base: NotRequired[str]  # the key in fleet.yaml, if it differs from the name (replicas)
     device_bytes: NotRequired[dict[str, int]]
     in_flight: NotRequired[int]
     draining: NotRequired[bool]
@@ -96,10 +94,8 @@ class ModelStatus(TypedDict):
     reason: NotRequired[str]
     aliases: NotRequired[list[str]]
     routes: NotRequired[list[dict[str, Any]]]
-    store: NotRequired[
-        dict[str, Any]
-    ]  # models as code: {state, detail, done_bytes, total_bytes}; state is unchanged | made |
-    # making | failed | blocked | missing | foreign
+    # {state, detail, done_bytes, total_bytes}; state is unchanged | made | making | failed | blocked | missing | foreign
+    store: NotRequired[dict[str, Any]]
 
 
 class DeviceStatus(TypedDict):
@@ -121,14 +117,14 @@ class DaemonStatus(TypedDict):
     config_hash: str
     rss_bytes: int
     config_error: NotRequired[str | None]  # fleet.yaml on disk cannot be used: its first problem
-    restart_needed: NotRequired[list[str]]  # its keys that act when the daemon starts anew
-    store_problem: NotRequired[str | None]  # why what the daemon should remember is not on its disk
+    restart_needed: NotRequired[list[str]]  # its keys that take effect when the daemon restarts
+    store_problem: NotRequired[str | None]  # why the daemon's state could not be saved
     gateway: NotRequired[str | None]  # host:port of the data plane
     stopping: NotRequired[bool]
 
 
 class HostStatus(TypedDict):
-    """The machine, for the host line."""
+    """The machine, for the host line of `status`."""
 
     hostname: str
     cpus: int
@@ -151,7 +147,7 @@ class FleetStatus(TypedDict):
 
 
 class FleetEvent(TypedDict):
-    """One thing that happened. `seq` grows by one, over restarts of the daemon too; it is the SSE id."""
+    """One event. `seq` grows by one, also across restarts of the daemon; it is the SSE id."""
 
     seq: int
     at: str
@@ -164,23 +160,23 @@ class FleetEvent(TypedDict):
     data: NotRequired[dict[str, Any]]
 
 
-OWN_WORD = "fleetd"
+OWN_STREAM = "fleetd"  # LogLine.stream of a message about the log itself
 
 
 class LogLine(TypedDict):
-    """One line of a process' log. `at` is null where the child writes its own file and nobody timed the line."""
+    """One line of a process' log. `at` is null if the child writes its own file without times."""
 
     name: str
     at: str | None
     line: str
-    stream: str | None  # out | err | null where both share a file | fleetd for a word about the log itself
+    stream: str | None  # out | err | null if both share a file | fleetd for a message about the log itself
 
 
 class ProcessDetail(TypedDict):
-    """What `status NAME` shows: the row and its surroundings. `events` and `log` are the last ten, oldest first."""
+    """The document of `status NAME`. `events` and `log` are the last ten, oldest first."""
 
     process: ProcessStatus
-    models: list[ModelStatus]  # what it holds or can hold
+    models: list[ModelStatus]  # the models that it serves or can serve
     events: list[FleetEvent]
     log: list[LogLine]
     command: NotRequired[list[str]]  # secrets redacted
@@ -188,7 +184,7 @@ class ProcessDetail(TypedDict):
     log_path: NotRequired[str | None]
     source: NotRequired[str | None]  # file:line in fleet.yaml
     depends_on: NotRequired[dict[str, str]]  # name → condition
-    requires: NotRequired[dict[str, bool]]  # path → is it there
+    requires: NotRequired[dict[str, bool]]  # path → whether it exists
     tree: NotRequired[list[dict[str, Any]]]  # [{pid, ppid, command, rss_bytes}] of the whole process set
     probes: NotRequired[dict[str, Any]]  # startup | readiness | liveness → {ok, at, detail}
 
@@ -202,12 +198,12 @@ class ModelDetail(TypedDict):
 
 
 class KeyChange(TypedDict):
-    """One changed key. `before`/`after` are fit to be shown: redacted, short texts; null where it is absent."""
+    """One changed key. `before` and `after` are redacted, short texts; null if the key is missing."""
 
     path: str
     before: Any
     after: Any
-    effect: str  # hot | reload (a held model is made and loaded again) | scale | restart | daemon
+    effect: str  # hot | reload (a served model is created and loaded again) | scale | restart | daemon
 
 
 class PlannedChange(TypedDict):
@@ -221,8 +217,7 @@ class PlannedChange(TypedDict):
 
 
 class Plan(TypedDict):
-    """The way from what runs to a file. No changes: the file is what runs. `unchanged` counts the processes left
-    alone."""
+    """The changes from the running fleet to a file. `unchanged` counts the processes that are not touched."""
 
     file: str | None
     config_hash: str
@@ -254,5 +249,5 @@ def document(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_document(code: str, message: str, hint: str | None = None, **extra: Any) -> dict[str, Any]:
-    """Return the one shape of every error."""
+    """Return the document of an error."""
     return document({"error": {"code": code, "message": message, "hint": hint, **extra}})

@@ -15,7 +15,7 @@ from fleetd.cli import views
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, Refused, Unreachable
 from fleetd.cli.context import FORMS, Duration, Session, completion_of, forms, names_argument, say
 from fleetd.cli.render import PREFIX_COLOURS, clean
-from fleetd.control.wire import OWN_WORD, SCHEMA, document
+from fleetd.control.wire import OWN_STREAM, SCHEMA, document
 
 WATCH_S = 1.0
 _LINES = 50
@@ -183,7 +183,7 @@ def logs(
     colours: dict[str, str] = {}
     width = 0
     for line in source:
-        if line.get("stream") == OWN_WORD:
+        if line.get("stream") == OWN_STREAM:
             say(f"fleetctl: {clean(line.get('name'))}: {clean(line.get('line'))}")
         elif session.form == "json":
             screen.json(line, indent=None)

@@ -1,4 +1,4 @@
-"""`fleetctl models` and `fleetctl volumes` on the daemon's side: implements control.library_port.LibraryPort.
+"""`fleetctl models` and `fleetctl volumes` on the daemon's side: implements control.port.LibraryPort.
 
 The rules of this file
 - A difference is asked of the servers themselves; a store none of whose servers is ready has an error instead.

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fleetd.control.wire import OWN_WORD, LogLine, rfc3339
+from fleetd.control.wire import OWN_STREAM, LogLine, rfc3339
 from fleetd.host.logs.registry import LogBook
 from fleetd.host.logs.tail import Line, Wanted, read_tail
 from fleetd.host.process.table import ProcessTable, command_of
@@ -95,7 +95,7 @@ async def read_logs(
 
 
 def _note(name: str, sentence: str) -> LogLine:
-    return {"name": name, "at": None, "line": sentence, "stream": OWN_WORD}
+    return {"name": name, "at": None, "line": sentence, "stream": OWN_STREAM}
 
 
 def _wire(name: str, line: Line) -> LogLine:

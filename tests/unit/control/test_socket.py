@@ -87,7 +87,7 @@ def test_a_folder_of_another_user_is_refused(place: Path, monkeypatch: pytest.Mo
 
 def test_a_file_in_place_of_the_folder(place: Path) -> None:
     place.parent.write_text("")
-    with pytest.raises(HostError, match="cannot be made"):
+    with pytest.raises(HostError, match="cannot be created"):
         socket.bind(place)
 
 
