@@ -1,76 +1,76 @@
-"""What an engine is: one file with an options model, a capability record, a few pure functions, and awaits where a flag says so.
+"""The contract between fleetd and an engine: the values they exchange and the protocols an engine implements.
 
-The rules of this file
-- Pure: `launch`, `estimate`, `probes`, `classify_exit`, `validate`. They read only their arguments (and, for `estimate`, file headers).
-- Awaiting: `load`, `unload`, `loaded`, `alive`. They get an aiohttp-like client injected and never keep state.
-- May be there: `phase(line)` says how far a start has come, `learned_at_start(lines)` what its log is worth for the next one,
-  `canonical_name`, `prepare`, `capabilities_for(options)` where one entry can more than another, and all of `Sleeper` where those
-  capabilities say `can_sleep`.
-- An engine never imports another engine, the host or the daemon.
+An engine is a module-level object `ENGINE` with the members of `Engine`. `launch`, `probes`, `estimate`, `classify_exit`,
+`validate`, `api` and `concurrency` are pure: they read their arguments (and, for `estimate` and `validate`, file headers).
+Abilities that not every engine has are typed objects, each None where the engine has none: `server` (load and unload models in
+a running process), `sleep` (release memory and keep the process), `store` (build models before they are loaded) and
+`startup` (read the log of a start). `fleetd/engines/README.md` shows how to write one.
+
+Invariants:
+- An engine imports neither another engine nor the core, the host or the daemon.
+- Coroutines get the HTTP client as an argument and keep no state between calls.
+- Sizes are bytes, durations are seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fleetd.core.data.specs import Capabilities, ExitKind, Footprint, Probes
 from fleetd.errors import EngineError
+from fleetd.units import expand_home
 
 if TYPE_CHECKING:
+    import asyncio
+
     from aiohttp import ClientSession
 
-    from fleetd.engines.options import Options as Options  # noqa: PLC0414 - engines import it from here
+    from fleetd.engines.options import Options
+    from fleetd.models.ollama.api import Progress
+    from fleetd.models.ollama.modelfile import ModelRecipe
+    from fleetd.models.ollama.sync import Library
 
 
 class Api(StrEnum):
-    """The dialect an engine speaks on its port."""
+    """The dialect that an engine speaks on its port."""
 
     OPENAI = "openai"
-    OLLAMA = "ollama"  # Ollama speaks OpenAI's too; this says that the native one is there
+    OLLAMA = "ollama"  # the native API of Ollama; it serves the OpenAI routes too
     NONE = "none"
-
-
-def __getattr__(name: str) -> Any:
-    """Load `Options`, the base of every engine's typed options, only for an engine that has some."""
-    if name == "Options":
-        from fleetd.engines.options import Options
-
-        return Options
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens. `base_url` has no trailing slash."""
+    """The address of a server. `base_url` has no trailing slash."""
 
     base_url: str
     api_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class HeldModel:
-    """A model that a many-model server is asked to hold: what `models.NAME` says about it."""
+class ServedModel:
+    """One entry of `models` in fleet.yaml, as the engine that serves it sees it."""
 
     name: str
-    served_as: str
+    served_as: str  # the server's own name for it
     source: str | None = None  # models.NAME.from
     quantize: str | None = None
     modelfile: Mapping[str, Any] = field(default_factory=dict)
     embedding: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # models.NAME.options: arguments of a load
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchContext:
-    """What an engine needs to write a command line.
+    """Everything an engine needs to write a command line.
 
-    `command` is the user's own (empty: the engine's default). `args` come last on the command line. `config_dir` is the
-    folder of the file that defined the entry: relative paths of options are resolved against it. `device_total_bytes`
-    gives the size of the entry's device, where it is known.
+    `command` is the user's own; empty means the engine's default. `args` come last on the command line. `config_dir` is the
+    folder of the file that defines the entry: relative paths in options are resolved against it.
     """
 
     name: str
@@ -84,19 +84,23 @@ class LaunchContext:
     config_dir: Path = Path(".")
     device: str | None = None
     device_uuid: str | None = None
-    device_total_bytes: int | None = None
+    device_total_bytes: int | None = None  # None: unknown
     served_as: str = ""
-    models: tuple[HeldModel, ...] = ()  # what a many-model server will be asked to hold
-    learned: Mapping[str, int] = field(default_factory=dict)  # what an earlier start of the same entry found out
-    external: bool = False  # a server that is not ours to start
+    models: tuple[ServedModel, ...] = ()  # the models that a server of many models will be asked to load
+    learned: Mapping[str, int] = field(default_factory=dict)  # `StartupLog.learned` of an earlier start
+    external: bool = False  # the server is not started by fleetd
+
+    def resolve(self, path: str) -> Path:
+        """Return a path of the options as an absolute path; `~` is expanded."""
+        return _joined(self.config_dir, expand_home(path)).absolute()
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """An exact command line. `env` is what the engine sets; the daemon adds the inherited part and the user's `env`.
+    """A complete command line. `env` is the engine's part; the daemon adds the inherited part and the user's `env`.
 
-    `requires` are paths that must exist before a start (BLOCKED until then); `secret_env` names variables whose values are
-    never shown. `named` says which option names a required path: path → `mmproj`, `lora[0]`.
+    `requires` are paths that must exist before a start; the process is BLOCKED until they do. `named` maps a required path to
+    the option that names it: path → `mmproj`, `lora[0]`. The values of the variables in `secret_env` are never shown.
     """
 
     argv: tuple[str, ...]
@@ -109,15 +113,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class ExitVerdict:
-    """The engine's view of an exit. `reason` holds only what the exit code and the signal do not say; it may be empty."""
+    """Why a process exited. `reason` holds only what the exit code and the signal do not say; it may be empty."""
 
-    kind: ExitKind
+    kind: ExitKind  # the restart policy reads it
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model that a server holds now; `served_as` is the server's own name for it. `context_length` None: it does not say."""
+    """A model that a server has in memory. `context_length` is in tokens; None: the server does not report it."""
 
     served_as: str
     device_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -125,34 +129,35 @@ class Resident:
 
 
 @dataclass(frozen=True, slots=True)
-class Asleep:
-    """What has to be known to wake a sleeper. The daemon keeps it in between, over its own restarts too."""
+class SleepRecord:
+    """The state that a wake needs. The daemon stores it, also across its own restarts."""
 
     level: int
-    said: str | None = None  # its answer to the canary, from before its first sleep
+    canary: str | None = None  # the engine's answer to a fixed prompt, from before its first sleep
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutcome:
-    """What a look at a server brought. `key` is the key of the entry that a failure is about; `final` that waiting cannot help."""
+    """The result of one probe. `key` is the key of the entry that a failure is about; `final`: retrying cannot help."""
 
     ok: bool
     detail: str = ""
     key: str | None = None
     final: bool = False
-    asleep: bool = False  # it was not asked for a token, since it sleeps
+    asleep: bool = False  # the server sleeps, so no token was requested
 
     @classmethod
     def failed(cls, error: EngineError) -> ProbeOutcome:
+        """Return the outcome of a probe that raised."""
         return cls(False, str(error), error.key, not error.recoverable)
 
 
 @dataclass(frozen=True, slots=True)
 class OptionProblem:
-    """One mistake in an entry's options that the types cannot see. `path` is below `options`, e.g. ("model",); one that begins
-    with env, args or command is below the entry, and ("models", NAME, …) is of a model that the server shall hold.
+    """One mistake in an entry that the types of its options cannot express.
 
-    A `warning` is worth saying and stops nothing: an option without effect, a folder that is absent now.
+    `path` is below `options`, e.g. ("model",). A path that begins with env, args or command is below the entry, and
+    ("models", NAME, …) is below the model that the server serves. A `warning` does not reject the configuration.
     """
 
     path: tuple[str | int, ...]
@@ -160,76 +165,157 @@ class OptionProblem:
     warning: bool = False
 
 
-class Sleeper(Protocol):
-    """What an engine has besides, where its process can sleep. After an error of any of these the process is killed."""
+class ModelServer(Protocol):
+    """Loads models into a running process. Required exactly where `Capabilities.many_models` is set."""
 
-    def asleep(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
-        """Return the bytes per device that it holds asleep, given what it takes awake; None: that cannot be said."""
+    async def load(
+        self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float
+    ) -> Mapping[str, int]:
+        """Load a model and return the bytes per device that the server measured, empty if unknown.
+
+        The device "gpu" stands for the entry's own device. Raises EngineError.
+        """
+
+    async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:
+        """Unload a model; return when the server no longer lists it. Raises EngineError."""
+
+    async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
+        """Return the models in memory. Raises EngineError."""
+
+    def canonical_name(self, served_as: str) -> str:
+        """Return the form in which `loaded` reports a model that fleet.yaml calls `served_as`."""
+
+
+class Sleeper(Protocol):
+    """Makes a process release most of its memory and keep running. After any error the daemon kills the process."""
+
+    def can_sleep(self, options: Options) -> bool:
+        """Return whether a process with these options can sleep."""
+
+    def asleep_bytes(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
+        """Return the bytes per device that it takes asleep, given those it takes awake; None: unknown."""
 
     async def sleep(
-        self, http: ClientSession, endpoint: Endpoint, options: Any, before: Asleep | None, timeout_s: float
-    ) -> Asleep:
-        """Put an idle server to sleep. `before`: what an earlier sleep of this run returned. Raises EngineError."""
+        self, http: ClientSession, endpoint: Endpoint, options: Options, before: SleepRecord | None, timeout_s: float
+    ) -> SleepRecord:
+        """Put an idle server to sleep. `before` is what an earlier sleep of this run returned. Raises EngineError."""
 
-    async def wake(self, http: ClientSession, endpoint: Endpoint, before: Asleep, timeout_s: float) -> None:
-        """Wake it, and hear it speak. Raises EngineError."""
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: SleepRecord, timeout_s: float) -> None:
+        """Wake the server and verify it with one real request. Raises EngineError."""
 
-    async def sleeping(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
-        """Return whether it sleeps. Raises EngineError."""
+    async def is_asleep(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
+        """Return whether the server sleeps. Raises EngineError."""
 
 
-def capabilities_of(engine: Engine, options: Any) -> Capabilities:
-    """Return what one entry can: what its engine can, or what the engine says of these options."""
-    of_options = getattr(engine, "capabilities_for", None)
-    return engine.capabilities if of_options is None else cast("Capabilities", of_options(options))
+class ModelStore(Protocol):
+    """Builds models in a server's store from the `from`, `quantize` and `modelfile` of fleet.yaml, before they are loaded.
+
+    `state_dir` is the daemon's state folder, where the record of built models is kept.
+    """
+
+    def key(self, context: LaunchContext, endpoint: Endpoint) -> str:
+        """Return a string that is equal for servers that share one store. Blocks on the file system."""
+
+    def library(self, http: ClientSession, endpoint: Endpoint, context: LaunchContext, state_dir: Path) -> Library:
+        """Return the content of the server's store, to compare it with fleet.yaml and to change it."""
+
+    def recipe(self, context: LaunchContext, model: ServedModel) -> ModelRecipe:
+        """Return how a model is built. Raises EngineError that lists every mistake of its entry."""
+
+    def lock(self, key: str) -> asyncio.Lock:
+        """Return the lock of a store; hold it while building or deleting anything in it."""
+
+    def has_copy(self, context: LaunchContext, endpoint: Endpoint | None, model: ServedModel, state_dir: Path) -> bool:
+        """Return whether the store has the model's bytes, so that its source file may be missing. Blocks."""
+
+    async def build(
+        self, http: ClientSession, endpoint: Endpoint, context: LaunchContext, model: ServedModel, *,
+        state_dir: Path, progress: Progress | None = None,
+    ) -> str | None:  # fmt: skip
+        """Build the model unless the store has it as fleet.yaml describes it.
+
+        Returns a sentence if something was built, else None. Raises EngineError; recoverable where only a drive is missing.
+        """
+
+
+class StartupLog(Protocol):
+    """Reads the log of a start: its progress, and measurements that make the next start faster."""
+
+    def phase(self, line: str) -> str | None:
+        """Return the phase that a log line reports; None: no news. A new phase extends the start's deadline."""
+
+    def learned(self, context: LaunchContext, lines: Sequence[str]) -> Mapping[str, int]:
+        """Return the values to pass to the next start as `LaunchContext.learned`; empty: none."""
 
 
 class Engine(Protocol):
-    """The contract of an engine. `fleetd/engines/__init__.py` finds it by module name or entry point."""
+    """The contract of an engine. `fleetd.engines.registry` checks it when it loads the engine."""
 
-    name: str
-    capabilities: Capabilities
+    @property
+    def name(self) -> str:
+        """The value of `engine:` in fleet.yaml."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What every process of this engine can do; `capabilities_of` adds what depends on its options."""
 
     @property
     def options(self) -> type[Options]:
-        """The model that `options` of fleet.yaml are checked by."""
+        """The pydantic model of `options:` in fleet.yaml. Load it lazily if the daemon must not load pydantic for it."""
 
-    def api(self, options: Any) -> Api:
+    @property
+    def server(self) -> ModelServer | None:
+        """Loads and unloads models; None: the process is the model."""
+
+    @property
+    def sleep(self) -> Sleeper | None:
+        """Puts the process to sleep; None: it cannot sleep."""
+
+    @property
+    def store(self) -> ModelStore | None:
+        """Builds models; None: the server has no store that fleetd can change."""
+
+    @property
+    def startup(self) -> StartupLog | None:
+        """Reads the log of a start; None: it has nothing to report."""
+
+    def api(self, options: Options) -> Api:
         """Return the dialect that a server with these options speaks."""
 
     def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
-        """Return what is wrong beyond types: an option that excludes another, an env key that an option sets already."""
+        """Return the mistakes beyond types: options that exclude each other, an env key that an option sets already."""
 
     def launch(self, context: LaunchContext) -> Launch:
         """Return the exact command line and environment. Raises EngineError when the program cannot be found."""
 
-    def probes(self, options: Any) -> Probes:
-        """Return the default probes; fleet.yaml overrides each one."""
+    def probes(self, options: Options) -> Probes:
+        """Return the default probes; fleet.yaml can override each one."""
 
-    def concurrency(self, options: Any) -> int:
-        """Return the number of requests one server works on at once."""
+    def concurrency(self, options: Options) -> int:
+        """Return how many requests one server processes at once."""
 
-    def estimate(self, context: LaunchContext, model: HeldModel | None) -> Footprint | None:
-        """Return the bytes per device of this process' model (`model` None) or of one held model; None: cannot tell.
+    def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:
+        """Return the bytes per device of the process (`model` None) or of one served model; None: unknown.
 
         Raises EngineError with the key of the model that names an unusable file.
         """
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
-        """Say why it ended, from the exit code and the last log lines."""
-
-    async def load(
-        self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float
-    ) -> Mapping[str, int]:
-        """Load a model into a many-model server; returns measured bytes per device, empty if unknown. Raises EngineError."""
-
-    async def unload(self, http: ClientSession, endpoint: Endpoint, model: HeldModel, timeout_s: float) -> None:
-        """Unload, and return only when the server no longer holds it. Raises EngineError."""
-
-    async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
-        """Return what a many-model server holds now. Raises EngineError."""
+        """Return why the process exited, given its exit code or signal (both None: unknown) and its last log lines."""
 
     async def alive(
-        self, http: ClientSession, endpoint: Endpoint, model: HeldModel | None, timeout_s: float
+        self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
-        """Do a real one-token request: the only proof that a server still works."""
+        """Request one real token, the only proof that a server works. Never causes a load; does not raise EngineError."""
+
+
+@lru_cache(64)  # a fleet of thousands of entries names the same few paths again and again
+def _joined(folder: Path, path: str) -> Path:
+    return folder / path
+
+
+def capabilities_of(engine: Engine, options: Options) -> Capabilities:
+    """Return what one process can do: the engine's capabilities and what these options add."""
+    if engine.sleep is None:
+        return engine.capabilities
+    return replace(engine.capabilities, can_sleep=engine.sleep.can_sleep(options))

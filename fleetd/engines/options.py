@@ -1,18 +1,20 @@
-"""The base of every engine's options. Apart from the contract, so that a daemon whose engines need no pydantic loads none."""
+"""The base class of every engine's options; a module of its own, since importing it loads pydantic."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+OwnOptions = TypeVar("OwnOptions", bound="Options")
+
 
 class Options(BaseModel):
-    """Closed and frozen; an empty value (`threads:` with nothing after it) means "not said".
+    """Typed options of one entry: closed and frozen. An empty value (`threads:` with nothing after it) means "not set".
 
-    `travels_plain` says that nothing but the values is read of them once they were checked: a running daemon is then handed
-    a plain object with the same attributes. `refused` says of keys that people may know from elsewhere what to write instead.
+    `travels_plain`: only the values are read after validation, so the config worker sends the daemon a plain object with the
+    same attributes. `refused` maps keys that users may expect to the sentence that rejects them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -21,7 +23,14 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_absent(cls, data: Any) -> Any:
+    def _drop_empty_values(cls, data: Any) -> Any:
         if isinstance(data, dict) and None in data.values():
             return {key: value for key, value in data.items() if value is not None}
         return data
+
+
+def narrow(options: Options, kind: type[OwnOptions]) -> OwnOptions:
+    """Return `options` as the type of the engine that they were validated for. Raises TypeError for another engine's."""
+    if not isinstance(options, kind):
+        raise TypeError(f"{type(options).__name__} where {kind.__name__} is expected: options of another engine")
+    return options

@@ -1,9 +1,9 @@
-"""The engines by name: the built-in ones, and those that other packages add in the entry-point group `fleetd.engines`.
+"""Find engines by name: the built-in ones, and those that packages register in the entry-point group `fleetd.engines`.
 
-The rules of this file
-- Lazy: a name is a string until it is loaded; a fleet without vLLM never imports the engine for it.
-- A built-in engine cannot be replaced: an entry point of the same name is refused, with the package that brings it.
-- An engine module ends with `ENGINE = ItsClass()`; an entry point names such an object, or a class without arguments.
+Invariants:
+- An engine module is imported when the engine is loaded; a fleet without vLLM never imports its engine.
+- A built-in engine cannot be replaced: an entry point of the same name is rejected with the package that registers it.
+- Every engine is checked against the contract when it is loaded.
 """
 
 from __future__ import annotations
@@ -11,53 +11,42 @@ from __future__ import annotations
 import difflib
 import importlib
 from functools import cache
+from inspect import getattr_static
 from typing import TYPE_CHECKING, cast
 
+from fleetd.engines.base import Engine, ModelServer, ModelStore, Sleeper, StartupLog
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from fleetd.engines.base import Engine
-
 GROUP = "fleetd.engines"
 BUILT_IN = {
-    "external": "fleetd.engines.external",
+    "external": "fleetd.engines.external.engine",
     "llamacpp": "fleetd.engines.llamacpp.engine",
     "lmstudio": "fleetd.engines.lmstudio.engine",
     "ollama": "fleetd.engines.ollama.engine",
     "process": "fleetd.engines.generic.engine",
     "vllm": "fleetd.engines.vllm.engine",
 }
-_MEMBERS = (
-    "name",
-    "capabilities",
-    "options",
-    "api",
-    "validate",
-    "launch",
-    "probes",
-    "concurrency",
-    "estimate",
-    "classify_exit",
-)
-_AWAITED = ("load", "unload", "loaded", "alive")
+PARTS: dict[str, type] = {"server": ModelServer, "sleep": Sleeper, "store": ModelStore, "startup": StartupLog}
+_MISSING = object()
 
 
 def names() -> tuple[str, ...]:
-    """Return every engine that can be loaded, sorted."""
-    return tuple(sorted({*BUILT_IN, *_added()}))
+    """Return the names of all engines that can be loaded, sorted."""
+    return tuple(sorted({*BUILT_IN, *_entry_points()}))
 
 
 @cache
 def load(name: str) -> Engine:
-    """Return the engine `name`. Raises EngineError: unknown (with the nearest name), shadowing, or broken."""
-    added = _added()
+    """Return the engine `name`. Raises EngineError: unknown (with the nearest name), shadowing, or incomplete."""
+    added = _entry_points()
     if name in BUILT_IN:
         if name in added:
             raise EngineError(
-                f"the package {_package(added[name])} brings an engine named {name!r}, which is fleetd's own",
-                hint=f"uninstall {_package(added[name])}, or have it name its engine otherwise",
+                f"package {_package(added[name])} registers an engine named {name!r}, which is built into fleetd",
+                hint=f"uninstall {_package(added[name])}, or rename its engine",
                 recoverable=False,
             )
         return _built_in(name)
@@ -66,20 +55,20 @@ def load(name: str) -> Engine:
     known = names()
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else None
-    raise EngineError(f"there is no engine {name!r}; there are {', '.join(known)}", hint=hint, recoverable=False)
+    raise EngineError(f"unknown engine {name!r}: there are {', '.join(known)}", hint=hint, recoverable=False)
 
 
 @cache
 def recall(name: str) -> Engine:
-    """Return an engine that was found before, by another process of ours: the built-in ones without a look at the packages."""
+    """Return an engine that another process of ours loaded before: built-in ones without scanning the packages."""
     return _built_in(name) if name in BUILT_IN else load(name)
 
 
 def _built_in(name: str) -> Engine:
-    return cast("Engine", importlib.import_module(BUILT_IN[name]).ENGINE)
+    return _checked(name, importlib.import_module(BUILT_IN[name]).ENGINE, "fleetd")
 
 
-def _added() -> dict[str, EntryPoint]:
+def _entry_points() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -90,17 +79,46 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _from_entry_point(name: str, entry: EntryPoint) -> Engine:
+    """Load an entry point: an engine object, or a class that is constructed without arguments."""
     try:
         found = entry.load()
         engine = found() if isinstance(found, type) else found
     except Exception as error:
-        message = f"the engine {name!r} of {_package(entry)} cannot be loaded: {type(error).__name__}: {error}"
+        message = f"engine {name!r} of {_package(entry)} cannot be loaded: {type(error).__name__}: {error}"
         raise EngineError(message, recoverable=False) from error
-    missing = [member for member in (*_MEMBERS, *_AWAITED) if not hasattr(engine, member)]
+    return _checked(name, engine, _package(entry))
+
+
+def _checked(name: str, engine: object, package: str) -> Engine:
+    problems = contract_problems(engine)
+    if problems:
+        raise EngineError(f"engine {name!r} of {package} is incomplete: {'; '.join(problems)}", recoverable=False)
+    checked = cast("Engine", engine)
+    if checked.name != name:
+        raise EngineError(f"engine {name!r} of {package} calls itself {checked.name!r}", recoverable=False)
+    return checked
+
+
+def contract_problems(engine: object) -> list[str]:
+    """Return how `engine` violates the contract of `Engine`, one phrase each. Does not evaluate its `options`."""
+    problems = _member_problems(engine, Engine, "")
+    if problems:
+        return problems
+    checked = cast("Engine", engine)
+    for part, protocol in PARTS.items():
+        found = getattr(checked, part)
+        if found is not None:
+            problems += _member_problems(found, protocol, f"{part}.")
+    if checked.capabilities.many_models != (checked.server is not None):
+        problems.append("capabilities.many_models must be set exactly where there is a server")
+    return problems
+
+
+def _member_problems(candidate: object, protocol: type, prefix: str) -> list[str]:
+    """Return the members of `protocol` that `candidate` lacks, and its methods that cannot be called."""
+    members = {name: value for name, value in vars(protocol).items() if not name.startswith("_")}
+    missing = [f"{prefix}{name}" for name in members if getattr_static(candidate, name, _MISSING) is _MISSING]
     if missing:
-        message = f"the engine {name!r} of {_package(entry)} is incomplete: it lacks {', '.join(missing)}"
-        raise EngineError(message, recoverable=False)
-    if engine.name != name:
-        message = f"the engine {name!r} of {_package(entry)} calls itself {engine.name!r}"
-        raise EngineError(message, recoverable=False)
-    return cast("Engine", engine)
+        return [f"it lacks {', '.join(missing)}"]
+    methods = [name for name, value in members.items() if not isinstance(value, property)]
+    return [f"{prefix}{name} is not a method" for name in methods if not callable(getattr(candidate, name))]

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.core.data.specs import Probes, ProcessKind
-from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
+from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, ModelServer, ServedModel
 from fleetd.engines.container import Contained
+from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import FleetError
 from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
 from fleetd.resolver.containers import Recipe
@@ -87,8 +88,8 @@ class LaunchPlan:
     requires: tuple[str, ...] = ()
     required_by: Mapping[str, str] = field(default_factory=dict)  # required path → the key of fleet.yaml that names it
     device: str = "host"
-    held: Mapping[str, HeldModel] = field(default_factory=dict)
-    own_model: HeldModel | None = None
+    held: Mapping[str, ServedModel] = field(default_factory=dict)
+    own_model: ServedModel | None = None
     schedule: Schedule | None = None
     watch: WatchPlan | None = None
     recipe: Recipe | None = None  # where it runs in a container
@@ -96,6 +97,11 @@ class LaunchPlan:
     kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
     source: tuple[str, int] = ("", 0)
     place: str = ""  # its entry in fleet.yaml: `models.tiny`
+
+    @property
+    def model_server(self) -> ModelServer | None:
+        """How models are loaded: by the engine, or for an external server of one model, by a look at its list; None: never."""
+        return self.engine.server or (LISTED_MODELS if self.external else None)
 
     def about(self, said: str, key: str | None) -> str:
         """Return a sentence with the key of fleet.yaml that it is about."""

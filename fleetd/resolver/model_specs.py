@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.model import EngineModel, HeldModel, ModelKeys, RouteModel
@@ -25,8 +25,7 @@ from fleetd.core.data.specs import (
     Route,
     asleep_hash,
 )
-from fleetd.engines.base import HeldModel as Held
-from fleetd.engines.base import Sleeper, capabilities_of
+from fleetd.engines.base import ServedModel, capabilities_of
 from fleetd.errors import FleetError
 from fleetd.resolver.launch_plan import LaunchPlan, plain
 from fleetd.resolver.resolved import Surroundings
@@ -104,7 +103,7 @@ class ModelAssembler:
                     self._own.setdefault(spec.own_model, []).append(process)
         return self._own.get(name, [])
 
-    def _hash(self, plan: LaunchPlan, held: Held | None) -> str:
+    def _hash(self, plan: LaunchPlan, held: ServedModel | None) -> str:
         if plan.name != self._shown[0]:  # the many models of one server come one after another
             self._shown = (plan.name, plain(plan.context.options))
         parts = [plan.engine_name, plan.device, self._shown[1], plan.context.args, plan.context.command]
@@ -113,7 +112,7 @@ class ModelAssembler:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _footprint(
-        self, name: str, keys: ModelKeys, plan: LaunchPlan, held: Held | None, footprint_hash: str
+        self, name: str, keys: ModelKeys, plan: LaunchPlan, held: ServedModel | None, footprint_hash: str
     ) -> Footprint:
         path: Path_ = ("models", name, "memory")
         if keys.memory != "auto":
@@ -130,14 +129,15 @@ class ModelAssembler:
         return footprint
 
     def _asleep(self, plan: LaunchPlan, footprint: Footprint, footprint_hash: str) -> Mapping[str, int] | None:
-        if plan.external or not capabilities_of(plan.engine, plan.context.options).can_sleep:
+        sleep = plan.engine.sleep
+        if sleep is None or plan.external or not capabilities_of(plan.engine, plan.context.options).can_sleep:
             return None
-        estimated = cast("Sleeper", plan.engine).asleep(plan.context, footprint.bytes)
+        estimated = sleep.asleep_bytes(plan.context, footprint.bytes)
         if estimated is None:
             return None
         return {**estimated, **self.around.learned.get(asleep_hash(footprint_hash), {})}
 
-    def _estimated(self, path: Path_, plan: LaunchPlan, held: Held | None) -> Footprint:
+    def _estimated(self, path: Path_, plan: LaunchPlan, held: ServedModel | None) -> Footprint:
         try:
             estimated = plan.engine.estimate(plan.context, held)
         except FleetError as error:

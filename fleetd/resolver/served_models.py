@@ -1,4 +1,4 @@
-"""The models of fleet.yaml as engines see them: HeldModel values for servers, and for the one model a process is.
+"""The models of fleet.yaml as engines see them: ServedModel values for servers, and for the one model a process is.
 
 The rules of this file
 - A `from` that looks like a path is made absolute, from the folder of the file that says it; anything else is a name that the
@@ -10,24 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fleetd.config.load import LoadedConfig
-from fleetd.config.schema.model import HeldModel as HeldKeys
-from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.config.schema.model import HeldModel
+from fleetd.engines.base import LaunchContext, ServedModel
 from fleetd.resolver.entries import Entry
 
 
-def held_models(loaded: LoadedConfig, names: Iterable[str]) -> Iterable[HeldModel]:
+def held_models(loaded: LoadedConfig, names: Iterable[str]) -> Iterable[ServedModel]:
     """Yield what a server will be asked to hold, in the order of the file."""
     for name in names:
         keys = loaded.config.models[name]
-        if isinstance(keys, HeldKeys):
+        if isinstance(keys, HeldModel):
             yield held_model(loaded, name, keys)
 
 
-def held_model(loaded: LoadedConfig, name: str, keys: HeldKeys) -> HeldModel:
+def held_model(loaded: LoadedConfig, name: str, keys: HeldModel) -> ServedModel:
     modelfile = (
         keys.modelfile.model_dump(exclude_none=True, exclude_defaults=True) if keys.modelfile is not None else {}
     )
-    return HeldModel(
+    return ServedModel(
         name=name,
         served_as=keys.served_as or name,
         source=source_of(loaded, name, keys.from_),
@@ -38,13 +38,13 @@ def held_model(loaded: LoadedConfig, name: str, keys: HeldKeys) -> HeldModel:
     )
 
 
-def own_held(entry: Entry, context: LaunchContext) -> HeldModel | None:
+def own_held(entry: Entry, context: LaunchContext) -> ServedModel | None:
     """Return the model that a process is, as its engine's probes see it."""
     if entry.own_model is None:
         return None
     source = getattr(context.options, "model", None)
     path = context.config_dir / source if isinstance(source, str) and looks_like_path(source) else None
-    return HeldModel(
+    return ServedModel(
         name=entry.base,
         served_as=context.served_as,
         source=str(path) if path is not None else None,

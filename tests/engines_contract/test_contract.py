@@ -24,7 +24,8 @@ from bench import tiny_gguf
 from bench.rig import free_port
 from fleetd.core.data.specs import Capabilities, ExitKind, ExitReport, Footprint, Probes, ProbeSpec, describe_exit
 from fleetd.engines import registry
-from fleetd.engines.base import Api, Endpoint, Engine, HeldModel, Launch, LaunchContext
+from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, ModelServer, ServedModel
+from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import EngineError
 from tests.fakes.launch import command, eventually, fake
 
@@ -40,7 +41,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     program: tuple[str, ...] = ("/opt/engine/program", "serve")
     serves: bool = True
-    held: HeldModel = HeldModel("fleet-name", "fake")
+    held: ServedModel = ServedModel("fleet-name", "fake")
 
 
 CASES: dict[str, Case] = {
@@ -77,6 +78,11 @@ def ask(
             return await action(http, Endpoint(endpoint, key))
 
     return asyncio.run(run())
+
+
+def load(models: ModelServer, base_url: str, model: ServedModel, timeout_s: float) -> Mapping[str, int]:
+    sizes: Mapping[str, int] = ask(base_url, lambda http, end: models.load(http, end, model, timeout_s))
+    return sizes
 
 
 def contains(argv: tuple[str, ...], words: tuple[str, ...]) -> bool:
@@ -262,8 +268,8 @@ def server_flags(name: str) -> list[str]:
 def test_alive_does_real_work(name: str, server_flags: list[str]) -> None:
     engine, held = registry.load(name), CASES[name].held
     with fake(*server_flags) as server:
-        if engine.capabilities.many_models and engine.capabilities.owns_process:
-            ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        if engine.server is not None and engine.capabilities.owns_process:
+            load(engine.server, server.base_url, held, 10)
         outcome = ask(server.base_url, lambda http, end: engine.alive(http, end, held, 10))
         assert outcome.ok, outcome.detail
         if engine.capabilities.owns_process:
@@ -275,10 +281,9 @@ def test_alive_is_false_in_time_for_a_broken_server(name: str, fault: str, serve
     if fault == "--garbage" and not registry.load(name).capabilities.owns_process:
         return  # somebody else's server is asked for its list only, which is well
     engine, held = registry.load(name), CASES[name].held
-    many = engine.capabilities.many_models and engine.capabilities.owns_process
     with fake(*server_flags, fault) as server:
-        if many and fault == "--garbage":
-            ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        if engine.server is not None and engine.capabilities.owns_process and fault == "--garbage":
+            load(engine.server, server.base_url, held, 10)
         begun = time.monotonic()
         outcome = ask(server.base_url, lambda http, end: engine.alive(http, end, held, 0.5))
         assert not outcome.ok
@@ -300,35 +305,35 @@ def test_alive_is_false_where_nobody_listens(name: str) -> None:
 def test_load_and_unload(name: str, server_flags: list[str]) -> None:
     engine, held = registry.load(name), CASES[name].held
     many = engine.capabilities.many_models and engine.capabilities.owns_process
+    models = engine.server if many else LISTED_MODELS  # an external server of one model is asked for its list
+    assert models is not None
+    assert (engine.server is not None) == engine.capabilities.many_models
     with fake(*server_flags, "--load-time", "0.05" if many else "0") as server:
         if not many:
             if engine.capabilities.owns_process:
-                stranger = replace(held, served_as="another-model")
                 with pytest.raises(EngineError):
-                    ask(server.base_url, lambda http, end: engine.load(http, end, stranger, 2))
-                with pytest.raises(EngineError):
-                    ask(server.base_url, lambda http, end: engine.unload(http, end, held, 2))
-                eventually(lambda: ask(server.base_url, engine.loaded), "it lists its model")
+                    load(models, server.base_url, replace(held, served_as="another-model"), 2)
+                eventually(lambda: ask(server.base_url, models.loaded), "it lists its model")
             return
-        assert ask(server.base_url, engine.loaded) == ()
-        sizes = ask(server.base_url, lambda http, end: engine.load(http, end, held, 10))
+        assert ask(server.base_url, models.loaded) == ()
+        sizes = load(models, server.base_url, held, 10)
         assert all(size >= 0 for size in sizes.values())
-        assert [resident.served_as for resident in ask(server.base_url, engine.loaded)] == [held.served_as]
-        ask(server.base_url, lambda http, end: engine.unload(http, end, held, 10))
-        assert not ask(server.base_url, engine.loaded)
+        assert [resident.served_as for resident in ask(server.base_url, models.loaded)] == [held.served_as]
+        ask(server.base_url, lambda http, end: models.unload(http, end, held, 10))
+        assert not ask(server.base_url, models.loaded)
         assert server.stats()["held_bytes"] == 0
 
 
 def test_what_cannot_be_loaded_is_an_error(name: str, server_flags: list[str]) -> None:
     engine = registry.load(name)
-    if not engine.capabilities.many_models or not engine.capabilities.owns_process:
+    if engine.server is None or not engine.capabilities.owns_process:
         return
     with fake(*server_flags) as server, pytest.raises(EngineError):
-        ask(server.base_url, lambda http, end: engine.load(http, end, HeldModel("x", "unknown-model"), 5))
+        load(engine.server, server.base_url, ServedModel("x", "unknown-model"), 5)
     with fake(*server_flags, "--fail-load") as server, pytest.raises(EngineError):
-        ask(server.base_url, lambda http, end: engine.load(http, end, CASES[name].held, 5))
+        load(engine.server, server.base_url, CASES[name].held, 5)
     with fake(*server_flags, "--load-time", "30") as server, pytest.raises(EngineError):
-        ask(server.base_url, lambda http, end: engine.load(http, end, CASES[name].held, 0.3))
+        load(engine.server, server.base_url, CASES[name].held, 0.3)
 
 
 def test_its_own_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:

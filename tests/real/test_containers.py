@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from bench.rig import free_port
-from fleetd.engines.llamacpp.engine import CHILD
+from fleetd.engines.llamacpp.command import EMBEDDED_SERVER
 from tests.real.podman import IMAGE, Podman, podman, why_not
 from tests.support.daemon import Fleetd, fleetd, until
 
@@ -178,14 +178,14 @@ def test_a_real_llama_cpp_in_a_container(tmp_path: Path, engine: Podman) -> None
     tiny_gguf.write(file)
     openmp = Path("/usr/lib/x86_64-linux-gnu/libgomp.so.1")
     mounts = [
-        f"{CHILD.parent}:/engine:ro",
+        f"{EMBEDDED_SERVER.parent}:/engine:ro",
         f"{packages}:/packages:ro",
         *([f"{openmp}:{openmp}:ro"] if openmp.exists() else []),
     ]
     entry = f"""\
 tiny:
   engine: llamacpp
-  command: [python3, /engine/{CHILD.name}]
+  command: [python3, /engine/{EMBEDDED_SERVER.name}]
   env: {{PYTHONPATH: /packages}}
   options: {{model: {file}, context_length: 512}}
   runtime:

@@ -22,7 +22,7 @@ from aiohttp import ClientSession
 from fleetd.engines.base import Endpoint
 from fleetd.engines.vllm.engine import ENGINE
 from fleetd.engines.vllm.options import VllmOptions
-from fleetd.engines.vllm.sleep import canary
+from fleetd.engines.vllm.sleep import VllmSleeper, canary
 from fleetd.errors import EngineError
 from tests.support.daemon import Fleetd, fleetd, until
 
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 CACHE = Path(os.environ.get("FLEETD_VLLM", Path.home() / ".cache" / "fleetd-vllm"))
 READY_S = 300.0  # 40 s on an idle machine with two cores; imports of libraries dominate, and the machine is shared
 GONE_S = 20.0
+SLEEPER = VllmSleeper()
 
 FLEET = """
 devices: {{host: {{budget: 90%}}}}
@@ -197,20 +198,20 @@ def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
 
     async def go(endpoint: Endpoint) -> None:
         async with ClientSession() as http:
-            assert not await ENGINE.sleeping(http, endpoint, 10)
-            known = await ENGINE.sleep(http, endpoint, options, None, 60)
+            assert not await SLEEPER.is_asleep(http, endpoint, 10)
+            known = await SLEEPER.sleep(http, endpoint, options, None, 60)
             assert known.level == 1
             assert known.said
-            assert await ENGINE.sleeping(http, endpoint, 10)
+            assert await SLEEPER.is_asleep(http, endpoint, 10)
             async with http.get(f"{endpoint.base_url}/health") as answer:
                 assert answer.status == 200, "it says that it is well, and that is true"
             assert (await ENGINE.alive(http, endpoint, None, 10)).detail == "asleep"
             with pytest.raises(EngineError, match="did not answer"):
                 await canary(http, endpoint, "tiny", 2.0)  # accepted, queued, silent
             with pytest.raises(EngineError, match="sleeps already"):
-                await ENGINE.sleep(http, endpoint, options, known, 60)
-            await ENGINE.wake(http, endpoint, known, 60)
-            assert not await ENGINE.sleeping(http, endpoint, 10)
+                await SLEEPER.sleep(http, endpoint, options, known, 60)
+            await SLEEPER.wake(http, endpoint, known, 60)
+            assert not await SLEEPER.is_asleep(http, endpoint, 10)
             assert await canary(http, endpoint, "tiny", 60) == known.said
 
     try:

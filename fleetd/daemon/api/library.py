@@ -125,8 +125,7 @@ class Libraries:
 
     def _library(self, store: Store, plan: LaunchPlan) -> Library:
         assert plan.endpoint is not None
-        found: Library = store.engine.library(self._http(), plan.endpoint, plan.context, self._preparation.state_dir())
-        return found
+        return store.engine.library(self._http(), plan.endpoint, plan.context, self._preparation.state_dir())
 
     # -- changing -------------------------------------------------------------------------------------------------------
 
@@ -217,7 +216,7 @@ class Libraries:
             return row
         library = self._library(store, plan)
         try:
-            async with store.engine.one_at_a_time(store.key):
+            async with store.engine.lock(store.key):
                 await library.delete(step.served_as)
         except FleetError as error:
             return {**row, "result": "failed", "reason": str(error)}

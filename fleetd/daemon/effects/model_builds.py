@@ -23,7 +23,7 @@ from fleetd.core.data.state import ProcessState, Residency
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.effects.model_stores import Store, stores_of
 from fleetd.daemon.sources.prerequisites import Requirements
-from fleetd.engines.base import HeldModel
+from fleetd.engines.base import ServedModel
 from fleetd.errors import EngineError, FleetError
 from fleetd.models.ollama.sync import Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
@@ -99,7 +99,7 @@ class Preparation:
         self._passing: set[str] = set()
         self._passed: dict[str, float] = {}
         self._seen: dict[str, int] = {}  # process to the generation that was seen ready
-        self._verified: dict[tuple[str, str], tuple[HeldModel, object]] = {}
+        self._verified: dict[tuple[str, str], tuple[ServedModel, object]] = {}
         self.notes: dict[str, Note] = {}
 
     # -- stores ---------------------------------------------------------------------------------------------------------
@@ -173,8 +173,7 @@ class Preparation:
             except EngineError as error:
                 self._failed(name, error)
         library = store.engine.library(self._http(), plan.endpoint, plan.context, self.state_dir())
-        found: list[Step] = await library.plan(recipes)
-        return found
+        return await library.plan(recipes)
 
     async def _step(self, store: Store, plan: LaunchPlan, step: Step) -> None:
         name = step.name
@@ -238,9 +237,9 @@ class Preparation:
 
     # -- before a load --------------------------------------------------------------------------------------------------
 
-    async def before_load(self, command: Load, plan: LaunchPlan, held: HeldModel) -> bool:
+    async def before_load(self, command: Load, plan: LaunchPlan, held: ServedModel) -> bool:
         """Make what a load needs; the fleet hears of progress. False when it was known to be right. Raises EngineError."""
-        if held.source is None or not hasattr(plan.engine, "prepare"):
+        if held.source is None or plan.engine.store is None:
             return False
         missing = await self._requirements.fresh_model(command.model)
         if missing:
@@ -273,7 +272,7 @@ class Preparation:
         return self._verified.pop((process, model), None) is not None
 
     async def _prepare(
-        self, plan: LaunchPlan, held: HeldModel, progress: Callable[[Note], None] = lambda _: None
+        self, plan: LaunchPlan, held: ServedModel, progress: Callable[[Note], None] = lambda _: None
     ) -> None:
         name, began, told = held.name, time.monotonic(), ""
 
@@ -289,20 +288,24 @@ class Preparation:
 
         before = self.notes.get(name)
         try:
-            said = await plan.engine.prepare(self._http(), plan.endpoint, plan.context, held, self.state_dir(), tell)  # type: ignore[attr-defined]
+            assert plan.engine.store is not None
+            assert plan.endpoint is not None
+            said = await plan.engine.store.build(
+                self._http(), plan.endpoint, plan.context, held, state_dir=self.state_dir(), progress=tell
+            )
         except BaseException:
             if self.notes.get(name, Note("", "")).state == "making":
                 self.notes.pop(name)
             raise
         if said is not None:
             took_s = time.monotonic() - began
-            self.notes[name] = Note("made", str(said))
+            self.notes[name] = Note("made", said)
             self._say(name, "made", f"{said} ({took_s:.1f} s)")
         elif before is not None and before.state != "making":
             self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
 
 
-def _stamp(held: HeldModel) -> object:
+def _stamp(held: ServedModel) -> object:
     """Return what changes when a file that the model is made from does; None where there is none. Blocks."""
     found = []
     for path in _files(held):
@@ -314,7 +317,7 @@ def _stamp(held: HeldModel) -> object:
     return tuple(found)
 
 
-def _files(held: HeldModel) -> Iterable[Path]:
+def _files(held: ServedModel) -> Iterable[Path]:
     if held.source is not None and held.source.startswith("/"):
         yield Path(held.source)
     for key in ("adapter", "projector"):

@@ -19,7 +19,7 @@ from fleetd.core.data.events import Event, Loaded, LoadFailed, ResidentsObserved
 from fleetd.core.data.specs import ModelSpec
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.effects.model_builds import Preparation
-from fleetd.engines.base import Endpoint, HeldModel, Resident
+from fleetd.engines.base import Endpoint, ModelServer, Resident, ServedModel
 from fleetd.errors import EngineError, FleetError
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -79,28 +79,30 @@ class Residency:
         task = self._tasks.start(counted(), title)
         calls.add(task)
 
-    def _target(self, model: str, process: str) -> tuple[LaunchPlan, Endpoint, HeldModel]:
+    def _target(self, model: str, process: str) -> tuple[LaunchPlan, ModelServer, Endpoint, ServedModel]:
         plan = self._plans().get(process)
         held = plan.held.get(model) if plan is not None else None
         if plan is None or plan.endpoint is None or held is None:
             raise EngineError(f"{model} is no longer placed on {process} by fleet.yaml", recoverable=False)
-        return plan, plan.endpoint, held
+        if plan.model_server is None:
+            raise EngineError(f"{process} serves one model: it is loaded by starting the process", recoverable=False)
+        return plan, plan.model_server, plan.endpoint, held
 
     async def _load(self, command: Load) -> None:
         model, process, generation = command.model, command.process, command.generation
         spec = self._specs().get(model)
         timeout_s = spec.load_timeout_s if spec is not None else 300.0
         try:
-            plan, endpoint, held = self._target(model, process)
+            plan, server, endpoint, held = self._target(model, process)
             looked = await self._preparation.before_load(command, plan, held)
             try:
-                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+                measured = await server.load(self._http(), endpoint, held, timeout_s)
             except EngineError:
                 if looked or not self._preparation.doubt(process, model):
                     raise
                 if not await self._preparation.before_load(command, plan, held):
                     raise
-                measured = await plan.engine.load(self._http(), endpoint, held, timeout_s)
+                measured = await server.load(self._http(), endpoint, held, timeout_s)
         except FleetError as error:
             self._dispatch(
                 LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
@@ -115,13 +117,13 @@ class Residency:
         else:
             self._dispatch(Loaded(model, process, generation, on_devices(measured, plan)))
             self._lengths.get(process, {}).pop(model, None)
-            await self._residents(plan, endpoint)
+            await self._residents(plan, server, endpoint)
 
     async def _unload(self, command: Unload) -> None:
         model, process, generation = command.model, command.process, command.generation
         try:
-            plan, endpoint, held = self._target(model, process)
-            await plan.engine.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
+            _, server, endpoint, held = self._target(model, process)
+            await server.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
             self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
         except asyncio.CancelledError:
@@ -141,23 +143,24 @@ class Residency:
     async def observe(self, process: str, generation: int) -> None:
         """Ask a many-model server what it holds, and tell the fleet."""
         plan = self._plans().get(process)
-        if plan is None or plan.endpoint is None:
+        if plan is None or plan.endpoint is None or plan.model_server is None:
             return
         before = self._changes.get(process, 0)
-        residents = await self._residents(plan, plan.endpoint)
+        residents = await self._residents(plan, plan.model_server, plan.endpoint)
         if residents is None or self._changes.get(process, 0) != before or self._calls.get(process):
             return
         found = {name: on_devices(resident.device_bytes, plan) for name, resident in residents.items()}
         self._dispatch(ResidentsObserved(process, generation, found))
 
-    async def _residents(self, plan: LaunchPlan, endpoint: Endpoint) -> Mapping[str, Resident] | None:
+    async def _residents(
+        self, plan: LaunchPlan, server: ModelServer, endpoint: Endpoint
+    ) -> Mapping[str, Resident] | None:
         """Return the models of the fleet that a server says it holds; None: its probes say what is wrong with it."""
         try:
-            residents = await plan.engine.loaded(self._http(), endpoint)
+            residents = await server.loaded(self._http(), endpoint)
         except FleetError:
             return None
-        canonical = getattr(plan.engine, "canonical_name", str)
-        names = {canonical(held.served_as): name for name, held in plan.held.items()}
+        names = {server.canonical_name(held.served_as): name for name, held in plan.held.items()}
         found = {names[resident.served_as]: resident for resident in residents if resident.served_as in names}
         self._lengths[plan.name] = {
             name: resident.context_length for name, resident in found.items() if resident.context_length is not None

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from fleetd.engines.base import HeldModel
+from fleetd.engines.base import ModelStore, ServedModel
 from fleetd.resolver.launch_plan import LaunchPlan
 
 
@@ -20,9 +19,9 @@ class Store:
     """`plans` are the servers over it, in the order of fleet.yaml; `models` what they are asked to hold."""
 
     key: str
-    engine: Any
+    engine: ModelStore
     plans: list[LaunchPlan] = field(default_factory=list)
-    models: dict[str, tuple[LaunchPlan, HeldModel]] = field(default_factory=dict)
+    models: dict[str, tuple[LaunchPlan, ServedModel]] = field(default_factory=dict)
 
     @property
     def instances(self) -> list[str]:
@@ -38,11 +37,11 @@ def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, Store]:
     """Return the stores by key. Blocks for a moment: a store's folder is looked at."""
     found: dict[str, Store] = {}
     for plan in plans.values():
-        key_of = getattr(plan.engine, "store_key", None)
-        if key_of is None or plan.endpoint is None:
+        of_engine = plan.engine.store
+        if of_engine is None or plan.endpoint is None:
             continue
-        key = key_of(plan.context, plan.endpoint)
-        store = found.setdefault(key, Store(key, plan.engine))
+        key = of_engine.key(plan.context, plan.endpoint)
+        store = found.setdefault(key, Store(key, of_engine))
         store.plans.append(plan)
         for name, held in plan.held.items():
             store.models.setdefault(name, (plan, held))

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fleetd.core.data.commands import LookAsleep, Sleep, Wake
 from fleetd.core.data.events import Event, SleepSeen
 from fleetd.core.data.specs import ModelSpec, SleepState
 from fleetd.daemon.effects.startup_log import Facts
-from fleetd.engines.base import Asleep, Endpoint, Sleeper
+from fleetd.engines.base import Endpoint, Sleeper, SleepRecord
 from fleetd.errors import EngineError, FleetError
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -55,7 +55,7 @@ class Sleepers:
         self._plans = plans
         self._specs = specs
         self._call = call
-        self._known: dict[str, tuple[int, Asleep]] = {}  # process to generation and what its last sleep returned
+        self._known: dict[str, tuple[int, SleepRecord]] = {}  # process to generation and what its last sleep returned
 
     def sleep(self, command: Sleep) -> None:
         self._carry_out(command, self._sleep, self._spec(command.model).sleep_timeout_s)
@@ -96,15 +96,17 @@ class Sleepers:
         plan = self._plans().get(process)
         if plan is None or plan.endpoint is None:
             raise EngineError(f"{process} is no longer in fleet.yaml", recoverable=False)
-        return plan, plan.endpoint, cast("Sleeper", plan.engine)
+        if plan.engine.sleep is None:
+            raise EngineError(f"{process}: the engine {plan.engine_name} cannot sleep", recoverable=False)
+        return plan, plan.endpoint, plan.engine.sleep
 
-    def _known_of(self, process: str, generation: int) -> Asleep | None:
+    def _known_of(self, process: str, generation: int) -> SleepRecord | None:
         known = self._known.get(process)
         return known[1] if known is not None and known[0] == generation else None
 
-    async def _keep(self, process: str, generation: int, asleep: Asleep, sleeps: bool) -> None:
+    async def _keep(self, process: str, generation: int, asleep: SleepRecord, sleeps: bool) -> None:
         self._known[process] = (generation, asleep)
-        value = {"generation": generation, "level": asleep.level, "said": asleep.said, "sleeps": sleeps}
+        value = {"generation": generation, "level": asleep.level, "said": asleep.canary, "sleeps": sleeps}
         self._store.put(PREFIX + process, value)
         await self._store.flush()
 
@@ -126,11 +128,11 @@ class Sleepers:
 
     async def _look(self, command: LookAsleep, timeout_s: float) -> SleepState:
         _, endpoint, engine = self._target(command.process)
-        sleeps = await engine.sleeping(self._http(), endpoint, timeout_s)
+        sleeps = await engine.is_asleep(self._http(), endpoint, timeout_s)
         kept = await self._store.get(PREFIX + command.process)
         known = kept if isinstance(kept, dict) and kept.get("generation") == command.generation else {}
         if isinstance(known.get("level"), int):
-            self._known[command.process] = (command.generation, Asleep(known["level"], known.get("said")))
+            self._known[command.process] = (command.generation, SleepRecord(known["level"], known.get("said")))
         if sleeps and not (known.get("sleeps") is True and command.process in self._known):
             raise EngineError("it sleeps, and was left on its way there or back")
         return SleepState.ASLEEP if sleeps else SleepState.AWAKE

@@ -67,7 +67,7 @@ class Starts:
     def informed(self, plan: LaunchPlan) -> LaunchPlan:
         """Return the plan with what earlier starts of the same entry found out. Raises EngineError like a launch."""
         known = self.learned.get(self._key(plan))
-        if not known or plan.missing_program is not None or not hasattr(plan.engine, "learned_at_start"):
+        if not known or plan.missing_program is not None or plan.engine.startup is None:
             return plan
         context = replace(plan.context, learned=known)
         kept = plan.launch_hash()
@@ -78,7 +78,7 @@ class Starts:
 
     def began(self, run: Run) -> None:
         """Read along, where the engine has anything to say of its start."""
-        if hasattr(run.plan.engine, "phase") or run.plan.contained is not None:
+        if run.plan.engine.startup is not None or run.plan.contained is not None:
             self._tasks.start(self._follow(run), f"start of {run.name}")
 
     async def _follow(self, run: Run) -> None:
@@ -100,8 +100,8 @@ class Starts:
         self._learn(run, lines)
 
     def _phase(self, plan: LaunchPlan, line: str) -> str | None:
-        of_engine = getattr(plan.engine, "phase", None)
-        found: str | None = of_engine(line) if of_engine is not None else None
+        startup = plan.engine.startup
+        found = startup.phase(line) if startup is not None else None
         return found or (pulling(line) if plan.contained is not None else None)
 
     def _starting(self, run: Run) -> bool:
@@ -111,9 +111,9 @@ class Starts:
         return process.state is ProcessState.STARTING
 
     def _learn(self, run: Run, lines: list[str]) -> None:
-        learn = getattr(run.plan.engine, "learned_at_start", None)
+        startup = run.plan.engine.startup
         key = self._key(run.plan)
-        if learn is None or not key:
+        if startup is None or not key:
             return
         process = self._queries.process(run.name)
         served = process is not None and process.generation == run.generation and process.ready_s is not None
@@ -122,7 +122,7 @@ class Starts:
                 self._store.put(PREFIX + key, {})
                 self._say(run.name, "what an earlier start had found out is forgotten: this one failed with it")
             return
-        found = dict(learn(run.plan.context, lines))
+        found = dict(startup.learned(run.plan.context, lines))
         if found and not run.plan.context.learned and found != self.learned.get(key):
             self.learned[key] = found
             self._store.put(PREFIX + key, found)

@@ -31,7 +31,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
     from fleetd.core.queries import FleetQueries
-    from fleetd.engines.base import HeldModel
+    from fleetd.engines.base import ServedModel
 
 PERIOD_S = 2.0
 SUSPECTED_S = 0.5
@@ -62,9 +62,9 @@ class _Required:
             name: tuple(Path(path) for path in plan.requires) for name, plan in plans.items() if plan.requires
         }
         self.keys = {name: plans[name].required_by for name in self.paths}
-        self.sources: dict[str, tuple[LaunchPlan, HeldModel]] = {}  # of the held models that have a file
+        self.sources: dict[str, tuple[LaunchPlan, ServedModel]] = {}  # of the held models that have a file
         for plan in plans.values():
-            if hasattr(plan.engine, "prepare"):
+            if plan.engine.store is not None:
                 for name, held in plan.held.items():
                     if held.source is not None and held.source.startswith("/"):
                         self.sources.setdefault(name, (plan, held))
@@ -229,15 +229,15 @@ class Requirements:
             return ()
         return () if self._stands_alone(name, plan, held) else (f"models.{name}.from: {said}",)
 
-    def _stands_alone(self, name: str, plan: LaunchPlan, held: HeldModel) -> bool:
+    def _stands_alone(self, name: str, plan: LaunchPlan, held: ServedModel) -> bool:
         """Return whether the store has a copy; asked again after half a minute."""
-        ask, now = getattr(plan.engine, "stands_alone", None), time.monotonic()
-        if ask is None or self._state_dir is None:
+        store, now = plan.engine.store, time.monotonic()
+        if store is None or self._state_dir is None:
             return False
         known = self._alone.get(name)
         if known is None or now - known[1] > _ALONE_S:
             try:
-                known = bool(ask(plan.context, plan.endpoint, held, self._state_dir)), now
+                known = store.has_copy(plan.context, plan.endpoint, held, self._state_dir), now
             except (EngineError, OSError, ValueError):
                 known = False, now
             self._alone[name] = known
@@ -340,7 +340,7 @@ def _unread(plan: LaunchPlan) -> Missing:
     return tuple(f"{plan.required_by[path]}: {path} (it is there, and not read yet)" for path in plan.unread)
 
 
-def source_path(held: HeldModel) -> Path:
+def source_path(held: ServedModel) -> Path:
     """Return the file a held model is made from; only for those that have one."""
     assert held.source is not None
     return Path(held.source)

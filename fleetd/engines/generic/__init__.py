@@ -1,1 +1,1 @@
-"""Any program that serves models on a port."""
+"""The engine `process`: any program that serves models on a port."""

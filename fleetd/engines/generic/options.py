@@ -1,4 +1,4 @@
-"""The options of the engine `process`, read where fleet.yaml is."""
+"""The options of the engine `process`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fleetd.engines.options import Options
 
 
 class ProcessOptions(Options):
-    """What fleetd must be told of a program that it does not know."""
+    """What fleetd needs to know about a program."""
 
     travels_plain: ClassVar[bool] = True
 
     api: Dialect = Field(
-        Api.OPENAI, description="the dialect of its port; none: it is supervised, and nothing is routed to it"
+        Api.OPENAI, description="the dialect of its port; none: supervised, and nothing is routed to it"
     )
-    concurrency: Count = Field(4, description="requests that it works on at once")
+    concurrency: Count = Field(4, description="requests it processes at once")
     health: Annotated[str, Text(2048, pattern=r"/[!-~]*", what="a path such as /health")] | None = Field(
-        None, description="a path that answers 2xx once it is ready"
+        None, description="a path that answers 2xx when it is ready"
     )

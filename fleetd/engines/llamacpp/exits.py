@@ -1,4 +1,4 @@
-"""Why llama.cpp ended, from its last lines. Both programs log alike; the embedded one adds a line that starts with `error:`."""
+"""Explain why llama.cpp exited. Both programs log alike; the embedded one adds a line that starts with `error:`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 
 from fleetd.core.data.specs import ExitKind
+from fleetd.engines import exit_text
 from fleetd.engines.base import ExitVerdict
 from fleetd.engines.llamacpp.validate import OWNED as OPTION_OF
 
-# the first row with a match in any line decides; within a row the last line that matches is the reason
-# fmt: off
-_ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
-    (ExitKind.BAD_CONFIG, ("xllamacpp wheel cannot be imported",)),  # whatever file it misses
+# in order of precedence
+_CAUSES: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
+    (ExitKind.BAD_CONFIG, ("xllamacpp wheel cannot be imported",)),  # whichever library is missing
     (ExitKind.PORT_IN_USE, ("couldn't bind http server socket", "address already in use")),
     (
         ExitKind.OOM,
@@ -27,7 +27,7 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
             "kiogpucommandbuffercallbackerroroutofmemory",
         ),
     ),
-    # the file may come back: a drive was pulled out, a copy is under way
+    # worth a retry: a drive is unplugged, or a copy is in progress
     (ExitKind.CRASH, ("no such file or directory", "input/output error", "stale file handle")),
     (
         ExitKind.BAD_CONFIG,
@@ -54,18 +54,16 @@ _ROWS: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
         ("error loading model", "failed to load model", "failed to create_context", "failed to create context"),
     ),
 )
-# fmt: on
-_LONGEST = 300
-_REFUSED_FLAG = re.compile(r"(?:invalid|unknown) argument:? (--[\w-]+)")
-# what fleetd says whatever the options are; each is older than any build that reads today's models
+_UNKNOWN_FLAG = re.compile(r"(?:invalid|unknown) argument:? (--[\w-]+)")
+# flags that fleetd always passes; every build that can read today's models knows them
 _ALWAYS = frozenset(
     {"--metrics", "--slots", "--offline", "--no-webui", "--cache-ram", "--alias", "--ctx-size", "--parallel"}
 )
 
 
-def _refused_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
-    """Return which key of fleet.yaml a flag comes from that the program does not know."""
-    flag = next((found[1] for line in reversed(log_tail) if (found := _REFUSED_FLAG.search(line))), "")
+def _unknown_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
+    """Return the verdict for a flag that the program rejects, with the key of fleet.yaml that it comes from."""
+    flag = next((found[1] for line in reversed(log_tail) if (found := _UNKNOWN_FLAG.search(line))), "")
     if flag in _ALWAYS:
         return ExitVerdict(
             ExitKind.BAD_CONFIG, f"command: this llama-server is too old: it does not know {flag}, which fleetd needs"
@@ -73,25 +71,19 @@ def _refused_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
     option = OPTION_OF.get(flag)
     if option is None:
         return None
-    said = f"this llama-server does not know {flag}: it is too old for it, or has it no longer"
-    return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {said}")
+    reason = f"this llama-server does not know {flag}: it is older than the flag, or no longer has it"
+    return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {reason}")
 
 
 def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
-    """Return the kind and a sentence. A line counts only when the process failed: code not 0, or a signal of its own making."""
+    """Return why it exited. The log counts only for a failure: a code other than 0, or a signal that it can cause itself."""
     if code == 0:
-        return ExitVerdict(ExitKind.EXPECTED)
-    if found := _refused_flag(log_tail):
+        return exit_text.from_status(code, None)
+    if found := _unknown_flag(log_tail):
         return found
-    if signal in (None, "SIGABRT", "SIGSEGV", "SIGBUS", "SIGKILL"):
-        for kind, needles in _ROWS:
-            for line in reversed(log_tail):
-                if any(needle in line.lower() for needle in needles):
-                    return ExitVerdict(kind, line.strip()[:_LONGEST])
-    if signal is not None:
-        return ExitVerdict(ExitKind.CRASH)
-    if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN)
-    kind = ExitKind.BAD_CONFIG if code == 2 else ExitKind.CRASH
-    last = next((line.strip()[:_LONGEST] for line in reversed(log_tail) if line.strip()), "")
-    return ExitVerdict(kind, last)
+    if signal in (None, "SIGABRT", "SIGSEGV", "SIGBUS", "SIGKILL") and (found := exit_text.from_log(_CAUSES, log_tail)):
+        return found
+    last = exit_text.last_line(log_tail) if code else ""
+    if code == 2 and signal is None:
+        return ExitVerdict(ExitKind.BAD_CONFIG, last)
+    return exit_text.from_status(code, signal, last)

@@ -1,12 +1,12 @@
-"""A `llama-server` out of the `xllamacpp` wheel: llama.cpp with its HTTP server, in a process of its own.
+"""Run the HTTP server of llama.cpp out of the `xllamacpp` wheel, with the command line of llama-server.
 
     python -I fleetd/engines/llamacpp/server_main.py --model tiny.gguf --port 8080 --alias tiny --ctx-size 4096 --parallel 2
 
-The rules of this file
-- It is run by its path and imports nothing of fleetd and nothing heavy: start-up is what a user waits for.
-- The flags are those of llama-server, so that both are started by one command line. An unknown flag is a clear error.
-- SIGTERM ends it at once, while it loads too: loading holds the interpreter, so no Python handler would run until its end.
-- Exit codes: 0 asked to stop, 1 llama.cpp refused, 2 the command line or the model file is wrong. The last line says why.
+Invariants:
+- It runs by its path and imports nothing of fleetd and nothing heavy, since the user waits for its start.
+- The flags are those of llama-server, so one command line starts both. An unknown flag is an error.
+- SIGTERM kills it at once, also during a load: loading holds the interpreter, so no Python handler would run until it is done.
+- Exit codes: 0 stopped on request, 1 llama.cpp failed, 2 wrong command line or model file. The last line of the log says why.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 
 
-class Refused(Exception):
+class UsageError(Exception):
     """The command line or the model file is wrong; the text is one sentence."""
 
 
 def _constant(prefix: str, enum: str, **names: str) -> Callable[[Any, str], Any]:
-    """Read one of a fixed set of words as a member of an enumeration of the library."""
+    """Return a reader that maps one of `names` to a member of an enumeration of the library."""
 
     def read(library: Any, text: str) -> Any:
         if text not in names:
-            raise Refused(f"must be one of {', '.join(names)}, not {text!r}")
+            raise UsageError(f"must be one of {', '.join(names)}, not {text!r}")
         return getattr(getattr(library, enum), prefix + names[text])
 
     return read
@@ -43,14 +43,14 @@ def _whole(library: Any, text: str) -> int:  # noqa: ARG001
     try:
         return int(text)
     except ValueError:
-        raise Refused(f"must be a whole number, not {text!r}") from None
+        raise UsageError(f"must be a whole number, not {text!r}") from None
 
 
 def _number(library: Any, text: str) -> float:  # noqa: ARG001
     try:
         return float(text)
     except ValueError:
-        raise Refused(f"must be a number, not {text!r}") from None
+        raise UsageError(f"must be a number, not {text!r}") from None
 
 
 def _text(library: Any, text: str) -> str:  # noqa: ARG001
@@ -140,12 +140,12 @@ SPELLINGS = {
 
 
 def known_flags() -> frozenset[str]:
-    """Return every flag that this program understands, short spellings included."""
+    """Return every flag that this program accepts, short spellings included."""
     return frozenset((*VALUED, *SWITCHES, *SPECIAL, *SPELLINGS))
 
 
 def parse(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (flag, value) in order; the value of a switch is empty. Raises Refused."""
+    """Return (flag, value) in order; the value of a switch is empty. Raises UsageError."""
     pairs: list[tuple[str, str]] = []
     words = iter(argv)
     for word in words:
@@ -156,10 +156,10 @@ def parse(argv: Sequence[str]) -> list[tuple[str, str]]:
         elif flag in VALUED or flag in SPECIAL:
             given = value if equals else next(words, None)
             if given is None:
-                raise Refused(f"argument {word} needs a value")
+                raise UsageError(f"argument {word} needs a value")
             pairs.append((flag, given))
         else:
-            raise Refused(f"unknown argument: {word}")
+            raise UsageError(f"unknown argument: {word}")
     return pairs
 
 
@@ -187,14 +187,14 @@ def _set_special(library: Any, params: Any, flag: str, value: str) -> None:
             with open(value, encoding="utf-8") as file:  # noqa: PTH123
                 params.chat_template = file.read(1 << 20)
         except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"cannot be read: {error}") from None
+            raise UsageError(f"cannot be read: {error}") from None
     else:  # --rerank
         params.embedding = True
         params.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
 
 
 def configure(library: Any, pairs: Sequence[tuple[str, str]], api_key: str | None) -> Any:
-    """Return the library's parameters for parsed flags. Raises Refused."""
+    """Return the library's parameters for parsed flags. Raises UsageError."""
     params = library.CommonParams()
     for flag, value in pairs:
         try:
@@ -205,35 +205,35 @@ def configure(library: Any, pairs: Sequence[tuple[str, str]], api_key: str | Non
                 _set(params, *SWITCHES[flag])
             else:
                 _set_special(library, params, flag, value)
-        except Refused as error:
-            raise Refused(f"{flag} {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{flag} {error}") from None
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            raise Refused(f"{flag} {value} is not possible with this xllamacpp: {error}") from None
+            raise UsageError(f"{flag} {value} is not supported by this xllamacpp: {error}") from None
     if api_key:
         params.api_keys = [api_key]
     return params
 
 
 def check_model(path: str) -> None:
-    """Look at the first bytes, so that the commonest mistakes get a plain sentence. Raises Refused."""
+    """Check the first bytes, so that common mistakes get a plain message. Raises UsageError."""
     if not path:
-        raise Refused("no --model was given")
+        raise UsageError("--model is required")
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise Refused(f"failed to load model '{path}': {error.strerror}") from None
+        raise UsageError(f"failed to load model '{path}': {error.strerror}") from None
     try:
         head = os.read(handle, 4)
     except OSError as error:
-        raise Refused(f"failed to load model '{path}': {error.strerror}") from None
+        raise UsageError(f"failed to load model '{path}': {error.strerror}") from None
     finally:
         os.close(handle)
     if head != MAGIC:
-        raise Refused(f"failed to load model '{path}': not a GGUF file")
+        raise UsageError(f"failed to load model '{path}': not a GGUF file")
 
 
-class _Later(type(sys)):  # type: ignore[misc]
-    """A module that is imported when something of it is used; it knows some constants by heart."""
+class _LazyModule(type(sys)):  # type: ignore[misc]
+    """A module that is imported on first use; constants that are read at import time are built in."""
 
     CO_OPTIMIZED, CO_NEWLOCALS, CO_VARARGS, CO_VARKEYWORDS, CO_NESTED, CO_GENERATOR = 1, 2, 4, 8, 16, 32
     CO_COROUTINE, CO_ITERABLE_COROUTINE, CO_ASYNC_GENERATOR = 128, 256, 512
@@ -247,17 +247,17 @@ class _Later(type(sys)):  # type: ignore[misc]
 
 
 def load_library() -> Any:
-    """Import the extension module alone.
+    """Import the extension module alone; fall back to the ordinary import if that fails.
 
-    The package around it, and the `inspect` and `orjson` that it names for calls we never make, take longer to import than
-    everything else together. Whatever goes wrong this way, the ordinary import is still there.
+    The package around it, and the `inspect` and `orjson` that it uses in calls never made here, take longer to import than
+    everything else together.
     """
-    later = [name for name in ("inspect", "orjson") if name not in sys.modules]
+    deferred = [name for name in ("inspect", "orjson") if name not in sys.modules]
     package = type(sys)("xllamacpp")
     package.__path__ = [f"{folder}/xllamacpp" for folder in sys.path if os.path.isdir(f"{folder}/xllamacpp")]  # noqa: PTH112
     sys.modules["xllamacpp"] = package
-    for name in later:
-        sys.modules[name] = _Later(name)
+    for name in deferred:
+        sys.modules[name] = _LazyModule(name)
     try:
         import xllamacpp.xllamacpp as library
 
@@ -267,49 +267,49 @@ def load_library() -> Any:
         for name in [name for name in sys.modules if name.partition(".")[0] == "xllamacpp"]:
             del sys.modules[name]
     finally:
-        for name in later:
-            if isinstance(sys.modules.get(name), _Later):
+        for name in deferred:
+            if isinstance(sys.modules.get(name), _LazyModule):
                 del sys.modules[name]
     import xllamacpp
 
     return xllamacpp
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     os.write(2, line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Load, listen and serve until a signal. Returns the exit code."""
+    """Load the model and serve until a signal. Returns the exit code."""
     begun = time.monotonic()
     try:
         pairs = parse(argv)
         check_model(dict(pairs).get("--model", ""))
         library = load_library()
         params = configure(library, pairs, os.environ.get("LLAMA_API_KEY"))
-    except Refused as error:
-        say(f"error: {error}")
+    except UsageError as error:
+        log(f"error: {error}")
         return 2
     except ImportError as error:
         hint = " (apt install libgomp1, or dnf install libgomp)" if "libgomp" in str(error) else ""
-        say(f"error: the xllamacpp wheel cannot be imported: {error}{hint}")
+        log(f"error: the xllamacpp wheel cannot be imported: {error}{hint}")
         return 2
     try:
         server = library.Server(params)
     except (RuntimeError, MemoryError) as error:
-        say(
+        log(
             f"error: llama.cpp did not start with '{params.model.path}' ({str(error).rstrip('.')}): see the lines above"
         )
         return 1
 
     def stop(number: int, frame: object) -> None:  # noqa: ARG001
-        say(f"main: got signal {number}, exiting")
+        log(f"main: got signal {number}, exiting")
         os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    say(f"main: model loaded in {time.monotonic() - begun:.3f} s")
-    say(f"main: server is listening on {server.listening_address}")
+    log(f"main: model loaded in {time.monotonic() - begun:.3f} s")
+    log(f"main: server is listening on {server.listening_address}")
     while True:
         signal.pause()
 
@@ -317,7 +317,7 @@ def serve(argv: Sequence[str]) -> int:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = serve(sys.argv[1:])
-    signal.alarm(5)  # an ordinary exit lets llama.cpp write the log lines that it holds back; it must not hang there
+    signal.alarm(5)  # an ordinary exit flushes llama.cpp's log; the alarm kills the process if that hangs
     sys.exit(code)
 
 

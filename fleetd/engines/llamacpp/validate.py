@@ -1,28 +1,23 @@
-"""What the types of llama.cpp's options cannot see: options that exclude each other, variables and flags set twice.
+"""Check what the types of llama.cpp's options cannot express: conflicting options, variables and flags that are set twice.
 
-Every rule adds at most one problem, at the option that a person would change. A file that is absent is no mistake here: the
-process is BLOCKED until it is there.
+Each rule reports at most one problem, at the option to change. A missing file is not a mistake: the process is BLOCKED until
+the file exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fleetd.engines.base import LaunchContext, OptionProblem
 from fleetd.engines.llamacpp import server_main
-from fleetd.engines.load_options import held_option_problems, unmade_problems
+from fleetd.engines.llamacpp.options import LlamaCppOptions
+from fleetd.engines.load_options import build_key_problems, load_option_problems
 from fleetd.errors import EngineError
 from fleetd.models import memory_estimate
 from fleetd.models.formats import gguf
-from fleetd.units import expand_home
 
-if TYPE_CHECKING:
-    from fleetd.engines.llamacpp.engine import LlamaCppOptions
-
-# flag -> the option of fleet.yaml that stands for it; None: fleetd's own
+# flag -> the option of fleet.yaml that sets it; None: fleetd sets it
 OWNED: dict[str, str | None] = {
     "--model": "model", "--host": None, "--port": None, "--alias": None, "--ctx-size": "context_length",
     "--parallel": "parallel", "--threads": "threads", "--threads-batch": "threads_batch", "--gpu-layers": "gpu_layers",
@@ -45,27 +40,27 @@ ENV: dict[str, str] = {
     "LLAMA_ARG_CACHE_RAM": "cache_ram", "LLAMA_ARG_SPLIT_MODE": "split_mode", "LLAMA_ARG_MAIN_GPU": "main_gpu",
     "LLAMA_ARG_TENSOR_SPLIT": "tensor_split",
 }  # fmt: skip
-BLOCK = 32  # numbers that a quantised cache packs together
+BLOCK = 32  # numbers in one block of a quantised cache
 FLEETD_OWN = ("LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_ALIAS", "LLAMA_ARG_API_PREFIX")
 
 
 def problems(context: LaunchContext, options: LlamaCppOptions, *, embedded: bool) -> list[OptionProblem]:
-    """Return every mistake and warning of an entry. `embedded`: no llama-server, so only its flags are possible."""
+    """Return every mistake and warning of an entry. `embedded`: only the flags of the embedded server are allowed."""
     return [
         *_exclusions(context, options),
         *_environment(context, options),
         *_arguments(context, options, embedded=embedded),
         *_file(context, options),
-        *held_option_problems(context.models, {}, "llama.cpp"),
-        *unmade_problems(context.models, "llama.cpp"),
+        *load_option_problems(context.models, {}, "llama.cpp"),
+        *build_key_problems(context.models, "llama.cpp"),
     ]
 
 
 def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
     if options.chat_template is not None and options.chat_template_file is not None:
-        yield OptionProblem(("chat_template_file",), "stands beside chat_template: keep one of the two")
+        yield OptionProblem(("chat_template_file",), "conflicts with chat_template: remove one of the two")
     if options.mmap is not None and options.load_mode not in ("auto", "mmap" if options.mmap else "read"):
-        yield OptionProblem(("mmap",), f"contradicts load_mode: {options.load_mode}")
+        yield OptionProblem(("mmap",), f"conflicts with load_mode: {options.load_mode}")
     if options.mlock and options.load_mode == "direct":
         yield OptionProblem(("mlock",), "is not possible with load_mode: direct")
     if options.flash_attention is False and options.cache_type_v not in ("f32", "f16", "bf16"):
@@ -79,9 +74,9 @@ def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[Op
     if context.device == "host":
         for field in ("gpu_layers", "main_gpu", "tensor_split"):
             if getattr(options, field) not in ("auto", 0, None, ()):
-                yield OptionProblem((field,), "cannot be, since the device is host: no GPU is visible there")
+                yield OptionProblem((field,), "conflicts with device: host, where no GPU is visible")
     if options.tensor_split and not sum(options.tensor_split):
-        yield OptionProblem(("tensor_split",), "the shares add up to nothing")
+        yield OptionProblem(("tensor_split",), "the shares add up to 0")
     if options.cache_ram and options.cache_ram < 2**20:
         yield OptionProblem(("cache_ram",), "is less than 1MiB, llama.cpp's unit: use 0 or more", warning=True)
 
@@ -89,11 +84,11 @@ def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[Op
 def _environment(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
     for key in context.env:
         if key in FLEETD_OWN:
-            yield OptionProblem(("env", key), "fleetd gives this itself, on the command line")
+            yield OptionProblem(("env", key), "fleetd sets this itself, on the command line")
         elif (option := ENV.get(key)) and option in options.model_fields_set:
-            yield OptionProblem(("env", key), f"options.{option} sets it already; state it there only")
+            yield OptionProblem(("env", key), f"options.{option} sets it already: remove one of the two")
         elif key == "LLAMA_API_KEY":
-            yield OptionProblem(("env", key), "state it as options.api_key: fleetd needs the key too")
+            yield OptionProblem(("env", key), "set options.api_key instead: fleetd needs the key too")
 
 
 def _arguments(context: LaunchContext, options: LlamaCppOptions, *, embedded: bool) -> Iterator[OptionProblem]:
@@ -106,48 +101,38 @@ def _arguments(context: LaunchContext, options: LlamaCppOptions, *, embedded: bo
             flag = server_main.SPELLINGS.get(flag, flag)
             if flag in OWNED:
                 owner = OWNED[flag]
-                said = f"use the option {owner}" if owner else "fleetd gives this itself"
-                yield OptionProblem(where, f"{word}: {said}")
+                hint = f"use the option {owner}" if owner else "fleetd sets this itself"
+                yield OptionProblem(where, f"{word}: {hint}")
             elif embedded and flag not in known:
                 yield OptionProblem(
-                    where, f"{word}: the embedded llama.cpp does not know it; llama-server on PATH might"
+                    where, f"{word}: unknown to the embedded llama.cpp (llama-server on PATH may know it)"
                 )
 
 
-def absolute(context: LaunchContext, text: str) -> Path:
-    """Return an absolute path; a relative one is meant from the folder of the file that names it."""
-    return _joined(context.config_dir, expand_home(text)).absolute()
-
-
-@lru_cache(maxsize=64)  # one entry asks for its few files again and again, and there may be thousands of entries
-def _joined(folder: Path, text: str) -> Path:
-    return folder / text
-
-
 def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionProblem]:
-    path = absolute(context, options.model)
+    path = context.resolve(options.model)
     if path.is_dir():
-        yield OptionProblem(("model",), f"{path} is a folder: name the .gguf file in it")
+        yield OptionProblem(("model",), f"{path} is a folder: give the .gguf file in it")
         return
     first = gguf.shards(path)[0]
     if first != str(path):
-        yield OptionProblem(("model",), f"is a later part of a split model: name the first, {Path(first).name}")
+        yield OptionProblem(("model",), f"is a later part of a split model: give the first, {Path(first).name}")
         return
     if not path.exists():
         return
     try:
         header = gguf.read(path)
     except EngineError as error:
-        # One broken file must not keep a whole fleet from starting: this model alone fails, when it is wanted.
+        # a warning, since one broken file must not reject the whole fleet: only this model fails, when it is requested
         yield OptionProblem(("model",), str(error), warning=True)
         return
     for field, width in zip(("cache_type_k", "cache_type_v"), memory_estimate.head_widths(header), strict=True):
         kind = getattr(options, field)
         if kind not in ("f32", "f16", "bf16") and width % BLOCK:
             yield OptionProblem(
-                (field,), f"{kind} needs heads that are a multiple of {BLOCK} wide; this model's are {width}"
+                (field,), f"{kind} needs heads whose width is a multiple of {BLOCK}; this model's is {width}"
             )
     trained = header.number("context_length")
     if trained and options.context_length > trained:
-        message = f"{options.context_length} is more than the model was trained for ({trained})"
+        message = f"{options.context_length} is longer than the model was trained for ({trained})"
         yield OptionProblem(("context_length",), message, warning=True)

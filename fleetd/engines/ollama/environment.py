@@ -1,24 +1,23 @@
-"""The environment variables of Ollama: which option renders to which, how, and what is wrong with those a user writes.
+"""Render the options of Ollama as environment variables.
 
-The rules of this file
-- Ollama reads a boolean with Go's grammar and takes every other text as true, so `off` would switch on.
-- A variable that an option (or its default) sets may not stand in `env` too: one of the two would lose silently.
+Invariants:
+- Ollama rejects no bad value: it warns, uses its default, or takes any text as true. So every variable is typed here.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fleetd.engines.base import LaunchContext, OptionProblem, Options
+from fleetd.engines.base import LaunchContext
+from fleetd.engines.ollama.options import OllamaOptions
+from fleetd.engines.options import narrow
+from fleetd.engines.visible_devices import visible_devices
 
-RUNNER_PORTS_FROM = 32768
+DEFAULT_LOADED_MODELS = 8
 MIB = 1024 * 1024
-GO_BOOLEANS = frozenset({"1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"})
-
 # option → variable
 TYPED = {
     "models_dir": "OLLAMA_MODELS",
@@ -51,19 +50,7 @@ TYPED = {
     "ctx_checkpoints": "LLAMA_ARG_CTX_CHECKPOINTS",
     "hsa_override_gfx_version": "HSA_OVERRIDE_GFX_VERSION",
 }
-UNTYPED = frozenset(
-    {
-        "OLLAMA_NOHISTORY", "OLLAMA_EDITOR", "OLLAMA_AUTH", "OLLAMA_API_KEY", "OLLAMA_EXPERIMENT", "OLLAMA_CLOUD_BASE_URL",
-        "OLLAMA_LLAMA_CPP_COMPAT", "OLLAMA_AGENT_DISABLE_SHELL", "OLLAMA_AGENT_DISABLE_WEBSEARCH", "OLLAMA_HOST",
-    }
-)  # fmt: skip
-REMOVED = frozenset(
-    {
-        "OLLAMA_NEW_ENGINE", "OLLAMA_NEW_ESTIMATES", "OLLAMA_MULTIUSER_CACHE", "OLLAMA_INTEL_GPU", "OLLAMA_TMPDIR",
-        "OLLAMA_RUNNERS_DIR", "OLLAMA_MAX_VRAM",
-    }
-)  # fmt: skip
-# Ollama talks to its runners in plain HTTP without a key: with one of these set, every load would fail
+# Ollama reaches its runners by plain HTTP without a key: with one of these set, every load fails
 SCRUBBED = (
     "LLAMA_API_KEY",
     "LLAMA_ARG_API_KEY_FILE",
@@ -75,23 +62,6 @@ SCRUBBED = (
     "LLAMA_ARG_MODEL",
 )
 
-_BOOLEANS = frozenset(
-    {
-        "OLLAMA_FLASH_ATTENTION", "OLLAMA_SCHED_SPREAD", "OLLAMA_IGPU_ENABLE", "OLLAMA_VULKAN", "OLLAMA_NOPRUNE",
-        "OLLAMA_NO_CLOUD", "OLLAMA_GO_TEMPLATE", "OLLAMA_DEBUG_LOG_REQUESTS", "OLLAMA_NOHISTORY",
-    }
-)  # fmt: skip
-_NUMBERS = frozenset(
-    {
-        "OLLAMA_CONTEXT_LENGTH", "OLLAMA_NUM_PARALLEL", "OLLAMA_MAX_LOADED_MODELS", "OLLAMA_MAX_QUEUE", "OLLAMA_GPU_OVERHEAD",
-        "OLLAMA_MAX_TRANSFER_STREAMS",
-    }
-)  # fmt: skip
-_DURATIONS = frozenset({"OLLAMA_KEEP_ALIVE", "OLLAMA_LOAD_TIMEOUT"})
-_GO_DURATION = re.compile(
-    r"[+-]?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))*|[+-]?\d+"
-)
-
 
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
@@ -100,7 +70,7 @@ def _plain(value: Any) -> str:
 
 
 def _go_duration(value: float) -> str:
-    """-1 is for ever; whole milliseconds otherwise, since Go knows no exponents here."""
+    """Return -1 (for ever), or whole milliseconds, since Go accepts no exponent here."""
     return "-1" if value < 0 else f"{round(value * 1000)}ms"
 
 
@@ -119,93 +89,41 @@ _RENDER: Mapping[str, Callable[[Any], str]] = {
 }
 
 
-def render_env(options: Options) -> dict[str, tuple[str, str]]:
-    """Return variable → (value, option) for every option that is set; the server's own path and host are not among them."""
-    rendered: dict[str, tuple[str, str]] = {}
+def render_options(options: OllamaOptions) -> dict[str, tuple[str, str]]:
+    """Return variable → (value, option) for every option that is set; `rendered` adds the folder and the host."""
+    found: dict[str, tuple[str, str]] = {}
     for option, variable in TYPED.items():
         value = getattr(options, option)
         if value is None or value == () or value == "auto" or option in ("models_dir", "max_loaded_models"):
             continue
-        rendered[variable] = (_RENDER.get(option, _plain)(value), option)
-    return rendered
+        found[variable] = (_RENDER.get(option, _plain)(value), option)
+    return found
 
 
-def env_problems(rendered: Mapping[str, tuple[str, str]], env: Mapping[str, str]) -> list[OptionProblem]:
-    """Return what is wrong with the variables that a user wrote under `env`."""
-    problems = []
-    for key, value in env.items():
-        if key in rendered:
-            option = rendered[key][1]
-            where = option if option in ("port", "device") else f"options.{option}"
-            problems.append(OptionProblem(("env", key), f"{where} sets it already; state it there only"))
-        elif key in SCRUBBED:
-            problems.append(
-                OptionProblem(("env", key), "Ollama reaches its runners without it, so every load would fail")
-            )
-        elif key in REMOVED:
-            problems.append(OptionProblem(("env", key), "has no effect, Ollama no longer reads it", warning=True))
-        elif key.startswith("OLLAMA_"):
-            problems.extend(_value_problems(key, value))
-    return problems
+def rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
+    """Return variable → (value, option) for everything that the engine sets."""
+    options = narrow(context.options, OllamaOptions)
+    found = render_options(options)
+    if options.models_dir is not None:
+        found["OLLAMA_MODELS"] = (models_dir(context) or "", "models_dir")
+    loaded = options.max_loaded_models or max(len(context.models), DEFAULT_LOADED_MODELS)
+    found["OLLAMA_MAX_LOADED_MODELS"] = (str(loaded), "max_loaded_models")
+    host = f"[{context.host}]" if ":" in context.host else context.host
+    found["OLLAMA_HOST"] = (f"{host}:{context.port or 11434}", "port")
+    for variable, value in visible_devices(context.device_uuid, context.device).items():
+        found[variable] = (value, "device")
+    if "GIN_MODE" not in context.env:
+        found["GIN_MODE"] = ("release", "")  # otherwise each start logs the list of all routes
+    return found
 
 
-def _value_problems(key: str, value: str) -> list[OptionProblem]:
-    text = value.strip().strip("\"'")
-    if key in _BOOLEANS and text and text not in GO_BOOLEANS:
-        return [OptionProblem(("env", key), f"{value!r} is neither true nor false; Ollama would take it as true")]
-    if key in _NUMBERS and text and not text.isdecimal():
-        return [OptionProblem(("env", key), f"{value!r} is not a whole number; Ollama would take its default")]
-    if key in _DURATIONS and text and not _GO_DURATION.fullmatch(text):
-        message = f"{value!r} is no duration that Ollama reads (5m, 1h30m, or seconds); it would take its default"
-        return [OptionProblem(("env", key), message)]
-    known = [*TYPED.values(), *UNTYPED, "OLLAMA_MODELS"]
-    if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return [OptionProblem(("env", key), f"Ollama has no variable of this name{hint}", warning=True)]
-    return []
+def models_dir(context: LaunchContext) -> str | None:
+    """Return the configured folder of the store as an absolute path; None: Ollama's own default applies."""
+    text = narrow(context.options, OllamaOptions).models_dir
+    text = text or context.env.get("OLLAMA_MODELS") or os.environ.get("OLLAMA_MODELS")
+    return str(context.resolve(text)) if text else None
 
 
-def doubts(context: LaunchContext, options: Any, folder: str | None) -> list[OptionProblem]:
-    """Return what is worth a warning; `folder` is the store's absolute path, None for Ollama's own default."""
-    found: list[tuple[str, str]] = []
-    if options.gpu_overhead:
-        found.append(("gpu_overhead", "has no effect since Ollama 0.30; state a device budget instead"))
-    if options.keep_alive >= 0:
-        found.append(("keep_alive", "Ollama would unload by itself; leave it at -1 and use the model's ttl"))
-    if options.max_loaded_models is not None and options.max_loaded_models < len(context.models):
-        count = len(context.models)
-        found.append(
-            (
-                "max_loaded_models",
-                f"{options.max_loaded_models} is less than the {count} models held here: Ollama would evict by itself",
-            )
-        )
-    if not options.noprune and options.models_dir is not None:
-        found.append(("noprune", "false lets this server delete blobs that no manifest names, at every start"))
-    if options.llm_library is not None and not options.llm_library.startswith(_LIBRARIES):
-        found.append(
-            ("llm_library", f"{options.llm_library!r} names no GPU library: the server would run without a GPU")
-        )
-    if folder is not None and options.models_dir is None and not Path(folder).is_dir():
-        found.append(
-            (
-                "",
-                f"{folder}, which OLLAMA_MODELS names, does not exist: the server stays BLOCKED until it does",
-            )
-        )
-    if context.port is not None and context.port >= RUNNER_PORTS_FROM:
-        found.append(
-            (
-                "",
-                f"port {context.port} lies among those that Ollama's runners take at random ({RUNNER_PORTS_FROM} and up)",
-            )
-        )
-    if context.host not in ("127.0.0.1", "localhost", "::1"):
-        found.append(
-            ("", f"host {context.host}: Ollama asks nobody for a key; whoever reaches it may use and delete models")
-        )
-    return [OptionProblem((path,) if path else (), message, warning=True) for path, message in found]
-
-
-_LIBRARIES = ("cuda_", "rocm", "vulkan", "metal", "mlx")
+def store_folder(context: LaunchContext) -> Path:
+    """Return the folder of the store, Ollama's own default included."""
+    return Path(models_dir(context) or Path.home() / ".ollama" / "models")

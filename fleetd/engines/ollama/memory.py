@@ -1,10 +1,10 @@
-"""What a model costs in Ollama, from headers alone: the file it is made from, or the blob that the store has.
+"""Estimate the memory of a model in Ollama from headers: of the file it is built from, or of the blob in the store.
 
-The rules of this file
-- The store's blob is what will be loaded; where it is there and was made anew (quantised, or without a `from`), it counts.
-- A model still to be quantised is reckoned by its tensors at the bits of the wanted type.
-- None where there is nothing to read yet: the fleet then learns the bytes from the first load. A file that is there and cannot
-  be read is an error about the key that names it.
+Invariants:
+- The store's blob is what is loaded; it counts where it exists and differs from the file (quantised, or without a `from`).
+- A model that is not quantised yet is estimated by its tensors in the target type.
+- A file that exists and cannot be read is an error about the key that names it. Where there is nothing to read yet, the bytes
+  are learned from the first load.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from fleetd.core.data.specs import Footprint
-from fleetd.engines.base import HeldModel, LaunchContext
+from fleetd.engines.base import LaunchContext, ServedModel
+from fleetd.engines.ollama.environment import store_folder
+from fleetd.engines.ollama.options import OllamaOptions
+from fleetd.engines.options import narrow
 from fleetd.errors import EngineError
 from fleetd.models import memory_estimate
 from fleetd.models.formats import gguf
 from fleetd.models.ollama import store
 from fleetd.models.ollama.modelfile import absolute, looks_like_path
 
-# bytes per weight of a matrix, for each type that Ollama makes; the K types mix, so these are a little high
+# bytes per weight of a matrix, for each target type of Ollama; the K types are mixtures, so these are a little high
 _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S": 0.59}
 
 
-def estimate_held(
-    context: LaunchContext, model: HeldModel, models_dir: Path, serving: memory_estimate.GgufServing
-) -> Footprint | None:
-    """Return the bytes of one held model; `serving.context_length` is the server's default, which the model may override.
-
-    Raises EngineError for a `from` that is no usable model.
-    """
+def estimate_model(context: LaunchContext, model: ServedModel) -> Footprint | None:
+    """Return the bytes per device of one model; None: unknown. Raises EngineError for a `from` that is not a usable model."""
+    serving = _serving(context)
     try:
-        found = _weights(context, model, models_dir)
+        found = _weights(context, model, store_folder(context))
         if found is None:
             return None
         header, parameters, weight_bytes = found
@@ -68,9 +67,9 @@ def estimate_held(
 
 
 def _weights(
-    context: LaunchContext, model: HeldModel, models_dir: Path
+    context: LaunchContext, model: ServedModel, models_dir: Path
 ) -> tuple[gguf.Header, Mapping[str, Any], int] | None:
-    """Return the header, the model's parameters, and the bytes of its weights as they will be loaded."""
+    """Return the header, the model's parameters, and the bytes of its weights when loaded; None: nothing to read."""
     source, inherited = _source(context, model, models_dir)
     parameters: Mapping[str, Any] = {**inherited, **(model.modelfile.get("parameters") or {})}
     stored = store.model_file(models_dir, model.served_as)
@@ -89,8 +88,8 @@ def _weights(
     return header, parameters, sum(sizes)
 
 
-def _source(context: LaunchContext, model: HeldModel, models_dir: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    """Return the file that a model is made from, be it another model's of the store, and the parameters that come with it."""
+def _source(context: LaunchContext, model: ServedModel, models_dir: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return the file that a model is built from and the parameters it inherits; the file may be another model's blob."""
     if model.source is None:
         return None, {}
     if looks_like_path(model.source):
@@ -111,3 +110,19 @@ def _header_of_source(path: Path) -> gguf.Header:
 
 def _embeds(header: gguf.Header) -> bool:
     return header.number("pooling_type") is not None
+
+
+def _serving(context: LaunchContext) -> memory_estimate.GgufServing:
+    """Return how the server serves a model that overrides nothing."""
+    options = narrow(context.options, OllamaOptions)
+    kind = options.kv_cache_type or "f16"
+    return memory_estimate.GgufServing(
+        context_length=options.context_length,
+        slots=options.num_parallel,
+        cache_type_k=kind,
+        cache_type_v=kind,
+        flash_attention=options.flash_attention is not False,
+        gpu_layers=0 if context.device in (None, "host") else options.n_gpu_layers,
+        unified=context.device == "unified",
+        prompt_cache_bytes=options.cache_ram,
+    )

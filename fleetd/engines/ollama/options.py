@@ -1,13 +1,14 @@
-"""The environment of `ollama serve`, typed. What each option renders to stands in `ollama_env.py`."""
+"""The options of the engine `ollama`, and the options of a load. `environment.py` renders the former as variables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
 
-from fleetd.config.schema.types import Choice, Flag, Text, Whole
-from fleetd.engines.base import Options
+from fleetd.config.schema.types import Choice, FieldType, Flag, Text, Whole
+from fleetd.engines.load_options import COUNT, INDEX, LARGEST, SWITCH
 from fleetd.engines.option_types import (
     AnyOf,
     Count,
@@ -21,12 +22,22 @@ from fleetd.engines.option_types import (
     Switch,
     Word,
 )
+from fleetd.engines.options import Options
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+# options of a request that make Ollama start a new runner where they differ from those of the loaded one
+LOAD_TIME_OPTIONS: Mapping[str, FieldType] = {
+    "num_ctx": COUNT,
+    "num_batch": COUNT,
+    "num_gpu": Whole(-1, LARGEST),
+    "main_gpu": INDEX,
+    "use_mmap": SWITCH,
+    "num_thread": INDEX,
+}
 
 
 class OllamaOptions(Options):
-    """The environment of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
+    """Variables of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
 
     models_dir: PathText | None = Field(
         None, description="where models are stored; must exist before the server starts"
@@ -35,23 +46,23 @@ class OllamaOptions(Options):
         -1.0, description="idle time before Ollama itself unloads; -1 leaves it to fleetd's ttl"
     )
     load_timeout: Duration | None = Field(None, description="longest silence of a load; 0 for no limit")
-    context_length: Count = Field(4096, description="tokens per slot, for models that do not say num_ctx themselves")
-    num_parallel: Count = Field(1, description="requests that one model works on at once")
-    max_loaded_models: Count | None = Field(None, description="default: as many as the fleet asks for, at least 8")
+    context_length: Count = Field(4096, description="tokens per slot, for models without num_ctx")
+    num_parallel: Count = Field(1, description="requests that one model processes at once")
+    max_loaded_models: Count | None = Field(None, description="default: as many as the fleet needs, at least 8")
     max_queue: Count | None = Field(None, description="waiting loads before Ollama answers 503")
     kv_cache_type: Annotated[str, Choice(*KV_TYPES)] | None = None
     flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] | None = None
-    sched_spread: Switch | None = Field(None, description="spread a model over all GPUs though one would do")
+    sched_spread: Switch | None = Field(None, description="spread a model over all GPUs even if one suffices")
     gpu_overhead: Size | None = Field(None, description="has no effect since Ollama 0.30")
     igpu: Switch | None = Field(None, description="use integrated GPUs")
     vulkan: Switch | None = None
     llm_library: Word | None = Field(None, description="the only GPU library to use, such as cuda_v13 or rocm_v7_2")
-    origins: Names = Field((), description="web origins allowed beside localhost")
-    noprune: Switch = Field(True, description="do not delete unused blobs at start: another server may share the store")
+    origins: Names = Field((), description="web origins allowed besides localhost")
+    noprune: Switch = Field(True, description="keep unused blobs at start: another server may share the store")
     no_cloud: Switch = Field(True, description="no models and no searches on Ollama's servers")
     remotes: Names = ()
-    api_key: Secret | None = Field(None, description="sent as a bearer token to a server that is not ours")
-    go_template: Switch | None = Field(None, description="prefer the Modelfile's template over the one in the file")
+    api_key: Secret | None = Field(None, description="sent as a bearer token to an external server")
+    go_template: Switch | None = Field(None, description="prefer the Modelfile's template to the one in the file")
     debug: Annotated[bool | int, AnyOf("true or false, 1 (debug) or 2 (trace)", Flag(), Whole(0, 2))] | None = None
     debug_log_requests: Switch | None = Field(None, description="write request bodies to a temporary folder")
     max_transfer_streams: Count | None = None

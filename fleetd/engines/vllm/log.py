@@ -1,9 +1,9 @@
-"""What vLLM's log says: how far a start has come, how much KV cache there was room for, and why it ended.
+"""Read vLLM's log: the phase of a start, the room for KV cache, and why the process exited.
 
-The rules of this file
-- Pure: lines in, values out. Unknown lines say nothing; vLLM's wording changes between versions, so nothing depends on one line.
-- An exit that only an edit of fleet.yaml can mend is BAD_CONFIG, so that no restart loop burns a minute of start-up each time; the
-  sentence begins with the key that it is about.
+Invariants:
+- Unknown lines are ignored; vLLM's wording changes between versions, so nothing depends on a single line.
+- An exit that only an edit of fleet.yaml can fix is BAD_CONFIG, since each restart would waste a minute of start-up; its reason
+  begins with the key to change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fleetd.core.data.specs import ExitKind
+from fleetd.engines import exit_text
 from fleetd.engines.base import ExitVerdict
 from fleetd.engines.vllm.options import VllmOptions
 
@@ -88,17 +89,17 @@ _CAUSES: tuple[tuple[re.Pattern[str], ExitKind, str], ...] = tuple(
         (r"validation errors? for \w+|Value error, ", ExitKind.BAD_CONFIG, "options"),
     )
 )
-_UNRECOGNIZED = re.compile(r"^.*unrecognized arguments:")
+_UNKNOWN_ARGUMENTS = re.compile(r"^.*unrecognized arguments:")
 _VERSION = re.compile(r"\bvLLM (?:API server )?version:? v?(\d+\.\d+[\w.+]*)")
 OLDEST = "0.16"
-OWN_ARGUMENTS = frozenset({"disable_access_log_for_endpoints"})  # what fleetd always says
+OWN_ARGUMENTS = frozenset({"disable_access_log_for_endpoints"})  # fleetd always passes these
 _ANY_ERROR = re.compile(r"\b([A-Z]\w*(Error|Exception))\b: \S")
 _USELESS = re.compile(r"See root cause above|Engine core initialization failed")
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
 
 
 def phase(line: str) -> str | None:
-    """Return how far a start has come, when the line says so: `loading weights 50%`, `compiling`, `serving` …"""
+    """Return the phase of a start that a line reports, such as `loading weights 50%` or `serving`; None: no phase."""
     for pattern, text in _PHASES:
         match = pattern.search(line)
         if match:
@@ -108,7 +109,7 @@ def phase(line: str) -> str | None:
 
 
 def learned_kv_bytes(lines: Iterable[str]) -> int | None:
-    """Return the KV cache that vLLM found room for: its own advice for `kv_cache_memory`, else what it measured."""
+    """Return the bytes of KV cache that fit: vLLM's own advice for `kv_cache_memory`, else its measurement."""
     advised = measured = None
     for line in lines:
         if found := _FITS.search(line):
@@ -119,8 +120,8 @@ def learned_kv_bytes(lines: Iterable[str]) -> int | None:
 
 
 def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
-    """Say why it ended. Every exit that nobody asked for is a failure, code 0 included."""
-    if found := _refused_argument(log_tail):
+    """Return why it exited. Every exit counts as a failure, code 0 included."""
+    if found := _unknown_argument(log_tail):
         return found
     for pattern, kind, key in _CAUSES:
         line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
@@ -129,32 +130,28 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
     last = next((line for line in reversed(log_tail) if _ANY_ERROR.search(line) and not _USELESS.search(line)), None)
     cause = _sentence(last) if last is not None else ""
     because = f": {cause}" if cause else ""
-    if signal is not None:
-        return ExitVerdict(ExitKind.CRASH, cause)
-    if code == 0:
+    if code == 0 and signal is None:
         return ExitVerdict(ExitKind.CRASH, f"without a stop request: its engine process died{because}")
-    if code == 2:
-        return ExitVerdict(ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM does not know an argument{because}")
-    if code is None:
-        return ExitVerdict(ExitKind.UNKNOWN, cause)
-    return ExitVerdict(ExitKind.CRASH, cause)
+    if code == 2 and signal is None:
+        return ExitVerdict(ExitKind.BAD_CONFIG, f"options.extra_args or args: vLLM rejects an argument{because}")
+    return exit_text.from_status(code, signal, cause)
 
 
-def _refused_argument(log_tail: Sequence[str]) -> ExitVerdict | None:
-    """Return which key of fleet.yaml an unknown argument comes from; fleetd's own means that the program is too old for it."""
-    line = next((line for line in reversed(log_tail) if _UNRECOGNIZED.search(line)), "")
-    flags = [word.partition("=")[0] for word in _UNRECOGNIZED.sub("", line).split() if word.startswith("--")]
+def _unknown_argument(log_tail: Sequence[str]) -> ExitVerdict | None:
+    """Return the verdict for an argument that vLLM rejects, with the key of fleet.yaml that it comes from."""
+    line = next((line for line in reversed(log_tail) if _UNKNOWN_ARGUMENTS.search(line)), "")
+    flags = [word.partition("=")[0] for word in _UNKNOWN_ARGUMENTS.sub("", line).split() if word.startswith("--")]
     for flag in flags if line else ():
         name = flag[2:].replace("-", "_")
         if name in OWN_ARGUMENTS:
-            version = next((f" {found[1]}" for said in reversed(log_tail) if (found := _VERSION.search(said))), "")
+            version = next((f" {found[1]}" for line in reversed(log_tail) if (found := _VERSION.search(line))), "")
             needed = f"it does not know {flag}, which came with {OLDEST}; fleetd needs {OLDEST} or newer"
             return ExitVerdict(ExitKind.BAD_CONFIG, f"command: this vLLM{version} is too old: {needed}")
         for spelled in (name, name.removeprefix("no_")):
             option = {"kv_cache_memory_bytes": "kv_cache_memory"}.get(spelled, spelled)
             if option in VllmOptions.model_fields:
-                said = f"this vLLM does not know {flag}: it is too old for it, or has it no longer"
-                return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {said}")
+                reason = f"this vLLM does not know {flag}: it is older than the flag, or no longer has it"
+                return ExitVerdict(ExitKind.BAD_CONFIG, f"options.{option}: {reason}")
     return None
 
 

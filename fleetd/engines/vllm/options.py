@@ -1,10 +1,10 @@
-"""The command line of `vllm serve`: typed options, and how each becomes words.
+"""The options of the engine `vllm`, and how each is written on the command line of `vllm serve`.
 
-The rules of this file
-- Everything is visible on the command line, but keys: those go into the environment, where other users cannot read them.
-- A field's name is vLLM's own; what vLLM spells otherwise stands in `_SPELLING`.
+Invariants:
+- A field has vLLM's own name; `_SPELLING` lists the exceptions.
 - true → `--x`, false → `--no-x`, a list → `--x a b c`, a mapping → `--x '{"a": 1}'`; None leaves vLLM's default.
-- vLLM drops options between versions: those it would refuse are refused here, with what to write instead.
+- Keys are passed in the environment, which other users cannot read.
+- Options that current versions of vLLM no longer have are rejected with their replacement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from fleetd.config.schema.types import Choice, FieldType, Real, Schema, Strings, Whole
-from fleetd.engines.base import Options
 from fleetd.engines.load_options import LARGEST
 from fleetd.engines.option_types import (
     ArgumentsType,
@@ -33,6 +32,7 @@ from fleetd.engines.option_types import (
     Template,
     Word,
 )
+from fleetd.engines.options import Options
 from fleetd.units import shown
 
 _TOKENS = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?")
@@ -48,7 +48,7 @@ class LengthType(FieldType):
         if isinstance(value, int) and not isinstance(value, bool):
             if value == -1 or 0 < value <= LARGEST:
                 return value
-            raise ValueError(f"must be from 1 to {LARGEST}, or -1 for as much as fits, not {shown(value)}")
+            raise ValueError(f"must be from 1 to {LARGEST}, or -1 for the longest that fits, not {shown(value)}")
         if not isinstance(value, str) or not _TOKENS.fullmatch(value):
             raise ValueError(f"must be a number of tokens such as 8192 or 8K, or auto, not {shown(value)}")
         tokens = int(float(value[:-1]) * _DECIMAL[value[-1]]) if value[-1] in _DECIMAL else int(float(value))
@@ -63,12 +63,12 @@ class LengthType(FieldType):
 Length = Annotated[int | str, LengthType()]
 
 REMOVED = {
-    "swap_space": "vLLM has no swap space any more; for KV cache in host memory use kv_offloading_size",
-    "disable_log_requests": "request logging is off by default now; use enable_log_requests to switch it on",
-    "use_v2_block_manager": "vLLM has one block manager now",
-    "num_lookahead_slots": "it belongs into speculative_config now",
-    "speculative_model": "it belongs into speculative_config now: {model: …, num_speculative_tokens: …}",
-    "num_speculative_tokens": "it belongs into speculative_config now",
+    "swap_space": "vLLM no longer has swap space: for KV cache in host memory use kv_offloading_size",
+    "disable_log_requests": "request logging is off by default now: use enable_log_requests to enable it",
+    "use_v2_block_manager": "vLLM has only one block manager now",
+    "num_lookahead_slots": "set it in speculative_config",
+    "speculative_model": "set it in speculative_config: {model: …, num_speculative_tokens: …}",
+    "num_speculative_tokens": "set it in speculative_config",
     "worker_use_ray": "use distributed_executor_backend: ray",
     "engine_use_ray": "use distributed_executor_backend: ray",
     "max_context_len_to_capture": "use compilation_config or cudagraph_capture_sizes",
@@ -76,23 +76,23 @@ REMOVED = {
     "device": "the device comes from the entry's `device`",
     "task": "use runner (and convert)",
     "guided_decoding_backend": "use structured_outputs_config",
-    "kv_cache_memory_bytes": "it is named kv_cache_memory here",
+    "kv_cache_memory_bytes": "its name here is kv_cache_memory",
 }
-# what fleetd says itself
+# arguments that fleetd sets
 OWNED = {
-    "host": "fleetd binds vLLM to its own address",
-    "port": "it is the entry's `port`",
+    "host": "fleetd chooses the address",
+    "port": "set the entry's `port`",
     "uds": "fleetd reaches vLLM over TCP on loopback",
-    "hf_token": "a command line is public: put HF_TOKEN into env_file",
-    "config": "fleetd writes every argument itself, so that it can be seen and compared",
+    "hf_token": "a command line is public: set HF_TOKEN in env_file",
+    "config": "fleetd passes every argument itself, so that it can show and compare them",
     "headless": "fleetd runs the API server",
-    "grpc": "fleetd speaks HTTP",
-    "data_parallel_multi_port_external_lb": "its servers would escape fleetd's process group",
+    "grpc": "fleetd uses HTTP",
+    "data_parallel_multi_port_external_lb": "its servers would leave fleetd's process group",
 }
 
 
 class VllmOptions(Options):
-    """The arguments of `vllm serve`, and a little of its environment."""
+    """The arguments of `vllm serve`, and some variables of its environment."""
 
     refused: ClassVar[Mapping[str, str]] = {**REMOVED, **OWNED}
 
@@ -161,21 +161,35 @@ class VllmOptions(Options):
     # sleep, shutdown, logs
     enable_sleep_mode: Switch = False
     sleep_level: Annotated[int, Whole(1, 2)] = Field(
-        1, description="1 keeps the weights in host memory, 2 reads them again"
+        1, description="1 keeps the weights in host memory, 2 reloads them"
     )
-    shutdown_timeout: Duration = Field(0.0, description="seconds that requests in flight get at SIGTERM")
+    shutdown_timeout: Duration = Field(0.0, description="grace for requests in flight at SIGTERM")
     uvicorn_log_level: Annotated[str, Choice("debug", "info", "warning", "error", "critical", "trace")] | None = None
     disable_log_stats: Switch | None = None
     enable_log_requests: Switch | None = None
     # the environment
-    api_key: Secret | None = Field(None, description="given as VLLM_API_KEY, never on the command line")
-    cache_root: PathText | None = Field(None, description="VLLM_CACHE_ROOT: compiled code, worth sharing")
+    api_key: Secret | None = Field(None, description="passed as VLLM_API_KEY, never on the command line")
+    cache_root: PathText | None = Field(
+        None, description="VLLM_CACHE_ROOT: compiled code, best shared by all instances"
+    )
     hf_home: PathText | None = None
-    offline: Switch = Field(False, description="never ask the hub: HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
+    offline: Switch = Field(False, description="never contact the hub: HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
     cpu_kvcache_space: Count | None = Field(None, description="GiB of KV cache of a CPU build")
     extra_args: Annotated[dict[str, Any], ArgumentsType()] = Field(
         default_factory=dict, description="any other argument, by its name without the dashes"
     )
+
+    @property
+    def world_size(self) -> int:
+        """The number of devices that one server uses."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * (self.data_parallel_size or 1)
+
+    @property
+    def sets_kv_cache(self) -> bool:
+        """Whether the size of the KV cache is configured rather than measured by vLLM."""
+        names = {key.replace("-", "_") for key in self.extra_args}
+        configured = self.kv_cache_memory is not None or self.cpu_kvcache_space is not None
+        return configured or bool(names & {"kv_cache_memory", "kv_cache_memory_bytes"})
 
 
 _SPELLING = {"kv_cache_memory": "kv-cache-memory-bytes"}
@@ -185,12 +199,12 @@ _NOT_ARGUMENTS = frozenset(
         "extra_args",
     }
 )  # fmt: skip
-_WHEN_SET = frozenset({"enable_sleep_mode"})  # false is vLLM's default and has no `--no-` worth saying
+_WHEN_SET = frozenset({"enable_sleep_mode"})  # false is vLLM's default: no `--no-` is needed
 _ONE = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 
 
 def words(name: str, value: Any) -> list[str]:
-    """Return the words of one argument. `name` may have dashes or underscores; None gives none."""
+    """Return one argument as words of a command line, none for None. `name` may have dashes or underscores."""
     flag = "--" + name.replace("_", "-").lstrip("-")
     if value is None:
         return []
@@ -213,30 +227,30 @@ def _word(value: Any) -> str:
 
 
 def local(text: str) -> bool:
-    """Say whether a name of a model, a tokenizer, a template is a path of this machine; else it is looked up on the hub."""
+    """Return whether a name of a model, tokenizer or template is a path on this machine, not a name on the hub."""
     return text.startswith(("/", "./", "../", "~"))
 
 
 def local_files(options: VllmOptions) -> dict[str, str]:
-    """Return option → path for everything on this machine that the options name, as it was written."""
+    """Return option → path as written, for all files on this machine that the options name."""
     named = {name: getattr(options, name) for name in ("model", "tokenizer", "chat_template", "generation_config")}
-    for index, said in enumerate(options.lora_modules or ()):
-        named[f"lora_modules[{index}]"] = said.partition("=")[2]
+    for index, module in enumerate(options.lora_modules or ()):
+        named[f"lora_modules[{index}]"] = module.partition("=")[2]
     named["speculative_config.model"] = (options.speculative_config or {}).get("model")
     return {name: text for name, text in named.items() if isinstance(text, str) and _one_path(text)}
 
 
 def _one_path(text: str) -> bool:
-    """A template may be the text itself, which has lines and braces."""
+    """Return whether the text is a path: a template may be the text itself, which has lines and braces."""
     return local(text) and "\n" not in text and "{" not in text
 
 
 def arguments(options: VllmOptions, absolute: Callable[[str], str] = str) -> list[str]:
-    """Return every argument that the options set, in the order of the fields, `extra_args` last; paths as `absolute` gives them."""
+    """Return all arguments in the order of the fields, `extra_args` last; paths are mapped by `absolute`."""
     found: list[str] = []
     files = local_files(options)
     for name in type(options).model_fields:
-        value = _placed(name, getattr(options, name), files, absolute)
+        value = _with_path(name, getattr(options, name), files, absolute)
         if name in _NOT_ARGUMENTS or (name in _WHEN_SET and not value) or (name in _ONE and value == 1):
             continue
         if name == "shutdown_timeout":
@@ -248,32 +262,15 @@ def arguments(options: VllmOptions, absolute: Callable[[str], str] = str) -> lis
     return found
 
 
-def _placed(name: str, value: Any, files: Mapping[str, str], absolute: Callable[[str], str]) -> Any:
-    """Return a value with what it names on this machine as an absolute path."""
+def _with_path(name: str, value: Any, files: Mapping[str, str], absolute: Callable[[str], str]) -> Any:
+    """Return a value with its path on this machine, if it names one, mapped by `absolute`."""
     if name in files:
         return absolute(files[name])
     if name == "lora_modules" and value:
         return tuple(
-            f"{said.partition('=')[0]}={absolute(files[key])}" if (key := f"{name}[{index}]") in files else said
-            for index, said in enumerate(value)
+            f"{module.partition('=')[0]}={absolute(files[key])}" if (key := f"{name}[{index}]") in files else module
+            for index, module in enumerate(value)
         )
     if name == "speculative_config" and f"{name}.model" in files:
         return {**value, "model": absolute(files[f"{name}.model"])}
     return value
-
-
-def extra_problems(options: VllmOptions, args: tuple[str, ...]) -> list[tuple[tuple[str | int, ...], str]]:
-    """Return what `extra_args` and `args` may not say: removed options, those of fleetd, and those that are fields here."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
-    fields = set(type(options).model_fields) - {"extra_args"}
-    seen: list[tuple[tuple[str | int, ...], str]] = [(("extra_args", key), key) for key in options.extra_args]
-    seen += [(("args",), word[2:].split("=")[0]) for word in args if word.startswith("--")]
-    for path, written in seen:
-        name = written.replace("-", "_")
-        bare = name.removeprefix("no_")
-        if reason := REMOVED.get(name) or OWNED.get(name):
-            found.append((path, f"--{written}: {reason}"))
-        elif bare in fields or name == "kv_cache_memory_bytes":
-            found.append((path, f"--{written}: there is an option {bare} for it"))
-    short = (word for word in args if re.fullmatch(r"-(tp|pp|dp|q|O[0-3]?)", word))
-    return [*found, *((("args",), f"{word}: there is an option for it, by its long name") for word in short)]

@@ -1,47 +1,53 @@
-"""Putting a vLLM server to sleep and waking it, step by step, with its traps.
+"""Put a vLLM server to sleep and wake it.
 
-The rules of this file
-- Traffic is gated before `sleep` and let in after `wake`: a sleeping engine accepts requests and lets them wait for ever, and
-  its /health stays well. Nothing else on the device may start, stop, sleep or wake meanwhile.
-- A second /sleep answers well and does nothing: there is no way from level 1 to level 2 but through being awake.
-- A plain /wake_up after level 2 answers well and the model then speaks garbage: weights first, read again, then the KV cache.
-- After any error the engine's memory is in a state that nobody knows. Every EngineError here says: kill it, start it cold.
+Invariants:
+- Requests are blocked before `sleep` and allowed after `wake`: a sleeping engine accepts requests and never answers them, while
+  its /health succeeds. Nothing else on the device may start, stop, sleep or wake meanwhile.
+- A second /sleep succeeds and does nothing: the way from level 1 to level 2 leads through being awake.
+- A plain /wake_up after level 2 succeeds and the model then generates garbage: load the weights again, then the KV cache.
+- After any error the content of the engine's memory is unknown. The hint of every EngineError here is to kill and restart it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fleetd.engines.base import Endpoint
+from fleetd.engines.base import Endpoint, LaunchContext, SleepRecord
 from fleetd.engines.http import Reply, call, until
+from fleetd.engines.listed_models import listed_names
+from fleetd.engines.options import Options, narrow
+from fleetd.engines.vllm import memory
+from fleetd.engines.vllm.options import VllmOptions
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-KILL = "kill the process and start it cold: what its memory holds is not known"
+KILL = "kill the process and restart it: the content of its memory is unknown"
 CANARY_TOKENS = 8
 POLL_S = 0.02
+LIST_TIMEOUT_S = 5.0
 
 
 async def is_sleeping(http: ClientSession, endpoint: Endpoint, timeout_s: float = 5.0) -> bool | None:
-    """Return whether it sleeps, None where the server has no sleep routes. Raises EngineError without an answer."""
+    """Return whether it sleeps; None: the server has no sleep routes. Raises EngineError without an answer."""
     reply = await call(http, endpoint, "GET", "/is_sleeping", timeout_s=timeout_s)
     if reply.status in (404, 405):
         return None
     asleep = reply.expect("asking whether it sleeps").mapping().get("is_sleeping")
     if not isinstance(asleep, bool):
-        raise EngineError(f"{reply.url} did not say whether it sleeps: {reply.text[:200]!r}")
+        raise EngineError(f"{reply.url} did not report whether it sleeps: {reply.text[:200]!r}")
     return asleep
 
 
 async def sleep(http: ClientSession, endpoint: Endpoint, level: int, timeout_s: float) -> None:
-    """Put an idle server to sleep; return when it says that it sleeps. Raises EngineError: then kill it."""
+    """Put an idle server to sleep; return when it reports that it sleeps. Raises EngineError: then kill it."""
     try:
         asleep = await is_sleeping(http, endpoint, min(5.0, timeout_s))
         if asleep is None:
-            raise EngineError(f"{endpoint.base_url} cannot sleep: its sleep routes are not there", recoverable=False)
+            raise EngineError(f"{endpoint.base_url} cannot sleep: it has no sleep routes", recoverable=False)
         if asleep:
             raise EngineError(f"{endpoint.base_url} sleeps already; a second /sleep would do nothing")
         await _step(http, endpoint, f"/sleep?level={level}&mode=wait", timeout_s)
@@ -60,9 +66,9 @@ async def wake(
     served_as: str,
     expected: str | None = None,
 ) -> None:
-    """Wake a server that sleeps at `level`, and hear it speak before anybody else does. Raises EngineError: then kill it.
+    """Wake a server that sleeps at `level` and verify it with one completion. Raises EngineError: then kill it.
 
-    `expected` is what `canary` said before the sleep, where it is known.
+    `expected` is the result of `canary` from before the sleep, if known.
     """
     end = asyncio.get_running_loop().time() + timeout_s
 
@@ -78,16 +84,16 @@ async def wake(
         else:
             await _step(http, endpoint, "/wake_up", left())
         await _until_sleeping(http, endpoint, False, left())
-        said = await canary(http, endpoint, served_as, left())
-        if is_garbage(said) and said != expected:
-            raise EngineError(f"{endpoint.base_url} woke and speaks garbage: {said!r}")
+        text = await canary(http, endpoint, served_as, left())
+        if is_garbage(text) and text != expected:
+            raise EngineError(f"{endpoint.base_url} generates garbage after its wake: {text!r}")
     except EngineError as error:
         error.hint = error.hint or KILL
         raise
 
 
 async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> str:
-    """Return a few tokens at temperature 0: what a healthy model says to the same prompt again and again.
+    """Return a few tokens at temperature 0: a healthy model answers the same prompt in the same way each time.
 
     Of a model that only pools it is the head of a vector.
     """
@@ -107,7 +113,7 @@ async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeou
 
 
 def is_garbage(text: str) -> bool:
-    """True for one sign over and over, which is how weights that were never read again speak."""
+    """Return whether the text repeats one character, as a model does whose weights were not loaded again."""
     signs = text.replace(" ", "").replace("\n", "")
     return len(signs) >= 4 and len(set(signs)) == 1
 
@@ -116,7 +122,7 @@ async def _until_sleeping(http: ClientSession, endpoint: Endpoint, wanted: bool,
     async def reached() -> bool:
         return await is_sleeping(http, endpoint, min(5.0, timeout_s)) is wanted
 
-    what = f"{endpoint.base_url} does not say that it {'sleeps' if wanted else 'is awake'}"
+    what = f"{endpoint.base_url} does not report that it {'sleeps' if wanted else 'is awake'}"
     await until(reached, timeout_s=timeout_s, period_s=POLL_S, what=what)
 
 
@@ -125,3 +131,35 @@ async def _step(
 ) -> Reply:
     reply = await call(http, endpoint, "POST", path, payload, timeout_s=timeout_s)
     return reply.expect(path)
+
+
+async def first_served_name(http: ClientSession, endpoint: Endpoint) -> str:
+    """Return the first name that the server lists, which names its model; empty: it lists none."""
+    return next(iter(await listed_names(http, endpoint, LIST_TIMEOUT_S)), "")
+
+
+class VllmSleeper:
+    """Puts vLLM processes with `enable_sleep_mode` to sleep."""
+
+    def can_sleep(self, options: Options) -> bool:
+        return narrow(options, VllmOptions).enable_sleep_mode
+
+    def asleep_bytes(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
+        return memory.asleep_bytes(context, awake)
+
+    async def sleep(
+        self, http: ClientSession, endpoint: Endpoint, options: Options, before: SleepRecord | None, timeout_s: float
+    ) -> SleepRecord:
+        level = narrow(options, VllmOptions).sleep_level
+        text = before.canary if before is not None else None
+        if text is None:
+            text = await canary(http, endpoint, await first_served_name(http, endpoint), timeout_s)
+        await sleep(http, endpoint, level, timeout_s)
+        return SleepRecord(level, text)
+
+    async def wake(self, http: ClientSession, endpoint: Endpoint, before: SleepRecord, timeout_s: float) -> None:
+        served_as = await first_served_name(http, endpoint)
+        await wake(http, endpoint, before.level, timeout_s, served_as=served_as, expected=before.canary)
+
+    async def is_asleep(self, http: ClientSession, endpoint: Endpoint, timeout_s: float) -> bool:
+        return bool(await is_sleeping(http, endpoint, timeout_s))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 CREATE_TIMEOUT_S = 3600.0
+RECORD_NAME = "models.json"
 _RECORD = threading.Lock()  # one file for all stores, and each store's work is in a thread of its own
 COPIES_SINCE = (0, 30, 0)  # from here on, /api/create writes every GGUF anew; before, it takes the blob as it is
 
@@ -58,6 +59,19 @@ class Step:
     content_hash: str = ""
 
 
+def copied(state_dir: Path, store_key: str, served_as: str) -> bool:
+    """Return whether the record says that a store has a model's own bytes, not a link to a file elsewhere. Blocks."""
+    entry = _recorded(state_dir / RECORD_NAME, store_key).get(store.ModelName.parse(served_as).key)
+    return entry is not None and not entry.get("link")
+
+
+def _recorded(path: Path, store_key: str) -> dict[str, dict[str, Any]]:
+    """Return the recorded models of a store by full name. Blocks."""
+    stores = fingerprint.read_record(path).get("stores")
+    made = stores.get(store_key) if isinstance(stores, dict) else None
+    return {key: entry for key, entry in made.items() if isinstance(entry, dict)} if isinstance(made, dict) else {}
+
+
 class Library:
     """One store: the server that manages it, the folder it lies in, and the record of what fleetd made there.
 
@@ -75,7 +89,7 @@ class Library:
     ) -> None:
         self.api = OllamaApi(http, base_url, api_key)
         self.models_dir = models_dir
-        self.record_path = state_dir / "models.json"
+        self.record_path = state_dir / RECORD_NAME
         self.key = str(models_dir.resolve()) if models_dir is not None else self.api.base_url
 
     # -- what differs ---------------------------------------------------------------------------------------------------
@@ -216,14 +230,7 @@ class Library:
     # -- files; all of these block --------------------------------------------------------------------------------------
 
     def _made(self) -> dict[str, dict[str, Any]]:
-        stores = fingerprint.read_record(self.record_path).get("stores")
-        made = stores.get(self.key) if isinstance(stores, dict) else None
-        return {key: entry for key, entry in made.items() if isinstance(entry, dict)} if isinstance(made, dict) else {}
-
-    def copied(self, served_as: str) -> bool:
-        """True when the record says that the store has the model's bytes, not a link to a file elsewhere. Blocks."""
-        entry = self._made().get(store.ModelName.parse(served_as).key)
-        return entry is not None and not entry.get("link")
+        return _recorded(self.record_path, self.key)
 
     def stored(self, served_as: str) -> dict[str, Any]:
         """Return {present, digest, stored_bytes, link_to} of a model's weights, as the folder tells; nothing where it is

@@ -23,9 +23,11 @@ class SlowStore:
     def __init__(self) -> None:
         self.asked, self.go_on = threading.Event(), threading.Event()
 
-    def prepare(self) -> None: ...
+    @property
+    def store(self) -> SlowStore:
+        return self
 
-    def stands_alone(self, *_: object) -> bool:
+    def has_copy(self, *_: object) -> bool:
         self.asked.set()
         assert self.go_on.wait(DEADLINE_S)
         return False

@@ -18,8 +18,8 @@ from fleetd.config.schema import types as config_fields
 from fleetd.config.schema.types import FieldType
 from fleetd.engines import option_types as engine_fields
 from fleetd.engines import registry
-from fleetd.engines.lmstudio.engine import LOAD_OPTIONS
-from fleetd.engines.ollama.models import LOAD_TIME_OPTIONS
+from fleetd.engines.lmstudio.options import LOAD_OPTIONS
+from fleetd.engines.ollama.options import LOAD_TIME_OPTIONS
 from fleetd.engines.vllm.options import LengthType
 from fleetd.errors import ConfigError, Problem
 from fleetd.resolver.offline import assembled
@@ -418,7 +418,7 @@ def test_options_that_no_made_model_could_keep_are_refused_with_what_to_write(tm
 def test_what_only_ollama_makes_is_refused_elsewhere(name: str, tmp_path: Path) -> None:
     found = held(tmp_path, name, {"m": {"from": "/m.gguf", "quantize": "q8_0", "modelfile": {"system": "Hello."}}})
     assert {one.path for one in found} == {"models.m.quantize", "models.m.modelfile"}
-    assert all("makes no models" in one.message and one.line > 0 for one in found)
+    assert all("does not build models" in one.message and one.line > 0 for one in found)
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines import registry
-from fleetd.engines.base import Endpoint, HeldModel, ProbeOutcome, Resident
+from fleetd.engines.base import Endpoint, ProbeOutcome, Resident, ServedModel
 from fleetd.engines.http import ANSWER_LIMIT_BYTES
+from fleetd.engines.listed_models import LISTED_MODELS
+from fleetd.engines.lmstudio.model_server import LmStudioServer
 from fleetd.engines.vllm import sleep
 from fleetd.errors import EngineError
 from fleetd.models.ollama.api import OllamaApi
 from tests.fakes.launch import fake
 
 BASE = "http://127.0.0.1:1"
-MODEL = HeldModel("name", "m")
+MODEL = ServedModel("name", "m")
 LIST = {"object": "list", "data": [{"id": "m", "object": "model"}]}
 CHOICES = {"choices": [{"index": 0, "text": "a", "message": {"content": "a"}}]}
 EMBEDDINGS = {"data": [{"embedding": [0.5]}]}
@@ -108,12 +110,13 @@ class Client:
 def actions(name: str) -> dict[str, Callable[[Any, Endpoint], Awaitable[Any]]]:
     """Return every await of an engine."""
     engine = registry.load(name)
+    server = engine.server or LISTED_MODELS
     found: dict[str, Callable[[Any, Endpoint], Awaitable[Any]]] = {
-        "loaded": engine.loaded,
+        "loaded": server.loaded,
         "alive": lambda http, end: engine.alive(http, end, MODEL, 0.2),
         "alive of no model": lambda http, end: engine.alive(http, end, None, 0.2),
-        "load": lambda http, end: engine.load(http, end, MODEL, 0.05),
-        "unload": lambda http, end: engine.unload(http, end, MODEL, 0.05),
+        "load": lambda http, end: server.load(http, end, MODEL, 0.05),
+        "unload": lambda http, end: server.unload(http, end, MODEL, 0.05),
     }
     if name == "vllm":
         found["is_sleeping"] = sleep.is_sleeping
@@ -175,10 +178,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_good_answers_are_good(name: str) -> None:
     """Without this no bent answer would prove anything."""
-    refusals = {"llamacpp": {"load", "unload"}, "process": {"load", "unload"}, "vllm": {"unload"}}
     stuck = {"ollama": {"unload"}, "lmstudio": {"unload"}}  # it goes on being listed
     said = {one.split(":")[0] for one in check(name, Client(bodies_of(name)))}
-    assert said == {**refusals, **stuck}.get(name, set())
+    assert said == stuck.get(name, set())
 
 
 @pytest.mark.parametrize("body", WHOLE, ids=lambda body: repr(body[:12]))
@@ -360,5 +362,5 @@ def test_an_lm_studio_that_cannot_load_is_told_as_too_old() -> None:
         {"/api/v0/models": b'{"data": [{"id": "m", "state": "not-loaded"}]}', "/api/v1/models/load": unexpected}
     )
     with pytest.raises(EngineError, match=r"older than 0\.4") as caught:
-        asyncio.run(registry.load("lmstudio").load(http, Endpoint(BASE), MODEL, 1.0))
+        asyncio.run(LmStudioServer().load(http, Endpoint(BASE), MODEL, 1.0))
     assert (caught.value.key, caught.value.recoverable) == ("command", False)

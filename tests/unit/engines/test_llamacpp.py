@@ -28,7 +28,9 @@ from bench.rig import free_port
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines import registry
 from fleetd.engines.base import Endpoint, LaunchContext
-from fleetd.engines.llamacpp import engine, server_main
+from fleetd.engines.listed_models import LISTED_MODELS
+from fleetd.engines.llamacpp import command, server_main
+from fleetd.engines.llamacpp.options import LlamaCppOptions
 from fleetd.errors import EngineError
 from tests.fakes.launch import eventually, fake
 
@@ -39,7 +41,7 @@ needs_wheel = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, 
 def context(model: Path | str = "/models/m.gguf", **more: Any) -> LaunchContext:
     names = {"command", "env", "args", "device", "port", "served_as", "config_dir", "device_uuid"}
     rest = {key: more.pop(key) for key in list(more) if key in names}
-    options = engine.LlamaCppOptions(model=str(model), **more)
+    options = LlamaCppOptions(model=str(model), **more)
     base = LaunchContext(name="tiny", options=options, host="127.0.0.1", port=18080, served_as="tiny", device="host")
     return replace(base, **rest)
 
@@ -97,11 +99,15 @@ def test_program_is_llama_server_from_path_else_the_wheel(tmp_path: Path, monkey
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
     assert ENGINE.launch(context(env={"PATH": str(tmp_path)})).argv[0] == str(server)
-    monkeypatch.setattr(engine, "_LATELY", {})  # what was found is believed for a second
+    monkeypatch.setattr(command, "_EMBEDDED", {})  # results are cached for a second
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert ENGINE.launch(context(env={"PATH": "/nowhere"})).argv[:3] == (sys.executable, "-I", str(engine.CHILD))
+    assert ENGINE.launch(context(env={"PATH": "/nowhere"})).argv[:3] == (
+        sys.executable,
+        "-I",
+        str(command.EMBEDDED_SERVER),
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    engine._LATELY.clear()
+    command._EMBEDDED.clear()
     with pytest.raises(EngineError) as caught:
         ENGINE.launch(context(env={"PATH": "/nowhere"}))
     assert caught.value.hint == "pip install 'fleetd[llamacpp]'"
@@ -133,13 +139,13 @@ def test_key_goes_by_environment() -> None:
 
 MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"chat_template": "a", "chat_template_file": "b"}, ("chat_template_file",), "one of the two"),
-    ({"mmap": True, "load_mode": "read"}, ("mmap",), "contradicts"),
+    ({"mmap": True, "load_mode": "read"}, ("mmap",), "conflicts with load_mode"),
     ({"mlock": True, "load_mode": "direct"}, ("mlock",), "not possible"),
     ({"flash_attention": False, "cache_type_v": "q8_0"}, ("cache_type_v",), "needs flash attention"),
     ({"rerank": True, "pooling": "mean"}, ("pooling",), "rank"),
     ({"batch": 64, "ubatch": 128}, ("ubatch",), "more than batch"),
-    ({"gpu_layers": 3}, ("gpu_layers",), "device is host"),
-    ({"tensor_split": [0, 0], "device": "gpu0"}, ("tensor_split",), "nothing"),
+    ({"gpu_layers": 3}, ("gpu_layers",), "device: host"),
+    ({"tensor_split": [0, 0], "device": "gpu0"}, ("tensor_split",), "add up to 0"),
     ({"env": {"LLAMA_ARG_CTX_SIZE": "1"}, "context_length": 5}, ("env", "LLAMA_ARG_CTX_SIZE"), "context_length"),
     ({"env": {"LLAMA_ARG_PORT": "1"}}, ("env", "LLAMA_ARG_PORT"), "itself"),
     ({"env": {"LLAMA_API_KEY": "1"}}, ("env", "LLAMA_API_KEY"), "api_key"),
@@ -185,7 +191,7 @@ def test_warnings_and_broken_files(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_types(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="LlamaCppOptions"):
-        engine.LlamaCppOptions(**bad)
+        LlamaCppOptions(**bad)
 
 
 EXITS = [
@@ -316,7 +322,7 @@ def alive(server: Real, key: str | None = None) -> Any:
 def residents(server: Real) -> list[str]:
     async def run() -> Any:
         async with aiohttp.ClientSession() as client:
-            return await ENGINE.loaded(client, Endpoint(f"http://127.0.0.1:{server.port}"))
+            return await LISTED_MODELS.loaded(client, Endpoint(f"http://127.0.0.1:{server.port}"))
 
     return [resident.served_as for resident in asyncio.run(run())]
 
@@ -447,7 +453,7 @@ def test_from_nothing_to_an_answer(tiny: Path, tmp_path: Path) -> None:
 @needs_wheel
 def test_the_child_imports_nothing_heavy() -> None:
     program = (
-        f"import sys; sys.path.insert(0, {str(engine.CHILD.parent)!r}); import llamacpp_child as child; child.load_library();"
+        f"import sys; sys.path.insert(0, {str(command.EMBEDDED_SERVER.parent)!r}); import server_main as child; child.load_library();"
         "print(sorted(name for name in ('inspect', 'orjson', 'asyncio', 'argparse', 'logging', 'fleetd') if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True, timeout=60)

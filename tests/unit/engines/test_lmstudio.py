@@ -18,15 +18,17 @@ import pytest
 
 from bench.rig import free_port
 from fleetd.core.data.specs import ExitKind
-from fleetd.engines import external
-from fleetd.engines.base import Api, Endpoint, HeldModel, LaunchContext
-from fleetd.engines.external import ExternalOptions
+from fleetd.engines.base import Api, Endpoint, LaunchContext, ServedModel
+from fleetd.engines.external import engine as external
+from fleetd.engines.external.options import ExternalOptions
+from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.engines.lmstudio import engine
-from fleetd.engines.lmstudio.engine import LmStudioOptions
+from fleetd.engines.lmstudio.model_server import LmStudioServer
+from fleetd.engines.lmstudio.options import LmStudioOptions
 from fleetd.errors import EngineError
 from tests.support.engines import FAKE, fake
 
-ENGINE, EXTERNAL = engine.ENGINE, external.ENGINE
+ENGINE, EXTERNAL, SERVER = engine.ENGINE, external.ENGINE, LmStudioServer()
 CHILD = Path(engine.__file__).with_name("server_main.py")
 
 
@@ -42,23 +44,23 @@ def test_load_list_unload(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", "--models", "a=1000,b-embed=2000") as server:
             http, endpoint = server.http, server.endpoint
-            a, b = HeldModel("A", "a", options={"context_length": 512}), HeldModel("B", "b-embed", embedding=True)
-            assert await ENGINE.load(http, endpoint, a, 5) == {"gpu": 1000}
-            assert await ENGINE.load(http, endpoint, a, 5) == {"gpu": 1000}  # loaded already: not a second instance
-            assert await ENGINE.load(http, endpoint, b, 5) == {"gpu": 2000}
+            a, b = ServedModel("A", "a", options={"context_length": 512}), ServedModel("B", "b-embed", embedding=True)
+            assert await SERVER.load(http, endpoint, a, 5) == {"gpu": 1000}
+            assert await SERVER.load(http, endpoint, a, 5) == {"gpu": 1000}  # loaded already: not a second instance
+            assert await SERVER.load(http, endpoint, b, 5) == {"gpu": 2000}
             listed = await server.get("/api/v1/models")
             loaded = {model["key"]: model["loaded_instances"] for model in listed["models"]}
             assert [len(instances) for instances in loaded.values()] == [1, 1]
             assert loaded["a"][0]["config"]["context_length"] == 512
-            residents = {one.served_as: one.context_length for one in await ENGINE.loaded(http, endpoint)}
+            residents = {one.served_as: one.context_length for one in await SERVER.loaded(http, endpoint)}
             assert residents == {"a": 512, "b-embed": 4096}
             for model in (None, a, b):
                 outcome = await ENGINE.alive(http, endpoint, model, 5)
                 assert outcome.ok
                 assert "one token" in outcome.detail
-            await ENGINE.unload(http, endpoint, a, 5)
-            assert [resident.served_as for resident in await ENGINE.loaded(http, endpoint)] == ["b-embed"]
-            await ENGINE.unload(http, endpoint, a, 5)
+            await SERVER.unload(http, endpoint, a, 5)
+            assert [resident.served_as for resident in await SERVER.loaded(http, endpoint)] == ["b-embed"]
+            await SERVER.unload(http, endpoint, a, 5)
 
     asyncio.run(go())
 
@@ -66,9 +68,9 @@ def test_load_list_unload(tmp_path: Path) -> None:
 def test_a_probe_never_loads_just_in_time(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", "--models", "a=1000") as server:
-            for model in (None, HeldModel("A", "a")):
+            for model in (None, ServedModel("A", "a")):
                 assert (await ENGINE.alive(server.http, server.endpoint, model, 5)).ok
-            assert await ENGINE.loaded(server.http, server.endpoint) == ()
+            assert await SERVER.loaded(server.http, server.endpoint) == ()
 
     asyncio.run(go())
 
@@ -84,7 +86,7 @@ def test_failed_loads(tmp_path: Path, arguments: tuple[str, ...], name: str, tex
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", *arguments) as server:
             with pytest.raises(EngineError, match=text) as caught:
-                await ENGINE.load(server.http, server.endpoint, HeldModel("m", name), 5)
+                await SERVER.load(server.http, server.endpoint, ServedModel("m", name), 5)
             assert caught.value.recoverable is recoverable
 
     asyncio.run(go())
@@ -93,8 +95,8 @@ def test_failed_loads(tmp_path: Path, arguments: tuple[str, ...], name: str, tex
 def test_another_server_is_told_from_lm_studio(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai") as server:
-            with pytest.raises(EngineError, match="does not list models as LM Studio does"):
-                await ENGINE.loaded(server.http, server.endpoint)
+            with pytest.raises(EngineError, match="does not list models in the format of LM Studio"):
+                await SERVER.loaded(server.http, server.endpoint)
             assert not (await ENGINE.alive(server.http, server.endpoint, None, 5)).ok
 
     asyncio.run(go())
@@ -110,10 +112,10 @@ def test_another_server_is_told_from_lm_studio(tmp_path: Path) -> None:
     ],
 )
 def test_options_of_a_load(options: Mapping[str, Any], text: str) -> None:
-    found = ENGINE.validate(context(models=(HeldModel("m", "a", options=options),)))
+    found = ENGINE.validate(context(models=(ServedModel("m", "a", options=options),)))
     assert len(found) == 1
     assert text in found[0].message
-    assert ENGINE.validate(context(models=(HeldModel("m", "a", options={"context_length": 1}),))) == []
+    assert ENGINE.validate(context(models=(ServedModel("m", "a", options={"context_length": 1}),))) == []
 
 
 # -- the child ----------------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ def test_the_child_says_why_a_start_failed(tmp_path: Path) -> None:
 def test_the_child_wants_a_program() -> None:
     done = subprocess.run([sys.executable, "-I", str(CHILD), "--port", "1"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
-    assert "say how to run lms" in done.stderr
+    assert "the command of lms is missing" in done.stderr
     gone = subprocess.run(
         [sys.executable, "-I", str(CHILD), "--port", "1", "--", "/nowhere/lms"],
         capture_output=True,
@@ -263,13 +265,13 @@ def test_an_external_server_is_asked_for_its_models(tmp_path: Path) -> None:
             http = server.http
             endpoint = server.endpoint
             assert (await EXTERNAL.alive(http, endpoint, None, 5)).ok
-            assert (await EXTERNAL.alive(http, endpoint, HeldModel("m", "gpt"), 5)).ok
-            assert not (await EXTERNAL.alive(http, endpoint, HeldModel("m", "other"), 5)).ok
-            assert [resident.served_as for resident in await EXTERNAL.loaded(http, endpoint)] == ["gpt"]
-            assert await EXTERNAL.load(http, endpoint, HeldModel("m", "gpt"), 5) == {}
+            assert (await EXTERNAL.alive(http, endpoint, ServedModel("m", "gpt"), 5)).ok
+            assert not (await EXTERNAL.alive(http, endpoint, ServedModel("m", "other"), 5)).ok
+            assert [resident.served_as for resident in await LISTED_MODELS.loaded(http, endpoint)] == ["gpt"]
+            assert await LISTED_MODELS.load(http, endpoint, ServedModel("m", "gpt"), 5) == {}
             with pytest.raises(EngineError, match="has no model other; it lists gpt"):
-                await EXTERNAL.load(http, endpoint, HeldModel("m", "other"), 5)
-            await EXTERNAL.unload(http, endpoint, HeldModel("m", "gpt"), 5)
+                await LISTED_MODELS.load(http, endpoint, ServedModel("m", "other"), 5)
+            await LISTED_MODELS.unload(http, endpoint, ServedModel("m", "gpt"), 5)
             stats = await server.get("/fake/stats")
             assert stats["finished"] == 0  # not one token was asked for
 
@@ -290,7 +292,7 @@ def test_external_is_never_started() -> None:
     assert not EXTERNAL.capabilities.owns_process
     plain = context(options=ExternalOptions())
     assert EXTERNAL.validate(plain) == []
-    with pytest.raises(EngineError, match="starts nothing"):
+    with pytest.raises(EngineError, match="starts no process"):
         EXTERNAL.launch(plain)
     assert [problem.path for problem in EXTERNAL.validate(context(options=ExternalOptions(), command=("x",)))] == [
         ("command",)

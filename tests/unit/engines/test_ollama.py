@@ -15,9 +15,13 @@ from pydantic import ValidationError
 
 from bench import tiny_gguf
 from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
-from fleetd.engines.base import HeldModel, LaunchContext
-from fleetd.engines.ollama.engine import ENGINE, OllamaOptions, device_bytes, pinned_options
-from fleetd.engines.ollama.environment import GO_BOOLEANS, TYPED
+from fleetd.engines.base import LaunchContext, ServedModel
+from fleetd.engines.ollama.engine import ENGINE
+from fleetd.engines.ollama.environment import TYPED
+from fleetd.engines.ollama.model_server import OllamaServer, device_bytes, pinned_options
+from fleetd.engines.ollama.model_store import OllamaStore
+from fleetd.engines.ollama.options import OllamaOptions
+from fleetd.engines.ollama.validate import GO_BOOLEANS
 from fleetd.errors import EngineError
 from fleetd.models.memory_estimate import PROCESS_BYTES
 from fleetd.models.ollama import register, store
@@ -25,6 +29,7 @@ from fleetd.models.ollama.modelfile import recipe
 from tests.support.engines import fake
 
 GIB = 1 << 30
+SERVER, STORE = OllamaServer(), OllamaStore()
 
 
 def context(**changes: Any) -> LaunchContext:
@@ -110,7 +115,7 @@ def test_a_key_is_for_servers_of_others() -> None:
 
 
 def test_as_many_models_as_the_fleet_asks_for() -> None:
-    models = tuple(HeldModel(f"m{number}", f"m{number}") for number in range(12))
+    models = tuple(ServedModel(f"m{number}", f"m{number}") for number in range(12))
     assert ENGINE.launch(context(models=models)).env["OLLAMA_MAX_LOADED_MODELS"] == "12"
 
 
@@ -168,11 +173,11 @@ def test_models_dir_must_exist_before_a_start(tmp_path: Path) -> None:
 def test_load_options_are_written_into_the_model_that_is_made() -> None:
     """Requests to /v1 carry none, so Ollama has to know them by itself; a change of one makes the model anew."""
     modelfile = {"system": "Hi.", "parameters": {"top_k": 3}}
-    keys = HeldModel("m", "m", source="/m.gguf", modelfile=modelfile, options={"num_ctx": "2048", "use_mmap": False})
-    made = ENGINE.recipe(context(), keys)
+    keys = ServedModel("m", "m", source="/m.gguf", modelfile=modelfile, options={"num_ctx": "2048", "use_mmap": False})
+    made = STORE.recipe(context(), keys)
     assert made.parameters == {"top_k": 3, "num_ctx": 2048, "use_mmap": False}
     assert "PARAMETER num_ctx 2048" in made.render()
-    changed = ENGINE.recipe(context(), replace(keys, options={"num_ctx": 4096, "use_mmap": False}))
+    changed = STORE.recipe(context(), replace(keys, options={"num_ctx": 4096, "use_mmap": False}))
     assert changed.content_hash({}) != made.content_hash({})
 
 
@@ -183,7 +188,7 @@ def test_a_derived_model_is_estimated_by_the_one_that_it_is_made_from(tmp_path: 
     blob.symlink_to(path)
     register.register(tmp_path, recipe("base", "base", source=str(path)), digest)
     ready = context(options={"models_dir": str(tmp_path)}, device="host")
-    derived = HeldModel("m", "base-own", source="base", options={"num_ctx": 512})
+    derived = ServedModel("m", "base-own", source="base", options={"num_ctx": 512})
     found = ENGINE.estimate(ready, derived)
     assert found is not None
     assert found == ENGINE.estimate(ready, replace(derived, source=str(path)))
@@ -231,7 +236,7 @@ def test_options_that_ollama_would_swallow_are_refused(options: Mapping[str, Any
         ({"env": {"OLLAMA_HOST": "0.0.0.0"}}, ("env", "OLLAMA_HOST"), "port sets it", False),
         ({"env": {"OLLAMA_FLASH_ATTENTION": "off"}}, ("env", "OLLAMA_FLASH_ATTENTION"), "take it as true", False),
         ({"env": {"OLLAMA_MAX_QUEUE": "lots"}}, ("env", "OLLAMA_MAX_QUEUE"), "not a whole number", False),
-        ({"env": {"OLLAMA_LOAD_TIMEOUT": "1d"}}, ("env", "OLLAMA_LOAD_TIMEOUT"), "no duration", False),
+        ({"env": {"OLLAMA_LOAD_TIMEOUT": "1d"}}, ("env", "OLLAMA_LOAD_TIMEOUT"), "not a duration", False),
         ({"env": {"LLAMA_API_KEY": "x"}}, ("env", "LLAMA_API_KEY"), "every load would fail", False),
         ({"env": {"OLLAMA_MAX_VRAM": "1"}}, ("env", "OLLAMA_MAX_VRAM"), "no effect", True),
         ({"env": {"OLLAMA_ORIGIN": "x"}}, ("env", "OLLAMA_ORIGIN"), "did you mean OLLAMA_ORIGINS", True),
@@ -243,34 +248,44 @@ def test_options_that_ollama_would_swallow_are_refused(options: Mapping[str, Any
         ({"options": {"kv_cache_type": "q8_0", "flash_attention": False}}, ("kv_cache_type",), "needs flash", False),
         ({"options": {"kv_cache_type": "q8_0"}}, ("kv_cache_type",), "flash_attention: true", True),
         ({"port": 40000}, (), "at random", True),
-        ({"host": "0.0.0.0"}, (), "asks nobody for a key", True),
-        ({"models": (HeldModel("m", "a@b"),)}, ("models", "m", "served_as"), "'a@b'", False),
-        ({"models": (HeldModel("m", "a:cloud"),)}, ("models", "m", "served_as"), "for itself", False),
+        ({"host": "0.0.0.0"}, (), "requires no key", True),
+        ({"models": (ServedModel("m", "a@b"),)}, ("models", "m", "served_as"), "'a@b'", False),
+        ({"models": (ServedModel("m", "a:cloud"),)}, ("models", "m", "served_as"), "reserves the ending", False),
         (
-            {"models": (HeldModel("m", "a", options={"temperature": 1}),)},
+            {"models": (ServedModel("m", "a", options={"temperature": 1}),)},
             ("models", "m", "options", "temperature"),
             "modelfile.parameters",
             False,
         ),
         (
-            {"models": (HeldModel("m", "a", options={"num_ctx": True}),)},
+            {"models": (ServedModel("m", "a", options={"num_ctx": True}),)},
             ("models", "m", "options", "num_ctx"),
             "must be a whole number, not true",
             False,
         ),
-        ({"models": (HeldModel("m", "a", source="x@y"),)}, ("models", "m", "from"), "x@y", False),
-        ({"models": (HeldModel("m", "a", quantize="q8_0"),)}, ("models", "m", "from"), "nothing that quantize", False),
-        ({"models": (HeldModel("m", "a", source="/x.gguf", quantize="q9"),)}, ("models", "m", "quantize"), "q9", False),
+        ({"models": (ServedModel("m", "a", source="x@y"),)}, ("models", "m", "from"), "x@y", False),
         (
-            {"models": (HeldModel("m", "a", source="/x.gguf", modelfile={"parameters": {"temprature": 1}}),)},
+            {"models": (ServedModel("m", "a", quantize="q8_0"),)},
+            ("models", "m", "from"),
+            "quantize and modelfile need",
+            False,
+        ),
+        (
+            {"models": (ServedModel("m", "a", source="/x.gguf", quantize="q9"),)},
+            ("models", "m", "quantize"),
+            "q9",
+            False,
+        ),
+        (
+            {"models": (ServedModel("m", "a", source="/x.gguf", modelfile={"parameters": {"temprature": 1}}),)},
             ("models", "m", "modelfile", "parameters", "temprature"),
             "is no parameter",
             False,
         ),
         (
-            {"options": {"max_loaded_models": 1}, "models": (HeldModel("m", "a"), HeldModel("n", "b"))},
+            {"options": {"max_loaded_models": 1}, "models": (ServedModel("m", "a"), ServedModel("n", "b"))},
             ("max_loaded_models",),
-            "evict by itself",
+            "evict models by itself",
             True,
         ),
     ],
@@ -283,7 +298,7 @@ def test_problems(changes: Mapping[str, Any], path: tuple[str, ...], text: str, 
 def test_nothing_is_wrong_with_a_plain_fleet(tmp_path: Path) -> None:
     options = {"models_dir": str(tmp_path), "kv_cache_type": "q8_0", "flash_attention": True, "num_parallel": 4}
     env = {"OLLAMA_DEBUG": "1", "HTTPS_PROXY": "http://proxy", "OLLAMA_SCHED_SPREAD": "T"}
-    assert ENGINE.validate(context(options=options, env=env, models=(HeldModel("a", "ns/a:q8_0"),))) == []
+    assert ENGINE.validate(context(options=options, env=env, models=(ServedModel("a", "ns/a:q8_0"),))) == []
 
 
 @given(st.text(max_size=8))
@@ -347,23 +362,23 @@ def test_bytes_of_a_resident(size: Any, vram: Any, expected: Mapping[str, int]) 
     ],
 )
 def test_canonical_names(text: str, name: str) -> None:
-    assert ENGINE.canonical_name(text) == name
+    assert SERVER.canonical_name(text) == name
 
 
 def test_load_list_unload(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000000,b=2000000") as server:
             http, endpoint = server.http, server.endpoint
-            a, b = HeldModel("A", "a"), HeldModel("B", "b:latest", options={"num_ctx": 512})
-            measured = await ENGINE.load(http, endpoint, a, 10)
+            a, b = ServedModel("A", "a"), ServedModel("B", "b:latest", options={"num_ctx": 512})
+            measured = await SERVER.load(http, endpoint, a, 10)
             assert measured == {"host": 1000000 + PROCESS_BYTES}
-            await ENGINE.load(http, endpoint, b, 10)
-            assert {resident.served_as for resident in await ENGINE.loaded(http, endpoint)} == {"a", "b"}
+            await SERVER.load(http, endpoint, b, 10)
+            assert {resident.served_as for resident in await SERVER.loaded(http, endpoint)} == {"a", "b"}
             listed = {entry["model"]: entry for entry in (await server.get("/api/ps"))["models"]}
             assert listed["b:latest"]["context_length"] == 512
-            await ENGINE.unload(http, endpoint, a, 10)
-            assert [resident.served_as for resident in await ENGINE.loaded(http, endpoint)] == ["b"]
-            await ENGINE.unload(http, endpoint, a, 10)  # gone already: nothing to do
+            await SERVER.unload(http, endpoint, a, 10)
+            assert [resident.served_as for resident in await SERVER.loaded(http, endpoint)] == ["b"]
+            await SERVER.unload(http, endpoint, a, 10)  # gone already: nothing to do
 
     asyncio.run(go())
 
@@ -372,11 +387,11 @@ def test_embedding_models_load_by_their_own_route(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "nomic-embed=1000") as server:
             for embedding in (True, False):
-                model = HeldModel("e", "nomic-embed", embedding=embedding)
-                await ENGINE.load(server.http, server.endpoint, model, 10)
+                model = ServedModel("e", "nomic-embed", embedding=embedding)
+                await SERVER.load(server.http, server.endpoint, model, 10)
                 outcome = await ENGINE.alive(server.http, server.endpoint, model, 10)
                 assert outcome.ok, outcome
-                await ENGINE.unload(server.http, server.endpoint, model, 10)
+                await SERVER.unload(server.http, server.endpoint, model, 10)
 
     asyncio.run(go())
 
@@ -385,7 +400,7 @@ def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000") as server:
             with pytest.raises(EngineError, match="has no model nope") as caught:
-                await ENGINE.load(server.http, server.endpoint, HeldModel("mine", "nope"), 10)
+                await SERVER.load(server.http, server.endpoint, ServedModel("mine", "nope"), 10)
             assert not caught.value.recoverable
             assert "ollama pull nope" in (caught.value.hint or "")
             assert "models.mine.from" in (caught.value.hint or "")
@@ -397,7 +412,7 @@ def test_busy_is_worth_another_try(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--busy") as server:
             with pytest.raises(EngineError, match="server busy") as caught:
-                await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), 10)
+                await SERVER.load(server.http, server.endpoint, ServedModel("a", "a"), 10)
             assert caught.value.recoverable
 
     asyncio.run(go())
@@ -407,7 +422,7 @@ def test_a_load_has_a_deadline(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--load-time", "60") as server:
             with pytest.raises(EngineError, match="did not answer within") as caught:
-                await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), 0.3)
+                await SERVER.load(server.http, server.endpoint, ServedModel("a", "a"), 0.3)
             assert caught.value.recoverable
 
     asyncio.run(go())
@@ -416,10 +431,10 @@ def test_a_load_has_a_deadline(tmp_path: Path) -> None:
 def test_a_probe_never_loads(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000,b=1000") as server:
-            for model in (None, HeldModel("a", "a")):
+            for model in (None, ServedModel("a", "a")):
                 assert (await ENGINE.alive(server.http, server.endpoint, model, 5)).ok
-            assert await ENGINE.loaded(server.http, server.endpoint) == ()
-            await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), 5)
+            assert await SERVER.loaded(server.http, server.endpoint) == ()
+            await SERVER.load(server.http, server.endpoint, ServedModel("a", "a"), 5)
             outcome = await ENGINE.alive(server.http, server.endpoint, None, 5)
             assert outcome.ok
             assert "one token" in outcome.detail
@@ -431,7 +446,7 @@ def test_a_wedged_runner_is_not_alive(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--hang-after", "0") as server:
             await server.post("/api/generate", {"model": "a", "keep_alive": -1, "stream": False})
-            if not await ENGINE.loaded(server.http, server.endpoint):
+            if not await SERVER.loaded(server.http, server.endpoint):
                 pytest.fail("the fake did not load")
             outcome = await ENGINE.alive(server.http, server.endpoint, None, 0.3)
             assert not outcome.ok
@@ -444,7 +459,7 @@ def test_no_server_is_one_sentence(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai") as server:  # speaks, but not Ollama's dialect
             with pytest.raises(EngineError):
-                await ENGINE.loaded(server.http, server.endpoint)
+                await SERVER.loaded(server.http, server.endpoint)
             outcome = await ENGINE.alive(server.http, server.endpoint, None, 2)
             assert not outcome.ok
             assert "Traceback" not in outcome.detail
@@ -453,4 +468,4 @@ def test_no_server_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_pinned_options() -> None:
-    assert pinned_options(HeldModel("a", "a", options={"num_ctx": 1, "temperature": 2})) == {"num_ctx": 1}
+    assert pinned_options(ServedModel("a", "a", options={"num_ctx": 1, "temperature": 2})) == {"num_ctx": 1}

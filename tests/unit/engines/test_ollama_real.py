@@ -17,14 +17,18 @@ import pytest
 from bench.rig import free_port
 from bench.tiny_gguf import write
 from fleetd.core.data.specs import ExitKind
-from fleetd.engines.base import HeldModel, LaunchContext
-from fleetd.engines.ollama.engine import ENGINE, OllamaOptions
+from fleetd.engines.base import LaunchContext, ServedModel
+from fleetd.engines.ollama.engine import ENGINE
+from fleetd.engines.ollama.model_server import OllamaServer
+from fleetd.engines.ollama.model_store import OllamaStore
+from fleetd.engines.ollama.options import OllamaOptions
 from fleetd.errors import EngineError
 from fleetd.models.ollama import sync as library_module
 from fleetd.models.ollama.modelfile import recipe
 from fleetd.models.ollama.sync import Library, StoreChange
 from tests.support.engines import Server, launched, ollama_program
 
+SERVER, STORE = OllamaServer(), OllamaStore()
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(180)]
 TEMPLATE = "{{ .System }} {{ .Prompt }}"
 TIMEOUT_S = 60.0
@@ -83,13 +87,13 @@ def test_in_place_load_chat_evict(tmp_path: Path) -> None:
                 )
                 < 5000
             )
-            a, b = HeldModel("a", "tsc-a:f16"), HeldModel("b", "b")
-            measured = await ENGINE.load(server.http, server.endpoint, a, TIMEOUT_S)
+            a, b = ServedModel("a", "tsc-a:f16"), ServedModel("b", "b")
+            measured = await SERVER.load(server.http, server.endpoint, a, TIMEOUT_S)
             estimate = ENGINE.estimate(ready, replace(a, source=str(path), modelfile=modelfile))
             assert estimate is not None
             assert 0.5 < estimate.bytes["host"] / measured["host"] < 2
-            await ENGINE.load(server.http, server.endpoint, b, TIMEOUT_S)
-            assert names(await ENGINE.loaded(server.http, server.endpoint)) == {"tsc-a:f16", "b"}
+            await SERVER.load(server.http, server.endpoint, b, TIMEOUT_S)
+            assert names(await SERVER.loaded(server.http, server.endpoint)) == {"tsc-a:f16", "b"}
             answer = await server.post(
                 "/api/chat",
                 {
@@ -100,8 +104,8 @@ def test_in_place_load_chat_evict(tmp_path: Path) -> None:
                 },
             )
             assert answer["done"] is True
-            await ENGINE.unload(server.http, server.endpoint, b, TIMEOUT_S)
-            assert names(await ENGINE.loaded(server.http, server.endpoint)) == {"tsc-a:f16"}
+            await SERVER.unload(server.http, server.endpoint, b, TIMEOUT_S)
+            assert names(await SERVER.loaded(server.http, server.endpoint)) == {"tsc-a:f16"}
             changed = recipe("a", "tsc-a:f16", source=str(tiny(tmp_path, 2)), modelfile=modelfile)
             assert (await lib.ensure(changed)).change is StoreChange.UPDATE
             for step in await lib.plan([]):
@@ -120,10 +124,10 @@ def test_a_probe_starts_no_new_runner(tmp_path: Path) -> None:
         async with served(tmp_path, ready) as server:
             lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
             await lib.ensure(recipe("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE}))
-            model = HeldModel("a", "a", options={"num_ctx": 768})
-            await ENGINE.load(server.http, server.endpoint, model, TIMEOUT_S)
+            model = ServedModel("a", "a", options={"num_ctx": 768})
+            await SERVER.load(server.http, server.endpoint, model, TIMEOUT_S)
             runners = children(server)
-            for probed in (model, None, HeldModel("a", "a")):
+            for probed in (model, None, ServedModel("a", "a")):
                 outcome = await ENGINE.alive(server.http, server.endpoint, probed, TIMEOUT_S)
                 assert outcome.ok
                 assert "one token" in outcome.detail
@@ -143,10 +147,10 @@ def test_load_options_hold_over_requests_that_carry_none(tmp_path: Path) -> None
             await others.ensure(recipe("hand", "hand", source=path, modelfile={"template": TEMPLATE}))
             for source, length in ((path, 2048), ("hand", 1024)):
                 template = {"template": TEMPLATE, "parameters": {"temperature": 0.5}}
-                model = HeldModel("h", f"h{length}", source=source, modelfile=template, options={"num_ctx": length})
-                said = await ENGINE.prepare(server.http, server.endpoint, ready, model, state)
+                model = ServedModel("h", f"h{length}", source=source, modelfile=template, options={"num_ctx": length})
+                said = await STORE.build(server.http, server.endpoint, ready, model, state_dir=state)
                 assert said == f"h{length}: created, not in the store"
-                await ENGINE.load(server.http, server.endpoint, model, TIMEOUT_S)
+                await SERVER.load(server.http, server.endpoint, model, TIMEOUT_S)
                 runners = children(server)
                 question = {"model": model.served_as, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
                 assert (await server.post("/v1/chat/completions", question))["choices"]
@@ -154,9 +158,9 @@ def test_load_options_hold_over_requests_that_carry_none(tmp_path: Path) -> None
                 assert listed == {f"{model.served_as}:latest": length}
                 assert children(server) == runners
                 more = replace(model, options={"num_ctx": length + 256})
-                said = await ENGINE.prepare(server.http, server.endpoint, ready, more, state)
+                said = await STORE.build(server.http, server.endpoint, ready, more, state_dir=state)
                 assert said == f"h{length}: updated, its file or its modelfile changed"
-                await ENGINE.unload(server.http, server.endpoint, model, TIMEOUT_S)
+                await SERVER.unload(server.http, server.endpoint, model, TIMEOUT_S)
             shown = await server.post("/api/show", {"model": "hand"})
             assert "num_ctx" not in shown.get("parameters", ""), "what somebody else made stays as it is"
 
@@ -181,12 +185,12 @@ def test_quantised_by_ollama(tmp_path: Path) -> None:
             shown = await server.post("/api/show", {"model": "q:q8_0"})
             assert shown["details"]["quantization_level"] == "Q8_0"
             assert not any(entry.is_symlink() for entry in (tmp_path / "store" / "blobs").iterdir())
-            before = ENGINE.estimate(ready, HeldModel("q", "absent", source=str(path), quantize="q8_0"))
-            after = ENGINE.estimate(ready, HeldModel("q", "q:q8_0", source=str(path), quantize="q8_0"))
+            before = ENGINE.estimate(ready, ServedModel("q", "absent", source=str(path), quantize="q8_0"))
+            after = ENGINE.estimate(ready, ServedModel("q", "q:q8_0", source=str(path), quantize="q8_0"))
             assert before is not None
             assert after is not None
             assert abs(before.total_bytes - after.total_bytes) < 30_000  # of 230 KB of weights
-            await ENGINE.load(server.http, server.endpoint, HeldModel("q", "q:q8_0"), TIMEOUT_S)
+            await SERVER.load(server.http, server.endpoint, ServedModel("q", "q:q8_0"), TIMEOUT_S)
 
     asyncio.run(go())
 
@@ -216,7 +220,7 @@ def test_a_manifest_by_hand_is_what_create_would_have_made(tmp_path: Path, monke
                 for one in (made, by_hand)
             ]
             assert details[0] == details[1]
-            await ENGINE.load(server.http, server.endpoint, HeldModel("b", "by-hand"), TIMEOUT_S)
+            await SERVER.load(server.http, server.endpoint, ServedModel("b", "by-hand"), TIMEOUT_S)
             await lib.delete("by-hand")
             assert Path(path).exists()
 
@@ -230,18 +234,18 @@ def test_three_replicas_share_a_store(tmp_path: Path) -> None:
         async with contextlib.AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(served(tmp_path, one)) for one in ready]
             first = servers[0]
-            model = HeldModel("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE})
+            model = ServedModel("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE})
             said = await asyncio.gather(
                 *(
-                    ENGINE.prepare(one.http, one.endpoint, where, model, tmp_path / "state")
+                    STORE.build(one.http, one.endpoint, where, model, state_dir=tmp_path / "state")
                     for one, where in zip(servers, ready, strict=True)
                 )
             )
             assert sorted(filter(None, said)) == ["a: created, not in the store"]  # by the first; the others found it
-            await asyncio.gather(*(ENGINE.load(one.http, one.endpoint, model, TIMEOUT_S) for one in servers))
-            assert [names(await ENGINE.loaded(one.http, one.endpoint)) for one in servers] == [{"a"}] * 3
-            await ENGINE.unload(first.http, first.endpoint, model, TIMEOUT_S)
-            assert [len(await ENGINE.loaded(one.http, one.endpoint)) for one in servers] == [0, 1, 1]
+            await asyncio.gather(*(SERVER.load(one.http, one.endpoint, model, TIMEOUT_S) for one in servers))
+            assert [names(await SERVER.loaded(one.http, one.endpoint)) for one in servers] == [{"a"}] * 3
+            await SERVER.unload(first.http, first.endpoint, model, TIMEOUT_S)
+            assert [len(await SERVER.loaded(one.http, one.endpoint)) for one in servers] == [0, 1, 1]
 
     asyncio.run(go())
 
@@ -254,7 +258,7 @@ def test_a_kill_leaves_runners_in_the_group(tmp_path: Path) -> None:
         async with served(tmp_path, ready) as server:
             lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
             await lib.ensure(recipe("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE}))
-            await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), TIMEOUT_S)
+            await SERVER.load(server.http, server.endpoint, ServedModel("a", "a"), TIMEOUT_S)
             runners = children(server)
             assert runners
             server.process.kill()
@@ -293,13 +297,13 @@ def test_missing_and_dangling(tmp_path: Path) -> None:
     async def go() -> None:
         async with served(tmp_path, ready) as server:
             with pytest.raises(EngineError, match="has no model nope") as caught:
-                await ENGINE.load(server.http, server.endpoint, HeldModel("n", "nope"), TIMEOUT_S)
+                await SERVER.load(server.http, server.endpoint, ServedModel("n", "nope"), TIMEOUT_S)
             assert not caught.value.recoverable
             lib = Library(server.http, server.endpoint.base_url, tmp_path / "state", tmp_path / "store")
             path = tiny(tmp_path)
             await lib.ensure(recipe("a", "a", source=str(path), modelfile={"template": TEMPLATE}))
             path.rename(path.with_name("elsewhere.gguf"))
             with pytest.raises(EngineError):
-                await ENGINE.load(server.http, server.endpoint, HeldModel("a", "a"), TIMEOUT_S)
+                await SERVER.load(server.http, server.endpoint, ServedModel("a", "a"), TIMEOUT_S)
 
     asyncio.run(go())

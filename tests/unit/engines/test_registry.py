@@ -12,8 +12,8 @@ from fleetd.engines import registry
 from fleetd.errors import EngineError
 
 SOURCE = """
-from fleetd.engines.generic.engine import Process
-class Mine(Process):
+from fleetd.engines.generic.engine import GenericEngine
+class Mine(GenericEngine):
     name = "mine"
 class Half:
     name = "half"
@@ -64,7 +64,7 @@ def test_other_packages_add_engines() -> None:
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("vllm", "other-engines brings an engine named 'vllm'"), ("half", "lacks capabilities"), ("gone", "cannot be loaded"),
+    [("vllm", "other-engines registers an engine named 'vllm'"), ("half", "lacks capabilities"), ("gone", "cannot be loaded"),
      ("maker", "calls itself 'mine'")],
 )  # fmt: skip
 def test_other_packages_cannot_break_or_replace(name: str, said: str) -> None:

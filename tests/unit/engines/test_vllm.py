@@ -17,16 +17,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
-from fleetd.engines.base import Endpoint, HeldModel, LaunchContext, capabilities_of
+from fleetd.engines.base import Endpoint, LaunchContext, ServedModel, capabilities_of
+from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.engines.registry import load
-from fleetd.engines.vllm.engine import CONSTANTS, ENGINE
+from fleetd.engines.vllm.command import CONSTANTS
+from fleetd.engines.vllm.engine import ENGINE, VllmStartupLog
 from fleetd.engines.vllm.log import learned_kv_bytes, phase
 from fleetd.engines.vllm.options import REMOVED, VllmOptions, words
-from fleetd.engines.vllm.sleep import canary, is_garbage, is_sleeping, sleep, wake
+from fleetd.engines.vllm.sleep import VllmSleeper, canary, is_garbage, is_sleeping, sleep, wake
 from fleetd.errors import EngineError
 from tests.support.engines import fake
 
 GIB = 1 << 30
+SLEEPER = VllmSleeper()
 UUID = "GPU-2f9b3c6a-1111-2222-3333-444455556666"
 
 
@@ -194,12 +197,12 @@ def test_lengths(text: Any, tokens: Any) -> None:
     ("changes", "text", "warning"),
     [
         ({"host": "0.0.0.0"}, "loopback only", False),
-        ({"options": {"extra_args": {"swap-space": 4}}}, "no swap space", False),
-        ({"options": {"extra_args": {"dtype": "half"}}}, "there is an option dtype", False),
-        ({"options": {"extra_args": {"no-enforce-eager": True}}}, "there is an option enforce_eager", False),
-        ({"args": ("--port", "1")}, "it is the entry's `port`", False),
-        ({"args": ("-tp", "2")}, "by its long name", False),
-        ({"args": ("--api-key=x",)}, "there is an option api_key", False),
+        ({"options": {"extra_args": {"swap-space": 4}}}, "no longer has swap space", False),
+        ({"options": {"extra_args": {"dtype": "half"}}}, "use the option dtype", False),
+        ({"options": {"extra_args": {"no-enforce-eager": True}}}, "use the option enforce_eager", False),
+        ({"args": ("--port", "1")}, "set the entry's `port`", False),
+        ({"args": ("-tp", "2")}, "with its long name", False),
+        ({"args": ("--api-key=x",)}, "use the option api_key", False),
         ({"env": {"VLLM_PROCESS_NAME_PREFIX": "x"}}, "same for every instance", False),
         ({"env": {"HF_HUB_OFFLINE": "1"}, "options": {"offline": True}}, "options.offline sets it", False),
         ({"options": {"enable_sleep_mode": True}, "device": "host"}, "cannot sleep on the CPU", False),
@@ -221,8 +224,8 @@ def test_problems(changes: Mapping[str, Any], text: str, warning: bool) -> None:
 def test_capabilities() -> None:
     assert ENGINE.capabilities.exclusive_start
     assert ENGINE.capabilities.exit_zero_is_failure
-    assert not ENGINE.capabilities_for(VllmOptions(model="m")).can_sleep
-    assert ENGINE.capabilities_for(VllmOptions(model="m", enable_sleep_mode=True)).can_sleep
+    assert not capabilities_of(ENGINE, VllmOptions(model="m")).can_sleep
+    assert capabilities_of(ENGINE, VllmOptions(model="m", enable_sleep_mode=True)).can_sleep
     assert capabilities_of(ENGINE, VllmOptions(model="m", enable_sleep_mode=True)).can_sleep
     assert capabilities_of(load("process"), None) == load("process").capabilities
 
@@ -244,7 +247,7 @@ def test_the_level_is_not_on_the_command_line() -> None:
 
 def asleep(awake: dict[str, int], **changes: Any) -> dict[str, int] | None:
     options = {"enable_sleep_mode": True, **changes.pop("options", {})}
-    found = ENGINE.asleep(context(options=options, **changes), awake)
+    found = SLEEPER.asleep_bytes(context(options=options, **changes), awake)
     return None if found is None else dict(found)
 
 
@@ -355,16 +358,16 @@ def test_learned_cache() -> None:
 
 def test_what_a_start_found_out_is_given_to_the_next_unless_fleet_yaml_says_it() -> None:
     line = ["INFO Available KV cache memory: 2.50 GiB"]
-    learned = ENGINE.learned_at_start(context(), line)
+    learned = VllmStartupLog().learned(context(), line)
     assert learned == {"kv_cache_memory": int(2.49 * GIB)}
     argv = ENGINE.launch(context(learned=learned)).argv
     assert argv[argv.index("--kv-cache-memory-bytes") + 1] == str(int(2.49 * GIB))
     stated = {"kv_cache_memory": GIB}
-    assert ENGINE.learned_at_start(context(options=stated), line) == {}
+    assert VllmStartupLog().learned(context(options=stated), line) == {}
     argv = ENGINE.launch(context(options=stated, learned=learned)).argv
     assert argv.count("--kv-cache-memory-bytes") == 1
     assert argv[argv.index("--kv-cache-memory-bytes") + 1] == str(GIB)
-    assert ENGINE.learned_at_start(context(options={"extra_args": {"kv-cache-memory": 1}}), line) == {}
+    assert VllmStartupLog().learned(context(options={"extra_args": {"kv-cache-memory": 1}}), line) == {}
 
 
 CORE = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
@@ -416,13 +419,13 @@ DEV = {"VLLM_SERVER_DEV_MODE": "1"}
 def test_one_token(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny") as server:
-            for model in (None, HeldModel("tiny", "tiny")):
+            for model in (None, ServedModel("tiny", "tiny")):
                 outcome = await ENGINE.alive(server.http, server.endpoint, model, 5)
                 assert outcome.ok, outcome
-            assert not (await ENGINE.alive(server.http, server.endpoint, HeldModel("x", "other"), 5)).ok
-            assert await ENGINE.load(server.http, server.endpoint, HeldModel("tiny", "tiny"), 5) == {}
-            with pytest.raises(EngineError, match="serves tiny, not other"):
-                await ENGINE.load(server.http, server.endpoint, HeldModel("x", "other"), 5)
+            assert not (await ENGINE.alive(server.http, server.endpoint, ServedModel("x", "other"), 5)).ok
+            assert await LISTED_MODELS.load(server.http, server.endpoint, ServedModel("tiny", "tiny"), 5) == {}
+            with pytest.raises(EngineError, match="has no model other; it lists tiny"):
+                await LISTED_MODELS.load(server.http, server.endpoint, ServedModel("x", "other"), 5)
 
     asyncio.run(go())
 
@@ -475,13 +478,13 @@ def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
             http, endpoint = server.http, server.endpoint
             before = await canary(http, endpoint, "tiny", 5)
-            known = await ENGINE.sleep(http, endpoint, options, None, 5)
-            assert (known.level, known.said) == (level, before)
-            assert await ENGINE.sleeping(http, endpoint, 5)
-            await ENGINE.wake(http, endpoint, known, 5)
-            assert not await ENGINE.sleeping(http, endpoint, 5)
-            assert await ENGINE.sleep(http, endpoint, options, known, 5) == known
-            await ENGINE.wake(http, endpoint, known, 5)
+            known = await SLEEPER.sleep(http, endpoint, options, None, 5)
+            assert (known.level, known.canary) == (level, before)
+            assert await SLEEPER.is_asleep(http, endpoint, 5)
+            await SLEEPER.wake(http, endpoint, known, 5)
+            assert not await SLEEPER.is_asleep(http, endpoint, 5)
+            assert await SLEEPER.sleep(http, endpoint, options, known, 5) == known
+            await SLEEPER.wake(http, endpoint, known, 5)
             assert await canary(http, endpoint, "tiny", 5) == before
 
     asyncio.run(go())
@@ -498,11 +501,11 @@ def test_a_sleep_or_a_wake_that_fails_says_so(tmp_path: Path, flag: str, step: s
             http, endpoint = server.http, server.endpoint
             if step == "sleep":
                 with pytest.raises(EngineError, match=message) as caught:
-                    await ENGINE.sleep(http, endpoint, options, None, 5)
+                    await SLEEPER.sleep(http, endpoint, options, None, 5)
             else:
-                known = await ENGINE.sleep(http, endpoint, options, None, 5)
+                known = await SLEEPER.sleep(http, endpoint, options, None, 5)
                 with pytest.raises(EngineError, match=message) as caught:
-                    await ENGINE.wake(http, endpoint, known, 0.3)
+                    await SLEEPER.wake(http, endpoint, known, 0.3)
             assert "kill" in (caught.value.hint or "")
 
     asyncio.run(go())

@@ -1,4 +1,4 @@
-"""Which GPUs a server is shown."""
+"""The environment that decides which GPUs a server sees."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _NVIDIA = re.compile(r"(GPU|MIG)-[0-9a-fA-F]{8}-[0-9a-fA-F-]+|GPU-[0-9a-fA-F]{8}
 
 
 def visible_devices(uuid: str | None, device: str | None) -> dict[str, str]:
-    """Return the environment that shows a server its own device only.
+    """Return the variables that show a server only its own device.
 
-    NVIDIA and AMD number their GPUs anew after a change of hardware or driver; the UUID stays. A server on `host` must see no
-    GPU at all, or its memory would be taken from a device where nobody accounts for it.
+    GPUs are named by UUID, since NVIDIA and AMD renumber them after a change of hardware or driver. A server on `host` must
+    see no GPU, or it would take memory that the ledger does not account for.
     """
     if device == "host":
         return {"CUDA_VISIBLE_DEVICES": "-1", "ROCR_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": "-1"}

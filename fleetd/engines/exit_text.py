@@ -1,0 +1,34 @@
+"""Words and rules shared by the engines when they explain why a process exited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fleetd.core.data.specs import ExitKind
+from fleetd.engines.base import ExitVerdict
+
+LONGEST = 300  # characters of a log line that is quoted
+
+Causes = Iterable[tuple[ExitKind, Sequence[str]]]
+
+
+def from_log(causes: Causes, log_tail: Sequence[str]) -> ExitVerdict | None:
+    """Return the verdict of the first cause, of which a line contains one of the lower-case phrases; the last such line is quoted."""
+    for kind, phrases in causes:
+        for line in reversed(log_tail):
+            if any(phrase in line.lower() for phrase in phrases):
+                return ExitVerdict(kind, line.strip()[:LONGEST])
+    return None
+
+
+def last_line(log_tail: Sequence[str]) -> str:
+    """Return the last line that is not blank, or an empty string."""
+    return next((line.strip()[:LONGEST] for line in reversed(log_tail) if line.strip()), "")
+
+
+def from_status(code: int | None, signal: str | None, reason: str = "") -> ExitVerdict:
+    """Return the verdict by exit status alone; `reason` counts where the exit is a failure."""
+    if code == 0 and signal is None:
+        return ExitVerdict(ExitKind.EXPECTED)
+    unknown = code is None and signal is None
+    return ExitVerdict(ExitKind.UNKNOWN if unknown else ExitKind.CRASH, reason)

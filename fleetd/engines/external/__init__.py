@@ -1,0 +1,1 @@
+"""The engine `external`: a server that fleetd does not start."""
