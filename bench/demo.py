@@ -176,7 +176,7 @@ def watch_events(run: Path, stop: threading.Event, say: Any) -> None:
 
 
 def shown_event(event: dict[str, Any]) -> str | None:
-    if event.get("kind") != "model" or event.get("what") != "state":
+    if event.get("kind") != "model" or event.get("event") != "state_changed":
         return None
     name, reason = event["name"], event["reason"]
     if event["state"] == "LOADED":

@@ -362,7 +362,7 @@ def event_line(screen: Screen, event: Row, with_name: bool = True) -> None:
         moved = f" {before}{event['state']}"
     name = f" {event['name']}" if with_name and event.get("name") else ""
     reason = f": {event['reason']}" if event.get("reason") else ""
-    text = clean(f"{name} {event.get('what', '')}{moved}{reason}")
+    text = clean(f"{name} {event.get('event', '')}{moved}{reason}")
     if screen.columns is None:
         screen.line(f"{clean(event.get('at', '-'))}{text}")
     elif screen.colour:

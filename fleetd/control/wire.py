@@ -153,7 +153,7 @@ class FleetEvent(TypedDict):
     at: str
     kind: str  # process | model | config | daemon
     name: str | None
-    what: str  # the event or command, e.g. Exited, Spawn, state
+    event: str  # a stable code, see docs/reference/events.md
     reason: str  # a sentence
     state: NotRequired[str | None]  # the state after it
     before: NotRequired[str | None]  # the state before it

@@ -12,6 +12,7 @@ from typing import Any
 
 from fleetd.core.data import events as e
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import PrerequisitesChanged, StartPhaseChanged, Subject
 from fleetd.core.data.specs import ExitKind, ExitReport, ProbeKind
 from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency
 from fleetd.core.models.candidates import dozing
@@ -131,7 +132,7 @@ class Intake:
         process = self._current(event.name, event.generation)
         if process is not None and process.state is ProcessState.STARTING:
             if process.phase != event.phase:
-                self.facts.journal.note(event.name, event.phase)
+                self.facts.journal.note(StartPhaseChanged(event.name, event.phase))
             process.progress_s, process.phase = now, event.phase
 
     def requirements_changed(self, event: e.RequirementsChanged, _now: float) -> None:
@@ -139,9 +140,7 @@ class Intake:
         if process is None or process.missing == event.missing:
             return
         process.missing = event.missing
-        self.facts.journal.note(
-            event.name, f"absent now: {', '.join(event.missing)}" if event.missing else "all it requires is there"
-        )
+        self.facts.journal.note(PrerequisitesChanged(event.name, Subject.PROCESS, event.missing))
         self.facts.wake(event.name)
 
     def memory_sampled(self, event: e.MemorySampled, now: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fleetd.core.data import events as e
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import PinChanged
 from fleetd.core.data.state import SERVING, ProcessState, Residency
 from fleetd.core.models.reconcile import Residencies
 from fleetd.core.models.retention import due
@@ -99,7 +100,7 @@ class Orders:
             model.pinned_by_hand = event.pin
             for placement in model.placements.values() if event.pin else ():
                 self.residencies.sleeping.call_off(placement, "pinned by an operator")
-            self.facts.journal.note(model.name, "pinned by an operator" if event.pin else "unpinned by an operator")
+            self.facts.journal.note(PinChanged(model.name, event.pin))
 
     def shutdown_asked(self, event: e.ShutdownAsked, _now: float) -> None:
         if event.force and not self.facts.forced:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fleetd.core.data.fleet_state import Facts
-from fleetd.core.data.journal import Entry
+from fleetd.core.data.journal import Evicted, JournalEntry, ModelLeaving, ModelLost
 from fleetd.core.data.specs import ModelSpec
 from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
 from fleetd.core.models.candidates import holder, sleeper, to_wake
@@ -206,14 +206,20 @@ class FleetQueries:
 
     # -- journal ------------------------------------------------------------------------------------------------------
 
-    def journal(self) -> tuple[Entry, ...]:
+    def journal(self) -> tuple[JournalEntry, ...]:
         """Return the journal, oldest entry first."""
         return tuple(self._facts.journal.entries)
 
-    def journal_of(self, name: str) -> tuple[Entry, ...]:
-        """Return the last journal entries about one process or model, oldest first."""
-        return self._facts.journal.of(name)
+    def reason_left(self, model: str) -> str | None:
+        """Return why a model last began to leave memory; None when the journal does not show it."""
+        notes = reversed(self._facts.journal.notes_on(model))
+        return next((note.reason for note in notes if isinstance(note, ModelLeaving | Evicted | ModelLost)), None)
 
-    def journal_after(self, serial: int) -> tuple[Entry, ...]:
+    def survivors(self, process: str) -> tuple[int, ...]:
+        """Return the PIDs of a process set that could not be killed."""
+        found = self._facts.processes.get(process)
+        return found.survivors if found is not None else ()
+
+    def journal_after(self, serial: int) -> tuple[JournalEntry, ...]:
         """Return the journal entries that are newer than `serial`, oldest first."""
         return self._facts.journal.after(serial)

@@ -121,7 +121,6 @@ class Change:
         running = process.state in SERVING or process.state is ProcessState.STARTING
         if process.state is ProcessState.FAILED or (process.state is ProcessState.EXITED and changed):
             process.record.reset()
-            self.facts.journal.note(process.name, "the configuration changed: trying again")
             self.supervision.ending.revive(process, now, "the configuration changed")
             self.residencies.forgive(process.name, now)
         elif process.state is ProcessState.BACKOFF:
@@ -183,7 +182,7 @@ class Change:
         if process.state is not ProcessState.STOPPED:
             process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
         process.generation, process.again = event.generation, False
-        process.move(ProcessState.STARTING, now, "adopted from the daemon before")
+        self.facts.move(process, ProcessState.STARTING, now, f"adopted: pid {event.pid}, generation {event.generation}")
         self.supervision.begin_run(process, now)
         process.started_s = now - event.age_s
         can_sleep = process.spec.capabilities.can_sleep
@@ -202,7 +201,6 @@ class Change:
                 placement.step, placement.slept = SleepStep.LOOK, True
             self.facts.ledger.correct(placement.key, holds(model, placement))
             self.facts.due.discard(model.name)
-        self.facts.journal.note(process.name, f"adopted: pid {event.pid}, generation {event.generation}")
         self.facts.wake(process.name)
         self.supervision.spawned(process, event.pid, now)
 
@@ -228,7 +226,7 @@ class Change:
             if served.get(placement.model):
                 learn(facts, placement, served[placement.model])
             elif placement.model not in served and not placement.in_flight and _settled(placement.loaded_s, now):
-                facts.journal.note(placement.model, f"{process.name} no longer holds it")
+                placement.reason = f"{process.name} no longer holds it"
                 self.residencies.gone(placement, now)
         for name, measured in sorted(served.items()):
             model = facts.models.get(name)

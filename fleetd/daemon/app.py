@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fleetd import __version__
+from fleetd.control.event_codes import EventCode
 from fleetd.core.data.events import RestartAsked, ShutdownAsked, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
@@ -144,8 +145,7 @@ class App:
         )
         daemon.sampling.devices = {sample.name: sample for sample in samples}
         daemon.starts.know(await store.facts(PREFIX))
-        daemon.feed.know([cast("FleetEvent", entry.data) for entry in told])
-        daemon.feed.keep = store.record
+        daemon.event_log.restore([cast("FleetEvent", entry.data) for entry in told])
         stack.push_async_callback(self._close_daemon)
         listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
         stack.callback(listener.close)
@@ -154,7 +154,12 @@ class App:
             self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
         for place in store.quarantined:
             self._log.warning("a damaged file was set aside: what it held is lost", path=str(place))
-            daemon.feed.say("daemon", None, "state", f"a damaged file was set aside as {place}: what it held is lost")
+            daemon.event_log.report(
+                "daemon",
+                None,
+                EventCode.STATE_FILE_DAMAGED,
+                f"a damaged file was set aside as {place}: what it held is lost",
+            )
         await self._take_over(assembly, left, taken.wishes if taken is not None else reexec.Wishes())
         self._recorded = None
         try:
@@ -221,7 +226,7 @@ class App:
         control = DaemonControlPort(
             daemon.fleet.queries,
             daemon.view,
-            daemon.feed,
+            daemon.event_log,
             daemon.verbs,
             daemon.configuration,
             daemon.processes,
@@ -251,7 +256,7 @@ class App:
 
     def _told_of_adoption(self, name: str, sentence: str) -> None:
         self._log.info("adoption", name=name, reason=sentence)
-        self._daemon.feed.say("process", name, "adoption", sentence)
+        self._daemon.event_log.report("process", name, EventCode.ADOPTION, sentence)
 
     async def _take_over(self, assembly: Assembly, left: list[HandleRecord], wishes: reexec.Wishes) -> None:
         """Adopt what runs, then tell the fleet everything at once."""
@@ -356,7 +361,7 @@ class App:
         self._log.info("shutting down", why=why, forced=force)
         daemon.facts.stopping = True
         self._notifier.stopping(f"shutting down: {why}")
-        daemon.feed.say("daemon", None, "shutdown", f"shutting down: {why}")
+        daemon.event_log.report("daemon", None, EventCode.SHUTDOWN, f"shutting down: {why}")
         daemon.dispatch(ShutdownAsked(force=force))
 
     def _reexec(self) -> None:
@@ -379,7 +384,7 @@ class App:
         """
         daemon = self._daemon
         self._log.info("executing itself anew", program=sys.executable)
-        daemon.feed.say("daemon", None, "re-execution", "the daemon executes itself anew")
+        daemon.event_log.report("daemon", None, EventCode.REEXEC, "fleetd replaces its program")
         await self._world.close()
         await self._gateway.close(1.0)
         await self._control.close()

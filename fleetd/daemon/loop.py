@@ -50,7 +50,8 @@ Observer = Callable[[Event, list[Command], float], None]
 class FleetLoop:
     """Feeds events to a fleet and starts its commands, in order.
 
-    `observe(event, commands, now)` sees each step after its commands were started; `fault(event, error)` is told of bugs.
+    `announce(event, commands, now)` gets each step before its commands are started, `observe` afterwards;
+    `fault(event, error)` reports bugs.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class FleetLoop:
         fleet: Decider,
         executor: Starter,
         *,
+        announce: Observer | None = None,
         observe: Observer | None = None,
         fault: Callable[[Event, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._executor = executor
+        self._announce = announce
         self._observe = observe
         self._fault = fault
         self._clock = clock
@@ -108,6 +111,8 @@ class FleetLoop:
                 raise
             self._fault(event, error)
             return
+        if self._announce is not None:
+            self._announce(event, commands, now)
         for command in commands:
             self._executor.start(command)
         if self._observe is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fleetd.control.event_codes import SHOWN, EventCode, code_of
 from fleetd.control.port import ActOptions
 from fleetd.core.data import commands as c
 from fleetd.core.data.events import (
@@ -26,7 +27,7 @@ from fleetd.core.data.events import (
 from fleetd.core.data.specs import FleetSpec, describe_exit
 from fleetd.core.fleet import Fleet
 from fleetd.daemon.api.actions import Verbs
-from fleetd.daemon.api.event_log import Feed
+from fleetd.daemon.api.event_log import EventLog
 from fleetd.daemon.api.gateway import DaemonFleetPort
 from fleetd.daemon.api.status import DaemonFacts, StatusView
 from fleetd.daemon.async_tools import Tasks
@@ -75,7 +76,7 @@ class Daemon:
         self._finished = finished
         self._session: ClientSession | None = None
         self._serial = 0
-        self.feed = Feed()
+        self.event_log = EventLog(store.record)
         self.changes = Changes()
         self.tasks = Tasks(self._task_failed)  # each ends by itself
         self.background = Tasks(self._task_failed)  # each runs until the end
@@ -120,7 +121,13 @@ class Daemon:
         self.verbs = Verbs(
             self.fleet.queries, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
         )
-        self.loop = FleetLoop(self.fleet, self._executor(), observe=self._observe, fault=self._fleet_failed)
+        self.loop = FleetLoop(
+            self.fleet,
+            self._executor(),
+            announce=self._log_exit,
+            observe=self._observe,
+            fault=self._fleet_failed,
+        )
         self.port.warm = self.loop
 
     def _view(self) -> StatusView:
@@ -153,7 +160,7 @@ class Daemon:
             self.tasks,
             parent_env,
             self._complain,
-            lambda name, sentence: self.feed.say("process", name, "hook", sentence),
+            lambda name, sentence: self.event_log.report("process", name, EventCode.HOOK, sentence),
             self._unwanted,
             self.requirements.fresh,
             self.starts,
@@ -234,7 +241,7 @@ class Daemon:
             for key in ("name", "model", "process", "generation", "request_id", "code", "reason")
             if (value := getattr(command, key, None)) not in (None, "")
         }
-        say(kind.__name__.lower(), **fields)
+        say(str(code_of(command)), **fields)
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
@@ -244,37 +251,44 @@ class Daemon:
         entries = queries.journal_after(self._serial)
         for entry in entries:
             self._serial = entry.serial
-            self.feed.publish(entry, queries.process_names())
+            self.event_log.publish(entry)
         if not entries and isinstance(event, _HOT):
             return
         self.processes.hooks.break_off()
         if isinstance(event, Exited):
             self.residency.process_died(event.name)
-            if event.report.log_tail or event.report.code:
-                process = queries.process(event.name)
-                ordered = process is not None and process.outcome is None
-                say = self.log.info if ordered else self.log.warning
-                say(
-                    "exited",
-                    name=event.name,
-                    generation=event.generation,
-                    code=event.report.code,
-                    signal=event.report.signal,
-                    reason=describe_exit(event.report),
-                    last_lines=list(event.report.log_tail[-5:]),
-                )
         if isinstance(event, ModelRequirementsChanged) and not event.missing:
             self.preparation.volume_back(event.model)
         else:
             self.preparation.happened()
         self.changes.happened()
 
+    def _log_exit(self, event: Event, _commands: list[c.Command], _now: float) -> None:
+        """Log an exit, before the commands that follow from it."""
+        if not isinstance(event, Exited):
+            return
+        report = event.report
+        if not (report.log_tail or report.code or report.signal):
+            return
+        process = self.fleet.queries.process(event.name)
+        ordered = process is not None and process.outcome is None
+        log = self.log.info if ordered else self.log.warning
+        log(
+            str(code_of(event)),
+            name=event.name,
+            generation=event.generation,
+            code=report.code,
+            signal=report.signal,
+            reason=describe_exit(report),
+            last_lines=list(report.log_tail[-5:]),
+        )
+
     # -- models as code -----------------------------------------------------------------------------------------------
 
-    def _told_of_model(self, name: str, what: str, sentence: str) -> None:
-        say = self.log.warning if what.startswith(("not ", "store ")) else self.log.info
-        say(what, model=name, reason=sentence)
-        self.feed.say("model", name, what, sentence)
+    def _told_of_model(self, name: str, code: EventCode, sentence: str) -> None:
+        log = self.log.warning if SHOWN[code].warning else self.log.info
+        log(str(code), model=name, reason=sentence)
+        self.event_log.report("model", name, code, sentence)
 
     async def _take_out(self, name: str) -> None:
         """Unload a model that is to be made anew; go on after a while even so."""
@@ -294,8 +308,8 @@ class Daemon:
         return process is None or not self.fleet.queries.is_wanted(process)
 
     def _complain(self, name: str, sentence: str) -> None:
-        self.log.warning("complaint", name=name, reason=sentence)
-        self.feed.say("process", name, "complaint", sentence)
+        self.log.warning(str(EventCode.WARNING), name=name, reason=sentence)
+        self.event_log.report("process", name, EventCode.WARNING, sentence)
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         self.log.error("a task failed", task=name, exc_info=error)
@@ -305,7 +319,7 @@ class Daemon:
 
     def _fleet_failed(self, event: Event, error: Exception) -> None:
         self.log.error("the fleet could not handle an event", event_seen=repr(event), exc_info=error)
-        self.feed.say("daemon", None, "fault", f"{type(event).__name__}: {error}")
+        self.event_log.report("daemon", None, EventCode.INTERNAL_ERROR, f"{code_of(event)}: {error}")
 
     def _command_failed(self, command: c.Command, error: Exception) -> None:
         self.log.error("a command could not be started", command=repr(command), exc_info=error)

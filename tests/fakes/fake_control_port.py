@@ -150,7 +150,7 @@ class FakePort:
             "at": rfc3339(EPOCH + number),
             "kind": "process",
             "name": name,
-            "what": "Exited",
+            "event": "exited",
             "reason": "code 1",
             "before": "READY",
             "state": "BACKOFF",

@@ -42,7 +42,7 @@ def test_load_evicted_by_the_same_request_is_a_failure(tmp_path: Path) -> None:
         assert answer.status == 409
         rows = {row["name"]: row for row in answer.json["results"]}
         [left] = [name for name in "ab" if rows[name]["result"] == "failed"]  # whichever is cheaper to load again
-        assert rows[left]["reason"] == "it was loaded, and is no longer: evicted for c", json.dumps(rows)
+        assert rows[left]["reason"] == "loaded, then left memory: evicted for c", json.dumps(rows)
         assert [row["result"] for row in rows.values()].count("ok") == 2
 
 

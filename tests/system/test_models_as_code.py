@@ -62,7 +62,7 @@ def ctl(daemon: Fleetd, *words: str) -> tuple[int, str]:
 
 def made(daemon: Fleetd, name: str) -> list[str]:
     events: list[dict[str, Any]] = daemon.control("GET", "/v1/events?follow=0&after=0").json["events"]
-    return [event["reason"] for event in events if event["name"] == name and event["what"] == "made"]
+    return [event["reason"] for event in events if event["name"] == name and event["event"] == "model_made"]
 
 
 def test_models_are_created_once_changed_and_pruned(tmp_path: Path) -> None:

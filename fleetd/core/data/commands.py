@@ -23,93 +23,90 @@ from fleetd.core.data.specs import ProbeKind, Remembered
 class Command:
     """Base of all commands."""
 
+    def names(self) -> tuple[str, ...]:
+        """Return the processes and models that this command is about."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
-class Spawn(Command):
+class RunCommand(Command):
+    """Base of commands about one run of a process."""
+
     name: str
     generation: int
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementCommand(Command):
+    """Base of commands about a model on one run of a process."""
+
+    model: str
+    process: str
+    generation: int
+    reason: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model, self.process)
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn(RunCommand):
     reason: str
     restarts: int = 0  # this one counted
 
 
 @dataclass(frozen=True, slots=True)
-class Stop(Command):
+class Stop(RunCommand):
     """Stop the whole process set by its stop policy; `force` skips the grace. A second Stop of a generation escalates."""
 
-    name: str
-    generation: int
     reason: str
     force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep(Command):
+class Sweep(RunCommand):
     """The leader is dead by itself: kill what is left of its set, then say SetEmpty."""
 
-    name: str
-    generation: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class StartProbe(Command):
-    name: str
-    generation: int
+class StartProbe(RunCommand):
     probe: ProbeKind
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class StopProbes(Command):
-    name: str
-    generation: int
+class StopProbes(RunCommand):
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Load(Command):
-    model: str
-    process: str
-    generation: int
-    reason: str
+class Load(PlacementCommand):
+    """Load a model on a server that is up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unload(Command):
-    model: str
-    process: str
-    generation: int
-    reason: str
+class Unload(PlacementCommand):
+    """Unload a model from a server."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sleep(Command):
+class Sleep(PlacementCommand):
     """Have an idle engine give its memory back without ending. The core grants nothing on it any more."""
 
-    model: str
-    process: str
-    generation: int
-    reason: str
-
 
 @dataclass(frozen=True, slots=True)
-class Wake(Command):
+class Wake(PlacementCommand):
     """Have it take its memory again, and hear it speak before anybody else does."""
 
-    model: str
-    process: str
-    generation: int
-    reason: str
-
 
 @dataclass(frozen=True, slots=True)
-class LookAsleep(Command):
+class LookAsleep(PlacementCommand):
     """Ask an adopted engine whether it sleeps: the daemon before may have put it to sleep."""
-
-    model: str
-    process: str
-    generation: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +120,9 @@ class Grant(Command):
     queued_s: float = 0.0
     load_s: float = 0.0
     reason: str = ""
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model, self.process)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,9 @@ class ReadAhead(Command):
     model: str
     reason: str
 
+    def names(self) -> tuple[str, ...]:
+        return (self.model,)
+
 
 @dataclass(frozen=True, slots=True)
 class Persist(Command):
@@ -151,6 +154,9 @@ class Persist(Command):
     name: str
     remembered: Remembered
     reason: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,9 @@ class LearnFootprint(Command):
     footprint_hash: str
     bytes: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,48 @@ from fleetd.core.data.specs import ExitReport, FleetSpec, ProbeKind, Remembered,
 class Event:
     """Base of all events."""
 
+    def names(self) -> tuple[str, ...]:
+        """Return the processes and models that this event is about."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEvent(Event):
+    """Base of events about a process."""
+
+    name: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent(ProcessEvent):
+    """Base of events about one run of a process."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEvent(Event):
+    """Base of events about a model."""
+
+    model: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model,)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementEvent(ModelEvent):
+    """Base of events about a model on one run of a process."""
+
+    process: str
+    generation: int
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model, self.process)
+
 
 @dataclass(frozen=True, slots=True)
 class Tick(Event):
@@ -25,11 +67,9 @@ class Tick(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted(Event):
+class Adopted(RunEvent):
     """A live child of an earlier daemon, identity proven. Counts as the run `generation`."""
 
-    name: str
-    generation: int
     pid: int
     age_s: float = 0.0
 
@@ -55,47 +95,37 @@ class SpecChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Spawned(Event):
-    name: str
-    generation: int
+class Spawned(RunEvent):
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnFailed(Event):
+class SpawnFailed(RunEvent):
     """Nothing runs. `recoverable` False means that only an edit of fleet.yaml or of the machine helps."""
 
-    name: str
-    generation: int
     message: str
     recoverable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Exited(Event):
+class Exited(RunEvent):
     """The leader is dead. Descendants may live: the core orders a sweep."""
 
-    name: str
-    generation: int
     report: ExitReport
 
 
 @dataclass(frozen=True, slots=True)
-class SetEmpty(Event):
+class SetEmpty(RunEvent):
     """Answer to Stop and Sweep: nothing of the process set lives, its port is free, its memory is back.
 
     `survivors` is not empty when something could not be killed (D state): it stays visible and is not retried in a hurry.
     """
 
-    name: str
-    generation: int
     survivors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeResult(Event):
-    name: str
-    generation: int
+class ProbeResult(RunEvent):
     probe: ProbeKind
     ok: bool
     detail: str = ""
@@ -103,41 +133,35 @@ class ProbeResult(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class StartProgress(Event):
+class StartProgress(RunEvent):
     """The engine is still downloading, compiling or loading: the start deadline is counted again from now."""
 
-    name: str
-    generation: int
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class RequirementsChanged(Event):
+class RequirementsChanged(ProcessEvent):
     """Paths or volumes that a process requires and that are absent now; empty: all there."""
 
-    name: str
     missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class MemorySampled(Event):
+class MemorySampled(RunEvent):
     """Resident bytes of the whole process set (`rss_bytes`), and what it holds per device where that can be seen."""
 
-    name: str
-    generation: int
     rss_bytes: int
     device_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class RestartDue(Event):
+class RestartDue(ProcessEvent):
     """Schedule, watched file or another outside reason: restart, without counting as a death.
 
     `revive`: what gave up, ended or waits for its next try starts now; without it only what runs is restarted.
     `in_turn`: it may wait until the other replicas of its name serve.
     """
 
-    name: str
     reason: str
     revive: bool = False
     in_turn: bool = False
@@ -147,64 +171,46 @@ class RestartDue(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded(Event):
+class Loaded(PlacementEvent):
     """`device_bytes` is what the engine measured, empty when it cannot tell."""
 
-    model: str
-    process: str
-    generation: int
     device_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadFailed(Event):
-    model: str
-    process: str
-    generation: int
+class LoadFailed(PlacementEvent):
     message: str
     recoverable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class LoadProgress(Event):
+class LoadProgress(PlacementEvent):
     """The model is still being made for its server (copied, quantised): the load's deadline is counted again from now."""
 
-    model: str
-    process: str
-    generation: int
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRequirementsChanged(Event):
+class ModelRequirementsChanged(ModelEvent):
     """What a held model is read from and that is absent now (its drive is unplugged); empty: all there."""
 
-    model: str
     missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Unloaded(Event):
-    model: str
-    process: str
-    generation: int
+class Unloaded(PlacementEvent):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadFailed(Event):
-    model: str
-    process: str
-    generation: int
+class UnloadFailed(PlacementEvent):
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class SleepSeen(Event):
+class SleepSeen(PlacementEvent):
     """Answer to Sleep, Wake and LookAsleep. What is not the state that was ordered is a failure, told by `message`."""
 
-    model: str
-    process: str
-    generation: int
     state: SleepState
     message: str = ""
 
@@ -217,6 +223,9 @@ class ResidentsObserved(Event):
     generation: int
     device_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
+    def names(self) -> tuple[str, ...]:
+        return (self.process,)
+
 
 # -- requests -----------------------------------------------------------------------------------------------------------
 
@@ -228,6 +237,9 @@ class RequestArrived(Event):
     request_id: int
     model: str
     avoid: tuple[str, ...] = ()  # processes that already failed this request
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,46 +262,41 @@ class RequestFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class StartAsked(Event):
-    name: str
+class StartAsked(ProcessEvent):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
-class StopAsked(Event):
+class StopAsked(ProcessEvent):
     """Durable until StartAsked."""
 
-    name: str
+
+@dataclass(frozen=True, slots=True)
+class RestartAsked(ProcessEvent):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
-class RestartAsked(Event):
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class DrainAsked(Event):
+class DrainAsked(ProcessEvent):
     """Out of routing; in flight goes on."""
 
-    name: str
     drain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class LoadAsked(Event):
+class LoadAsked(ModelEvent):
     """Joins the line as `request_id` (unique, as for requests); a Reject of that id says that it cannot be done."""
 
-    model: str
     request_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadAsked(Event):
-    model: str
+class UnloadAsked(ModelEvent):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
-class PinAsked(Event):
-    model: str
+class PinAsked(ModelEvent):
     pin: bool = True
 
 

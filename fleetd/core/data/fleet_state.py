@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fleetd.core.data.commands import Command, Persist
-from fleetd.core.data.journal import Journal
+from fleetd.core.data.journal import Journal, ProcessForgotten, StateChanged, Subject
 from fleetd.core.data.specs import FleetSpec, ProcessSpec, Remembered
 from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency
 from fleetd.core.models.ledger import Ledger
@@ -97,7 +97,7 @@ class Facts:
             self.processes.pop(process.name, None)
             self.awake.discard(process.name)
             self.retired[process.name] = process.generation
-            self.journal.note(process.name, "forgotten: no longer in the configuration")
+            self.journal.note(ProcessForgotten(process.name))
 
     def all_rest(self) -> bool:
         return all(process.state in RESTING for process in self.processes.values())
@@ -115,10 +115,9 @@ class Facts:
         placement = Placement(
             model.name, process, footprint_hash=model.spec.footprint_hash, last_used_s=now, order_s=now
         )
-        placement.move(Residency.LOADING, now, reason)
+        self.move_placement(placement, Residency.LOADING, now, reason)
         model.placements[process] = placement
         self.placed.setdefault(process, set()).add(model.name)
-        self.wake(process)
         return placement
 
     def drop(self, placement: Placement, now: float) -> None:
@@ -135,16 +134,26 @@ class Facts:
         self.wake(placement.process)
 
     def move(self, process: Process, state: ProcessState, now: float, reason: str) -> None:
-        """Move a process and say so in the journal. Raises InvalidTransition with its story."""
-        self.journal.note(process.name, f"{process.state} -> {state}: {reason}")
+        """Change the state of a process and note it. Raises InvalidTransition with the last notes on it."""
+        self.journal.note(StateChanged(process.name, Subject.PROCESS, process.state, state, reason))
         try:
             process.move(state, now, reason)
         except InvalidTransition as error:
-            raise InvalidTransition(error.subject, error.start, error.finish, self.story(process.name)[-12:]) from None
+            notes = map(repr, self.journal.notes_on(process.name)[-12:])
+            raise InvalidTransition(error.subject, error.start, error.finish, tuple(notes)) from None
         self.wake(process.name)
 
-    def story(self, name: str) -> tuple[str, ...]:
-        return self.journal.story(name)
+    def move_placement(self, placement: Placement, state: Residency, now: float, reason: str) -> None:
+        """Change the state of a placement and note it. Raises InvalidTransition."""
+        self.note_placement(placement, state, reason)
+        placement.move(state, now, reason)
+        self.wake(placement.process)
+
+    def note_placement(self, placement: Placement, state: Residency, reason: str) -> None:
+        """Note that a placement enters `state`."""
+        self.journal.note(
+            StateChanged(placement.model, Subject.MODEL, placement.state, state, reason, placement.process)
+        )
 
     def persist(self, process: Process, reason: str) -> None:
         """Keep what must outlive the daemon. An ordered end of it ends what had ended too: the next start begins anew."""

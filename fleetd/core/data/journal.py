@@ -1,17 +1,17 @@
-"""What happened and what was decided, bounded.
+"""The bounded record of events, decisions and commands. It holds data; `fleetd.daemon.api.event_text` renders it.
 
-The rules of this file
-- One entry per handled event that led to anything, with its commands; kept as values, rendered only when somebody asks.
-- Warm grants are not entered, save in a recording journal: they would push out what explains the fleet. Counters stand for them.
-- Of a change of the whole fleet only the fact is kept: thousands of edits of a large fleet are no reason to keep each of them.
-- A recording journal (`keep_all`) keeps every event from the first one, so that a test can replay it.
+Invariants:
+- One entry per handled event that led to a note or a command. A request that was served from memory leaves no entry.
+- Of a configuration change only the fact is kept, not its specs.
+- A journal with `keep_all` keeps every event unabridged, so that a test can replay it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from fleetd.core.data.commands import Command
 from fleetd.core.data.events import Event, SpecChanged
@@ -22,43 +22,207 @@ _IN_ALL = 4096
 _SUBJECTS = 16384  # clients may ask for any name
 
 
+class Subject(StrEnum):
+    """The kind of thing that a note is about: a process and its model may share one name."""
+
+    PROCESS = "process"
+    MODEL = "model"
+
+
+# -- notes: decisions and changes that no event or command records ---------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Note:
+    """Base of all notes. `name` is the process or the model that the note is about."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged(Note):
+    """A process, or a model on the process `on`, changed its state."""
+
+    kind: Subject
+    before: str
+    after: str
+    reason: str
+    on: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrerequisitesChanged(Note):
+    """Required files or volumes went missing; `missing` is empty when all are available again."""
+
+    kind: Subject
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessForgotten(Note):
+    """A process that left the configuration was dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartPhaseChanged(Note):
+    """A starting engine entered another phase of its start."""
+
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStable(Note):
+    """A process stayed up long enough for its backoff to be reset."""
+
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestartTurn(Note):
+    """A rolling restart reached this replica."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLeaving(Note):
+    """A model gets no new requests and is unloaded once it is idle."""
+
+    on: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Note):
+    """A model leaves, or is put to sleep, to free memory.
+
+    `by` is the model that needs the memory, empty if a device is over its budget. `cost` is the expected loading time
+    that the eviction causes, in seconds.
+    """
+
+    on: str
+    reason: str
+    by: str = ""
+    freed_bytes: Mapping[str, int] = field(default_factory=dict)
+    cost: float = 0.0
+    sleeps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLost(Note):
+    """A model was in memory and its process died."""
+
+    on: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRepeated(Note):
+    """A server was restarted on request while it loaded the model; the load is ordered again."""
+
+    on: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaneWait(Note):
+    """A load, an unload, a sleep or a wake waits for another start or stop on its lane."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoadFailed(Note):
+    reason: str
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUnloadFailed(Note):
+    on: str
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class SleepCancelled(Note):
+    on: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SleepStepFailed(Note):
+    """A sleep, a wake or a look failed; the model is not put to sleep for `pause_s`."""
+
+    on: str
+    step: str
+    reason: str
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequestDone(Note):
+    """The load that an operator requested is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinChanged(Note):
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFellBack(Note):
+    """A request that `refused_by` could not serve continues with this model."""
+
+    request_id: int
+    refused_by: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FootprintLearned(Note):
+    """A measurement exceeded the known memory of a model, in bytes per device."""
+
+    bytes: Mapping[str, int]
+    asleep: bool = False
+
+
+# -- the record -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
     """`serial` counts from 1 for the life of the daemon; `time_s` is monotonic."""
 
     serial: int
     time_s: float
     event: Event
     commands: tuple[Command, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def subjects(self) -> set[str]:
         """Return the names of processes and models that this entry is about."""
-        names: set[str] = set()
-        for value in (self.event, *self.commands):
-            for key in ("name", "model", "process"):
-                name = getattr(value, key, None)
-                if isinstance(name, str):
-                    names.add(name)
-        names.update(note.split(":", 1)[0] for note in self.notes)
+        names = {note.name for note in self.notes}
+        names.update(self.event.names())
+        for command in self.commands:
+            names.update(command.names())
         return names
 
 
 class Journal:
     def __init__(self, limit: int = _IN_ALL, keep_all: bool = False) -> None:
-        self.entries: deque[Entry] = deque(maxlen=None if keep_all else limit)
+        self.entries: deque[JournalEntry] = deque(maxlen=None if keep_all else limit)
         self.keep_all = keep_all
         self.serial = 0
-        self.noted = 0  # notes ever made: how reconciliation sees that something was decided
-        self._by_subject: dict[str, deque[Entry]] = {}
-        self._notes: list[str] = []
+        self.noted = 0  # count of all notes: reconciliation repeats while it grows
+        self._by_subject: dict[str, deque[JournalEntry]] = {}
+        self._notes: list[Note] = []
 
-    def note(self, subject: str, text: str) -> None:
-        """Add a sentence to the entry of the event that is being handled."""
+    def note(self, note: Note) -> None:
+        """Add a note to the entry of the event that is being handled."""
         self.noted += 1
-        self._notes.append(f"{subject}: {text}")
+        self._notes.append(note)
 
-    def pending(self) -> tuple[str, ...]:
+    def pending(self) -> tuple[Note, ...]:
         """Return the notes of the event that is being handled."""
         return tuple(self._notes)
 
@@ -69,46 +233,25 @@ class Journal:
         if isinstance(event, SpecChanged) and not self.keep_all:
             event = replace(event, spec=FleetSpec(), remembered={}, adopted=())
         self.serial += 1
-        entry = Entry(self.serial, now, event, tuple(commands), notes)
+        entry = JournalEntry(self.serial, now, event, tuple(commands), notes)
         self.entries.append(entry)
         for subject in sorted(entry.subjects()):
             last = self._by_subject.pop(subject, None) or deque(maxlen=_PER_SUBJECT)
             last.append(entry)
-            self._by_subject[subject] = last  # last touched, last forgotten
+            self._by_subject[subject] = last  # the subject that was touched last is dropped last
         while len(self._by_subject) > _SUBJECTS:
             del self._by_subject[next(iter(self._by_subject))]
 
-    def of(self, subject: str) -> tuple[Entry, ...]:
+    def of(self, subject: str) -> tuple[JournalEntry, ...]:
         """Return the last entries about one process or model, oldest first."""
         return tuple(self._by_subject.get(subject, ()))
 
-    def after(self, serial: int) -> tuple[Entry, ...]:
+    def notes_on(self, subject: str) -> tuple[Note, ...]:
+        """Return the last notes about one process or model, oldest first, pending ones included."""
+        recorded = (note for entry in self.of(subject) for note in entry.notes)
+        return tuple(note for note in (*recorded, *self._notes) if note.name == subject)
+
+    def after(self, serial: int) -> tuple[JournalEntry, ...]:
         """Return the entries that are newer than `serial`, oldest first."""
         count = min(self.serial - serial, len(self.entries))
         return tuple(self.entries[index] for index in range(-count, 0))
-
-    def story(self, subject: str) -> tuple[str, ...]:
-        """Return those entries as sentences."""
-        return tuple(line for entry in self.of(subject) for line in sentences(entry, subject))
-
-
-def sentences(entry: Entry, subject: str | None = None) -> Iterator[str]:
-    """Yield one line for the event, one per command and note, of one entry; only those about `subject` when given."""
-    yield f"{entry.time_s:.3f} {describe(entry.event)}"
-    for note in entry.notes:
-        if subject is None or note.startswith(f"{subject}:"):
-            yield f"{entry.time_s:.3f}   {note}"
-    for command in entry.commands:
-        if subject is None or subject in {getattr(command, key, None) for key in ("name", "model", "process")}:
-            yield f"{entry.time_s:.3f}   -> {describe(command)}"
-
-
-def describe(value: Event | Command) -> str:
-    """Say an event or a command in one line: its name, and its fields that are not empty."""
-    parts = []
-    for item in fields(value):
-        content = getattr(value, item.name)
-        if content in ("", None, (), {}, False) or item.name in ("spec", "remembered", "adopted"):
-            continue
-        parts.append(f"{item.name}={content}" if isinstance(content, int | float | str) else f"{item.name}={content!r}")
-    return f"{type(value).__name__}({', '.join(parts)})"

@@ -110,10 +110,16 @@ def _cost(
 ) -> tuple[int, bool, float, float, tuple[str, str]]:
     freed = max(1, sum(ledger.reservations.get(placement.key, {}).values()))
     young = placement.loaded_s is not None and now - placement.loaded_s < model.spec.min_resident_s
+    cost = reload_cost(placement, model, now) / freed
+    return (model.spec.priority, young, cost, placement.last_used_s, placement.key)
+
+
+def reload_cost(placement: Placement, model: Model, now: float) -> float:
+    """Return the expected loading time that evicting a placement causes, in seconds."""
     reload_s = model.load_s if model.load_s is not None else _UNKNOWN_LOAD_S
     if model.wake_s is not None and placement.state is Residency.LOADED and sleeps_on(model, now) is not None:
         reload_s = model.wake_s
-    return (model.spec.priority, young, reload_s * demand_at(model, now) / freed, placement.last_used_s, placement.key)
+    return reload_s * demand_at(model, now)
 
 
 def _frees(placement: Placement, lack: Mapping[str, int], ledger: Ledger) -> bool:

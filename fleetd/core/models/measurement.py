@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 from fleetd.core.data.commands import LearnFootprint
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import Evicted, FootprintLearned
 from fleetd.core.data.specs import FootprintSource, asleep_hash
 from fleetd.core.data.state import Placement, Residency, SleepStep
-from fleetd.core.models.eviction import coming_free
+from fleetd.core.models.eviction import coming_free, reload_cost
 
 SETTLED_S = 30.0  # a look at a device may be this old
 
@@ -32,6 +33,7 @@ def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> No
     if model.footprint != before:
         earlier = model.spec.footprint.source is FootprintSource.LEARNED
         most = model.footprint.bytes if earlier else model.learned
+        facts.journal.note(FootprintLearned(model.name, dict(most)))
         facts.emit(LearnFootprint(model.name, model.spec.footprint_hash, dict(most), "highest measured so far"))
 
 
@@ -47,7 +49,18 @@ def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int]
         model.learned_asleep.update(grown)
         facts.ledger.correct(placement.key, model.asleep or {})
         key = asleep_hash(model.spec.footprint_hash)
+        facts.journal.note(FootprintLearned(model.name, dict(model.learned_asleep), asleep=True))
         facts.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
+
+
+def eviction_note(facts: Facts, placement: Placement, now: float, reason: str, by: str) -> Evicted:
+    """Return the note for a placement that frees memory for `by`, with the bytes per device and the cost of it."""
+    model = facts.models[placement.model]
+    held = facts.ledger.reservations.get(placement.key, {})
+    sleeps = placement.step is SleepStep.SLEEP
+    freed = coming_free(placement, model, facts.ledger) if sleeps else dict(held)
+    cost = round(reload_cost(placement, model, now), 3)
+    return Evicted(placement.model, placement.process, reason, by, freed, cost, sleeps)
 
 
 def over_budget_victims(facts: Facts) -> list[Placement]:

@@ -15,9 +15,19 @@ from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import Load, Unload
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import (
+    LaneWait,
+    LoadRepeated,
+    ModelLeaving,
+    ModelLoadFailed,
+    ModelLost,
+    ModelUnloadFailed,
+    PrerequisitesChanged,
+    Subject,
+)
 from fleetd.core.data.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import usable
-from fleetd.core.models.measurement import learn, over_budget_victims
+from fleetd.core.models.measurement import eviction_note, learn, over_budget_victims
 from fleetd.core.models.retention import due, stays, ttl_deadline
 from fleetd.core.models.sleep import Sleeping
 from fleetd.core.processes.start_gate import stop_waits
@@ -44,18 +54,28 @@ class Residencies:
         placement.generation, placement.for_line = process.generation, for_line
         model.preload_due = False
         self.facts.due.discard(model.name)
-        self.facts.journal.note(model.name, f"ABSENT -> LOADING on {process.name}: {reason}")
         return placement
 
     def leave(
-        self, placement: Placement, now: float, reason: str, evicted: bool = False, returns: bool = False
+        self,
+        placement: Placement,
+        now: float,
+        reason: str,
+        *,
+        returns: bool = False,
+        evicted: bool = False,
+        by: str = "",
     ) -> None:
-        """Unload as soon as nothing is in flight; no new grants from now on. `returns`: what stays may come back."""
+        """Unload as soon as nothing is in flight; no new grants from now on.
+
+        `returns`: a model that should stay in memory may come back; `by`: the model that it is `evicted` for.
+        """
         if placement.state is Residency.UNLOADING:
             placement.returns = placement.returns and returns
             return
         if placement.closing is None:
-            self.facts.journal.note(placement.model, f"leaving {placement.process}: {reason}")
+            note = ModelLeaving(placement.model, placement.process, reason)
+            self.facts.journal.note(eviction_note(self.facts, placement, now, reason, by) if evicted else note)
         placement.closing, placement.evicted, placement.returns = reason, evicted, returns
         if placement.step is SleepStep.SLEEP:
             placement.step, placement.ordered = None, False
@@ -69,7 +89,7 @@ class Residencies:
             and placement.step is not SleepStep.SLEEP
             and (loading or placement.state in (Residency.LOADED, Residency.ASLEEP))
         ):
-            self._move(placement, Residency.UNLOADING, now, placement.closing)
+            self.facts.move_placement(placement, Residency.UNLOADING, now, placement.closing)
 
     # -- reconciliation -----------------------------------------------------------------------------------------------
 
@@ -112,7 +132,7 @@ class Residencies:
             if state in (ProcessState.READY, ProcessState.DRAINING):
                 self._loaded(placement, process.generation, now)
             elif process.survivors:
-                self._move(placement, Residency.UNLOADING, now, process.reason)
+                self.facts.move_placement(placement, Residency.UNLOADING, now, process.reason)
                 placement.returns = True
             elif state in (ProcessState.FAILED, ProcessState.EXITED) and not process.impossible:
                 self.fail(model, process.reason, now, final=True)
@@ -125,8 +145,17 @@ class Residencies:
                 if not stays(self.facts, model):
                     self.gone(placement, now)
         elif state not in SERVING:
-            placement.generation, placement.order_s = process.generation, now
-            self._move(placement, Residency.LOADING, now, f"{process.name} is {state}: {process.reason}")
+            self._lose(placement, process, now)
+
+    def _lose(self, placement: Placement, process: Process, now: float) -> None:
+        """Take a loaded model back to LOADING: its process died, or restarts on request."""
+        placement.generation, placement.order_s = process.generation, now
+        if process.outcome is not None or process.state in (ProcessState.BACKOFF, ProcessState.FAILED):
+            self.facts.journal.note(ModelLost(placement.model, process.name, process.reason))
+            reason = f"lost: {process.name} died: {process.reason}"
+        else:
+            reason = f"{process.name} is {process.state}: {process.reason}"
+        self.facts.move_placement(placement, Residency.LOADING, now, reason)
 
     def _serve(self, placement: Placement, process: Process, now: float) -> None:
         """A model held by a server."""
@@ -140,18 +169,18 @@ class Residencies:
             self._order_load(placement, process, now)
         elif ended:  # not by a death, which is told below before the set is empty: by an order
             placement.ordered, placement.generation = False, process.generation
-            self.facts.journal.note(placement.model, f"{process.name} restarted while it loaded: again")
+            self.facts.journal.note(LoadRepeated(placement.model, process.name))
             self._order_load(placement, process, now)
         elif process.state is ProcessState.STOPPING and process.outcome is not None:
             reason = f"{process.name} ended while loading: {process.reason}"
             self.fail(self.facts.models[placement.model], reason, now)
-            self._move(placement, Residency.UNLOADING, now, reason)
+            self.facts.move_placement(placement, Residency.UNLOADING, now, reason)
         elif process.survivors:
-            self._move(placement, Residency.UNLOADING, now, process.reason)
+            self.facts.move_placement(placement, Residency.UNLOADING, now, process.reason)
         elif now >= self._load_deadline(placement):
             timeout_s = self.facts.models[placement.model].spec.load_timeout_s
             self.fail(self.facts.models[placement.model], f"not loaded within {timeout_s:g} s", now)
-            self._move(placement, Residency.UNLOADING, now, "the load took too long")
+            self.facts.move_placement(placement, Residency.UNLOADING, now, "the load took too long")
 
     def _order_load(self, placement: Placement, process: Process, now: float) -> None:
         if process.drained or (process.state in RESTING and self._hopeless(process)) or self._unwanted(placement):
@@ -175,7 +204,7 @@ class Residencies:
         """A start that measures its device's free memory is under way there: nothing may come or go meanwhile."""
         waits = stop_waits(self.facts, process)
         if waits and waits != placement.waits:
-            self.facts.journal.note(placement.model, waits)
+            self.facts.journal.note(LaneWait(placement.model, waits))
         placement.waits = waits
         return bool(waits)
 
@@ -188,7 +217,7 @@ class Residencies:
             placement.slept = False
             self.facts.ledger.correct(placement.key, model.footprint.bytes)
         placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
-        self._move(placement, Residency.LOADED, now, "loaded")
+        self.facts.move_placement(placement, Residency.LOADED, now, "loaded")
         model.loads += 1
         model.load_s = now - placement.order_s
         model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
@@ -206,7 +235,7 @@ class Residencies:
     def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
         """Tell it at once, but free the memory a moment later: if the server is dying, its set has to be empty first."""
         self.fail(self.facts.models[placement.model], message, now, final=final)
-        self._move(placement, Residency.UNLOADING, now, f"load failed: {message}")
+        self.facts.move_placement(placement, Residency.UNLOADING, now, f"load failed: {message}")
         placement.lingers, placement.retry_s = True, now + LINGER_S
 
     def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
@@ -214,7 +243,7 @@ class Residencies:
         placement.ordered = False
         placement.attempts += 1
         placement.retry_s = now + 0.5 * 2.0 ** min(placement.attempts, 6)
-        self.facts.journal.note(placement.model, f"unload failed: {message}")
+        self.facts.journal.note(ModelUnloadFailed(placement.model, process.name, message, placement.attempts))
         if placement.attempts >= UNLOAD_ATTEMPTS and process.restart_wanted is None:
             process.restart_wanted = f"cannot unload {placement.model}: {message}"
 
@@ -223,9 +252,7 @@ class Residencies:
         model = self.facts.models[placement.model]
         if placement.state is Residency.UNLOADING and placement.evicted:
             model.evictions += 1
-        self.facts.journal.note(
-            model.name, f"{placement.state} -> ABSENT on {placement.process}: {placement.closing or placement.reason}"
-        )
+        self.facts.note_placement(placement, Residency.ABSENT, placement.closing or placement.reason)
         self.facts.drop(placement, now)
         if again and placement.returns and stays(self.facts, model) and not model.placements:
             due(self.facts, model)
@@ -236,7 +263,7 @@ class Residencies:
         pause = min(FAILURE_MAX_S, FAILURE_BASE_S * 2.0 ** min(model.failures - 1, 10))
         model.failure, model.failure_s, model.failure_final = message, now, final
         model.retry_s = retry_s if retry_s is not None else now + pause
-        self.facts.journal.note(model.name, f"load failed: {message}")
+        self.facts.journal.note(ModelLoadFailed(model.name, message, final))
         if not final and stays(self.facts, model):
             due(self.facts, model)
 
@@ -254,13 +281,11 @@ class Residencies:
         if model is None or model.missing == missing:
             return
         model.missing = missing
+        self.facts.journal.note(PrerequisitesChanged(name, Subject.MODEL, missing))
         if missing:
-            said = f"requires {', '.join(missing)}, absent now"
-            self.facts.journal.note(name, f"blocked: {said}")
             for placement in list(model.placements.values()):
-                self.leave(placement, now, said, returns=True)
+                self.leave(placement, now, f"requires {', '.join(missing)}, absent now", returns=True)
         else:
-            self.facts.journal.note(name, "all it requires is there")
             model.failure, model.failure_final, model.retry_s = None, False, now
             if stays(self.facts, model) and not model.placements:
                 due(self.facts, model)
@@ -288,8 +313,3 @@ class Residencies:
         ttl = self.ttl_deadline(placement)
         if ttl is not None and placement.closing is None:
             yield ttl
-
-    def _move(self, placement: Placement, state: Residency, now: float, reason: str) -> None:
-        self.facts.journal.note(placement.model, f"{placement.state} -> {state} on {placement.process}: {reason}")
-        placement.move(state, now, reason)
-        self.facts.wake(placement.process)

@@ -17,9 +17,11 @@ from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import LookAsleep, Sleep, Wake
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import LaneWait, SleepCancelled, SleepStepFailed
 from fleetd.core.data.specs import SleepState
 from fleetd.core.data.state import SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import holds
+from fleetd.core.models.measurement import eviction_note
 from fleetd.core.models.retention import due, stays
 from fleetd.core.processes.start_gate import lane_waits
 from fleetd.core.processes.termination import Ending
@@ -40,12 +42,12 @@ class Sleeping:
 
     # -- decided ------------------------------------------------------------------------------------------------------
 
-    def begin(self, placement: Placement, reason: str) -> None:
+    def begin(self, placement: Placement, now: float, reason: str, by: str = "") -> None:
         """Put an idle placement to sleep as soon as its lane is free; what that takes elsewhere is taken now."""
         model = self.facts.models[placement.model]
         self.facts.ledger.grow(placement.key, model.asleep or {})
         placement.step, placement.closing, placement.returns = SleepStep.SLEEP, reason, True
-        self.facts.journal.note(model.name, f"to sleep on {placement.process}: {reason}")
+        self.facts.journal.note(eviction_note(self.facts, placement, now, reason, by))
         self.facts.wake(placement.process)
 
     def call_off(self, placement: Placement, reason: str) -> None:
@@ -53,13 +55,13 @@ class Sleeping:
         if placement.step is SleepStep.SLEEP and not placement.ordered:
             placement.step, placement.closing, placement.returns = None, None, False
             self.facts.ledger.correct(placement.key, holds(self.facts.models[placement.model], placement))
-            self.facts.journal.note(placement.model, f"not put to sleep on {placement.process}: {reason}")
+            self.facts.journal.note(SleepCancelled(placement.model, placement.process, reason))
 
     def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
         """Reserve what waking takes, and wake it as soon as its lane is free. Raises CapacityError without the room."""
         model = self.facts.models[placement.model]
         self.facts.ledger.grow(placement.key, model.footprint.bytes)
-        self._move(placement, Residency.LOADING, now, reason)
+        self.facts.move_placement(placement, Residency.LOADING, now, reason)
         placement.step, placement.order_s, placement.for_line, placement.waits = SleepStep.WAKE, now, for_line, ""
         self._wanted_no_more(model)
 
@@ -95,7 +97,7 @@ class Sleeping:
     def _waits(self, placement: Placement, process: Process) -> bool:
         waits = lane_waits(self.facts, process) if placement.step is not SleepStep.LOOK else ""
         if waits and waits != placement.waits:
-            self.facts.journal.note(placement.model, waits)
+            self.facts.journal.note(LaneWait(placement.model, waits))
         placement.waits = waits
         return bool(waits)
 
@@ -129,7 +131,7 @@ class Sleeping:
         said = f"{how}: {placement.closing}" if placement.closing else how
         model.sleeps += placement.step is SleepStep.SLEEP
         placement.closing, placement.evicted, placement.slept = None, False, True
-        self._move(placement, Residency.ASLEEP, now, said)
+        self.facts.move_placement(placement, Residency.ASLEEP, now, said)
         self.facts.ledger.correct(placement.key, holds(model, placement))
         if placement.returns and stays(self.facts, model):
             due(self.facts, model)
@@ -140,18 +142,18 @@ class Sleeping:
         model.wake_s = now - placement.order_s
         model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
         placement.loaded_s = placement.last_used_s = now
-        self._move(placement, Residency.LOADED, now, "awake again")
+        self.facts.move_placement(placement, Residency.LOADED, now, "awake again")
         self._wanted_no_more(model)
 
     def _failed(self, placement: Placement, message: str, now: float) -> None:
         model, step = self.facts.models[placement.model], placement.step
         model.sleepless_until_s = now + SLEEPLESS_S
         reason = f"{step} failed: {message}"
-        self.facts.journal.note(model.name, f"{reason}; it is not put to sleep for {SLEEPLESS_S:g} s")
+        self.facts.journal.note(SleepStepFailed(model.name, placement.process, str(step), message, SLEEPLESS_S))
         if step is not SleepStep.WAKE:  # only who was waking has room for all of it
             placement.evicted = step is SleepStep.SLEEP
             placement.returns = placement.returns or step is SleepStep.LOOK
-            self._move(placement, Residency.UNLOADING, now, reason)
+            self.facts.move_placement(placement, Residency.UNLOADING, now, reason)
         else:
             placement.step, placement.ordered = None, False
         process = self.facts.processes[placement.process]
@@ -161,13 +163,8 @@ class Sleeping:
     def _lost(self, placement: Placement, process: Process, now: float) -> None:
         """The process of a sleeper ended, or is about to: its memory is free when the set is empty."""
         placement.closing, placement.returns = f"{process.name} is {process.state}: {process.reason}", True
-        self._move(placement, Residency.UNLOADING, now, placement.closing)
+        self.facts.move_placement(placement, Residency.UNLOADING, now, placement.closing)
 
     def _wanted_no_more(self, model: Model) -> None:
         model.preload_due = False
         self.facts.due.discard(model.name)
-
-    def _move(self, placement: Placement, state: Residency, now: float, reason: str) -> None:
-        self.facts.journal.note(placement.model, f"{placement.state} -> {state} on {placement.process}: {reason}")
-        placement.move(state, now, reason)
-        self.facts.wake(placement.process)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from fleetd.core.data.commands import Spawn, StartProbe, StopProbes
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import RunStable
 from fleetd.core.data.specs import ProbeKind
 from fleetd.core.data.state import SERVING, Process, ProcessState, Residency
 from fleetd.core.processes import rolling_restart
@@ -208,7 +209,7 @@ class Supervision:
             and now >= process.ready_s + spec.restart.stable_after_s
         ):
             process.record.stable()
-            self.facts.journal.note(process.name, f"stable for {spec.restart.stable_after_s:g} s")
+            self.facts.journal.note(RunStable(process.name, spec.restart.stable_after_s))
             self.facts.persist(process, "stable again")
         if self._ages(process) and now >= process.started_s + (spec.max_age_s or 0.0):
             self.facts.turns[process.name] = f"older than {spec.max_age_s:g} s"

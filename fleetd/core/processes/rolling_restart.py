@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.journal import RestartTurn
 from fleetd.core.data.state import SERVING, Process, ProcessState
 
 _SETTLED = SERVING | {ProcessState.FAILED, ProcessState.EXITED}
@@ -26,7 +27,7 @@ def give(facts: Facts, wanted: Callable[[Process], bool]) -> None:
             del facts.turns[name]
         elif not any(_on_its_way(other, wanted) for other in _others(facts, process)):
             process.restart_wanted = facts.turns.pop(name)
-            facts.journal.note(name, f"its turn to restart: {process.restart_wanted}")
+            facts.journal.note(RestartTurn(name, process.restart_wanted))
             facts.wake(name)
 
 

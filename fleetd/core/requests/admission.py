@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from fleetd.core.data.commands import Grant, ReadAhead
 from fleetd.core.data.events import LoadAsked, RequestArrived
 from fleetd.core.data.fleet_state import Facts, Waiting
+from fleetd.core.data.journal import LoadRequestDone
 from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
 from fleetd.core.models.candidates import holder, sleeper, to_wake
 from fleetd.core.models.eviction import Evict, Fits, Never, Wait, demand_at, plan
@@ -168,7 +169,7 @@ class Admission:
         if not waiting.client:
             if self.line.has_loaded(model):
                 self.line.leave(waiting.request_id)
-                self.facts.journal.note(model.name, "loaded, as an operator asked")  # nobody waits for it: look again
+                self.facts.journal.note(LoadRequestDone(model.name))  # no request waits for it now: reconcile again
             return
         placement = serving(self.facts, model, waiting.avoid, closed)
         if placement is None and waiting.avoid and set(waiting.avoid) >= set(model.placements):
@@ -260,9 +261,11 @@ class Admission:
             for victim in verdict.victims:
                 if victim in verdict.sleepers:
                     waiting.why = f"waiting for {names} to go to sleep"
-                    self.residencies.sleeping.begin(victim, f"evicted for {model.name}")
+                    self.residencies.sleeping.begin(victim, now, f"evicted for {model.name}", model.name)
                 else:
-                    self.residencies.leave(victim, now, f"evicted for {model.name}", evicted=True, returns=True)
+                    self.residencies.leave(
+                        victim, now, f"evicted for {model.name}", returns=True, evicted=True, by=model.name
+                    )
         else:
             waiting.why = verdict.reason
         if first and waiting.load_began_s is None:

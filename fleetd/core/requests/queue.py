@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.fleet_state import Facts, Waiting
+from fleetd.core.data.journal import RequestFellBack
 from fleetd.core.data.state import Model, Process, ProcessState, Residency
 from fleetd.core.models.candidates import holder, hopeful, out_of_reach
 from fleetd.core.requests.routing import relieved, serving
@@ -130,9 +131,7 @@ class Line:
             model = self.facts.models.get(self.facts.names.get(name, name))
             if model is None or model.spec.routes or model.name == waiting.model:
                 continue
-            self.facts.journal.note(
-                model.name, f"request {waiting.request_id} falls back from {waiting.model}: {reason}"
-            )
+            self.facts.journal.note(RequestFellBack(model.name, waiting.request_id, waiting.model, reason))
             waiting.model, waiting.fallback = model.name, waiting.fallback[index + 1 :]
             waiting.deadline_s, waiting.load_began_s = self.deadline(model, waiting.arrived_s), None
             self.enter(waiting, now)

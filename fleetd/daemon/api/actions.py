@@ -169,7 +169,7 @@ class Verbs:
     def _stopped(self, name: str) -> Judgement | None:
         process = self._queries.process(name)
         if process is None or process.state not in RUNNING:
-            if process is not None and process.state is _S.FAILED and "cannot be killed" in process.reason:
+            if process is not None and process.state is _S.FAILED and process.survivors:
                 return ResultCode.FAILED, process.reason
             return ResultCode.OK, "stopped"
         return None
@@ -218,11 +218,8 @@ class Verbs:
         return ResultCode.FAILED, self._left_again(name)
 
     def _left_again(self, name: str) -> str:
-        start = f"{name}: leaving "
-        notes = (note for entry in self._queries.journal_of(name) for note in entry.notes if note.startswith(start))
-        *_, last = ("", *notes)
-        why = last.removeprefix(start).partition(": ")[2]
-        return f"it was loaded, and is no longer: {why or f'fleetctl story {name} says why'}"
+        reason = self._queries.reason_left(name)
+        return f"loaded, then left memory: {reason or f'see fleetctl story {name}'}"
 
     def _unloaded(self, name: str) -> Judgement | None:
         model = self._queries.model(name)

@@ -27,7 +27,8 @@ from fleetd.control.wire import (
 )
 from fleetd.core.data.specs import ProbeKind
 from fleetd.daemon.api.actions import Verbs
-from fleetd.daemon.api.event_log import Feed
+from fleetd.daemon.api.event_log import EventLog
+from fleetd.daemon.api.event_text import dump_lines
 from fleetd.daemon.api.explain import explain
 from fleetd.daemon.api.log_stream import LogSource, read_logs
 from fleetd.daemon.api.status import StatusView
@@ -63,7 +64,7 @@ class DaemonControlPort:
         self,
         queries: FleetQueries,
         view: StatusView,
-        feed: Feed,
+        event_log: EventLog,
         verbs: Verbs,
         configuration: Configuration,
         processes: Processes,
@@ -76,7 +77,7 @@ class DaemonControlPort:
         self._preparation = preparation
         self._queries = queries
         self._view = view
-        self._feed = feed
+        self._event_log = event_log
         self._verbs = verbs
         self._configuration = configuration
         self._processes = processes
@@ -110,7 +111,7 @@ class DaemonControlPort:
         detail: ProcessDetail = {
             "process": self._view.process(process, now),
             "models": [self._view.model(model, now, self._queries.queued()) for model in self._queries.models_of(name)],
-            "events": self._feed.of(name, _LAST),
+            "events": self._event_log.of(name, _LAST),
             "log": [LogLine(name=name, at=at, line=line, stream=None) for at, line in self._logs.last(name, _LAST)],
             "log_path": self._logs.path(name),
             "depends_on": {dependency.name: str(dependency.condition) for dependency in process.spec.depends_on},
@@ -145,7 +146,7 @@ class DaemonControlPort:
         holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
         return {
             "model": self._view.model(model, time.monotonic(), self._queries.queued()),
-            "events": self._feed.of(model.name, _LAST),
+            "events": self._event_log.of(model.name, _LAST),
             "log": [LogLine(name=holder, at=at, line=line, stream=None) for at, line in self._logs.last(holder, _LAST)]
             if holder
             else [],
@@ -155,7 +156,7 @@ class DaemonControlPort:
 
     def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
         since = time.time() - since_s if since_s is not None else None
-        return self._feed.follow(since, after, follow)
+        return self._event_log.follow(since, after, follow)
 
     def logs(
         self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
@@ -170,7 +171,7 @@ class DaemonControlPort:
         known = self._queries.canonical_name(name) or name
         if self._queries.process(known) is None and self._queries.model(known) is None:
             raise unknown(name)
-        return self._feed.of(known)
+        return self._event_log.of(known)
 
     def explain(self, model: str) -> Mapping[str, Any]:
         found = self._queries.find_model(model)
@@ -180,15 +181,13 @@ class DaemonControlPort:
         return explain(self._queries, found, time.monotonic(), note.document() if note is not None else None)
 
     async def dump(self) -> Mapping[str, Any]:
-        from fleetd.core.data.journal import sentences
-
-        journal = [line for entry in self._queries.journal() for line in sentences(entry)]
+        journal = [line for entry in self._queries.journal() for line in dump_lines(entry)]
         return {
             "at": rfc3339(time.time()),
             "status": await self.status(),
             "config": self.config(),
             "journal": journal,
-            "events": self._feed.recent(0.0, None),
+            "events": self._event_log.recent(0.0, None),
         }
 
     def config(self) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetd.control.event_codes import EventCode
 from fleetd.core.data.commands import Load
 from fleetd.core.data.events import Event, LoadProgress
 from fleetd.core.data.state import ProcessState, Residency
@@ -41,7 +42,7 @@ _DONE = {
     StoreChange.CREATE: "made",
     StoreChange.UPDATE: "made",
 }
-Told = Callable[[str, str, str], None]  # model, what happened, sentence
+Told = Callable[[str, EventCode, str], None]  # model, code, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Preparation:
                 for step in await self.steps(store, plan):
                     await self._step(store, plan, step)
         except FleetError as error:
-            self._say(store.instances[0], "store not compared", str(error))
+            self._say(store.instances[0], EventCode.STORE_NOT_COMPARED, str(error))
         finally:
             self._passed[store.key] = time.monotonic()
             self._passing.discard(store.key)
@@ -233,7 +234,7 @@ class Preparation:
         text = (f"models.{name}: " if not said.startswith("models.") else "") + said
         if self.notes.get(name) != Note("failed", text):
             self.notes[name] = Note("failed", text)
-            self._say(name, "not made", text)
+            self._say(name, EventCode.MODEL_NOT_MADE, text)
 
     # -- before a load --------------------------------------------------------------------------------------------------
 
@@ -279,11 +280,13 @@ class Preparation:
         def tell(phase: str, done: int, total: int) -> None:
             nonlocal told
             percent = f" {100 * done // total} %" if total > 1 else ""
-            note = Note("making", f"making {held.served_as}: {phase}{percent}", done, total if total > 1 else 0)
+            note = Note(
+                EventCode.MODEL_MAKING, f"making {held.served_as}: {phase}{percent}", done, total if total > 1 else 0
+            )
             self.notes[name] = note
             progress(note)
             if phase != told and not told:
-                self._say(name, "making", f"making {held.served_as} from {held.source}")
+                self._say(name, EventCode.MODEL_MAKING, f"making {held.served_as} from {held.source}")
             told = phase
 
         before = self.notes.get(name)
@@ -300,7 +303,7 @@ class Preparation:
         if said is not None:
             took_s = time.monotonic() - began
             self.notes[name] = Note("made", said)
-            self._say(name, "made", f"{said} ({took_s:.1f} s)")
+            self._say(name, EventCode.MODEL_MADE, f"{said} ({took_s:.1f} s)")
         elif before is not None and before.state != "making":
             self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from fleetd.control.event_codes import EventCode
 from fleetd.control.port import ActOptions, ApplyOptions
 from fleetd.control.wire import ActionResult, Applied, Plan
 from fleetd.core.data.events import SpecChanged
@@ -99,7 +100,7 @@ class Operations:
         waiting = tuple(key["path"] for edit in reading.edits for key in edit.keys if key["effect"] == "daemon")
         if waiting and waiting != daemon.facts.restart_needed:
             said = f"{' and '.join(waiting)} can only change when fleetd starts anew"
-            daemon.feed.say("config", None, "restart needed", said)
+            daemon.event_log.report("config", None, EventCode.RESTART_NEEDED, said)
             daemon.log.warning("restart needed", reason=said)
         daemon.facts.restart_needed = waiting
 
@@ -116,8 +117,11 @@ class Operations:
         daemon.dispatch(SpecChanged(new.spec, missing=absent.processes, missing_models=absent.models))
         daemon.port.spec_changed()
         after = set(new.spec.processes) | set(new.spec.models)
-        daemon.feed.say("config", None, "applied", f"{daemon.configuration.path} applied", config_hash=new.config_hash)
-        daemon.feed.forget(sorted(before - after))
+        path = daemon.configuration.path
+        daemon.event_log.report(
+            "config", None, EventCode.CONFIG_APPLIED, f"{path} applied", config_hash=new.config_hash
+        )
+        daemon.event_log.forget(sorted(before - after))
         for name in set(daemon.store.remembered) - set(new.spec.processes):
             daemon.store.forget(name)
         daemon.log.info("applied", config=str(daemon.configuration.path), config_hash=new.config_hash)
@@ -167,7 +171,7 @@ class Operations:
         first = self._daemon.configuration.refused(error)
         self._daemon.facts.config_error = first
         self._daemon.log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
-        self._daemon.feed.say("config", None, "refused", first)
+        self._daemon.event_log.report("config", None, EventCode.CONFIG_REJECTED, first)
         self._applied(self._daemon.configuration.assembly)
 
     async def reexec(self) -> None:

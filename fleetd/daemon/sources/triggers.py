@@ -16,6 +16,7 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetd.control.event_codes import EventCode
 from fleetd.core.data.events import RestartDue
 from fleetd.daemon.sources.flapping import COUNT, QUIET_S, WINDOW_S, FlapGuard
 from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan
@@ -91,7 +92,7 @@ class Outside:
                 restart(names)
                 return
             else:
-                self._daemon.feed.say("process", plan.name, "watch", FLAPPING)
+                self._daemon.event_log.report("process", plan.name, EventCode.WATCH_PAUSED, FLAPPING)
             self._quiet[plan.name] = loop.call_later(QUIET_S, restart, names)
 
         ours = self._daemon.configuration.assembly.paths  # what fleetd writes itself is nobody's source

@@ -121,7 +121,7 @@ def test_any_locale(fleet: Path, env: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "seen"),
-    [(["status", "--watch"], "ollama-2"), (["events", "-f"], "Exited"), (["logs", "web", "-f"], "web says 3")],
+    [(["status", "--watch"], "ollama-2"), (["events", "-f"], "exited"), (["logs", "web", "-f"], "web says 3")],
     ids=lambda value: str(value)[:30],
 )
 def test_interruption_of_what_goes_on(fleet: Path, arguments: list[str], seen: str) -> None:

@@ -184,14 +184,16 @@ def test_a_server_that_drips(short: Path) -> None:
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-EVENT = b'id: 1\nevent: event\ndata: {"schema": "fleetctl/v1", "seq": 1, "at": "x", "what": "Spawn", "name": "web"}\n\n'
+EVENT = (
+    b'id: 1\nevent: event\ndata: {"schema": "fleetctl/v1", "seq": 1, "at": "x", "event": "spawn", "name": "web"}\n\n'
+)
 
 
 def test_a_stream_that_is_cut(short: Path) -> None:
     with raw_server(short / "s", answering(STREAM + EVENT)) as path:
         ran = fleetctl("--socket", str(path), "events", "-f")
         assert ran.code == 5
-        assert "Spawn" in ran.out
+        assert "spawn" in ran.out
         assert "cut the stream" in ran.err
 
 
@@ -208,7 +210,7 @@ def test_ends_of_streams(short: Path, tail: bytes, code: int) -> None:
     with raw_server(short / "s", answering(STREAM + EVENT + tail)) as path:
         ran = fleetctl("--socket", str(path), "events")
         assert ran.code == code
-        assert "Spawn" in ran.out
+        assert "spawn" in ran.out
 
 
 def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:

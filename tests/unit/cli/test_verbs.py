@@ -64,8 +64,8 @@ TABLE = [
     (["logs", "web", "--since", "10m"], 0, "web says 999"),  # all of them, not the last fifty
     (["logs", "nope"], 4, ""),
     (["logs", "web", "nope"], 4, ""),
-    (["events"], 0, "web Exited READY → BACKOFF: code 1"),
-    (["story", "web"], 0, "Exited"),
+    (["events"], 0, "web exited READY → BACKOFF: code 1"),
+    (["story", "web"], 0, "exited"),
     (["story", "nope"], 4, ""),
     (["explain", "ulysses"], 0, "10G free of a budget of 13G"),
     (["explain", "nope"], 4, ""),

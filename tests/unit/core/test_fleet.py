@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fleetd.core.data import commands as c
 from fleetd.core.data import events as e
-from fleetd.core.data.journal import Journal
+from fleetd.core.data.journal import Evicted, Journal
 from fleetd.core.data.specs import FleetSpec, ProbeSpec
 from fleetd.core.fleet import Fleet
 from fleetd.core.processes.health import Verdict
@@ -159,9 +159,10 @@ def test_the_story_of_a_model_tells_why() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     rig.ask("b")
-    story = "\n".join(rig.fleet.journal.story("a"))
-    assert "leaving a: evicted for b" in story
-    assert "-> Stop(name=a, generation=1, reason=evicted for b)" in story
+    evicted = [note for note in rig.fleet.journal.notes_on("a") if isinstance(note, Evicted)]
+    assert [(note.on, note.reason, note.by) for note in evicted] == [("a", "evicted for b", "b")]
+    commands = [command for entry in rig.fleet.journal.of("a") for command in entry.commands]
+    assert c.Stop("a", 1, "evicted for b") in commands
 
 
 def test_the_journal_is_bounded_whatever_clients_ask_for() -> None:

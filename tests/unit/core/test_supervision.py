@@ -9,6 +9,7 @@ import pytest
 
 from fleetd.core.data import commands as c
 from fleetd.core.data import events as e
+from fleetd.core.data.journal import LaneWait
 from fleetd.core.data.specs import (
     Capabilities,
     CrashLoop,
@@ -494,7 +495,7 @@ def test_nothing_loads_or_unloads_while_an_engine_that_measures_memory_starts() 
     rig.send(e.UnloadAsked("m"))
     assert not rig.take(c.Load)
     assert not rig.take(c.Unload)
-    assert any("waiting for its turn on gpu0: v is STARTING" in line for line in rig.fleet.facts.story("n"))
+    assert LaneWait("n", "waiting for its turn on gpu0: v is STARTING") in rig.fleet.journal.notes_on("n")
     rig.probe("v", ProbeKind.STARTUP)
     assert [command.model for command in rig.take(c.Load)] == ["n"]
     assert [command.model for command in rig.take(c.Unload)] == ["m"]
