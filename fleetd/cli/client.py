@@ -3,7 +3,7 @@
 The rules of this file
 - Every wait has an end, every answer a size limit.
 - A daemon that holds its lock and does not listen starts, or replaces itself: it is given a moment before it is called absent.
-- What goes wrong is one of three: Unreachable (no daemon, or not one that we understand), Refused (it answered no),
+- What goes wrong is one of three: Unreachable (no daemon, or not one that we understand), RequestRefused (it answered no),
   StreamCut (it stopped in the middle). None of them shows a traceback.
 """
 
@@ -54,7 +54,7 @@ class HungUp(Unreachable):
     """The daemon ended the connection without an answer."""
 
 
-class Absent(Unreachable):
+class NotRunning(Unreachable):
     """Nobody listens."""
 
 
@@ -63,7 +63,7 @@ class StreamCut(CliError):
         super().__init__(message, EXIT_UNREACHABLE)
 
 
-class Refused(CliError):
+class RequestRefused(CliError):
     """The daemon answered with an error. `body` is its whole document."""
 
     def __init__(self, status: int, body: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Client:
         while True:
             try:
                 return self._connect()
-            except Absent:
+            except NotRunning:
                 if time.monotonic() >= deadline or not any(map(is_locked, self.candidates)):
                     raise
                 time.sleep(RETRY_S)
@@ -167,12 +167,12 @@ class Client:
         if denied is not None:
             raise Unreachable(f"you may not use the socket {denied}", hint="run fleetctl as the user who runs fleetd")
         tried = " or ".join(str(path) for path in self.candidates)
-        raise Absent(f"fleetd is not running: nothing answers on {tried}")
+        raise NotRunning(f"fleetd is not running: nothing answers on {tried}")
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """Return the document at `path`; ask again where the daemon replaced itself meanwhile. Raises Unreachable, Refused."""
+        """Return the document at `path`; ask again where the daemon replaced itself meanwhile. Raises Unreachable, RequestRefused."""
         try:
             return self.call("GET", target(path, query))
         except HungUp:
@@ -181,7 +181,7 @@ class Client:
             return self.call("GET", target(path, query))
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> dict[str, Any]:
-        """Post and return the answer; `wait_s` is how long the server may rightly take. Raises Unreachable, Refused."""
+        """Post and return the answer; `wait_s` is how long the server may rightly take. Raises Unreachable, RequestRefused."""
         return self.call("POST", target(path), body or {}, wait_s)
 
     def call(
@@ -220,13 +220,13 @@ class Client:
         if body["schema"] != "fleetctl/v1":
             raise Unreachable(f"fleetd on {path} speaks {body['schema']}, this fleetctl speaks fleetctl/v1", hint=None)
         if status >= 400 and "results" not in body:
-            raise Refused(status, body)
+            raise RequestRefused(status, body)
         return body
 
     # -- streams --------------------------------------------------------------------------------------------------------
 
     def stream(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
-        """Yield the documents of a stream until its end. Raises Unreachable, Refused, StreamCut."""
+        """Yield the documents of a stream until its end. Raises Unreachable, RequestRefused, StreamCut."""
         connection, where = self.connect()
         try:
             connection.settimeout(self.answer_s)
@@ -289,7 +289,7 @@ def _read_all(response: http.client.HTTPResponse, connection: socket.socket, dea
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """Parse server-sent events; return at `event: end`. Raises Refused for `event: error`, StreamCut without an end."""
+    """Parse server-sent events; return at `event: end`. Raises RequestRefused for `event: error`, StreamCut without an end."""
     event = ""
     while True:
         raw = response.readline(LINE_MAX_BYTES)
@@ -308,5 +308,5 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             if not isinstance(body, dict):
                 raise http.client.HTTPException("not an object")
             if event == "error":
-                raise Refused(500, body)
+                raise RequestRefused(500, body)
             yield body

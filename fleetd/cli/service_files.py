@@ -23,7 +23,7 @@ LABEL = "org.fleetd.fleetd"
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceSettings:
     """What is installed: the words that start each program, the configuration, and who runs it (None: the caller's own
     session)."""
 
@@ -49,7 +49,7 @@ def native_platform() -> str:
     return "launchd" if sys.platform == "darwin" else "systemd"
 
 
-def systemd(service: Service) -> ServiceFile:
+def systemd(service: ServiceSettings) -> ServiceFile:
     """Return the unit: in the user's own folder, or, with `user`, a system unit that runs as that user."""
     text = Template((TEMPLATES / "fleetd.service").read_text("utf-8")).substitute(
         fleetd=" ".join(map(_unit_word, service.fleetd)),
@@ -77,7 +77,7 @@ def systemd(service: Service) -> ServiceFile:
     )
 
 
-def _fleetctl(service: Service) -> tuple[str, ...]:
+def _fleetctl(service: ServiceSettings) -> tuple[str, ...]:
     return (*service.fleetctl, "--socket", service.socket) if service.socket else service.fleetctl
 
 
@@ -89,7 +89,7 @@ def _system_part(user: str | None) -> str:
     return text if user in ("root", "0") else text + (TEMPLATES / "fleetd.user.service").read_text("utf-8")
 
 
-def launchd(service: Service) -> ServiceFile:
+def launchd(service: ServiceSettings) -> ServiceFile:
     """Return the property list: an agent of the user, or, with `user`, a daemon that starts at boot as that user."""
     log = service.home / "Library/Logs/fleetd.log"
     identity = f"  <key>UserName</key><string>{escape(service.user)}</string>\n" if service.user else ""
@@ -126,7 +126,7 @@ def write(file: ServiceFile) -> None:
     temporary.replace(file.destination)
 
 
-EXAMPLE_UNIT = Service(
+EXAMPLE_UNIT = ServiceSettings(
     fleetd=("/opt/fleetd/bin/fleetd",),
     fleetctl=("/opt/fleetd/bin/fleetctl",),
     config="/etc/fleetd/fleet.yaml",
@@ -135,7 +135,7 @@ EXAMPLE_UNIT = Service(
     home=Path("/var/lib/fleetd"),
     socket="/run/fleetd/fleetd.sock",
 )
-EXAMPLE_PLIST = Service(
+EXAMPLE_PLIST = ServiceSettings(
     fleetd=("/opt/fleetd/bin/fleetd",),
     fleetctl=("/opt/fleetd/bin/fleetctl",),
     config="/Users/USER/.config/fleetd/fleet.yaml",

@@ -50,7 +50,7 @@ class FieldChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ConfigChange:
     """One entry that is added, changed or removed. `section` is services, instances, models or fleet (all other keys)."""
 
     action: Action
@@ -60,45 +60,45 @@ class Change:
     fields: tuple[FieldChange, ...] = ()
 
 
-def diff(old: FleetConfig | None, new: FleetConfig) -> tuple[Change, ...]:
+def diff(old: FleetConfig | None, new: FleetConfig) -> tuple[ConfigChange, ...]:
     """Return the changes from the old configuration (None: nothing runs yet) to the new one."""
     before = old if old is not None else FleetConfig()
     return (*_fleet(before, new), *_entries(before, new))
 
 
-def _fleet(old: FleetConfig, new: FleetConfig) -> Iterator[Change]:
+def _fleet(old: FleetConfig, new: FleetConfig) -> Iterator[ConfigChange]:
     fields: list[FieldChange] = []
     for key in FleetConfig.model_fields:
         if key not in _NOT_COMPARED and getattr(old, key) != getattr(new, key):
             fields += _fields("fleet", _plain_key(old, key), _plain_key(new, key), (key,))
     if fields:
-        yield Change(Action.CHANGE, "fleet", "", "fleet", tuple(fields))
+        yield ConfigChange(Action.CHANGE, "fleet", "", "fleet", tuple(fields))
 
 
 def _plain_key(config: FleetConfig, key: str) -> Any:
     return config.model_dump(mode="json", by_alias=True, include={key})[key]
 
 
-def _entries(old: FleetConfig, new: FleetConfig) -> Iterator[Change]:
+def _entries(old: FleetConfig, new: FleetConfig) -> Iterator[ConfigChange]:
     for section in _SECTIONS:
         before: Mapping[str, Block] = getattr(old, section)
         after: Mapping[str, Block] = getattr(new, section)
         for name, entry in after.items():
             earlier = before.get(name)
             if earlier is None:
-                yield Change(Action.ADD, section, name, _kind(entry))
+                yield ConfigChange(Action.ADD, section, name, _kind(entry))
             elif type(earlier) is not type(entry):
-                yield Change(Action.REMOVE, section, name, _kind(earlier))
-                yield Change(Action.ADD, section, name, _kind(entry))
+                yield ConfigChange(Action.REMOVE, section, name, _kind(earlier))
+                yield ConfigChange(Action.ADD, section, name, _kind(entry))
             elif earlier != entry:
                 fields = tuple(_fields(_kind(entry), _plain(earlier), _plain(entry), ()))
                 if fields:
-                    yield Change(Action.CHANGE, section, name, _kind(entry), fields)
+                    yield ConfigChange(Action.CHANGE, section, name, _kind(entry), fields)
     for section in _SECTIONS:
         before, after = getattr(old, section), getattr(new, section)
         for name in before:
             if name not in after:
-                yield Change(Action.REMOVE, section, name, _kind(before[name]))
+                yield ConfigChange(Action.REMOVE, section, name, _kind(before[name]))
 
 
 def _kind(entry: Block) -> str:

@@ -21,7 +21,7 @@ from fleetd.config.schema.unsupported import find_unsupported
 from fleetd.config.validate.conflicts import check
 from fleetd.config.validate.messages import Messages
 from fleetd.config.validate.recovery import right_part, typed
-from fleetd.config.yaml.include import Reader
+from fleetd.config.yaml.include import IncludeReader
 from fleetd.config.yaml.source_map import Marks, Path_
 from fleetd.config.yaml.transform import lay_defaults, plain
 from fleetd.errors import ConfigError, Problem
@@ -61,7 +61,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
 
     Where there is one, `beside` is asked for those that others know of in a wrong one, so that all are told at once.
     """
-    reader = Reader(env)
+    reader = IncludeReader(env)
     root = reader.read(Path.cwd() / path, str(path))
     if root is None:
         raise ConfigError(_sorted(reader.problems, reader.order), files=reader.files)

@@ -42,7 +42,7 @@ from fleetd.errors import HostError
 from fleetd.host.host import Host
 from fleetd.host.lock import DaemonLocks
 from fleetd.host.notify import Notifier
-from fleetd.host.state_store import Store
+from fleetd.host.state_store import StateStore
 from fleetd.host.system.memory import Devices
 from fleetd.host.types import HandleRecord, HostPaths
 from fleetd.resolver.environment import inherited
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fleetd.control.wire import FleetEvent
     from fleetd.daemon.daemon_log import LogSink
     from fleetd.gateway.listener import Gateway
-    from fleetd.host.process.worker import Companion
+    from fleetd.host.process.worker import WorkerProcess
 
 _DRAIN_S = 5.0
 _UNDO_S = 20.0
@@ -70,7 +70,7 @@ class RunOptions:
     """`config` is absolute; `reading` reads it since before this module was loaded."""
 
     config: Path
-    reading: Companion
+    reading: WorkerProcess
 
 
 class App:
@@ -126,7 +126,7 @@ class App:
         host.expect(carried)
         await host.start()
         stack.push_async_callback(host.close)
-        store = Store(paths.state)
+        store = StateStore(paths.state)
         _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
         left, unreadable = await host.thread(host.load_records, carried)
         self._recorded = {record.name for record in left}

@@ -46,7 +46,7 @@ from fleetd.daemon.sources.prerequisites import Requirements
 from fleetd.daemon.sources.sampler import Sampling
 from fleetd.daemon.waiting import Changes
 from fleetd.host.host import Host
-from fleetd.host.state_store import Store
+from fleetd.host.state_store import StateStore
 from fleetd.host.system.memory import Devices
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -64,7 +64,7 @@ class Daemon:
     def __init__(
         self,
         host: Host,
-        store: Store,
+        store: StateStore,
         devices: Devices,
         configuration: Configuration,
         parent_env: Mapping[str, str],

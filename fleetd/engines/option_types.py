@@ -15,8 +15,18 @@ from typing import Annotated, Any
 
 from pydantic import SecretStr
 
-from fleetd.config.schema.types import Choice, FieldType, Flag, Misplaced, Real, Schema, Strings, Text, Whole
-from fleetd.config.schema.types import Duration as DurationType
+from fleetd.config.schema.types import (
+    Choice,
+    DurationType,
+    FieldType,
+    Flag,
+    Misplaced,
+    Real,
+    Schema,
+    Strings,
+    Text,
+    Whole,
+)
 from fleetd.config.schema.types import Size as SizeType
 from fleetd.engines.base import Api
 from fleetd.engines.load_options import LARGEST

@@ -25,10 +25,10 @@ from typing import ParamSpec, TypeVar
 from fleetd.errors import HostError
 from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.match import LogScanner
-from fleetd.host.logs.registry import LogBook
+from fleetd.host.logs.registry import LogRegistry
 from fleetd.host.process import cgroup
 from fleetd.host.process.command import CommandResult, end_marked, run_command, said
-from fleetd.host.process.exit_watch import CHILDREN, ExitWatch, Status, become_subreaper, signal_number
+from fleetd.host.process.exit_watch import CHILDREN, ExitWatch, ExitStatus, become_subreaper, signal_number
 from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.oom import OomWatch
@@ -77,7 +77,7 @@ class Host:
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
         self._closed = self._leaving = False
-        self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
+        self.logs = LogRegistry(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Host:
     def _died(self, handle: ProcessHandle) -> None:
         if handle.exit is not None or self._closed or self._leaving:
             return
-        status = CHILDREN.collect(handle.pid) if handle.child else Status()
+        status = CHILDREN.collect(handle.pid) if handle.child else ExitStatus()
         if status is None:  # told of the death before the status could be taken: kqueue is that early
             asyncio.get_running_loop().call_later(0.001, self._died, handle)
             return

@@ -87,7 +87,7 @@ def _entries(rows: Sequence[tuple[Any, ...]]) -> list[HistoryEntry]:
     return [HistoryEntry(row[0], row[1], row[2], row[3], json.loads(row[4])) for row in reversed(rows)]
 
 
-class Store:
+class StateStore:
     """state/remembered.json and state/fleetd.db."""
 
     def __init__(self, state: Path) -> None:

@@ -38,10 +38,10 @@ from fleetd.engines.container import Contained
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import ConfigError, EngineError, Problem
 from fleetd.resolver import policies
-from fleetd.resolver.containers import IN_IMAGE, Recipe, inner_host, runtime_of, user_ids
+from fleetd.resolver.containers import IN_IMAGE, ContainerRecipe, inner_host, runtime_of, user_ids
 from fleetd.resolver.devices import default_device, device_specs
 from fleetd.resolver.engine_options import read_options
-from fleetd.resolver.entries import Entry, entries, holders, needs_assigned_port, process_names
+from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
 from fleetd.resolver.environment import substitute
 from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
@@ -179,7 +179,7 @@ class Assembler:
 
     # -- one process ----------------------------------------------------------------------------------------------------
 
-    def _process(self, entry: Entry, models: list[str]) -> None:
+    def _process(self, entry: ConfigEntry, models: list[str]) -> None:
         engine = self._engine(entry)
         if engine is None:
             return
@@ -207,7 +207,7 @@ class Assembler:
         self.plans[entry.name] = plan
         self.specs[entry.name] = self._spec(entry, plan, own_model)
 
-    def _engine(self, entry: Entry) -> Engine | None:
+    def _engine(self, entry: ConfigEntry) -> Engine | None:
         keys = entry.engine_keys
         if keys is None:
             return find_engine("process")
@@ -217,7 +217,7 @@ class Assembler:
             self.problem((*entry.path, "engine"), error.sentence)
             return None
 
-    def _options(self, entry: Entry, engine: Engine) -> tuple[Any, bool]:
+    def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Any, bool]:
         """Return the options that are right, None where those are not enough; and whether that is all of them."""
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
         options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
@@ -225,7 +225,7 @@ class Assembler:
             self.problems += mistakes
         return options, not mistakes
 
-    def _device(self, entry: Entry) -> str:
+    def _device(self, entry: ConfigEntry) -> str:
         keys = entry.engine_keys
         if keys is None:
             return default_device(None, self.devices)
@@ -238,7 +238,7 @@ class Assembler:
 
     def _context(
         self,
-        entry: Entry,
+        entry: ConfigEntry,
         options: Any,
         device: str,
         models: list[str],
@@ -272,7 +272,7 @@ class Assembler:
             external=entry.external is not None,
         )
 
-    def _validate(self, entry: Entry, engine: Engine, context: LaunchContext, *, whole: bool) -> None:
+    def _validate(self, entry: ConfigEntry, engine: Engine, context: LaunchContext, *, whole: bool) -> None:
         """Tell what the engine finds; of the options themselves only where they are whole, since one depends on another."""
         for found in engine.validate(context):
             if found.path[:1] == ("models",):
@@ -286,7 +286,7 @@ class Assembler:
             (self.warn if found.warning else self.problem)(path, found.message)
 
     def _written(
-        self, entry: Entry, engine: Engine, context: LaunchContext, recipe: Recipe | None
+        self, entry: ConfigEntry, engine: Engine, context: LaunchContext, recipe: ContainerRecipe | None
     ) -> tuple[Launch, Contained | None, str | None]:
         """Return the command line, or why there is none now: the program may be installed later."""
         if entry.external is not None:
@@ -300,7 +300,7 @@ class Assembler:
             self.warn(entry.path if recipe is None else (*entry.path, "runtime"), error.sentence)
             return Launch(argv=()), None, error.sentence
 
-    def _recipe(self, entry: Entry, engine: Engine, context: LaunchContext) -> Recipe | None:
+    def _recipe(self, entry: ConfigEntry, engine: Engine, context: LaunchContext) -> ContainerRecipe | None:
         """Return how the entry's container is made, where it asks for one."""
         keys = entry.engine_keys
         if keys is None or keys.runtime is None:
@@ -321,14 +321,14 @@ class Assembler:
                 self.problem((*entry.path, "user"), f"this machine has no user {keys.user}")
         state = hashlib.sha256(str(paths_of(self.loaded).state).encode()).hexdigest()[:6]
         fleet = f"{self.config.name or 'fleet'}-{state}"
-        return Recipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
+        return ContainerRecipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
 
     def _plan(
         self,
-        entry: Entry,
+        entry: ConfigEntry,
         engine: Engine,
         context: LaunchContext,
-        recipe: Recipe | None,
+        recipe: ContainerRecipe | None,
         device: str,
         own_env: OwnEnvironment,
         probes: Probes,
@@ -369,7 +369,7 @@ class Assembler:
             place=path_text(path),
         )
 
-    def _named(self, entry: Entry, launch: Launch) -> dict[str, str]:
+    def _named(self, entry: ConfigEntry, launch: Launch) -> dict[str, str]:
         """Return which key names which required path, and warn of what is absent now: that is BLOCKED, no mistake."""
         keys: dict[str, str] = {}
         for path, option in launch.named.items():
@@ -379,7 +379,7 @@ class Assembler:
                 self.warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
         return keys
 
-    def _execution(self, entry: Entry) -> Execution:
+    def _execution(self, entry: ConfigEntry) -> Execution:
         keys, path = entry.keys, entry.path
         contained = entry.engine_keys is not None and entry.engine_keys.runtime is not None
         limits = keys.limits
@@ -396,7 +396,7 @@ class Assembler:
             post_stop=keys.hooks.post_stop or (),
         )
 
-    def _watch(self, entry: Entry) -> WatchPlan | None:
+    def _watch(self, entry: ConfigEntry) -> WatchPlan | None:
         keys = entry.keys
         if keys.watch is None:
             return None
@@ -404,7 +404,7 @@ class Assembler:
         paths = tuple(folder / expand_home(text) for text in keys.watch.paths)
         return WatchPlan(paths, keys.watch.ignore, keys.watch.debounce)
 
-    def _spec(self, entry: Entry, plan: LaunchPlan, own_model: str | None) -> ProcessSpec:
+    def _spec(self, entry: ConfigEntry, plan: LaunchPlan, own_model: str | None) -> ProcessSpec:
         keys = entry.keys
         engine_keys = entry.engine_keys
         capabilities = Capabilities()
@@ -431,7 +431,7 @@ class Assembler:
             launch_hash=plan.launch_hash(),
         )
 
-    def _own_model(self, entry: Entry, engine: Engine, models: list[str]) -> str | None:
+    def _own_model(self, entry: ConfigEntry, engine: Engine, models: list[str]) -> str | None:
         """Return the model that this process is. A server of one model may be named by exactly one."""
         if entry.own_model is not None:
             return entry.base
@@ -442,7 +442,7 @@ class Assembler:
             self.problem(entry.path, f"a {engine.name} server holds one model, but {len(models)} name it: {named}")
         return models[0] if models else None
 
-    def _dependencies(self, entry: Entry) -> tuple[Dependency, ...]:
+    def _dependencies(self, entry: ConfigEntry) -> tuple[Dependency, ...]:
         return tuple(
             Dependency(name, DependencyCondition(condition))
             for base, condition in entry.keys.depends_on.items()
@@ -456,13 +456,13 @@ def _parts(option: str) -> Path_:
     return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", option))
 
 
-def _image_command(entry: Entry) -> tuple[str, ...]:
+def _image_command(entry: ConfigEntry) -> tuple[str, ...]:
     """Return the program of a container image for an entry that names none: what is on this machine's PATH says nothing."""
     keys = entry.engine_keys
     return IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
 
 
-def _endpoint(entry: Entry, options: Any) -> Endpoint | None:
+def _endpoint(entry: ConfigEntry, options: Any) -> Endpoint | None:
     secret = getattr(options, "api_key", None)
     key: str | None = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
     if entry.external is not None:

@@ -42,7 +42,7 @@ class Commands(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ContainerRecipe:
     """How one entry's container is made. `fleet` tells this fleet's containers from those of others on the machine."""
 
     runtime: DockerRuntime

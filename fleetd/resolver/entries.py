@@ -20,7 +20,7 @@ Path_ = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ConfigEntry:
     """One process. `path` leads to its mapping in the file."""
 
     name: str
@@ -49,7 +49,7 @@ def replica_names(base: str, replicas: int) -> list[str]:
     return [base] if replicas == 1 else [f"{base}-{number}" for number in range(1, replicas + 1)]
 
 
-def entries(config: FleetConfig) -> Iterator[Entry]:
+def entries(config: FleetConfig) -> Iterator[ConfigEntry]:
     """Yield all processes, in the order of the file: services, instances, models with an engine."""
     sections: tuple[tuple[str, dict[str, Service | EngineKeys]], ...] = (
         ("services", dict(config.services)),
@@ -61,10 +61,10 @@ def entries(config: FleetConfig) -> Iterator[Entry]:
         for base, keys in found.items():
             for number, name in enumerate(replica_names(base, keys.replicas), start=1):
                 port = keys.port + number - 1 if keys.port is not None else None
-                yield Entry(name, base, number, kind, (section, base), keys, port)
+                yield ConfigEntry(name, base, number, kind, (section, base), keys, port)
 
 
-def needs_assigned_port(entry: Entry) -> bool:
+def needs_assigned_port(entry: ConfigEntry) -> bool:
     """Return whether fleetd has to find a port for it."""
     if entry.port is not None or entry.external is not None:
         return False

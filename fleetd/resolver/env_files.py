@@ -13,7 +13,7 @@ from pathlib import Path
 from fleetd.config.load import LoadedConfig
 from fleetd.config.yaml.source_map import Path_, path_text
 from fleetd.errors import Problem
-from fleetd.resolver.entries import Entry
+from fleetd.resolver.entries import ConfigEntry
 from fleetd.resolver.environment import EnvSource, Variables, read_env_file
 
 
@@ -40,7 +40,7 @@ class EnvFiles:
         self._problem, self._warn, self._elsewhere = problem, warn, elsewhere
         self._read: dict[Path, Variables | None] = {}
 
-    def environment(self, entry: Entry, places: Mapping[str, object]) -> OwnEnvironment:
+    def environment(self, entry: ConfigEntry, places: Mapping[str, object]) -> OwnEnvironment:
         """Return what an entry sets for its process."""
         files: dict[str, str] = {}
         absent: dict[str, str] = {}

@@ -21,7 +21,7 @@ from fleetd.engines.container import Contained
 from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import FleetError
 from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
-from fleetd.resolver.containers import Recipe
+from fleetd.resolver.containers import ContainerRecipe
 from fleetd.resolver.environment import EnvSource, inherited, redacted_argv, redacted_env
 
 REMOVAL = "container_removal"  # in a record's `extra`
@@ -92,7 +92,7 @@ class LaunchPlan:
     own_model: ServedModel | None = None
     schedule: Schedule | None = None
     watch: WatchPlan | None = None
-    recipe: Recipe | None = None  # where it runs in a container
+    recipe: ContainerRecipe | None = None  # where it runs in a container
     contained: Contained | None = None  # the container, once its client is there
     kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
     source: tuple[str, int] = ("", 0)

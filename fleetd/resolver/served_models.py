@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.model import HeldModel
 from fleetd.engines.base import LaunchContext, ServedModel
-from fleetd.resolver.entries import Entry
+from fleetd.resolver.entries import ConfigEntry
 
 
 def held_models(loaded: LoadedConfig, names: Iterable[str]) -> Iterable[ServedModel]:
@@ -38,7 +38,7 @@ def held_model(loaded: LoadedConfig, name: str, keys: HeldModel) -> ServedModel:
     )
 
 
-def own_held(entry: Entry, context: LaunchContext) -> ServedModel | None:
+def own_held(entry: ConfigEntry, context: LaunchContext) -> ServedModel | None:
     """Return the model that a process is, as its engine's probes see it."""
     if entry.own_model is None:
         return None

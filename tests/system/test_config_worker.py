@@ -22,7 +22,7 @@ from fleetd.daemon.reload.prefetch import begin_reading
 from fleetd.daemon.reload.worker import read
 from fleetd.daemon.reload.worker_client import FileReading, Reader
 from fleetd.errors import ConfigError, HostError
-from fleetd.host.process.worker import Companion, CompanionGone
+from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import Surroundings
 from tests.support.daemon import fake, fleetd, until
 
@@ -191,7 +191,7 @@ def test_leaving_early_kills_the_worker(tmp_path: Path) -> None:
 def test_worker_output_without_frames_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "babbler.py").write_text("def main():\n    print('hello, I am not a reader at all')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    companion = Companion("babbler")
+    companion = WorkerProcess("babbler")
     with pytest.raises(HostError, match="nonsense"):
         companion.receive(time.monotonic() + 30)
     companion.close()
@@ -214,8 +214,8 @@ def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
 
 
 def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(path: Path) -> Companion:
-        raise CompanionGone("the companion process was ended by SIGKILL before it had answered")
+    def begin(path: Path) -> WorkerProcess:
+        raise WorkerGone("the companion process was ended by SIGKILL before it had answered")
 
     monkeypatch.setattr(worker_client, "begin_reading", begin)
 

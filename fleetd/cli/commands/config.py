@@ -21,7 +21,7 @@ from fleetd.cli.client import (
     EXIT_USAGE,
     Client,
     CliError,
-    Refused,
+    RequestRefused,
     Unreachable,
     is_locked,
 )
@@ -66,7 +66,7 @@ def diff(session: Session, file: str | None) -> int:
     """
     try:
         answered = session.client.post("/v1/plan", _where(file))
-    except Refused as error:
+    except RequestRefused as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     changes = answered["plan"]["changes"]
     if not session.emit(answered) and changes:
@@ -143,7 +143,7 @@ def reexec(session: Session, timeout: float) -> int:
         passed = time.monotonic() - asked
         try:
             daemon = client.get("/v1/status")["daemon"]
-        except (Unreachable, Refused):
+        except (Unreachable, RequestRefused):
             continue
         if daemon["uptime_s"] < max(before["uptime_s"], passed):
             if not session.emit({"schema": "fleetctl/v1", "daemon": daemon}):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from fleetd.cli import views
-from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, Refused, Unreachable
+from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
 from fleetd.cli.context import FORMS, Duration, Session, completion_of, forms, names_argument, say
 from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.control.wire import OWN_STREAM, SCHEMA, document
@@ -65,7 +65,7 @@ def _detail(client: Client, name: str) -> dict[str, Any] | None:
     for kind in ("processes", "models"):
         try:
             return client.get(f"/v1/{kind}/{name}")
-        except Refused as error:
+        except RequestRefused as error:
             if error.code not in ("unknown_name", "unknown_route"):
                 raise
     return None
@@ -274,7 +274,7 @@ def version(session: Session) -> int:
 
     try:
         daemon = session.client.get("/v1/status")["daemon"]["version"]
-    except (Unreachable, Refused):
+    except (Unreachable, RequestRefused):
         daemon = None
     if not session.emit({"schema": SCHEMA, "fleetctl": __version__, "fleetd": daemon}):
         session.screen.line(f"fleetctl {__version__}")

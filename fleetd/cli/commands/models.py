@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError, Refused
+from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError, RequestRefused
 from fleetd.cli.context import Session, completion_of, forms, say
 from fleetd.cli.render import BOLD, DIM, GREEN, RED, YELLOW, Cell, Column, clean, shorten, size, table
 from fleetd.units import expand_home
@@ -46,7 +46,7 @@ def diff_(session: Session) -> int:
     """
     try:
         found = session.client.get("/v1/library")
-    except Refused as error:
+    except RequestRefused as error:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     broken = [store for store in found["stores"] if store.get("error")]
     if not session.emit(found):

@@ -55,7 +55,7 @@ def install_service(
 
     user = None if own else run_as or os.environ.get("SUDO_USER") or _current_user()
     file_given = _config(config)
-    service = service_files.Service(
+    service = service_files.ServiceSettings(
         fleetd=_program("fleetd", "fleetd"),
         fleetctl=_program("fleetctl", "fleetd.cli.fleetctl"),
         config=str(file_given),

@@ -62,7 +62,7 @@ def import_entities(
     report = Report()
     entities = _entities(document, report, shown)
     known = {name: (*(fields or {}).get(name, ()), *paths) for name, paths in FIELDS.items()}
-    reader = _Reader(known, report, tuple(instance) or ("ollama",))
+    reader = _EntityReader(known, report, tuple(instance) or ("ollama",))
     models: dict[str, Any] = {}
     for number, entity in enumerate(entities):
         reader.read(entity, number, models)
@@ -97,7 +97,7 @@ def _entities(document: Any, report: Report, shown: str) -> list[Any]:
 
 
 def _fleet(
-    document: Any, models: dict[str, Any], reader: _Reader, has_instance: bool, report: Report
+    document: Any, models: dict[str, Any], reader: _EntityReader, has_instance: bool, report: Report
 ) -> dict[str, Any]:
     instances: dict[str, Any] = {}
     if not has_instance and models:
@@ -125,7 +125,7 @@ def _fleet(
     return {"version": 1, **({"instances": instances} if instances else {}), **({"models": models} if models else {})}
 
 
-class _Reader:
+class _EntityReader:
     def __init__(self, known: Mapping[str, tuple[str, ...]], report: Report, instance: tuple[str, ...]) -> None:
         self.known = known
         self.report = report

@@ -47,7 +47,7 @@ def import_llama_swap(text: str, *, shown: str = "config.yaml") -> Imported:
     entries = document.get("models") if isinstance(document, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise ConfigError([Problem(shown, 0, 0, "", "has no models: is it a configuration of llama-swap?")])
-    reader = _Reader(document)
+    reader = _LlamaSwapReader(document)
     models: dict[str, Any] = {}
     for name, raw in entries.items():
         key = _NAME.sub("-", name).strip("-._")[:63] or "model"
@@ -63,7 +63,7 @@ def import_llama_swap(text: str, *, shown: str = "config.yaml") -> Imported:
     return Imported(to_yaml(data, {"": [f"{len(models)} models from llama-swap's {shown}"]}), data, reader.report)
 
 
-class _Reader:
+class _LlamaSwapReader:
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
         self.report = Report()

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Outcome(StrEnum):
+class FieldOutcome(StrEnum):
     MAPPED = "mapped"
     APPROXIMATED = "approximated"
     REFUSED = "refused"
@@ -21,10 +21,10 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ReportEntry:
     """One field of one subject. `detail` says where it went, how it differs, or why it was left out."""
 
-    outcome: Outcome
+    outcome: FieldOutcome
     subject: str
     field: str
     detail: str
@@ -38,26 +38,26 @@ class Entry:
 class Report:
     """All entries, in the order of the source."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ReportEntry] = field(default_factory=list)
 
     def mapped(self, subject: str, name: str, detail: str) -> None:
-        self.entries.append(Entry(Outcome.MAPPED, subject, name, detail))
+        self.entries.append(ReportEntry(FieldOutcome.MAPPED, subject, name, detail))
 
     def approximated(self, subject: str, name: str, detail: str) -> None:
-        self.entries.append(Entry(Outcome.APPROXIMATED, subject, name, detail))
+        self.entries.append(ReportEntry(FieldOutcome.APPROXIMATED, subject, name, detail))
 
     def refused(self, subject: str, name: str, detail: str) -> None:
-        self.entries.append(Entry(Outcome.REFUSED, subject, name, detail))
+        self.entries.append(ReportEntry(FieldOutcome.REFUSED, subject, name, detail))
 
     def warn(self, subject: str, name: str, detail: str) -> None:
-        self.entries.append(Entry(Outcome.WARNING, subject, name, detail))
+        self.entries.append(ReportEntry(FieldOutcome.WARNING, subject, name, detail))
 
-    def of(self, outcome: Outcome) -> Iterator[Entry]:
+    def of(self, outcome: FieldOutcome) -> Iterator[ReportEntry]:
         return (entry for entry in self.entries if entry.outcome is outcome)
 
     def lines(self) -> list[str]:
         """Return the report for a person: warnings and losses first, then a count of what was carried over."""
-        order = (Outcome.WARNING, Outcome.REFUSED, Outcome.APPROXIMATED, Outcome.MAPPED)
+        order = (FieldOutcome.WARNING, FieldOutcome.REFUSED, FieldOutcome.APPROXIMATED, FieldOutcome.MAPPED)
         return [str(entry) for outcome in order for entry in self.of(outcome)]
 
 

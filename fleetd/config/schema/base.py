@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from fleetd.config.schema.types import Command, Duration, Flag, Size, Strings, Text, Whole
+from fleetd.config.schema.types import CommandType, DurationType, Flag, Size, Strings, Text, Whole
 
 
 class Block(BaseModel):
@@ -34,12 +34,12 @@ MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}"
 
 Bool = Annotated[bool, Flag()]
 Port = Annotated[int, Whole(1, 65535)]
-Seconds = Annotated[float, Duration("1ms", "365d")]
-SecondsOrZero = Annotated[float, Duration("1ms", "365d", zero=True)]
+Seconds = Annotated[float, DurationType("1ms", "365d")]
+SecondsOrZero = Annotated[float, DurationType("1ms", "365d", zero=True)]
 Bytes = Annotated[int, Size()]
 Word = Annotated[str, Text(255)]
 PathText = Annotated[str, Text(4096, what="a path")]
 Words = Annotated[tuple[str, ...], Strings()]
-Argv = Annotated[tuple[str, ...], Command()]
+Argv = Annotated[tuple[str, ...], CommandType()]
 ProcessName = Annotated[str, Text(what="the name of a process", pattern=PROCESS_NAME)]
 ModelName = Annotated[str, Text(what="the name of a model", pattern=MODEL_NAME)]

@@ -20,7 +20,7 @@ from fleetd.config.schema.types import (
     Budget,
     BudgetType,
     DeviceName,
-    Duration,
+    DurationType,
     Size,
     Strings,
     Text,
@@ -62,8 +62,8 @@ class GatewayQueueKeys(Block):
     """`max_wait` is the fairness bound."""
 
     max: Annotated[int, Whole(0, 1_000_000)] = 512
-    timeout: Annotated[float, Duration("1ms", "1d")] = 120.0
-    max_wait: Annotated[float, Duration("1ms", "1d")] = 30.0
+    timeout: Annotated[float, DurationType("1ms", "1d")] = 120.0
+    max_wait: Annotated[float, DurationType("1ms", "1d")] = 30.0
 
 
 class RetryKeys(Block):

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 
 from fleetd.config.schema.descriptions import KEYS
 from fleetd.config.schema.fleet import FleetConfig
-from fleetd.config.schema.types import Arguments, Command, Duration, Environment, FieldType, Flag, Size
+from fleetd.config.schema.types import Arguments, CommandType, DurationType, Environment, FieldType, Flag, Size
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SHARED = {
-    "duration": Duration().json_schema(),
+    "duration": DurationType().json_schema(),
     "size": Size().json_schema(),
-    "command": Command().json_schema(),
+    "command": CommandType().json_schema(),
     "arguments": Arguments().json_schema(),
     "environment": Environment().json_schema(),
     "flag": Flag().json_schema(),

@@ -23,7 +23,7 @@ from fleetd.config.schema.base import (
     Word,
 )
 from fleetd.config.schema.process import EngineKeys
-from fleetd.config.schema.types import Choice, Duration, MemoryType, Strings, Text, Whole
+from fleetd.config.schema.types import Choice, DurationType, MemoryType, Strings, Text, Whole
 
 FORMS = ("instance", "engine", "route")
 _Names = Annotated[tuple[str, ...], Strings(Text(pattern=MODEL_NAME, what="the name of a model"))]
@@ -31,7 +31,7 @@ _Names = Annotated[tuple[str, ...], Strings(Text(pattern=MODEL_NAME, what="the n
 
 class ModelQueueKeys(Block):
     max: Annotated[int, Whole(0, 1_000_000)] = 64
-    timeout: Annotated[float, Duration("1ms", "1d")] | None = None  # None: the gateway's
+    timeout: Annotated[float, DurationType("1ms", "1d")] | None = None  # None: the gateway's
 
 
 class RequestKeys(Block):
@@ -53,7 +53,7 @@ class ModelKeys(Block):
     min_resident: SecondsOrZero = 30.0
     concurrency: Annotated[int, Whole(1, 10_000)] | None = None
     queue: ModelQueueKeys = ModelQueueKeys()
-    load_timeout: Annotated[float, Duration("100ms", "7d")] = 300.0
+    load_timeout: Annotated[float, DurationType("100ms", "7d")] = 300.0
     request: RequestKeys | None = None
     fallback: _Names = ()
 

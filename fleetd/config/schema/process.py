@@ -20,12 +20,12 @@ from fleetd.config.schema.types import (
     Arguments,
     Choice,
     DeviceName,
-    Duration,
+    DurationType,
     Environment,
     FieldType,
     HttpUrl,
     Misplaced,
-    Pattern,
+    PatternType,
     Real,
     SignalName,
     Size,
@@ -40,9 +40,9 @@ from fleetd.units import shown
 class BackoffKeys(Block):
     """Delay before the next start: initial * factor ** (deaths - 1), at most max, +- jitter."""
 
-    initial: Annotated[float, Duration("1ms", "1d", zero=True)] = 0.5
+    initial: Annotated[float, DurationType("1ms", "1d", zero=True)] = 0.5
     factor: Annotated[float, Real(1, 100)] = 2.0
-    max: Annotated[float, Duration("1ms", "7d", zero=True)] = 60.0
+    max: Annotated[float, DurationType("1ms", "7d", zero=True)] = 60.0
     jitter: Annotated[float, Real(0, 1)] = 0.25
 
 
@@ -50,9 +50,9 @@ class CrashLoopKeys(Block):
     """`count` deaths inside `window` give up, or go on slowly."""
 
     count: Annotated[int, Whole(1, 100_000)] = 5
-    window: Annotated[float, Duration("100ms", "30d")] = 60.0
+    window: Annotated[float, DurationType("100ms", "30d")] = 60.0
     then: Annotated[Literal["fail", "slow"], Choice("fail", "slow")] = "fail"
-    every: Annotated[float, Duration("100ms", "7d")] = 600.0
+    every: Annotated[float, DurationType("100ms", "7d")] = 600.0
 
 
 class RestartKeys(Block):
@@ -74,7 +74,7 @@ class StopKeys(Block):
     """How a process set is stopped: `command`, `message` or `signal`, then after `timeout` a kill of set, group or leader."""
 
     signal: Annotated[str, SignalName()] = "SIGTERM"
-    timeout: Annotated[float, Duration("1ms", "1d", zero=True)] = 10.0
+    timeout: Annotated[float, DurationType("1ms", "1d", zero=True)] = 10.0
     kill: Annotated[Literal["set", "group", "leader"], Choice("set", "group", "leader")] = "set"
     command: Argv | None = None
     message: Annotated[str, Text(1024, what="a message such as shutdown")] | None = None
@@ -92,14 +92,14 @@ class ProbeKeys(Block):
     http: Annotated[str, Text(2048, pattern=r"/[^\s#]*", what="a path such as /health")] | None = None
     tcp: Bool = False
     exec: Argv | None = None
-    log_line: Annotated[str, Pattern()] | None = None
+    log_line: Annotated[str, PatternType()] | None = None
     completion: Bool = False
     message: Annotated[str, Text(1024, what="a message such as ready")] | None = None
-    period: Annotated[float, Duration("10ms", "1d")] | None = None
-    timeout: Annotated[float, Duration("10ms", "1h")] | None = None
+    period: Annotated[float, DurationType("10ms", "1d")] | None = None
+    timeout: Annotated[float, DurationType("10ms", "1h")] | None = None
     failures: Annotated[int, Whole(1, 1000)] | None = None
     successes: Annotated[int, Whole(1, 1000)] | None = None
-    deadline: Annotated[float, Duration("10ms", "7d")] | None = None
+    deadline: Annotated[float, DurationType("10ms", "7d")] | None = None
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ class WatchKeys(Block):
 
     paths: Annotated[tuple[str, ...], Strings(at_least=1, what="a path")]
     ignore: Words = ()
-    debounce: Annotated[float, Duration("10ms", "1h")] = 0.5
+    debounce: Annotated[float, DurationType("10ms", "1h")] = 0.5
 
 
 class HooksKeys(Block):

@@ -123,7 +123,7 @@ class Flag(FieldType):
         return _or_variable({"type": "boolean"})
 
 
-class Duration(FieldType):
+class DurationType(FieldType):
     """Seconds, between two bounds that are written like the value. `zero` allows 0 below the lower bound."""
 
     def __init__(self, minimum: str = "0", maximum: str = "3650d", *, zero: bool = False) -> None:
@@ -266,7 +266,7 @@ def _word(index: int, word: object) -> str:
     return word
 
 
-class Command(FieldType):
+class CommandType(FieldType):
     """A list of words, or one string that is split like a shell splits words. Never run by a shell."""
 
     def parse(self, value: object) -> tuple[str, ...]:
@@ -291,7 +291,7 @@ class Command(FieldType):
         return {"anyOf": [{"type": "string", "minLength": 1}, words]}
 
 
-class Arguments(Command):
+class Arguments(CommandType):
     """Like a command, but it may be empty."""
 
     def parse(self, value: object) -> tuple[str, ...]:
@@ -468,7 +468,7 @@ class Choice(FieldType):
         return {"enum": list(self.choices)}
 
 
-class Pattern(FieldType):
+class PatternType(FieldType):
     """A regular expression, kept as text."""
 
     def parse(self, value: object) -> str:

@@ -25,7 +25,7 @@ MAX_ALL_NODES = 500_000
 
 
 @dataclass(slots=True)
-class Reader:
+class IncludeReader:
     """One reading of a configuration. `files` are all files that were read, or are absent, the first one first; `patterns` are
     (folder, pattern) of those that may match more, or less, another time."""
 

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fleetd.control.wire import OWN_STREAM, LogLine, rfc3339
-from fleetd.host.logs.registry import LogBook
-from fleetd.host.logs.tail import Line, Wanted, read_tail
+from fleetd.host.logs.registry import LogRegistry
+from fleetd.host.logs.tail import LogEntry, Wanted, read_tail
 from fleetd.host.process.table import ProcessTable, command_of
 
 _AT_ONCE = 1000
@@ -25,7 +25,7 @@ _AT_ONCE = 1000
 class LogSource:
     """The log book of the host, and the process table for the tree of a set."""
 
-    def __init__(self, book: LogBook, table: ProcessTable) -> None:
+    def __init__(self, book: LogRegistry, table: ProcessTable) -> None:
         self.book = book
         self._table = table
 
@@ -98,5 +98,5 @@ def _note(name: str, sentence: str) -> LogLine:
     return {"name": name, "at": None, "line": sentence, "stream": OWN_STREAM}
 
 
-def _wire(name: str, line: Line) -> LogLine:
+def _wire(name: str, line: LogEntry) -> LogLine:
     return {"name": name, "at": rfc3339(line.at) if line.at is not None else None, "line": line.text, "stream": None}

@@ -11,14 +11,14 @@ import pickle
 import time
 from pathlib import Path
 
-from fleetd.host.process.worker import Companion
+from fleetd.host.process.worker import WorkerProcess
 
 LIMIT_S = 120.0  # for one reading: thousands of model files' headers from a cold, slow disk
 
 
-def begin_reading(path: Path) -> Companion:
+def begin_reading(path: Path) -> WorkerProcess:
     """Have a file read; its places come as the first message. Raises HostError."""
-    companion = Companion("fleetd.daemon.reload.worker")
+    companion = WorkerProcess("fleetd.daemon.reload.worker")
     try:
         ask_to_read(companion, path)
     except BaseException:
@@ -28,6 +28,6 @@ def begin_reading(path: Path) -> Companion:
     return companion
 
 
-def ask_to_read(companion: Companion, path: Path) -> None:
+def ask_to_read(companion: WorkerProcess, path: Path) -> None:
     """Have a file read by a companion that has nothing else to do. Raises HostError."""
     companion.send(pickle.dumps((str(path), dict(os.environ))), time.monotonic() + LIMIT_S)

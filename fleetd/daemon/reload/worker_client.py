@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 from fleetd.daemon.reload.messages import Circumstances, Places, Reading, pack, unpack
 from fleetd.daemon.reload.prefetch import LIMIT_S, ask_to_read, begin_reading
 from fleetd.errors import ConfigError, HostError
-from fleetd.host.process.worker import Companion, CompanionGone
+from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import FleetPaths
 
 LINGER_S = 10.0
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class FileReading:
     """One reading of one file. Leaving the `async with` ends its process, or hands it to `keep` when it can read another."""
 
-    def __init__(self, companion: Companion, keep: Callable[[Companion], None] | None = None) -> None:
+    def __init__(self, companion: WorkerProcess, keep: Callable[[WorkerProcess], None] | None = None) -> None:
         self._companion = companion
         self._keep = keep
         self._end = time.monotonic() + LIMIT_S
@@ -99,7 +99,7 @@ class Reader:
     """Reads files, one process after the other. `close` it."""
 
     def __init__(self) -> None:
-        self._idle: Companion | None = None
+        self._idle: WorkerProcess | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Future[None]] = set()
         self._closed = False
@@ -111,7 +111,7 @@ class Reader:
             try:
                 return await self._read(idle, lambda: ask_to_read(idle, path), given)
             except HostError as error:
-                if not isinstance(error.__cause__, CompanionGone):
+                if not isinstance(error.__cause__, WorkerGone):
                     raise  # else it ended while nobody looked: its successor will tell
         try:
             companion = await asyncio.to_thread(begin_reading, path)
@@ -119,12 +119,12 @@ class Reader:
             raise _unread(error) from error
         return await self._read(companion, None, given)
 
-    async def _read(self, companion: Companion, ask: Callable[[], None] | None, given: Circumstances) -> Reading:
+    async def _read(self, companion: WorkerProcess, ask: Callable[[], None] | None, given: Circumstances) -> Reading:
         async with FileReading(companion, self._keep) as reading:
             await reading.places(ask)
             return await reading.finish(given)
 
-    def _take(self) -> Companion | None:
+    def _take(self) -> WorkerProcess | None:
         companion, self._idle = self._idle, None
         if self._timer is not None:
             self._timer.cancel()
@@ -134,7 +134,7 @@ class Reader:
             return None
         return companion
 
-    def _keep(self, companion: Companion) -> None:
+    def _keep(self, companion: WorkerProcess) -> None:
         if self._idle is not None or self._closed:
             self._end(companion)
             return
@@ -146,7 +146,7 @@ class Reader:
         if companion is not None:
             self._end(companion)
 
-    def _end(self, companion: Companion) -> None:
+    def _end(self, companion: WorkerProcess) -> None:
         ending = asyncio.get_running_loop().run_in_executor(None, companion.close)
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)

@@ -64,10 +64,10 @@ class Outside:
                 self._later(self._files.close())
                 self._files = None
             return
-        from fleetd.host.watch.watcher import FileWatch, Pattern
+        from fleetd.host.watch.watcher import FileWatch, WatchPattern
 
         files = [*assembly.files, *self._daemon.configuration.to_mend]
-        patterns = [Pattern(folder, text) for folder, text in assembly.patterns]
+        patterns = [WatchPattern(folder, text) for folder, text in assembly.patterns]
         if self._files is not None:
             self._files.update(files, patterns)
             return

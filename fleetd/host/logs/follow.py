@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from fleetd.host.logs.files import LogFiles
-from fleetd.host.logs.tail import Line, parse_line
+from fleetd.host.logs.tail import LogEntry, parse_line
 
 _STEP = 1024 * 1024
 _LONGEST_LINE = 64 * 1024
@@ -57,7 +57,7 @@ class LogFollower:
         """Where the next step begins."""
         return self._offset
 
-    def step(self) -> list[Line]:
+    def step(self) -> list[LogEntry]:
         """Return the lines that came since the last step. Blocks for the disk only."""
         if self._fd < 0 and not self._open():
             return []
@@ -101,14 +101,14 @@ class LogFollower:
         except FileNotFoundError:
             return False
 
-    def _read(self) -> list[Line]:
+    def _read(self) -> list[LogEntry]:
         size = os.fstat(self._fd).st_size
-        found: list[Line] = []
+        found: list[LogEntry] = []
         if size < self._offset:  # emptied: the fallback of rotation where no holes can be made
             self._offset, self._rest = 0, b""
         start = self._start_of() if size > self._offset else 0
         if start > self._offset:
-            found.append(Line(f"--- {start - self._offset} bytes were rotated away before they could be shown ---"))
+            found.append(LogEntry(f"--- {start - self._offset} bytes were rotated away before they could be shown ---"))
             self._offset, self._rest = start, b""
         data = os.pread(self._fd, min(_STEP, size - self._offset), self._offset) if size > self._offset else b""
         self._offset += len(data)
@@ -120,7 +120,7 @@ class LogFollower:
         for raw in lines:
             line = parse_line(raw)
             if self._skipped:
-                line = Line(f"{line.text} (and {self._skipped} bytes more)", line.at)
+                line = LogEntry(f"{line.text} (and {self._skipped} bytes more)", line.at)
                 self._skipped = 0
             found.append(line)
         return found
@@ -131,7 +131,7 @@ class LogFollower:
             self._fd = -1
 
 
-async def follow(pool: Executor, follower: LogFollower) -> AsyncGenerator[list[Line], None]:
+async def follow(pool: Executor, follower: LogFollower) -> AsyncGenerator[list[LogEntry], None]:
     """Yield lists of new lines for ever. Close the generator to stop."""
     loop, pause = asyncio.get_running_loop(), _SHORTEST_S
     try:

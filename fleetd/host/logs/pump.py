@@ -27,7 +27,7 @@ import orjson
 
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.rotate import _LOCKS, drop_surplus, shift
-from fleetd.host.logs.spool import READ, InHand, hand
+from fleetd.host.logs.spool import READ, Spool, hand
 from fleetd.host.types import LogPolicy
 
 _LONGEST_LINE = 1024 * 1024
@@ -44,7 +44,7 @@ class Stream:
     files: LogFiles
     policy: LogPolicy
     hand_path: Path | None = None
-    hand: InHand | None = None
+    hand: Spool | None = None
     out: int = -1
     size: int = 0
     since: float = 0.0

@@ -25,7 +25,7 @@ from fleetd.host.logs.match import LineReader, LogScanner
 from fleetd.host.logs.pump import Pump, Stream
 from fleetd.host.logs.punch_hole import can_punch
 from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, current_state, due, recover, rotate
-from fleetd.host.logs.tail import Line, Wanted, read_tail
+from fleetd.host.logs.tail import LogEntry, Wanted, read_tail
 from fleetd.host.process.handle import ProcessHandle
 from fleetd.host.types import Capture, HandleRecord, LogPolicy, RawExit
 
@@ -116,7 +116,7 @@ class TimeIndex:
         return best
 
 
-class LogBook:
+class LogRegistry:
     """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives;
     `hand_path(token)` is where a piped run keeps what is read and not written yet."""
 
@@ -277,14 +277,14 @@ class LogBook:
 
     async def tail(
         self, name: str, lines: int = 50, *, since: float | None = None, grep: re.Pattern[str] | None = None
-    ) -> list[Line]:
+    ) -> list[LogEntry]:
         """Return the last lines, oldest first. `since` is wall clock."""
         begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
         if self._is_piped(name):
             begin = None  # its lines carry their times
         return await self._read(name, Wanted(lines, begin, None, since, grep))
 
-    async def run_tail(self, handle: ProcessHandle, lines: int = 30) -> list[Line]:
+    async def run_tail(self, handle: ProcessHandle, lines: int = 30) -> list[LogEntry]:
         """Return the last lines of this run alone, the mark of its end left out."""
         await self.written(handle)
         begin = None if self._is_piped(handle.name) else handle.record.log_start
@@ -295,12 +295,12 @@ class LogBook:
         earlier = [number for number, line in enumerate(found) if _MARK.match(line.text)]
         return found[earlier[-1] + 1 if earlier else 0 :][-lines:]
 
-    async def _read(self, name: str, wanted: Wanted) -> list[Line]:
+    async def _read(self, name: str, wanted: Wanted) -> list[LogEntry]:
         return await asyncio.get_running_loop().run_in_executor(self._pool, read_tail, self.files(name), wanted)
 
     async def follow(
         self, name: str, lines: int = 10, *, since: float | None = None
-    ) -> tuple[list[Line], AsyncGenerator[list[Line], None]]:
+    ) -> tuple[list[LogEntry], AsyncGenerator[list[LogEntry], None]]:
         """Return the last lines and a generator of the lines that come after them: none is missing, none twice."""
         begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
         for _ in range(_ROTATIONS_IN_A_ROW):
@@ -316,7 +316,7 @@ class LogBook:
 
     async def _tail_and_follower(
         self, name: str, lines: int, begin: int | None, since: float | None
-    ) -> tuple[list[Line], LogFollower]:
+    ) -> tuple[list[LogEntry], LogFollower]:
         follower = await self._in_thread(lambda: LogFollower(self.files(name), lambda: self.start_of(name)))
         try:
             before = await self._read(name, Wanted(lines, begin, follower.offset, since)) if lines else []

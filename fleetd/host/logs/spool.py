@@ -23,7 +23,7 @@ _HEAD = struct.Struct("<8Q")
 _SIZE = _HEAD.size + _ROOM
 
 
-class InHand:
+class Spool:
     """The mapped file of one pipe. Raises OSError where it cannot be made."""
 
     def __init__(self, path: Path) -> None:
@@ -97,9 +97,9 @@ class InHand:
         _HEAD.pack_into(self._map, 0, self._start, self._end, reading, self._start, 0, 0, 0, self.lost)
 
 
-def hand(path: Path | None) -> InHand | None:
+def hand(path: Path | None) -> Spool | None:
     """Return the file at `path`; None where there is none to be had."""
     try:
-        return InHand(path) if path is not None else None
+        return Spool(path) if path is not None else None
     except OSError:
         return None

@@ -32,33 +32,33 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LogEntry:
     """One line without its end. `at` is its wall-clock time where the log has one (pipe capture)."""
 
     text: str
     at: float | None = None
 
 
-def parse_line(data: bytes) -> Line:
+def parse_line(data: bytes) -> LogEntry:
     """Read one line of a log; lines of the pump are JSON objects with `t` and `line`."""
     if data.startswith(b'{"t":'):
         try:
             content = json.loads(data)
-            return Line(_bounded(str(content["line"])), float(content["t"]))
+            return LogEntry(_bounded(str(content["line"])), float(content["t"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             cut = _cut_line(data) if len(data) >= _LONGEST_LINE else None
             if cut is not None:
                 return cut
-    return Line(shorten(data).decode("utf-8", "replace"))
+    return LogEntry(shorten(data).decode("utf-8", "replace"))
 
 
-def _cut_line(data: bytes) -> Line | None:
+def _cut_line(data: bytes) -> LogEntry | None:
     """Read a line of the pump that a limit has cut, maybe in the middle of an escape; None: it is none."""
     head = _PUMPED.match(data)
     if head is None:
         return None
     text = data[head.end() :].removesuffix(b'"}').decode("utf-8", "replace")
-    return Line(_bounded(_ESCAPE.sub(_unescaped, text)), float(head[1]))
+    return LogEntry(_bounded(_ESCAPE.sub(_unescaped, text)), float(head[1]))
 
 
 def _unescaped(escape: re.Match[str]) -> str:
@@ -117,9 +117,9 @@ class Wanted:
     grep: re.Pattern[str] | None = None
 
 
-def read_tail(files: LogFiles, wanted: Wanted) -> list[Line]:
+def read_tail(files: LogFiles, wanted: Wanted) -> list[LogEntry]:
     """Return the last lines that are wanted, oldest first, from the live file and then its archives."""
-    found: list[Line] = []
+    found: list[LogEntry] = []
     total, looked = 0, 0
     for raw in _all_backwards(files, wanted):
         looked += len(raw)

@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from secrets import token_hex
 
-from fleetd.host.process.exit_watch import CHILDREN, ExitWatch, Status
+from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch
 from fleetd.host.process.process_set import TOKEN_VARIABLE, Lineage, carriers
 from fleetd.host.process.program import Program, launch
 from fleetd.host.process.table import ProcessTable
@@ -30,7 +30,7 @@ _HUNTS = 20
 class CommandResult:
     """How it ended. `output` is the end of stdout and stderr together."""
 
-    status: Status
+    status: ExitStatus
     output: str = ""
     timed_out: bool = False
 
@@ -163,11 +163,11 @@ def _kill_group(pid: int) -> None:
         pass
 
 
-def _collect(pid: int) -> Status:
+def _collect(pid: int) -> ExitStatus:
     status = CHILDREN.collect(pid)
     if status is None:  # it hangs in the kernel: reaped like an orphan, some day
         CHILDREN.disown(pid)
-        return Status()
+        return ExitStatus()
     return status
 
 

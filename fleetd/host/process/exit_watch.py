@@ -26,7 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ExitStatus:
     """How a child ended: exactly one of `code` and `signal`, or neither when it was not ours to see."""
 
     code: int | None = None
@@ -34,11 +34,11 @@ class Status:
     core_dumped: bool = False
 
 
-def decode_status(status: int) -> Status:
+def decode_status(status: int) -> ExitStatus:
     """Turn a wait status into a code or a signal's name."""
     if os.WIFSIGNALED(status):
-        return Status(signal=signal_name(os.WTERMSIG(status)), core_dumped=os.WCOREDUMP(status))
-    return Status(code=os.WEXITSTATUS(status))
+        return ExitStatus(signal=signal_name(os.WTERMSIG(status)), core_dumped=os.WCOREDUMP(status))
+    return ExitStatus(code=os.WEXITSTATUS(status))
 
 
 def signal_name(number: int) -> str:
@@ -92,8 +92,8 @@ class Children:
         with self._lock:
             self._known.add(pid)
 
-    def collect(self, pid: int) -> Status | None:
-        """Take the status of a dead child; None while it lives. A child that is not ours has an empty Status."""
+    def collect(self, pid: int) -> ExitStatus | None:
+        """Take the status of a dead child; None while it lives. A child that is not ours has an empty ExitStatus."""
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError:
@@ -102,7 +102,7 @@ class Children:
             return None
         with self._lock:
             self._known.discard(pid)
-        return Status() if status == -1 else decode_status(status)
+        return ExitStatus() if status == -1 else decode_status(status)
 
     def disown(self, pid: int) -> None:
         """Nobody waits for this child any more: it is reaped like an orphan."""

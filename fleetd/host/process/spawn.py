@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from secrets import token_hex
 
 from fleetd.host.logs.fifo import open_pair
-from fleetd.host.logs.registry import LogBook
+from fleetd.host.logs.registry import LogRegistry
 from fleetd.host.process.cgroup import CgroupTree
 from fleetd.host.process.command import kill_and_forget
 from fleetd.host.process.handle import Records
@@ -40,7 +40,7 @@ class Spawner:
     """Starts programs for one host."""
 
     def __init__(
-        self, table: ProcessTable, records: Records, logs: LogBook, cgroups: CgroupTree | None, boot_id: str
+        self, table: ProcessTable, records: Records, logs: LogRegistry, cgroups: CgroupTree | None, boot_id: str
     ) -> None:
         self._table, self._records, self._logs = table, records, logs
         self._cgroups, self._boot_id = cgroups, boot_id

@@ -23,7 +23,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-class Entry(NamedTuple):
+class ProcessEntry(NamedTuple):
     """One line of the table. `start` is in clock ticks since boot, `cpu_ticks` user plus system."""
 
     pid: int
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     cpu_ticks: int = 0
 
 
-Snapshot = Mapping[int, Entry]
+Snapshot = Mapping[int, ProcessEntry]
 
 
 class ProcessTable(Protocol):
@@ -44,14 +44,14 @@ class ProcessTable(Protocol):
 
     def snapshot(self) -> Snapshot: ...
 
-    def entry(self, pid: int) -> Entry | None: ...
+    def entry(self, pid: int) -> ProcessEntry | None: ...
 
     def environment(self, pid: int) -> bytes | None: ...
 
     def send(self, pid: int, start: int, signal: int) -> bool: ...
 
 
-def parse_stat(data: bytes) -> Entry | None:
+def parse_stat(data: bytes) -> ProcessEntry | None:
     """Parse one /proc/PID/stat. The command may hold spaces and brackets, so counting starts at the last bracket."""
     close = data.rfind(b")")
     if close < 0:
@@ -60,7 +60,7 @@ def parse_stat(data: bytes) -> Entry | None:
     if len(fields) < 22:
         return None
     state, threads = fields[0], int(fields[17])
-    return Entry(
+    return ProcessEntry(
         pid=int(data[: data.index(b" ")]),
         ppid=int(fields[1]),
         pgid=int(fields[2]),
@@ -88,8 +88,8 @@ def _read(path: str, limit: int = 4096) -> bytes | None:
 class LinuxTable:
     """/proc."""
 
-    def snapshot(self) -> dict[int, Entry]:
-        table: dict[int, Entry] = {}
+    def snapshot(self) -> dict[int, ProcessEntry]:
+        table: dict[int, ProcessEntry] = {}
         for name in os.listdir("/proc"):  # noqa: PTH208 (names alone; this is the hot path)
             if not name.isdigit():
                 continue
@@ -99,7 +99,7 @@ class LinuxTable:
                 table[entry.pid] = entry
         return table
 
-    def entry(self, pid: int) -> Entry | None:
+    def entry(self, pid: int) -> ProcessEntry | None:
         data = _read(f"/proc/{pid}/stat")
         return parse_stat(data) if data else None
 
@@ -132,21 +132,21 @@ class LinuxTable:
 class PsutilTable:
     """The same through psutil, for systems without /proc."""
 
-    def snapshot(self) -> dict[int, Entry]:
-        table: dict[int, Entry] = {}
+    def snapshot(self) -> dict[int, ProcessEntry]:
+        table: dict[int, ProcessEntry] = {}
         for process in psutil.process_iter():
             entry = self._entry(process)
             if entry is not None:
                 table[entry.pid] = entry
         return table
 
-    def entry(self, pid: int) -> Entry | None:
+    def entry(self, pid: int) -> ProcessEntry | None:
         try:
             return self._entry(psutil.Process(pid))
         except psutil.Error:
             return None
 
-    def _entry(self, process: psutil.Process) -> Entry | None:
+    def _entry(self, process: psutil.Process) -> ProcessEntry | None:
         try:
             with process.oneshot():
                 dead = process.status() == psutil.STATUS_ZOMBIE
@@ -161,7 +161,7 @@ class PsutilTable:
                 group, session = os.getpgid(process.pid), os.getsid(process.pid)
         except (psutil.Error, OSError):
             return None
-        return Entry(process.pid, ppid, group, session, start, dead, rss, cpu)
+        return ProcessEntry(process.pid, ppid, group, session, start, dead, rss, cpu)
 
     def environment(self, pid: int) -> bytes | None:
         try:

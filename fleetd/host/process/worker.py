@@ -23,11 +23,11 @@ _CHUNK_BYTES = 1 << 20
 _END_S = 5.0
 
 
-class CompanionGone(HostError):
+class WorkerGone(HostError):
     """It ended, or closed its pipe, before it had answered."""
 
 
-class Companion:
+class WorkerProcess:
     """`module.main()` in a process of its own, with the daemon's interpreter, import path and environment.
 
     `began` is the wall-clock time of its start.
@@ -98,7 +98,7 @@ class Companion:
         if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
             raise HostError("the companion process took too long and was ended")
 
-    def _gone(self) -> CompanionGone:
+    def _gone(self) -> WorkerGone:
         """Return what to say of a companion that closed its pipe."""
         self._collect()
         status = self._status
@@ -108,7 +108,7 @@ class Companion:
             how = f"was ended by {signal.Signals(-status).name}"
         else:
             how = f"ended with code {status}"
-        return CompanionGone(f"the companion process {how} before it had answered")
+        return WorkerGone(f"the companion process {how} before it had answered")
 
     def alive(self) -> bool:
         """Return whether it still runs."""

@@ -89,7 +89,7 @@ def mark_of(file: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class WatchPattern:
     """A glob pattern, relative to a folder or absolute. It may match nothing."""
 
     folder: Path
@@ -102,7 +102,7 @@ class Pattern:
         """Return the existing folders in which something may come that it matches, on every level that has a wildcard."""
         parts = Path(self.text).parts
         first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-        levels = [Pattern(self.folder, str(Path(*parts[:end]))).matches() for end in range(first + 1, len(parts))]
+        levels = [WatchPattern(self.folder, str(Path(*parts[:end]))).matches() for end in range(first + 1, len(parts))]
         begin = self.folder.joinpath(*parts[:first])
         return {_existing(begin), *(one for level in levels for one in level if one.is_dir())}
 
@@ -119,7 +119,7 @@ class FileWatch:
         files: Iterable[Path],
         on_change: Callable[[list[Path]], None],
         *,
-        patterns: Iterable[Pattern] = (),
+        patterns: Iterable[WatchPattern] = (),
         debounce_s: float = 0.1,
     ) -> None:
         self._on_change, self._debounce_s = on_change, debounce_s
@@ -128,7 +128,7 @@ class FileWatch:
         self._renewed = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
 
-    def update(self, files: Iterable[Path], patterns: Iterable[Pattern] = ()) -> None:
+    def update(self, files: Iterable[Path], patterns: Iterable[WatchPattern] = ()) -> None:
         """Watch these from now on. What is new counts as seen, but a match that is not among the files: nobody has read it."""
         self._patterns = tuple(patterns)
         told = [match for match in self._matches() if match in self._marks]

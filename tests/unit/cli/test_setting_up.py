@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fleetd.cli.service_files import Service, examples, launchd, systemd
+from fleetd.cli.service_files import ServiceSettings, examples, launchd, systemd
 from tests.support.cli import FLEETCTL, REPOSITORY, environment, fleetctl, raw_server
 
-ODD = Service(
+ODD = ServiceSettings(
     fleetd=("/opt/my tools/fleetd",),
     fleetctl=("/usr/bin/python3", "-m", "fleetd.cli.fleetctl"),
     config="/etc/fleet & co/50%.yaml",
@@ -39,7 +39,7 @@ def test_a_unit_quotes_what_it_must() -> None:
 
 
 def test_a_system_unit_has_a_user() -> None:
-    file = systemd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": "fleet"}))
+    file = systemd(ServiceSettings(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": "fleet"}))
     assert file.destination == Path("/etc/systemd/system/fleetd.service")
     assert "User=fleet\n" in file.text
     assert "WantedBy=multi-user.target" in file.text
@@ -50,7 +50,7 @@ def test_a_system_unit_is_hardened_and_lets_engines_be() -> None:
         parsed = configparser.ConfigParser(interpolation=None, strict=False)
         parsed.optionxform = str  # type: ignore[assignment,method-assign]
         parsed.read_string(
-            systemd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user})).text
+            systemd(ServiceSettings(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user})).text
         )
         return parsed["Service"]
 
@@ -90,7 +90,7 @@ def test_the_unit_finds_the_daemons_socket(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "fleetd.service"
-    real = Service(("/bin/true",), ("/bin/true",), "/etc/passwd", "/bin", None, tmp_path)
+    real = ServiceSettings(("/bin/true",), ("/bin/true",), "/etc/passwd", "/bin", None, tmp_path)
     unit.write_text(systemd(real).text)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, check=False)
     assert b"fleetd.service:" not in done.stderr, done.stderr
@@ -98,7 +98,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("user", [None, "fleet"])
 def test_a_property_list_is_one(user: str | None) -> None:
-    file = launchd(Service(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user}))
+    file = launchd(ServiceSettings(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user}))
     parsed = plistlib.loads(file.text.encode())
     assert parsed["ProgramArguments"] == ["/opt/my tools/fleetd", "run", "--config", "/etc/fleet & co/50%.yaml"]
     assert parsed["AbandonProcessGroup"] is True

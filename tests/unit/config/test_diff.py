@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from fleetd.config.diff import Change, FieldChange, diff
+from fleetd.config.diff import ConfigChange, FieldChange, diff
 from fleetd.config.load import load
 from fleetd.config.schema.change_effects import EFFECTS, Effect, effect_of
 from fleetd.config.schema.fleet import FleetConfig
@@ -171,7 +171,7 @@ def test_a_plan_is_in_the_order_of_the_new_file_and_removes_last(tmp_path: Path)
 
 def test_from_nothing_everything_is_added(tmp_path: Path) -> None:
     plan = diff(None, config(tmp_path, "services: {a: {command: x}}\nmodels: {m: {engine: vllm}}\n"))
-    assert plan == (Change("add", "services", "a", "service"), Change("add", "models", "m", "engine model"))  # type: ignore[arg-type]
+    assert plan == (ConfigChange("add", "services", "a", "service"), ConfigChange("add", "models", "m", "engine model"))  # type: ignore[arg-type]
 
 
 def test_a_plan_of_five_thousand_models_is_made_in_time(tmp_path: Path) -> None:

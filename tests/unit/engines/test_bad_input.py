@@ -97,7 +97,7 @@ def wrong(kind: FieldType | None, option: Option) -> list[Any]:
             return ["yes", "on", "nonsense", "", NUL, 0, 1, 2, 1.0, [], [True], {}]
         case engine_fields.LifetimeType():
             return ["nonsense", "", NUL, True, 5, -2, "5", "-5m", "1w", [], {}, float("inf")]
-        case config_fields.Duration():
+        case config_fields.DurationType():
             return ["nonsense", "", NUL, True, 5, -1, "5", "-5m", "1w", "forever", [], {}, float("inf")]
         case config_fields.Size():
             return ["nonsense", "", NUL, True, -1, 1.5, "10G", "5%", "-1GiB", [], {}, 10**30, float("nan")]
@@ -139,7 +139,7 @@ def right(kind: FieldType | None, option: Option) -> list[Any]:
             return [True, "true"]
         case engine_fields.LifetimeType():
             return [-1, "-1", "forever", "5m", 0]
-        case config_fields.Duration():
+        case config_fields.DurationType():
             return ["5m", 0, "1h30m"]
         case config_fields.Size():
             return ["2GiB", 2**30, "1073741824"]

@@ -18,7 +18,7 @@ import pytest
 
 from fleetd.host.logs.fifo import open_pair
 from fleetd.host.logs.files import LogFiles
-from fleetd.host.logs.spool import READ, InHand, hand
+from fleetd.host.logs.spool import READ, Spool, hand
 
 # A daemon's pump on one pipe, until it is killed, or until nothing more comes.
 PUMP = """
@@ -61,7 +61,7 @@ def test_what_a_killed_daemon_had_in_hand_is_written_once(
 ) -> None:
     source, end, log = ends
     os.write(log, b"before\n")
-    first = InHand(tmp_path / "hand")
+    first = Spool(tmp_path / "hand")
     assert first.take_up(log) == b""
     os.write(end, b"one\ntwo\nhal")
     if killed == "in the read":
@@ -77,30 +77,30 @@ def test_what_a_killed_daemon_had_in_hand_is_written_once(
         os.write(log, b"one\ntw" if killed == "in the write" else b"one\ntwo\n")
     if killed == "when all is noted":
         first.written(3, 0)
-    second = InHand(tmp_path / "hand")  # of the next daemon: the first is never closed
+    second = Spool(tmp_path / "hand")  # of the next daemon: the first is never closed
     left = second.take_up(log)
     assert left == (b"hal" if "after the write" in killed or "noted" in killed else b"one\ntwo\nhal")
     assert (tmp_path / "log").read_bytes() == b"before\n" + (b"" if len(left) > 3 else b"one\ntwo\n")
     os.write(end, b"f\n")
     assert second.read(source) == b"f\n"
-    assert InHand(tmp_path / "hand").take_up(log) == left + b"f\n"
+    assert Spool(tmp_path / "hand").take_up(log) == left + b"f\n"
 
 
 def test_lost_lines_are_known_to_the_next_daemon(ends: tuple[int, int, int], tmp_path: Path) -> None:
     source, end, log = ends
-    first = InHand(tmp_path / "hand")
+    first = Spool(tmp_path / "hand")
     first.take_up(log)
     os.write(end, b"one\n")
     first.read(source)
     first.written(0, 7)
-    second = InHand(tmp_path / "hand")
+    second = Spool(tmp_path / "hand")
     assert second.take_up(log) == b""
     assert second.lost == 7
 
 
 def test_many_reads_find_room_and_a_rest_that_is_too_long_is_let_go(ends: tuple[int, int, int], tmp_path: Path) -> None:
     source, end, log = ends
-    one = InHand(tmp_path / "hand")
+    one = Spool(tmp_path / "hand")
     one.take_up(log)
     rest = b""
     for number in range(200):
@@ -110,19 +110,19 @@ def test_many_reads_find_room_and_a_rest_that_is_too_long_is_let_go(ends: tuple[
         rest = block if number % 10 == 9 else rest + block
         one.written(len(rest), 0)
         expected = rest if len(rest) <= READ else b""
-        assert InHand(tmp_path / "hand").take_up(log) == expected
+        assert Spool(tmp_path / "hand").take_up(log) == expected
 
 
 def test_without_room_or_with_garbage_it_begins_anew(ends: tuple[int, int, int], tmp_path: Path) -> None:
     _, _, log = ends
     assert hand(None) is None
     assert hand(tmp_path / "absent" / "hand") is None
-    InHand(tmp_path / "hand").close()
+    Spool(tmp_path / "hand").close()
     size = (tmp_path / "hand").stat().st_size
     (tmp_path / "hand").write_bytes(random.Random(1).randbytes(size))
-    assert InHand(tmp_path / "hand").take_up(log) == b""
+    assert Spool(tmp_path / "hand").take_up(log) == b""
     (tmp_path / "hand").write_bytes(b"short")
-    assert InHand(tmp_path / "hand").take_up(log) == b""
+    assert Spool(tmp_path / "hand").take_up(log) == b""
 
 
 def after_kills(folder: Path, *, protected: bool) -> list[int]:

@@ -17,13 +17,13 @@ import pytest
 from fleetd.core.data.specs import ExitKind, ExitReport, Remembered
 from fleetd.errors import HostError
 from fleetd.host import state_store as store_module
-from fleetd.host.state_store import Store
+from fleetd.host.state_store import StateStore
 from tests.support.host import until
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Store]:
-    store = Store(folder)
+async def opened(folder: Path) -> AsyncIterator[StateStore]:
+    store = StateStore(folder)
     await store.open()
     try:
         yield store
@@ -258,7 +258,7 @@ def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     async def run() -> None:
-        store = Store(tmp_path / "file" / "state")
+        store = StateStore(tmp_path / "file" / "state")
         with pytest.raises(HostError, match="state folder"):
             await store.open()
         await store.close()

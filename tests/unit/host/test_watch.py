@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.host.watch import inotify
-from fleetd.host.watch.watcher import FileWatch, Pattern, TreeWatch, folders_to_watch
+from fleetd.host.watch.watcher import FileWatch, TreeWatch, WatchPattern, folders_to_watch
 from tests.support.host import until
 
 
@@ -88,7 +88,7 @@ def test_what_a_pattern_matches_comes_goes_and_is_swapped(tmp_path: Path) -> Non
 
     async def run() -> None:
         seen: list[Path] = []
-        patterns = [Pattern(tmp_path, "inc/*.yaml"), Pattern(tmp_path, "later/*/x.yaml")]
+        patterns = [WatchPattern(tmp_path, "inc/*.yaml"), WatchPattern(tmp_path, "later/*/x.yaml")]
         watch = FileWatch([read], seen.extend, patterns=patterns, debounce_s=0.02)
 
         async def told(*paths: Path) -> None:

@@ -44,7 +44,7 @@ def snake(key: str) -> str:
     return _ALIASES.get(name, name)
 
 
-class App:
+class Pm2App:
     """One app on its way. `take(field)` reads a field once; what is never taken is reported at the end."""
 
     def __init__(
@@ -217,7 +217,7 @@ _REFUSED = {
 }
 
 
-def _replicas(app: App) -> None:
+def _replicas(app: Pm2App) -> None:
     mode, count = app.take("exec_mode"), app.take("instances")
     # PM2 takes what Node runs for a cluster as soon as a number of instances is said.
     cluster = str(mode).startswith("cluster") if mode is not None else count is not None and _is_node(app)
@@ -245,12 +245,12 @@ def _replicas(app: App) -> None:
             )
 
 
-def _is_node(app: App) -> bool:
+def _is_node(app: Pm2App) -> bool:
     words = app.entry.get("command") or [""]
     return PurePosixPath(words[0]).name in ("node", "nodejs")
 
 
-def _counted(app: App, instances: int) -> bool:
+def _counted(app: Pm2App, instances: int) -> bool:
     """Say whether PM2 gives each instance the next port."""
     variable = app.take("increment_var")
     if variable is None:
@@ -280,7 +280,7 @@ def _instances(count: Any) -> int | None:
     return max(1, cores + number) if number < 0 else min(number, 256)
 
 
-def _restart(app: App) -> None:
+def _restart(app: Pm2App) -> None:
     restart: dict[str, Any] = {}
     codes = app.take("stop_exit_codes")
     if app.take("autorestart") is False:
@@ -318,7 +318,7 @@ def _restart(app: App) -> None:
         app.mapped("autostart", "enabled: false")
 
 
-def _stop(app: App) -> None:
+def _stop(app: Pm2App) -> None:
     stop: dict[str, Any] = {} if app.is_instance else {"signal": "SIGINT"}
     timeout = milliseconds(app.take("kill_timeout"))
     if timeout:
@@ -335,7 +335,7 @@ def _stop(app: App) -> None:
         app.entry["stop"] = stop
 
 
-def _message(app: App, stop: dict[str, Any]) -> None:
+def _message(app: Pm2App, stop: dict[str, Any]) -> None:
     """Where PM2 sends a message instead of a signal, so does fleetd, over the same channel."""
     if app.is_instance:
         app.refused("shutdown_with_message", "Ollama ends at a signal")
@@ -348,7 +348,7 @@ def _message(app: App, stop: dict[str, Any]) -> None:
         app.report.warn(app.name, "shutdown_with_message", detail)
 
 
-def _ready(app: App) -> None:
+def _ready(app: Pm2App) -> None:
     said, limit = app.take("wait_ready"), app.take("listen_timeout")
     timeout = milliseconds(limit)
     if said not in (True, "true"):
@@ -367,7 +367,7 @@ def _ready(app: App) -> None:
     )
 
 
-def _limits(app: App) -> None:
+def _limits(app: Pm2App) -> None:
     size = size_bytes(app.take("max_memory_restart"))
     if size:
         app.entry["limits"] = {"memory": format_size(size)}
@@ -375,7 +375,7 @@ def _limits(app: App) -> None:
         app.differs("max_memory_restart", detail)
 
 
-def _schedule(app: App) -> None:
+def _schedule(app: Pm2App) -> None:
     cron = app.take("cron_restart")
     if not isinstance(cron, str) or cron in ("0", "false"):
         return
@@ -394,7 +394,7 @@ def _schedule(app: App) -> None:
         )
 
 
-def _watch(app: App) -> None:
+def _watch(app: Pm2App) -> None:
     watch = app.take("watch")
     ignored, delay = app.fields.get("ignore_watch"), milliseconds(app.fields.get("watch_delay"))
     if not watch:
@@ -416,7 +416,7 @@ def _watch(app: App) -> None:
     app.mapped("watch", f"watch.paths: {', '.join(paths)}")
 
 
-def _glob(app: App, ignored: str) -> str | None:
+def _glob(app: Pm2App, ignored: str) -> str | None:
     """Return the pattern of something ignored; a regular expression only where a pattern says the same."""
     if not ignored.startswith(REGEXP):
         return ignored
@@ -430,7 +430,7 @@ def _glob(app: App, ignored: str) -> str | None:
     return None
 
 
-def _logs(app: App) -> None:
+def _logs(app: Pm2App) -> None:
     files = [str(name) for name in (app.take("out_file"), app.take("error_file")) if name]
     if files:
         app.differs("out_file", f"{' and '.join(files)}: fleetd writes both to logs/{app.name}.log and rotates it")
@@ -439,7 +439,7 @@ def _logs(app: App) -> None:
         app.mapped("time", "logs.capture: pipe, every line with its time")
 
 
-def _identity(app: App) -> None:
+def _identity(app: Pm2App) -> None:
     user, env_file = app.take("user"), app.take("env_file")
     if user is not None:
         app.entry["user"] = str(user)
@@ -450,7 +450,7 @@ def _identity(app: App) -> None:
         app.mapped("env_file", app.entry["env_file"])
 
 
-_STEPS: tuple[Callable[[App], None], ...] = (
+_STEPS: tuple[Callable[[Pm2App], None], ...] = (
     _replicas,
     _restart,
     _stop,

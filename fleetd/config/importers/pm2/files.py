@@ -16,7 +16,7 @@ from typing import Any
 
 from fleetd.config.importers import nodejs
 from fleetd.config.importers.emit import Variable, to_yaml
-from fleetd.config.importers.pm2.fields import App
+from fleetd.config.importers.pm2.fields import Pm2App
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.secrets import is_secret
@@ -95,7 +95,7 @@ def import_document(
     taken: set[str] = set()
     chosen = profile is None
     for raw in apps:
-        app = App(raw, folder, profile, timezone or local_timezone(), report)
+        app = Pm2App(raw, folder, profile, timezone or local_timezone(), report)
         app.name = _free(app.name, taken, report)
         entry = app.read()
         chosen |= app.has_profile
