@@ -1,10 +1,9 @@
-"""Bytes that a model needs while it is served, from its header: weights, KV cache, compute buffers, overhead.
+"""Estimate the memory that llama.cpp needs for a GGUF model: weights, KV cache, compute buffers, overhead.
 
-The rules of this file
-- An estimate, and said to be one: what was measured is better and replaces it. It is meant to be a little high.
-- Five shapes of attention, each its own function: latent (MLA), hybrid with recurrent layers, sliding windows, per-layer
-  heads, and plain grouped heads. A header that lacks the keys of all of them gives weights and overhead only.
-- Device bytes are what lies on the entry's device when all layers do; host bytes are the rest.
+An estimate is meant to be a little high; a measured footprint replaces it. Device bytes are the bytes on the entry's device if all
+layers are there; host bytes are the rest. Each of five shapes of attention has its own function: latent (MLA), hybrid with
+recurrent layers, sliding windows, per-layer heads, and plain grouped heads. A header without the keys of any of them gives weights
+and overhead only.
 
 Sources: llama.cpp's buffer rules as read in its KV-cache code, and measurements of its server on small models.
 """
@@ -32,7 +31,7 @@ MAX_LAYERS = 4_096  # a header may state any number
 
 @dataclass(frozen=True, slots=True)
 class GgufServing:
-    """How a model is served. `context_length` is per slot; `gpu_layers` None means all layers on the device, 0 none."""
+    """How llama.cpp serves a model. `context_length` is per slot; `gpu_layers` None: all layers on the GPU, 0: none."""
 
     context_length: int = 4096
     slots: int = 1
@@ -49,7 +48,7 @@ class GgufServing:
 
 @dataclass(frozen=True, slots=True)
 class GgufSizes:
-    """The parts, and their sum split by where they lie. All layers on the host: everything is in `host_bytes`."""
+    """The parts of an estimate, and their sum split by device. Without a GPU everything is in `host_bytes`."""
 
     weight_bytes: int
     kv_bytes: int
@@ -71,7 +70,7 @@ def estimate_gguf(paths: Sequence[Path], serving: GgufServing) -> GgufSizes:
 
 
 def estimate(headers: Sequence[Header], serving: GgufServing, extra_weight_bytes: int = 0) -> GgufSizes:
-    """Return the bytes for headers that were read already; `extra_weight_bytes` are adapters and projectors."""
+    """Return the bytes for parsed headers; `extra_weight_bytes` are adapters and projectors."""
     first = headers[0]
     weights = sum(header.weight_bytes for header in headers)
     kv = kv_bytes(first, serving)
@@ -101,7 +100,7 @@ def kv_bytes(header: Header, serving: GgufServing) -> int:
     layers -= header.number("nextn_predict_layers") or 0
     layers -= header.number("attention.shared_kv_layers") or 0
     causal = header.keys.get(f"{header.architecture}.attention.causal")
-    if layers <= 0 or causal is False:  # an encoder keeps nothing between tokens
+    if layers <= 0 or causal is False:  # an encoder has no cache
         return 0
     layers = min(layers, MAX_LAYERS)
     if header.number("attention.kv_lora_rank"):
@@ -114,13 +113,13 @@ def kv_bytes(header: Header, serving: GgufServing) -> int:
 
 
 def cells(serving: GgufServing) -> int:
-    """Return the cells of a full-attention layer: the pool of all slots, each slot padded as llama.cpp pads it."""
+    """Return the cells of a full-attention layer for all slots, each padded as llama.cpp pads it."""
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
     return per_slot * serving.slots
 
 
 def _per_layer(header: Header, key: str, layers: int, fallback: int) -> list[int]:
-    """Return one number per layer for a key that may be a scalar or an array."""
+    """Return one number per layer for a key that is a scalar or an array."""
     values = header.numbers(key)
     if not values:
         return [fallback] * layers
@@ -134,7 +133,7 @@ def _heads(header: Header) -> int:
 
 
 def head_widths(header: Header, suffix: str = "") -> tuple[int, int]:
-    """Return the length of a key and of a value per head, in numbers."""
+    """Return the length of a key and of a value vector per head, in numbers."""
     heads = _heads(header)
     default = (header.number("embedding_length") or 0) // heads if heads else 0
     key = header.number(f"attention.key_length{suffix}") or header.number("attention.key_length") or default
@@ -154,14 +153,14 @@ def _grouped(header: Header, serving: GgufServing, layers: int) -> int:
 
 
 def _latent(header: Header, serving: GgufServing, layers: int) -> int:
-    """Multi-head latent attention keeps one compressed vector and the rotary part per cell, whatever the heads."""
+    """Latent attention (MLA): one compressed vector and the rotary part per cell, for any number of heads."""
     rank = header.number("attention.kv_lora_rank") or 0
     rotary = header.number("rope.dimension_count") or 64
     return int(layers * (rank + rotary) * KV_BYTES.get(serving.cache_type_k, 2.0) * cells(serving))
 
 
 def _hybrid(header: Header, serving: GgufServing, layers: int) -> int:
-    """Every `full_attention_interval`-th layer has a cache; the others keep a state of fixed size per slot, in f32."""
+    """Hybrid: every `full_attention_interval`-th layer has a cache, the others a fixed f32 state per slot."""
     interval = header.number("full_attention_interval")
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     if interval:
@@ -177,7 +176,7 @@ def _hybrid(header: Header, serving: GgufServing, layers: int) -> int:
 
 
 def _windowed(header: Header, serving: GgufServing, layers: int) -> int:
-    """Layers with a sliding window keep the window and one batch per slot; the others the whole context."""
+    """Sliding windows: such layers keep the window and one batch per slot, the others the whole context."""
     window = header.number("attention.sliding_window") or 0
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
@@ -192,22 +191,22 @@ def _windowed(header: Header, serving: GgufServing, layers: int) -> int:
     return int(total)
 
 
-# architecture -> every how many layers one attends to everything, where the header does not say
+# architecture -> period of the layers with full attention, if the header does not state it
 _PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "cohere2": 4, "llama4": 4, "exaone4": 4, "olmo2": 4}
 
 
 def _sliding(header: Header, layers: int) -> list[bool]:
-    """Return for each layer whether its attention slides."""
+    """Return for each layer whether it has a sliding window."""
     value = header.keys.get(f"{header.architecture}.attention.sliding_window_pattern")
     if isinstance(value, tuple) and value:
         return [bool(value[layer % len(value)]) for layer in range(layers)]
     period = value if isinstance(value, int) and value > 0 else _PATTERNS.get(header.architecture, 0)
-    if not period:  # every layer slides, as in Mistral 7B v0.1: llama.cpp keeps the whole context there
+    if not period:  # every layer has one, as in Mistral 7B v0.1: llama.cpp keeps the whole context then
         return [False] * layers
     return [(layer + 1) % period != 0 for layer in range(layers)]
 
 
-# -- the rest -----------------------------------------------------------------------------------------------------------
+# -- other parts -----------------------------------------------------------------------------------------------------------
 
 
 def vocabulary_bytes(header: Header) -> int:
@@ -230,6 +229,6 @@ def compute_bytes(header: Header, serving: GgufServing) -> int:
 
 
 def _embedding_on_host(headers: Sequence[Header]) -> int:
-    """Return the bytes of the token embedding where it stays on the host: when the output matrix is another one."""
+    """Return the bytes of the token embedding that stay on the host: all, if the output matrix is separate."""
     tensors = {tensor.name: tensor.size_bytes for header in headers for tensor in header.tensors}
     return tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0

@@ -1,9 +1,9 @@
 """Find the models in a folder, and propose an entry of fleet.yaml for each.
 
-The rules of this file
-- Bounded: so many entries, so deep, and no folder behind a symbolic link; what was left out is said.
-- Only headers are read. A file that is no model is a note, not an error.
-- A projector (mmproj) belongs to the model beside it; of a split model the first shard stands for all.
+Invariants:
+- Bounded in entries and depth; folders behind symbolic links are not entered. A note reports what was left out.
+- Only headers are read. A file that is not a model is a note, not an error.
+- A projector (mmproj) belongs to the model in the same folder; the first shard represents a split model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One model. `kind` is gguf or safetensors; `path` a file, or the folder of a safetensors model."""
+    """A model on disk. `kind` is gguf or safetensors; `path` a file, or the folder of a safetensors model."""
 
     key: str
     kind: str
@@ -41,12 +41,12 @@ class Found:
     projector: Path | None = None
 
     def entry(self, instance: str | None = None) -> dict[str, Any]:
-        """Return the entry of `models:` for it: held by `instance` where it can be, else a process of its own."""
+        """Return its entry for `models`: served by `instance` if possible, else its own process."""
         if self.kind == "safetensors":
             return {"engine": "vllm", "options": {"model": str(self.path)}}
         if instance is not None and self.shards == 1:
-            held: dict[str, Any] = {"instance": instance, "from": str(self.path)}
-            return held | ({"embedding": True} if self.embedding else {})
+            served: dict[str, Any] = {"instance": instance, "from": str(self.path)}
+            return served | ({"embedding": True} if self.embedding else {})
         options: dict[str, Any] = {"model": str(self.path)}
         if self.projector is not None:
             options["mmproj"] = str(self.projector)
@@ -55,7 +55,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What was found, and sentences about what was not."""
+    """The models of a folder, and notes about what was skipped."""
 
     models: tuple[Found, ...] = ()
     notes: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class _Walk:
     notes: list[str] = field(default_factory=list)
 
     def folders(self) -> Iterator[tuple[Path, list[Path]]]:
-        """Yield (folder, its files), nearest first; says in `notes` where it stopped."""
+        """Yield (folder, its files), nearest first; adds a note where it stopped."""
         waiting = [(self.root, 0)]
         while waiting:
             folder, depth = waiting.pop(0)
@@ -93,7 +93,7 @@ class _Walk:
 
 
 def scan(root: Path) -> Scan:
-    """Return the models below a folder. Raises EngineError when it is no folder."""
+    """Return the models below a folder. Raises EngineError if it is not a folder."""
     if not root.is_dir():
         raise EngineError(f"{root} is not a folder", recoverable=False)
     walk = _Walk(root)
@@ -108,7 +108,7 @@ def scan(root: Path) -> Scan:
 
 
 def entries(models: Sequence[Found], instance: str | None = None) -> dict[str, dict[str, Any]]:
-    """Return the `models:` part of a fleet.yaml."""
+    """Return the `models` part of a fleet.yaml."""
     return {model.key: model.entry(instance) for model in models}
 
 
@@ -161,7 +161,7 @@ def _safetensors(folder: Path, files: Sequence[Path], notes: list[str]) -> Itera
 
 
 def _named(models: Sequence[Found]) -> Iterator[Found]:
-    """Give each model a key that fleet.yaml takes, and none twice."""
+    """Give each model a unique key that is valid in fleet.yaml."""
     taken: set[str] = set()
     for model in models:
         base = _UNUSED.sub("-", model.key.lower()).strip("-.")[:60] or "model"

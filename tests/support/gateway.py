@@ -1,4 +1,4 @@
-"""A gateway on a real socket over a fleet that a test scripts, and engines that a test scripts byte by byte."""
+"""A gateway on a real socket with a scripted fleet, and engines and clients scripted byte by byte."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fleetd.gateway import Gateway, GatewayOptions, ModelEntry, ModelTarget, Ups
 
 DEADLINE_S = 20.0
 
-uvloop.new_event_loop().close()  # libuv opens a pipe with the first loop of a process and keeps it: not a test's leak
+uvloop.new_event_loop().close()  # libuv opens a pipe with the first loop of a process and keeps it: not a leak of a test
 
 
 class ScriptedFleet:
-    """A FleetPort. Models are granted at once on their holders, in order; `hold` makes requests wait until `grant_held`."""
+    """A FleetPort that grants models at once on their processes, in order; with `hold` only at `grant_held`."""
 
     def __init__(self) -> None:
         self.upstreams: dict[str, Upstream] = {}
-        self.holders: dict[str, list[str]] = {}
+        self.processes: dict[str, list[str]] = {}
         self.served: dict[tuple[str, str], str] = {}
         self.aliases: dict[str, str] = {}
         self.hold = False
@@ -38,21 +38,21 @@ class ScriptedFleet:
         self.finished: list[tuple[int, bool]] = []
         self.refused: list[str] = []
         self.down: set[str] = set()
-        self._last_holder = ""
+        self._last_process = ""
         self.is_ready: tuple[bool, list[str]] = (True, [])
         self.entries: list[ModelEntry] = []
         self._last_id = 0
 
     def add(self, model: str, process: str, port: int, served_name: str | None = None, **upstream: Any) -> None:
         self.upstreams[process] = Upstream("127.0.0.1", port, **upstream)
-        self.holders.setdefault(model, []).append(process)
+        self.processes.setdefault(model, []).append(process)
         self.served[model, process] = served_name or model
 
     def take(self, model: str) -> tuple[int, ModelTarget] | None:
-        """Grant at once what has a holder; what is scripted otherwise goes through `admit`."""
-        if self.hold or model in self.rejects or not self.holders.get(model):
+        """Grant a model with a process at once; other scripts go through `admit`."""
+        if self.hold or model in self.rejects or not self.processes.get(model):
             return None
-        process = self._last_holder = self.holders[model][0]
+        process = self._last_process = self.processes[model][0]
         if process not in self.upstreams or process in self.down:
             return None
         self._last_id += 1
@@ -71,16 +71,16 @@ class ScriptedFleet:
         return request_id
 
     def _answer(self, request_id: int, model: str, on_grant: Any, on_reject: Any, avoid: tuple[str, ...]) -> None:
-        holders = [name for name in self.holders.get(model, []) if name not in avoid and name not in self.down]
+        processes = [name for name in self.processes.get(model, []) if name not in avoid and name not in self.down]
         if model in self.rejects:
             code, reason, wait = self.rejects[model].code, self.rejects[model].reason, self.rejects[model].retry_after_s
             on_reject(Reject(request_id, code, reason, wait))
-        elif holders:
+        elif processes:
             self.granted.append(request_id)
-            self._last_holder = holders[0]
-            on_grant(Grant(request_id, model, holders[0], 1))
-        elif self.holders.get(model):
-            on_reject(Reject(request_id, "model_failed", "No other holder is left."))
+            self._last_process = processes[0]
+            on_grant(Grant(request_id, model, processes[0], 1))
+        elif self.processes.get(model):
+            on_reject(Reject(request_id, "model_failed", "No other process is left."))
         else:
             on_reject(Reject(request_id, "model_not_found", f"There is no model {model!r}."))
 
@@ -95,9 +95,9 @@ class ScriptedFleet:
 
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         self.finished.append((request_id, failed))
-        if refused:  # by the one that was granted last: these tests ask one after the other
+        if refused:  # by the process granted last: these tests send one request after the other
             self.refused.append(refused)
-            self.down.add(self._last_holder)
+            self.down.add(self._last_process)
 
     def target(self, model: str, process: str) -> ModelTarget:
         upstream, served_name = self.upstreams[process], self.served[model, process]
@@ -108,18 +108,18 @@ class ScriptedFleet:
         return self.entries
 
     def names(self) -> dict[str, str]:
-        return {name: name for name in self.holders} | self.aliases
+        return {name: name for name in self.processes} | self.aliases
 
     def ready(self) -> tuple[bool, list[str]]:
         return self.is_ready
 
     def check_balanced(self) -> None:
-        """Every granted request was finished exactly once, and nothing else was."""
+        """Assert that every granted request was finished exactly once, and no other."""
         assert sorted(self.granted) == sorted(request_id for request_id, _ in self.finished)
 
 
 class EngineRequest:
-    """What an engine received, and the means to answer it."""
+    """A request that an engine received, with methods to answer it."""
 
     def __init__(self, head: bytes, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.head = head
@@ -153,11 +153,11 @@ class EngineRequest:
         await self.send(b"0\r\n\r\n")
 
     def reset(self) -> None:
-        """End the connection with a reset."""
+        """Close the connection with a reset."""
         _reset(self.writer)
 
     async def gone(self) -> None:
-        """Wait until the gateway closed this connection."""
+        """Wait until the gateway has closed this connection."""
         with contextlib.suppress(ConnectionError):
             while await self.reader.read(65536):
                 pass
@@ -211,14 +211,14 @@ class Engine:
                 self.requests.append(request)
                 await self.script(request)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the client is gone, or the test is over
+            pass  # the client disconnected, or the test is over
         finally:
             self._tasks.discard(task)
             writer.close()
 
 
 class Client:
-    """A client that says exactly what a test wants on the wire."""
+    """A client that sends exactly the given bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -262,7 +262,7 @@ class Client:
         return await self.read_response()
 
     async def closed(self) -> bytes:
-        """Return what comes until the gateway closes the connection."""
+        """Return everything until the gateway closes the connection."""
         try:
             return await self.reader.read()
         except ConnectionError:
@@ -316,21 +316,21 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(script: Script | None = None, **options: Any) -> AsyncIterator[Rig]:
-    """A running gateway; with `script`, one engine holds the model `m`. On leaving, every grant must have been finished."""
-    the_rig = Rig(**options)
+    """Run a gateway; with `script`, one engine serves the model `m`. At exit every grant must be finished."""
+    running = Rig(**options)
     if script is not None:
-        await the_rig.engine(script)
-    [(_, the_rig.port)] = await the_rig.gateway.start()
+        await running.engine(script)
+    [(_, running.port)] = await running.gateway.start()
     try:
-        yield the_rig
+        yield running
     finally:
-        for client in the_rig.clients:
+        for client in running.clients:
             client.close()
-        await the_rig.gateway.close()
-        for engine in the_rig.engines:
+        await running.gateway.close()
+        for engine in running.engines:
             await engine.stop()
-    the_rig.fleet.check_balanced()
-    stats = the_rig.gateway.stats()
+    running.fleet.check_balanced()
+    stats = running.gateway.stats()
     assert stats.buffered_bytes == 0
     assert stats.connections == 0
 

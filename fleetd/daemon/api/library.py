@@ -285,5 +285,5 @@ def _facts(store: Store, plan: LaunchPlan, name: str, library: Library) -> dict[
     if held.source is not None and held.source.startswith("/"):
         path = Path(held.source)
         found["size_bytes"] = path.stat().st_size if path.is_file() else None
-    made = _entry_of(library.made(), held.served_as)
+    made = _entry_of(library.created(), held.served_as)
     return found | {"made": made, **library.stored(held.served_as)}

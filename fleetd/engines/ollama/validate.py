@@ -25,9 +25,9 @@ from fleetd.models.ollama import store
 from fleetd.models.ollama.modelfile import (
     absolute,
     looks_like_path,
-    modelfile_mistakes,
-    quantize_mistakes,
-    source_mistakes,
+    modelfile_problems,
+    quantize_problems,
+    source_problems,
 )
 from fleetd.units import shown
 
@@ -186,14 +186,14 @@ def _mistakes(model: ServedModel) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield ("served_as",), str(error)
     if model.served_as.lower().endswith(_RESERVED):
         yield ("served_as",), f"Ollama reserves the ending of {model.served_as!r}"
-    for message in source_mistakes(model.source):
+    for message in source_problems(model.source):
         yield ("from",), message
     if model.source is None and (model.quantize or model.modelfile):
         yield ("from",), "is required: quantize and modelfile need a model to change"
     if model.source is not None and store.same_name(model.source, model.served_as):
         message = f"names the model itself: give the new model another name (served_as: {model.served_as}-own)"
         yield ("from",), message
-    yield from (*quantize_mistakes(model.quantize), *modelfile_mistakes(model.modelfile), *_contradictions(model))
+    yield from (*quantize_problems(model.quantize), *modelfile_problems(model.modelfile), *_contradictions(model))
 
 
 def _missing_sources(models: Iterable[ServedModel], config_dir: Path, folder: Path) -> Iterator[OptionProblem]:

@@ -1,10 +1,9 @@
-"""What a model file is, without reading all of it: a fingerprint in milliseconds, the full SHA-256 once.
+"""Identify a model file: a fingerprint in milliseconds, and the full SHA-256 when it is needed.
 
-The rules of this file
-- The fingerprint is a digest over the size and evenly spread blocks, head and tail included: a file that was touched, moved or
+Invariants:
+- The fingerprint is a digest of the size and evenly spread blocks, head and tail included: a file that was touched, moved or
   copied keeps its fingerprint, one with other weights does not.
-- The SHA-256 is what Ollama wants for an upload. It is kept by (path, size, mtime, inode), so it is computed once per file.
-- The record is a small JSON file, replaced by rename; a damaged one counts as empty.
+- Records are small JSON files, replaced by rename; a damaged one counts as empty.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _KNOWN_MAX = 20_000
 
 
 def known_fingerprint(path: Path) -> str:
-    """Return `fingerprint`, read anew only when size, time or inode of the file changed. Raises OSError."""
+    """Return `fingerprint`; computed again only after size, time or inode of the file changed. Raises OSError."""
     now = stamp(path)
     known = _KNOWN.get(path)
     if known is None or known[0] != now:
@@ -38,7 +37,7 @@ def known_fingerprint(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return 64 hex digits for the file's content. Raises OSError."""
+    """Return 64 hex digits that identify the content of a file. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -67,13 +66,13 @@ def sha256(path: Path, progress: Callable[[int, int], None] | None = None) -> st
 
 
 def stamp(path: Path) -> list[int]:
-    """Return [size, mtime in ns, inode]: equal stamps, unchanged file. Raises OSError."""
+    """Return [size, mtime in ns, inode]; equal stamps mean an unchanged file. Raises OSError."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty when it is absent or damaged."""
+    """Return the JSON object in a file; empty if it is missing or damaged."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -82,7 +81,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace the file by rename, so that a reader and a crash see the old one or the new one. Raises OSError."""
+    """Replace a JSON file by rename: readers, also after a crash, get the old or the new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:

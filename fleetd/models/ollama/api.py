@@ -1,9 +1,9 @@
-"""Ollama's model management over HTTP: blobs, create with its progress, show, tags, delete. One function per route.
+"""Ollama's model management over HTTP: blobs, create with its progress, show, tags, delete. One method per route.
 
-The rules of this file
-- No answer, or one of the wrong shape, is an EngineError with one sentence; a model that is absent is a value.
-- A stream may fail after its status 200: each line is looked at, and a stream that ends without `success` has failed.
-- Files are sent in pieces; nothing of a model's size is ever held in memory.
+Invariants:
+- No answer, or one of the wrong shape, is an EngineError with one sentence; a missing model is a value.
+- A stream may fail after its status 200: each line is checked, and a stream that ends without `success` has failed.
+- Files are sent in pieces; nothing of a model's size is held in memory.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ ANSWER_LIMIT_BYTES = 32 * 1024 * 1024
 PIECE_BYTES = 1024 * 1024
 CALL_TIMEOUT_S = 30.0
 
-Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all (0: unknown)
+Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in total (0: unknown)
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """The progress callback of nobody."""
+    """Do nothing: the default progress callback."""
 
 
 class OllamaApi:
-    """The management routes of one server. The client is injected; nothing is kept between calls."""
+    """The management routes of one server, without state between calls."""
 
     def __init__(self, http: ClientSession, base_url: str, api_key: str | None = None) -> None:
         self.http, self.base_url = http, base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def version(self) -> tuple[int, ...]:
-        """Return the server's version as numbers; (0, 0, 0) is a build without one."""
+        """Return the server's version as numbers; (0, 0, 0) for a development build."""
         text = str((await self._json("GET", "/api/version"))[1].get("version", ""))
         numbers = text.removeprefix("v").split("-")[0].split("+")[0].split(".")
         return tuple(int(number) for number in numbers if number.isdecimal())
@@ -53,7 +53,7 @@ class OllamaApi:
         return models
 
     async def show(self, name: str) -> Mapping[str, Any] | None:
-        """Return what the server knows of a model, None when it has none of this name."""
+        """Return the server's details of a model; None if it has no such model."""
         status, data = await self._json("POST", "/api/show", {"model": name}, accept=(404, 400))
         if status == 200:
             return data
@@ -63,7 +63,7 @@ class OllamaApi:
         return None
 
     async def has_blob(self, digest: str) -> bool:
-        """True when the store holds (or links to) this blob."""
+        """Return whether the store has (or links to) this blob."""
         async with self._open("HEAD", f"/api/blobs/{digest}") as response:
             if response.status not in (200, 404):
                 raise EngineError(f"{self.base_url}/api/blobs/{digest} answered HTTP {response.status}")
@@ -89,7 +89,7 @@ class OllamaApi:
                 raise EngineError(f"{self.base_url} refused {path}: HTTP {response.status}: {text.strip()}")
 
     async def create(self, body: Mapping[str, Any], progress: Progress, timeout_s: float) -> None:
-        """Make or replace a model. Raises EngineError with the server's own sentence, also when it comes mid-stream."""
+        """Create or replace a model. Raises EngineError with the server's message, also in the middle of the stream."""
         name, succeeded = body.get("model"), False
         async with self._open(
             "POST", "/api/create", json_body={**body, "stream": True}, timeout_s=timeout_s
@@ -105,16 +105,16 @@ class OllamaApi:
             if response.status != 200:
                 raise EngineError(f"{self.base_url} cannot create {name}: HTTP {response.status}")
         if not succeeded:
-            raise EngineError(f"{self.base_url} broke off while it created {name}")
+            raise EngineError(f"{self.base_url} closed the connection while it created {name}")
 
     async def delete(self, name: str) -> bool:
-        """Delete a model; False when there was none."""
+        """Delete a model; return False if there was none."""
         status, data = await self._json("DELETE", "/api/delete", {"model": name}, accept=(404,))
         if status == 404 and "not found" not in str(data.get("error", "not found")):
             raise EngineError(f"{self.base_url} cannot delete {name}: {data.get('error')}")
         return status == 200
 
-    # -- below ----------------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------------------------------
 
     async def _json(
         self, method: str, path: str, payload: Mapping[str, Any] | None = None, accept: tuple[int, ...] = ()
@@ -145,12 +145,12 @@ class OllamaApi:
         json_body: Mapping[str, Any] | None = None,
         data: AsyncIterator[bytes] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
-    ) -> _Answer:
-        return _Answer(self.http, method, self.base_url + path, json_body, data, timeout_s, self._headers)
+    ) -> _Response:
+        return _Response(self.http, method, self.base_url + path, json_body, data, timeout_s, self._headers)
 
 
-class _Answer:
-    """An open answer, `async with`; whatever breaks underneath becomes an EngineError."""
+class _Response:
+    """A response for `async with` that turns every failure into an EngineError."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class _Answer:
     ) -> None:
         import aiohttp
 
-        self.what, self.timeout_s = f"{method} {url}", timeout_s
+        self.request, self.timeout_s = f"{method} {url}", timeout_s
         self.errors = (aiohttp.ClientError, OSError, ValueError)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         self.context = http.request(
@@ -175,13 +175,13 @@ class _Answer:
         try:
             response = await self.context.__aenter__()
         except TimeoutError as error:
-            raise EngineError(f"{self.what} did not answer within {self.timeout_s:g} s") from error
+            raise EngineError(f"{self.request} did not answer within {self.timeout_s:g} s") from error
         except self.errors as error:
-            raise EngineError(f"{self.what} failed: {in_words(error)}") from error
+            raise EngineError(f"{self.request} failed: {in_words(error)}") from error
         if response.status in (401, 403):
             await self.context.__aexit__(None, None, None)
             raise EngineError(
-                f"{self.what} was refused: HTTP {response.status}", key="options.api_key", recoverable=False
+                f"{self.request} was refused: HTTP {response.status}", key="options.api_key", recoverable=False
             )
         return response
 
@@ -190,9 +190,9 @@ class _Answer:
     ) -> None:
         await self.context.__aexit__(kind, error, trace)
         if isinstance(error, TimeoutError):
-            raise EngineError(f"{self.what} was not done within {self.timeout_s:g} s") from error
+            raise EngineError(f"{self.request} did not finish within {self.timeout_s:g} s") from error
         if isinstance(error, self.errors):
-            raise EngineError(f"{self.what} broke off: {in_words(error)}") from error
+            raise EngineError(f"{self.request} failed in the middle of its answer: {in_words(error)}") from error
 
 
 async def _lines(response: ClientResponse) -> AsyncIterator[Mapping[str, Any]]:

@@ -1,8 +1,8 @@
-"""What an Ollama store folder holds, read from its manifests and blobs; no server is asked.
+"""List the models of an Ollama store from its manifests and blobs, without asking a server.
 
-The rules of this file
-- A manifest that cannot be read is a note, not an error; so is a blob whose header cannot be.
-- Bounded: so many manifests, and of each file its header only.
+Invariants:
+- An unreadable manifest or header is a note, not an error.
+- Bounded in manifests; of each weights file only the header is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One model. `name` is as Ollama's lists print it; `keys` are the header's `general.*` keys; `weights` None: absent."""
+    """A model of a store. `name` as Ollama lists it; `keys`: the header's `general.*` keys; `weights` None: missing."""
 
     name: str
     weights: Path | None
@@ -42,15 +42,15 @@ class Inventory:
 
 
 def is_store(folder: Path) -> bool:
-    """True for a folder that is laid out as a store."""
+    """Return whether a folder has the layout of a store."""
     return (folder / "manifests").is_dir()
 
 
 def read(folder: Path) -> Inventory:
-    """Return what a store holds. Raises EngineError when the folder is no store."""
+    """Return the models of a store. Raises EngineError if the folder is not a store."""
     if not is_store(folder):
         hint = "a store has the folders manifests and blobs; Ollama's own is ~/.ollama/models"
-        raise EngineError(f"{folder} is no store of Ollama", hint=hint, recoverable=False)
+        raise EngineError(f"{folder} is not an Ollama store", hint=hint, recoverable=False)
     notes: list[str] = []
     models: list[Stored] = []
     for name in _names(folder):
@@ -90,7 +90,7 @@ def _model(folder: Path, name: store.ModelName, notes: list[str]) -> Stored:
         except EngineError as error:
             notes.append(f"{name.short}: {error}")
     elif store.MODEL_LAYER in kinds:
-        notes.append(f"{name.short}: its weights are absent (an unplugged drive?)")
+        notes.append(f"{name.short}: its weights are missing (an unplugged drive?)")
     return Stored(
         name=name.short,
         weights=weights,

@@ -1,9 +1,9 @@
-"""From what an Ollama store holds to a fleet in which vLLM serves the same names, with Ollama beside it.
+"""Generate a migration proposal: vLLM serves the models of an Ollama store under the same names, with Ollama as its fallback.
 
-The rules of this file
-- vLLM gets the safetensors source where the GGUF's own header names it; nothing is guessed from a model's name, and where the
-  header says nothing, the proposal says so and Ollama alone serves.
-- One name, both engines: a route with weights, in which each side is the other's fallback. Moving over is moving the weights.
+Invariants:
+- vLLM gets the safetensors source that the GGUF's own header names. Nothing is guessed from a model's name; without a source in
+  the header the proposal reports that, and only Ollama serves.
+- One name, both engines: a weighted route whose sides are each other's fallback. To migrate is to move the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fleetd.models.ollama.inventory import Stored
 
 _HUB = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/.*)?$")
 _REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
-# keys of a header that name where the weights came from, the nearest first; what is a GGUF again does not help
+# Header keys that name the source of the weights, nearest first. A source that is itself a GGUF is useless.
 _KEYS = (
     "general.source.huggingface.repository",
     "general.source.repo_url",
@@ -31,7 +31,7 @@ _KEYS = (
 
 @dataclass(slots=True)
 class Proposal:
-    """`models` is the part of fleet.yaml; `found` says per name where its source was read; `unknown` which have none."""
+    """`models`: the part of fleet.yaml; `found`: name → where its source was read; `unknown`: name → why it has none."""
 
     models: dict[str, Any] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Proposal:
 
 
 def source_of(model: Stored) -> tuple[str, str] | None:
-    """Return (repository, the key that names it) of a model's safetensors; None when its header names none."""
+    """Return (repository, header key) of a model's safetensors; None if its header names none."""
     for key in _KEYS:
         value = model.keys.get(key)
         if not isinstance(value, str):
@@ -59,7 +59,7 @@ def propose(
     vllm_weight: int = 10,
     device: str | None = None,
 ) -> Proposal:
-    """Return entries for every model. `names` gives the fleet's name for a served name, where it has one already.
+    """Return entries for every model. `names`: served name → its name in the fleet, if it has one.
 
     `vllm_weight` of 100 requests go to vLLM.
     """
@@ -70,19 +70,19 @@ def propose(
         if name in proposal.models:
             continue
         source = source_of(model)
-        held: dict[str, Any] = {"instance": instance, "served_as": model.name}
+        served: dict[str, Any] = {"instance": instance, "served_as": model.name}
         if model.embedding:
-            held["embedding"] = True
+            served["embedding"] = True
         why = _why_not(model, source)
         if why is not None or source is None:
-            proposal.models[name] = held
+            proposal.models[name] = served
             proposal.unknown[name] = why or ""
             continue
         ollama, vllm = f"{name}-ollama", f"{name}-vllm"
         proposal.models[name] = {
             "route": [{"to": vllm, "weight": vllm_weight}, {"to": ollama, "weight": 100 - vllm_weight}]
         }
-        proposal.models[ollama] = {**held, "fallback": [vllm]}
+        proposal.models[ollama] = {**served, "fallback": [vllm]}
         proposal.models[vllm] = _engine(model, source[0], device) | {"fallback": [ollama]}
         proposal.found[name] = f"{source[0]} ({source[1]})"
     return proposal

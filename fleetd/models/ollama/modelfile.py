@@ -1,10 +1,10 @@
-"""A model of Ollama as code: `from`, `quantize` and `modelfile` of fleet.yaml, the request and the Modelfile they stand for.
+"""A model of Ollama as code: `from`, `quantize` and `modelfile` of fleet.yaml as a create request and as a Modelfile.
 
-The rules of this file
-- Pure: text and values in, text and values out. Files are looked at in `library.py`.
-- The request to /api/create is what counts; the Modelfile text is for people and says the same, or is refused with the reason:
-  its grammar has no escapes and drops invisible characters in silence, the request has neither trap.
-- Mistakes are (path, message) pairs below `modelfile`, all of them at once.
+Invariants:
+- Pure: text and values in, text and values out. `sync.py` reads the files.
+- The request to /api/create is what counts; the Modelfile is for people. It is equivalent, or refused with the reason: its
+  grammar has no escapes and silently drops invisible characters, the request has neither problem.
+- Problems are (path, message) pairs below `modelfile`, all of them at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetd.models.ollama.store import ModelName
 from fleetd.units import expand_home
 
 ROLES = ("system", "user", "assistant")
-QUANTIZATIONS = ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_K_S")  # it reads files of many more kinds, and makes none of those
+QUANTIZATIONS = ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_K_S")  # Ollama reads more kinds, but creates only these
 _KEYS = (
     "template",
     "system",
@@ -50,12 +50,12 @@ _FLAGS = frozenset({"use_mmap"})
 PARAMETERS = frozenset({*_WHOLE, *_REAL, *_FLAGS, "stop"})
 _SPLIT = re.compile(r".*-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
-Mistake = tuple[tuple[str | int, ...], str]
+ModelfileProblem = tuple[tuple[str | int, ...], str]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """How one model of a store is made: from a file (`source`) or from another model of the store (`base`).
+    """How to create one model of a store: from a file (`source`) or from another model of the store (`base`).
 
     `parameters` are in Ollama's own names and types, `stop` always a tuple. `quantize` is None or as Ollama spells it.
     """
@@ -77,12 +77,12 @@ class ModelRecipe:
     requires: str | None = None
 
     def content_hash(self, fingerprints: Mapping[str, str]) -> str:
-        """Return what changes exactly when the made model would: `fingerprints` says each file's content by its path."""
+        """Return a hash that changes exactly when the created model would. `fingerprints`: path → content."""
         parts = {**self.request({}), "files": sorted(fingerprints.values()), "base": self.base}
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def request(self, digests: Mapping[Path, str], names: Mapping[Path, str] | None = None) -> dict[str, Any]:
-        """Return the body of POST /api/create; `digests` gives each file's blob, `names` its name in the request."""
+        """Return the body of POST /api/create. `digests`: file → its blob, `names`: file → its name in the request."""
         names = names or {}
         body: dict[str, Any] = {"model": self.served_as}
         if self.base is not None:
@@ -105,7 +105,7 @@ class ModelRecipe:
         return body | {key: value for key, value in optional.items() if value}
 
     def render(self) -> str:
-        """Return the Modelfile that says the same. Raises ValueError where its grammar cannot."""
+        """Return the equivalent Modelfile. Raises ValueError for what its grammar cannot express."""
         lines = [f"FROM {_from_line(path)}" for path in (self.source, self.projector) if path is not None]
         if self.base is not None:
             lines.append(f"FROM {self.base}")
@@ -133,15 +133,15 @@ def recipe(
     modelfile: Mapping[str, Any] | None = None,
     config_dir: Path = Path(),
 ) -> ModelRecipe:
-    """Read one entry of fleet.yaml. Raises ValueError with every mistake, one per line.
+    """Return the recipe of one entry of fleet.yaml. Raises ValueError with every problem, one per line.
 
-    `source` is a file when it looks like a path (a slash at its front, `./`, `~`, or the ending .gguf), else a model's name.
-    Relative paths count from `config_dir`.
+    `source` is a file if it looks like a path (it starts with a slash, `./` or `~`, or ends in .gguf), else a model's name.
+    Relative paths are relative to `config_dir`.
     """
-    mistakes = [*modelfile_mistakes(modelfile or {}), *quantize_mistakes(quantize)]
-    mistakes += [(("from",), text) for text in source_mistakes(source)]
-    if mistakes:
-        raise ValueError("\n".join(f"models.{name}.{'.'.join(map(str, path))}: {text}" for path, text in mistakes))
+    problems = [*modelfile_problems(modelfile or {}), *quantize_problems(quantize)]
+    problems += [(("from",), text) for text in source_problems(source)]
+    if problems:
+        raise ValueError("\n".join(f"models.{name}.{'.'.join(map(str, path))}: {text}" for path, text in problems))
     known = dict(modelfile or {})
     files = source is not None and looks_like_path(source)
     licence = known.get("license") or ()
@@ -168,40 +168,40 @@ def recipe(
 
 
 def looks_like_path(source: str) -> bool:
-    """True for what is meant as a file or folder. Ollama would take a path that does not exist for a model's name."""
+    """Return whether a text means a path. Ollama takes a path that does not exist for a model's name."""
     return source.startswith(("/", "./", "../", "~")) or source in (".", "..") or source.lower().endswith(".gguf")
 
 
 def absolute(text: str, config_dir: Path) -> Path:
-    """Return the path a text of fleet.yaml means; `~user` is a folder's name where there is no such home."""
+    """Return the path for a text of fleet.yaml; `~user` is a plain folder name if there is no such home."""
     return config_dir.absolute() / expand_home(text)
 
 
 def invisible(text: str) -> str | None:
-    """Name the first character that cannot be seen or typed, with its place; None when there is none."""
+    """Describe the first invisible character and its position; None if there is none."""
     for place, char in enumerate(text, 1):
         if char != " " and not char.isprintable():
-            return f"an invisible character at place {place} (U+{ord(char):04X} {unicodedata.name(char, 'control character')})"
+            return f"an invisible character at position {place} (U+{ord(char):04X} {unicodedata.name(char, 'control character')})"
     return None
 
 
 def split_of(path: Path) -> int:
-    """Return how many shards a file name says the model has; 1 for a whole file."""
+    """Return the number of shards of a model, by its file name; 1 for a whole file."""
     match = _SPLIT.fullmatch(path.name)
     return int(match.group(2)) if match else 1
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- validation -----------------------------------------------------------------------------------------------------------
 
 
-def source_mistakes(source: str | None) -> list[str]:
-    """Return what is wrong with `from`, as far as its text tells."""
+def source_problems(source: str | None) -> list[str]:
+    """Return the problems of `from`, as far as its text shows."""
     if source is None:
         return []
     if not source.strip():
         return ["must name a file or a model"]
     if "\n" in source or "\0" in source:
-        return ["a path has one line"]
+        return ["a path must be one line"]
     if looks_like_path(source):
         shards = split_of(Path(source))
         if shards > 1:
@@ -216,26 +216,26 @@ def source_mistakes(source: str | None) -> list[str]:
     return []
 
 
-def quantize_mistakes(quantize: str | None) -> list[Mistake]:
-    """Return what is wrong with `quantize`; upper and lower case are the same."""
+def quantize_problems(quantize: str | None) -> list[ModelfileProblem]:
+    """Return the problems of `quantize`, in upper or lower case."""
     if quantize is None or quantize.upper() in QUANTIZATIONS:
         return []
-    return [(("quantize",), f"{quantize!r} is no quantization that Ollama makes: {', '.join(QUANTIZATIONS)}")]
+    return [(("quantize",), f"{quantize!r} is not a quantization that Ollama creates: {', '.join(QUANTIZATIONS)}")]
 
 
-def modelfile_mistakes(modelfile: Mapping[str, Any]) -> list[Mistake]:
-    """Return everything that is wrong with a `modelfile` mapping."""
-    found: list[Mistake] = []
+def modelfile_problems(modelfile: Mapping[str, Any]) -> list[ModelfileProblem]:
+    """Return all problems of a `modelfile` mapping."""
+    found: list[ModelfileProblem] = []
     for key, value in modelfile.items():
         place: tuple[str | int, ...] = ("modelfile", key)
         if key not in _KEYS:
-            found.append((place, f"is not known; a modelfile has {', '.join(_KEYS)}"))
+            found.append((place, f"is not known; a modelfile takes {', '.join(_KEYS)}"))
         elif value is None:
             continue
         elif key == "parameters":
-            found += _parameter_mistakes(value)
+            found += _parameter_problems(value)
         elif key == "messages":
-            found += _message_mistakes(value)
+            found += _message_problems(value)
         elif key in ("license", "adapters"):
             if not (isinstance(value, str) and key == "license") and not _texts(value):
                 found.append((place, "must be a list of strings"))
@@ -250,18 +250,18 @@ def _texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
-def _parameter_mistakes(parameters: Any) -> list[Mistake]:
+def _parameter_problems(parameters: Any) -> list[ModelfileProblem]:
     if not isinstance(parameters, Mapping):
         return [(("modelfile", "parameters"), "must be a mapping of names to values")]
-    found: list[Mistake] = []
+    found: list[ModelfileProblem] = []
     for key, value in parameters.items():
-        wanted = _wanted_type(key, value)
-        if wanted:
-            found.append((("modelfile", "parameters", key), wanted))
+        problem = _type_problem(key, value)
+        if problem:
+            found.append((("modelfile", "parameters", key), problem))
     return found
 
 
-def _wanted_type(key: str, value: Any) -> str | None:
+def _type_problem(key: str, value: Any) -> str | None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if key in _WHOLE:
         return None if number and isinstance(value, int) else "must be a whole number"
@@ -271,13 +271,13 @@ def _wanted_type(key: str, value: Any) -> str | None:
         return None if isinstance(value, bool) else "must be true or false"
     if key == "stop":
         return None if isinstance(value, str) or _texts(value) else "must be a string or a list of strings"
-    return f"is no parameter of Ollama; it knows {', '.join(sorted(PARAMETERS))}"
+    return f"is not a parameter of Ollama; it knows {', '.join(sorted(PARAMETERS))}"
 
 
-def _message_mistakes(messages: Any) -> list[Mistake]:
+def _message_problems(messages: Any) -> list[ModelfileProblem]:
     if not isinstance(messages, (list, tuple)):
         return [(("modelfile", "messages"), "must be a list of {role, content}")]
-    found: list[Mistake] = []
+    found: list[ModelfileProblem] = []
     for index, message in enumerate(messages):
         place = ("modelfile", "messages", index)
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
@@ -293,7 +293,7 @@ def _message_mistakes(messages: Any) -> list[Mistake]:
 
 
 def _from_line(path: Path) -> str:
-    """A path stands unquoted, spaces, '@' and '#' included. Invisible characters would be dropped, and the file not found."""
+    """Return a path unquoted, as the grammar wants it. Raises ValueError if Ollama's parser would change it."""
     text = str(path)
     found = invisible(text)
     if found:

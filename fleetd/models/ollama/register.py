@@ -1,12 +1,12 @@
-"""Enter a model into an Ollama store by its manifest, without asking the server: the file stays where it is, nothing is copied.
+"""Register a model in an Ollama store by writing its manifest: the file stays in place, nothing is copied.
 
-Since 0.30 /api/create writes every GGUF anew, so that an import needs up to three times the file's size. A manifest written by
-hand is picked up at once by a running server, and costs a few hundred bytes.
+Since 0.30 /api/create rewrites every GGUF, so that an import needs up to three times the file's size. A running server notices a
+manifest written here at once, and it costs a few hundred bytes.
 
-The rules of this file
-- Small blobs are named by their true SHA-256; the weights' blob is a link that is there already.
-- The manifest comes last, by rename: a server that looks meanwhile sees the old model or the new one.
-- Only what a manifest can say fully is entered this way: one whole GGUF, no adapters, no quantization.
+Invariants:
+- Small blobs are named by their real SHA-256; the blob of the weights is a link that already exists.
+- The manifest is written last, by rename: a server that reads meanwhile gets the old model or the new one.
+- Only what a manifest can express completely is registered: one whole GGUF, no adapters, no quantization.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "
 
 
 def register(models_dir: Path, recipe: ModelRecipe, digest: str) -> None:
-    """Write config, layers and manifest of a model whose weights are the blob `digest`. Raises EngineError."""
+    """Write config, layers and manifest of a model with the weights in blob `digest`. Raises EngineError."""
     blob = store.blob_path(models_dir, digest)
     try:
         header = gguf.read(blob)
@@ -54,13 +54,13 @@ def register(models_dir: Path, recipe: ModelRecipe, digest: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, json.dumps(manifest, separators=(",", ":")).encode())
     except OSError as error:
-        raise EngineError(f"{recipe.name}: cannot enter {recipe.served_as} into {models_dir}: {error}") from error
+        raise EngineError(f"{recipe.name}: cannot register {recipe.served_as} in {models_dir}: {error}") from error
     except ValueError as error:
         raise EngineError(f"{recipe.name}: {recipe.source}: {error}", recoverable=False) from error
 
 
 def named_blobs(models_dir: Path, served_as: str) -> frozenset[str]:
-    """Return the file names of the blobs that a model's manifest names; empty when there is no manifest."""
+    """Return the file names of the blobs in a model's manifest; empty without a manifest."""
     try:
         manifest = store.read_manifest(models_dir, served_as) or {}
     except ValueError:
@@ -71,7 +71,7 @@ def named_blobs(models_dir: Path, served_as: str) -> frozenset[str]:
 
 
 def _bodies(recipe: ModelRecipe) -> list[tuple[str, bytes]]:
-    """The small layers, in the order in which Ollama writes them."""
+    """Return the small layers, in the order in which Ollama writes them."""
     bodies = [("template", recipe.template), ("system", recipe.system), *(("license", text) for text in recipe.license)]
     found = [(kind, text.encode()) for kind, text in bodies if text]
     if recipe.parameters:
@@ -100,7 +100,7 @@ def _config(recipe: ModelRecipe, header: gguf.Header, digests: list[str]) -> dic
         "model_format": "gguf",
         "model_family": family,
         "model_families": [family],
-        "model_type": _people_count(sum(prod(tensor.dims) for tensor in header.tensors)),
+        "model_type": _parameter_count(sum(prod(tensor.dims) for tensor in header.tensors)),
         "file_type": _FILE_TYPES.get(header.keys.get("general.file_type"), "unknown"),
     }
     extras = {"renderer": recipe.renderer, "parser": recipe.parser, "requires": recipe.requires}
@@ -110,8 +110,8 @@ def _config(recipe: ModelRecipe, header: gguf.Header, digests: list[str]) -> dic
     return config | {"architecture": machine, "os": system, "rootfs": {"type": "layers", "diff_ids": digests}}
 
 
-def _people_count(count: int) -> str:
-    """Return 115K, 494.03M, 7.6B: the size of a model as Ollama's own lists show it."""
+def _parameter_count(count: int) -> str:
+    """Return 115K, 494.03M, 7.6B: a number of parameters as Ollama's own lists show it."""
     for size, letter, digits in ((10**12, "T", 1), (10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
         if count >= size:
             return f"{count / size:.{digits if count % size else 0}f}{letter}"

@@ -1,11 +1,11 @@
-"""How Ollama keeps models on disk, and how it spells their names. Reads only; nothing here changes a store.
+"""Read Ollama's store on disk, and parse its model names. Nothing here changes a store.
 
     MODELS_DIR/manifests/HOST/NAMESPACE/MODEL/TAG    JSON: config and layers, each with mediaType, digest, size
     MODELS_DIR/blobs/sha256-<64 hex digits>          the bytes, or a symbolic link to a file elsewhere
 
-The rules of this file
-- A name is `[host/][namespace/]model[:tag]`; registry.ollama.ai, library and latest are implied, case does not count.
-- Files of a store are untrusted: a manifest is read up to a limit, and a digest is a digest before it becomes a path.
+Invariants:
+- A name is `[host/][namespace/]model[:tag]`; registry.ollama.ai, library and latest are implied, case is ignored.
+- Files of a store are untrusted: a manifest is read up to a limit, and a digest is checked before it becomes a path.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A full model name, all four parts given."""
+    """A model name with all four parts."""
 
     host: str
     namespace: str
@@ -41,9 +41,9 @@ class ModelName:
 
     @classmethod
     def parse(cls, text: str) -> ModelName:
-        """Read a name as Ollama does. Raises ValueError with a sentence that says which part is wrong."""
+        """Parse a name as Ollama does. Raises ValueError that names the invalid part."""
         if "@" in text:
-            raise ValueError(f"{text!r} is not a model name: Ollama does not take a digest after '@'")
+            raise ValueError(f"{text!r} is not a model name: Ollama does not accept a digest after '@'")
         rest, tag = text, DEFAULT_TAG
         head, colon, last = text.rpartition(":")
         if colon and "/" not in last:
@@ -69,12 +69,12 @@ class ModelName:
 
     @property
     def key(self) -> str:
-        """The form to compare by: full and in lower case."""
+        """The full name in lower case, for comparisons."""
         return f"{self.host}/{self.namespace}/{self.model}:{self.tag}".lower()
 
     @property
     def short(self) -> str:
-        """The name as Ollama's own lists print it: implied host and namespace left out, the tag always there."""
+        """The name as Ollama lists it: without implied host and namespace, always with the tag."""
         prefix = ""
         if self.host.lower() != DEFAULT_HOST:
             prefix = f"{self.host}/{self.namespace}/"
@@ -84,7 +84,7 @@ class ModelName:
 
 
 def same_name(one: str, other: str) -> bool:
-    """True when both spell the same model; names that are none are compared as they are."""
+    """Return whether two names mean the same model; invalid names are compared as text."""
     try:
         return ModelName.parse(one).key == ModelName.parse(other).key
     except ValueError:
@@ -92,7 +92,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def blob_path(models_dir: Path, digest: str) -> Path:
-    """Return where the blob lies. Raises ValueError for what is no sha256 digest."""
+    """Return the path of a blob. Raises ValueError if `digest` is not a sha256 digest."""
     match = DIGEST.fullmatch(digest)
     if match is None:
         raise ValueError(f"{digest!r} is not a sha256 digest")
@@ -100,7 +100,7 @@ def blob_path(models_dir: Path, digest: str) -> Path:
 
 
 def manifest_path(models_dir: Path, name: ModelName) -> Path | None:
-    """Return the manifest's path, whatever the case of its folders; None when the store does not have the model."""
+    """Return the path of a manifest, ignoring case; None if the store does not have the model."""
     exact = models_dir / "manifests" / name.host / name.namespace / name.model / name.tag
     if exact.is_file():
         return exact
@@ -117,7 +117,7 @@ def manifest_path(models_dir: Path, name: ModelName) -> Path | None:
 
 
 def read_manifest(models_dir: Path, name: str) -> Mapping[str, Any] | None:
-    """Return the manifest of a model, None when the store does not have it. Raises ValueError where it is unreadable."""
+    """Return the manifest of a model; None if not in the store. Raises ValueError if unreadable."""
     path = manifest_path(models_dir, ModelName.parse(name))
     if path is None:
         return None
@@ -125,7 +125,7 @@ def read_manifest(models_dir: Path, name: str) -> Mapping[str, Any] | None:
 
 
 def layer_path(models_dir: Path, manifest: Mapping[str, Any], media_type: str) -> Path | None:
-    """Return the path of the first layer of a type, None when the manifest has none."""
+    """Return the path of the first layer of a type; None if the manifest has none."""
     layers = manifest.get("layers")
     for layer in layers if isinstance(layers, list) else ():
         if isinstance(layer, Mapping) and layer.get("mediaType") == media_type:
@@ -134,14 +134,14 @@ def layer_path(models_dir: Path, manifest: Mapping[str, Any], media_type: str) -
 
 
 def model_file(models_dir: Path, name: str) -> Path | None:
-    """Return the weights' blob of a stored model, None when model or blob is absent. Raises ValueError where unreadable."""
+    """Return the weights of a stored model; None if model or blob is missing. Raises ValueError if unreadable."""
     manifest = read_manifest(models_dir, name)
     path = layer_path(models_dir, manifest, MODEL_LAYER) if manifest is not None else None
     return path if path is not None and path.is_file() else None
 
 
 def stored_parameters(models_dir: Path, name: str) -> Mapping[str, Any]:
-    """Return the PARAMETERs that a stored model carries, empty when there are none. Raises ValueError where unreadable."""
+    """Return the PARAMETERs of a stored model, empty if none. Raises ValueError if unreadable."""
     manifest = read_manifest(models_dir, name)
     path = layer_path(models_dir, manifest, PARAMS_LAYER) if manifest is not None else None
     return _read_object(path) if path is not None and path.is_file() else {}
@@ -159,5 +159,5 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return data

@@ -1,13 +1,13 @@
-"""The models of one Ollama store as fleet.yaml wants them: what differs, create or update in place, delete what is no longer wanted.
+"""Synchronise one Ollama store with fleet.yaml: compare, create or update in place, delete what is no longer configured.
 
-The rules of this file
-- Nothing is made when nothing changed: a model's hash covers its request and the fingerprints of its files.
-- In place: a symbolic link in MODELS_DIR/blobs leads to the file where it lies. The link's digest is derived from the model's
-  name and the file's fingerprint, not from its bytes: Ollama does not check it, no file is read whole, and two models over one
-  file get a runner each (Ollama shares one runner per blob, and lists only one of the names).
-- A store that the server does not share with us (a container, another machine) gets the bytes by upload.
-- Only what fleetd made is replaced or deleted. A model of the same name that somebody else made is used as it is.
-- The record of what was made lies in the state folder; without it, models that fleetd made count as foreign.
+Invariants:
+- Nothing is created when nothing changed: a model's hash covers its request and the fingerprints of its files.
+- In place: a symbolic link in MODELS_DIR/blobs points to the original file. The link's digest is derived from the model's name and
+  the file's fingerprint, not from its bytes: Ollama does not check it, no file is read completely, and two models over one file
+  get a runner each (Ollama shares one runner per blob, and lists only one of the names).
+- A store whose folder the server does not share with fleetd (a container, another machine) gets the bytes by upload.
+- Only what fleetd created is replaced or deleted. A model of the same name that someone else created is used unchanged.
+- The record of created models is in the state folder; without it, they count as foreign.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 CREATE_TIMEOUT_S = 3600.0
 RECORD_NAME = "models.json"
-_RECORD = threading.Lock()  # one file for all stores, and each store's work is in a thread of its own
-COPIES_SINCE = (0, 30, 0)  # from here on, /api/create writes every GGUF anew; before, it takes the blob as it is
+_RECORD = threading.Lock()  # one file for all stores, which work in different threads
+COPIES_SINCE = (0, 30, 0)  # since then, /api/create rewrites every GGUF; before, it used the blob unchanged
 
 
 class StoreChange(StrEnum):
@@ -43,8 +43,8 @@ class StoreChange(StrEnum):
     CREATE = "create"
     UPDATE = "update"
     DELETE = "delete"
-    FOREIGN = "foreign"  # the store has a model of this name that fleetd did not make: used as it is
-    MISSING = "missing"  # the file is absent; or fleet.yaml gives none, and the store has no such model
+    FOREIGN = "foreign"  # the store has a model of this name that fleetd did not create: used unchanged
+    MISSING = "missing"  # the file is missing; or fleet.yaml names none, and the store has no such model
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Step:
 
 
 def copied(state_dir: Path, store_key: str, served_as: str) -> bool:
-    """Return whether the record says that a store has a model's own bytes, not a link to a file elsewhere. Blocks."""
+    """Return whether a store has a model's own bytes, not a link to a file elsewhere, by the record. Blocks."""
     entry = _recorded(state_dir / RECORD_NAME, store_key).get(store.ModelName.parse(served_as).key)
     return entry is not None and not entry.get("link")
 
@@ -73,10 +73,10 @@ def _recorded(path: Path, store_key: str) -> dict[str, dict[str, Any]]:
 
 
 class Library:
-    """One store: the server that manages it, the folder it lies in, and the record of what fleetd made there.
+    """One store: the server that manages it, its folder, and the record of the models that fleetd created.
 
-    `models_dir` None means that the store's folder is not ours to write: files are uploaded. Blocking file work runs in
-    threads. Calls for one store must not overlap.
+    `models_dir` None: the store's folder is not writable for fleetd, so files are uploaded. Blocking file work runs in threads.
+    Calls for one store must not overlap.
     """
 
     def __init__(
@@ -92,22 +92,22 @@ class Library:
         self.record_path = state_dir / RECORD_NAME
         self.key = str(models_dir.resolve()) if models_dir is not None else self.api.base_url
 
-    # -- what differs ---------------------------------------------------------------------------------------------------
+    # -- comparing ---------------------------------------------------------------------------------------------------
 
     async def plan(self, recipes: Sequence[ModelRecipe]) -> list[Step]:
-        """Return one step per recipe, and one per model that fleetd made and nobody wants. Changes nothing."""
+        """Return one step per recipe, and a deletion per model that fleetd created and no recipe wants."""
         present = {store.ModelName.parse(_tag_name(tag)).key for tag in await self.api.tags()}
-        made = await asyncio.to_thread(self._made)
-        steps = [await self._step(recipe, present, made) for recipe in recipes]
+        created = await asyncio.to_thread(self.created)
+        steps = [await self._step(recipe, present, created) for recipe in recipes]
         wanted = {store.ModelName.parse(recipe.served_as).key for recipe in recipes}
-        for key, entry in sorted(made.items()):
+        for key, entry in sorted(created.items()):
             if key not in wanted:
                 served_as = str(entry.get("served_as", key))
-                reason = "fleetd made it, and fleet.yaml no longer names it"
+                reason = "created by fleetd, and no longer in fleet.yaml"
                 steps.append(Step(str(entry.get("name", key)), served_as, StoreChange.DELETE, reason))
         return steps
 
-    async def _step(self, recipe: ModelRecipe, present: set[str], made: Mapping[str, Mapping[str, Any]]) -> Step:
+    async def _step(self, recipe: ModelRecipe, present: set[str], created: Mapping[str, Mapping[str, Any]]) -> Step:
         def step(change: StoreChange, reason: str, content_hash: str = "") -> Step:
             return Step(recipe.name, recipe.served_as, change, reason, recipe, content_hash)
 
@@ -116,25 +116,25 @@ class Library:
             if key in present:
                 return step(StoreChange.NONE, "in the store, as fleet.yaml expects")
             reason = (
-                f"{recipe.served_as} is not in the store, and models.{recipe.name}.from names no file to make it from"
+                f"{recipe.served_as} is not in the store, and models.{recipe.name}.from names no file to create it from"
             )
             return step(StoreChange.MISSING, reason)
-        if key in present and key not in made and not await asyncio.to_thread(self._was_ours, recipe):
+        if key in present and key not in created and not await asyncio.to_thread(self._lost_its_record, recipe):
             lacks = f", without {', '.join(sorted(recipe.parameters))} of fleet.yaml" if recipe.parameters else ""
-            return step(StoreChange.FOREIGN, f"in the store, not made by fleetd: used as it is{lacks}")
+            return step(StoreChange.FOREIGN, f"in the store, not created by fleetd: used unchanged{lacks}")
         try:
             content_hash = recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe))
         except EngineError as error:
-            if key in present and key in made and not made[key].get("link"):
-                return step(StoreChange.NONE, "in the store whole; the file it was made from is absent")
+            if key in present and key in created and not created[key].get("link"):
+                return step(StoreChange.NONE, "complete in the store; its source file is missing")
             return step(StoreChange.MISSING, str(error))
         if key not in present:
             return step(StoreChange.CREATE, "not in the store", content_hash)
-        if key not in made:
-            return step(StoreChange.UPDATE, "fleetd made it, and its record is lost", content_hash)
-        if made[key].get("hash") != content_hash:
+        if key not in created:
+            return step(StoreChange.UPDATE, "created by fleetd, but its record is lost", content_hash)
+        if created[key].get("hash") != content_hash:
             return step(StoreChange.UPDATE, "its file or its modelfile changed", content_hash)
-        link = made[key].get("link")
+        link = created[key].get("link")
         if (
             self.models_dir is not None
             and link
@@ -143,46 +143,46 @@ class Library:
             return step(StoreChange.UPDATE, "its link leads nowhere", content_hash)
         return step(StoreChange.NONE, "unchanged", content_hash)
 
-    # -- doing it -------------------------------------------------------------------------------------------------------
+    # -- changing -------------------------------------------------------------------------------------------------------
 
     async def apply(
         self, step: Step, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
     ) -> None:
-        """Carry out one step. Raises EngineError; a model whose file is absent can be tried again later."""
+        """Carry out one step. Raises EngineError, which is recoverable for a missing file."""
         if step.change is StoreChange.DELETE:
             await self.delete(step.served_as)
         elif step.change is StoreChange.MISSING:
             has_source = step.recipe is not None and step.recipe.source is not None
             raise EngineError(step.reason, recoverable=has_source, hint="is the drive mounted?" if has_source else None)
         elif step.change in (StoreChange.CREATE, StoreChange.UPDATE) and step.recipe is not None:
-            await self._make(step.recipe, step.content_hash, progress, timeout_s)
+            await self._create(step.recipe, step.content_hash, progress, timeout_s)
 
     async def ensure(
         self, recipe: ModelRecipe, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
     ) -> Step:
-        """Make one model as wanted, if anything changed; return what was done. Raises EngineError."""
+        """Create or update one model if anything changed; return the step. Raises EngineError."""
         step = next(step for step in await self.plan([recipe]) if step.recipe is recipe)
         await self.apply(step, progress, timeout_s)
         return step
 
     async def replace(self, recipe: ModelRecipe, progress: Progress = ignore_progress) -> None:
-        """Make a model although one of this name is there that fleetd did not make: on a person's order only."""
-        await self._make(
+        """Create a model in place of a foreign one of this name; only on an operator's request."""
+        await self._create(
             recipe, recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe)), progress, CREATE_TIMEOUT_S
         )
 
     async def delete(self, served_as: str) -> None:
-        """Delete a model that fleetd made, its link included; the file it leads to stays. Raises EngineError."""
+        """Delete a model that fleetd created, and its link; the linked file stays. Raises EngineError."""
         key = store.ModelName.parse(served_as).key
-        entry = (await asyncio.to_thread(self._made)).get(key)
+        entry = (await asyncio.to_thread(self.created)).get(key)
         if entry is None:
             raise EngineError(
-                f"{served_as} was not made by fleetd; delete it with `ollama rm {served_as}`", recoverable=False
+                f"{served_as} was not created by fleetd; delete it with `ollama rm {served_as}`", recoverable=False
             )
         await self.api.delete(served_as)
         await asyncio.to_thread(self._forget, key, entry.get("link"))
 
-    async def _make(self, recipe: ModelRecipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
+    async def _create(self, recipe: ModelRecipe, content_hash: str, progress: Progress, timeout_s: float) -> None:
         files = await asyncio.to_thread(_files, recipe)
         digests: dict[Path, str] = {}
         links: list[str] = []
@@ -199,26 +199,26 @@ class Library:
         progress("in place" if kept else "made", 1, 1)
 
     async def _shared(self, recipe: ModelRecipe, path: Path, links: list[str]) -> str | None:
-        """Link a file into the store; None where the server does not see the link. `links` collects what was made."""
+        """Link a file into the store and append to `links`; None if the server does not see the link."""
         digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
         if digest is None:
             return None
         link = digest.replace(":", "-")
-        if not await self.api.has_blob(digest):  # the folder is not this server's: a container, another machine
+        if not await self.api.has_blob(digest):  # not this server's folder: a container, another machine
             await asyncio.to_thread(self._drop_links, [link])
             return None
         links.append(link)
         return digest
 
     async def _registered(self, recipe: ModelRecipe, digests: Mapping[Path, str], links: Sequence[str]) -> bool:
-        """Enter the model by its manifest where /api/create would copy the file; False where that is not the way."""
+        """Register the model by its manifest if /api/create would copy the file; False if not possible."""
         whole = recipe.quantize is None and len(digests) == len(links) == 1 and recipe.source in digests
         if self.models_dir is None or not whole or await self.api.version() < COPIES_SINCE:
             return False
         try:
             await asyncio.to_thread(register.register, self.models_dir, recipe, next(iter(digests.values())))
         except EngineError:
-            return False  # a header that we cannot read may yet be one that the server can
+            return False  # the server may still be able to read a header that fleetd cannot
         return True
 
     async def _upload(self, path: Path, progress: Progress, timeout_s: float) -> str:
@@ -229,12 +229,12 @@ class Library:
 
     # -- files; all of these block --------------------------------------------------------------------------------------
 
-    def _made(self) -> dict[str, dict[str, Any]]:
+    def created(self) -> dict[str, dict[str, Any]]:
+        """Return the record of this store: full name → {name, served_as, hash, link, made}. Blocks."""
         return _recorded(self.record_path, self.key)
 
     def stored(self, served_as: str) -> dict[str, Any]:
-        """Return {present, digest, stored_bytes, link_to} of a model's weights, as the folder tells; nothing where it is
-        not ours to read. Blocks."""
+        """Return {present, digest, stored_bytes, link_to} of a model's weights; empty without a folder. Blocks."""
         if self.models_dir is None:
             return {}
         try:
@@ -249,11 +249,7 @@ class Library:
         found["stored_bytes"] = blob.stat().st_size if blob.is_file() and not blob.is_symlink() else 0
         return found
 
-    def made(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return the record of this store: full name → {name, served_as, hash, link, made}. Blocks."""
-        return self._made()
-
-    def _change_made(self, key: str, entry: dict[str, Any] | None) -> None:
+    def _update_record(self, key: str, entry: dict[str, Any] | None) -> None:
         with _RECORD:
             record = fingerprint.read_record(self.record_path)
             stores = record.setdefault("stores", {})
@@ -263,8 +259,8 @@ class Library:
                 made[key] = entry
             fingerprint.write_record(self.record_path, record)
 
-    def _was_ours(self, recipe: ModelRecipe) -> bool:
-        """True when the store's model names the link that fleetd would make: the record was lost, not the model."""
+    def _lost_its_record(self, recipe: ModelRecipe) -> bool:
+        """Return whether the store's model has the link that fleetd would create: only its record was lost."""
         if self.models_dir is None or recipe.source is None or not recipe.source.is_file():
             return False
         return _link_digest(recipe, recipe.source).replace(":", "-") in register.named_blobs(
@@ -272,7 +268,7 @@ class Library:
         )
 
     def _link(self, recipe: ModelRecipe, path: Path) -> str | None:
-        """Link a file into the store; None where that cannot be. Returns the digest that the link stands for."""
+        """Link a file into the store; return the digest of the link, None if links are not possible."""
         assert self.models_dir is not None
         digest = _link_digest(recipe, path)
         link = store.blob_path(self.models_dir, digest)
@@ -284,13 +280,13 @@ class Library:
             fresh.symlink_to(path)
             fresh.replace(link)
         except OSError:
-            return None  # a file system without links, or a folder that is not ours to write
+            return None  # a file system without links, or a read-only folder
         return digest
 
     def _keep(self, recipe: ModelRecipe, content_hash: str, links: list[str]) -> bool:
-        """Record the model; drop links that its manifest does not name. Returns True when it is in place."""
+        """Record the model, drop links that its manifest does not use; return whether it is in place."""
         key = store.ModelName.parse(recipe.served_as).key
-        before = self._made().get(key, {}).get("link")
+        before = self.created().get(key, {}).get("link")
         named = register.named_blobs(self.models_dir, recipe.served_as) if self.models_dir is not None else frozenset()
         kept = [link for link in links if link in named]
         self._drop_links([link for link in links if link not in kept])
@@ -303,11 +299,11 @@ class Library:
             "link": kept[0] if kept else None,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._change_made(key, entry)
+        self._update_record(key, entry)
         return bool(kept)
 
     def _forget(self, key: str, link: str | None) -> None:
-        self._change_made(key, None)
+        self._update_record(key, None)
         if link:
             self._drop_links([link])
 
@@ -342,7 +338,7 @@ def _tag_name(tag: Mapping[str, Any]) -> str:
 
 
 def _files(recipe: ModelRecipe) -> dict[Path, str]:
-    """Return the files a recipe is made from, with their names in the request. Raises EngineError for one that is absent."""
+    """Return the files of a recipe, with their names in the request. Raises EngineError if one is missing."""
     found: dict[Path, str] = {}
     for number, path in enumerate(filter(None, (recipe.source, recipe.projector, *recipe.adapters))):
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""From what a person typed to names."""
+"""Resolving what a user typed to names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = Names(
         (["web", "web"], ["web"]),
     ],
 )
-def test_processes(patterns: list[str], expected: list[str]) -> None:
+def test_processes_patterns_select_names(patterns: list[str], expected: list[str]) -> None:
     assert selection.processes(patterns, NAMES) == expected
 
 
@@ -35,11 +35,11 @@ def test_processes(patterns: list[str], expected: list[str]) -> None:
     ("patterns", "expected"),
     [(["gpt"], ["ulysses"]), (["org/*"], ["org/coder:7b"]), (["*coder*"], ["org/coder:7b", "coder"])],
 )
-def test_models(patterns: list[str], expected: list[str]) -> None:
+def test_models_patterns_select_names(patterns: list[str], expected: list[str]) -> None:
     assert selection.models(patterns, NAMES) == expected
 
 
-def test_a_route_is_passed_over_and_told_when_it_is_named() -> None:
+def test_models_route_is_skipped_or_an_error_if_named() -> None:
     names = Names(models={"rt": ("chat",), "a": (), "b": ()}, routes={"rt": ("a", "b")})
     assert selection.models(["all"], names) == selection.models(["*"], names) == ["a", "b"]
     assert selection.models(["all"], Names(models={"rt": ()}, routes={"rt": ("a",)})) == []
@@ -49,7 +49,7 @@ def test_a_route_is_passed_over_and_told_when_it_is_named() -> None:
         assert (caught.value.status, caught.value.code) == (409, "is_a_route")
 
 
-def test_all_of_nothing_is_nothing() -> None:
+def test_all_of_empty_fleet_selects_nothing() -> None:
     assert selection.processes(["all"], Names()) == []
 
 
@@ -64,7 +64,7 @@ def test_all_of_nothing_is_nothing() -> None:
         (["x" * 10_000], "known:"),
     ],
 )
-def test_unknown_processes(patterns: list[str], hint: str) -> None:
+def test_processes_unknown_name_has_hint(patterns: list[str], hint: str) -> None:
     with pytest.raises(ApiError) as caught:
         selection.processes(patterns, NAMES)
     assert (caught.value.status, caught.value.code) == (404, "unknown_name")
@@ -72,13 +72,13 @@ def test_unknown_processes(patterns: list[str], hint: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_a_process_is_not_a_model() -> None:
+def test_models_process_name_has_hint() -> None:
     with pytest.raises(ApiError) as caught:
         selection.models(["ollama"], NAMES)
     assert "fleetctl start ollama" in (caught.value.hint or "")
 
 
-def test_nothing_named() -> None:
+def test_processes_no_pattern_is_invalid() -> None:
     with pytest.raises(ApiError) as caught:
         selection.models([], NAMES)
     assert caught.value.status == 400

@@ -1,4 +1,4 @@
-"""The control API over a real Unix socket, in front of a fleet in memory."""
+"""The control API over a real Unix socket, with a fleet in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def served(place: Path, **options: Any) -> AsyncIterator[tuple[FakePort, aiohttp.ClientSession]]:
     port = FakePort()
-    _: ControlPort = port  # the fake keeps to the protocol
+    _: ControlPort = port  # the fake matches the protocol
     server = ControlServer(port, place, **options)
     await server.start()
     connector = aiohttp.UnixConnector(str(place))
@@ -78,7 +78,7 @@ READS = [
 ]
 
 
-def test_everything_can_be_read(place: Path) -> None:
+def test_routes_get_answers_every_document(place: Path) -> None:
     async def test(_: FakePort, session: aiohttp.ClientSession) -> None:
         for path, key in READS:
             async with session.get(aiohttp.client.URL(path, encoded=True)) as response:
@@ -128,7 +128,7 @@ BAD = [
 ]
 
 
-def test_every_mistake_is_json_and_touches_nothing(place: Path) -> None:
+def test_routes_invalid_input_is_json_and_changes_nothing(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         for method, path, data, status, code in BAD:
             async with session.request(method, path, data=data and io.BytesIO(data.encode())) as response:
@@ -143,7 +143,7 @@ def test_every_mistake_is_json_and_touches_nothing(place: Path) -> None:
     with_server(place, test)
 
 
-def test_a_bad_file_names_every_problem(place: Path) -> None:
+def test_routes_plan_of_bad_file_lists_every_problem(place: Path) -> None:
     async def test(_: FakePort, session: aiohttp.ClientSession) -> None:
         async with session.post("/v1/plan", json={"text": "bad"}) as response:
             problems = (await response.json())["error"]["problems"]
@@ -161,7 +161,7 @@ def test_a_bad_file_names_every_problem(place: Path) -> None:
         ("bug", 500, "internal"),
     ],
 )
-def test_failures_of_the_daemon(
+def test_answers_daemon_failures_have_status_and_code(
     place: Path, failure: str, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
@@ -180,7 +180,7 @@ def test_failures_of_the_daemon(
     assert ("secret detail" in caplog.text) == (failure == "bug")
 
 
-def test_actions_reach_the_port_with_their_options(place: Path) -> None:
+def test_routes_actions_reach_port_with_options(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         cases = [
             ("/v1/processes/web/start", {"timeout_s": 3}, 200),
@@ -212,7 +212,7 @@ def test_actions_reach_the_port_with_their_options(place: Path) -> None:
     with_server(place, test)
 
 
-def test_a_port_that_never_answers_is_a_timeout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routes_silent_port_times_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "GRACE_S", 0.05)
 
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
@@ -227,7 +227,7 @@ def test_a_port_that_never_answers_is_a_timeout(place: Path, monkeypatch: pytest
     with_server(place, test)
 
 
-def test_a_caller_that_hangs_up_cancels_the_wait_quietly(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_disconnected_caller_cancels_wait(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         cancelled = asyncio.Event()
 
@@ -249,7 +249,7 @@ def test_a_caller_that_hangs_up_cancels_the_wait_quietly(place: Path, caplog: py
     assert "Traceback" not in caplog.text
 
 
-def test_strangers_are_refused(place: Path) -> None:
+def test_server_other_users_are_rejected(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         for method, path in (("GET", "/v1/status"), ("POST", "/v1/shutdown")):
             async with session.request(method, path) as response:
@@ -260,7 +260,7 @@ def test_strangers_are_refused(place: Path) -> None:
     with_server(place, test, allowed_uids={987_654})
 
 
-def test_the_socket_is_gone_after_close_and_comes_back(place: Path) -> None:
+def test_server_close_removes_socket_and_start_recreates_it(place: Path) -> None:
     async def test(_: FakePort, session: aiohttp.ClientSession) -> None:
         async with session.get("/v1/status") as response:
             assert response.status == 200
@@ -270,7 +270,7 @@ def test_the_socket_is_gone_after_close_and_comes_back(place: Path) -> None:
     with_server(place, test)
 
 
-def test_malformed_requests_get_a_line_not_a_traceback(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_malformed_request_logs_one_line(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def test(_: FakePort, session: aiohttp.ClientSession) -> None:
         reader, writer = await asyncio.open_unix_connection(str(place))
         writer.write(b"GET / HTTP/1.1\r\nHost : x\r\nbroken\r\n\r\n")
@@ -298,7 +298,7 @@ async def frames(response: aiohttp.ClientResponse) -> list[tuple[str, dict[str, 
     return found
 
 
-def test_a_finished_stream_has_an_end(place: Path) -> None:
+def test_sse_finished_stream_sends_end(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         accept = {"Accept": "text/event-stream"}
         async with session.get("/v1/events?follow=0&after=1", headers=accept) as response:
@@ -314,7 +314,7 @@ def test_a_finished_stream_has_an_end(place: Path) -> None:
     with_server(place, test)
 
 
-def test_a_follower_that_leaves_frees_the_source(place: Path) -> None:
+def test_sse_disconnected_reader_closes_source(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         async with session.get("/v1/events") as response:
             assert await response.content.readline()
@@ -324,7 +324,7 @@ def test_a_follower_that_leaves_frees_the_source(place: Path) -> None:
     with_server(place, test)
 
 
-def test_a_stream_that_breaks_says_so(place: Path) -> None:
+def test_sse_failed_stream_sends_error(place: Path) -> None:
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
         async def events(*_: Any) -> AsyncIterator[Any]:
             yield {"seq": 1}
@@ -339,7 +339,7 @@ def test_a_stream_that_breaks_says_so(place: Path) -> None:
     with_server(place, test)
 
 
-def test_a_reader_that_takes_nothing_is_cut_off(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sse_stalled_reader_is_disconnected(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "STALL_S", 0.1)
     monkeypatch.setattr(sse, "QUEUE_ITEMS", 4)
     produced = 0
@@ -368,7 +368,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(place: Path, monkeypatch: pytest
     with_server(place, test)
 
 
-def test_silence_is_filled_with_comments(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sse_silence_is_filled_with_comments(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "PING_S", 0.02)
 
     async def test(port: FakePort, session: aiohttp.ClientSession) -> None:
@@ -386,7 +386,7 @@ def test_silence_is_filled_with_comments(place: Path, monkeypatch: pytest.Monkey
     with_server(place, test)
 
 
-def test_followers_do_not_hold_up_the_end(place: Path) -> None:
+def test_server_close_cuts_followers(place: Path) -> None:
     async def run() -> None:
         port = FakePort()
         server = ControlServer(port, place)
@@ -403,10 +403,10 @@ def test_followers_do_not_hold_up_the_end(place: Path) -> None:
     asyncio.run(run())
 
 
-# -- the same application, elsewhere ------------------------------------------------------------------------------------
+# -- the application on another listener ------------------------------------------------------------------------------------
 
 
-def test_read_only_elsewhere() -> None:
+def test_server_read_only_app_rejects_changes() -> None:
     async def metrics() -> bytes:
         return b"fleetd_up 1\n"
 

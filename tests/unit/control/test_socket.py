@@ -1,4 +1,4 @@
-"""Binding the control socket: modes, leftovers, strangers."""
+"""Binding the control socket: modes, left-over files, other users."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("s") / "run" / "f.sock"
 
 
-def test_folder_and_socket_are_closed_to_others(place: Path) -> None:
+def test_bind_sets_private_modes(place: Path) -> None:
     old = os.umask(0)
     try:
         with socket.bind(place):
@@ -29,20 +29,20 @@ def test_folder_and_socket_are_closed_to_others(place: Path) -> None:
         os.umask(old)
 
 
-def test_an_open_folder_of_ours_is_closed(place: Path) -> None:
+def test_bind_closes_an_open_folder(place: Path) -> None:
     place.parent.mkdir(mode=0o755)
     with socket.bind(place):
         assert stat.S_IMODE(place.parent.stat().st_mode) == 0o700
 
 
-def test_a_dead_socket_is_replaced(place: Path) -> None:
+def test_bind_replaces_dead_socket(place: Path) -> None:
     socket.bind(place).close()
     assert place.exists()
     with socket.bind(place), sockets.socket(sockets.AF_UNIX) as client:
         client.connect(str(place))
 
 
-def test_a_live_socket_is_not_stolen(place: Path) -> None:
+def test_bind_live_socket_raises(place: Path) -> None:
     with socket.bind(place) as first:
         with pytest.raises(HostError, match="answers on"):
             socket.bind(place)
@@ -52,7 +52,7 @@ def test_a_live_socket_is_not_stolen(place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_no_socket_stays(place: Path, kind: str) -> None:
+def test_bind_other_file_is_kept_and_raises(place: Path, kind: str) -> None:
     place.parent.mkdir(mode=0o700)
     if kind == "file":
         place.write_text("mine")
@@ -65,19 +65,19 @@ def test_what_is_no_socket_stays(place: Path, kind: str) -> None:
     assert os.path.lexists(place)
 
 
-def test_too_long_a_path_is_said_plainly(tmp_path: Path) -> None:
+def test_bind_too_long_path_raises(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="too long") as caught:
         socket.bind(tmp_path / ("x" * 120) / "f.sock")
     assert "paths.run" in (caught.value.hint or "")
 
 
-def test_the_longest_path_works(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_bind_longest_path_works(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("s")
     room = socket.PATH_MAX_BYTES - len(os.fsencode(base)) - len("//f.sock") - 1 - len(socket.TEMPORARY_SUFFIX)
     socket.bind(base / ("d" * (room + 1)) / "f.sock").close()
 
 
-def test_a_folder_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bind_folder_of_other_user_raises(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.parent.mkdir(mode=0o700)
     owner = place.parent.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
@@ -85,13 +85,13 @@ def test_a_folder_of_another_user_is_refused(place: Path, monkeypatch: pytest.Mo
         socket.bind(place)
 
 
-def test_a_file_in_place_of_the_folder(place: Path) -> None:
+def test_bind_file_in_place_of_folder_raises(place: Path) -> None:
     place.parent.write_text("")
     with pytest.raises(HostError, match="cannot be created"):
         socket.bind(place)
 
 
-def test_release_leaves_the_socket_of_a_successor(place: Path) -> None:
+def test_release_keeps_socket_of_successor(place: Path) -> None:
     socket.bind(place).close()
     found = place.lstat()
     place.unlink()
@@ -103,7 +103,7 @@ def test_release_leaves_the_socket_of_a_successor(place: Path) -> None:
         assert not place.exists()
 
 
-def test_the_peer_is_known() -> None:
+def test_peer_returns_uid_and_pid() -> None:
     one, other = sockets.socketpair(sockets.AF_UNIX)
     with one, other:
         assert socket.peer(one).uid == os.geteuid()

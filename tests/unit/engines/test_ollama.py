@@ -279,7 +279,7 @@ def test_options_that_ollama_would_swallow_are_refused(options: Mapping[str, Any
         (
             {"models": (ServedModel("m", "a", source="/x.gguf", modelfile={"parameters": {"temprature": 1}}),)},
             ("models", "m", "modelfile", "parameters", "temprature"),
-            "is no parameter",
+            "is not a parameter",
             False,
         ),
         (

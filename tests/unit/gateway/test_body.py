@@ -1,4 +1,4 @@
-"""Reading `model` and `stream`, and writing another name: both ways of reading agree, and nothing else changes."""
+"""Parsing `model` and `stream`, and renaming the model: both parsers agree, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def written(document: dict[str, Any], spaces: bool, ascii_only: bool) -> bytes:
 
 
 @given(documents(), documents(), NAMES, NAMES, st.booleans(), st.booleans(), st.booleans())
-def test_both_readings_agree_and_renaming_changes_one_value(
+def test_body_parse_and_scan_agree_and_rename_changes_one_value(
     before: dict[str, Any], after: dict[str, Any], model: str, served: str, stream: bool, spaces: bool, ascii_only: bool
 ) -> None:
     document = {**before, "model": model, "stream": stream, **after, "nested": [{"model": model, "stream": True}]}
@@ -49,13 +49,13 @@ def test_both_readings_agree_and_renaming_changes_one_value(
     assert scanned[:2] == expected[:2] == (model, stream)
     assert scanned.span is not None
     assert orjson.loads(data[slice(*scanned.span)]) == model
-    for asked in (expected, scanned):
-        renamed = orjson.loads(bodies.rename_model(data, asked, served))
+    for fields in (expected, scanned):
+        renamed = orjson.loads(bodies.rename_model(data, fields, served))
         assert renamed == {**orjson.loads(data), "model": served}
 
 
 @given(st.binary(max_size=60) | st.text('{}[]":,\\ modelstream01', max_size=60).map(str.encode))
-def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+def test_body_any_bytes_are_parsed_or_rejected(data: bytes) -> None:
     for way in (bodies.parse, bodies.scan):
         with contextlib.suppress(ApiError):  # anything else is a failure
             assert way(data).model
@@ -79,14 +79,14 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         b"1",
     ],
 )
-def test_what_does_not_end_is_refused(data: bytes) -> None:
+def test_body_truncated_json_is_rejected(data: bytes) -> None:
     for way in (bodies.parse, bodies.scan):
         with pytest.raises(ApiError):
             way(data)
 
 
-def test_the_last_of_equal_keys_counts_and_is_renamed() -> None:
+def test_body_duplicate_model_key_last_counts_and_is_renamed() -> None:
     data = b'{"model":"a","x":1,"model":"b"}'
-    for asked in (bodies.parse(data), bodies.scan(data)):
-        assert asked.model == "b"
-        assert orjson.loads(bodies.rename_model(data, asked, "c"))["model"] == "c"
+    for fields in (bodies.parse(data), bodies.scan(data)):
+        assert fields.model == "b"
+        assert orjson.loads(bodies.rename_model(data, fields, "c"))["model"] == "c"

@@ -1,4 +1,4 @@
-"""The GGUF reader: honest files read right, every dishonest one refused in one sentence, in bounded time and memory."""
+"""The GGUF reader: valid files are read correctly, every invalid one raises one sentence, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def written(folder: Path, data: bytes) -> Path:
     return path
 
 
-# -- honest files -------------------------------------------------------------------------------------------------------
+# -- valid files -------------------------------------------------------------------------------------------------------
 
 
-def test_reads_what_the_writer_wrote(tmp_path: Path) -> None:
+def test_read_returns_what_was_written(tmp_path: Path) -> None:
     shape = tiny_gguf.TinyModel(layers=3, embedding=64, heads=4, kv_heads=2, context=2048, seed=7)
     path = tiny_gguf.write(tmp_path / "tiny.gguf", shape)
     header = gguf.read(path)
@@ -47,14 +47,14 @@ def test_reads_what_the_writer_wrote(tmp_path: Path) -> None:
     assert "tokenizer.ggml.tokens" not in header.keys  # counted, not built
 
 
-def test_agrees_with_the_reference_on_sizes_of_types() -> None:
+def test_block_sizes_agree_with_reference() -> None:
     from gguf.constants import GGML_QUANT_SIZES
 
     for kind, size in GGML_QUANT_SIZES.items():
         assert gguf.BLOCKS[int(kind)] == tuple(size), kind
 
 
-def test_every_scalar_and_array_type(tmp_path: Path) -> None:
+def test_read_every_scalar_and_array_type(tmp_path: Path) -> None:
     values = {
         raw.U8: 200, raw.I8: -100, raw.U16: 60_000, raw.I16: -30_000, raw.U32: 4_000_000_000, raw.I32: -2_000_000_000,
         raw.F32: 0.5, raw.BOOL: True, raw.STRING: "word", raw.U64: 2**63, raw.I64: -(2**62), raw.F64: 0.1,
@@ -69,7 +69,7 @@ def test_every_scalar_and_array_type(tmp_path: Path) -> None:
             assert header.keys[f"a{kind}"] == (value, value)
 
 
-def test_per_layer_numbers_and_long_values(tmp_path: Path) -> None:
+def test_read_per_layer_numbers_and_long_values(tmp_path: Path) -> None:
     pairs = [
         *raw.llama()[:1],
         raw.array("llama.attention.head_count_kv", raw.I32, [1, 2, 3]),
@@ -86,7 +86,7 @@ def test_per_layer_numbers_and_long_values(tmp_path: Path) -> None:
     assert "long.text" not in header.keys
 
 
-def test_a_type_of_tomorrow_counts_by_the_room_it_takes(tmp_path: Path) -> None:
+def test_read_unknown_tensor_type_counts_by_offsets(tmp_path: Path) -> None:
     rows = [raw.tensor("a", [64], 99, 0), raw.tensor("b", [64], 0, 128), raw.tensor("c", [1], 99, 384)]
     header = gguf.read(written(tmp_path, raw.model(raw.llama(), rows, data=400)))
     assert [tensor.size_bytes for tensor in header.tensors] == [128, 256, 16]
@@ -97,7 +97,7 @@ def test_a_type_of_tomorrow_counts_by_the_room_it_takes(tmp_path: Path) -> None:
     [("m-00001-of-00003.gguf", 3), ("m-00002-of-00003.gguf", 3), ("m.gguf", 1), ("m-1-of-3.gguf", 1), ("m-00001-of-00000.gguf", 1),
      ("m-00001-of-99999.gguf", 1)],
 )  # fmt: skip
-def test_shards_by_name(name: str, count: int) -> None:
+def test_shards_count_by_name(name: str, count: int) -> None:
     found = gguf.shards(Path("/models") / name)
     assert len(found) == count
     assert found[0].startswith("/models/m")
@@ -105,7 +105,7 @@ def test_shards_by_name(name: str, count: int) -> None:
         assert found == tuple(f"/models/m-0000{number}-of-00003.gguf" for number in (1, 2, 3))
 
 
-def test_reads_all_parts_and_notices_a_strange_one(tmp_path: Path) -> None:
+def test_read_all_rejects_part_of_other_model(tmp_path: Path) -> None:
     paths = [Path(name) for name in gguf.shards(tmp_path / "m-00001-of-00002.gguf")]
     for number, path in enumerate(paths):
         pairs = [*raw.llama(), raw.pair("split.no", raw.U16, number), raw.pair("split.count", raw.U16, 2)]
@@ -116,7 +116,7 @@ def test_reads_all_parts_and_notices_a_strange_one(tmp_path: Path) -> None:
         gguf.read_all(paths)
 
 
-def test_a_large_vocabulary_is_quick_and_small(tmp_path: Path) -> None:
+def test_read_large_vocabulary_is_quick_and_small(tmp_path: Path) -> None:
     tokens = b"".join(raw.text(f"token{number}") for number in range(150_000))
     head = raw.text("tokenizer.ggml.tokens") + struct.pack("<IIQ", raw.ARRAY, raw.STRING, 150_000) + tokens
     scores = raw.text("tokenizer.ggml.scores") + struct.pack("<IIQ", raw.ARRAY, raw.F32, 150_000) + bytes(600_000)
@@ -133,7 +133,7 @@ def test_a_large_vocabulary_is_quick_and_small(tmp_path: Path) -> None:
 
 
 def peak_bytes(path: Path) -> int:
-    """Return the peak of a process that only reads a header. Linux's rusage would count what its parent had before exec."""
+    """Return the peak memory of a process that only reads a header. Linux's rusage would include its parent's before exec."""
     program = (
         "import resource, sys; from pathlib import Path; from fleetd.models.formats import gguf\n"
         f"gguf.read(Path({str(path)!r}))\n"
@@ -145,7 +145,7 @@ def peak_bytes(path: Path) -> int:
     return int(done.stdout)
 
 
-# -- dishonest files ----------------------------------------------------------------------------------------------------
+# -- invalid files ----------------------------------------------------------------------------------------------------
 
 HUGE = 2**63
 NESTED = raw.text("k") + struct.pack("<IIQ", raw.ARRAY, raw.ARRAY, 1) + struct.pack("<IQ", raw.U8, 0)
@@ -187,10 +187,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refuses(case: str, tmp_path: Path) -> None:
-    data, said = BAD[case]
+def test_read_invalid_file_raises(case: str, tmp_path: Path) -> None:
+    data, message = BAD[case]
     path = written(tmp_path, data)
-    with pytest.raises(GgufError, match=said) as caught:
+    with pytest.raises(GgufError, match=message) as caught:
         gguf.read(path)
     assert isinstance(caught.value, EngineError)
     assert str(path) in str(caught.value)
@@ -198,23 +198,23 @@ def test_refuses(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_read_not_a_file_raises(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for path, said in (
+    for path, message in (
         (tmp_path, "folder"),
         (fifo, "FIFO"),
         (tmp_path / "absent", "No such file"),
         (Path("/dev/zero"), "device"),
     ):
-        with pytest.raises(GgufError, match=said):
+        with pytest.raises(GgufError, match=message):
             gguf.read(path)
     with pytest.raises(GgufError, match="not a path"):
         gguf.read(Path("a\0b"))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_refuses_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_read_unreadable_file_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     path = written(tmp_path, small())
 
     def broken(*args: object) -> bytes:
@@ -237,7 +237,7 @@ def small() -> bytes:
     )
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_read_every_truncation_raises(tmp_path: Path) -> None:
     data = small()
     path = written(tmp_path, data)
     gguf.read(path)
@@ -247,7 +247,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             gguf.read(path)
 
 
-def test_every_flipped_byte_reads_or_is_refused(tmp_path: Path) -> None:
+def test_read_every_flipped_byte_reads_or_raises(tmp_path: Path) -> None:
     data = bytearray(small())
     path = written(tmp_path, bytes(data))
     end = gguf.read(path).data_offset
@@ -264,7 +264,7 @@ def test_every_flipped_byte_reads_or_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=400), tensors=st.integers(0, 2**64 - 1), keys=st.integers(0, 2**64 - 1))
-def test_noise_after_a_header_never_crashes(tmp_path: Path, body: bytes, tensors: int, keys: int) -> None:
+def test_read_noise_after_header_never_crashes(tmp_path: Path, body: bytes, tensors: int, keys: int) -> None:
     path = written(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + body)
     try:
         gguf.read(path)
@@ -287,7 +287,7 @@ CHUNKS = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chunks=st.lists(CHUNKS, max_size=8), tensors=st.integers(0, 4), keys=st.integers(0, 6))
-def test_plausible_noise_never_crashes(tmp_path: Path, chunks: list[bytes], tensors: int, keys: int) -> None:
+def test_read_plausible_noise_never_crashes(tmp_path: Path, chunks: list[bytes], tensors: int, keys: int) -> None:
     path = written(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + b"".join(chunks))
     try:
         header = gguf.read(path)
@@ -296,8 +296,8 @@ def test_plausible_noise_never_crashes(tmp_path: Path, chunks: list[bytes], tens
     assert header.weight_bytes <= header.file_bytes * max(1, len(header.tensors))
 
 
-def test_a_sparse_giant_costs_neither_time_nor_memory(tmp_path: Path) -> None:
-    """A terabyte of zeros is a terabyte of empty texts: the count is bounded before the walk."""
+def test_read_sparse_huge_file_is_quick_and_small(tmp_path: Path) -> None:
+    """A terabyte of zeros is a terabyte of empty strings: the count is checked before they are skipped."""
     head = raw.header([raw.array("k", raw.STRING, [], count=10**9)])
     path = written(tmp_path, head)
     os.truncate(path, 2**36)

@@ -1,4 +1,4 @@
-"""Model folders of Hugging Face: sizes by hand-checked numbers, and every broken file refused in one sentence."""
+"""Hugging Face model folders and the estimate for vLLM: hand-checked numbers, and every broken file raises one sentence."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def model(weight_bytes: int = 0, **config: Any) -> ModelFolder:
     return ModelFolder("m", weight_bytes, (), {**LLAMA_8B, **config})
 
 
-def test_adds_up_tensors(tmp_path: Path) -> None:
+def test_read_folder_adds_up_tensors(tmp_path: Path) -> None:
     found = safetensors.read_folder(folder(tmp_path, model=tensors(100, 28), consolidated=tensors(128)))
     assert found.weight_bytes == 128
     assert len(found.files) == 1
 
 
-def test_only_what_the_index_names(tmp_path: Path) -> None:
+def test_read_folder_counts_only_files_of_index(tmp_path: Path) -> None:
     folder(tmp_path, a=tensors(10), b=tensors(20), stray=tensors(500))
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert safetensors.read_folder(tmp_path).weight_bytes == 30
 
 
-def test_text_config_of_a_multimodal_model(tmp_path: Path) -> None:
+def test_read_folder_uses_text_config(tmp_path: Path) -> None:
     found = safetensors.read_folder(
         folder(tmp_path, {"hidden_size": 1, "text_config": {"hidden_size": 64}}, m=tensors(1))
     )
@@ -80,11 +80,11 @@ KV: list[tuple[dict[str, Any], VllmServing, int]] = [
 
 
 @pytest.mark.parametrize(("config", "serving", "wanted"), KV)
-def test_kv(config: dict[str, Any], serving: VllmServing, wanted: int) -> None:
+def test_minimum_kv_bytes_per_configuration(config: dict[str, Any], serving: VllmServing, wanted: int) -> None:
     assert vllm_memory.minimum_kv_bytes(model(**config), serving) == wanted
 
 
-def test_estimate_of_a_known_model() -> None:
+def test_estimate_known_model() -> None:
     sizes = vllm_memory.estimate(model(16_060_000_000), VllmServing(max_model_len=8192, enforce_eager=True))
     assert sizes.weight_bytes == 16_060_000_000
     assert sizes.kv_bytes == 1 << 30
@@ -112,7 +112,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refuses_files(case: str, tmp_path: Path) -> None:
+def test_tensor_bytes_invalid_file_raises(case: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(BAD[case])
     with pytest.raises(SafetensorsError) as caught:
@@ -121,7 +121,7 @@ def test_refuses_files(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 600
 
 
-def test_refuses_folders(tmp_path: Path) -> None:
+def test_read_folder_invalid_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(SafetensorsError, match="not a folder"):
         safetensors.read_folder(tmp_path / "absent")
     with pytest.raises(SafetensorsError, match="No such file"):
@@ -139,13 +139,13 @@ def test_refuses_folders(tmp_path: Path) -> None:
         safetensors.read_folder(tmp_path)
 
 
-def test_never_waits_on_a_fifo(tmp_path: Path) -> None:
+def test_read_folder_fifo_raises_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(SafetensorsError, match="not a regular file"):
         safetensors.read_folder(tmp_path)
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_tensor_bytes_every_truncation_raises(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     data = tensors(8, 4)
     path.write_bytes(data)
@@ -169,6 +169,6 @@ JSON = st.recursive(
         st.sampled_from([*LLAMA_8B, "layer_types", "sliding_window", "kv_lora_rank", "text_config"]), JSON
     )
 )
-def test_absurd_configurations_give_a_number(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_estimate_absurd_configuration_gives_a_number(tmp_path: Path, config: dict[str, Any]) -> None:
     found = safetensors.read_folder(folder(tmp_path, config, m=tensors(5)))
     assert vllm_memory.estimate(found, VllmServing()).total_bytes >= 0

@@ -1,4 +1,4 @@
-"""Finding models in a folder: what counts, what is proposed, and that it ends."""
+"""Finding models in a folder: which files count, the proposed entries, and the bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fleetd.models import scan as scan_module
 from fleetd.models.scan import entries, scan
 
 
-def test_a_folder_of_models(tmp_path: Path) -> None:
+def test_scan_finds_models_and_proposes_entries(tmp_path: Path) -> None:
     deep = tmp_path / "a b" / "TSC-ULYSSES@f16"
     deep.mkdir(parents=True)
     one = write(deep / "TSC ULYSSES_f16.gguf")
@@ -46,7 +46,7 @@ def test_a_folder_of_models(tmp_path: Path) -> None:
     assert alone[found[one].key] == {"engine": "llamacpp", "options": {"model": str(one)}}
 
 
-def test_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scan_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "MAX_DEPTH", 2)
     deep = tmp_path / "1" / "2" / "3" / "4"
     deep.mkdir(parents=True)
@@ -60,6 +60,6 @@ def test_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(scan(tmp_path).models) == 1
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_scan_no_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not a folder"):
         scan(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""The models of a store as fleet.yaml wants them: against the fake server, which has Ollama's routes and checks digests."""
+"""Synchronising a store with fleet.yaml, against a fake server with Ollama's routes that checks digests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def apply(lib: Library, recipes: list[ModelRecipe]) -> dict[str, StoreChan
     return changes(steps)
 
 
-def test_a_life(tmp_path: Path) -> None:
+def test_library_create_update_delete(tmp_path: Path) -> None:
     path = model_file(tmp_path)
 
     async def work(server: Server) -> None:
@@ -78,7 +78,7 @@ def test_a_life(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
-def test_what_others_made_is_used_and_never_touched(tmp_path: Path) -> None:
+def test_library_foreign_model_is_used_and_kept(tmp_path: Path) -> None:
     async def work(server: Server) -> None:
         lib = library(server, tmp_path)
         mine = recipe("m", "other", source=str(model_file(tmp_path)))
@@ -87,16 +87,16 @@ def test_what_others_made_is_used_and_never_touched(tmp_path: Path) -> None:
             "other:latest": StoreChange.NONE,
         }
         wanted = recipe("m", "other", source=str(model_file(tmp_path)), modelfile={"parameters": {"num_ctx": 2048}})
-        assert (await lib.plan([wanted]))[0].reason.endswith("used as it is, without num_ctx of fleet.yaml")
-        with pytest.raises(EngineError, match="not made by fleetd"):
+        assert (await lib.plan([wanted]))[0].reason.endswith("used unchanged, without num_ctx of fleet.yaml")
+        with pytest.raises(EngineError, match="not created by fleetd"):
             await lib.delete("other")
-        await lib.replace(mine)  # a person's order
+        await lib.replace(mine)  # on an operator request
         assert await apply(lib, [mine]) == {"other": StoreChange.NONE}
 
     run(tmp_path, work)
 
 
-def test_what_is_absent_says_so(tmp_path: Path) -> None:
+def test_library_missing_file_is_reported(tmp_path: Path) -> None:
     async def work(server: Server) -> None:
         lib = library(server, tmp_path)
         gone = recipe("g", "g", source="/Volumes/BOWIE/x\u00a0y.gguf")
@@ -113,7 +113,7 @@ def test_what_is_absent_says_so(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
-def test_an_upload_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_upload_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model_file(tmp_path)
     hashed: list[Path] = []
     real = fingerprint.sha256
@@ -134,7 +134,7 @@ def test_an_upload_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_link_where_the_store_is_shared_an_upload_where_not(tmp_path: Path, shared: bool) -> None:
+def test_library_links_in_shared_store_else_uploads(tmp_path: Path, shared: bool) -> None:
     path, store = tiny(tmp_path), tmp_path / "store"
     (store / "blobs").mkdir(parents=True)
 
@@ -143,7 +143,7 @@ def test_a_link_where_the_store_is_shared_an_upload_where_not(tmp_path: Path, sh
         lib = library(server, tmp_path, store)
         await lib.ensure(recipe("a", "a", source=str(path)), lambda phase, done, total: seen.append(phase))
         links = [entry.resolve() for entry in (store / "blobs").iterdir() if entry.is_symlink()]
-        if shared:  # the fake says that it is newer than 0.30: entered by its manifest, never sent
+        if shared:  # the fake reports a version above 0.30: registered by its manifest, never sent
             assert (links, "uploading" in seen, "in place" in seen) == ([path], False, True)
             assert register.named_blobs(store, "a") >= {entry.name for entry in (store / "blobs").iterdir()}
         else:
@@ -154,7 +154,7 @@ def test_a_link_where_the_store_is_shared_an_upload_where_not(tmp_path: Path, sh
     run(tmp_path, work, store=store if shared else None)
 
 
-def test_a_failure_in_the_middle_of_the_stream_leaves_nothing(tmp_path: Path) -> None:
+def test_library_failed_stream_leaves_nothing(tmp_path: Path) -> None:
     path, store = model_file(tmp_path), tmp_path / "store"
     (store / "blobs").mkdir(parents=True)
 
@@ -165,11 +165,11 @@ def test_a_failure_in_the_middle_of_the_stream_leaves_nothing(tmp_path: Path) ->
         assert list((store / "blobs").iterdir()) == []
         assert changes(await lib.plan([recipe("a", "a", source=str(path))])) == {"a": StoreChange.CREATE}
 
-    # the file is no GGUF that fleetd reads, so that the server is asked
+    # fleetd cannot read the file, so the server is asked
     run(tmp_path, work, "--fail-load", store=store)
 
 
-def test_another_server_is_one_sentence(tmp_path: Path) -> None:
+def test_library_other_server_raises_one_sentence(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai") as server:
             with pytest.raises(EngineError, match="/api/tags") as caught:
@@ -187,7 +187,7 @@ def test_another_server_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, fingerprint.BLOCK_BYTES, 5 * fingerprint.BLOCK_BYTES, 3_000_000])
-def test_fingerprints(tmp_path: Path, size: int) -> None:
+def test_fingerprint_changes_with_content_only(tmp_path: Path, size: int) -> None:
     one, same = tmp_path / "one", tmp_path / "same"
     body = bytes(range(256)) * (size // 256 + 1)
     one.write_bytes(body[:size])
@@ -204,7 +204,7 @@ def test_fingerprints(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"stores": 5}', '{"stores": {"x": 3}}', "\x00"])
-def test_a_damaged_record_counts_as_empty(tmp_path: Path, text: str) -> None:
+def test_read_record_damaged_counts_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "models.json").write_text(text)
     path = model_file(tmp_path)
@@ -230,7 +230,7 @@ def test_a_damaged_record_counts_as_empty(tmp_path: Path, text: str) -> None:
         ("host:5000/me/a:b", "host:5000/me/a:b"),
     ],
 )
-def test_names(text: str, short: str) -> None:
+def test_model_name_short_form(text: str, short: str) -> None:
     assert ModelName.parse(text).short == short
     assert same_name(text, short.upper())
 
@@ -238,19 +238,19 @@ def test_names(text: str, short: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "a@b", "a:", ":a", "a/b/c/d", "../a", "a b", ".a", "a" * 81, "ns.x/a", "a:b:c", "\u00e9"]
 )
-def test_names_that_are_none(text: str) -> None:
+def test_model_name_invalid_raises(text: str) -> None:
     with pytest.raises(ValueError, match="not a model name"):
         ModelName.parse(text)
 
 
-def test_a_store_is_read_with_care(tmp_path: Path) -> None:
+def test_store_damaged_manifest_raises(tmp_path: Path) -> None:
     name = ModelName.parse("Tiny")
     assert manifest_path(tmp_path, name) is None
     assert read_manifest(tmp_path, "tiny") is None
     path = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"layers": []}))
-    assert manifest_path(tmp_path, name) == path  # the case does not count
+    assert manifest_path(tmp_path, name) == path  # case is ignored
     path.write_text("[1]")
     with pytest.raises(ValueError, match="JSON object"):
         read_manifest(tmp_path, "tiny")

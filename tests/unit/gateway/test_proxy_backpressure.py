@@ -1,4 +1,4 @@
-"""Slow readers and slow senders: memory stays bounded, and nobody else waits."""
+"""Slow readers and slow senders: memory stays bounded, and other clients do not wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.gateway import CHAT, STREAM, EngineRequest, post, rig, run, u
 PIECE = b"data: " + b"x" * 65_000 + b"\n\n"
 
 
-def test_a_slow_reader_stops_the_engine_and_costs_little_memory() -> None:
+def test_proxy_slow_client_pauses_engine_with_bounded_memory() -> None:
     async def scenario() -> None:
         sent = 0
 
@@ -44,7 +44,7 @@ def test_a_slow_reader_stops_the_engine_and_costs_little_memory() -> None:
             other = await it.client()
             assert (await other.ask(CHAT))[0] == 200
             got = 0
-            while got < 40_000_000:  # it goes on as soon as the client reads
+            while got < 40_000_000:  # it continues as soon as the client reads
                 got += len(await loop.sock_recv(sock, 1 << 20))
             sock.close()
             await until(lambda: len(it.fleet.finished) == 2)
@@ -52,7 +52,7 @@ def test_a_slow_reader_stops_the_engine_and_costs_little_memory() -> None:
     run(scenario())
 
 
-def test_a_reader_that_takes_nothing_is_cut_off() -> None:
+def test_proxy_stalled_client_is_disconnected() -> None:
     async def scenario() -> None:
         cut = asyncio.Event()
 
@@ -75,7 +75,7 @@ def test_a_reader_that_takes_nothing_is_cut_off() -> None:
     run(scenario())
 
 
-def test_a_client_that_asks_and_never_reads_is_not_served_for_ever() -> None:
+def test_http1_pipelining_without_reading_stops_being_served() -> None:
     async def scenario() -> None:
         async with rig(write_timeout_s=0.3) as it:
             sock = socket.create_connection(("127.0.0.1", it.port))
@@ -94,7 +94,7 @@ def test_a_client_that_asks_and_never_reads_is_not_served_for_ever() -> None:
     run(scenario())
 
 
-def test_a_large_body_reaches_a_slow_engine_whole() -> None:
+def test_proxy_large_body_reaches_slow_engine_complete() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.answer(b'{"length":%d}' % len(request.body))

@@ -1,4 +1,4 @@
-"""Footprints: the arithmetic of each shape of attention, and the estimate beside what the real engine takes."""
+"""The memory estimate: the arithmetic of each shape of attention, and a comparison with the real engine."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KV = [
     (LLAMA_8B, GgufServing(8192, cache_type_k="q8_0", cache_type_v="q8_0"), int(1.0625 / 2 * GIB)),
     (LLAMA_8B, GgufServing(8192, cache_type_k="q4_0", cache_type_v="f32"), int((0.5625 + 4) / 4 * GIB)),
     (LLAMA_8B, GgufServing(1), 256 * 131072),
-    # 10 global layers hold everything, 52 hold their window and one batch
+    # 10 global layers keep everything, 52 keep their window and one batch
     (GEMMA_27B, GgufServing(32768), 2 * 16 * 128 * 2 * (10 * 32768 + 52 * 1536)),
     (GEMMA_27B, GgufServing(512), 2 * 16 * 128 * 2 * 62 * 512),
     (DEEPSEEK, GgufServing(4096), 61 * (512 + 64) * 2 * 4096),
@@ -74,11 +74,11 @@ KV = [
 
 
 @pytest.mark.parametrize(("model", "serving", "wanted"), KV)
-def test_kv_bytes(model: Header, serving: GgufServing, wanted: int) -> None:
+def test_kv_bytes_per_attention_shape(model: Header, serving: GgufServing, wanted: int) -> None:
     assert memory_estimate.kv_bytes(model, serving) == wanted
 
 
-def test_pattern_of_the_header_wins() -> None:
+def test_kv_bytes_header_pattern_overrides_architecture() -> None:
     pattern = header(
         "gemma3", block_count=2, embedding_length=64, attention__head_count=1, attention__head_count_kv=1,
         attention__sliding_window=256, attention__sliding_window_pattern=(True, False),
@@ -86,7 +86,7 @@ def test_pattern_of_the_header_wins() -> None:
     assert memory_estimate.kv_bytes(pattern, GgufServing(4096, ubatch=256)) == 64 * 2 * 2 * (512 + 4096)
 
 
-def test_layers_go_where_they_are_sent() -> None:
+def test_estimate_splits_layers_between_gpu_and_host() -> None:
     host = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=0))
     half = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=16))
     whole = memory_estimate.estimate([LLAMA_8B], GgufServing(gpu_layers=None))
@@ -94,11 +94,11 @@ def test_layers_go_where_they_are_sent() -> None:
     assert host.device_bytes == 0
     assert 0 < half.device_bytes < whole.device_bytes
     assert half.host_bytes > whole.host_bytes
-    assert unified.device_bytes < whole.device_bytes  # no context of a driver of its own
+    assert unified.device_bytes < whole.device_bytes  # no driver context
     assert whole.total_bytes >= host.total_bytes
 
 
-def test_prompt_cache_and_other_files_count(tmp_path: Path) -> None:
+def test_estimate_counts_prompt_cache_and_extra_files(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "m.gguf")
     plain = memory_estimate.estimate_gguf([path], GgufServing()).total_bytes
     assert (
@@ -118,14 +118,14 @@ KEYS = st.sampled_from(
 
 @settings(deadline=None)
 @given(numbers=st.dictionaries(KEYS, NUMBERS), slots=st.integers(1, 64), length=st.integers(1, 10**6))
-def test_absurd_headers_give_a_number(numbers: dict[str, Any], slots: int, length: int) -> None:
+def test_estimate_absurd_header_gives_a_number(numbers: dict[str, Any], slots: int, length: int) -> None:
     sizes = memory_estimate.estimate([header(**numbers)], GgufServing(length, slots))
     assert min(sizes.kv_bytes, sizes.compute_bytes, sizes.device_bytes, sizes.host_bytes) >= 0
 
 
-# -- beside the real engine ---------------------------------------------------------------------------------------------
+# -- compared with the real engine ---------------------------------------------------------------------------------------------
 
-STEP = {"ubatch": 128, "batch": 128}  # a small step, so that a busy machine is done with it soon
+STEP = {"ubatch": 128, "batch": 128}  # a small step, so that it is quick on a busy machine
 MEASURED: list[tuple[tiny_gguf.TinyModel, dict[str, Any]]] = [
     (tiny_gguf.TinyModel(), {}),
     (tiny_gguf.sized(8), {"parallel": 2, **STEP}),
@@ -156,8 +156,10 @@ def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize(("shape", "options"), MEASURED)
-def test_estimate_beside_what_is_taken(shape: tiny_gguf.TinyModel, options: dict[str, Any], tmp_path: Path) -> None:
-    """After a prompt of a full batch, so that the compute buffer is really touched; without flash attention, of all cells."""
+def test_estimate_is_close_to_measured_memory(
+    shape: tiny_gguf.TinyModel, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Measure after a prompt of a full batch, which touches the compute buffer; without flash attention, of all cells."""
     engine = registry.load("llamacpp")
     path = tiny_gguf.write(tmp_path / "m.gguf", shape)
     port = free_port()

@@ -1,4 +1,4 @@
-"""Models as code: the request to Ollama, the Modelfile that says the same, and the mistakes, as tables."""
+"""Models as code, as tables: the request to Ollama, the equivalent Modelfile, and the problems."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fleetd.models.ollama.modelfile import (
     ModelRecipe,
     invisible,
     looks_like_path,
-    modelfile_mistakes,
-    quantize_mistakes,
+    modelfile_problems,
+    quantize_problems,
     recipe,
-    source_mistakes,
+    source_problems,
     split_of,
 )
 
@@ -31,7 +31,7 @@ def made(**changes: Any) -> ModelRecipe:
     return recipe(values.pop("name"), values.pop("served_as"), **values)
 
 
-def test_a_whole_request() -> None:
+def test_recipe_request_complete() -> None:
     modelfile = {
         "template": "{{ .Prompt }}", "system": "You are\nMolly.", "license": "MIT",
         "parameters": {"temperature": 0.7, "num_ctx": 4096, "stop": "</s>"},
@@ -46,7 +46,7 @@ def test_a_whole_request() -> None:
     }  # fmt: skip
 
 
-def test_a_whole_modelfile() -> None:
+def test_recipe_render_complete() -> None:
     modelfile = {
         "system": "You are\nMolly.",
         "parameters": {"temperature": 0.7, "stop": ["</s>", " x "], "use_mmap": False},
@@ -78,19 +78,19 @@ def test_a_whole_modelfile() -> None:
         ("me/x", False),
     ],
 )
-def test_what_is_a_path(source: str, path: bool) -> None:
+def test_looks_like_path(source: str, path: bool) -> None:
     assert looks_like_path(source) is path
     one = made(source=source)
     assert (one.source is not None, one.base is None) == (path, path)
 
 
-def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
+def test_recipe_relative_paths_start_at_config_folder(tmp_path: Path) -> None:
     one = made(source="x/y.gguf", config_dir=tmp_path, modelfile={"projector": "p.gguf"})
     assert one.source == tmp_path / "x" / "y.gguf"
     assert one.projector == tmp_path / "p.gguf"
 
 
-def test_a_home_of_nobody_is_a_folder_like_any_other(tmp_path: Path) -> None:
+def test_absolute_unknown_home_is_a_plain_folder(tmp_path: Path) -> None:
     one = made(source="~nouser/y.gguf", config_dir=tmp_path, modelfile={"adapter": "~nouser/a"})
     assert one.source == tmp_path / "~nouser" / "y.gguf"
     assert one.adapters == (tmp_path / "~nouser" / "a",)
@@ -108,8 +108,8 @@ def test_a_home_of_nobody_is_a_folder_like_any_other(tmp_path: Path) -> None:
         ("/x\ny.gguf", "one line"),
     ],
 )
-def test_sources_that_cannot_be(source: str, text: str) -> None:
-    assert text in source_mistakes(source)[0]
+def test_source_problems(source: str, text: str) -> None:
+    assert text in source_problems(source)[0]
     with pytest.raises(ValueError, match=r"models\.ulysses\.from"):
         made(source=source)
 
@@ -117,10 +117,10 @@ def test_sources_that_cannot_be(source: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("modelfile", "path", "text"),
     [
-        ({"form": "x"}, ("modelfile", "form"), "a modelfile has"),
+        ({"form": "x"}, ("modelfile", "form"), "a modelfile takes"),
         ({"template": 1}, ("modelfile", "template"), "a string"),
         ({"parameters": []}, ("modelfile", "parameters"), "a mapping"),
-        ({"parameters": {"temprature": 1}}, ("modelfile", "parameters", "temprature"), "no parameter of Ollama"),
+        ({"parameters": {"temprature": 1}}, ("modelfile", "parameters", "temprature"), "not a parameter of Ollama"),
         ({"parameters": {"num_ctx": 1.5}}, ("modelfile", "parameters", "num_ctx"), "whole number"),
         ({"parameters": {"num_ctx": True}}, ("modelfile", "parameters", "num_ctx"), "whole number"),
         ({"parameters": {"temperature": "hot"}}, ("modelfile", "parameters", "temperature"), "a number"),
@@ -135,32 +135,32 @@ def test_sources_that_cannot_be(source: str, text: str) -> None:
         ({"requires": "new"}, ("modelfile", "requires"), "not a version"),
     ],
 )
-def test_mistakes(modelfile: Mapping[str, Any], path: tuple[str | int, ...], text: str) -> None:
-    found = modelfile_mistakes(modelfile)
+def test_modelfile_problems(modelfile: Mapping[str, Any], path: tuple[str | int, ...], text: str) -> None:
+    found = modelfile_problems(modelfile)
     assert [place for place, _ in found] == [path]
     assert text in found[0][1]
 
 
-def test_all_mistakes_at_once() -> None:
+def test_modelfile_problems_all_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         made(source="a@b", quantize="q9", modelfile={"x": 1, "parameters": {"y": 2}})
     assert len(str(caught.value).splitlines()) == 4
 
 
-def test_quantizations() -> None:
+def test_quantize_problems() -> None:
     for kind in ("q4_K_m", "Q4_K_S", "q8_0", "f16", "F32"):
-        assert quantize_mistakes(kind) == []
-    for kind in ("q3", "Q4_0", "Q5_K_M", "Q6_K", "BF16"):  # files of these kinds are read, none is made
-        [(path, message)] = quantize_mistakes(kind)
+        assert quantize_problems(kind) == []
+    for kind in ("q3", "Q4_0", "Q5_K_M", "Q6_K", "BF16"):  # Ollama reads files of these kinds, but creates none
+        [(path, message)] = quantize_problems(kind)
         assert path == ("quantize",)
-        assert message.endswith("that Ollama makes: F32, F16, Q8_0, Q4_K_M, Q4_K_S")
+        assert message.endswith("that Ollama creates: F32, F16, Q8_0, Q4_K_M, Q4_K_S")
 
 
 @pytest.mark.parametrize(
     ("name", "shards"),
     [("m-00001-of-00004.gguf", 4), ("m.gguf", 1), ("m-1-of-4.gguf", 1), ("m-00001-of-00001.gguf", 1)],
 )
-def test_shards(name: str, shards: int) -> None:
+def test_split_of_counts_by_name(name: str, shards: int) -> None:
     assert split_of(Path("/x") / name) == shards
 
 
@@ -175,9 +175,9 @@ def test_shards(name: str, shards: int) -> None:
         ("/ä/é/日本", None),
     ],
 )
-def test_invisible_characters(text: str, found: str | None) -> None:
-    said = invisible(text)
-    assert said is None if found is None else found in (said or "")
+def test_invisible_finds_first_character(text: str, found: str | None) -> None:
+    described = invisible(text)
+    assert described is None if found is None else found in (described or "")
 
 
 @pytest.mark.parametrize(
@@ -190,23 +190,23 @@ def test_invisible_characters(text: str, found: str | None) -> None:
         ({"modelfile": {"system": 'say\n"x"'}}, "ends in a quotation mark"),
     ],
 )
-def test_what_a_modelfile_cannot_say(changes: Mapping[str, Any], text: str) -> None:
+def test_recipe_render_inexpressible_raises(changes: Mapping[str, Any], text: str) -> None:
     one = made(**changes) if "source" not in changes or looks_like_path(changes["source"]) else None
     assert one is not None
     with pytest.raises(ValueError, match=text):
         one.render()
-    assert one.request({})["model"] == "tsc-ulysses:q8_0"  # the request has no such trap
+    assert one.request({})["model"] == "tsc-ulysses:q8_0"  # the request can express it
 
 
 def read_value(text: str) -> str:
-    """Ollama's own reading of a value: quotes at both ends go, outer space of an unquoted one is cut."""
+    """Parse a value as Ollama does: quotes at both ends are removed, outer space of an unquoted value is cut."""
     if text.startswith('"""'):
         return text[3:].removesuffix('"""')
     return text[1:-1] if text.startswith('"') else text.strip()
 
 
 @given(st.text(alphabet="ab \"\n#@'é", max_size=12))
-def test_what_is_rendered_reads_back(system: str) -> None:
+def test_recipe_render_reads_back(system: str) -> None:
     if not system:
         return
     try:
@@ -219,7 +219,7 @@ def test_what_is_rendered_reads_back(system: str) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["template", "system", "renderer"]), st.text(min_size=1, max_size=5)))
-def test_the_hash_changes_with_the_request_and_the_files_alone(modelfile: dict[str, str]) -> None:
+def test_recipe_hash_covers_request_and_files(modelfile: dict[str, str]) -> None:
     prints = {"/a": "11"}
     one, same = made(modelfile=modelfile), made(modelfile=dict(reversed(modelfile.items())))
     assert one.content_hash(prints) == same.content_hash(prints)

@@ -1,4 +1,4 @@
-"""What is refused: ambiguous framing, foreign hosts and origins, oversized and slow input, nonsense."""
+"""Rejected input: ambiguous framing, foreign hosts and origins, oversized and slow input, random bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SMUGGLING = {
     "NUL": ask(b"X: a\0b", b"Content-Length: 2", body=b"{}"),
     "bad chunk size": ask(b"Transfer-Encoding: chunked", body=b"zz\r\n{}\r\n0\r\n\r\n"),
     "chunk size overflow": ask(b"Transfer-Encoding: chunked", body=b"fffffffffffffffff\r\n{}\r\n0\r\n\r\n"),
-    "chunk longer than said": ask(b"Transfer-Encoding: chunked", body=b"2\r\n{}{}\r\n0\r\n\r\n"),
+    "chunk longer than declared": ask(b"Transfer-Encoding: chunked", body=b"2\r\n{}{}\r\n0\r\n\r\n"),
     "chunk with LF": ask(b"Transfer-Encoding: chunked", body=b"2\n{}\n0\n\n"),
     "no host": b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n",
     "two hosts": b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
@@ -62,11 +62,11 @@ SMUGGLING = {
 
 @pytest.mark.parametrize("name", SMUGGLING)
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
-def test_ambiguous_requests_end_the_connection(name: str, step: int) -> None:
+def test_http1_ambiguous_framing_ends_connection(name: str, step: int) -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()
-            # A wrong Host header is understood all the same, and the next request would be answered.
+            # A wrong Host header does not spoil the framing: the next request would be answered.
             data = SMUGGLING[name] + (b"" if "host" in name else get("/smuggled"))
             try:
                 for at in range(0, len(data), step or len(data)):
@@ -107,11 +107,11 @@ def test_ambiguous_requests_end_the_connection(name: str, step: int) -> None:
         ("notlocalhost", False),
     ],
 )
-def test_hosts(host: str, allowed: bool) -> None:
+def test_checks_hosts_by_default(host: str, allowed: bool) -> None:
     assert HostPolicy("127.0.0.1").allows(host.encode()) is allowed
 
 
-def test_hosts_of_the_configuration() -> None:
+def test_checks_hosts_of_configuration() -> None:
     policy = HostPolicy("0.0.0.0", ["fleet.example", "*.lan"])
     for host in ("fleet.example:80", "a.lan", "192.168.0.1", "[2001:db8::1]:5"):
         assert policy.allows(host.encode()), host
@@ -151,10 +151,10 @@ def test_hosts_of_the_configuration() -> None:
         (ask(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), 415),
     ],
 )
-def test_policy(request_bytes: bytes, status: int) -> None:
+def test_checks_reject_with_status(request_bytes: bytes, status: int) -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
-            for _ in range(2):  # what is remembered of the first time must not help the second
+            for _ in range(2):  # the cache of the first request must not help the second
                 client = await it.client()
                 await client.send(request_bytes)
                 got, headers, _ = await client.read_response()
@@ -186,10 +186,10 @@ def test_policy(request_bytes: bytes, status: int) -> None:
     ],
 )
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-def test_odd_bodies(body: bytes, status: int, code: str, large: bool) -> None:
+def test_body_invalid_content_has_status_and_code(body: bytes, status: int, code: str, large: bool) -> None:
     if large:
         if not body.startswith(b"{") or len(body) < 3 or body.endswith(b"\xff"):
-            return  # the scan looks at the top level only, and at nothing behind it
+            return  # the scan reads only the top level, and nothing behind it
         body = b'{"pad":"' + b"x" * 1_100_000 + b'",' + body[1:]
 
     async def scenario() -> None:
@@ -199,7 +199,7 @@ def test_odd_bodies(body: bytes, status: int, code: str, large: bool) -> None:
             assert (got, json.loads(answer)["error"]["code"]) == (status, code)
             assert headers["x-should-retry"] == "false"
             assert len(answer) < 1000
-            assert (await client.ask(CHAT))[0] == 200  # the connection goes on
+            assert (await client.ask(CHAT))[0] == 200  # the connection stays open
             assert len(it.engines[0].requests) == 1
 
     run(scenario())
@@ -229,7 +229,7 @@ def test_odd_bodies(body: bytes, status: int, code: str, large: bool) -> None:
         (ask(b"Transfer-Encoding: chunked", body=b"1;" + b"x" * 300_000), 400),
     ],
 )
-def test_sizes_are_refused_early_and_the_client_can_read_why(request_bytes: bytes, status: int) -> None:
+def test_http1_oversized_request_gets_readable_early_error(request_bytes: bytes, status: int) -> None:
     async def scenario() -> None:
         async with rig(fine, max_body_bytes=150_000) as it:
             client = await it.client()
@@ -243,7 +243,7 @@ def test_sizes_are_refused_early_and_the_client_can_read_why(request_bytes: byte
     run(scenario())
 
 
-def test_expect_continue() -> None:
+def test_http1_expect_continue() -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()
@@ -252,7 +252,7 @@ def test_expect_continue() -> None:
                 assert (await client.read_head())[0] == 100
                 await client.send(BODY)
                 assert (await client.read_response())[0] == 200
-            # A foreign origin learns so instead of being asked for its body.
+            # A foreign origin gets its error at once instead of 100 Continue.
             await client.send(
                 ask(b"Expect: 100-continue", b"Origin: http://evil.com", b"Content-Length: %d" % len(BODY))
             )
@@ -261,7 +261,7 @@ def test_expect_continue() -> None:
     run(scenario())
 
 
-def test_an_unknown_expectation_is_refused() -> None:
+def test_http1_unknown_expectation_is_rejected() -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()
@@ -274,7 +274,7 @@ def test_an_unknown_expectation_is_refused() -> None:
     run(scenario())
 
 
-def test_all_bodies_together_have_a_limit() -> None:
+def test_http1_buffered_bodies_have_total_limit() -> None:
     async def scenario() -> None:
         async with rig(fine, max_buffered_bytes=300_000) as it:
             first, second = await it.client(), await it.client()
@@ -291,7 +291,7 @@ def test_all_bodies_together_have_a_limit() -> None:
 
 
 @pytest.mark.parametrize("drip", [0, 1])
-def test_slow_headers_are_given_up(drip: int) -> None:
+def test_http1_slow_headers_time_out(drip: int) -> None:
     async def scenario() -> None:
         async with rig(fine, head_timeout_s=0.2) as it:
             client = await it.client()
@@ -308,7 +308,7 @@ def test_slow_headers_are_given_up(drip: int) -> None:
     run(scenario())
 
 
-def test_a_silent_connection_is_closed() -> None:
+def test_http1_silent_connection_is_closed() -> None:
     async def scenario() -> None:
         async with rig(fine, head_timeout_s=0.1, keepalive_timeout_s=0.1) as it:
             silent = await it.client()
@@ -321,7 +321,7 @@ def test_a_silent_connection_is_closed() -> None:
     run(scenario())
 
 
-def test_a_body_that_stops_is_given_up_and_one_that_drips_is_not() -> None:
+def test_http1_stopped_body_times_out_slow_body_does_not() -> None:
     async def scenario() -> None:
         async with rig(fine, body_idle_timeout_s=0.4) as it:
             stopped, dripping = await it.client(), await it.client()
@@ -337,7 +337,7 @@ def test_a_body_that_stops_is_given_up_and_one_that_drips_is_not() -> None:
     run(scenario())
 
 
-def test_one_byte_at_a_time() -> None:
+def test_http1_request_in_single_bytes_is_answered() -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()
@@ -353,7 +353,7 @@ def test_one_byte_at_a_time() -> None:
     run(scenario())
 
 
-def test_pipelined_requests_are_answered_in_order() -> None:
+def test_http1_pipelined_requests_are_answered_in_order() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await asyncio.sleep(random.random() * 0.01)
@@ -372,7 +372,7 @@ def test_pipelined_requests_are_answered_in_order() -> None:
     run(scenario())
 
 
-def test_a_bad_request_behind_good_ones_is_answered_last() -> None:
+def test_http1_bad_pipelined_request_is_answered_last() -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()
@@ -383,7 +383,7 @@ def test_a_bad_request_behind_good_ones_is_answered_last() -> None:
     run(scenario())
 
 
-def test_connections_over_the_limit_take_the_place_of_idle_ones() -> None:
+def test_listener_connection_over_limit_replaces_idle_one() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.start_stream()
@@ -408,7 +408,7 @@ def test_connections_over_the_limit_take_the_place_of_idle_ones() -> None:
     run(scenario())
 
 
-def test_five_thousand_idle_connections_leave_room() -> None:
+def test_listener_five_thousand_idle_connections_leave_room() -> None:
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -433,7 +433,7 @@ def test_five_thousand_idle_connections_leave_room() -> None:
     run(scenario())
 
 
-def test_nonsense_never_breaks_the_gateway() -> None:
+def test_http1_random_input_never_breaks_gateway() -> None:
     rng = random.Random(11)
     base = [post(CHAT), get("/v1/models"), *SMUGGLING.values()]
 

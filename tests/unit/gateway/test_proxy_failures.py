@@ -1,4 +1,4 @@
-"""Engines that refuse, break off, answer nonsense, or do not answer."""
+"""Engines that refuse connections, break off, send invalid answers, or do not answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def close_at_once(request: EngineRequest) -> None:
 
 
 @pytest.mark.parametrize("first", ["refused", "reset", "closed"])
-def test_another_holder_is_tried_when_nothing_was_received(first: str) -> None:
+def test_proxy_failure_before_answer_fails_over(first: str) -> None:
     async def scenario() -> None:
         async with rig() as it:
             if first == "refused":
@@ -48,7 +48,7 @@ def test_another_holder_is_tried_when_nothing_was_received(first: str) -> None:
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
-def test_502_after_the_last_attempt(attempts: int) -> None:
+def test_proxy_last_attempt_failed_gives_502(attempts: int) -> None:
     async def scenario() -> None:
         async with rig(retry_attempts=attempts) as it:
             for name in ("a", "b", "c"):
@@ -58,12 +58,12 @@ def test_502_after_the_last_attempt(attempts: int) -> None:
             assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
             assert headers["x-should-retry"] == "false"
             assert len(it.fleet.admitted) == attempts
-            assert (await client.ask({"model": "nope"}))[0] == 404  # the connection goes on
+            assert (await client.ask({"model": "nope"}))[0] == 404  # the connection stays open
 
     run(scenario())
 
 
-def test_what_takes_no_connection_costs_no_attempt() -> None:
+def test_proxy_refused_connection_costs_no_attempt() -> None:
     async def scenario() -> None:
         async with rig(retry_attempts=1) as it:
             for name in ("a", "b", "c"):
@@ -78,7 +78,7 @@ def test_what_takes_no_connection_costs_no_attempt() -> None:
     run(scenario())
 
 
-def test_a_request_does_not_look_for_an_engine_for_ever() -> None:
+def test_proxy_unreachable_engine_gives_503_after_limit() -> None:
     async def scenario() -> None:
         async with rig(unreachable_s=0.0) as it:
             it.fleet.add("m", "a", free_port())
@@ -88,12 +88,12 @@ def test_a_request_does_not_look_for_an_engine_for_ever() -> None:
             assert "a cannot be reached: no connection" in json.loads(body)["error"]["message"]
             assert (headers["retry-after"], headers.get("x-should-retry")) == ("2", None)
             assert it.fleet.finished == [(1, True)]
-            assert (await client.ask({"model": "nope"}))[0] == 404  # the connection goes on
+            assert (await client.ask({"model": "nope"}))[0] == 404  # the connection stays open
 
     run(scenario())
 
 
-def test_the_first_failure_is_told_when_no_other_holder_is_left() -> None:
+def test_proxy_no_other_process_reports_first_failure() -> None:
     async def scenario() -> None:
         async with rig(reset_at_once) as it:
             client = await it.client()
@@ -104,11 +104,11 @@ def test_the_first_failure_is_told_when_no_other_holder_is_left() -> None:
     run(scenario())
 
 
-def test_a_pooled_connection_that_went_stale_costs_nothing() -> None:
+def test_proxy_stale_pooled_connection_is_retried() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             if len(it.engines[0].requests) == 2:
-                raise ConnectionResetError  # closes as if the keep-alive had ended just now
+                raise ConnectionResetError  # closes as if the keep-alive time had just ended
             await request.answer(b"{}")
 
         async with rig(script) as it:
@@ -138,7 +138,7 @@ async def by_nonsense(request: EngineRequest) -> None:
 
 
 @pytest.mark.parametrize("ending", [by_reset, by_closing, by_nonsense])
-def test_a_stream_that_breaks_ends_with_an_error_event(ending: Break) -> None:
+def test_proxy_broken_stream_ends_with_error_event(ending: Break) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.start_stream()
@@ -163,7 +163,7 @@ def test_a_stream_that_breaks_ends_with_an_error_event(ending: Break) -> None:
     run(scenario())
 
 
-def test_the_official_client_raises_on_a_broken_stream() -> None:
+def test_proxy_broken_stream_raises_in_openai_client() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.start_stream()
@@ -187,7 +187,7 @@ def test_the_official_client_raises_on_a_broken_stream() -> None:
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("ending", [by_reset, by_closing])
-def test_a_plain_answer_that_breaks_is_cut_short(framing: str, ending: Break) -> None:
+def test_proxy_broken_plain_answer_is_cut_short(framing: str, ending: Break) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.send(f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{framing}\r\n\r\n".encode())
@@ -215,7 +215,7 @@ def test_a_plain_answer_that_breaks_is_cut_short(framing: str, ending: Break) ->
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000,
     ],
 )
-def test_an_answer_that_is_not_http_is_502_and_not_tried_again(answer: bytes) -> None:
+def test_proxy_invalid_http_answer_gives_502_without_retry(answer: bytes) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.send(answer)
@@ -233,7 +233,7 @@ def test_an_answer_that_is_not_http_is_502_and_not_tried_again(answer: bytes) ->
 
 
 @pytest.mark.parametrize("status", [204, 304, 400, 429, 500, 503])
-def test_the_engines_own_status_passes(status: int) -> None:
+def test_proxy_engine_status_passes_through(status: int) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             length = "" if status in (204, 304) else "Content-Length: 2\r\n"
@@ -251,7 +251,7 @@ def test_the_engines_own_status_passes(status: int) -> None:
     run(scenario())
 
 
-def test_interim_answers_of_an_engine_are_skipped() -> None:
+def test_proxy_interim_answers_of_engine_are_skipped() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
@@ -266,7 +266,7 @@ def test_interim_answers_of_an_engine_are_skipped() -> None:
     run(scenario())
 
 
-def test_more_bytes_than_the_answer_has_end_the_connection_only() -> None:
+def test_proxy_surplus_bytes_close_only_the_connection() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.send(
@@ -278,12 +278,12 @@ def test_more_bytes_than_the_answer_has_end_the_connection_only() -> None:
             for _ in range(3):
                 assert (await client.ask(CHAT))[2] == b"{}"
             await client.send(get("/health", "Connection: close\r\n"))
-            assert (await client.closed()).startswith(b"HTTP/1.1 200 ")  # nothing of a second answer came before it
+            assert (await client.closed()).startswith(b"HTTP/1.1 200 ")  # no byte of a second answer precedes it
 
     run(scenario())
 
 
-def test_an_engine_that_says_nothing_is_given_up() -> None:
+def test_proxy_silent_engine_times_out() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             if request.json.get("stream"):
@@ -313,7 +313,7 @@ def test_an_engine_that_says_nothing_is_given_up() -> None:
         ("draining", 503, False),
     ],
 )
-def test_rejections(code: str, status: int, final: bool) -> None:
+def test_proxy_core_rejection_has_status_and_headers(code: str, status: int, final: bool) -> None:
     async def scenario() -> None:
         async with rig() as it:
             it.fleet.rejects["m"] = Reject(0, code, "Because.", 1000.0 if status == 429 else None)
@@ -332,11 +332,11 @@ def test_rejections(code: str, status: int, final: bool) -> None:
 
 
 def labels(headers: dict[str, str]) -> dict[str, str]:
-    """Return what an answer says of where its request went."""
+    """Return the headers that say where the request of an answer went."""
     return {name.removeprefix("x-fleet-"): text for name, text in headers.items() if name.startswith("x-fleet-")}
 
 
-def test_an_error_says_where_the_request_went_as_far_as_it_did() -> None:
+def test_proxy_error_names_model_and_process_if_known() -> None:
     async def scenario() -> None:
         async with rig() as it:
             it.fleet.aliases = {"m": "real"}
@@ -363,7 +363,7 @@ def test_an_error_says_where_the_request_went_as_far_as_it_did() -> None:
     run(scenario())
 
 
-def test_a_stream_that_waits_is_told_so_and_then_streams() -> None:
+def test_proxy_waiting_stream_gets_comments_then_answer() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.start_stream()
@@ -387,7 +387,7 @@ def test_a_stream_that_waits_is_told_so_and_then_streams() -> None:
 
 
 @pytest.mark.parametrize("failure", ["rejected", "refused", "engine says 500"])
-def test_a_stream_that_waited_gets_its_failure_as_an_event(failure: str) -> None:
+def test_proxy_waiting_stream_gets_failure_as_event(failure: str) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.send(b"HTTP/1.1 500 X\r\nContent-Length: 9\r\n\r\nno memory")
@@ -410,7 +410,7 @@ def test_a_stream_that_waited_gets_its_failure_as_an_event(failure: str) -> None
             error = json.loads(body.split(b"data: ")[1])["error"]
             expected = {
                 "rejected": "It crashed.",
-                "refused": "No other holder is left",
+                "refused": "No other process is left",
                 "engine says 500": "no memory",
             }[failure]
             assert expected in error["message"]
@@ -420,7 +420,7 @@ def test_a_stream_that_waited_gets_its_failure_as_an_event(failure: str) -> None
     run(scenario())
 
 
-def test_a_plain_request_that_waits_hears_nothing_before_its_answer() -> None:
+def test_proxy_waiting_plain_request_gets_no_early_bytes() -> None:
     async def scenario() -> None:
         async with rig(fine, loading_comment_s=0.02) as it:
             it.fleet.hold = True
@@ -434,10 +434,10 @@ def test_a_plain_request_that_waits_hears_nothing_before_its_answer() -> None:
     run(scenario())
 
 
-def test_a_process_that_is_gone_when_granted_counts_as_refused() -> None:
+def test_proxy_process_gone_at_grant_fails_over() -> None:
     async def scenario() -> None:
         async with rig() as it:
-            it.fleet.holders["m"] = ["ghost"]
+            it.fleet.processes["m"] = ["ghost"]
             await it.engine(fine, name="b")
             client = await it.client()
             status, headers, _ = await client.ask(CHAT)
@@ -446,7 +446,7 @@ def test_a_process_that_is_gone_when_granted_counts_as_refused() -> None:
     run(scenario())
 
 
-def test_an_address_that_changed_is_used_from_the_next_request_on() -> None:
+def test_pools_changed_address_is_used_by_next_request() -> None:
     async def scenario() -> None:
         async with rig(fine) as it:
             client = await it.client()

@@ -1,4 +1,4 @@
-"""What goes through unchanged, and what is added."""
+"""Proxying to a healthy engine: what passes unchanged, and which headers are added."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def plain(request: EngineRequest) -> None:
     await request.answer(ANSWER)
 
 
-def test_an_answer_and_its_headers_pass_and_ours_are_added() -> None:
+def test_proxy_answer_passes_with_fleet_headers_added() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             extra = "Server: engine\r\nX-Engine: yes\r\nAccess-Control-Allow-Origin: *\r\nKeep-Alive: timeout=5\r\n"
@@ -42,7 +42,7 @@ def test_an_answer_and_its_headers_pass_and_ours_are_added() -> None:
     run(scenario())
 
 
-def test_what_is_ours_or_secret_does_not_reach_the_engine() -> None:
+def test_headers_credentials_and_hop_by_hop_are_not_forwarded() -> None:
     async def scenario() -> None:
         async with rig(plain) as it:
             client = await it.client()
@@ -66,7 +66,7 @@ def test_what_is_ours_or_secret_does_not_reach_the_engine() -> None:
 
 
 @pytest.mark.parametrize("sent", ["a b", "x" * 129, "caf\u00e9", "a;b", ""])
-def test_a_strange_request_id_is_replaced(sent: str) -> None:
+def test_context_invalid_request_id_is_replaced(sent: str) -> None:
     async def scenario() -> None:
         async with rig(plain) as it:
             client = await it.client()
@@ -77,7 +77,7 @@ def test_a_strange_request_id_is_replaced(sent: str) -> None:
     run(scenario())
 
 
-def test_the_body_is_untouched_unless_the_engine_has_another_name() -> None:
+def test_proxy_body_unchanged_unless_served_name_differs() -> None:
     body = b'{ "model" :  "m",\n "messages":[{"role":"user","content":"\\u00e9 \\"model\\": \\"m\\""}], "x": 1.0e3}'
 
     async def scenario() -> None:
@@ -94,7 +94,7 @@ def test_the_body_is_untouched_unless_the_engine_has_another_name() -> None:
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length", "close"])
-def test_a_stream_is_the_same_bytes(framing: str) -> None:
+def test_proxy_stream_passes_byte_for_byte(framing: str) -> None:
     rng = random.Random(7)
     pieces = [b"data: " + rng.randbytes(rng.randint(1, 40_000)).hex().encode() + b"\n\n" for _ in range(60)]
     whole = b"".join(pieces)
@@ -124,11 +124,11 @@ def test_a_stream_is_the_same_bytes(framing: str) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("said", [b"", b"x-accel-buffering: no\r\n"])
-def test_a_stream_is_unbuffered_and_says_so_once(said: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"x-accel-buffering: no\r\n"])
+def test_headers_stream_has_x_accel_buffering_once(sent: bytes) -> None:
     async def script(request: EngineRequest) -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%bTransfer-Encoding: chunked\r\n\r\n"
-        await request.send(head % said + b"0\r\n\r\n")
+        await request.send(head % sent + b"0\r\n\r\n")
 
     async def scenario() -> None:
         async with rig(script) as it:
@@ -140,7 +140,7 @@ def test_a_stream_is_unbuffered_and_says_so_once(said: bytes) -> None:
     run(scenario())
 
 
-def test_the_first_byte_is_there_before_the_second_is_made() -> None:
+def test_proxy_stream_relays_each_piece_at_once() -> None:
     async def scenario() -> None:
         seen = asyncio.Event()
 
@@ -163,7 +163,7 @@ def test_the_first_byte_is_there_before_the_second_is_made() -> None:
     run(scenario())
 
 
-def test_connections_are_kept_on_both_sides() -> None:
+def test_proxy_connections_are_kept_alive_on_both_sides() -> None:
     async def scenario() -> None:
         async with rig(plain) as it:
             client = await it.client()
@@ -174,7 +174,7 @@ def test_connections_are_kept_on_both_sides() -> None:
     run(scenario())
 
 
-def test_an_idle_upstream_connection_is_closed_before_the_engine_does_it() -> None:
+def test_pools_idle_connection_is_closed_before_engine_does() -> None:
     async def scenario() -> None:
         async with rig(plain, upstream_keepalive_s=0.1) as it:
             client = await it.client()
@@ -186,7 +186,7 @@ def test_an_idle_upstream_connection_is_closed_before_the_engine_does_it() -> No
     run(scenario())
 
 
-def test_http10_and_connection_close() -> None:
+def test_http1_http10_and_connection_close() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.start_stream()
@@ -209,7 +209,7 @@ def test_http10_and_connection_close() -> None:
     run(scenario())
 
 
-def test_a_request_that_asks_for_an_upgrade_is_answered_without_one() -> None:
+def test_http1_upgrade_request_is_answered_without_upgrade() -> None:
     async def scenario() -> None:
         async with rig(plain) as it:
             client = await it.client()
@@ -225,7 +225,7 @@ def test_a_request_that_asks_for_an_upgrade_is_answered_without_one() -> None:
     run(scenario())
 
 
-def test_a_large_body_and_its_new_name() -> None:
+def test_proxy_large_body_is_renamed() -> None:
     image = "A" * 3_000_000
     body = {"messages": [{"role": "user", "content": image}], "model": "m", "stream": False}
 
@@ -240,7 +240,7 @@ def test_a_large_body_and_its_new_name() -> None:
     run(scenario())
 
 
-def test_the_official_client(tmp_path: Path) -> None:
+def test_proxy_openai_client_works(tmp_path: Path) -> None:
     async def script(request: EngineRequest) -> None:
         if request.head.startswith(b"POST /v1/embeddings"):
             await request.answer(

@@ -1,4 +1,4 @@
-"""Routes of our own, methods, draining, and the gateway as an object."""
+"""The gateway's own routes, methods, draining, and the gateway as an object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fleetd.gateway import Gateway, GatewayOptions, ModelEntry
 from tests.support.gateway import CHAT, EngineRequest, ScriptedFleet, get, post, rig, run, until
 
 
-def test_models() -> None:
+def test_handlers_list_and_show_models() -> None:
     async def scenario() -> None:
         async with rig() as it:
             it.fleet.entries = [
@@ -40,7 +40,7 @@ def test_models() -> None:
     run(scenario())
 
 
-def test_health_and_ready() -> None:
+def test_handlers_health_and_ready() -> None:
     async def scenario() -> None:
         async with rig() as it:
             client = await it.client()
@@ -72,7 +72,7 @@ def test_health_and_ready() -> None:
         ("TRACE", "/health", 405, "GET, HEAD, OPTIONS"),
     ],
 )
-def test_methods(method: str, path: str, status: int, allow: str | None) -> None:
+def test_routes_methods_and_allow(method: str, path: str, status: int, allow: str | None) -> None:
     async def scenario() -> None:
         async with rig() as it:
             client = await it.client()
@@ -87,7 +87,7 @@ def test_methods(method: str, path: str, status: int, allow: str | None) -> None
     run(scenario())
 
 
-def test_head_is_get_without_a_body() -> None:
+def test_handlers_head_is_get_without_body() -> None:
     async def scenario() -> None:
         async with rig() as it:
             client = await it.client()
@@ -99,7 +99,7 @@ def test_head_is_get_without_a_body() -> None:
     run(scenario())
 
 
-def test_draining_finishes_what_is_in_progress() -> None:
+def test_listener_drain_finishes_requests_in_progress() -> None:
     async def scenario() -> None:
         go = asyncio.Event()
 
@@ -125,7 +125,7 @@ def test_draining_finishes_what_is_in_progress() -> None:
     run(scenario())
 
 
-def test_closing_cuts_what_does_not_end() -> None:
+def test_listener_close_cuts_endless_requests() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.gone()
@@ -141,7 +141,7 @@ def test_closing_cuts_what_does_not_end() -> None:
     run(scenario())
 
 
-def test_an_address_in_use_is_one_sentence() -> None:
+def test_listener_address_in_use_raises_host_error() -> None:
     async def scenario() -> None:
         async with rig() as it:
             other = Gateway(ScriptedFleet(), GatewayOptions(port=it.port))
@@ -152,7 +152,7 @@ def test_an_address_in_use_is_one_sentence() -> None:
     run(scenario())
 
 
-def test_a_fleet_that_raises_costs_its_own_request_only() -> None:
+def test_proxy_fleet_exception_fails_only_its_request() -> None:
     async def scenario() -> None:
         async def fine(request: EngineRequest) -> None:
             await request.answer(b"{}")

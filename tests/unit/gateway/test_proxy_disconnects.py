@@ -1,4 +1,4 @@
-"""A client that leaves, in every phase; and one that only finished sending."""
+"""A client that disconnects in every phase, and one that only finished sending."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LEAVE: dict[str, Callable[[Client], None]] = {"close": Client.close, "reset": Cl
 
 @pytest.mark.parametrize("how", LEAVE)
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-def test_while_queued_nothing_reaches_an_engine(how: str, body: dict[str, object]) -> None:
+def test_proxy_client_leaves_while_queued_cancels_request(how: str, body: dict[str, object]) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
-            raise AssertionError("the engine was asked")
+            raise AssertionError("the engine got a request")
 
         async with rig(script) as it:
             it.fleet.hold = True
@@ -35,7 +35,7 @@ def test_while_queued_nothing_reaches_an_engine(how: str, body: dict[str, object
 
 @pytest.mark.parametrize("how", LEAVE)
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-def test_before_the_first_token_the_engine_sees_a_closed_socket(how: str, body: dict[str, object]) -> None:
+def test_proxy_client_leaves_before_answer_closes_engine_socket(how: str, body: dict[str, object]) -> None:
     async def scenario() -> None:
         gone = asyncio.Event()
 
@@ -56,7 +56,7 @@ def test_before_the_first_token_the_engine_sees_a_closed_socket(how: str, body: 
 
 
 @pytest.mark.parametrize("how", LEAVE)
-def test_in_the_stream_the_engine_is_cut_off_within_100_ms(how: str) -> None:
+def test_proxy_client_leaves_in_stream_closes_engine_in_100_ms(how: str) -> None:
     delays: list[float] = []
 
     async def scenario() -> None:
@@ -81,10 +81,10 @@ def test_in_the_stream_the_engine_is_cut_off_within_100_ms(how: str) -> None:
             assert it.fleet.finished == [(n, False) for n in range(1, 6)]
 
     run(scenario())
-    assert min(delays) < 0.1  # the others may have waited for the machine
+    assert min(delays) < 0.1  # the others may have waited for a busy machine
 
 
-def test_while_a_large_body_is_read_in_a_thread() -> None:
+def test_proxy_client_leaves_while_large_body_is_scanned() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.answer(b"{}")
@@ -99,7 +99,7 @@ def test_while_a_large_body_is_read_in_a_thread() -> None:
     run(scenario())
 
 
-def test_while_the_body_arrives() -> None:
+def test_http1_client_leaves_while_body_arrives() -> None:
     async def scenario() -> None:
         async with rig() as it:
             client = await it.client()
@@ -113,7 +113,7 @@ def test_while_the_body_arrives() -> None:
     run(scenario())
 
 
-def test_while_a_connection_to_the_engine_is_made() -> None:
+def test_proxy_client_leaves_while_connecting_to_engine() -> None:
     """A listener whose backlog is full: connecting hangs."""
     import socket
 
@@ -141,7 +141,7 @@ def test_while_a_connection_to_the_engine_is_made() -> None:
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-def test_a_half_closed_client_gets_its_answer(body: dict[str, object]) -> None:
+def test_half_close_client_gets_its_answer(body: dict[str, object]) -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await until(lambda: probed(it.gateway))
@@ -162,7 +162,7 @@ def test_a_half_closed_client_gets_its_answer(body: dict[str, object]) -> None:
     run(scenario())
 
 
-def test_a_client_that_half_closes_behind_several_requests_and_then_leaves() -> None:
+def test_half_close_after_pipelined_requests_notices_departure() -> None:
     async def scenario() -> None:
         async def script(request: EngineRequest) -> None:
             await request.answer(b"{}")
