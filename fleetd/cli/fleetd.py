@@ -150,7 +150,7 @@ def schema() -> None:
 def _assembled(file: Path | None) -> tuple[LoadedConfig, Assembly]:
     """Read and assemble a file as the daemon would, without touching anything."""
     gc.disable()  # thousands of entries are made and none is dropped before the end
-    from fleetd.resolver.offline import assembled
+    from fleetd.resolver.check import assembled
 
     path = file or default_config(os.environ)
     try:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from fleetd.core.data.events import Adopted, Exited
 from fleetd.core.data.specs import ExitKind, ExitReport, Remembered
+from fleetd.daemon.effects.containers import remove_by, remove_orphans
 from fleetd.daemon.effects.machine import HostMachine
 from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import HostError
 from fleetd.host.types import HandleRecord
-from fleetd.resolver.containers import remove_by, remove_orphans
 from fleetd.resolver.launch_plan import REMOVAL, RESTARTS, LaunchPlan
 
 

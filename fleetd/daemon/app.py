@@ -35,7 +35,6 @@ from fleetd.daemon.reload.active import Configuration
 from fleetd.daemon.reload.apply import Operations
 from fleetd.daemon.reload.messages import Circumstances
 from fleetd.daemon.reload.worker_client import FileReading
-from fleetd.daemon.sources.sampler import machine_devices
 from fleetd.daemon.sources.triggers import Outside
 from fleetd.daemon.wiring import Daemon
 from fleetd.errors import HostError
@@ -47,7 +46,7 @@ from fleetd.host.system.memory import Devices
 from fleetd.host.types import HandleRecord, HostPaths
 from fleetd.resolver.environment import inherited
 from fleetd.resolver.port_assignment import keep_ports
-from fleetd.resolver.resolved import Assembly, Surroundings
+from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -28,7 +28,7 @@ from fleetd.host.logs.match import LogScanner
 from fleetd.host.logs.registry import LogRegistry
 from fleetd.host.process import cgroup
 from fleetd.host.process.command import CommandResult, end_marked, run_command, said
-from fleetd.host.process.exit_watch import CHILDREN, ExitWatch, ExitStatus, become_subreaper, signal_number
+from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch, become_subreaper, signal_number
 from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.oom import OomWatch

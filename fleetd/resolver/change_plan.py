@@ -8,26 +8,24 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fleetd.control.wire import KeyChange, Plan, PlannedChange
-from fleetd.daemon.reload.messages import Edit, Reading
 from fleetd.resolver.launch_plan import LaunchPlan
-from fleetd.resolver.resolved import Assembly
+from fleetd.resolver.resolved import Assembly, Edit
 
 _KINDS = {"services": "service", "instances": "instance", "models": "engine model"}
 _SHOWN = 200  # characters of one value
 
 
-def plan_of(old: Assembly, reading: Reading, file: str | None) -> Plan:
-    """Return the way from what runs to what was read."""
-    new = reading.assembly
+def plan_of(old: Assembly, new: Assembly, edits: Sequence[Edit], file: str | None) -> Plan:
+    """Return the plan from the running fleet to the new one; `edits` are the changed entries of fleet.yaml."""
     restarted = restarting(old, new)
     touched = restarted | (set(old.spec.processes) ^ set(new.spec.processes))
     moves = _moves(old, new, restarted)
-    changes = [_change(edit, moves.get((edit.kind, edit.name), _Moves())) for edit in reading.edits]
-    told = {(edit.kind, edit.name) for edit in reading.edits}
+    changes = [_change(edit, moves.get((edit.kind, edit.name), _Moves())) for edit in edits]
+    told = {(edit.kind, edit.name) for edit in edits}
     for (kind, name), found in moves.items():
         if found.restarts and (kind, name) not in told:
             changes.append(_change(Edit(kind, name, "change"), found))

@@ -1,26 +1,42 @@
-"""All that is wrong with a fleet.yaml that is refused: what its types tell does not hide what only an assembly finds.
+"""Read and resolve a fleet.yaml without a daemon, for `check` and `render`, and find every mistake in an invalid one.
 
-The rules of this file
-- Options are looked at in every entry; the rest only where the entry is right, or where another stands in for its server.
-- It costs an assembly, and a look at this machine's devices: nothing that a good file pays for.
+Invariants:
+- Nothing is written. Kept ports and learned footprints are read where they exist, so the answer is what a start would do.
+- Options are checked in every entry, even where another key of it is invalid.
+- A valid file never pays for the search of further mistakes.
 """
 
 from __future__ import annotations
 
+import json
+import socket
+import sqlite3
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from fleetd.config.load import Beside, LoadedConfig
+from fleetd.config.load import Beside, LoadedConfig, load
 from fleetd.config.yaml.source_map import Marks
 from fleetd.errors import Problem
+from fleetd.host.system.memory import Devices
 from fleetd.resolver import engine_options
-from fleetd.resolver.build import assemble
-from fleetd.resolver.resolved import Surroundings
+from fleetd.resolver.build import assemble, checked, paths_of
+from fleetd.resolver.port_assignment import kept_ports
+from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
+
+
+def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:
+    """Load and resolve a file. Raises ConfigError with every problem."""
+    loaded = load(path, env, finder(env))
+    state = paths_of(loaded).state
+    devices = tuple(machine_devices(Devices().sample()))
+    around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))
+    return loaded, checked(assemble(loaded, around, hostname=socket.gethostname()))
 
 
 def finder(env: Mapping[str, str]) -> Beside:
-    """Return what `load` asks for the mistakes that it does not know of itself."""
+    """Return the function by which `load` finds the mistakes that the schema alone does not see."""
     return partial(_find, env)
 
 
@@ -28,8 +44,21 @@ def _find(env: Mapping[str, str], data: Any, marks: Marks, right: LoadedConfig |
     found = engine_options.find(data, marks)
     if right is None:
         return found
-    from fleetd.daemon.sources.sampler import machine_devices
-    from fleetd.host.system.memory import Devices
-
     around = Surroundings(tuple(machine_devices(Devices().sample())), dict(env))
     return [*found, *assemble(right, around).problems]
+
+
+def learned_footprints(state: Path) -> dict[str, dict[str, int]]:
+    """Return the footprints that a daemon measured, in bytes by device; empty when there are none or the file is unreadable."""
+    file = state / "fleetd.db"
+    if not file.is_file():
+        return {}
+    try:
+        database = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)
+        try:
+            rows = database.execute("SELECT hash, bytes FROM footprint").fetchall()
+        finally:
+            database.close()
+        return {str(key): {str(device): int(size) for device, size in json.loads(text).items()} for key, text in rows}
+    except (sqlite3.Error, ValueError, AttributeError, TypeError):
+        return {}

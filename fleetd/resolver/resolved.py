@@ -1,19 +1,24 @@
-"""What comes out of reading fleet.yaml: the core's FleetSpec, the shell's launch plans, and what is wrong or doubtful.
+"""The result of resolving fleet.yaml: the core's FleetSpec, the launch plans, problems and warnings.
 
-The rules of this file
-- An Assembly is a value, replaced as a whole by every applied change.
-- A problem refuses the file; a warning is worth saying and stops nothing.
+Invariants:
+- An Assembly is a value; an applied change replaces it as a whole.
+- A problem rejects the file; a warning is reported and stops nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fleetd.control.wire import KeyChange
 from fleetd.core.data.specs import FleetSpec
 from fleetd.errors import Problem
 from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from fleetd.host.system.memory import DeviceSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,11 @@ class MachineDevice:
     kind: str
     total_bytes: int
     uuid: str | None = None
+
+
+def machine_devices(samples: Iterable[DeviceSample]) -> list[MachineDevice]:
+    """Return the pools of memory that a resolved fleet may use."""
+    return [MachineDevice(one.name, one.kind, one.limit_bytes or one.total_bytes, one.uuid) for one in samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +90,13 @@ class Assembly:
     patterns: tuple[tuple[Path, str], ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One entry of fleet.yaml that was added, changed or removed; its values are fit to be shown."""
+
+    kind: str
+    name: str
+    action: str
+    keys: tuple[KeyChange, ...] = ()

@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fleetd.control": ("fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.control"),
     "fleetd.resolver": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models",
-        "fleetd.host", "fleetd.control", "fleetd.resolver", "fleetd.daemon.reload.messages", "fleetd.daemon.sources.sampler",
+        "fleetd.host", "fleetd.control", "fleetd.resolver",
     ),
     "fleetd.daemon": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models", "fleetd.resolver",

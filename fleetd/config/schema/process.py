@@ -346,3 +346,10 @@ class Instance(EngineKeys):
 
 
 __all__ = ["Bytes", "EngineKeys", "Instance", "PlacedKeys", "ProcessKeys", "Service", "Word"]
+
+
+def process_names(key: str, replicas: int) -> tuple[str, ...]:
+    """Return the names of an entry's processes: the key itself, or key-1 … key-N with more than one replica."""
+    if replicas <= 1:
+        return (key,)
+    return tuple(f"{key}-{replica}" for replica in range(1, replicas + 1))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fleetd.config.schema.names import process_names
+from fleetd.config.schema.process import process_names
 from fleetd.config.schema.types import FieldType, Flag, Whole
 from fleetd.config.yaml.source_map import Path_
 

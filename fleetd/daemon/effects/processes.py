@@ -19,6 +19,7 @@ from fleetd.core.data.commands import Spawn, Stop, Sweep
 from fleetd.core.data.events import Adopted, Event, Exited, SetEmpty, Spawned, SpawnFailed
 from fleetd.core.data.specs import ExitKind, ExitReport
 from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.effects import containers
 from fleetd.daemon.effects.hooks import Hooks
 from fleetd.daemon.effects.machine import Handle, Machine
 from fleetd.daemon.effects.startup_log import Starts
@@ -26,7 +27,6 @@ from fleetd.engines.base import ExitVerdict
 from fleetd.engines.container import CANNOT_START, client_verdict, inner_signal
 from fleetd.errors import EngineError, FleetError, HostError
 from fleetd.host.types import HandleRecord, RawExit, Usage
-from fleetd.resolver import containers
 from fleetd.resolver.launch_plan import LaunchPlan
 
 _TAIL_LINES = 30  # kept with the report

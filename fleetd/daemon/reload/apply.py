@@ -46,7 +46,7 @@ class Operations:
     async def plan(self, path: str | None, text: str | None) -> Plan:
         configuration = self._daemon.configuration
         reading = await configuration.read(Path(path) if path else None, text)
-        return plan_of(configuration.assembly, reading, path or str(configuration.path))
+        return plan_of(configuration.assembly, reading.assembly, reading.edits, path or str(configuration.path))
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
         async with self._turn():
@@ -78,7 +78,7 @@ class Operations:
             if configuration.assembly is old:  # a look takes no turn: another change may have been applied beside it
                 break
         new = reading.assembly
-        plan = plan_of(old, reading, path or str(configuration.path))
+        plan = plan_of(old, new, reading.edits, path or str(configuration.path))
         if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(
                 409,

@@ -17,22 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from fleetd.control.wire import KeyChange
 from fleetd.engines.registry import recall
 from fleetd.errors import ConfigError, HostError, Problem
-from fleetd.resolver.resolved import Assembly, FleetPaths, Surroundings
+from fleetd.resolver.resolved import Assembly, Edit, FleetPaths, Surroundings
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One entry of fleet.yaml that was added, changed or removed; its values are fit to be shown."""
-
-    kind: str
-    name: str
-    action: str
-    keys: tuple[KeyChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

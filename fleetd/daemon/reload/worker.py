@@ -23,12 +23,13 @@ from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema.change_effects import DAEMON_KEYS
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.secrets import redact
-from fleetd.daemon.reload.messages import Circumstances, Edit, Failure, Places, Reading, Refusal, pack, unpack
+from fleetd.daemon.reload.messages import Circumstances, Failure, Places, Reading, Refusal, pack, unpack
 from fleetd.errors import ConfigError, FleetError
 from fleetd.host.system.ports import is_free
 from fleetd.resolver import check
 from fleetd.resolver.build import assemble, checked, paths_of
 from fleetd.resolver.port_assignment import kept_ports
+from fleetd.resolver.resolved import Edit
 
 _HEAD_BYTES = 8
 _FASTEST = 1

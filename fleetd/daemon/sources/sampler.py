@@ -23,7 +23,7 @@ from fleetd.daemon.effects.processes import Processes, Run
 from fleetd.host.system.memory import Devices, DeviceSample
 from fleetd.host.types import Usage
 from fleetd.resolver.launch_plan import LaunchPlan
-from fleetd.resolver.resolved import MachineDevice
+from fleetd.resolver.resolved import MachineDevice, machine_devices
 
 if TYPE_CHECKING:
     from fleetd.core.queries import FleetQueries
@@ -174,8 +174,3 @@ class Sampling:
         for process in list(self._queries.processes()):
             if process.spec.capabilities.many_models and process.state in SERVING:
                 await self._residency.observe(process.name, process.generation)
-
-
-def machine_devices(samples: list[DeviceSample]) -> list[MachineDevice]:
-    """Return the pools that the assembly may plan with."""
-    return [MachineDevice(one.name, one.kind, one.limit_bytes or one.total_bytes, one.uuid) for one in samples]

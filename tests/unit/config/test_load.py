@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema.fleet import EngineModel, HeldModel, RouteModel
-from fleetd.config.schema.names import process_names
+from fleetd.config.schema.process import process_names
 from fleetd.config.schema.types import Address, Budget
 from fleetd.config.yaml.interpolate import interpolate
 from fleetd.config.yaml.source_map import path_text

@@ -22,7 +22,7 @@ from fleetd.engines.lmstudio.options import LOAD_OPTIONS
 from fleetd.engines.ollama.options import LOAD_TIME_OPTIONS
 from fleetd.engines.vllm.options import LengthType
 from fleetd.errors import ConfigError, Problem
-from fleetd.resolver.offline import assembled
+from fleetd.resolver.check import assembled
 
 NUL, LONG_NAME, NO_HOME = "a\0b", "x" * 300, "~nobody-of-this-name/m.gguf"
 SECRET = "sk-hidden 4711"  # the blank makes it wrong

@@ -14,7 +14,7 @@ from fleetd.core.data.specs import FootprintSource, ProcessKind
 from fleetd.daemon.reload.messages import Circumstances, Reading, pack, unpack
 from fleetd.daemon.reload.worker import read
 from fleetd.errors import ConfigError
-from fleetd.resolver import offline
+from fleetd.resolver import check
 from fleetd.resolver.build import assemble
 from fleetd.resolver.change_plan import plan_of, restarting
 from fleetd.resolver.resolved import Assembly, MachineDevice, Surroundings
@@ -46,7 +46,7 @@ def planned(
         kept, ports = found[-1].kept, found[-1].assembly.ports
         between()
     *_, old, new = found
-    return old.assembly, new.assembly, plan_of(old.assembly, new, None)
+    return old.assembly, new.assembly, plan_of(old.assembly, new.assembly, new.edits, None)
 
 
 def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path
         "  p: {engine: vllm, options: 3}\n"
     )
     with pytest.raises(ConfigError) as caught:
-        offline.assembled(path, {})
+        check.assembled(path, {})
     said = [(problem.line, problem.path) for problem in caught.value.problems]
     assert said == [
         (2, "services.a.restrt"),

@@ -9,7 +9,7 @@ import pytest
 
 from fleetd.config.load import load
 from fleetd.errors import ConfigError, Problem
-from fleetd.resolver import offline
+from fleetd.resolver import check
 
 CLASH = "services: {a: {command: x, port: 7001}, b: {command: x, port: 7001}}\n"
 
@@ -18,7 +18,7 @@ def problems(folder: Path, fleet: str) -> list[Problem]:
     path = folder / "fleet.yaml"
     path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
     with pytest.raises(ConfigError) as caught:
-        offline.assembled(path, {"PATH": "/bin", "HOME": "/root"})
+        check.assembled(path, {"PATH": "/bin", "HOME": "/root"})
     return list(caught.value.problems)
 
 
