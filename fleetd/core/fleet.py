@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 
 from fleetd.core.data.commands import Command, Finished, Grant
 from fleetd.core.data.events import Event, RequestArrived, RequestFinished, SpecChanged
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import Journal
 from fleetd.core.data.specs import FleetSpec
 from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
-from fleetd.core.handlers import Intake
+from fleetd.core.handlers import EventHandlers
 from fleetd.core.models.ledger import Ledger
-from fleetd.core.models.reconcile import Residencies
-from fleetd.core.models.retention import preload
-from fleetd.core.processes.reconcile import Supervision
+from fleetd.core.models.preload import preload
+from fleetd.core.models.reconcile import ModelLoader
+from fleetd.core.models.retention import ttl_deadline
+from fleetd.core.processes.reconcile import ProcessSupervisor
 from fleetd.core.queries import FleetQueries
 from fleetd.core.requests.admission import Admission
-from fleetd.core.spec_update import Change
+from fleetd.core.spec_update import SpecUpdate
 from fleetd.errors import FleetError
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ class Fleet:
     """The whole of the decisions. Not thread-safe: one owner."""
 
     def __init__(self, spec: FleetSpec, rng: Random, journal: Journal | None = None) -> None:
-        self.facts = Facts(rng=rng, journal=journal or Journal())
-        self.supervision = Supervision(self.facts)
-        self.residencies = Residencies(self.facts)
-        self.admission = Admission(self.facts, self.residencies)
-        self.change = Change(self.facts, self.supervision, self.residencies)
-        self.queries = FleetQueries(self.facts, self.supervision)
-        self._intake = Intake(self.facts, self.supervision, self.residencies, self.admission, self.change)
+        self.state = FleetState(rng=rng, journal=journal or Journal())
+        self.supervisor = ProcessSupervisor(self.state)
+        self.loader = ModelLoader(self.state)
+        self.admission = Admission(self.state, self.loader)
+        self.change = SpecUpdate(self.state, self.supervisor, self.loader)
+        self.queries = FleetQueries(self.state, self.supervisor)
+        self._handlers = EventHandlers(self.state, self.supervisor, self.loader, self.admission, self.change)
         self._now = 0.0  # when facts were last reconciled
         self._deadline: float | None = None
         self._deadline_known = False
@@ -52,19 +53,19 @@ class Fleet:
 
     @property
     def processes(self) -> dict[str, Process]:
-        return self.facts.processes
+        return self.state.processes
 
     @property
     def models(self) -> dict[str, Model]:
-        return self.facts.models
+        return self.state.models
 
     @property
     def ledger(self) -> Ledger:
-        return self.facts.ledger
+        return self.state.ledger
 
     @property
     def journal(self) -> Journal:
-        return self.facts.journal
+        return self.state.journal
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take in one fact at monotonic time `now`; return what is to be done, in order.
@@ -78,11 +79,11 @@ class Fleet:
                 return self._warm(event, now, [grant])
         elif type(event) is RequestFinished and not event.refused and self._finish_warm(event.request_id, now):
             return self._warm(event, now, [])
-        self._intake.table[type(event)](event, now)
+        self._handlers.table[type(event)](event, now)
         self._reconcile(now)
         self._now = now
-        commands, self.facts.out = self.facts.out, []
-        self.facts.journal.record(now, event, commands)
+        commands, self.state.out = self.state.out, []
+        self.state.journal.record(now, event, commands)
         self._deadline_known = False
         return commands
 
@@ -91,16 +92,16 @@ class Fleet:
 
         Returns the placement that was granted; None: nothing was done, hand in the event.
         """
-        return None if self.facts.journal.keep_all else self.admission.take(request_id, model, now)
+        return None if self.state.journal.keep_all else self.admission.take(request_id, model, now)
 
     def give(self, request_id: int, now: float) -> bool:
         """Do what RequestFinished does, where no command follows. False: nothing was done, hand in the event."""
-        return not self.facts.journal.keep_all and self._finish_warm(request_id, now)
+        return not self.state.journal.keep_all and self._finish_warm(request_id, now)
 
     def _warm(self, event: Event, now: float, commands: list[Command]) -> list[Command]:
         """What took the short cut is entered only in a journal that keeps everything."""
-        if self.facts.journal.keep_all:
-            self.facts.journal.record(now, event, commands)
+        if self.state.journal.keep_all:
+            self.state.journal.record(now, event, commands)
         return commands
 
     def _finish_warm(self, request_id: int, now: float) -> bool:
@@ -108,46 +109,46 @@ class Fleet:
 
         The only deadline it can bring nearer is its own idle time.
         """
-        facts = self.facts
-        entry = facts.granted.get(request_id)
-        if entry is None or facts.queue or facts.shutting_down:
+        state = self.state
+        entry = state.granted.get(request_id)
+        if entry is None or state.queue or state.shutting_down:
             return entry is None
         placement = entry[0]
-        process = facts.processes.get(placement.process)
+        process = state.processes.get(placement.process)
         if (
             placement.closing
             or process is None
             or process.state is not ProcessState.READY
             or process.restart_wanted
-            or facts.ledger.over
+            or state.ledger.over
         ):
             return False
         self.admission.finish(request_id, now)
         if self._deadline_known and not placement.in_flight:
-            idle = self.residencies.ttl_deadline(placement) if placement.state is Residency.LOADED else None
+            idle = ttl_deadline(state, placement) if placement.state is Residency.LOADED else None
             if idle is not None and (self._deadline is None or idle < self._deadline):
                 self._deadline = idle
         return True
 
     def _reconcile(self, now: float) -> None:
         """Run all three until none of them says anything new."""
-        facts = self.facts
+        state = self.state
         for _ in range(_ROUNDS_MAX):
-            before = (len(facts.out), facts.journal.noted)
-            self.supervision.reconcile(now)
-            self.residencies.reconcile(now)
+            before = (len(state.out), state.journal.noted)
+            self.supervisor.reconcile(now)
+            self.loader.reconcile(now)
             self.admission.reconcile(now)
-            preload(facts, self.residencies, now)
-            if (len(facts.out), facts.journal.noted) == before:
+            preload(state, self.loader, now)
+            if (len(state.out), state.journal.noted) == before:
                 break
         else:
-            raise FleetError(f"the machine does not settle: {facts.journal.pending()[-8:]}")
+            raise FleetError(f"the machine does not settle: {state.journal.pending()[-8:]}")
         self.change.sweep_models()
-        if facts.shutting_down and not facts.finished and not facts.queue and facts.all_rest():
-            facts.finished = True
-            left = [process.name for process in facts.processes.values() if process.survivors]
+        if state.shutting_down and not state.finished and not state.queue and state.all_rest():
+            state.finished = True
+            left = [process.name for process in state.processes.values() if process.survivors]
             what = "nothing of the fleet runs any more"
-            facts.emit(Finished(f"{what}, but for what cannot be killed: {', '.join(left)}" if left else what))
+            state.emit(Finished(f"{what}, but for what cannot be killed: {', '.join(left)}" if left else what))
 
     def next_deadline(self) -> float | None:
         """Return the monotonic time at which a Tick may change something; None: never, as things stand.
@@ -160,12 +161,12 @@ class Fleet:
         return self._deadline
 
     def _deadlines(self) -> list[float]:
-        facts = self.facts
-        times = [time for name in facts.awake for time in self.supervision.deadlines(facts.processes[name])]
-        for model in facts.resident().values():
+        state = self.state
+        times = [time for name in state.awake for time in self.supervisor.deadlines(state.processes[name])]
+        for model in state.resident().values():
             for placement in model.placements.values():
-                times.extend(self.residencies.deadlines(placement))
-        times.extend(facts.models[name].retry_s for name in facts.due if facts.models[name].retry_s)
+                times.extend(self.loader.deadlines(placement))
+        times.extend(state.models[name].retry_s for name in state.due if state.models[name].retry_s)
         times.extend(self.admission.deadlines())
-        times.extend(facts.unseen.values())
+        times.extend(state.unobserved.values())
         return times

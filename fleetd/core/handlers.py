@@ -11,28 +11,33 @@ from collections.abc import Callable
 from typing import Any
 
 from fleetd.core.data import events as e
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import PrerequisitesChanged, StartPhaseChanged, Subject
 from fleetd.core.data.specs import ExitKind, ExitReport, ProbeKind
 from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency
-from fleetd.core.models.candidates import dozing
+from fleetd.core.models.candidates import in_sleep_transition
 from fleetd.core.models.measurement import learn, learn_asleep
-from fleetd.core.models.reconcile import Residencies
-from fleetd.core.operator_handlers import Orders
-from fleetd.core.processes.reconcile import Supervision
+from fleetd.core.models.reconcile import ModelLoader
+from fleetd.core.operator_handlers import OperatorHandlers
+from fleetd.core.processes.reconcile import ProcessSupervisor
 from fleetd.core.requests.admission import Admission
-from fleetd.core.spec_update import Change
+from fleetd.core.spec_update import SpecUpdate
 from fleetd.units import show_size
 
 _MEMORY_STRIKES = 2
 
 
-class Intake:
+class EventHandlers:
     def __init__(
-        self, facts: Facts, supervision: Supervision, residencies: Residencies, admission: Admission, change: Change
+        self,
+        state: FleetState,
+        supervisor: ProcessSupervisor,
+        loader: ModelLoader,
+        admission: Admission,
+        change: SpecUpdate,
     ) -> None:
-        orders = Orders(facts, supervision, residencies, admission)
-        self.facts, self.supervision, self.residencies = facts, supervision, residencies
+        orders = OperatorHandlers(state, supervisor, loader, admission)
+        self.state, self.supervisor, self.loader = state, supervisor, loader
         self.admission, self.change = admission, change
         self.table: dict[type[e.Event], Callable[[Any, float], None]] = {
             e.Tick: lambda _event, _now: None,
@@ -50,7 +55,7 @@ class Intake:
             e.Loaded: self.loaded,
             e.LoadFailed: self.load_failed,
             e.LoadProgress: self.load_progress,
-            e.ModelRequirementsChanged: lambda event, now: self.residencies.requires(event.model, event.missing, now),
+            e.ModelRequirementsChanged: lambda event, now: self.loader.requires(event.model, event.missing, now),
             e.Unloaded: self.unloaded,
             e.UnloadFailed: self.unload_failed,
             e.SleepSeen: self.sleep_seen,
@@ -69,10 +74,10 @@ class Intake:
         }
 
     def _current(self, name: str, generation: int) -> Process | None:
-        process = self.facts.processes.get(name)
+        process = self.state.processes.get(name)
         if process is None or process.generation != generation:
             return None
-        self.facts.wake(name)
+        self.state.wake(name)
         return process
 
     # -- processes ------------------------------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ class Intake:
     def spawned(self, event: e.Spawned, now: float) -> None:
         process = self._current(event.name, event.generation)
         if process is not None and process.state is ProcessState.STARTING and not process.spawned:
-            self.supervision.spawned(process, event.pid, now)
+            self.supervisor.spawned(process, event.pid, now)
 
     def spawn_failed(self, event: e.SpawnFailed, now: float) -> None:
         process = self._current(event.name, event.generation)
@@ -89,7 +94,7 @@ class Intake:
         kind = ExitKind.CRASH if event.recoverable else ExitKind.BAD_CONFIG
         report = ExitReport(None, kind=kind, reason=f"cannot start: {event.message}")
         process.last_exit, process.last_exit_s = report, now
-        self.supervision.ending.start_failed(process, report, now)
+        self.supervisor.termination.start_failed(process, report, now)
 
     def exited(self, event: e.Exited, now: float) -> None:
         process = self._current(event.name, event.generation)
@@ -97,12 +102,12 @@ class Intake:
             return
         if process.state is ProcessState.STARTING and not process.spawned:
             process.spawned = True  # dead before the spawn was reported: the order of the two is not promised
-        self.supervision.ending.died(process, event.report, now)
+        self.supervisor.termination.died(process, event.report, now)
 
     def set_empty(self, event: e.SetEmpty, now: float) -> None:
         process = self._current(event.name, event.generation)
         if process is not None and process.state is ProcessState.STOPPING:
-            self.supervision.ending.set_empty(process, event.survivors, now)
+            self.supervisor.termination.set_empty(process, event.survivors, now)
 
     def probe_result(self, event: e.ProbeResult, now: float) -> None:
         process = self._current(event.name, event.generation)
@@ -113,35 +118,35 @@ class Intake:
             if process.state is ProcessState.STARTING and not process.startup_done:
                 process.startup_detail = event.detail if not event.ok else ""
                 if event.ok:
-                    self.supervision.startup_passed(process, now)
+                    self.supervisor.startup_passed(process, now)
                 elif event.final and process.spec.capabilities.owns_process:
-                    self.supervision.ending.kill(process, now, event.detail, final=True)
+                    self.supervisor.termination.kill(process, now, event.detail, final=True)
         elif event.probe is ProbeKind.READINESS and probes.readiness is not None:
             process.readiness.add(probes.readiness, event.ok, event.detail)
-            self.supervision.maybe_ready(process, now)
+            self.supervisor.maybe_ready(process, now)
         elif event.probe is ProbeKind.LIVENESS and probes.liveness is not None and process.state in SERVING:
-            placements = self.facts.placements_on(event.name)
-            if not event.ok and any(dozing(p, probes.liveness.timeout_s, now) for p in placements):
+            placements = self.state.placements_on(event.name)
+            if not event.ok and any(in_sleep_transition(p, probes.liveness.timeout_s, now) for p in placements):
                 return  # on its way to sleep or from it nothing answers; that has a deadline of its own
             turned = process.liveness.add(probes.liveness, event.ok, event.detail)
             if turned and not event.ok:
                 reason = f"liveness probe failed {process.liveness.streak} times: {event.detail}"
-                self.supervision.ending.kill(process, now, reason)
+                self.supervisor.termination.kill(process, now, reason)
 
     def start_progress(self, event: e.StartProgress, now: float) -> None:
         process = self._current(event.name, event.generation)
         if process is not None and process.state is ProcessState.STARTING:
             if process.phase != event.phase:
-                self.facts.journal.note(StartPhaseChanged(event.name, event.phase))
+                self.state.journal.note(StartPhaseChanged(event.name, event.phase))
             process.progress_s, process.phase = now, event.phase
 
     def requirements_changed(self, event: e.RequirementsChanged, _now: float) -> None:
-        process = self.facts.processes.get(event.name)
+        process = self.state.processes.get(event.name)
         if process is None or process.missing == event.missing:
             return
         process.missing = event.missing
-        self.facts.journal.note(PrerequisitesChanged(event.name, Subject.PROCESS, event.missing))
-        self.facts.wake(event.name)
+        self.state.journal.note(PrerequisitesChanged(event.name, Subject.PROCESS, event.missing))
+        self.state.wake(event.name)
 
     def memory_sampled(self, event: e.MemorySampled, now: float) -> None:
         process = self._current(event.name, event.generation)
@@ -151,53 +156,53 @@ class Intake:
         limit = process.spec.memory_limit_bytes
         over = limit is not None and event.rss_bytes > limit
         process.memory_strikes = process.memory_strikes + 1 if over else 0
-        if process.memory_strikes >= _MEMORY_STRIKES and process.restart_wanted is None:
-            process.restart_wanted = f"over its memory limit: {show_size(event.rss_bytes)} of {show_size(limit or 0)}"
+        if process.memory_strikes >= _MEMORY_STRIKES:
+            process.request_restart(f"over its memory limit: {show_size(event.rss_bytes)} of {show_size(limit or 0)}")
         if process.spec.own_model is not None and event.device_bytes:
-            for placement in self.facts.placements_on(event.name):
+            for placement in self.state.placements_on(event.name):
                 if placement.state is Residency.LOADED:
-                    learn(self.facts, placement, event.device_bytes)
+                    learn(self.state, placement, event.device_bytes)
                 elif placement.state is Residency.ASLEEP:
-                    learn_asleep(self.facts, placement, event.device_bytes, now)
+                    learn_asleep(self.state, placement, event.device_bytes, now)
 
     def restart_due(self, event: e.RestartDue, now: float) -> None:
-        process = self.facts.processes.get(event.name)
+        process = self.state.processes.get(event.name)
         if process is None:
             return
         if process.state in SERVING or process.state is ProcessState.STARTING:
             if event.in_turn:
-                self.facts.turns.setdefault(event.name, event.reason)
+                self.state.rolling.setdefault(event.name, event.reason)
             else:
-                process.restart_wanted = process.restart_wanted or event.reason
+                process.request_restart(event.reason)
         elif event.revive and not process.stopped:
             process.record.reset()
             if process.state in (ProcessState.FAILED, ProcessState.EXITED):
-                self.supervision.ending.revive(process, now, event.reason)
+                self.supervisor.termination.revive(process, now, event.reason)
             elif process.state is ProcessState.BACKOFF:
                 process.next_start_s = now
-        self.facts.wake(event.name)
+        self.state.wake(event.name)
 
     # -- models -----------------------------------------------------------------------------------------------------------
 
     def _placement(
         self, event: e.Loaded | e.LoadFailed | e.LoadProgress | e.Unloaded | e.UnloadFailed | e.SleepSeen
     ) -> Placement | None:
-        model = self.facts.models.get(event.model)
+        model = self.state.models.get(event.model)
         placement = model.placements.get(event.process) if model is not None else None
         if placement is None or placement.generation != event.generation:
             return None
-        self.facts.wake(event.process)
+        self.state.wake(event.process)
         return placement
 
     def loaded(self, event: e.Loaded, now: float) -> None:
         placement = self._placement(event)
         if placement is not None and placement.ordered:
-            self.residencies.loaded(placement, event.device_bytes, now)
+            self.loader.loaded(placement, event.device_bytes, now)
 
     def load_failed(self, event: e.LoadFailed, now: float) -> None:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.LOADING and placement.ordered:
-            self.residencies.load_failed(placement, event.message, now, final=not event.recoverable)
+            self.loader.load_failed(placement, event.message, now, final=not event.recoverable)
 
     def load_progress(self, event: e.LoadProgress, now: float) -> None:
         placement = self._placement(event)
@@ -207,25 +212,25 @@ class Intake:
     def unloaded(self, event: e.Unloaded, now: float) -> None:
         placement = self._placement(event)
         if placement is not None and placement.state is Residency.UNLOADING and placement.ordered:
-            self.residencies.gone(placement, now)
+            self.loader.forget_placement(placement, now)
 
     def unload_failed(self, event: e.UnloadFailed, now: float) -> None:
         placement = self._placement(event)
-        process = self.facts.processes.get(event.process)
+        process = self.state.processes.get(event.process)
         if (
             placement is not None
             and process is not None
             and placement.state is Residency.UNLOADING
             and placement.ordered
         ):
-            self.residencies.unload_failed(placement, process, event.message, now)
+            self.loader.unload_failed(placement, process, event.message, now)
 
     def sleep_seen(self, event: e.SleepSeen, now: float) -> None:
         placement = self._placement(event)
         if placement is None or placement.step is None or not placement.ordered:
             return
-        if self.residencies.sleeping.seen(placement, event.state, event.message, now):
-            self.residencies.loaded(placement, {}, now)
+        if self.loader.sleeping.seen(placement, event.state, event.message, now):
+            self.loader.loaded(placement, {}, now)
 
     def residents_observed(self, event: e.ResidentsObserved, now: float) -> None:
         process = self._current(event.process, event.generation)
@@ -238,12 +243,12 @@ class Intake:
         self.admission.line.leave(event.request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
-        _, granted_s = self.facts.granted.get(event.request_id, (None, now))
+        _, granted_s = self.state.granted.get(event.request_id, (None, now))
         placement = self.admission.finish(event.request_id, now)
         if placement is None:
             return
-        self.facts.wake(placement.process)
-        process = self.facts.processes.get(placement.process)
+        self.state.wake(placement.process)
+        process = self.state.processes.get(placement.process)
         if not event.refused or process is None or process.state is not ProcessState.READY:
             return
         if process.ready_s is not None and granted_s >= process.ready_s:  # else an earlier run of it was meant

@@ -12,16 +12,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import Evicted, JournalEntry, ModelLeaving, ModelLost
 from fleetd.core.data.specs import ModelSpec
 from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
-from fleetd.core.models.candidates import holder, sleeper, to_wake
+from fleetd.core.models.candidates import best_process, bytes_to_wake, sleeping_placement
 from fleetd.core.models.eviction import Evict, Fits, Never, plan
 from fleetd.core.models.measurement import SETTLED_S
 from fleetd.core.models.retention import ttl_deadline
-from fleetd.core.processes.reconcile import Supervision
-from fleetd.core.processes.start_gate import comes
+from fleetd.core.processes.reconcile import ProcessSupervisor
+from fleetd.core.processes.start_gate import will_start
 
 
 class Outlook(StrEnum):
@@ -59,105 +59,105 @@ class DeviceUse:
 class FleetQueries:
     """Answers questions about one fleet."""
 
-    def __init__(self, facts: Facts, supervision: Supervision) -> None:
-        self._facts = facts
-        self._supervision = supervision
+    def __init__(self, state: FleetState, supervisor: ProcessSupervisor) -> None:
+        self._state = state
+        self._supervisor = supervisor
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def process(self, name: str) -> Process | None:
-        return self._facts.processes.get(name)
+        return self._state.processes.get(name)
 
     def processes(self) -> Collection[Process]:
-        return self._facts.processes.values()
+        return self._state.processes.values()
 
     def process_names(self) -> Collection[str]:
-        return self._facts.processes.keys()
+        return self._state.processes.keys()
 
     def generation(self, name: str) -> int:
         """Return the current generation of a process; 0 for an unknown name."""
-        process = self._facts.processes.get(name)
+        process = self._state.processes.get(name)
         return process.generation if process is not None else 0
 
     def is_wanted(self, process: Process) -> bool:
         """Return whether the process should run now."""
-        return self._supervision.wanted(process)
+        return self._supervisor.wanted(process)
 
     def can_start(self, process: Process) -> bool:
         """Return whether a BLOCKED process will start without help."""
-        return comes(self._facts, self._supervision.wanted, process)
+        return will_start(self._state, self._supervisor.wanted, process)
 
     def in_flight(self, process: str) -> int:
         """Return the number of requests in flight on a process."""
-        return sum(placement.in_flight for placement in self._facts.placements_on(process))
+        return sum(placement.in_flight for placement in self._state.placements_on(process))
 
     def is_full(self, process: str) -> bool:
         """Return whether a model on the process uses all of its slots."""
         return any(
-            placement.in_flight >= self._facts.models[placement.model].spec.concurrency
-            for placement in self._facts.placements_on(process)
+            placement.in_flight >= self._state.models[placement.model].spec.concurrency
+            for placement in self._state.placements_on(process)
         )
 
     def may_be_asleep(self, process: str) -> bool:
         """Return whether a model on the process is, or may be, asleep."""
-        return any(placement.sleeps for placement in self._facts.placements_on(process))
+        return any(placement.sleeps for placement in self._state.placements_on(process))
 
     def is_settled_asleep(self, process: str, now: float) -> bool:
         """Return whether a model on the process has slept long enough for a sample to show what it holds asleep."""
         return any(
             placement.state is Residency.ASLEEP and now - placement.since_s >= SETTLED_S
-            for placement in self._facts.placements_on(process)
+            for placement in self._state.placements_on(process)
         )
 
     def pending_restarts(self) -> dict[str, str]:
         """Return the reason for every process that is being stopped or restarted, by name."""
         return {
             name: process.restart_wanted or process.reason
-            for name, process in self._facts.processes.items()
+            for name, process in self._state.processes.items()
             if process.restart_wanted is not None or process.state is ProcessState.STOPPING
         }
 
     def rolling_restarts(self) -> dict[str, str]:
         """Return the reason for every process that waits for its turn to restart, by name."""
-        return dict(self._facts.turns)
+        return dict(self._state.rolling)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     def model(self, name: str) -> Model | None:
         """Return a model by its own name."""
-        return self._facts.models.get(name)
+        return self._state.models.get(name)
 
     def models(self) -> Collection[Model]:
-        return self._facts.models.values()
+        return self._state.models.values()
 
     def model_specs(self) -> Collection[ModelSpec]:
         """Return the models of the current configuration."""
-        return self._facts.spec.models.values()
+        return self._state.spec.models.values()
 
     def canonical_name(self, name: str) -> str | None:
         """Return the model that a name or an alias stands for; None for an unknown one."""
-        return self._facts.names.get(name)
+        return self._state.names.get(name)
 
     def find_model(self, name: str) -> Model | None:
         """Return a model by its name or an alias."""
-        return self._facts.models.get(self._facts.names.get(name, name))
+        return self._state.models.get(self._state.names.get(name, name))
 
     def queued(self) -> Mapping[str, int]:
         """Return the number of waiting requests per model."""
-        return {model.name: model.waiting for model in self._facts.models.values()}
+        return {model.name: model.waiting for model in self._state.models.values()}
 
     def placements_on(self, process: str) -> Iterator[Placement]:
-        return self._facts.placements_on(process)
+        return self._state.placements_on(process)
 
     def models_of(self, process: str) -> list[Model]:
         """Return the models that are on a process or may be, by name."""
-        names = {placement.model for placement in self._facts.placements_on(process)}
-        names |= {model.name for model in self._facts.models.values() if process in model.spec.holders}
-        return [self._facts.models[name] for name in sorted(names)]
+        names = {placement.model for placement in self._state.placements_on(process)}
+        names |= {model.name for model in self._state.models.values() if process in model.spec.holders}
+        return [self._state.models[name] for name in sorted(names)]
 
     def ttl_deadline(self, model: Model) -> float | None:
         """Return when the model is unloaded for being idle, in monotonic seconds; None: not at all for now."""
-        times = (ttl_deadline(self._facts, placement) for placement in model.placements.values())
+        times = (ttl_deadline(self._state, placement) for placement in model.placements.values())
         return min((time for time in times if time is not None), default=None)
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -166,31 +166,31 @@ class FleetQueries:
         """Return the bytes per device that placements have reserved together."""
         total: dict[str, int] = {}
         for placement in placements:
-            for device, size in self._facts.ledger.reservations.get(placement.key, {}).items():
+            for device, size in self._state.ledger.reservations.get(placement.key, {}).items():
                 total[device] = total.get(device, 0) + size
         return total
 
     def limited_devices(self) -> Collection[str]:
         """Return the names of the devices that have a budget."""
-        return self._facts.ledger.devices.keys()
+        return self._state.ledger.devices.keys()
 
     def device(self, name: str) -> DeviceUse:
-        ledger = self._facts.ledger
+        ledger = self._state.ledger
         spec = ledger.devices.get(name)
         budget_bytes = spec.budget_bytes if spec is not None else None
         return DeviceUse(name, budget_bytes, ledger.reserved_bytes(name), ledger.free_bytes(name))
 
     def forecast(self, model: Model, now: float) -> LoadForecast | None:
         """Return what a request for the model would lead to now; None: it is in memory, or what it requires is missing."""
-        facts = self._facts
-        asleep = sleeper(facts, model)
+        state = self._state
+        asleep = sleeping_placement(state, model)
         if model.missing or (model.placements and asleep is None):
             return None
-        process = holder(facts, model) if asleep is None else facts.processes[asleep.process]
+        process = best_process(state, model) if asleep is None else state.processes[asleep.process]
         if process is None:
             return LoadForecast(Outlook.NO_PROCESS)
-        need = model.footprint.bytes if asleep is None else to_wake(facts, asleep)
-        verdict = plan(need, (model.name, process.name), facts.resident(), facts.ledger, now)
+        need = model.footprint.bytes if asleep is None else bytes_to_wake(state, asleep)
+        verdict = plan(need, (model.name, process.name), state.resident(), state.ledger, now)
         wakes = asleep is not None
         if isinstance(verdict, Fits):
             return LoadForecast(Outlook.FITS, process.name, wakes)
@@ -208,18 +208,18 @@ class FleetQueries:
 
     def journal(self) -> tuple[JournalEntry, ...]:
         """Return the journal, oldest entry first."""
-        return tuple(self._facts.journal.entries)
+        return tuple(self._state.journal.entries)
 
     def reason_left(self, model: str) -> str | None:
         """Return why a model last began to leave memory; None when the journal does not show it."""
-        notes = reversed(self._facts.journal.notes_on(model))
+        notes = reversed(self._state.journal.notes_on(model))
         return next((note.reason for note in notes if isinstance(note, ModelLeaving | Evicted | ModelLost)), None)
 
     def survivors(self, process: str) -> tuple[int, ...]:
         """Return the PIDs of a process set that could not be killed."""
-        found = self._facts.processes.get(process)
+        found = self._state.processes.get(process)
         return found.survivors if found is not None else ()
 
     def journal_after(self, serial: int) -> tuple[JournalEntry, ...]:
         """Return the journal entries that are newer than `serial`, oldest first."""
-        return self._facts.journal.after(serial)
+        return self._state.journal.after(serial)

@@ -11,45 +11,45 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fleetd.core.data.events import Adopted, Exited, SpecChanged
-from fleetd.core.data.fleet_state import Facts, spec_hash
+from fleetd.core.data.fleet_state import FleetState, spec_hash
 from fleetd.core.data.specs import ExitKind, ExitReport, ModelSpec, ProcessSpec, Remembered
 from fleetd.core.data.state import SERVING, Model, Process, ProcessState, Residency, SleepStep
-from fleetd.core.models.candidates import holds
+from fleetd.core.models.candidates import reservation_of
 from fleetd.core.models.measurement import learn
-from fleetd.core.models.reconcile import Residencies
-from fleetd.core.models.retention import due, stays
-from fleetd.core.processes.reconcile import Supervision
+from fleetd.core.models.reconcile import ModelLoader
+from fleetd.core.models.retention import cancel_preload, due, stays_loaded
+from fleetd.core.processes.reconcile import ProcessSupervisor
 
 LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server, once up, holds
 START_PATIENCE_S = 60.0  # the same for one that has to answer first, and has no deadline for it
 OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
 
 
-class Change:
-    def __init__(self, facts: Facts, supervision: Supervision, residencies: Residencies) -> None:
-        self.facts = facts
-        self.supervision = supervision
-        self.residencies = residencies
+class SpecUpdate:
+    def __init__(self, state: FleetState, supervisor: ProcessSupervisor, loader: ModelLoader) -> None:
+        self.state = state
+        self.supervisor = supervisor
+        self.loader = loader
 
     def apply(self, event: SpecChanged, now: float) -> None:
-        facts = self.facts
-        facts.spec = event.spec
-        facts.ledger.limit(event.spec.devices)
+        state = self.state
+        state.spec = event.spec
+        state.ledger.limit(event.spec.devices)
         self._models_leave(event, now)
-        for name, process in facts.processes.items():
+        for name, process in state.processes.items():
             if name not in event.spec.processes:
                 process.removed = True
-                facts.wake(name)
+                state.wake(name)
         for name, kept in event.remembered.items():
-            facts.retired[name] = max(facts.retired.get(name, 0), kept.generation)
-        before = {name: process.spec for name, process in facts.processes.items()}
+            state.retired[name] = max(state.retired.get(name, 0), kept.generation)
+        before = {name: process.spec for name, process in state.processes.items()}
         stopped = self._stopped_entries()
         for spec in event.spec.processes.values():
             self._process(spec, event.remembered.get(spec.name), now, stopped)
             if spec.name in event.missing:
-                facts.processes[spec.name].missing = event.missing[spec.name]
-                facts.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
-        facts.names = {
+                state.processes[spec.name].missing = event.missing[spec.name]
+                state.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
+        state.names = {
             alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
         }
         hosted: dict[str, list[str]] = {}
@@ -57,13 +57,13 @@ class Change:
             self._model(model, now)
             for holder in model.holders:
                 hosted.setdefault(holder, []).append(model.name)
-        facts.hosted = {name: tuple(models) for name, models in hosted.items()}
+        state.hosted = {name: tuple(models) for name, models in hosted.items()}
         for name in event.spec.models:
-            self.residencies.requires(name, event.missing_models.get(name, ()), now)
+            self.loader.requires(name, event.missing_models.get(name, ()), now)
         for spec in event.spec.processes.values():
-            own = facts.models.get(spec.own_model or "")
+            own = state.models.get(spec.own_model or "")
             if own is not None and not own.placements and not spec.on_demand and _was_on_demand(before.get(spec.name)):
-                due(facts, own)
+                due(state, own)
         for adopted in event.adopted:
             self._adopt(adopted, now)
         for exited in event.died:
@@ -71,19 +71,19 @@ class Change:
 
     def _stopped_entries(self) -> set[str]:
         """Return the entries of which an operator has stopped all replicas: one more of them, or another name, is stopped too."""
-        running = {process.spec.base for process in self.facts.processes.values() if not process.stopped}
-        return {process.spec.base for process in self.facts.processes.values()} - running
+        running = {process.spec.base for process in self.state.processes.values() if not process.stopped}
+        return {process.spec.base for process in self.state.processes.values()} - running
 
     def _process(
         self, spec: ProcessSpec, remembered: Remembered | None, now: float, stopped: Collection[str] = ()
     ) -> None:
-        process = self.facts.processes.get(spec.name)
+        process = self.state.processes.get(spec.name)
         if process is None:
-            process = self.facts.processes[spec.name] = Process(spec, since_s=now)
-            process.generation = self.facts.retired.pop(spec.name, 0)
+            process = self.state.processes[spec.name] = Process(spec, since_s=now)
+            process.generation = self.state.retired.pop(spec.name, 0)
             if spec.base in stopped:
                 process.stopped, process.reason = True, "stopped by an operator"
-                self.facts.persist(process, "its entry is stopped")
+                self.state.persist(process, "its entry is stopped")
         else:
             if process.removed:  # it had left the file, and something of it lives on
                 process.record.reset()
@@ -92,7 +92,7 @@ class Change:
             self._remember(process, remembered)
         process.removed = False
         if not spec.on_demand or process.state not in (ProcessState.STOPPED, ProcessState.FAILED):
-            self.facts.wake(spec.name)
+            self.state.wake(spec.name)
 
     def _remember(self, process: Process, remembered: Remembered) -> None:
         process.stopped = remembered.stopped
@@ -121,92 +121,92 @@ class Change:
         running = process.state in SERVING or process.state is ProcessState.STARTING
         if process.state is ProcessState.FAILED or (process.state is ProcessState.EXITED and changed):
             process.record.reset()
-            self.supervision.ending.revive(process, now, "the configuration changed")
-            self.residencies.forgive(process.name, now)
+            self.supervisor.termination.revive(process, now, "the configuration changed")
+            self.loader.forgive(process.name, now)
         elif process.state is ProcessState.BACKOFF:
             process.next_start_s = now
         elif changed and running:
-            process.restart_wanted = "the configuration changed"
+            process.cancel_restart()
+            process.request_restart("the configuration changed")
         if old.probes != spec.probes and running and process.spawned and not changed:
-            self.supervision.reprobe(process, now)
+            self.supervisor.reprobe(process, now)
 
     def _model(self, spec: ModelSpec, now: float) -> None:
-        model = self.facts.models.get(spec.name)
+        model = self.state.models.get(spec.name)
         if model is None:
-            model = self.facts.models[spec.name] = Model(spec, demand_s=now)
-            if stays(self.facts, model):
-                due(self.facts, model)
+            model = self.state.models[spec.name] = Model(spec, demand_s=now)
+            if stays_loaded(self.state, model):
+                due(self.state, model)
             return
         old, model.spec = model.spec, spec
         if old == spec:
             return
-        model.failure, model.failure_final, model.retry_s = None, False, now
+        model.clear_failure(now)
         if old.footprint_hash != spec.footprint_hash:
             model.learned.clear()
             model.learned_asleep.clear()
         model.sleepless_until_s = now
         if (old.footprint, old.asleep) != (spec.footprint, spec.asleep):
             for placement in model.placements.values():
-                self.facts.ledger.correct(placement.key, holds(model, placement))
+                self.state.ledger.correct(placement.key, reservation_of(model, placement))
         for process, placement in list(model.placements.items()):
             if process not in spec.holders or old.served_as != spec.served_as:
-                self.residencies.leave(placement, now, "the configuration changed", returns=True)
-            elif self.facts.ledger.never_fits(model.footprint.bytes):  # a restart in place would not ask for the room
-                self.residencies.leave(placement, now, "can never fit any more", returns=True)
-        if stays(self.facts, model) and not model.placements:
-            due(self.facts, model)
+                self.loader.leave(placement, now, "the configuration changed", returns=True)
+            elif self.state.ledger.never_fits(model.footprint.bytes):  # a restart in place would not ask for the room
+                self.loader.leave(placement, now, "can never fit any more", returns=True)
+        if stays_loaded(self.state, model) and not model.placements:
+            due(self.state, model)
 
     def _models_leave(self, event: SpecChanged, now: float) -> None:
-        for name in [name for name in self.facts.models if name not in event.spec.models]:
-            model = self.facts.models[name]
-            self.facts.due.discard(name)
-            model.preload_due = False
+        for name in [name for name in self.state.models if name not in event.spec.models]:
+            model = self.state.models[name]
+            cancel_preload(self.state, name)
             for placement in list(model.placements.values()):
-                self.residencies.leave(placement, now, "no longer in the configuration", returns=True)
-            self.facts.leaving.add(name)
-        self.facts.leaving -= set(event.spec.models)
+                self.loader.leave(placement, now, "no longer in the configuration", returns=True)
+            self.state.leaving.add(name)
+        self.state.leaving -= set(event.spec.models)
 
     def sweep_models(self) -> None:
         """Forget the models that left the configuration and memory."""
-        for name in list(self.facts.leaving):
-            model = self.facts.models[name]
+        for name in list(self.state.leaving):
+            model = self.state.models[name]
             if not model.placements and not model.waiting:
-                del self.facts.models[name]
-                self.facts.leaving.discard(name)
+                del self.state.models[name]
+                self.state.leaving.discard(name)
 
     def _adopt(self, event: Adopted, now: float) -> None:
         """A child of an earlier daemon goes on as if nothing had happened."""
-        process = self.facts.processes.get(event.name)
+        process = self.state.processes.get(event.name)
         if process is None or process.state in SERVING:
             return
         if process.state is not ProcessState.STOPPED:
             process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
         process.generation, process.again = event.generation, False
-        self.facts.move(process, ProcessState.STARTING, now, f"adopted: pid {event.pid}, generation {event.generation}")
-        self.supervision.begin_run(process, now)
+        self.state.move(process, ProcessState.STARTING, now, f"adopted: pid {event.pid}, generation {event.generation}")
+        self.supervisor.begin_run(process, now)
         process.started_s = now - event.age_s
         can_sleep = process.spec.capabilities.can_sleep
         if process.spec.capabilities.many_models:
             startup = process.spec.probes.startup
             patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
-            self.facts.unseen[process.name] = now + patience_s + LOOK_S
+            self.state.unobserved[process.name] = now + patience_s + LOOK_S
         elif can_sleep:  # still starting it cannot sleep, and its memory is reserved whole
-            self.facts.unseen[process.name] = now + LOOK_S
+            self.state.unobserved[process.name] = now + LOOK_S
         own = process.spec.own_model
-        model = self.facts.models.get(own) if own is not None else None
+        model = self.state.models.get(own) if own is not None else None
         if model is not None:
-            placement = self.facts.place(model, process.name, now, "adopted")
+            placement = self.state.place(model, process.name, now, "adopted")
             placement.generation = event.generation
             if can_sleep:  # it may sleep now, or have slept before
                 placement.step, placement.slept = SleepStep.LOOK, True
-            self.facts.ledger.correct(placement.key, holds(model, placement))
-            self.facts.due.discard(model.name)
-        self.facts.wake(process.name)
-        self.supervision.spawned(process, event.pid, now)
+            self.state.ledger.correct(placement.key, reservation_of(model, placement))
+            cancel_preload(self.state, model.name)
+        self.state.wake(process.name)
+        self.supervisor.spawned(process, event.pid, now)
 
     def _died(self, event: Exited, now: float) -> None:
         """A run ended while nobody watched: a death as any other, though nobody saw its code."""
-        process = self.facts.processes.get(event.name)
+        process = self.state.processes.get(event.name)
         if process is None or process.state is not ProcessState.STOPPED or process.generation > event.generation:
             return
         process.generation = event.generation
@@ -214,32 +214,32 @@ class Change:
         if process.stopped or not process.spec.enabled:
             return
         process.state = ProcessState.STOPPING  # as if this daemon had seen the end and emptied the set
-        self.supervision.ending.settle_death(process, event.report, now)
+        self.supervisor.termination.settle_death(process, event.report, now)
 
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
         """Lay what a server says it holds over what we believe: by model name of the fleet."""
-        facts = self.facts
-        facts.unseen.pop(process.name, None)
-        for placement in list(facts.placements_on(process.name)):
+        state = self.state
+        state.unobserved.pop(process.name, None)
+        for placement in list(state.placements_on(process.name)):
             if placement.state is not Residency.LOADED:
                 continue
             if served.get(placement.model):
-                learn(facts, placement, served[placement.model])
+                learn(state, placement, served[placement.model])
             elif placement.model not in served and not placement.in_flight and _settled(placement.loaded_s, now):
                 placement.reason = f"{process.name} no longer holds it"
-                self.residencies.gone(placement, now)
+                self.loader.forget_placement(placement, now)
         for name, measured in sorted(served.items()):
-            model = facts.models.get(name)
+            model = state.models.get(name)
             if model is None or process.name in model.placements or process.name not in model.spec.holders:
                 continue
-            if not _settled(facts.freed.get((name, process.name)), now):
+            if not _settled(state.freed.get((name, process.name)), now):
                 continue
-            facts.ledger.correct((name, process.name), measured or model.footprint.bytes)
-            placement = facts.place(model, process.name, now, "found on the server")
+            state.ledger.correct((name, process.name), measured or model.footprint.bytes)
+            placement = state.place(model, process.name, now, "found on the server")
             placement.generation, placement.ordered = process.generation, True
-            self.residencies.loaded(placement, measured, now)
-        for key in [key for key, freed_s in facts.freed.items() if _settled(freed_s, now)]:
-            del facts.freed[key]
+            self.loader.loaded(placement, measured, now)
+        for key in [key for key, freed_s in state.freed.items() if _settled(freed_s, now)]:
+            del state.freed[key]
 
 
 def _settled(since_s: float | None, now: float) -> bool:

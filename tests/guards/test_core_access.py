@@ -59,12 +59,46 @@ def test_module_outside_the_core_uses_its_door(path: Path) -> None:
 
 
 def test_breaches_finds_import_and_attribute() -> None:
-    assert breaches("from fleetd.core.data.fleet_state import Facts") == [
-        "line 1 imports fleetd.core.data.fleet_state.Facts"
+    assert breaches("from fleetd.core.data.fleet_state import FleetState") == [
+        "line 1 imports fleetd.core.data.fleet_state.FleetState"
     ]
     assert breaches("from fleetd.core.data import events, fleet_state") == [
         "line 1 imports fleetd.core.data.fleet_state"
     ]
     assert breaches("import fleetd.core.models.ledger") == ["line 1 imports fleetd.core.models.ledger"]
     assert breaches("from fleetd.core.queries import FleetQueries\nself._fleet.queries.process('a')") == []
-    assert breaches("daemon.fleet.facts") == ["line 1 uses fleet.facts"]
+    assert breaches("daemon.fleet.state") == ["line 1 uses fleet.state"]
+
+
+# Attribute -> the one module of the core that assigns it.
+WRITERS = {
+    "restart_wanted": "data/state.py",
+    "outcome": "processes/termination.py",
+    "failure": "data/state.py",
+    "failures": "data/state.py",
+    "failure_final": "data/state.py",
+    "survivors": "processes/termination.py",
+}
+
+
+def assigned(source: str) -> set[str]:
+    """Return the attributes that a module assigns."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        )
+        for target in targets:
+            parts = target.elts if isinstance(target, ast.Tuple) else [target]
+            found |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+    return found
+
+
+@pytest.mark.parametrize("flag", WRITERS)
+def test_flag_of_the_core_has_one_writer(flag: str) -> None:
+    writers = {
+        str(path.relative_to(PACKAGE / "core"))
+        for path in PACKAGE.rglob("*.py")
+        if flag in assigned(path.read_text("utf-8")) and path.is_relative_to(PACKAGE / "core")
+    }
+    assert writers == {WRITERS[flag]}

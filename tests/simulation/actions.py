@@ -390,7 +390,7 @@ def converged(world: World) -> None:
         else:
             good = process.state is ProcessState.READY or (name == "job" and process.state is ProcessState.EXITED)
             holds(world, good, said)
-    for name in world.fleet.facts.due:
+    for name in world.fleet.state.due:
         model = world.fleet.models[name]
         lack = world.fleet.ledger.lacking(model.footprint.bytes)
         able = any(world.spec.processes[p].enabled for p in model.spec.holders if p in world.spec.processes)

@@ -167,7 +167,7 @@ def calm_stop(world: World, command: c.Stop | c.Unload, run: Run) -> None:
 
 def fulfilled(world: World, client: Client) -> None:
     """An operator's load left the line without a refusal: something by that name is in memory."""
-    names = {client.model, world.fleet.facts.names.get(client.model, "")}
+    names = {client.model, world.fleet.state.names.get(client.model, "")}
     spec = world.spec.models.get(client.model)
     names |= {route.to for route in spec.routes} if spec is not None else set()
     names |= {back for name in names if name in world.spec.models for back in world.spec.models[name].fallback}
@@ -265,7 +265,7 @@ def memory(world: World) -> None:
             holds(
                 world, not short or not run.alive, f"{model} sleeps on {run.name} with {size}, and {booked} is reserved"
             )
-    given_up = any(run.unobserved and run.name not in world.fleet.facts.unseen for run in world.living())
+    given_up = any(run.unobserved and run.name not in world.fleet.state.unobserved for run in world.living())
     if world.honest and not world.corrected and not given_up:
         for device, spec in world.spec.devices.items():
             fits = used.get(device, 0) <= spec.budget_bytes
@@ -273,18 +273,18 @@ def memory(world: World) -> None:
 
 
 def requests(world: World) -> None:
-    facts = world.fleet.facts
+    state = world.fleet.state
     waiting = {key for key, client in world.clients.items() if client.grant is None}
-    holds(world, set(facts.queue) == waiting, f"in line: {set(facts.queue)}, waiting: {waiting}")
+    holds(world, set(state.queue) == waiting, f"in line: {set(state.queue)}, waiting: {waiting}")
     granted = {key for key, client in world.clients.items() if client.grant is not None}
-    holds(world, set(facts.granted) == granted, f"granted: {set(facts.granted)}, in flight: {granted}")
+    holds(world, set(state.granted) == granted, f"granted: {set(state.granted)}, in flight: {granted}")
     for key in waiting:
         client = world.clients[key]
         waited_s = world.now - client.arrived_s
         longest_s = 25.0 if client.wish else 90.0
         holds(world, waited_s <= longest_s + 1e-6, f"request {key} for {client.model} waits for {waited_s:.1f} s")
     counts: dict[str, int] = {}
-    for entry in facts.queue.values():
+    for entry in state.queue.values():
         counts[entry.model] = counts.get(entry.model, 0) + 1
         others = [name for name in entry.fallback if serves(world, name)]
         stuck = others and lost(world, entry.model)
@@ -304,7 +304,7 @@ def lost(world: World, name: str) -> bool:
 
 def serves(world: World, name: str) -> bool:
     """The model is loaded on a ready process, with a slot to spare."""
-    model = world.fleet.models.get(world.fleet.facts.names.get(name, name))
+    model = world.fleet.models.get(world.fleet.state.names.get(name, name))
     return model is not None and any(
         placement.state is Residency.LOADED
         and placement.in_flight < model.spec.concurrency

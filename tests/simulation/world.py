@@ -163,7 +163,7 @@ class World:
         checks.decisions(self, event, commands)
         for command in commands:
             self._carry_out(command)
-        for key in [k for k, client in self.clients.items() if client.wish and k not in self.fleet.facts.queue]:
+        for key in [k for k, client in self.clients.items() if client.wish and k not in self.fleet.state.queue]:
             checks.fulfilled(self, self.clients.pop(key))
             self.ended.add(key)
         again = self.fleet.handle(e.Tick(), self.now) if self.rng.random() < 0.7 else []

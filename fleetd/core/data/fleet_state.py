@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Waiting:
+class QueuedRequest:
     """One request in line, or (client False) an operator's wish to have a model loaded."""
 
     request_id: int
@@ -42,7 +42,7 @@ class Waiting:
 
 
 @dataclass(slots=True)
-class Facts:
+class FleetState:
     rng: Random
     spec: FleetSpec = field(default_factory=FleetSpec)
     processes: dict[str, Process] = field(default_factory=dict)
@@ -50,24 +50,24 @@ class Facts:
     names: dict[str, str] = field(default_factory=dict)  # model names and aliases to model names
     ledger: Ledger = field(default_factory=Ledger)
     journal: Journal = field(default_factory=Journal)
-    queue: dict[int, Waiting] = field(default_factory=dict)  # by request id, in order of arrival
+    queue: dict[int, QueuedRequest] = field(default_factory=dict)  # by request id, in order of arrival
     granted: dict[int, tuple[Placement, float]] = field(
         default_factory=dict
     )  # request id to placement and time of grant
     placed: dict[str, set[str]] = field(default_factory=dict)  # process to models placed on it
     hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that name it as a holder
     freed: dict[tuple[str, str], float] = field(default_factory=dict)  # when a placement's memory was last seen free
-    unseen: dict[str, float] = field(
+    unobserved: dict[str, float] = field(
         default_factory=dict
     )  # adopted servers whose models are not known yet, and until when
     retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
     leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
     awake: set[str] = field(default_factory=set)
-    turns: dict[str, str] = field(default_factory=dict)  # processes to restart in their turn, and why
+    rolling: dict[str, str] = field(default_factory=dict)  # processes to restart in their turn, and why
     due: set[str] = field(default_factory=set)  # models whose preload is due
     out: list[Command] = field(default_factory=list)
-    closed: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line
-    held: set[str] = field(default_factory=set)  # devices that somebody in line waits for room on
+    draining: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line
+    claimed: set[str] = field(default_factory=set)  # devices that somebody in line waits for room on
     shutting_down: bool = False
     forced: bool = False
     finished: bool = False

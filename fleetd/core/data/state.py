@@ -124,8 +124,15 @@ class Process:
 
     @property
     def empty(self) -> bool:
-        """Nothing of it lives: its memory is free."""
+        """Return whether nothing of its set lives, so that its memory is free."""
         return self.state in RESTING and not self.survivors
+
+    def request_restart(self, reason: str) -> None:
+        """Want a restart once it has drained; an earlier reason stays."""
+        self.restart_wanted = self.restart_wanted or reason
+
+    def cancel_restart(self) -> None:
+        self.restart_wanted = None
 
     def move(self, state: ProcessState, now: float, reason: str) -> None:
         """Enter `state`. Raises InvalidTransition when the table does not know the move."""
@@ -188,7 +195,6 @@ class Model:
     spec: ModelSpec
     placements: dict[str, Placement] = field(default_factory=dict)  # by process; absent ones are not kept
     pinned_by_hand: bool | None = None
-    preload_due: bool = False
     missing: tuple[str, ...] = ()  # what it is read from and that is absent now
     waiting: int = 0
     loads: int = 0
@@ -242,6 +248,19 @@ class Model:
     @property
     def in_flight(self) -> int:
         return sum(placement.in_flight for placement in self.placements.values())
+
+    def clear_failure(self, retry_s: float) -> None:
+        """Forget that loads failed; the next load may start from `retry_s` on."""
+        self.failure, self.failure_final, self.retry_s = None, False, retry_s
+
+    def load_succeeded(self) -> None:
+        self.clear_failure(0.0)
+        self.failures = 0
+
+    def load_failed(self, reason: str, now: float, retry_s: float, final: bool) -> None:
+        """Remember a failed load; `final`: only an edit of the configuration or an operator can help."""
+        self.failures += 1
+        self.failure, self.failure_s, self.failure_final, self.retry_s = reason, now, final, retry_s
 
 
 def diagram() -> Iterator[str]:

@@ -8,7 +8,7 @@ The rules of this file
 
 from __future__ import annotations
 
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency, SleepStep
 
 
@@ -31,18 +31,18 @@ def down(model: Model, process: Process) -> bool:
     return process.state in (ProcessState.BACKOFF, ProcessState.UNHEALTHY)
 
 
-def out_of_reach(facts: Facts, model: Model) -> bool:
+def out_of_reach(state: FleetState, model: Model) -> bool:
     """Return whether every process that may hold the model is down, or may not hold it."""
-    processes = [process for name in model.spec.holders if (process := facts.processes.get(name)) is not None]
+    processes = [process for name in model.spec.holders if (process := state.processes.get(name)) is not None]
     return all(down(model, process) or not usable(process) for process in processes)
 
 
-def holder(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
+def best_process(state: FleetState, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
     """Return the best process for a new placement: usable, not holding it yet, with the fewest models on it."""
     able = [
         process
         for name in model.spec.holders
-        if (process := facts.processes.get(name)) is not None
+        if (process := state.processes.get(name)) is not None
         and usable(process)
         and name not in model.placements
         and name not in avoid
@@ -53,14 +53,14 @@ def holder(facts: Facts, model: Model, avoid: tuple[str, ...] = ()) -> Process |
         able,
         key=lambda process: (
             process.state is not ProcessState.READY and not process.spec.on_demand,
-            len(facts.placed.get(process.name, ())),
+            len(state.placed.get(process.name, ())),
         ),
     )
 
 
-def hopeful(facts: Facts, placement: Placement) -> bool:
+def can_still_serve(state: FleetState, placement: Placement) -> bool:
     """Return whether a request may still wait for this placement, or for what follows when it has left."""
-    process = facts.processes.get(placement.process)
+    process = state.processes.get(placement.process)
     if process is None or process.survivors:
         return False
     if process.stopped or process.removed or not process.spec.enabled or process.drained:
@@ -68,10 +68,10 @@ def hopeful(facts: Facts, placement: Placement) -> bool:
     return not (process.state in RESTING and not usable(process))
 
 
-def sleeper(facts: Facts, model: Model) -> Placement | None:
+def sleeping_placement(state: FleetState, model: Model) -> Placement | None:
     """Return a placement of the model that sleeps, and that a request may have woken now; None: none."""
     for name, placement in model.placements.items():
-        process = facts.processes.get(name)
+        process = state.processes.get(name)
         if placement.state is not Residency.ASLEEP or process is None:
             continue
         if process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and process.restart_wanted is None:
@@ -79,14 +79,14 @@ def sleeper(facts: Facts, model: Model) -> Placement | None:
     return None
 
 
-def to_wake(facts: Facts, placement: Placement) -> dict[str, int]:
+def bytes_to_wake(state: FleetState, placement: Placement) -> dict[str, int]:
     """Return the bytes per device that waking takes beyond what the sleeper holds."""
-    held = facts.ledger.reservations.get(placement.key, {})
-    need = facts.models[placement.model].footprint.bytes
+    held = state.ledger.reservations.get(placement.key, {})
+    need = state.models[placement.model].footprint.bytes
     return {device: max(0, size - held.get(device, 0)) for device, size in need.items()}
 
 
-def holds(model: Model, placement: Placement) -> dict[str, int]:
+def reservation_of(model: Model, placement: Placement) -> dict[str, int]:
     """Return what the ledger has to say of a placement, by what is planned with."""
     awake, asleep = model.footprint.bytes, model.asleep or {}
     if placement.state is Residency.ASLEEP:
@@ -96,7 +96,7 @@ def holds(model: Model, placement: Placement) -> dict[str, int]:
     return {device: max(awake.get(device, 0), asleep.get(device, 0)) for device in {**awake, **asleep}}
 
 
-def dozing(placement: Placement, timeout_s: float, now: float) -> bool:
+def in_sleep_transition(placement: Placement, timeout_s: float, now: float) -> bool:
     """Return whether a probe of `timeout_s` that ends now met an engine on its way to sleep, or from it."""
     if placement.step is not None:
         return placement.ordered

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fleetd.core.data.commands import LearnFootprint
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import Evicted, FootprintLearned
 from fleetd.core.data.specs import FootprintSource, asleep_hash
 from fleetd.core.data.state import Placement, Residency, SleepStep
@@ -20,12 +20,12 @@ from fleetd.core.models.eviction import coming_free, reload_cost
 SETTLED_S = 30.0  # a look at a device may be this old
 
 
-def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> None:
+def learn(state: FleetState, placement: Placement, measured: Mapping[str, int]) -> None:
     """Write down what a loaded model really takes: in the ledger now, and for the next time if it is the highest seen."""
-    model = facts.models[placement.model]
-    current = facts.ledger.reservations.get(placement.key, {})
+    model = state.models[placement.model]
+    current = state.ledger.reservations.get(placement.key, {})
     if any(size > current.get(device, 0) for device, size in measured.items()):
-        facts.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
+        state.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
     if placement.footprint_hash != model.spec.footprint_hash:
         return  # it was loaded with other options: what that took says nothing of the next load
     before = model.footprint
@@ -33,13 +33,13 @@ def learn(facts: Facts, placement: Placement, measured: Mapping[str, int]) -> No
     if model.footprint != before:
         earlier = model.spec.footprint.source is FootprintSource.LEARNED
         most = model.footprint.bytes if earlier else model.learned
-        facts.journal.note(FootprintLearned(model.name, dict(most)))
-        facts.emit(LearnFootprint(model.name, model.spec.footprint_hash, dict(most), "highest measured so far"))
+        state.journal.note(FootprintLearned(model.name, dict(most)))
+        state.emit(LearnFootprint(model.name, model.spec.footprint_hash, dict(most), "highest measured so far"))
 
 
-def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int], now: float) -> None:
+def learn_asleep(state: FleetState, placement: Placement, measured: Mapping[str, int], now: float) -> None:
     """Write down what a sleeper really holds, once the look at it cannot be from before its sleep."""
-    model = facts.models[placement.model]
+    model = state.models[placement.model]
     if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
         return
     if placement.footprint_hash != model.spec.footprint_hash:
@@ -47,36 +47,36 @@ def learn_asleep(facts: Facts, placement: Placement, measured: Mapping[str, int]
     grown = {device: size for device, size in measured.items() if size > model.learned_asleep.get(device, 0)}
     if grown:
         model.learned_asleep.update(grown)
-        facts.ledger.correct(placement.key, model.asleep or {})
+        state.ledger.correct(placement.key, model.asleep or {})
         key = asleep_hash(model.spec.footprint_hash)
-        facts.journal.note(FootprintLearned(model.name, dict(model.learned_asleep), asleep=True))
-        facts.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
+        state.journal.note(FootprintLearned(model.name, dict(model.learned_asleep), asleep=True))
+        state.emit(LearnFootprint(model.name, key, dict(model.learned_asleep), "highest measured asleep"))
 
 
-def eviction_note(facts: Facts, placement: Placement, now: float, reason: str, by: str) -> Evicted:
+def eviction_note(state: FleetState, placement: Placement, now: float, reason: str, by: str) -> Evicted:
     """Return the note for a placement that frees memory for `by`, with the bytes per device and the cost of it."""
-    model = facts.models[placement.model]
-    held = facts.ledger.reservations.get(placement.key, {})
+    model = state.models[placement.model]
+    held = state.ledger.reservations.get(placement.key, {})
     sleeps = placement.step is SleepStep.SLEEP
-    freed = coming_free(placement, model, facts.ledger) if sleeps else dict(held)
+    freed = coming_free(placement, model, state.ledger) if sleeps else dict(held)
     cost = round(reload_cost(placement, model, now), 3)
     return Evicted(placement.model, placement.process, reason, by, freed, cost, sleeps)
 
 
-def over_budget_victims(facts: Facts) -> list[Placement]:
+def over_budget_victims(state: FleetState) -> list[Placement]:
     """Return idle, unpinned placements, cheapest first, that bring every device back under its budget as far as they can."""
-    excess = facts.ledger.excess()
+    excess = state.ledger.excess()
     if not excess:
         return []
-    resident = facts.resident()
+    resident = state.resident()
     there = [p for m in resident.values() for p in m.placements.values()]
-    if any(p.step is SleepStep.LOOK and p.process in facts.unseen for p in there):
+    if any(p.step is SleepStep.LOOK and p.process in state.unobserved for p in there):
         return []  # it may be asleep, and hold far less than the ledger has to assume
     for placement in there:
         model = resident[placement.model]
-        freed = coming_free(placement, model, facts.ledger)
+        freed = coming_free(placement, model, state.ledger)
         if placement.closing and placement.step is None:
-            freed = dict(facts.ledger.reservations.get(placement.key, {}))
+            freed = dict(state.ledger.reservations.get(placement.key, {}))
         for device, size in freed.items():
             if device in excess:
                 excess[device] -= size
@@ -91,15 +91,15 @@ def over_budget_victims(facts: Facts) -> list[Placement]:
         and not m.pinned
         and not m.waiting
     ]
-    for placement in sorted(idle, key=lambda p: (facts.models[p.model].spec.priority, p.last_used_s, p.key)):
-        held = facts.ledger.reservations.get(placement.key, {})
+    for placement in sorted(idle, key=lambda p: (state.models[p.model].spec.priority, p.last_used_s, p.key)):
+        held = state.ledger.reservations.get(placement.key, {})
         if any(excess.get(device, 0) > 0 and size for device, size in held.items()):
             victims.append(placement)
             for device, size in held.items():
                 if device in excess:
                     excess[device] -= size
     for placement in list(victims):
-        held = {d: size for d, size in facts.ledger.reservations.get(placement.key, {}).items() if d in excess}
+        held = {d: size for d, size in state.ledger.reservations.get(placement.key, {}).items() if d in excess}
         if all(excess[device] + size <= 0 for device, size in held.items()):  # the others' leaving is enough
             victims.remove(placement)
             for device, size in held.items():

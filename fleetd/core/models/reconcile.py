@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import Load, Unload
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import (
     LaneWait,
     LoadRepeated,
@@ -28,8 +28,8 @@ from fleetd.core.data.journal import (
 from fleetd.core.data.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import usable
 from fleetd.core.models.measurement import eviction_note, learn, over_budget_victims
-from fleetd.core.models.retention import due, stays, ttl_deadline
-from fleetd.core.models.sleep import Sleeping
+from fleetd.core.models.retention import cancel_preload, due, stays_loaded, ttl_deadline
+from fleetd.core.models.sleep import SleepControl
 from fleetd.core.processes.start_gate import stop_waits
 
 UNLOAD_ATTEMPTS = 3
@@ -39,21 +39,20 @@ FAILURE_BASE_S = 5.0
 FAILURE_MAX_S = 300.0
 
 
-class Residencies:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
-        self.sleeping = Sleeping(facts)
+class ModelLoader:
+    def __init__(self, state: FleetState) -> None:
+        self.state = state
+        self.sleeping = SleepControl(state)
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
     def start(self, model: Model, process: Process, now: float, reason: str, for_line: bool = False) -> Placement:
         """Reserve and begin to load. Raises CapacityError when the room is not there (a bug of the caller)."""
         need = model.footprint.bytes
-        self.facts.ledger.reserve((model.name, process.name), need)
-        placement = self.facts.place(model, process.name, now, reason)
+        self.state.ledger.reserve((model.name, process.name), need)
+        placement = self.state.place(model, process.name, now, reason)
         placement.generation, placement.for_line = process.generation, for_line
-        model.preload_due = False
-        self.facts.due.discard(model.name)
+        cancel_preload(self.state, model.name)
         return placement
 
     def leave(
@@ -75,7 +74,7 @@ class Residencies:
             return
         if placement.closing is None:
             note = ModelLeaving(placement.model, placement.process, reason)
-            self.facts.journal.note(eviction_note(self.facts, placement, now, reason, by) if evicted else note)
+            self.state.journal.note(eviction_note(self.state, placement, now, reason, by) if evicted else note)
         placement.closing, placement.evicted, placement.returns = reason, evicted, returns
         if placement.step is SleepStep.SLEEP:
             placement.step, placement.ordered = None, False
@@ -89,16 +88,16 @@ class Residencies:
             and placement.step is not SleepStep.SLEEP
             and (loading or placement.state in (Residency.LOADED, Residency.ASLEEP))
         ):
-            self.facts.move_placement(placement, Residency.UNLOADING, now, placement.closing)
+            self.state.move_placement(placement, Residency.UNLOADING, now, placement.closing)
 
     # -- reconciliation -----------------------------------------------------------------------------------------------
 
     def reconcile(self, now: float) -> None:
-        for name in sorted(self.facts.placed):
-            process = self.facts.processes.get(name)
-            for placement in list(self.facts.placements_on(name)):
+        for name in sorted(self.state.placed):
+            process = self.state.processes.get(name)
+            for placement in list(self.state.placements_on(name)):
                 if process is None:
-                    self.facts.drop(placement, now)
+                    self.state.drop(placement, now)
                 elif process.spec.own_model is not None:
                     self._follow(placement, process, now)
                 else:
@@ -107,43 +106,45 @@ class Residencies:
                     self._leave_if_idle(placement, now)
                 elif placement.state in (Residency.LOADED, Residency.ASLEEP):
                     self._expire(placement, now)
-        for placement in over_budget_victims(self.facts):
+        for placement in over_budget_victims(self.state):
             self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
 
-    def _hopeless(self, process: Process) -> bool:
+    def _cannot_start(self, process: Process) -> bool:
         """A process at rest that will not start again as things stand."""
-        return self.facts.shutting_down or not usable(process)
+        return self.state.shutting_down or not usable(process)
 
     def _unwanted(self, placement: Placement) -> bool:
         """A load for the line, of which nothing was done yet, and for which nobody waits any more."""
-        model = self.facts.models[placement.model]
-        return placement.for_line and not placement.ordered and not model.waiting and not stays(self.facts, model)
+        model = self.state.models[placement.model]
+        return (
+            placement.for_line and not placement.ordered and not model.waiting and not stays_loaded(self.state, model)
+        )
 
     def _follow(self, placement: Placement, process: Process, now: float) -> None:
         """A model that is its process."""
-        model = self.facts.models[placement.model]
+        model = self.state.models[placement.model]
         if self.sleeping.attend(placement, process, now):
             return
         state = process.state
         if placement.state is Residency.UNLOADING:
             if process.empty:
-                self.gone(placement, now)
+                self.forget_placement(placement, now)
         elif placement.state is Residency.LOADING:
             if state in (ProcessState.READY, ProcessState.DRAINING):
                 self._loaded(placement, process.generation, now)
             elif process.survivors:
-                self.facts.move_placement(placement, Residency.UNLOADING, now, process.reason)
+                self.state.move_placement(placement, Residency.UNLOADING, now, process.reason)
                 placement.returns = True
             elif state in (ProcessState.FAILED, ProcessState.EXITED) and not process.impossible:
                 self.fail(model, process.reason, now, final=True)
-                self.gone(placement, now, again=False)
-            elif state in RESTING and (self._hopeless(process) or self._unwanted(placement)):
-                self.gone(placement, now)
+                self.forget_placement(placement, now, again=False)
+            elif state in RESTING and (self._cannot_start(process) or self._unwanted(placement)):
+                self.forget_placement(placement, now)
             elif state is ProcessState.BACKOFF and process.generation > placement.generation:
                 self.fail(model, process.reason, now, retry_s=process.next_start_s)
                 placement.generation = process.generation
-                if not stays(self.facts, model):
-                    self.gone(placement, now)
+                if not stays_loaded(self.state, model):
+                    self.forget_placement(placement, now)
         elif state not in SERVING:
             self._lose(placement, process, now)
 
@@ -151,78 +152,77 @@ class Residencies:
         """Take a loaded model back to LOADING: its process died, or restarts on request."""
         placement.generation, placement.order_s = process.generation, now
         if process.outcome is not None or process.state in (ProcessState.BACKOFF, ProcessState.FAILED):
-            self.facts.journal.note(ModelLost(placement.model, process.name, process.reason))
+            self.state.journal.note(ModelLost(placement.model, process.name, process.reason))
             reason = f"lost: {process.name} died: {process.reason}"
         else:
             reason = f"{process.name} is {process.state}: {process.reason}"
-        self.facts.move_placement(placement, Residency.LOADING, now, reason)
+        self.state.move_placement(placement, Residency.LOADING, now, reason)
 
     def _serve(self, placement: Placement, process: Process, now: float) -> None:
         """A model held by a server."""
         ended = process.empty or (placement.generation != process.generation and not process.survivors)
         if placement.state is not Residency.LOADING:
             if ended:
-                self.gone(placement, now)
+                self.forget_placement(placement, now)
             elif placement.state is Residency.UNLOADING:
                 self._order_unload(placement, process, now)
         elif not placement.ordered:
             self._order_load(placement, process, now)
         elif ended:  # not by a death, which is told below before the set is empty: by an order
             placement.ordered, placement.generation = False, process.generation
-            self.facts.journal.note(LoadRepeated(placement.model, process.name))
+            self.state.journal.note(LoadRepeated(placement.model, process.name))
             self._order_load(placement, process, now)
         elif process.state is ProcessState.STOPPING and process.outcome is not None:
             reason = f"{process.name} ended while loading: {process.reason}"
-            self.fail(self.facts.models[placement.model], reason, now)
-            self.facts.move_placement(placement, Residency.UNLOADING, now, reason)
+            self.fail(self.state.models[placement.model], reason, now)
+            self.state.move_placement(placement, Residency.UNLOADING, now, reason)
         elif process.survivors:
-            self.facts.move_placement(placement, Residency.UNLOADING, now, process.reason)
+            self.state.move_placement(placement, Residency.UNLOADING, now, process.reason)
         elif now >= self._load_deadline(placement):
-            timeout_s = self.facts.models[placement.model].spec.load_timeout_s
-            self.fail(self.facts.models[placement.model], f"not loaded within {timeout_s:g} s", now)
-            self.facts.move_placement(placement, Residency.UNLOADING, now, "the load took too long")
+            timeout_s = self.state.models[placement.model].spec.load_timeout_s
+            self.fail(self.state.models[placement.model], f"not loaded within {timeout_s:g} s", now)
+            self.state.move_placement(placement, Residency.UNLOADING, now, "the load took too long")
 
     def _order_load(self, placement: Placement, process: Process, now: float) -> None:
-        if process.drained or (process.state in RESTING and self._hopeless(process)) or self._unwanted(placement):
-            self.gone(placement, now)
+        if process.drained or (process.state in RESTING and self._cannot_start(process)) or self._unwanted(placement):
+            self.forget_placement(placement, now)
         elif process.state in (ProcessState.READY, ProcessState.UNHEALTHY) and not self._waits_for_lane(
             placement, process
         ):
             placement.generation, placement.ordered, placement.ordered_s = process.generation, True, now
-            self.facts.emit(Load(placement.model, process.name, process.generation, placement.reason))
+            self.state.emit(Load(placement.model, process.name, process.generation, placement.reason))
 
     def _order_unload(self, placement: Placement, process: Process, now: float) -> None:
         if placement.ordered or process.state not in SERVING or now < placement.retry_s:
             return
         if placement.lingers:
-            self.gone(placement, now)
+            self.forget_placement(placement, now)
         elif not self._waits_for_lane(placement, process):
             placement.ordered, placement.ordered_s = True, now
-            self.facts.emit(Unload(placement.model, process.name, process.generation, placement.reason))
+            self.state.emit(Unload(placement.model, process.name, process.generation, placement.reason))
 
     def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
         """A start that measures its device's free memory is under way there: nothing may come or go meanwhile."""
-        waits = stop_waits(self.facts, process)
+        waits = stop_waits(self.state, process)
         if waits and waits != placement.waits:
-            self.facts.journal.note(LaneWait(placement.model, waits))
+            self.state.journal.note(LaneWait(placement.model, waits))
         placement.waits = waits
         return bool(waits)
 
     def _load_deadline(self, placement: Placement) -> float:
-        return placement.ordered_s + self.facts.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S
+        return placement.ordered_s + self.state.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S
 
     def _loaded(self, placement: Placement, generation: int, now: float) -> None:
-        model = self.facts.models[placement.model]
+        model = self.state.models[placement.model]
         if placement.slept and placement.generation != generation:  # this run has taken nothing for a sleep
             placement.slept = False
-            self.facts.ledger.correct(placement.key, model.footprint.bytes)
+            self.state.ledger.correct(placement.key, model.footprint.bytes)
         placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
-        self.facts.move_placement(placement, Residency.LOADED, now, "loaded")
+        self.state.move_placement(placement, Residency.LOADED, now, "loaded")
         model.loads += 1
         model.load_s = now - placement.order_s
-        model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
-        model.preload_due = False
-        self.facts.due.discard(model.name)
+        model.load_succeeded()
+        cancel_preload(self.state, model.name)
 
     def loaded(self, placement: Placement, measured: Mapping[str, int], now: float) -> None:
         """The server says that it holds the model."""
@@ -230,12 +230,12 @@ class Residencies:
             return
         self._loaded(placement, placement.generation, now)
         if measured:
-            learn(self.facts, placement, measured)
+            learn(self.state, placement, measured)
 
     def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
         """Tell it at once, but free the memory a moment later: if the server is dying, its set has to be empty first."""
-        self.fail(self.facts.models[placement.model], message, now, final=final)
-        self.facts.move_placement(placement, Residency.UNLOADING, now, f"load failed: {message}")
+        self.fail(self.state.models[placement.model], message, now, final=final)
+        self.state.move_placement(placement, Residency.UNLOADING, now, f"load failed: {message}")
         placement.lingers, placement.retry_s = True, now + LINGER_S
 
     def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
@@ -243,64 +243,58 @@ class Residencies:
         placement.ordered = False
         placement.attempts += 1
         placement.retry_s = now + 0.5 * 2.0 ** min(placement.attempts, 6)
-        self.facts.journal.note(ModelUnloadFailed(placement.model, process.name, message, placement.attempts))
-        if placement.attempts >= UNLOAD_ATTEMPTS and process.restart_wanted is None:
-            process.restart_wanted = f"cannot unload {placement.model}: {message}"
+        self.state.journal.note(ModelUnloadFailed(placement.model, process.name, message, placement.attempts))
+        if placement.attempts >= UNLOAD_ATTEMPTS:
+            process.request_restart(f"cannot unload {placement.model}: {message}")
 
-    def gone(self, placement: Placement, now: float, again: bool = True) -> None:
+    def forget_placement(self, placement: Placement, now: float, again: bool = True) -> None:
         """The memory was seen to be free: unloaded by order, or by itself."""
-        model = self.facts.models[placement.model]
+        model = self.state.models[placement.model]
         if placement.state is Residency.UNLOADING and placement.evicted:
             model.evictions += 1
-        self.facts.note_placement(placement, Residency.ABSENT, placement.closing or placement.reason)
-        self.facts.drop(placement, now)
-        if again and placement.returns and stays(self.facts, model) and not model.placements:
-            due(self.facts, model)
+        self.state.note_placement(placement, Residency.ABSENT, placement.closing or placement.reason)
+        self.state.drop(placement, now)
+        if again and placement.returns and stays_loaded(self.state, model) and not model.placements:
+            due(self.state, model)
 
     def fail(self, model: Model, message: str, now: float, final: bool = False, retry_s: float | None = None) -> None:
         """Remember a failed load; the requests that wait for it will be told."""
-        model.failures += 1
-        pause = min(FAILURE_MAX_S, FAILURE_BASE_S * 2.0 ** min(model.failures - 1, 10))
-        model.failure, model.failure_s, model.failure_final = message, now, final
-        model.retry_s = retry_s if retry_s is not None else now + pause
-        self.facts.journal.note(ModelLoadFailed(model.name, message, final))
-        if not final and stays(self.facts, model):
-            due(self.facts, model)
+        pause = min(FAILURE_MAX_S, FAILURE_BASE_S * 2.0 ** min(model.failures, 10))
+        model.load_failed(message, now, retry_s if retry_s is not None else now + pause, final)
+        self.state.journal.note(ModelLoadFailed(model.name, message, final))
+        if not final and stays_loaded(self.state, model):
+            due(self.state, model)
 
     def forgive(self, process: str, now: float) -> None:
         """The models of a process get a new chance at once."""
-        for name in self.facts.hosted.get(process, ()):
-            model = self.facts.models.get(name)
+        for name in self.state.hosted.get(process, ()):
+            model = self.state.models.get(name)
             if model is not None:
-                model.failure, model.failure_final, model.retry_s = None, False, now
+                model.clear_failure(now)
                 model.sleepless_until_s = now
 
     def requires(self, name: str, missing: tuple[str, ...], now: float) -> None:
         """What a held model is read from came or went: a model without its file leaves memory, and comes back with it."""
-        model = self.facts.models.get(name)
+        model = self.state.models.get(name)
         if model is None or model.missing == missing:
             return
         model.missing = missing
-        self.facts.journal.note(PrerequisitesChanged(name, Subject.MODEL, missing))
+        self.state.journal.note(PrerequisitesChanged(name, Subject.MODEL, missing))
         if missing:
             for placement in list(model.placements.values()):
                 self.leave(placement, now, f"requires {', '.join(missing)}, absent now", returns=True)
         else:
-            model.failure, model.failure_final, model.retry_s = None, False, now
-            if stays(self.facts, model) and not model.placements:
-                due(self.facts, model)
+            model.clear_failure(now)
+            if stays_loaded(self.state, model) and not model.placements:
+                due(self.state, model)
 
     # -- by time ----------------------------------------------------------------------------------------------------------
 
     def _expire(self, placement: Placement, now: float) -> None:
-        deadline = self.ttl_deadline(placement)
+        deadline = ttl_deadline(self.state, placement)
         if deadline is not None and now >= deadline:
-            ttl_s = self.facts.models[placement.model].spec.ttl_s
+            ttl_s = self.state.models[placement.model].spec.ttl_s
             self.leave(placement, now, f"idle for {ttl_s:g} s")
-
-    def ttl_deadline(self, placement: Placement) -> float | None:
-        """Return when an idle placement leaves by itself; None: not as things stand."""
-        return ttl_deadline(self.facts, placement)
 
     def deadlines(self, placement: Placement) -> Iterator[float]:
         """Yield the times at which `reconcile` may decide differently without another event."""
@@ -310,6 +304,6 @@ class Residencies:
             yield self._load_deadline(placement)
         elif placement.state is Residency.UNLOADING and not placement.ordered:
             yield placement.retry_s
-        ttl = self.ttl_deadline(placement)
+        ttl = ttl_deadline(self.state, placement)
         if ttl is not None and placement.closing is None:
             yield ttl

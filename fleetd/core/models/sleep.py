@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import LookAsleep, Sleep, Wake
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import LaneWait, SleepCancelled, SleepStepFailed
 from fleetd.core.data.specs import SleepState
-from fleetd.core.data.state import SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
-from fleetd.core.models.candidates import holds
+from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency, SleepStep
+from fleetd.core.models.candidates import reservation_of
 from fleetd.core.models.measurement import eviction_note
-from fleetd.core.models.retention import due, stays
+from fleetd.core.models.retention import cancel_preload, due, stays_loaded
 from fleetd.core.processes.start_gate import lane_waits
-from fleetd.core.processes.termination import Ending
+from fleetd.core.processes.termination import Termination
 
 ANSWER_GRACE_S = 10.0  # the shell's own timeout comes first
 SLEEPLESS_S = 600.0
@@ -35,35 +35,35 @@ _ORDERS: Mapping[SleepStep, type[Sleep | Wake | LookAsleep]] = {
 }
 
 
-class Sleeping:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
-        self.ending = Ending(facts)
+class SleepControl:
+    def __init__(self, state: FleetState) -> None:
+        self.state = state
+        self.termination = Termination(state)
 
     # -- decided ------------------------------------------------------------------------------------------------------
 
     def begin(self, placement: Placement, now: float, reason: str, by: str = "") -> None:
         """Put an idle placement to sleep as soon as its lane is free; what that takes elsewhere is taken now."""
-        model = self.facts.models[placement.model]
-        self.facts.ledger.grow(placement.key, model.asleep or {})
+        model = self.state.models[placement.model]
+        self.state.ledger.grow(placement.key, model.asleep or {})
         placement.step, placement.closing, placement.returns = SleepStep.SLEEP, reason, True
-        self.facts.journal.note(eviction_note(self.facts, placement, now, reason, by))
-        self.facts.wake(placement.process)
+        self.state.journal.note(eviction_note(self.state, placement, now, reason, by))
+        self.state.wake(placement.process)
 
     def call_off(self, placement: Placement, reason: str) -> None:
         """Let it stay, if it was not told to sleep yet. What its sleep would have taken elsewhere is given back."""
         if placement.step is SleepStep.SLEEP and not placement.ordered:
             placement.step, placement.closing, placement.returns = None, None, False
-            self.facts.ledger.correct(placement.key, holds(self.facts.models[placement.model], placement))
-            self.facts.journal.note(SleepCancelled(placement.model, placement.process, reason))
+            self.state.ledger.correct(placement.key, reservation_of(self.state.models[placement.model], placement))
+            self.state.journal.note(SleepCancelled(placement.model, placement.process, reason))
 
     def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
         """Reserve what waking takes, and wake it as soon as its lane is free. Raises CapacityError without the room."""
-        model = self.facts.models[placement.model]
-        self.facts.ledger.grow(placement.key, model.footprint.bytes)
-        self.facts.move_placement(placement, Residency.LOADING, now, reason)
+        model = self.state.models[placement.model]
+        self.state.ledger.grow(placement.key, model.footprint.bytes)
+        self.state.move_placement(placement, Residency.LOADING, now, reason)
         placement.step, placement.order_s, placement.for_line, placement.waits = SleepStep.WAKE, now, for_line, ""
-        self._wanted_no_more(model)
+        cancel_preload(self.state, model.name)
 
     # -- carried out ----------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class Sleeping:
             return False
         if placement.generation != process.generation or process.state not in SERVING | {ProcessState.STARTING}:
             if placement.step is SleepStep.LOOK:  # what it held was assumed: whether there is room for it is to be seen
-                self.facts.unseen.pop(process.name, None)
+                self.state.unobserved.pop(process.name, None)
                 self._lost(placement, process, now)
             placement.step, placement.ordered = None, False
         elif process.state is ProcessState.STARTING:
@@ -91,18 +91,18 @@ class Sleeping:
         elif process.leave_s is None and not self._waits(placement, process):
             placement.ordered, placement.ordered_s = True, now
             reason = placement.closing or placement.reason
-            self.facts.emit(_ORDERS[placement.step](placement.model, process.name, process.generation, reason))
+            self.state.emit(_ORDERS[placement.step](placement.model, process.name, process.generation, reason))
         return placement.step is not None
 
     def _waits(self, placement: Placement, process: Process) -> bool:
-        waits = lane_waits(self.facts, process) if placement.step is not SleepStep.LOOK else ""
+        waits = lane_waits(self.state, process) if placement.step is not SleepStep.LOOK else ""
         if waits and waits != placement.waits:
-            self.facts.journal.note(LaneWait(placement.model, waits))
+            self.state.journal.note(LaneWait(placement.model, waits))
         placement.waits = waits
         return bool(waits)
 
     def _deadline(self, placement: Placement) -> float:
-        spec = self.facts.models[placement.model].spec
+        spec = self.state.models[placement.model].spec
         longest_s = spec.sleep_timeout_s if placement.step is SleepStep.SLEEP else spec.load_timeout_s
         return placement.ordered_s + longest_s + ANSWER_GRACE_S
 
@@ -115,7 +115,7 @@ class Sleeping:
     def seen(self, placement: Placement, state: SleepState, message: str, now: float) -> bool:
         """Take in an answer. True: it is an adopted engine that is awake, and so loaded."""
         step = placement.step
-        self.facts.unseen.pop(placement.process, None)
+        self.state.unobserved.pop(placement.process, None)
         if state is SleepState.ASLEEP and step is not SleepStep.WAKE:
             self._asleep(placement, now, "put to sleep" if step is SleepStep.SLEEP else "found asleep")
         elif state is SleepState.AWAKE and step is SleepStep.WAKE:
@@ -127,44 +127,40 @@ class Sleeping:
         return False
 
     def _asleep(self, placement: Placement, now: float, how: str) -> None:
-        model = self.facts.models[placement.model]
+        model = self.state.models[placement.model]
         said = f"{how}: {placement.closing}" if placement.closing else how
         model.sleeps += placement.step is SleepStep.SLEEP
         placement.closing, placement.evicted, placement.slept = None, False, True
-        self.facts.move_placement(placement, Residency.ASLEEP, now, said)
-        self.facts.ledger.correct(placement.key, holds(model, placement))
-        if placement.returns and stays(self.facts, model):
-            due(self.facts, model)
+        self.state.move_placement(placement, Residency.ASLEEP, now, said)
+        self.state.ledger.correct(placement.key, reservation_of(model, placement))
+        if placement.returns and stays_loaded(self.state, model):
+            due(self.state, model)
 
     def _awake(self, placement: Placement, now: float) -> None:
-        model = self.facts.models[placement.model]
+        model = self.state.models[placement.model]
         model.wakes += 1
         model.wake_s = now - placement.order_s
-        model.failure, model.failure_final, model.failures, model.retry_s = None, False, 0, 0.0
+        model.load_succeeded()
         placement.loaded_s = placement.last_used_s = now
-        self.facts.move_placement(placement, Residency.LOADED, now, "awake again")
-        self._wanted_no_more(model)
+        self.state.move_placement(placement, Residency.LOADED, now, "awake again")
+        cancel_preload(self.state, model.name)
 
     def _failed(self, placement: Placement, message: str, now: float) -> None:
-        model, step = self.facts.models[placement.model], placement.step
+        model, step = self.state.models[placement.model], placement.step
         model.sleepless_until_s = now + SLEEPLESS_S
         reason = f"{step} failed: {message}"
-        self.facts.journal.note(SleepStepFailed(model.name, placement.process, str(step), message, SLEEPLESS_S))
+        self.state.journal.note(SleepStepFailed(model.name, placement.process, str(step), message, SLEEPLESS_S))
         if step is not SleepStep.WAKE:  # only who was waking has room for all of it
             placement.evicted = step is SleepStep.SLEEP
             placement.returns = placement.returns or step is SleepStep.LOOK
-            self.facts.move_placement(placement, Residency.UNLOADING, now, reason)
+            self.state.move_placement(placement, Residency.UNLOADING, now, reason)
         else:
             placement.step, placement.ordered = None, False
-        process = self.facts.processes[placement.process]
+        process = self.state.processes[placement.process]
         if process.state in SERVING:
-            self.ending.kill(process, now, reason, force=True)
+            self.termination.kill(process, now, reason, force=True)
 
     def _lost(self, placement: Placement, process: Process, now: float) -> None:
         """The process of a sleeper ended, or is about to: its memory is free when the set is empty."""
         placement.closing, placement.returns = f"{process.name} is {process.state}: {process.reason}", True
-        self.facts.move_placement(placement, Residency.UNLOADING, now, placement.closing)
-
-    def _wanted_no_more(self, model: Model) -> None:
-        model.preload_due = False
-        self.facts.due.discard(model.name)
+        self.state.move_placement(placement, Residency.UNLOADING, now, placement.closing)

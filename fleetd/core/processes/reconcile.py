@@ -12,50 +12,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fleetd.core.data.commands import Spawn, StartProbe, StopProbes
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import RunStable
 from fleetd.core.data.specs import ProbeKind
 from fleetd.core.data.state import SERVING, Process, ProcessState, Residency
 from fleetd.core.processes import rolling_restart
 from fleetd.core.processes.start_gate import dependents_running, gate, stop_waits
-from fleetd.core.processes.termination import RESWEEP_S, Ending
+from fleetd.core.processes.termination import RESWEEP_S, Termination
 
 REFUSED_S = 1.0  # how long what took no request is left alone, where no probe tells when it does again
 
 
-class Supervision:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
-        self.ending = Ending(facts)
+class ProcessSupervisor:
+    def __init__(self, state: FleetState) -> None:
+        self.state = state
+        self.termination = Termination(state)
 
     # -- what is desired ------------------------------------------------------------------------------------------------
 
     def wanted(self, process: Process) -> bool:
         """Return whether this process should run now."""
         spec = process.spec
-        if self.facts.shutting_down or process.stopped or process.removed or not spec.enabled:
+        if self.state.shutting_down or process.stopped or process.removed or not spec.enabled:
             return False
-        if spec.own_model is None and (not spec.on_demand or process.asked or spec.name in self.facts.unseen):
+        if spec.own_model is None and (not spec.on_demand or process.asked or spec.name in self.state.unobserved):
             return True
         return any(
-            p.state is not Residency.UNLOADING or spec.own_model is None for p in self.facts.placements_on(spec.name)
+            p.state is not Residency.UNLOADING or spec.own_model is None for p in self.state.placements_on(spec.name)
         )
 
     def in_flight(self, process: Process) -> int:
-        return sum(placement.in_flight for placement in self.facts.placements_on(process.name))
+        return sum(placement.in_flight for placement in self.state.placements_on(process.name))
 
     def reconcile(self, now: float) -> None:
-        for name in [name for name, until_s in self.facts.unseen.items() if now >= until_s]:
-            del self.facts.unseen[name]
-        for name in sorted(self.facts.awake):
-            process = self.facts.processes.get(name)
+        for name in [name for name, until_s in self.state.unobserved.items() if now >= until_s]:
+            del self.state.unobserved[name]
+        for name in sorted(self.state.awake):
+            process = self.state.processes.get(name)
             if process is None:
-                self.facts.awake.discard(name)
+                self.state.awake.discard(name)
                 continue
             self._advance(process, now)
-            self.facts.settle(process)
-        if self.facts.turns:
-            rolling_restart.give(self.facts, self.wanted)
+            self.state.settle(process)
+        if self.state.rolling:
+            rolling_restart.give(self.state, self.wanted)
 
     def _advance(self, process: Process, now: float) -> None:
         state = process.state
@@ -66,12 +66,12 @@ class Supervision:
         elif state is ProcessState.STOPPING:
             return
         elif process.survivors:
-            self.ending.resweep(process, now)
+            self.termination.resweep(process, now)
         elif process.removed:
-            self.facts.forget(process)
+            self.state.forget(process)
         elif state in (ProcessState.EXITED, ProcessState.FAILED):
-            if process.impossible and not gate(self.facts, process).impossible:
-                self.ending.revive(process, now, "the dependency may come again")
+            if process.impossible and not gate(self.state, process).impossible:
+                self.termination.revive(process, now, "the dependency may come again")
                 self._rest(process, now)
         else:
             self._rest(process, now)
@@ -83,40 +83,40 @@ class Supervision:
             return
         if process.state is ProcessState.BACKOFF and process.next_start_s is not None and now < process.next_start_s:
             return
-        verdict = gate(self.facts, process)
+        verdict = gate(self.state, process)
         if verdict.open:
             self._start(process, now)
         elif verdict.impossible:
             process.impossible = True
-            self.facts.move(process, ProcessState.FAILED, now, verdict.reason)
+            self.state.move(process, ProcessState.FAILED, now, verdict.reason)
         elif process.state is not ProcessState.BLOCKED:
             process.again = process.again or process.state is ProcessState.BACKOFF
-            self.facts.move(process, ProcessState.BLOCKED, now, verdict.reason)
+            self.state.move(process, ProcessState.BLOCKED, now, verdict.reason)
         else:
             process.reason = verdict.reason
 
     def _idle(self, process: Process, now: float) -> None:
         """Not wanted: STOPPED, or BLOCKED where something it requires is absent, so that a person sees it."""
         process.next_start_s, process.again = None, False
-        hushed = process.stopped or not process.spec.enabled or self.facts.shutting_down
+        hushed = process.stopped or not process.spec.enabled or self.state.shutting_down
         target = ProcessState.BLOCKED if process.missing and not hushed else ProcessState.STOPPED
         if process.state is not target:
             absent = target is ProcessState.BLOCKED
-            self.facts.move(
-                process, target, now, gate(self.facts, process).reason if absent else self._why_not(process)
+            self.state.move(
+                process, target, now, gate(self.state, process).reason if absent else self._why_not(process)
             )
         elif not process.spec.enabled:
             process.reason = self._why_not(process)
 
     def _why_not(self, process: Process) -> str:
-        for placement in self.facts.placements_on(process.name):
+        for placement in self.state.placements_on(process.name):
             if process.spec.own_model is not None and placement.closing:
                 return placement.closing
         if process.stopped:
             return "stopped by an operator"
         if not process.spec.enabled:
             return "disabled in the configuration"
-        return "shutting down" if self.facts.shutting_down else "not needed now"
+        return "shutting down" if self.state.shutting_down else "not needed now"
 
     def _start(self, process: Process, now: float) -> None:
         reason = self._why_start(process)
@@ -124,18 +124,18 @@ class Supervision:
             process.restarts += 1
         process.again = False
         process.generation += 1
-        self.facts.move(process, ProcessState.STARTING, now, "starting")
+        self.state.move(process, ProcessState.STARTING, now, "starting")
         self.begin_run(process, now)
         if process.spec.capabilities.owns_process:
-            self.facts.emit(Spawn(process.name, process.generation, reason, process.restarts))
-            self.facts.persist(process, "started")
+            self.state.emit(Spawn(process.name, process.generation, reason, process.restarts))
+            self.state.persist(process, "started")
         else:
             self.spawned(process, None, now)
 
     def _why_start(self, process: Process) -> str:
         if process.state is ProcessState.BACKOFF or process.again:
             return process.reason
-        for placement in self.facts.placements_on(process.name):
+        for placement in self.state.placements_on(process.name):
             return f"{placement.model}: {placement.reason}"
         return "first start" if process.generation == 0 else "wanted"
 
@@ -143,9 +143,10 @@ class Supervision:
         """Forget what was known of the generation before."""
         process.started_s = process.progress_s = now
         process.ready_s = process.next_start_s = process.leave_s = None
-        process.restart_wanted = process.outcome = None
-        self.facts.turns.pop(process.name, None)
-        self.facts.unseen.pop(process.name, None)
+        process.cancel_restart()
+        self.termination.forget_outcome(process)
+        self.state.rolling.pop(process.name, None)
+        self.state.unobserved.pop(process.name, None)
         process.startup_done, process.memory_strikes, process.rss_bytes = False, 0, 0
         process.phase = process.startup_detail = ""
         process.readiness.reset()
@@ -174,7 +175,7 @@ class Supervision:
         if process.spec.probes.readiness is not None and not process.readiness.good:
             return
         process.ready_s = now
-        self.facts.move(process, ProcessState.READY, now, "ready")
+        self.state.move(process, ProcessState.READY, now, "ready")
         if process.spec.probes.liveness is not None:
             self._probe(process, ProbeKind.LIVENESS)
 
@@ -182,14 +183,14 @@ class Supervision:
         if not process.spawned:
             return
         if not self.wanted(process) or process.restart_wanted:
-            self.ending.stop(process, now, process.restart_wanted or self._why_not(process))
+            self.termination.stop(process, now, process.restart_wanted or self._why_not(process))
             return
         deadline = self._start_deadline(process)
         if deadline is not None and now >= deadline:
             said = (process.phase, process.readiness.detail or process.startup_detail)
             detail = "; ".join(one for one in said if one)
             reason = f"not ready within {deadline - process.progress_s:g} s" + (f" ({detail})" if detail else "")
-            self.ending.kill(process, now, reason)
+            self.termination.kill(process, now, reason)
         elif process.startup_done:
             self.maybe_ready(process, now)
 
@@ -209,34 +210,34 @@ class Supervision:
             and now >= process.ready_s + spec.restart.stable_after_s
         ):
             process.record.stable()
-            self.facts.journal.note(RunStable(process.name, spec.restart.stable_after_s))
-            self.facts.persist(process, "stable again")
+            self.state.journal.note(RunStable(process.name, spec.restart.stable_after_s))
+            self.state.persist(process, "stable again")
         if self._ages(process) and now >= process.started_s + (spec.max_age_s or 0.0):
-            self.facts.turns[process.name] = f"older than {spec.max_age_s:g} s"
+            self.state.rolling[process.name] = f"older than {spec.max_age_s:g} s"
         leaving = process.restart_wanted if self.wanted(process) else self._why_not(process)
         if leaving is None:
             process.leave_s = None
             self._settle_routing(process, now)
             return
-        if self.facts.shutting_down and not self.facts.forced and dependents_running(self.facts, process.name):
+        if self.state.shutting_down and not self.state.forced and dependents_running(self.state, process.name):
             return
         if process.leave_s is None:
             process.leave_s = now
         if process.state is not ProcessState.DRAINING:
-            self.facts.move(process, ProcessState.DRAINING, now, leaving)
-        if self.in_flight(process) and now < process.leave_s + spec.drain_timeout_s and not self.facts.forced:
+            self.state.move(process, ProcessState.DRAINING, now, leaving)
+        if self.in_flight(process) and now < process.leave_s + spec.drain_timeout_s and not self.state.forced:
             process.reason = leaving
             return
-        process.reason = leaving if self.facts.shutting_down else stop_waits(self.facts, process) or leaving
+        process.reason = leaving if self.state.shutting_down else stop_waits(self.state, process) or leaving
         if process.reason == leaving:
-            self.ending.stop(process, now, leaving)
+            self.termination.stop(process, now, leaving)
 
     def _ages(self, process: Process) -> bool:
         """Say whether time alone will restart it."""
         return (
             process.spec.max_age_s is not None
             and process.restart_wanted is None
-            and process.name not in self.facts.turns
+            and process.name not in self.state.rolling
         )
 
     def _settle_routing(self, process: Process, now: float) -> None:
@@ -252,7 +253,7 @@ class Supervision:
             how = "readiness probe" if process.readiness.streak else "it took no request"
             target, reason = ProcessState.UNHEALTHY, f"{how}: {process.readiness.detail}"
         if process.state is not target:
-            self.facts.move(process, target, now, reason)
+            self.state.move(process, target, now, reason)
 
     def _unprobed(self, process: Process) -> bool:
         """Return whether it is out of routing with no probe that could bring it back."""
@@ -281,7 +282,7 @@ class Supervision:
 
     def reprobe(self, process: Process, now: float) -> None:
         """The probes of a running process changed: begin again with the new ones."""
-        self.facts.emit(StopProbes(process.name, process.generation, "the probes changed"))
+        self.state.emit(StopProbes(process.name, process.generation, "the probes changed"))
         process.readiness.reset()
         process.liveness.reset()
         if not process.startup_done:
@@ -295,6 +296,6 @@ class Supervision:
     def _probe(self, process: Process, probe: ProbeKind) -> None:
         if process.removed:
             return  # about to be stopped: nobody knows its probes any more
-        self.facts.emit(
+        self.state.emit(
             StartProbe(process.name, process.generation, probe, f"{probe} probe of generation {process.generation}")
         )

@@ -11,29 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import RestartTurn
 from fleetd.core.data.state import SERVING, Process, ProcessState
 
 _SETTLED = SERVING | {ProcessState.FAILED, ProcessState.EXITED}
 
 
-def give(facts: Facts, wanted: Callable[[Process], bool]) -> None:
+def give(state: FleetState, wanted: Callable[[Process], bool]) -> None:
     """Let those restart whose turn it is; forget those that no longer run."""
-    for name in sorted(facts.turns):
-        process = facts.processes.get(name)
+    for name in sorted(state.rolling):
+        process = state.processes.get(name)
         runs = process is not None and (process.state in SERVING or process.state is ProcessState.STARTING)
         if process is None or not runs or process.restart_wanted is not None:
-            del facts.turns[name]
-        elif not any(_on_its_way(other, wanted) for other in _others(facts, process)):
-            process.restart_wanted = facts.turns.pop(name)
-            facts.journal.note(RestartTurn(name, process.restart_wanted))
-            facts.wake(name)
+            del state.rolling[name]
+        elif not any(_on_its_way(other, wanted) for other in _others(state, process)):
+            reason = state.rolling.pop(name)
+            process.request_restart(reason)
+            state.journal.note(RestartTurn(name, reason))
+            state.wake(name)
 
 
-def _others(facts: Facts, process: Process) -> list[Process]:
+def _others(state: FleetState, process: Process) -> list[Process]:
     """Return the other replicas; one that sleeps has nothing on its way."""
-    awake = (facts.processes.get(name) for name in facts.awake)
+    awake = (state.processes.get(name) for name in state.awake)
     return [one for one in awake if one is not None and one is not process and one.spec.base == process.spec.base]
 
 

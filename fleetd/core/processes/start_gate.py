@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.specs import Dependency, DependencyCondition
 from fleetd.core.data.state import RUNNING, SERVING, Process, ProcessState, SleepStep
 from fleetd.core.processes.restart_policy import succeeded
@@ -30,32 +30,32 @@ class Gate:
 _OPEN = Gate(True)
 
 
-def gate(facts: Facts, process: Process) -> Gate:
+def gate(state: FleetState, process: Process) -> Gate:
     """Say whether `process` may start."""
     if process.missing:
         return Gate(False, f"requires {', '.join(process.missing)}, absent now", absent=True)
     for dependency in process.spec.depends_on:
-        verdict = _dependency(facts, dependency)
+        verdict = _dependency(state, dependency)
         if not verdict.open:
             return verdict
-    return _lane(facts, process)
+    return _lane(state, process)
 
 
-def dependents_running(facts: Facts, name: str) -> bool:
+def dependents_running(state: FleetState, name: str) -> bool:
     """Return whether a process that depends on `name` still runs: the reverse order of a shutdown."""
     return any(
         other.state in RUNNING and any(dependency.name == name for dependency in other.spec.depends_on)
-        for other in (facts.processes[key] for key in facts.awake if key in facts.processes)
+        for other in (state.processes[key] for key in state.awake if key in state.processes)
     )
 
 
-def comes(facts: Facts, wanted: Callable[[Process], bool], process: Process) -> bool:
+def will_start(state: FleetState, wanted: Callable[[Process], bool], process: Process) -> bool:
     """Return whether it will run without somebody's help: all that it waits for runs, or is on its way itself."""
     seen: set[str] = set()
     todo = [process.name]
     while todo:
         name = todo.pop()
-        found = facts.processes.get(name)
+        found = state.processes.get(name)
         if found is None or found.missing or (found.state is ProcessState.STOPPED and not wanted(found)):
             return False
         seen.add(name)
@@ -64,8 +64,8 @@ def comes(facts: Facts, wanted: Callable[[Process], bool], process: Process) -> 
     return True
 
 
-def _dependency(facts: Facts, dependency: Dependency) -> Gate:
-    other = facts.processes.get(dependency.name)
+def _dependency(state: FleetState, dependency: Dependency) -> Gate:
+    other = state.processes.get(dependency.name)
     wait = f"waiting for {dependency.name} to be {dependency.condition}"
     if other is None:
         return Gate(False, f"depends on {dependency.name}, which is not in the fleet", impossible=True)
@@ -91,33 +91,33 @@ def _dependency(facts: Facts, dependency: Dependency) -> Gate:
     return Gate(False, wait)
 
 
-def _lane(facts: Facts, process: Process) -> Gate:
+def _lane(state: FleetState, process: Process) -> Gate:
     """On one lane nothing starts while another starts or stops, if either demands it; nor while a model comes, goes, sleeps or wakes."""
-    busy = lane_waits(facts, process)
+    busy = lane_waits(state, process)
     return Gate(False, busy) if busy else _OPEN
 
 
-def stop_waits(facts: Facts, process: Process) -> str:
+def stop_waits(state: FleetState, process: Process) -> str:
     """Say which start, sleep or wake on its lane an ordered stop, a load or an unload would disturb; empty: none."""
-    return _on_lane(facts, process, (ProcessState.STARTING,)) or _moving(facts, process, only_sleep=True)
+    return _on_lane(state, process, (ProcessState.STARTING,)) or _moving(state, process, only_sleep=True)
 
 
-def lane_waits(facts: Facts, process: Process) -> str:
+def lane_waits(state: FleetState, process: Process) -> str:
     """Say what on its lane a start, a sleep or a wake waits for; empty: nothing."""
-    busy = _on_lane(facts, process, (ProcessState.STARTING, ProcessState.STOPPING))
-    return busy or _moving(facts, process, only_sleep=not process.spec.capabilities.exclusive_start)
+    busy = _on_lane(state, process, (ProcessState.STARTING, ProcessState.STOPPING))
+    return busy or _moving(state, process, only_sleep=not process.spec.capabilities.exclusive_start)
 
 
-def _moving(facts: Facts, process: Process, only_sleep: bool) -> str:
+def _moving(state: FleetState, process: Process, only_sleep: bool) -> str:
     """Say what comes, goes, falls asleep or wakes on its lane now; empty: nothing. Nothing at all may disturb a sleep or a wake."""
     lane = process.spec.lane
     if lane is None:
         return ""
-    for name in sorted(facts.placed):
-        other = facts.processes.get(name)
+    for name in sorted(state.placed):
+        other = state.processes.get(name)
         if other is None or other is process or other.spec.lane != lane:
             continue
-        for placement in facts.placements_on(name):
+        for placement in state.placements_on(name):
             if not placement.ordered or placement.step is SleepStep.LOOK:
                 continue
             if placement.step is not None:
@@ -127,15 +127,15 @@ def _moving(facts: Facts, process: Process, only_sleep: bool) -> str:
     return ""
 
 
-def _on_lane(facts: Facts, process: Process, states: tuple[ProcessState, ...]) -> str:
+def _on_lane(state: FleetState, process: Process, states: tuple[ProcessState, ...]) -> str:
     lane = process.spec.lane
     if lane is None:
         return ""
     mine = process.spec.capabilities.exclusive_start
     busy = [
         other
-        for name in facts.awake
-        if (other := facts.processes.get(name)) is not None
+        for name in state.awake
+        if (other := state.processes.get(name)) is not None
         and other is not process
         and other.spec.lane == lane
         and other.state in states

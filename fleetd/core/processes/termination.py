@@ -10,7 +10,7 @@ The rules of this file
 from __future__ import annotations
 
 from fleetd.core.data.commands import Stop, StopProbes, Sweep
-from fleetd.core.data.fleet_state import Facts
+from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
 from fleetd.core.data.state import Process, ProcessState
 from fleetd.core.processes.restart_policy import Again, Decision, Done, GiveUp, after_death, after_loss
@@ -18,17 +18,17 @@ from fleetd.core.processes.restart_policy import Again, Decision, Done, GiveUp, 
 RESWEEP_S = 60.0
 
 
-class Ending:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+class Termination:
+    def __init__(self, state: FleetState) -> None:
+        self.state = state
 
     def stop(self, process: Process, now: float, reason: str, force: bool = False) -> None:
         """Order the whole set away; `force`: without any grace."""
         owns = process.spec.capabilities.owns_process
-        self.facts.move(process, ProcessState.STOPPING, now, reason)
-        self.facts.emit(StopProbes(process.name, process.generation, reason))
+        self.state.move(process, ProcessState.STOPPING, now, reason)
+        self.state.emit(StopProbes(process.name, process.generation, reason))
         if owns:
-            self.facts.emit(Stop(process.name, process.generation, reason, force=force or self.facts.forced))
+            self.state.emit(Stop(process.name, process.generation, reason, force=force or self.state.forced))
         else:
             self.set_empty(process, (), now)
 
@@ -43,26 +43,27 @@ class Ending:
         if process.state is ProcessState.STOPPING:
             return
         process.outcome = report
-        self.facts.move(process, ProcessState.STOPPING, now, describe_exit(report))
-        self.facts.emit(StopProbes(process.name, process.generation, describe_exit(report)))
-        self.facts.emit(Sweep(process.name, process.generation, describe_exit(report)))
+        self.state.move(process, ProcessState.STOPPING, now, describe_exit(report))
+        self.state.emit(StopProbes(process.name, process.generation, describe_exit(report)))
+        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))
 
     def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
         """Nothing was spawned: no set to sweep. For want of what it requires it is BLOCKED, which is no death."""
         if self._restartable(process) and not process.missing:
             self.settle_death(process, report, now)
         else:
-            self.facts.move(process, ProcessState.STOPPED, now, self._said(process))
+            self.state.move(process, ProcessState.STOPPED, now, self._stop_reason(process))
 
     def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
         """Nothing of this generation lives any more (or it cannot be killed): what now?"""
         process.survivors = survivors
-        self.facts.unseen.pop(process.name, None)
+        self.state.unobserved.pop(process.name, None)
         if survivors:
-            process.outcome = process.restart_wanted = None
+            self.forget_outcome(process)
+            process.cancel_restart()
             pids = ", ".join(map(str, survivors))
-            self.facts.move(process, ProcessState.FAILED, now, f"cannot be killed: pid {pids} survives SIGKILL")
-            self.facts.persist(process, "unkillable")
+            self.state.move(process, ProcessState.FAILED, now, f"cannot be killed: pid {pids} survives SIGKILL")
+            self.state.persist(process, "unkillable")
             return
         outcome, process.outcome = process.outcome, None
         process.rss_bytes = 0
@@ -70,32 +71,42 @@ class Ending:
             self.settle_death(process, outcome, now)
             return
         process.again = process.restart_wanted is not None
-        self.facts.move(process, ProcessState.STOPPED, now, process.restart_wanted or self._said(process))
-        process.restart_wanted = None
+        self.state.move(process, ProcessState.STOPPED, now, process.restart_wanted or self._stop_reason(process))
+        process.cancel_restart()
+
+    def forget_outcome(self, process: Process) -> None:
+        """Do not count the end of this run as a death."""
+        process.outcome = None
+
+    def restart_after_stop(self, process: Process, reason: str) -> None:
+        """Start a process again once the stop that is under way is done."""
+        self.forget_outcome(process)
+        process.cancel_restart()
+        process.request_restart(reason)
 
     def revive(self, process: Process, now: float, reason: str) -> None:
         """Leave FAILED or EXITED for a new chance; what survived the last sweep is swept first."""
         process.impossible = False
         if process.survivors:
-            self.facts.move(process, ProcessState.STOPPING, now, reason)
-            self.facts.emit(Sweep(process.name, process.generation, reason))
+            self.state.move(process, ProcessState.STOPPING, now, reason)
+            self.state.emit(Sweep(process.name, process.generation, reason))
         else:
-            self.facts.move(process, ProcessState.STOPPED, now, reason)
+            self.state.move(process, ProcessState.STOPPED, now, reason)
 
     def resweep(self, process: Process, now: float) -> None:
         """What could not be killed may be gone by now."""
         if now >= process.since_s + RESWEEP_S:
             self.revive(process, now, "sweeping again what could not be killed")
 
-    def _said(self, process: Process) -> str:
+    def _stop_reason(self, process: Process) -> str:
         if process.stopped:
             return "stopped by an operator"
-        if self.facts.shutting_down:
+        if self.state.shutting_down:
             return "shutting down"
         return process.reason
 
     def _restartable(self, process: Process) -> bool:
-        return not (self.facts.shutting_down or process.stopped or process.removed or not process.spec.enabled)
+        return not (self.state.shutting_down or process.stopped or process.removed or not process.spec.enabled)
 
     def settle_death(self, process: Process, report: ExitReport, now: float) -> Decision:
         """Count a death and move to what the restart policy says."""
@@ -108,22 +119,22 @@ class Ending:
                 report,
                 zero_is_failure=capabilities.exit_zero_is_failure,
                 now=now,
-                rng=self.facts.rng,
+                rng=self.state.rng,
             )
         else:
-            decision = after_loss(process.spec.restart, process.record, report, self.facts.rng)
+            decision = after_loss(process.spec.restart, process.record, report, self.state.rng)
         if isinstance(decision, Again):
             process.next_start_s = now + decision.delay_s
-            self.facts.move(process, ProcessState.BACKOFF, now, decision.reason)
+            self.state.move(process, ProcessState.BACKOFF, now, decision.reason)
         elif isinstance(decision, GiveUp):
-            self.facts.move(process, ProcessState.FAILED, now, decision.reason)
+            self.state.move(process, ProcessState.FAILED, now, decision.reason)
         elif isinstance(decision, Done):
-            self.facts.move(process, ProcessState.EXITED, now, decision.reason)
-        self.facts.persist(process, decision.reason)
+            self.state.move(process, ProcessState.EXITED, now, decision.reason)
+        self.state.persist(process, decision.reason)
         return decision
 
     def escalate(self) -> None:
         """A second order to shut down: no grace for anybody."""
-        for process in self.facts.processes.values():
+        for process in self.state.processes.values():
             if process.state is ProcessState.STOPPING and process.spec.capabilities.owns_process:
-                self.facts.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))
+                self.state.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))

@@ -8,51 +8,53 @@ The rules of this file
 from __future__ import annotations
 
 from fleetd.core.data.commands import Reject
-from fleetd.core.data.fleet_state import Facts, Waiting
+from fleetd.core.data.fleet_state import FleetState, QueuedRequest
 from fleetd.core.data.journal import RequestFellBack
 from fleetd.core.data.state import Model, Process, ProcessState, Residency
-from fleetd.core.models.candidates import holder, hopeful, out_of_reach
+from fleetd.core.models.candidates import best_process, can_still_serve, out_of_reach
 from fleetd.core.requests.routing import relieved, serving
 
 _RETRY_AFTER_S = 2.0
 
 
-class Line:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+class RequestQueue:
+    def __init__(self, state: FleetState) -> None:
+        self.state = state
 
     def deadline(self, model: Model, arrived_s: float) -> float:
         return arrived_s + model.spec.queue_timeout_s
 
-    def enter(self, waiting: Waiting, now: float) -> None:
-        facts = self.facts
-        model = facts.models[waiting.model]
-        full = len(facts.queue) >= facts.spec.queue.max
-        no_place = model.waiting >= model.spec.queue_max and serving(facts, model, waiting.avoid, facts.closed) is None
+    def enter(self, waiting: QueuedRequest, now: float) -> None:
+        state = self.state
+        model = state.models[waiting.model]
+        full = len(state.queue) >= state.spec.queue.max
+        no_place = (
+            model.waiting >= model.spec.queue_max and serving(state, model, waiting.avoid, state.draining) is None
+        )
         if (full or no_place) and waiting.client:
             whose = "the fleet's queue" if full else f"the queue of {model.name}"
             self.refuse(waiting, "queue_full", f"{whose} is full", now, self.patience(model))
             return
-        facts.queue[waiting.request_id] = waiting
+        state.queue[waiting.request_id] = waiting
         model.waiting += 1
 
-    def leave(self, request_id: int) -> Waiting | None:
+    def leave(self, request_id: int) -> QueuedRequest | None:
         """Take a request out of the line."""
-        waiting = self.facts.queue.pop(request_id, None)
+        waiting = self.state.queue.pop(request_id, None)
         if waiting is not None:
-            model = self.facts.models.get(waiting.model)
+            model = self.state.models.get(waiting.model)
             if model is not None:
                 model.waiting -= 1
         return waiting
 
-    def give_up(self, waiting: Waiting, now: float) -> None:
+    def refuse_hopeless(self, waiting: QueuedRequest, now: float) -> None:
         """Tell those no whose model failed, is blocked, or took too long."""
-        facts = self.facts
-        model = facts.models.get(waiting.model)
-        if model is None or model.name in facts.leaving:
+        state = self.state
+        model = state.models.get(waiting.model)
+        if model is None or model.name in state.leaving:
             self.leave(waiting.request_id)
             self.refuse(waiting, "model_not_found", f"the model {waiting.model!r} is no longer in this fleet", now)
-        elif facts.shutting_down:
+        elif state.shutting_down:
             self.leave(waiting.request_id)
             self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif now >= waiting.deadline_s:
@@ -72,9 +74,11 @@ class Line:
                 now,
                 max(1.0, model.retry_s - now),
             )
-        elif not any(hopeful(facts, p) for p in model.placements.values()) and holder(facts, model) is None:
+        elif (
+            not any(can_still_serve(state, p) for p in model.placements.values()) and best_process(state, model) is None
+        ):
             self.blocked(waiting, model, now)
-        elif relieved(facts, model, waiting.fallback, now) or self._foreign(model):
+        elif relieved(state, model, waiting.fallback, now) or self._foreign(model):
             self.out(
                 waiting,
                 "model_failed",
@@ -85,21 +89,21 @@ class Line:
 
     def _foreign(self, model: Model) -> bool:
         """Nobody here can bring it back: it is held by servers alone that are not ours, and none of them answers."""
-        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
-        return out_of_reach(self.facts, model) and not any(p.spec.capabilities.owns_process for p in processes)
+        processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
+        return out_of_reach(self.state, model) and not any(p.spec.capabilities.owns_process for p in processes)
 
     def withdraw(self, model: Model, reason: str) -> None:
         """An operator changed their mind: loads that they asked for are called off."""
-        for waiting in [w for w in self.facts.queue.values() if w.model == model.name and not w.client]:
+        for waiting in [w for w in self.state.queue.values() if w.model == model.name and not w.client]:
             self.leave(waiting.request_id)
             self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
 
     def has_loaded(self, model: Model) -> bool:
         return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
 
-    def blocked(self, waiting: Waiting, model: Model, now: float) -> None:
+    def blocked(self, waiting: QueuedRequest, model: Model, now: float) -> None:
         """No process that may hold the model can come: say what each of them is."""
-        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
         if any(p.drained and not p.stopped for p in processes):
             code = "draining"
         elif any(p.state in (ProcessState.FAILED, ProcessState.EXITED) and not p.impossible for p in processes):
@@ -109,7 +113,7 @@ class Line:
         self.out(waiting, code, f"{model.name} cannot be served: {self._standings(model)}", now, 30.0)
 
     def _standings(self, model: Model) -> str:
-        processes = [p for name in model.spec.holders if (p := self.facts.processes.get(name)) is not None]
+        processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
         return "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
 
     def _standing(self, process: Process) -> str:
@@ -121,17 +125,21 @@ class Line:
             return f"{process.state}: requires {', '.join(process.missing)}, absent now"
         return f"{process.state}: {process.startup_detail or process.reason}"
 
-    def out(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+    def out(
+        self, waiting: QueuedRequest, code: str, reason: str, now: float, retry_after_s: float | None = None
+    ) -> None:
         self.leave(waiting.request_id)
         self.refuse(waiting, code, reason, now, retry_after_s)
 
-    def refuse(self, waiting: Waiting, code: str, reason: str, now: float, retry_after_s: float | None = None) -> None:
+    def refuse(
+        self, waiting: QueuedRequest, code: str, reason: str, now: float, retry_after_s: float | None = None
+    ) -> None:
         """Reject, unless there is a model to fall back to; patience that is over is over for all of them."""
         for index, name in enumerate(waiting.fallback if code != "queue_timeout" else ()):
-            model = self.facts.models.get(self.facts.names.get(name, name))
+            model = self.state.models.get(self.state.names.get(name, name))
             if model is None or model.spec.routes or model.name == waiting.model:
                 continue
-            self.facts.journal.note(RequestFellBack(model.name, waiting.request_id, waiting.model, reason))
+            self.state.journal.note(RequestFellBack(model.name, waiting.request_id, waiting.model, reason))
             waiting.model, waiting.fallback = model.name, waiting.fallback[index + 1 :]
             waiting.deadline_s, waiting.load_began_s = self.deadline(model, waiting.arrived_s), None
             self.enter(waiting, now)
@@ -139,7 +147,7 @@ class Line:
         self.reject(waiting.request_id, code, reason, retry_after_s)
 
     def reject(self, request_id: int, code: str, reason: str, retry_after_s: float | None = None) -> None:
-        self.facts.emit(Reject(request_id, code, reason, retry_after_s))
+        self.state.emit(Reject(request_id, code, reason, retry_after_s))
 
     def patience(self, model: Model) -> float:
         return max(1.0, min(120.0, model.load_s or _RETRY_AFTER_S))

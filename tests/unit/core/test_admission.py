@@ -113,14 +113,14 @@ def test_an_earlier_request_holds_the_line_for_later_starts_but_not_for_later_gr
     head = rig.ask("b")
     later = rig.ask("c")
     assert [command.name for command in rig.take(c.Spawn)] == ["a", "d"]
-    assert rig.fleet.facts.queue[later].why == "an earlier request holds the line"
+    assert rig.fleet.state.queue[later].why == "an earlier request holds the line"
     warm = rig.ask("d")
     assert warm in rig.granted()
     rig.finish(warm)
     rig.finish(busy)
     rig.empty("a")
     assert rig.take(c.Spawn)[-1].name == "c" or rig.take(c.Spawn)[-1].name == "b"
-    assert head in rig.fleet.facts.queue
+    assert head in rig.fleet.state.queue
 
 
 def test_loads_on_different_devices_do_not_wait_for_each_other() -> None:
@@ -439,7 +439,7 @@ def test_loads_by_an_operator_end_silently_or_with_a_refusal() -> None:
     wish = rig.wish("a")
     rig.spawned("a")
     assert (rig.residency("a"), rig.rejects(), rig.granted()) == (Residency.LOADED, {}, [])
-    assert wish not in rig.fleet.facts.queue
+    assert wish not in rig.fleet.state.queue
     unknown = rig.wish("zzz")
     assert rig.rejects() == {unknown: "model_not_found"}
     rig.send(e.StopAsked("b"))

@@ -242,7 +242,7 @@ def test_many_on_demand_processes_that_were_used_once_cost_nothing_later() -> No
         rig.finish(request)
     after = calls_of(lambda: rig.fleet.handle(e.Tick(), rig.now))
     assert after <= before * 1.5 + 50
-    assert len(rig.fleet.facts.awake) <= 20
+    assert len(rig.fleet.state.awake) <= 20
 
 
 def test_a_warm_request_is_a_handful_of_calls() -> None:

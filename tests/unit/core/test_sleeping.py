@@ -131,13 +131,13 @@ def test_a_wish_for_what_falls_asleep_waits_for_its_waking() -> None:
     rig.warm("a")
     request = rig.ask("b")
     wish = rig.wish("a")
-    assert wish in rig.fleet.facts.queue, "it is no longer there for anybody"
+    assert wish in rig.fleet.state.queue, "it is no longer there for anybody"
     rig.answers("a", ASLEEP)
     rig.spawned("b")
     rig.finish(request)
     rig.answers("b", ASLEEP)
     rig.answers("a", AWAKE)
-    assert wish not in rig.fleet.facts.queue
+    assert wish not in rig.fleet.state.queue
     assert wish not in rig.rejects()
 
 
@@ -431,7 +431,7 @@ def test_an_adopted_one_that_dies_before_it_said_does_not_come_back_unasked() ->
     assert rig.take(c.LookAsleep)
     rig.dies("a")
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "it may have been asleep, and held far less"
-    assert not rig.fleet.facts.unseen
+    assert not rig.fleet.state.unobserved
 
 
 def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> None:

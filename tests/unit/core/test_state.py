@@ -74,7 +74,7 @@ def test_a_forbidden_move_tells_the_story() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     with pytest.raises(InvalidTransition) as caught:
-        rig.fleet.facts.move(rig.of("a"), ProcessState.BACKOFF, rig.now, "a bug")
+        rig.fleet.state.move(rig.of("a"), ProcessState.BACKOFF, rig.now, "a bug")
     assert any("STARTING" in line and "READY" in line for line in caught.value.story)
 
 

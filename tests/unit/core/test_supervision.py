@@ -25,7 +25,7 @@ from fleetd.core.data.specs import (
     RestartPolicy,
 )
 from fleetd.core.data.state import ProcessState, Residency
-from fleetd.core.processes.start_gate import comes
+from fleetd.core.processes.start_gate import will_start
 from tests.support.core import ALL_PROBES, G, Rig, fleet_spec, model, own, owners, process, server
 
 S = ProcessState
@@ -878,7 +878,7 @@ def test_what_waits_for_many_others_comes_unless_one_of_them_needs_help() -> Non
     assert rig.state("199-0") is S.BLOCKED
 
     def looked(name: str) -> bool:
-        return comes(rig.fleet.facts, rig.fleet.supervision.wanted, rig.of(name))
+        return will_start(rig.fleet.state, rig.fleet.supervisor.wanted, rig.of(name))
 
     assert looked("199-0")
     rig.send(e.RequirementsChanged("0-3", ("/vol (absent)",)))
@@ -929,7 +929,7 @@ def test_nothing_new_is_loaded_until_adopted_servers_were_looked_at() -> None:
     waiting = rig.ask("x")
     assert not rig.take(c.Load)
     assert not rig.take(c.Spawn)
-    assert "looking at what s holds" in rig.fleet.facts.queue[waiting].why
+    assert "looking at what s holds" in rig.fleet.state.queue[waiting].why
     rig.send(e.ResidentsObserved("s", 2, {"m": {"gpu0": G}}))
     assert [command.model for command in rig.take(c.Unload)] == ["m"], "it takes the room: it is evicted, not forgotten"
     blind = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))

@@ -56,7 +56,7 @@ def test_one_after_the_other_and_each_once() -> None:
     assert [rig.of(name).generation for name in NAMES] == [2, 2, 2]
     assert [stop.name for stop in rig.take(c.Stop)] == ["a-3", "a-1", "a-2"]
     assert all("schedule" in stop.reason for stop in rig.take(c.Stop))
-    assert not rig.fleet.facts.turns
+    assert not rig.fleet.state.rolling
 
 
 def test_the_next_waits_until_the_last_is_ready_not_only_started() -> None:
@@ -113,7 +113,7 @@ def test_other_names_and_other_reasons_do_not_wait() -> None:
     assert rig.state("a-3") is S.READY
     back(rig, "a-2")
     assert rig.state("a-3") is S.STOPPING
-    assert "a-2" not in rig.fleet.facts.turns  # it has started anew: that was its turn
+    assert "a-2" not in rig.fleet.state.rolling  # it has started anew: that was its turn
 
 
 def test_what_does_not_run_when_it_is_due_stays_as_it_is() -> None:
@@ -160,4 +160,4 @@ def test_a_schedule_never_takes_two_at_once_and_reaches_all(data: st.DataObject)
         if rig.state(name) is S.FAILED:
             return
     assert all(rig.of(name).generation > begun[name] for name in NAMES)
-    assert not rig.fleet.facts.turns
+    assert not rig.fleet.state.rolling
