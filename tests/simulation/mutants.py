@@ -31,46 +31,46 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("evicts what is starting", "planner", "p.state in (Residency.LOADED, Residency.ASLEEP) and p.key", "p.key"),
-    Mutant("evicts what is busy", "planner", "if not p.in_flight]", "]"),
-    Mutant("ignores pins", "planner", "if not models[p.model].pinned]", "]"),
-    Mutant("no generation check", "intake", "process is None or process.generation != generation", "process is None"),
-    Mutant("no fairness bound", "admission", "waiting.overdue = now >= waiting.arrived_s + bound", "waiting.overdue = False"),
-    Mutant("later requests pass the head", "admission", "if held & set(need):", "if False:"),
-    Mutant("preloads pass the line", "retention", " or facts.held & set(need)", ""),
+    Mutant("evicts what is starting", "models/eviction", "p.state in (Residency.LOADED, Residency.ASLEEP) and p.key", "p.key"),
+    Mutant("evicts what is busy", "models/eviction", "if not p.in_flight]", "]"),
+    Mutant("ignores pins", "models/eviction", "if not models[p.model].pinned]", "]"),
+    Mutant("no generation check", "handlers", "process is None or process.generation != generation", "process is None"),
+    Mutant("no fairness bound", "requests/admission", "waiting.overdue = now >= waiting.arrived_s + bound", "waiting.overdue = False"),
+    Mutant("later requests pass the head", "requests/admission", "if claimed & set(need):", "if False:"),
+    Mutant("preloads pass the line", "models/preload", " or state.claimed & set(need)", ""),
     Mutant(
-        "frees the reservation with the order", "residency", "placement.ordered, placement.ordered_s = True, now\n            self.facts.emit(Unload(",
-        "placement.ordered = True\n            self.facts.ledger.release(placement.key)\n            self.facts.emit(Unload(",
+        "frees the reservation with the order", "models/reconcile", "placement.ordered, placement.ordered_s = True, now\n            self.state.emit(Unload(",
+        "placement.ordered = True\n            self.state.ledger.release(placement.key)\n            self.state.emit(Unload(",
     ),
-    Mutant("unloads while the load is not answered", "residency", "placement.state is Residency.LOADING and not placement.ordered", "placement.state is Residency.LOADING"),
-    Mutant("frees a failed load at once", "residency", "LINGER_S = 0.2", "LINGER_S = 0.0"),
-    Mutant("orders a load again and again", "residency", "placement.ordered, placement.ordered_s = process.generation, True, now", "placement.ordered, placement.ordered_s = process.generation, False, now"),
-    Mutant("forgets a load that a restart cut off", "residency", "        elif ended:  #", "        elif False:  #"),
-    Mutant("counts an ordered stop as a death", "ending", "outcome, process.outcome = process.outcome, None", "outcome, process.outcome = process.outcome or ExitReport(1), None"),
-    Mutant("starts before the set is empty", "ending", "        self.facts.emit(Sweep(process.name, process.generation, describe(report)))", "        self.facts.emit(Sweep(process.name, process.generation, describe(report)))\n        self.set_empty(process, (), now)"),
-    Mutant("starts beside survivors", "ending", "        process.survivors = survivors\n", "        survivors = ()\n"),
-    Mutant("forgets to reset the backoff", "supervision", "process.record.stable()", "pass"),
-    Mutant("never gives up", "restart", "recent >= loop.count or", ""),
-    Mutant("no start deadline", "supervision", "return process.progress_s + startup.deadline_s", "return None"),
-    Mutant("no end of BACKOFF", "supervision", "            yield process.next_start_s", "            yield from ()"),
-    Mutant("no end of a drain", "supervision", "yield process.leave_s + spec.drain_timeout_s", "yield from ()"),
-    Mutant("ignores lanes", "dependencies", "return Gate(False, busy) if busy else _OPEN", "return _OPEN"),
-    Mutant("grants while draining", "router", "state is not ProcessState.READY", "state is ProcessState.STARTING"),
-    Mutant("grants beyond the slots", "router", "or placement.in_flight >= model.spec.concurrency", ""),
-    Mutant("grants twice", "admission", "        self.line.leave(waiting.request_id)\n        self._grant", "        self._grant"),
-    Mutant("loses count on cancel", "line", "model.waiting -= 1", "pass"),
-    Mutant("never tells that time is up", "line", "elif now >= waiting.deadline_s:", "elif False:"),
-    Mutant("idle time from the start of a request", "admission", "        placement.in_flight -= 1\n        placement.last_used_s = now", "        placement.in_flight -= 1"),
-    Mutant("generation begins again", "change", "self.facts.retired.pop(spec.name, 0)", "0"),
-    Mutant("routes to a sleeper", "router", "placement.state is not Residency.LOADED\n", "placement.state not in (Residency.LOADED, Residency.ASLEEP)\n"),
-    Mutant("forgets what a sleeper holds", "sleeping", "self.facts.ledger.correct(placement.key, holds(model, placement))", "self.facts.ledger.correct(placement.key, {})"),
-    Mutant("sleeps and wakes beside a start", "sleeping", "self.facts.journal.note(placement.model, waits)\n        placement.waits = waits", "pass\n        waits = ''"),
-    Mutant("believes in a wake that failed", "sleeping", "elif state is SleepState.AWAKE and step is SleepStep.WAKE:", "elif step is SleepStep.WAKE:"),
-    Mutant("no end of a wake without an answer", "sleeping", "if now >= self._deadline(placement):", "if False:"),
-    Mutant("takes an adopted sleeper for awake", "change", "placement.step, placement.slept = SleepStep.LOOK, True", "pass"),
-    Mutant("wakes without the room", "holders", "max(0, size - held.get(device, 0)) for", "0 for"),
-    Mutant("waits for what is down though another serves", "line", "relieved(facts, model, waiting.fallback, now) or self._foreign", "self._foreign"),
-    Mutant("a stop by an operator does not last", "supervision", "if self.facts.shutting_down or process.stopped or", "if self.facts.shutting_down or"),
+    Mutant("unloads while the load is not answered", "models/reconcile", "placement.state is Residency.LOADING and not placement.ordered", "placement.state is Residency.LOADING"),
+    Mutant("frees a failed load at once", "models/reconcile", "LINGER_S = 0.2", "LINGER_S = 0.0"),
+    Mutant("orders a load again and again", "models/reconcile", "placement.ordered, placement.ordered_s = process.generation, True, now", "placement.ordered, placement.ordered_s = process.generation, False, now"),
+    Mutant("forgets a load that a restart cut off", "models/reconcile", "        elif ended:  #", "        elif False:  #"),
+    Mutant("counts an ordered stop as a death", "processes/termination", "outcome, process.outcome = process.outcome, None", "outcome, process.outcome = process.outcome or ExitReport(1), None"),
+    Mutant("starts before the set is empty", "processes/termination", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))\n        self.set_empty(process, (), now)"),
+    Mutant("starts beside survivors", "processes/termination", "        process.survivors = survivors\n", "        survivors = ()\n"),
+    Mutant("forgets to reset the backoff", "processes/reconcile", "process.record.stable()", "pass"),
+    Mutant("never gives up", "processes/restart_policy", "recent >= loop.count or", ""),
+    Mutant("no start deadline", "processes/reconcile", "return process.progress_s + startup.deadline_s", "return None"),
+    Mutant("no end of BACKOFF", "processes/reconcile", "            yield process.next_start_s", "            yield from ()"),
+    Mutant("no end of a drain", "processes/reconcile", "yield process.leave_s + spec.drain_timeout_s", "yield from ()"),
+    Mutant("ignores lanes", "processes/start_gate", "return Gate(False, busy) if busy else _OPEN", "return _OPEN"),
+    Mutant("grants while draining", "requests/routing", "state is not ProcessState.READY", "state is ProcessState.STARTING"),
+    Mutant("grants beyond the slots", "requests/routing", "or placement.in_flight >= model.spec.concurrency", ""),
+    Mutant("grants twice", "requests/admission", "        self.line.leave(waiting.request_id)\n        self._grant", "        self._grant"),
+    Mutant("loses count on cancel", "requests/queue", "model.waiting -= 1", "pass"),
+    Mutant("never tells that time is up", "requests/queue", "elif now >= waiting.deadline_s:", "elif False:"),
+    Mutant("idle time from the start of a request", "requests/admission", "        placement.in_flight -= 1\n        placement.last_used_s = now", "        placement.in_flight -= 1"),
+    Mutant("generation begins again", "spec_update", "self.state.retired.pop(spec.name, 0)", "0"),
+    Mutant("routes to a sleeper", "requests/routing", "placement.state is not Residency.LOADED\n", "placement.state not in (Residency.LOADED, Residency.ASLEEP)\n"),
+    Mutant("forgets what a sleeper holds", "models/sleep", "self.state.ledger.correct(placement.key, reservation_of(model, placement))", "self.state.ledger.correct(placement.key, {})"),
+    Mutant("sleeps and wakes beside a start", "models/sleep", "self.state.journal.note(LaneWait(placement.model, waits))\n        placement.waits = waits", "pass\n        waits = ''"),
+    Mutant("believes in a wake that failed", "models/sleep", "elif state is SleepState.AWAKE and step is SleepStep.WAKE:", "elif step is SleepStep.WAKE:"),
+    Mutant("no end of a wake without an answer", "models/sleep", "if now >= self._deadline(placement):", "if False:"),
+    Mutant("takes an adopted sleeper for awake", "spec_update", "placement.step, placement.slept = SleepStep.LOOK, True", "pass"),
+    Mutant("wakes without the room", "models/candidates", "max(0, size - held.get(device, 0)) for", "0 for"),
+    Mutant("waits for what is down though another serves", "requests/queue", "relieved(state, model, waiting.fallback, now) or self._foreign", "self._foreign"),
+    Mutant("a stop by an operator does not last", "processes/reconcile", "if self.state.shutting_down or process.stopped or", "if self.state.shutting_down or"),
 )  # fmt: skip
 
 
@@ -85,13 +85,9 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, float, str]:
         for name in ("__init__.py", "errors.py", "units.py"):
             shutil.copy(ROOT / "fleetd" / name, root / "fleetd" / name)
         shutil.copytree(
-            ROOT / "tests" / "core" / "sim",
-            root / "tests" / "core" / "sim",
-            ignore=shutil.ignore_patterns("__pycache__"),
+            ROOT / "tests" / "simulation", root / "tests" / "simulation", ignore=shutil.ignore_patterns("__pycache__")
         )
-        shutil.copy(
-            ROOT / "tests" / "core" / "__init__.py", root / "tests" / "core" / "__init__.py"
-        )  # or an installed one wins
+        (root / "tests" / "__init__.py").touch()  # or an installed package wins
         target = root / "fleetd" / "core" / f"{mutant.module}.py"
         source = target.read_text("utf-8")
         if source.count(mutant.old) != 1:
