@@ -173,7 +173,7 @@ class ModelServer(Protocol):
     ) -> Mapping[str, int]:
         """Load a model and return the bytes per device that the server measured, empty if unknown.
 
-        The device "gpu" stands for the entry's own device. Raises EngineError.
+        The device "gpu" means the entry's own device. Raises EngineError.
         """
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:

@@ -1,12 +1,12 @@
-"""Run an engine in a container: from its own command line to that of docker or podman. Not an engine; pure functions.
+"""Run an engine in a container: turn its command line into that of docker or podman.
 
-The rules of this file
-- The client stays in the foreground and is our child: its life is the container's, a signal to it reaches the server.
-- Values never stand on the command line: `--env NAME` takes them from the client's own environment.
-- What the command line names must be there inside as well: a required path that no mount covers is mounted at its own place.
-- A kill of the client leaves the container running; `find` and `remove` are for that. The label says whose it is.
-- Ports are bound on loopback only: by the host's network, or published there.
-- What it says comes through the client into our own log; the container engine keeps no second copy, which nobody would rotate.
+Invariants:
+- The client stays in the foreground as a child of fleetd: it lives as long as the container, and forwards signals.
+- Values are not on the command line: `--env NAME` takes them from the client's environment.
+- A required path that no mount covers is mounted at the same path, so that the command line is valid inside.
+- A kill of the client leaves the container running, to be found by its label and removed by `remove`.
+- Ports are bound on loopback only, by the host's network or published there.
+- Output reaches fleetd's log through the client; the container engine keeps no second copy, which would grow without limit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import PurePosixPath
 
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines.base import ExitVerdict, Launch
+from fleetd.engines.exit_text import LONGEST, last_line
 from fleetd.errors import EngineError
 
 LABEL = "fleetd.instance"
 FLEET_LABEL = "fleetd.fleet"
-CANNOT_START = 125  # the client's exit code when it could not start the container: that may exist all the same
+CANNOT_START = 125  # the client's exit code when it could not start the container, which may exist nevertheless
 _NAME = re.compile(r"[^A-Za-z0-9_.-]")
-# an engine may leave these to `extra_args`; from a container's own words they would break what is promised above
+# flags that `runtime.docker.args` must not contain, since they would break the invariants
 _OWNED = (
     "--name",
     "--label",
@@ -41,8 +42,8 @@ _OWNED = (
     "--entrypoint",
     "--log-driver",
 )
-# what docker and podman read themselves: inside it may be said, but it must not change how the client works
-CLIENTS_OWN = frozenset(
+# variables that docker and podman read themselves: set inside the container, not for the client
+CLIENT_VARIABLES = frozenset(
     {
         "HOME",
         "PATH",
@@ -59,7 +60,7 @@ CLIENTS_OWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class DockerRuntime:
-    """What `runtime: {docker: …}` says. `gpus` is ("all",) or numbers or UUIDs; `network` is host or bridge."""
+    """The settings of `runtime: {docker: …}`. `gpus` is ("all",), or numbers or UUIDs; `network` is host or bridge."""
 
     image: str
     gpus: tuple[str, ...] = ()
@@ -79,19 +80,19 @@ class DockerRuntime:
 
 @dataclass(frozen=True, slots=True)
 class Contained:
-    """A launch through a container, and the commands that go with it. `stop` and `remove` act on the container itself.
+    """A launch in a container, and the commands of the client that act on the container.
 
-    `where` prints `PID ID`: the first process of the container as this machine sees it. `taken` names the variables that stand
-    on the command line, since the client would read them itself.
+    `inspect` prints `PID ID`, the first process of the container on this machine. `on_command_line` are the variables whose
+    values are on the command line, since the client would read them from its environment.
     """
 
     launch: Launch
     name: str
     stop: tuple[str, ...]
     remove: tuple[str, ...]
-    find: tuple[str, ...]
-    where: tuple[str, ...]
-    taken: frozenset[str] = frozenset()
+    list_all: tuple[str, ...]
+    inspect: tuple[str, ...]
+    on_command_line: frozenset[str] = frozenset()
 
 
 def contain(
@@ -105,16 +106,16 @@ def contain(
     own_env: Mapping[str, str] | None = None,
     stop_timeout_s: float = 10.0,
 ) -> Contained:
-    """Return the container's command line for an engine's own; `own_env` are the entry's own variables.
+    """Return the launch of the container for an engine's launch; `own_env` are the variables of the entry.
 
-    The first word of the engine's command line becomes the entry point, so it is a program of the image, not of this machine.
-    Raises EngineError for a mount or an argument that cannot be.
+    The first word of the engine's command line becomes the entry point: a program of the image. Raises EngineError for an
+    invalid mount and for an argument that fleetd sets.
     """
     if not launch.argv:
-        raise EngineError(f"{instance}: there is no command to run in the container", recoverable=False)
+        raise EngineError(f"{instance}: no command to run in the container", recoverable=False)
     refused = next((word for word in runtime.args if word.split("=")[0] in _OWNED), None)
     if refused is not None:
-        raise EngineError(f"{instance}: runtime.docker.args: fleetd says {refused} itself", recoverable=False)
+        raise EngineError(f"{instance}: runtime.docker.args: fleetd sets {refused} itself", recoverable=False)
     name = container_name(fleet, instance)
     stop_s = max(1, math.ceil(stop_timeout_s))
     argv = [runtime.program, "run", "--rm", "--init", "--name", name]
@@ -125,36 +126,36 @@ def contain(
     argv += ["--user", runtime.user] if runtime.user else []
     argv += ["--cpuset-cpus", ",".join(map(str, runtime.cpus))] if runtime.cpus else []
     argv += ["--ulimit", f"nofile={runtime.nofile}:{runtime.nofile}"] if runtime.nofile else []
-    for mount in (*(_stated(instance, text) for text in runtime.mounts), *_required(launch, runtime)):
+    for mount in (*(_mount(instance, text) for text in runtime.mounts), *_required_mounts(launch, runtime)):
         argv += ["--mount", mount]
-    stated = {**launch.env, **(own_env or {})}
-    for key, value in sorted(stated.items()):
-        argv += ["--env", f"{key}={value}" if key in CLIENTS_OWN else key]
+    env = {**launch.env, **(own_env or {})}
+    for key, value in sorted(env.items()):
+        argv += ["--env", f"{key}={value}" if key in CLIENT_VARIABLES else key]
     argv += [*runtime.args, "--entrypoint", launch.argv[0], runtime.image, *launch.argv[1:]]
     return Contained(
         launch=Launch(
             tuple(argv),
-            {key: value for key, value in launch.env.items() if key not in CLIENTS_OWN},
+            {key: value for key, value in launch.env.items() if key not in CLIENT_VARIABLES},
             launch.unset_env,
-            _outside(launch, runtime),
+            _required_sources(launch, runtime),
             launch.secret_env,
             launch.named,
         ),
         name=name,
         stop=(runtime.program, "stop", "-t", str(stop_s), name),
         remove=(runtime.program, "rm", "--force", name),
-        find=find_command(fleet, runtime.program),
-        where=(runtime.program, "inspect", "--format", "{{.State.Pid}} {{.Id}}", name),
-        taken=CLIENTS_OWN.intersection(stated),
+        list_all=list_command(fleet, runtime.program),
+        inspect=(runtime.program, "inspect", "--format", "{{.State.Pid}} {{.Id}}", name),
+        on_command_line=CLIENT_VARIABLES.intersection(env),
     )
 
 
 def container_name(fleet: str, instance: str) -> str:
-    """Return the container's name: the same for the same instance, and one that docker accepts."""
+    """Return a valid name for the container, the same for each start of the instance."""
     return "fleetd-" + _NAME.sub("-", f"{fleet}-{instance}")
 
 
-def find_command(fleet: str, program: str = "docker") -> tuple[str, ...]:
+def list_command(fleet: str, program: str = "docker") -> tuple[str, ...]:
     """Return the command that lists a fleet's containers, one `ID<tab>INSTANCE` per line."""
     template = (
         '{{.ID}}\t{{index .Labels "fleetd.instance"}}'
@@ -164,8 +165,8 @@ def find_command(fleet: str, program: str = "docker") -> tuple[str, ...]:
     return (program, "ps", "--all", "--filter", f"label={FLEET_LABEL}={fleet}", "--format", template)
 
 
-def found(output: str, known: Collection[str]) -> list[tuple[str, str]]:
-    """Read what `find` printed: (id, instance) of the containers whose instance is not among `known`."""
+def unknown_containers(output: str, known: Collection[str]) -> list[tuple[str, str]]:
+    """Return (id, instance) of the containers in the output of `list_command` whose instance is not in `known`."""
     rows = (line.split("\t") for line in output.splitlines())
     return [
         (row[0].strip(), row[1].strip())
@@ -174,13 +175,13 @@ def found(output: str, known: Collection[str]) -> list[tuple[str, str]]:
     ]
 
 
-def pulling(line: str) -> str | None:
-    """Return how far a start has come when the line is the client's own, which fetches the image first."""
+def pull_phase(line: str) -> str | None:
+    """Return the phase of a start if the line is the client's report of a pull, else None."""
     return "pulling the image" if _PULLING.search(line) else None
 
 
-def absent(output: str) -> bool:
-    """Say whether a failed removal means that there is no such container: nothing is left to be removed."""
+def no_such_container(output: str) -> bool:
+    """Return whether a removal failed because the container does not exist."""
     return "no such container" in output.lower()
 
 
@@ -219,10 +220,10 @@ _SIGNALS = {129: "SIGHUP", 130: "SIGINT", 134: "SIGABRT", 135: "SIGBUS", 137: "S
 
 
 def client_verdict(code: int | None, log_tail: Sequence[str], program: str = "") -> ExitVerdict | None:
-    """Say why docker or podman itself ended; None: it is the program inside that did.
+    """Return why docker or podman itself exited; None: the program inside exited.
 
-    They end with 125 when they cannot start a container, with 126 and 127 when they cannot start its program; the small init
-    inside, which starts it for them, has words of its own.
+    They exit with 125 when they cannot start a container, and with 126 or 127 when they cannot start its program; the init
+    process inside, which starts the program, reports failures in its own words.
     """
     if code and any(_NO_PROGRAM.search(line) for line in log_tail[-3:]):
         return ExitVerdict(ExitKind.BAD_CONFIG, f"command: the image has no program {program}, or cannot run it")
@@ -231,8 +232,8 @@ def client_verdict(code: int | None, log_tail: Sequence[str], program: str = "")
     for pattern, kind, key in _CAUSES:
         line = next((line for line in reversed(log_tail) if pattern.search(line)), None)
         if line is not None:
-            return ExitVerdict(kind, f"{key}: {line.strip()[:300]}" if key else line.strip()[:300])
-    last = next((line.strip()[:300] for line in reversed(log_tail) if line.strip()), "")
+            return ExitVerdict(kind, f"{key}: {line.strip()[:LONGEST]}" if key else line.strip()[:LONGEST])
+    last = last_line(log_tail)
     if code == CANNOT_START:
         return ExitVerdict(ExitKind.CRASH, _with_line("the container could not be started", last))
     return ExitVerdict(
@@ -245,7 +246,7 @@ def _with_line(sentence: str, line: str) -> str:
 
 
 def inner_signal(code: int | None) -> str | None:
-    """Return the signal that ended the program inside: the client tells it as an exit code."""
+    """Return the signal that killed the program inside, which the client reports as an exit code; None: no signal."""
     return _SIGNALS.get(code) if code is not None else None
 
 
@@ -262,7 +263,7 @@ def _network(runtime: DockerRuntime, host: str, port: int | None) -> list[str]:
 def _gpus(runtime: DockerRuntime) -> list[str]:
     if not runtime.gpus:
         return []
-    if runtime.is_podman:  # podman knows GPUs by the Container Device Interface
+    if runtime.is_podman:  # podman addresses GPUs by the Container Device Interface
         return [word for gpu in runtime.gpus for word in ("--device", f"nvidia.com/gpu={gpu}")]
     if "all" in runtime.gpus:
         return ["--gpus", "all"]
@@ -270,22 +271,20 @@ def _gpus(runtime: DockerRuntime) -> list[str]:
     return ["--gpus", f'"device={listed}"' if "," in listed else f"device={listed}"]
 
 
-def _stated(instance: str, text: str) -> str:
-    """`/a:/b:ro` → a bind mount. Unlike --volume it does not create what is absent, as an unplugged drive would be."""
+def _mount(instance: str, text: str) -> str:
+    """Return the bind mount for `/a:/b:ro`. Unlike --volume it does not create a missing path, such as an unplugged drive."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
         raise EngineError(
-            f"{instance}: {text!r} is no mount; write /here:/inside or /here:/inside:ro", recoverable=False
+            f"{instance}: {text!r} is not a mount (use /here:/inside or /here:/inside:ro)", recoverable=False
         )
     if "," in text:
-        raise EngineError(
-            f"{instance}: {text!r}: a mount with a comma in its path cannot be written", recoverable=False
-        )
+        raise EngineError(f"{instance}: {text!r}: a path in a mount must not contain a comma", recoverable=False)
     return _bind(parts[0], parts[1], readonly=parts[2:] == ["ro"])
 
 
-def _required(launch: Launch, runtime: DockerRuntime) -> list[str]:
-    """Mount what the engine requires and no stated mount covers; a folder that a variable names is written to."""
+def _required_mounts(launch: Launch, runtime: DockerRuntime) -> list[str]:
+    """Return mounts for required paths that no configured mount covers, writable if a variable names them."""
     inside = [PurePosixPath(text.split(":")[1]) for text in runtime.mounts if text.count(":") >= 1]
     written = set(launch.env.values())
     mounts = []
@@ -296,8 +295,8 @@ def _required(launch: Launch, runtime: DockerRuntime) -> list[str]:
     return mounts
 
 
-def _outside(launch: Launch, runtime: DockerRuntime) -> tuple[str, ...]:
-    """Return the required paths of this machine, mounted ones among them: what a mount covers is looked for where it comes from."""
+def _required_sources(launch: Launch, runtime: DockerRuntime) -> tuple[str, ...]:
+    """Return the required paths on this machine: of a path that a mount covers, the source."""
     mounts = [text.split(":")[:2] for text in runtime.mounts]
     found = [source for source, _ in mounts]
     for path in launch.requires:

@@ -1,11 +1,10 @@
-"""HTTP calls of an engine to its own server: bounded in time and size, one sentence for everything that goes wrong.
+"""HTTP calls of an engine to its server, limited in time and size.
 
-The rules of this file
-- A call raises EngineError when no answer came, or one that refuses us; an answer of any other status is returned.
-- An answer is never trusted for its status alone: what is read from it is checked for its shape, and the error says which
-  URL answered what, and what was expected. What may be left out may be null; another type is an error.
-- A server that refuses our key is an error of `options.api_key`, whatever was asked of it.
-- The client is injected; no session is made or kept here.
+Invariants:
+- A call raises EngineError when there is no answer, or a refusal (401, 403); an answer of any other status is returned.
+- The shape of an answer is checked where it is read; the error names the URL, the answer and what was expected. An optional
+  value may be null; any other type is an error.
+- A refusal is an error of `options.api_key`, for every request.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 EXCERPT_CHARS = 300
-_MOST = 2**62  # bytes, tokens: nothing that is counted here is more
+_MOST = 2**62  # the largest valid count of bytes or tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """The server's own error sentence, or the head of its body, or its status."""
+        """The server's error message, else the start of its body, else its status."""
         error = self.data.get("error") if isinstance(self.data, Mapping) else None
         if isinstance(error, Mapping):
             error = error.get("message") or error.get("type")
@@ -51,13 +50,13 @@ class Reply:
         return error or f"HTTP status {self.status}"
 
     def expect(self, what: str) -> Reply:
-        """Return itself when the status is 2xx. Raises EngineError that says `what` failed and why otherwise."""
+        """Return itself if the status is 2xx. Raises EngineError otherwise: `what` failed, and why."""
         if not self.ok:
             raise EngineError(f"{what} failed: HTTP {self.status} from {self.url}: {self.message}")
         return self
 
     def mapping(self) -> Mapping[str, Any]:
-        """Return the body as a JSON object. Raises EngineError where it is something else."""
+        """Return the body as a JSON object. Raises EngineError for any other body."""
         if not isinstance(self.data, Mapping):
             raise EngineError(f"{self.url} did not answer with a JSON object: {self.text.strip()[:EXCERPT_CHARS]!r}")
         return self.data
@@ -73,7 +72,7 @@ class Reply:
         return value
 
     def word(self, entry: Mapping[str, Any], *keys: str) -> str:
-        """Return the text under the first of `keys` that is there. Raises EngineError where it is none, or empty."""
+        """Return the text under the first of `keys` that is set. Raises EngineError if it is no text, or empty."""
         value = next((entry[key] for key in keys if entry.get(key) is not None), None)
         if not isinstance(value, str) or not value:
             raise EngineError(
@@ -82,7 +81,7 @@ class Reply:
         return value
 
     def count(self, entry: Mapping[str, Any], key: str) -> int:
-        """Return the whole number under `key`, 0 where it is left out. Raises EngineError for anything else."""
+        """Return the whole number under `key`, 0 if it is missing or null. Raises EngineError for anything else."""
         value = entry.get(key)
         if value is None:
             return 0
@@ -102,8 +101,8 @@ async def call(
     timeout_s: float,
     limit_bytes: int = ANSWER_LIMIT_BYTES,
 ) -> Reply:
-    """Send one request and read its whole answer, at most `limit_bytes`. Raises EngineError when none came in `timeout_s`."""
-    import aiohttp  # here, so that reading an engine's options does not load an HTTP client
+    """Send a request and read the whole answer, at most `limit_bytes`. Raises EngineError without an answer in `timeout_s`."""
+    import aiohttp  # here, since validating options needs no HTTP client
 
     url = endpoint.base_url + path
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
@@ -128,7 +127,7 @@ async def call(
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON of an answer; None where it is none, or holds halves of characters, which nobody could print."""
+    """Return the JSON of an answer; None if it is no JSON, or has lone surrogates, which cannot be printed."""
     try:
         data = json.loads(text)
         if "\\u" in text:
@@ -150,12 +149,12 @@ async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:
 async def until(
     condition: Callable[[], Awaitable[bool]], *, timeout_s: float, period_s: float, what: str, longest_s: float = 0.5
 ) -> None:
-    """Poll `condition` until it holds, first every `period_s`, slowly longer up to `longest_s`. Raises EngineError at the end."""
+    """Poll `condition` until it is true, at intervals that grow from `period_s` to `longest_s`. Raises EngineError at `timeout_s`."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout_s
     while not await condition():
         left = end - loop.time()
         if left <= 0:
-            raise EngineError(f"{what}, not even after {timeout_s:g} s")
+            raise EngineError(f"{what} after {timeout_s:g} s")
         await asyncio.sleep(min(period_s, left))
         period_s = min(longest_s, period_s * 1.1)

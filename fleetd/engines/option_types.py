@@ -1,9 +1,8 @@
-"""Field types that several engines' options share, beside those of fleet.yaml itself: the same strictness, the same sentences.
+"""Field types shared by the options of several engines, in addition to those of fleet.yaml.
 
-The rules of this file
-- What ends up on a command line, in a variable or in a header is refused here when it could not get there.
+Invariants:
+- A value that cannot be part of a command line, a variable or a header is rejected here.
 - A secret never appears in a message.
-- A value of several kinds has one sentence for all of them.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class LifetimeType(DurationType):
 
 
 class AnyOf(FieldType):
-    """One of several kinds, told in one sentence: `AnyOf("auto, or true or false", Choice("auto"), Flag())`."""
+    """One of several kinds, described by one phrase: `AnyOf("auto, or true or false", Choice("auto"), Flag())`."""
 
     def __init__(self, what: str, *kinds: FieldType) -> None:
         self.what, self.kinds = what, kinds
@@ -81,16 +80,16 @@ class ApiType(Choice):
 
 
 class SecretType(FieldType):
-    """A key that is sent in a header: visible ASCII, on one line, never shown."""
+    """A key that is sent in a header: visible ASCII on one line. It is never printed."""
 
     def parse(self, value: object) -> SecretStr:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if not isinstance(text, str):
-            raise ValueError("must be a string: write it as ${NAME}, or in quotes")
+            raise ValueError("must be a string (write it as ${NAME}, or in quotes)")
         if not text:
-            raise ValueError("must not be empty: leave it out where there is no key")
+            raise ValueError("must not be empty (remove it where there is no key)")
         if len(text) > 4096 or not all("!" <= sign <= "~" for sign in text):
-            raise ValueError("must be visible ASCII on one line, without blanks: it is sent in a header")
+            raise ValueError("must be visible ASCII on one line, without spaces, since it is sent in a header")
         return SecretStr(text)
 
     def dump(self, value: Any) -> Any:
@@ -101,17 +100,17 @@ class SecretType(FieldType):
 
 
 class PathType(Text):
-    """A path, or a name that an engine looks up itself. Whether it is there is another question."""
+    """A path, or a name that an engine resolves itself. It may not exist."""
 
     def parse(self, value: object) -> str:
         text = super().parse(value)
         if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME_BYTES for part in text.split("/")):
-            raise ValueError(f"must not hold a name of more than {_LONGEST_NAME_BYTES} bytes between two slashes")
+            raise ValueError(f"must not have a name of more than {_LONGEST_NAME_BYTES} bytes between two slashes")
         return text
 
 
 class Several(FieldType):
-    """A list of values of one kind; equal ones may stand in it."""
+    """A list of values of one kind, duplicates allowed."""
 
     def __init__(self, item: FieldType, *, at_least: int = 0) -> None:
         self.item, self.at_least = item, at_least
@@ -134,7 +133,7 @@ class Several(FieldType):
 
 
 class JsonType(FieldType):
-    """A mapping that is handed on as JSON, as it is."""
+    """A mapping that is passed on as JSON, unchanged."""
 
     def parse(self, value: object) -> dict[str, Any]:
         if not isinstance(value, Mapping):
@@ -153,7 +152,7 @@ class ArgumentsType(JsonType):
         parsed = super().parse(value)
         for name in parsed:
             if not _ARGUMENT_NAME.fullmatch(name):
-                raise Misplaced(f"{shown(name)} cannot be the name of an argument", name)
+                raise Misplaced(f"{shown(name)} is not a valid name of an argument", name)
             values = parsed[name] if isinstance(parsed[name], list | tuple) else ()
             for index, item in enumerate(values):
                 if item is None or isinstance(item, list | tuple):
@@ -162,19 +161,19 @@ class ArgumentsType(JsonType):
 
 
 def _check_json(value: Any, where: tuple[str | int, ...]) -> None:
-    """Refuse what is no JSON, or could not stand on a command line. Raises Misplaced."""
+    """Raise Misplaced for a value that is not JSON, or that cannot be on a command line."""
     if len(where) > _DEEPEST:
         raise Misplaced(f"is nested more than {_DEEPEST} levels deep", *where)
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str) or "\x00" in key:
-                raise Misplaced(f"{shown(key)} cannot be a key", *where, str(key))
+                raise Misplaced(f"{shown(key)} is not a valid key", *where, str(key))
             _check_json(item, (*where, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check_json(item, (*where, index))
     elif isinstance(value, str) and "\x00" in value:
-        raise Misplaced("must not hold a NUL character", *where)
+        raise Misplaced("must not contain a NUL character", *where)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Misplaced(f"must be a finite number, not {shown(value)}", *where)
 

@@ -123,8 +123,8 @@ class LaunchPlan:
     def set_env(self) -> dict[str, str]:
         """Return what is set beyond the inherited part: the engine's, then the entry's."""
         env = {**self.launch.env, **self.own_env}
-        taken = self.contained.taken if self.contained is not None else ()
-        return {key: value for key, value in env.items() if key not in taken} if taken else env
+        on_command_line = self.contained.on_command_line if self.contained is not None else ()
+        return {key: value for key, value in env.items() if key not in on_command_line} if on_command_line else env
 
     @property
     def has_channel(self) -> bool:

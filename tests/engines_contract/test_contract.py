@@ -97,7 +97,7 @@ def test_every_engine_has_a_case() -> None:
     assert list(NAMES) == sorted(NAMES)
 
 
-def test_loads_by_its_name(name: str) -> None:
+def test_registry_loads_engine_by_its_name(name: str) -> None:
     engine: Engine = registry.load(name)
     assert engine.name == name
     assert registry.load(name) is engine
@@ -107,7 +107,7 @@ def test_loads_by_its_name(name: str) -> None:
     assert config.get("frozen") is True
 
 
-def test_is_imported_only_when_it_is_loaded() -> None:
+def test_registry_names_imports_no_engine() -> None:
     program = (
         "import sys; from fleetd.engines import registry; registry.names();"
         "print([n for n in registry.BUILT_IN if 'fleetd.engines.' + n in sys.modules], 'aiohttp' in sys.modules)"
@@ -116,7 +116,7 @@ def test_is_imported_only_when_it_is_loaded() -> None:
     assert done.stdout.strip() == "[] False"
 
 
-def test_launch_is_pure_and_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, context = registry.load(name), context_of(name)
     if not engine.capabilities.owns_process:
         with pytest.raises(EngineError):
@@ -133,14 +133,14 @@ def test_launch_is_pure_and_whole(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not set(first.unset_env) & set(first.env)
 
 
-def test_launch_passes_args_on(name: str) -> None:
+def test_launch_passes_args(name: str) -> None:
     engine = registry.load(name)
     if engine.capabilities.owns_process:
         launch = engine.launch(context_of(name, args=("--extra-word", "5")))
         assert contains(launch.argv, ("--extra-word", "5"))
 
 
-def test_the_users_env_wins(name: str) -> None:
+def test_launch_keeps_variables_of_the_user(name: str) -> None:
     engine = registry.load(name)
     if not engine.capabilities.owns_process:
         return
@@ -148,14 +148,14 @@ def test_the_users_env_wins(name: str) -> None:
         assert key not in engine.launch(context_of(name, env={key: "x"})).unset_env
 
 
-def test_two_ports_and_two_names_give_two_launches(name: str) -> None:
+def test_launch_depends_on_the_port(name: str) -> None:
     engine = registry.load(name)
     if engine.capabilities.owns_process and name != "process":
         one, other = engine.launch(context_of(name)), engine.launch(context_of(name, port=18081))
         assert (one.argv, one.env) != (other.argv, other.env)
 
 
-def test_no_secret_is_on_the_command_line(name: str) -> None:
+def test_launch_keeps_secrets_off_the_command_line(name: str) -> None:
     engine = registry.load(name)
     if "api_key" not in engine.options.model_fields or not engine.capabilities.owns_process:
         return
@@ -166,7 +166,7 @@ def test_no_secret_is_on_the_command_line(name: str) -> None:
     assert carriers <= launch.secret_env
 
 
-def test_secrets_are_not_printed(name: str) -> None:
+def test_options_do_not_print_secrets(name: str) -> None:
     engine = registry.load(name)
     if "api_key" in engine.options.model_fields:
         options = context_of(name, options={"api_key": SECRET}).options
@@ -181,7 +181,7 @@ def test_validate_accepts_a_plain_entry(name: str) -> None:
     assert [str(p) for p in registry.load(name).validate(context) if not p.warning] == []
 
 
-def test_validate_names_paths_below_options(name: str) -> None:
+def test_validate_problem_paths_are_options_or_entry_keys(name: str) -> None:
     engine = registry.load(name)
     for problem in engine.validate(context_of(name, env={"OLLAMA_HOST": "x", "LLAMA_ARG_PORT": "1", "VLLM_PORT": "1"})):
         assert isinstance(problem.path, tuple)
@@ -195,7 +195,7 @@ def mechanisms(probe: ProbeSpec) -> int:
     return sum((probe.http is not None, probe.tcp, bool(probe.exec), probe.log_line is not None, probe.completion))
 
 
-def test_probes_are_complete(name: str) -> None:
+def test_probes_have_one_mechanism_and_valid_times(name: str) -> None:
     engine = registry.load(name)
     probes = engine.probes(context_of(name).options)
     assert isinstance(probes, Probes)
@@ -209,14 +209,14 @@ def test_probes_are_complete(name: str) -> None:
             assert probe.http.startswith("/")
 
 
-def test_api_and_concurrency(name: str) -> None:
+def test_api_and_concurrency_are_valid(name: str) -> None:
     engine, context = registry.load(name), context_of(name)
     assert engine.api(context.options) in set(Api)
     assert engine.concurrency(context.options) >= 1
 
 
 @pytest.mark.parametrize("device", ["host", "gpu0", "unified", None])
-def test_estimate_is_a_footprint_or_nothing(name: str, device: str | None, tmp_path: Path) -> None:
+def test_estimate_is_a_footprint_or_none(name: str, device: str | None, tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "m.gguf")
     options = {"model": str(path)} if name == "llamacpp" else {}
     engine, context = registry.load(name), context_of(name, device=device, options=options)
@@ -231,7 +231,7 @@ def test_estimate_is_a_footprint_or_nothing(name: str, device: str | None, tmp_p
         assert engine.estimate(context, None)
 
 
-def test_estimate_of_an_absent_file_is_nothing() -> None:
+def test_estimate_missing_file_is_none() -> None:
     assert registry.load("llamacpp").estimate(context_of("llamacpp"), None) is None
 
 
@@ -242,7 +242,9 @@ def test_estimate_of_an_absent_file_is_nothing() -> None:
     number=st.none() | st.sampled_from(["SIGKILL", "SIGTERM", "SIGSEGV", "SIG99"]),
     tail=st.lists(st.text(max_size=200), max_size=20),
 )
-def test_classify_exit_always_says_something(which: str, code: int | None, number: str | None, tail: list[str]) -> None:
+def test_classify_exit_always_has_a_short_text(
+    which: str, code: int | None, number: str | None, tail: list[str]
+) -> None:
     verdict = registry.load(which).classify_exit(None if number else code, number, tail)
     assert isinstance(verdict.kind, ExitKind)
     text = describe_exit(ExitReport(None if number else code, number, kind=verdict.kind, reason=verdict.reason))
@@ -251,7 +253,7 @@ def test_classify_exit_always_says_something(which: str, code: int | None, numbe
 
 
 @pytest.mark.parametrize("line", ["bind: address already in use", "OSError: [Errno 98] Address already in use"])
-def test_classify_exit_knows_a_taken_port(name: str, line: str) -> None:
+def test_classify_exit_used_port_is_recognised(name: str, line: str) -> None:
     engine = registry.load(name)
     if engine.capabilities.owns_process and name != "lmstudio":
         assert engine.classify_exit(1, None, ["hello", line, "bye"]).kind is ExitKind.PORT_IN_USE
@@ -265,7 +267,7 @@ def server_flags(name: str) -> list[str]:
     return ["--api", CASES[name].api, "--models", "fake,other", "--memory", "100000", "--tokens", "2"]
 
 
-def test_alive_does_real_work(name: str, server_flags: list[str]) -> None:
+def test_alive_requests_real_work(name: str, server_flags: list[str]) -> None:
     engine, held = registry.load(name), CASES[name].held
     with fake(*server_flags) as server:
         if engine.server is not None and engine.capabilities.owns_process:
@@ -277,7 +279,7 @@ def test_alive_does_real_work(name: str, server_flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("fault", ["--hang", "--garbage"])
-def test_alive_is_false_in_time_for_a_broken_server(name: str, fault: str, server_flags: list[str]) -> None:
+def test_alive_broken_server_fails_in_time(name: str, fault: str, server_flags: list[str]) -> None:
     if fault == "--garbage" and not registry.load(name).capabilities.owns_process:
         return  # somebody else's server is asked for its list only, which is well
     engine, held = registry.load(name), CASES[name].held
@@ -291,7 +293,7 @@ def test_alive_is_false_in_time_for_a_broken_server(name: str, fault: str, serve
         assert time.monotonic() - begun < 5
 
 
-def test_alive_is_false_where_nobody_listens(name: str) -> None:
+def test_alive_without_listener_fails(name: str) -> None:
     engine, held = registry.load(name), CASES[name].held
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
@@ -302,7 +304,7 @@ def test_alive_is_false_where_nobody_listens(name: str) -> None:
     assert outcome.detail
 
 
-def test_load_and_unload(name: str, server_flags: list[str]) -> None:
+def test_server_loads_and_unloads(name: str, server_flags: list[str]) -> None:
     engine, held = registry.load(name), CASES[name].held
     many = engine.capabilities.many_models and engine.capabilities.owns_process
     models = engine.server if many else LISTED_MODELS  # an external server of one model is asked for its list
@@ -324,7 +326,7 @@ def test_load_and_unload(name: str, server_flags: list[str]) -> None:
         assert server.stats()["held_bytes"] == 0
 
 
-def test_what_cannot_be_loaded_is_an_error(name: str, server_flags: list[str]) -> None:
+def test_server_load_failure_is_an_error(name: str, server_flags: list[str]) -> None:
     engine = registry.load(name)
     if engine.server is None or not engine.capabilities.owns_process:
         return
@@ -336,7 +338,7 @@ def test_what_cannot_be_loaded_is_an_error(name: str, server_flags: list[str]) -
         load(engine.server, server.base_url, CASES[name].held, 0.3)
 
 
-def test_its_own_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
+def test_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
     """The fake stands in for the program: the flags and variables that the engine writes bring it up where it says."""
     case, engine = CASES[name], registry.load(name)
     if not case.serves:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from fleetd.engines.container import Contained, absent, find_command, found
+from fleetd.engines.container import Contained, list_command, no_such_container, unknown_containers
 from fleetd.errors import HostError
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -44,7 +44,7 @@ async def end(machine: Commands, contained: Contained, env: Mapping[str, str], s
 
 async def _remove(machine: Commands, argv: Sequence[str], env: Mapping[str, str]) -> str | None:
     ok, output = await machine.run(argv, env, None, REMOVE_S)
-    if ok or absent(output):
+    if ok or no_such_container(output):
         return None
     last = output.strip().splitlines()[-1:] or ["it said nothing"]
     return f"{' '.join(argv)} failed: {last[0][:300]}"
@@ -67,19 +67,19 @@ async def remove_orphans(
     for plan in plans:
         if plan.contained is None or plan.recipe is None:
             continue
-        key = (plan.contained.find[0], plan.recipe.fleet)
+        key = (plan.contained.list_all[0], plan.recipe.fleet)
         if key in asked:
             continue
         asked.add(key)
         client, fleet = key
         try:
-            ok, output = await machine.run(find_command(fleet, client), env, None, _FIND_S)
+            ok, output = await machine.run(list_command(fleet, client), env, None, _FIND_S)
         except HostError as error:
             ok, output = False, str(error)
         if not ok:
             told.append((plan.name, f"its containers cannot be listed: {output.strip()[-300:]}"))
             continue
-        for identity, instance in found(output, live):
+        for identity, instance in unknown_containers(output, live):
             why = await remove_by(machine, (client, "rm", "--force", identity), env)
             told.append((instance, f"a container was left behind: {why or 'removed'}"))
     return told
@@ -94,7 +94,7 @@ async def first_pid(machine: Commands, contained: Contained, env: Mapping[str, s
     A client may speak to another machine, or to a virtual one: a pid counts only if its control group names the container.
     """
     try:
-        ok, output = await machine.run(contained.where, env, None, _FIND_S)
+        ok, output = await machine.run(contained.inspect, env, None, _FIND_S)
     except HostError:
         return None
     words = output.split()

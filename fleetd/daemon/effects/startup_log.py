@@ -18,7 +18,7 @@ from fleetd.core.data.specs import ModelSpec
 from fleetd.core.data.state import ProcessState
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.effects.machine import Machine
-from fleetd.engines.container import pulling
+from fleetd.engines.container import pull_phase
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Starts:
     def _phase(self, plan: LaunchPlan, line: str) -> str | None:
         startup = plan.engine.startup
         found = startup.phase(line) if startup is not None else None
-        return found or (pulling(line) if plan.contained is not None else None)
+        return found or (pull_phase(line) if plan.contained is not None else None)
 
     def _starting(self, run: Run) -> bool:
         process = self._queries.process(run.name)

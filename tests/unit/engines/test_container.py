@@ -10,13 +10,13 @@ from fleetd.core.data.specs import ExitKind
 from fleetd.engines.base import Launch
 from fleetd.engines.container import (
     DockerRuntime,
-    absent,
     client_verdict,
     contain,
     container_name,
-    find_command,
-    found,
     inner_signal,
+    list_command,
+    no_such_container,
+    unknown_containers,
 )
 from fleetd.errors import EngineError
 
@@ -35,7 +35,7 @@ def plan(launch: Launch = LAUNCH, **changes: Any) -> Any:
     return contain(launch, DockerRuntime(IMAGE, **changes), **arguments)
 
 
-def test_a_whole_line() -> None:
+def test_contain_writes_the_whole_command_line() -> None:
     made = plan(
         gpus=("all",),
         mounts=("/srv/models:/models:ro",),
@@ -52,15 +52,15 @@ def test_a_whole_line() -> None:
     ]  # fmt: skip
     assert made.stop == ("docker", "stop", "-t", "10", "fleetd-box-coder")
     assert made.remove == ("docker", "rm", "--force", "fleetd-box-coder")
-    assert made.where == ("docker", "inspect", "--format", "{{.State.Pid}} {{.Id}}", "fleetd-box-coder")
-    assert made.taken == {"HOME"}  # for the program inside, not for docker
+    assert made.inspect == ("docker", "inspect", "--format", "{{.State.Pid}} {{.Id}}", "fleetd-box-coder")
+    assert made.on_command_line == {"HOME"}  # for the program inside, not for docker
 
 
-def test_the_time_to_stop_is_the_entry_s_own() -> None:
+def test_contain_stop_timeout_is_that_of_the_entry() -> None:
     assert plan(arguments={"stop_timeout_s": 29.2}).stop == ("docker", "stop", "-t", "30", "fleetd-box-coder")
 
 
-def test_values_stay_off_the_line_and_in_the_environment() -> None:
+def test_contain_keeps_values_off_the_command_line() -> None:
     made = plan()
     assert not any("s3cret" in word for word in made.launch.argv)
     assert made.launch.env["VLLM_API_KEY"] == "s3cret"
@@ -87,18 +87,18 @@ def test_values_stay_off_the_line_and_in_the_environment() -> None:
         ({}, ("--mount", "type=bind,source=/models/qwen,target=/models/qwen,readonly")),
     ],
 )
-def test_parts(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_contain_setting_becomes_flags(changes: dict[str, Any], words: tuple[str, ...]) -> None:
     argv = plan(**changes).launch.argv
     assert any(argv[start : start + len(words)] == words for start in range(len(argv))), argv
 
 
-def test_a_store_is_mounted_to_be_written() -> None:
+def test_contain_mounts_a_store_writable() -> None:
     launch = Launch(("ollama", "serve"), {"OLLAMA_MODELS": "/store"}, requires=("/store",))
     assert "type=bind,source=/store,target=/store" in plan(launch).launch.argv
 
 
 @pytest.mark.parametrize("mounts", [("/models:/models:ro",), ("/a:/b", "/:/models/qwen")])
-def test_what_a_mount_covers_is_not_mounted_again(mounts: tuple[str, ...]) -> None:
+def test_contain_does_not_mount_a_covered_path(mounts: tuple[str, ...]) -> None:
     assert sum(word == "--mount" for word in plan(mounts=mounts).launch.argv) == len(mounts)
 
 
@@ -111,7 +111,7 @@ def test_what_a_mount_covers_is_not_mounted_again(mounts: tuple[str, ...]) -> No
         (("/a:/mod",), ("/a", "/models/qwen")),
     ],
 )
-def test_what_must_exist_is_looked_for_on_this_machine(mounts: tuple[str, ...], requires: tuple[str, ...]) -> None:
+def test_contain_requires_paths_of_this_machine(mounts: tuple[str, ...], requires: tuple[str, ...]) -> None:
     assert plan(mounts=mounts).launch.requires == requires
 
 
@@ -127,7 +127,7 @@ def test_what_must_exist_is_looked_for_on_this_machine(mounts: tuple[str, ...], 
         {"launch": Launch(())},
     ],
 )
-def test_what_cannot_be(changes: dict[str, Any]) -> None:
+def test_contain_invalid_setting_is_an_error(changes: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="coder") as caught:
         plan(**changes)
     assert not caught.value.recoverable
@@ -137,16 +137,16 @@ def test_what_cannot_be(changes: dict[str, Any]) -> None:
     ("fleet", "instance", "name"),
     [("mac studio", "a/b:c", "fleetd-mac-studio-a-b-c"), ("box", "coder", "fleetd-box-coder")],
 )
-def test_names(fleet: str, instance: str, name: str) -> None:
+def test_container_name_is_valid_for_docker(fleet: str, instance: str, name: str) -> None:
     assert container_name(fleet, instance) == name
 
 
-def test_orphans_are_found_by_label() -> None:
-    command = find_command("box")
+def test_unknown_containers_are_found_by_label() -> None:
+    command = list_command("box")
     assert command[:5] == ("docker", "ps", "--all", "--filter", "label=fleetd.fleet=box")
     output = "abc\tcoder\ndef\tgone\n\nbroken line\n"
-    assert found(output, {"coder"}) == [("def", "gone")]
-    assert found("", ()) == []
+    assert unknown_containers(output, {"coder"}) == [("def", "gone")]
+    assert unknown_containers("", ()) == []
 
 
 @pytest.mark.parametrize(
@@ -170,19 +170,19 @@ def test_orphans_are_found_by_label() -> None:
         (125, "", "CRASH", "the container could not be started"),
     ],
 )  # fmt: skip
-def test_why_the_client_itself_ended(code: int, line: str, kind: str, said: str) -> None:
+def test_client_verdict_explains_a_failed_client(code: int, line: str, kind: str, said: str) -> None:
     verdict = client_verdict(code, ["pulling", line] if line else [], "p")
     assert verdict is not None
     assert verdict.kind is ExitKind[kind]
     assert verdict.reason.startswith(said)
 
 
-def test_an_end_of_the_program_inside_is_its_engine_s_to_judge() -> None:
+def test_client_verdict_exit_of_inner_program_is_none() -> None:
     assert client_verdict(1, ["port is already allocated"]) is None
     assert client_verdict(None, []) is None
     assert [inner_signal(code) for code in (137, 139, 1, 0, None)] == ["SIGKILL", "SIGSEGV", None, None, None]
 
 
-def test_a_removal_of_nothing_is_a_removal() -> None:
-    assert absent("Error: No such container: fleetd-a")
-    assert not absent("Cannot connect to the Docker daemon")
+def test_no_such_container_reads_the_clients_message() -> None:
+    assert no_such_container("Error: No such container: fleetd-a")
+    assert not no_such_container("Cannot connect to the Docker daemon")

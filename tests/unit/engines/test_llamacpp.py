@@ -83,18 +83,18 @@ FLAGS: list[tuple[dict[str, Any], dict[str, str | None]]] = [
 
 
 @pytest.mark.parametrize(("options", "wanted"), FLAGS)
-def test_flags(options: dict[str, Any], wanted: dict[str, str | None]) -> None:
+def test_launch_options_become_flags(options: dict[str, Any], wanted: dict[str, str | None]) -> None:
     found = flags_of(**options)
     assert {flag: found.get(flag) for flag in wanted} == wanted
 
 
 @pytest.mark.parametrize(("options", "wanted"), FLAGS)
-def test_the_embedded_server_knows_every_flag(options: dict[str, Any], wanted: object) -> None:
+def test_server_main_accepts_every_launch_flag(options: dict[str, Any], wanted: object) -> None:
     argv = ENGINE.launch(context(command=("x",), **options)).argv[1:]
     assert server_main.parse(argv)
 
 
-def test_program_is_llama_server_from_path_else_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_uses_llama_server_else_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = tmp_path / "llama-server"
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
@@ -114,7 +114,7 @@ def test_program_is_llama_server_from_path_else_the_wheel(tmp_path: Path, monkey
     assert not caught.value.recoverable
 
 
-def test_requires_every_file() -> None:
+def test_launch_requires_every_file() -> None:
     launch = ENGINE.launch(
         context(
             "/m/big-00001-of-00003.gguf",
@@ -128,7 +128,7 @@ def test_requires_every_file() -> None:
     assert launch.requires == (*parts, "/m/p.gguf", "/m/l.gguf", "/m/t")
 
 
-def test_key_goes_by_environment() -> None:
+def test_launch_passes_the_key_in_the_environment() -> None:
     launch = ENGINE.launch(context(api_key="sekrit", command=("x",)))
     assert launch.env["LLAMA_API_KEY"] == "sekrit"
     assert launch.secret_env == {"LLAMA_API_KEY"}
@@ -158,19 +158,19 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("options", "path", "said"), MISTAKES)
-def test_mistakes(options: dict[str, Any], path: tuple[str, ...], said: str) -> None:
+def test_validate_reports_mistake_at_its_option(options: dict[str, Any], path: tuple[str, ...], said: str) -> None:
     found = [problem for problem in ENGINE.validate(context(**{"command": ("x",), **options})) if not problem.warning]
     assert [(problem.path, said in problem.message) for problem in found] == [(path, True)]
 
 
-def test_unknown_flags_are_a_mistake_for_the_embedded_server_only() -> None:
+def test_validate_unknown_flag_fails_for_embedded_server_only() -> None:
     entry = context(extra_args=["--rpc", "host:1", "--temp", "-1"], env={"PATH": "/nowhere"})
     (problem,) = ENGINE.validate(entry)
     assert "--rpc" in problem.message
     assert not ENGINE.validate(replace(entry, command=("/opt/llama-server",)))
 
 
-def test_warnings_and_broken_files(tmp_path: Path) -> None:
+def test_validate_broken_file_is_a_warning(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "m.gguf", context=512)
     (problem,) = ENGINE.validate(context(path, context_length=512, cache_type_k="q8_0"))
     assert problem.path == ("cache_type_k",)
@@ -189,7 +189,7 @@ def test_warnings_and_broken_files(tmp_path: Path) -> None:
     [{}, {"model": ""}, {"model": "x", "parallel": 0}, {"model": "x", "gpu_layers": "all"}, {"model": "x", "ctx": 1},
      {"model": "x", "cache_type_k": "q3"}, {"model": "x", "cache_ram": "10G"}, {"model": "x", "lora": [{"scale": 1}]}],
 )  # fmt: skip
-def test_types(bad: dict[str, Any]) -> None:
+def test_options_wrong_type_is_rejected(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="LlamaCppOptions"):
         LlamaCppOptions(**bad)
 
@@ -219,11 +219,11 @@ EXITS = [
 
 
 @pytest.mark.parametrize(("code", "number", "line", "kind"), EXITS)
-def test_exits(code: int | None, number: str | None, line: str, kind: ExitKind) -> None:
+def test_classify_exit_reads_the_log(code: int | None, number: str | None, line: str, kind: ExitKind) -> None:
     assert ENGINE.classify_exit(code, number, ["I srv init: loading", line, "I srv cleaning up"]).kind is kind
 
 
-def test_a_busy_server_is_alive() -> None:
+def test_alive_busy_server_is_ok() -> None:
     async def run(base: str) -> Any:
         async with aiohttp.ClientSession() as client:
             slow = asyncio.create_task(client.post(base + "/v1/chat/completions", json={"messages": []}))
@@ -241,7 +241,7 @@ def test_a_busy_server_is_alive() -> None:
     assert took_s < 3
 
 
-def test_a_wedged_server_is_not_alive() -> None:
+def test_alive_hanging_server_fails() -> None:
     async def run(base: str) -> Any:
         async with aiohttp.ClientSession() as client:
             return await ENGINE.alive(client, Endpoint(base), None, 0.5)
@@ -328,7 +328,7 @@ def residents(server: Real) -> list[str]:
 
 
 @needs_wheel
-def test_serves_under_its_fleet_name(tiny: Path, tmp_path: Path) -> None:
+def test_server_main_serves_under_the_fleet_name(tiny: Path, tmp_path: Path) -> None:
     with real(tmp_path, context(tiny, served_as="org/tiny:1", context_length=1024, parallel=3, threads=1)) as server:
         chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
         status, body = server.request("POST", "/v1/chat/completions", chat)
@@ -352,7 +352,7 @@ def test_serves_under_its_fleet_name(tiny: Path, tmp_path: Path) -> None:
 
 @needs_wheel
 @pytest.mark.parametrize("options", [{"embeddings": True, "pooling": "mean"}, {"embeddings": True}, {"rerank": True}])
-def test_embedding_servers_are_alive(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_alive_embedding_server_is_ok(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with real(tmp_path, context(tiny, context_length=512, threads=1, **options)) as server:
         assert alive(server).ok
         if options.get("pooling"):
@@ -362,7 +362,7 @@ def test_embedding_servers_are_alive(tiny: Path, tmp_path: Path, options: dict[s
 
 
 @needs_wheel
-def test_asks_for_its_key(tiny: Path, tmp_path: Path) -> None:
+def test_server_main_requires_its_key(tiny: Path, tmp_path: Path) -> None:
     with real(tmp_path, context(tiny, context_length=512, threads=1, api_key="sekrit")) as server:
         completion = {"prompt": "a", "max_tokens": 1}
         assert server.request("POST", "/v1/completions", completion)[0] == 401
@@ -383,7 +383,7 @@ def test_asks_for_its_key(tiny: Path, tmp_path: Path) -> None:
      {"batch": 64, "ubatch": 32, "seed": 3}, {"chat_template": "{{ messages[0]['content'] }}", "jinja": True},
      {"cache_ram": "8MiB", "extra_args": ("--temp", "0", "--no-warmup")}],
 )  # fmt: skip
-def test_options_reach_the_engine(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_server_main_applies_the_options(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with real(tmp_path, context(tiny, context_length=512, threads=1, **options)) as server:
         status, _ = server.request(
             "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -397,7 +397,7 @@ def test_options_reach_the_engine(tiny: Path, tmp_path: Path, options: dict[str,
     [(b"<html>", ExitKind.BAD_CONFIG, "not a GGUF file"), (b"GGUF\x03\0\0\0", ExitKind.BAD_CONFIG, "load"),
      (None, ExitKind.CRASH, "No such file")],
 )  # fmt: skip
-def test_a_bad_model_ends_with_its_reason(tmp_path: Path, data: bytes | None, kind: ExitKind, said: str) -> None:
+def test_server_main_bad_model_exits_with_reason(tmp_path: Path, data: bytes | None, kind: ExitKind, said: str) -> None:
     path = tmp_path / "bad.gguf"
     if data is not None:
         path.write_bytes(data)
@@ -409,7 +409,7 @@ def test_a_bad_model_ends_with_its_reason(tmp_path: Path, data: bytes | None, ki
 
 
 @needs_wheel
-def test_a_taken_port_is_known(tiny: Path, tmp_path: Path) -> None:
+def test_server_main_used_port_is_classified(tiny: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         launch = ENGINE.launch(context(tiny, port=taken.getsockname()[1], env={"PATH": "/nowhere"}))
         done = subprocess.run(launch.argv, capture_output=True, text=True, timeout=30, check=False)
@@ -418,7 +418,7 @@ def test_a_taken_port_is_known(tiny: Path, tmp_path: Path) -> None:
 
 
 @needs_wheel
-def test_term_stops_it_while_it_loads(tmp_path: Path) -> None:
+def test_server_main_sigterm_stops_it_during_a_load(tmp_path: Path) -> None:
     """Loading holds the interpreter: a handler of Python would wait for its end."""
     model = tiny_gguf.write(tmp_path / "big.gguf", tiny_gguf.sized(200))
     with real(tmp_path, context(model, load_mode="read", threads=1), wait=False) as server:
@@ -430,7 +430,7 @@ def test_term_stops_it_while_it_loads(tmp_path: Path) -> None:
 
 
 @needs_wheel
-def test_from_nothing_to_an_answer(tiny: Path, tmp_path: Path) -> None:
+def test_server_main_answers_soon_after_its_start(tiny: Path, tmp_path: Path) -> None:
     """Some 45 ms on an idle machine, and 2 ms to stop; the bounds leave room for a busy one."""
     answered, stopped = [], []
     for _ in range(5):
@@ -451,7 +451,7 @@ def test_from_nothing_to_an_answer(tiny: Path, tmp_path: Path) -> None:
 
 
 @needs_wheel
-def test_the_child_imports_nothing_heavy() -> None:
+def test_server_main_imports_nothing_heavy() -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(command.EMBEDDED_SERVER.parent)!r}); import server_main as child; child.load_library();"
         "print(sorted(name for name in ('inspect', 'orjson', 'asyncio', 'argparse', 'logging', 'fleetd') if name in sys.modules))"
@@ -461,7 +461,7 @@ def test_the_child_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.skipif(shutil.which("llama-server") is None, reason="llama-server is not installed")
-def test_llama_server_takes_the_same_command_line(tiny: Path, tmp_path: Path) -> None:
+def test_llama_server_accepts_the_same_command_line(tiny: Path, tmp_path: Path) -> None:
     program = str(shutil.which("llama-server"))
     with real(tmp_path, context(tiny, command=(program,), context_length=512, threads=1)) as server:
         assert alive(server).ok

@@ -18,17 +18,14 @@ import pytest
 
 from bench.rig import free_port
 from fleetd.core.data.specs import ExitKind
-from fleetd.engines.base import Api, Endpoint, LaunchContext, ServedModel
-from fleetd.engines.external import engine as external
-from fleetd.engines.external.options import ExternalOptions
-from fleetd.engines.listed_models import LISTED_MODELS
+from fleetd.engines.base import LaunchContext, ServedModel
 from fleetd.engines.lmstudio import engine
 from fleetd.engines.lmstudio.model_server import LmStudioServer
 from fleetd.engines.lmstudio.options import LmStudioOptions
 from fleetd.errors import EngineError
 from tests.support.engines import FAKE, fake
 
-ENGINE, EXTERNAL, SERVER = engine.ENGINE, external.ENGINE, LmStudioServer()
+ENGINE, SERVER = engine.ENGINE, LmStudioServer()
 CHILD = Path(engine.__file__).with_name("server_main.py")
 
 
@@ -40,7 +37,7 @@ def context(**changes: Any) -> LaunchContext:
 # -- models -------------------------------------------------------------------------------------------------------------
 
 
-def test_load_list_unload(tmp_path: Path) -> None:
+def test_server_loads_lists_and_unloads(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", "--models", "a=1000,b-embed=2000") as server:
             http, endpoint = server.http, server.endpoint
@@ -65,7 +62,7 @@ def test_load_list_unload(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_probe_never_loads_just_in_time(tmp_path: Path) -> None:
+def test_alive_never_causes_a_load(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", "--models", "a=1000") as server:
             for model in (None, ServedModel("A", "a")):
@@ -82,7 +79,9 @@ def test_a_probe_never_loads_just_in_time(tmp_path: Path) -> None:
         (("--models", "a", "--fail-load"), "a", "insufficient resources", True),
     ],
 )
-def test_failed_loads(tmp_path: Path, arguments: tuple[str, ...], name: str, text: str, recoverable: bool) -> None:
+def test_load_failure_is_an_error(
+    tmp_path: Path, arguments: tuple[str, ...], name: str, text: str, recoverable: bool
+) -> None:
     async def go() -> None:
         async with fake(tmp_path, "lmstudio", *arguments) as server:
             with pytest.raises(EngineError, match=text) as caught:
@@ -92,7 +91,7 @@ def test_failed_loads(tmp_path: Path, arguments: tuple[str, ...], name: str, tex
     asyncio.run(go())
 
 
-def test_another_server_is_told_from_lm_studio(tmp_path: Path) -> None:
+def test_loaded_from_another_server_is_an_error(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai") as server:
             with pytest.raises(EngineError, match="does not list models in the format of LM Studio"):
@@ -111,7 +110,7 @@ def test_another_server_is_told_from_lm_studio(tmp_path: Path) -> None:
         ({"flash_attention": 1}, "true or false"),
     ],
 )
-def test_options_of_a_load(options: Mapping[str, Any], text: str) -> None:
+def test_validate_load_option_mistake_is_reported(options: Mapping[str, Any], text: str) -> None:
     found = ENGINE.validate(context(models=(ServedModel("m", "a", options=options),)))
     assert len(found) == 1
     assert text in found[0].message
@@ -180,7 +179,7 @@ def calls(tmp_path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("daemon", "down"), [("running", False), ("stopped", True)])
-def test_the_child_starts_and_stops_the_server(tmp_path: Path, daemon: str, down: bool) -> None:
+def test_server_main_starts_and_stops_the_server(tmp_path: Path, daemon: str, down: bool) -> None:
     port = free_port()
     process = child(tmp_path, port, daemon=daemon)
     try:
@@ -196,7 +195,7 @@ def test_the_child_starts_and_stops_the_server(tmp_path: Path, daemon: str, down
     assert (["daemon", "down"] in calls(tmp_path)) is down
 
 
-def test_the_child_ends_when_the_server_is_gone(tmp_path: Path) -> None:
+def test_server_main_exits_when_the_server_is_gone(tmp_path: Path) -> None:
     port = free_port()
     process = child(tmp_path, port)
     try:
@@ -212,7 +211,7 @@ def test_the_child_ends_when_the_server_is_gone(tmp_path: Path) -> None:
     assert ENGINE.classify_exit(1, None, lines).kind is ExitKind.CRASH
 
 
-def test_the_child_says_why_a_start_failed(tmp_path: Path) -> None:
+def test_server_main_failed_start_prints_the_reason(tmp_path: Path) -> None:
     process = child(tmp_path, free_port(), broken=True)
     assert process.wait(30) == 1
     text = (tmp_path / "child.log").read_text()
@@ -220,7 +219,7 @@ def test_the_child_says_why_a_start_failed(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_the_child_wants_a_program() -> None:
+def test_server_main_without_command_is_a_usage_error() -> None:
     done = subprocess.run([sys.executable, "-I", str(CHILD), "--port", "1"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert "the command of lms is missing" in done.stderr
@@ -235,7 +234,7 @@ def test_the_child_wants_a_program() -> None:
     assert "Traceback" not in gone.stderr
 
 
-def test_the_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_finds_lms_or_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleetd.engines.lmstudio.engine.PLACES", ())
     with pytest.raises(EngineError, match="no program named lms") as caught:
         ENGINE.launch(context(env={"PATH": str(tmp_path)}))
@@ -252,52 +251,7 @@ def test_the_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (None, None, [], ExitKind.UNKNOWN),
     ],
 )
-def test_exits(code: int | None, signal_name: str | None, lines: list[str], kind: ExitKind) -> None:
+def test_classify_exit_reads_code_and_log(
+    code: int | None, signal_name: str | None, lines: list[str], kind: ExitKind
+) -> None:
     assert ENGINE.classify_exit(code, signal_name, lines).kind is kind
-
-
-# -- external -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_external_server_is_asked_for_its_models(tmp_path: Path) -> None:
-    async def go() -> None:
-        async with fake(tmp_path, "openai", "--model", "gpt") as server:
-            http = server.http
-            endpoint = server.endpoint
-            assert (await EXTERNAL.alive(http, endpoint, None, 5)).ok
-            assert (await EXTERNAL.alive(http, endpoint, ServedModel("m", "gpt"), 5)).ok
-            assert not (await EXTERNAL.alive(http, endpoint, ServedModel("m", "other"), 5)).ok
-            assert [resident.served_as for resident in await LISTED_MODELS.loaded(http, endpoint)] == ["gpt"]
-            assert await LISTED_MODELS.load(http, endpoint, ServedModel("m", "gpt"), 5) == {}
-            with pytest.raises(EngineError, match="has no model other; it lists gpt"):
-                await LISTED_MODELS.load(http, endpoint, ServedModel("m", "other"), 5)
-            await LISTED_MODELS.unload(http, endpoint, ServedModel("m", "gpt"), 5)
-            stats = await server.get("/fake/stats")
-            assert stats["finished"] == 0  # not one token was asked for
-
-    asyncio.run(go())
-
-
-def test_an_error_with_status_200_is_no_list(tmp_path: Path) -> None:
-    async def go() -> None:
-        async with fake(tmp_path, "lmstudio") as server:
-            outcome = await EXTERNAL.alive(server.http, Endpoint(server.endpoint.base_url + "/api"), None, 5)
-            assert not outcome.ok
-            assert "did not answer" in outcome.detail
-
-    asyncio.run(go())
-
-
-def test_external_is_never_started() -> None:
-    assert not EXTERNAL.capabilities.owns_process
-    plain = context(options=ExternalOptions())
-    assert EXTERNAL.validate(plain) == []
-    with pytest.raises(EngineError, match="starts no process"):
-        EXTERNAL.launch(plain)
-    assert [problem.path for problem in EXTERNAL.validate(context(options=ExternalOptions(), command=("x",)))] == [
-        ("command",)
-    ]
-    assert [problem.path for problem in EXTERNAL.validate(context(options=ExternalOptions(api=Api.NONE)))] == [("api",)]
-    footprint = EXTERNAL.estimate(plain, None)
-    assert footprint is not None
-    assert footprint.bytes == {}

@@ -83,7 +83,7 @@ def rendered(**options: Any) -> Mapping[str, str]:
         ("hsa_override_gfx_version", "11.0.0", "HSA_OVERRIDE_GFX_VERSION", "11.0.0"),
     ],
 )
-def test_each_option_is_its_variable(option: str, value: Any, variable: str, text: str) -> None:
+def test_launch_option_becomes_its_variable(option: str, value: Any, variable: str, text: str) -> None:
     assert rendered(**{option: value})[variable] == text
 
 
@@ -91,7 +91,7 @@ def test_every_option_has_a_variable() -> None:
     assert set(OllamaOptions.model_fields) == {*TYPED, "api_key"}
 
 
-def test_defaults_leave_every_decision_to_fleetd() -> None:
+def test_launch_defaults_leave_decisions_to_fleetd() -> None:
     env = rendered()
     assert {
         "OLLAMA_KEEP_ALIVE": "-1",
@@ -107,20 +107,20 @@ def test_defaults_leave_every_decision_to_fleetd() -> None:
     assert "OLLAMA_MODELS" not in env
 
 
-def test_a_key_is_for_servers_of_others() -> None:
+def test_validate_api_key_needs_external() -> None:
     keyed = context(options={"api_key": "k"})
     (problem,) = ENGINE.validate(keyed)
     assert problem.path == ("api_key",)
     assert not ENGINE.validate(replace(keyed, external=True))
 
 
-def test_as_many_models_as_the_fleet_asks_for() -> None:
+def test_launch_max_loaded_models_covers_the_fleet() -> None:
     models = tuple(ServedModel(f"m{number}", f"m{number}") for number in range(12))
     assert ENGINE.launch(context(models=models)).env["OLLAMA_MAX_LOADED_MODELS"] == "12"
 
 
 @given(st.floats(min_value=0, max_value=3e8, allow_nan=False))
-def test_durations_are_whole_milliseconds(seconds: float) -> None:
+def test_launch_duration_is_in_whole_milliseconds(seconds: float) -> None:
     env = ENGINE.launch(
         LaunchContext("o", OllamaOptions.model_construct(keep_alive=seconds), "::1", 1, command=("ollama",))
     ).env
@@ -133,7 +133,7 @@ def test_durations_are_whole_milliseconds(seconds: float) -> None:
     ("host", "port", "text"),
     [("127.0.0.1", 11434, "127.0.0.1:11434"), ("::1", 1234, "[::1]:1234"), ("localhost", 80, "localhost:80")],
 )
-def test_address(host: str, port: int, text: str) -> None:
+def test_launch_host_is_the_address(host: str, port: int, text: str) -> None:
     assert ENGINE.launch(context(host=host, port=port)).env["OLLAMA_HOST"] == text
 
 
@@ -150,27 +150,27 @@ def test_address(host: str, port: int, text: str) -> None:
         (None, "unified", {}),
     ],
 )
-def test_a_server_sees_its_own_device_only(uuid: str | None, device: str, expected: Mapping[str, str]) -> None:
+def test_launch_shows_only_its_own_device(uuid: str | None, device: str, expected: Mapping[str, str]) -> None:
     env = ENGINE.launch(context(device_uuid=uuid, device=device)).env
     seen = {key: env[key] for key in env if key.endswith("VISIBLE_DEVICES")}
     assert seen == expected
 
 
-def test_inherited_variables_cannot_leak_in() -> None:
+def test_launch_unsets_inherited_variables() -> None:
     launch = ENGINE.launch(context(env={"OLLAMA_DEBUG": "1"}))
     assert "LLAMA_API_KEY" in launch.unset_env
     assert "OLLAMA_KV_CACHE_TYPE" in launch.unset_env
     assert not set(launch.unset_env) & {*launch.env, "OLLAMA_DEBUG", "OLLAMA_MODELS"}
 
 
-def test_models_dir_must_exist_before_a_start(tmp_path: Path) -> None:
+def test_launch_requires_models_dir(tmp_path: Path) -> None:
     launch = ENGINE.launch(context(options={"models_dir": "models"}, config_dir=tmp_path))
     assert launch.requires == (str(tmp_path / "models"),)
     assert launch.env["OLLAMA_MODELS"] == str(tmp_path / "models")
     assert ENGINE.launch(context(env={"OLLAMA_MODELS": "/Volumes/X"})).requires == ("/Volumes/X",)
 
 
-def test_load_options_are_written_into_the_model_that_is_made() -> None:
+def test_recipe_contains_the_load_options() -> None:
     """Requests to /v1 carry none, so Ollama has to know them by itself; a change of one makes the model anew."""
     modelfile = {"system": "Hi.", "parameters": {"top_k": 3}}
     keys = ServedModel("m", "m", source="/m.gguf", modelfile=modelfile, options={"num_ctx": "2048", "use_mmap": False})
@@ -181,7 +181,7 @@ def test_load_options_are_written_into_the_model_that_is_made() -> None:
     assert changed.content_hash({}) != made.content_hash({})
 
 
-def test_a_derived_model_is_estimated_by_the_one_that_it_is_made_from(tmp_path: Path) -> None:
+def test_estimate_derived_model_uses_its_base(tmp_path: Path) -> None:
     path, digest = tiny_gguf.write(tmp_path / "m.gguf"), "sha256:" + "a" * 64
     blob = store.blob_path(tmp_path, digest)
     blob.parent.mkdir()
@@ -196,7 +196,7 @@ def test_a_derived_model_is_estimated_by_the_one_that_it_is_made_from(tmp_path: 
     assert ENGINE.estimate(ready, replace(derived, source="~nouser/m.gguf")) is None
 
 
-def test_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_finds_ollama_or_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleetd.engines.ollama.engine.PLACES", ())
     with pytest.raises(EngineError, match="no program named ollama") as caught:
         ENGINE.launch(context(command=(), env={"PATH": str(tmp_path)}))
@@ -224,7 +224,7 @@ def test_program_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {"hsa_override_gfx_version": "gfx1100"},
     ],
 )
-def test_options_that_ollama_would_swallow_are_refused(options: Mapping[str, Any]) -> None:
+def test_options_wrong_value_is_rejected(options: Mapping[str, Any]) -> None:
     with pytest.raises(ValidationError):
         OllamaOptions(**options)
 
@@ -290,19 +290,21 @@ def test_options_that_ollama_would_swallow_are_refused(options: Mapping[str, Any
         ),
     ],
 )
-def test_problems(changes: Mapping[str, Any], path: tuple[str, ...], text: str, warning: bool) -> None:
+def test_validate_reports_problem_at_its_key(
+    changes: Mapping[str, Any], path: tuple[str, ...], text: str, warning: bool
+) -> None:
     found = ENGINE.validate(context(**changes))
     assert [(problem.path, problem.warning) for problem in found if text in problem.message] == [(path, warning)], found
 
 
-def test_nothing_is_wrong_with_a_plain_fleet(tmp_path: Path) -> None:
+def test_validate_plain_entry_has_no_problem(tmp_path: Path) -> None:
     options = {"models_dir": str(tmp_path), "kv_cache_type": "q8_0", "flash_attention": True, "num_parallel": 4}
     env = {"OLLAMA_DEBUG": "1", "HTTPS_PROXY": "http://proxy", "OLLAMA_SCHED_SPREAD": "T"}
     assert ENGINE.validate(context(options=options, env=env, models=(ServedModel("a", "ns/a:q8_0"),))) == []
 
 
 @given(st.text(max_size=8))
-def test_only_go_booleans_pass(text: str) -> None:
+def test_validate_env_accepts_only_go_booleans(text: str) -> None:
     found = ENGINE.validate(context(env={"OLLAMA_VULKAN": text}))
     plain = text.strip().strip("\"'")
     assert bool(found) == bool(plain and plain not in GO_BOOLEANS)
@@ -328,7 +330,9 @@ def test_only_go_booleans_pass(text: str) -> None:
         (1, None, ["", "something odd"], ExitKind.CRASH),
     ],
 )
-def test_exits(code: int | None, signal: str | None, lines: list[str], kind: ExitKind) -> None:
+def test_classify_exit_reads_code_and_log(
+    code: int | None, signal: str | None, lines: list[str], kind: ExitKind
+) -> None:
     verdict = ENGINE.classify_exit(code, signal, lines)
     assert verdict.kind is kind
     assert describe_exit(ExitReport(code, signal, kind=verdict.kind, reason=verdict.reason))
@@ -346,7 +350,7 @@ def test_exits(code: int | None, signal: str | None, lines: list[str], kind: Exi
         (0, 0, {"host": PROCESS_BYTES}),
     ],
 )
-def test_bytes_of_a_resident(size: Any, vram: Any, expected: Mapping[str, int]) -> None:
+def test_device_bytes_splits_size(size: Any, vram: Any, expected: Mapping[str, int]) -> None:
     assert device_bytes({"size": size, "size_vram": vram}) == expected
 
 
@@ -361,11 +365,11 @@ def test_bytes_of_a_resident(size: Any, vram: Any, expected: Mapping[str, int]) 
         ("hf.co/me/tiny:q4", "hf.co/me/tiny:q4"),
     ],
 )
-def test_canonical_names(text: str, name: str) -> None:
+def test_canonical_name_drops_implied_parts(text: str, name: str) -> None:
     assert SERVER.canonical_name(text) == name
 
 
-def test_load_list_unload(tmp_path: Path) -> None:
+def test_server_loads_lists_and_unloads(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000000,b=2000000") as server:
             http, endpoint = server.http, server.endpoint
@@ -383,7 +387,7 @@ def test_load_list_unload(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_embedding_models_load_by_their_own_route(tmp_path: Path) -> None:
+def test_load_embedding_model_uses_its_route(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "nomic-embed=1000") as server:
             for embedding in (True, False):
@@ -396,7 +400,7 @@ def test_embedding_models_load_by_their_own_route(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
+def test_load_missing_model_error_has_hint(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000") as server:
             with pytest.raises(EngineError, match="has no model nope") as caught:
@@ -408,7 +412,7 @@ def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_busy_is_worth_another_try(tmp_path: Path) -> None:
+def test_load_busy_server_is_recoverable(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--busy") as server:
             with pytest.raises(EngineError, match="server busy") as caught:
@@ -418,7 +422,7 @@ def test_busy_is_worth_another_try(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_load_has_a_deadline(tmp_path: Path) -> None:
+def test_load_exceeding_timeout_is_an_error(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--load-time", "60") as server:
             with pytest.raises(EngineError, match="did not answer within") as caught:
@@ -428,7 +432,7 @@ def test_a_load_has_a_deadline(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_probe_never_loads(tmp_path: Path) -> None:
+def test_alive_never_causes_a_load(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000,b=1000") as server:
             for model in (None, ServedModel("a", "a")):
@@ -442,7 +446,7 @@ def test_a_probe_never_loads(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_wedged_runner_is_not_alive(tmp_path: Path) -> None:
+def test_alive_hanging_runner_fails(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "ollama", "--models", "a=1000", "--hang-after", "0") as server:
             await server.post("/api/generate", {"model": "a", "keep_alive": -1, "stream": False})
@@ -455,7 +459,7 @@ def test_a_wedged_runner_is_not_alive(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_no_server_is_one_sentence(tmp_path: Path) -> None:
+def test_loaded_without_server_is_one_sentence(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "openai") as server:  # speaks, but not Ollama's dialect
             with pytest.raises(EngineError):
@@ -467,5 +471,5 @@ def test_no_server_is_one_sentence(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_pinned_options() -> None:
+def test_pinned_options_are_load_time_options_only() -> None:
     assert pinned_options(ServedModel("a", "a", options={"num_ctx": 1, "temperature": 2})) == {"num_ctx": 1}

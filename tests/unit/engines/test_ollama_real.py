@@ -66,7 +66,7 @@ def names(residents: Any) -> set[str]:
     return {resident.served_as for resident in residents}
 
 
-def test_in_place_load_chat_evict(tmp_path: Path) -> None:
+def test_model_in_place_is_built_loaded_and_evicted(tmp_path: Path) -> None:
     ready = context(tmp_path)
 
     async def go() -> None:
@@ -117,7 +117,7 @@ def test_in_place_load_chat_evict(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_probe_starts_no_new_runner(tmp_path: Path) -> None:
+def test_alive_starts_no_new_runner(tmp_path: Path) -> None:
     ready = context(tmp_path)
 
     async def go() -> None:
@@ -136,7 +136,7 @@ def test_a_probe_starts_no_new_runner(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_load_options_hold_over_requests_that_carry_none(tmp_path: Path) -> None:
+def test_load_options_survive_requests_without_them(tmp_path: Path) -> None:
     """Of a model made from a file, and of one derived from a model that somebody else made."""
     ready = context(tmp_path, context_length=512)
 
@@ -171,7 +171,7 @@ def children(server: Server) -> set[int]:
     return {child.pid for child in psutil.Process(server.process.pid).children(recursive=True)}
 
 
-def test_quantised_by_ollama(tmp_path: Path) -> None:
+def test_build_quantises_a_model(tmp_path: Path) -> None:
     ready = context(tmp_path)
 
     async def go() -> None:
@@ -195,7 +195,7 @@ def test_quantised_by_ollama(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_manifest_by_hand_is_what_create_would_have_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_manifest_equals_that_of_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 0.30 on, /api/create copies; the manifest that fleetd writes then must say the same as Ollama's own."""
     ready = context(tmp_path)
     modelfile = {
@@ -227,7 +227,7 @@ def test_a_manifest_by_hand_is_what_create_would_have_made(tmp_path: Path, monke
     asyncio.run(go())
 
 
-def test_three_replicas_share_a_store(tmp_path: Path) -> None:
+def test_replicas_of_one_store_build_a_model_once(tmp_path: Path) -> None:
     ready = [context(tmp_path) for _ in range(3)]
 
     async def go() -> None:
@@ -250,7 +250,7 @@ def test_three_replicas_share_a_store(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_kill_leaves_runners_in_the_group(tmp_path: Path) -> None:
+def test_kill_of_server_leaves_runners_in_the_group(tmp_path: Path) -> None:
     """Why the host sweeps the whole set: the server is dead, its runner holds the memory."""
     ready = context(tmp_path)
 
@@ -276,7 +276,7 @@ def test_a_kill_leaves_runners_in_the_group(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_taken_port_and_its_verdict(tmp_path: Path) -> None:
+def test_used_port_is_classified(tmp_path: Path) -> None:
     ready = context(tmp_path)
 
     async def go() -> None:
@@ -291,7 +291,7 @@ def test_a_taken_port_and_its_verdict(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_missing_and_dangling(tmp_path: Path) -> None:
+def test_load_missing_model_or_file_is_an_error(tmp_path: Path) -> None:
     ready = context(tmp_path)
 
     async def go() -> None:

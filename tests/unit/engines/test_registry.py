@@ -1,14 +1,17 @@
-"""Finding engines: unknown names, names of other packages, and packages that would replace one of ours."""
+"""The registry: unknown names, engines of other packages, and the check against the contract."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fleetd.core.data.specs import Capabilities
 from fleetd.engines import registry
+from fleetd.engines.generic.engine import GenericEngine
 from fleetd.errors import EngineError
 
 SOURCE = """
@@ -23,7 +26,7 @@ ENGINE = Mine()
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Install a package that brings engines, by the files that an installer would leave."""
+    """Install a package with engines, as the files that an installer writes."""
     (tmp_path / "other_engines.py").write_text(SOURCE)
     info = tmp_path / "other_engines-1.0.dist-info"
     info.mkdir()
@@ -46,7 +49,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.mark.parametrize(
     ("name", "near"), [("lamacpp", "llamacpp"), ("vLLM", "vllm"), ("olama", "ollama"), ("", None), ("\0", None)]
 )
-def test_unknown_names(name: str, near: str | None) -> None:
+def test_load_unknown_name_names_the_nearest(name: str, near: str | None) -> None:
     with pytest.raises(EngineError) as caught:
         registry.load(name)
     assert "llamacpp, lmstudio, ollama, process, vllm" in str(caught.value)
@@ -56,7 +59,7 @@ def test_unknown_names(name: str, near: str | None) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_other_packages_add_engines() -> None:
+def test_load_engine_of_another_package() -> None:
     assert "mine" in registry.names()
     assert registry.load("mine").name == "mine"
 
@@ -67,7 +70,34 @@ def test_other_packages_add_engines() -> None:
     [("vllm", "other-engines registers an engine named 'vllm'"), ("half", "lacks capabilities"), ("gone", "cannot be loaded"),
      ("maker", "calls itself 'mine'")],
 )  # fmt: skip
-def test_other_packages_cannot_break_or_replace(name: str, said: str) -> None:
+def test_load_invalid_entry_point_is_an_error(name: str, said: str) -> None:
     with pytest.raises(EngineError, match=said) as caught:
         registry.load(name)
     assert "other-engines" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"startup": object()}, "it lacks startup.phase, startup.learned"),
+        ({"server": object()}, "it lacks server.load, server.unload, server.loaded, server.canonical_name"),
+        ({"capabilities": Capabilities(many_models=True)}, "capabilities.many_models must be set exactly where"),
+        ({"launch": None}, "launch is not a method"),
+    ],
+)
+def test_contract_problems_names_what_is_wrong(change: dict[str, object], problem: str) -> None:
+    engine = type("Changed", (GenericEngine,), change)()
+    assert any(one.startswith(problem) for one in registry.contract_problems(engine))
+
+
+def test_contract_problems_of_built_in_engine_is_empty() -> None:
+    for name in registry.BUILT_IN:
+        assert registry.contract_problems(registry.load(name)) == []
+
+
+def test_recall_of_process_loads_no_pydantic() -> None:
+    program = (
+        "import sys; from fleetd.engines.registry import recall; recall('process'); print('pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"

@@ -86,18 +86,18 @@ def folder(tmp_path: Path, **config: Any) -> Path:
         ("lora_modules", (), []),
     ],
 )
-def test_words(name: str, value: Any, expected: list[str]) -> None:
+def test_words_of_a_value(name: str, value: Any, expected: list[str]) -> None:
     assert words(name, value) == expected
 
 
 @given(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans()), max_size=3))
-def test_mappings_come_back_as_they_were(value: dict[str, Any]) -> None:
+def test_words_of_a_mapping_round_trip(value: dict[str, Any]) -> None:
     flag, text = words("compilation_config", value)
     assert flag == "--compilation-config"
     assert json.loads(text) == value
 
 
-def test_a_whole_line() -> None:
+def test_launch_writes_the_whole_command_line() -> None:
     options = {
         "max_model_len": "8K", "kv_cache_memory": "2GiB", "gpu_memory_utilization": 0.5, "enable_sleep_mode": True,
         "dtype": "bfloat16", "tensor_parallel_size": 1, "shutdown_timeout": "30s", "extra_args": {"numa-bind": True},
@@ -121,18 +121,18 @@ def test_a_whole_line() -> None:
         ),
     ],
 )
-def test_the_command_is_the_users(command: tuple[str, ...], start: list[str]) -> None:
+def test_launch_keeps_the_users_command(command: tuple[str, ...], start: list[str]) -> None:
     assert line(command=command)[: len(start)] == start
 
 
-def test_a_folder_is_required_and_resolved(tmp_path: Path) -> None:
+def test_launch_requires_a_local_folder(tmp_path: Path) -> None:
     launch = ENGINE.launch(context(options={"model": "./models/qwen"}, config_dir=tmp_path))
     assert launch.requires == (str(tmp_path / "models" / "qwen"),)
     assert str(tmp_path / "models" / "qwen") in launch.argv
     assert ENGINE.launch(context()).requires == ()
 
 
-def test_keys_never_stand_on_the_line() -> None:
+def test_launch_keeps_keys_off_the_command_line() -> None:
     launch = ENGINE.launch(context(options={"api_key": "s3cret-key"}))
     assert launch.env["VLLM_API_KEY"] == "s3cret-key"
     assert "VLLM_API_KEY" in launch.secret_env
@@ -140,7 +140,7 @@ def test_keys_never_stand_on_the_line() -> None:
     assert "s3cret-key" not in repr(context(options={"api_key": "s3cret-key"}))
 
 
-def test_environment() -> None:
+def test_launch_options_become_variables() -> None:
     env = ENGINE.launch(context(options={"enable_sleep_mode": True, "offline": True, "cache_root": "/c"})).env
     assert CONSTANTS.items() <= env.items()
     assert env["CUDA_VISIBLE_DEVICES"] == UUID
@@ -152,13 +152,13 @@ def test_environment() -> None:
     assert {"VLLM_PORT", "PROMETHEUS_MULTIPROC_DIR"} <= set(plain.unset_env)
 
 
-def test_hashed_variables_are_equal_for_every_instance() -> None:
+def test_launch_hashed_variables_are_equal_for_all() -> None:
     one, other = (ENGINE.launch(context(name=name, port=port)).env for name, port in (("a", 1), ("b", 2)))
     assert one == other
 
 
 @pytest.mark.parametrize("name", sorted(REMOVED))
-def test_removed_options_say_why(name: str) -> None:
+def test_validate_removed_option_names_replacement(name: str) -> None:
     with pytest.raises(ValidationError, match=name):
         VllmOptions.model_validate({"model": "m", name: 1})
     assert VllmOptions.refused[name] == REMOVED[name]
@@ -181,7 +181,7 @@ def test_removed_options_say_why(name: str) -> None:
         {"model": ""},
     ],
 )
-def test_bad_options(options: Mapping[str, Any]) -> None:
+def test_options_wrong_value_is_rejected(options: Mapping[str, Any]) -> None:
     with pytest.raises(ValidationError):
         VllmOptions.model_validate({"model": "m", **options})
 
@@ -189,7 +189,7 @@ def test_bad_options(options: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "tokens"), [("8k", 8000), ("8K", 8192), ("1m", 1_000_000), ("2048", 2048), ("auto", "auto"), (-1, -1)]
 )
-def test_lengths(text: Any, tokens: Any) -> None:
+def test_length_type_parses_tokens(text: Any, tokens: Any) -> None:
     assert VllmOptions(model="m", max_model_len=text).max_model_len == tokens
 
 
@@ -216,12 +216,12 @@ def test_lengths(text: Any, tokens: Any) -> None:
         ({"options": {"tensor_parallel_size": 2}}, "2 devices are needed", True),
     ],
 )
-def test_problems(changes: Mapping[str, Any], text: str, warning: bool) -> None:
+def test_validate_reports_problem(changes: Mapping[str, Any], text: str, warning: bool) -> None:
     found = ENGINE.validate(context(**changes))
     assert [problem.warning for problem in found if text in problem.message] == [warning], found
 
 
-def test_capabilities() -> None:
+def test_capabilities_depend_on_sleep_mode() -> None:
     assert ENGINE.capabilities.exclusive_start
     assert ENGINE.capabilities.exit_zero_is_failure
     assert not capabilities_of(ENGINE, VllmOptions(model="m")).can_sleep
@@ -231,12 +231,12 @@ def test_capabilities() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 3, 1.5, "deep"])
-def test_a_level_that_there_is_not(level: Any) -> None:
+def test_options_invalid_sleep_level_is_rejected(level: Any) -> None:
     with pytest.raises(ValidationError, match="sleep_level"):
         VllmOptions(model="m", enable_sleep_mode=True, sleep_level=level)
 
 
-def test_the_level_is_not_on_the_command_line() -> None:
+def test_launch_leaves_out_the_sleep_level() -> None:
     argv = line(options={"enable_sleep_mode": True, "sleep_level": 2})
     assert "--enable-sleep-mode" in argv
     assert not [word for word in argv if "level" in word]
@@ -251,7 +251,7 @@ def asleep(awake: dict[str, int], **changes: Any) -> dict[str, int] | None:
     return None if found is None else dict(found)
 
 
-def test_what_a_sleeper_holds(tmp_path: Path) -> None:
+def test_asleep_bytes_per_level_and_device(tmp_path: Path) -> None:
     kept, hub = int(1.5 * GIB), {"kv_cache_memory": "2GiB"}
     awake = {"gpu0": 10 * GIB, "host": GIB}
     assert asleep(awake, options={"sleep_level": 2}) == {"gpu0": kept, "host": GIB}
@@ -267,7 +267,7 @@ def test_what_a_sleeper_holds(tmp_path: Path) -> None:
     assert asleep({}) is None, "of what nobody knows the size nobody knows what it keeps"
 
 
-def test_a_share_of_the_device() -> None:
+def test_estimate_share_of_the_device() -> None:
     footprint = ENGINE.estimate(context(options={"gpu_memory_utilization": 0.5}), None)
     assert footprint is not None
     assert footprint.bytes == {"gpu0": 40 * GIB}
@@ -277,7 +277,7 @@ def test_a_share_of_the_device() -> None:
     assert ENGINE.estimate(context(device_total_bytes=None), None) is None
 
 
-def test_an_explicit_cache_gives_a_share_that_fits(tmp_path: Path) -> None:
+def test_launch_configured_cache_sets_fitting_share(tmp_path: Path) -> None:
     ready = context(options={"model": str(folder(tmp_path)), "kv_cache_memory": "2GiB"})
     footprint = ENGINE.estimate(ready, None)
     assert footprint is not None
@@ -288,11 +288,11 @@ def test_an_explicit_cache_gives_a_share_that_fits(tmp_path: Path) -> None:
     assert not [problem for problem in ENGINE.validate(ready) if "gpu_memory_utilization" in problem.message]
 
 
-def test_a_model_on_the_hub_cannot_be_estimated() -> None:
+def test_estimate_model_on_the_hub_is_unknown() -> None:
     assert ENGINE.estimate(context(options={"kv_cache_memory": "2GiB"}), None) is None
 
 
-def test_on_the_cpu_everything_is_host(tmp_path: Path) -> None:
+def test_estimate_on_cpu_is_host_only(tmp_path: Path) -> None:
     options = {"model": str(folder(tmp_path)), "kv_cache_memory": "1GiB", "enforce_eager": True}
     footprint = ENGINE.estimate(context(options=options, device="host", device_total_bytes=24 * GIB), None)
     assert footprint is not None
@@ -303,14 +303,14 @@ def test_on_the_cpu_everything_is_host(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("length", "cache", "enough"), [(4096, "4MiB", True), (4096, "1MiB", False), (1024, "1MiB", True)]
 )
-def test_a_cache_that_cannot_hold_one_request(tmp_path: Path, length: int, cache: str, enough: bool) -> None:
+def test_validate_cache_below_one_request_is_a_problem(tmp_path: Path, length: int, cache: str, enough: bool) -> None:
     options = {"model": str(folder(tmp_path)), "kv_cache_memory": cache, "max_model_len": length}
     found = [problem for problem in ENGINE.validate(context(options=options)) if not problem.warning]
     assert [problem.path for problem in found] == ([] if enough else [("kv_cache_memory",)])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
-def test_a_broken_folder_is_survived(tmp_path: Path, text: str) -> None:
+def test_estimate_broken_folder_is_unknown(tmp_path: Path, text: str) -> None:
     model = folder(tmp_path)
     (model / "config.json").write_text(text)
     ready = context(options={"model": str(model), "kv_cache_memory": "2GiB"})
@@ -340,11 +340,11 @@ def test_a_broken_folder_is_survived(tmp_path: Path, text: str) -> None:
         ("", None),
     ],
 )
-def test_phases(text: str, expected: str | None) -> None:
+def test_phase_of_a_log_line(text: str, expected: str | None) -> None:
     assert phase(text) == expected
 
 
-def test_learned_cache() -> None:
+def test_learned_kv_bytes_reads_advice_or_measurement() -> None:
     advice = (
         "INFO Free memory on device (78.5/79.1 GiB) on startup. Replace gpu_memory_utilization config with "
         "`--kv-cache-memory=51111111111` (47.6 GiB) to fit into requested memory, or `--kv-cache-memory=60000000000` "
@@ -356,7 +356,7 @@ def test_learned_cache() -> None:
     assert learned_kv_bytes(["nothing"]) is None
 
 
-def test_what_a_start_found_out_is_given_to_the_next_unless_fleet_yaml_says_it() -> None:
+def test_learned_cache_is_passed_on_unless_configured() -> None:
     line = ["INFO Available KV cache memory: 2.50 GiB"]
     learned = VllmStartupLog().learned(context(), line)
     assert learned == {"kv_cache_memory": int(2.49 * GIB)}
@@ -404,7 +404,9 @@ CORE = "RuntimeError: Engine core initialization failed. See root cause above. F
         (None, None, [], ExitKind.UNKNOWN, "unknown exit code"),
     ],
 )  # fmt: skip
-def test_exits(code: int | None, signal: str | None, lines: list[str], kind: ExitKind, text: str) -> None:
+def test_classify_exit_reads_the_log(
+    code: int | None, signal: str | None, lines: list[str], kind: ExitKind, text: str
+) -> None:
     verdict = ENGINE.classify_exit(code, signal, lines)
     assert verdict.kind is kind
     assert text in describe_exit(ExitReport(code, signal, kind=verdict.kind, reason=verdict.reason))
@@ -416,7 +418,7 @@ def test_exits(code: int | None, signal: str | None, lines: list[str], kind: Exi
 DEV = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
-def test_one_token(tmp_path: Path) -> None:
+def test_alive_requests_one_token(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny") as server:
             for model in (None, ServedModel("tiny", "tiny")):
@@ -430,7 +432,7 @@ def test_one_token(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_wedged_engine_is_not_alive_though_health_says_so(tmp_path: Path) -> None:
+def test_alive_hanging_engine_fails_while_health_is_ok(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", "--hang-after", "0") as server:
             async with server.http.get(server.endpoint.base_url + "/health") as response:
@@ -442,7 +444,7 @@ def test_a_wedged_engine_is_not_alive_though_health_says_so(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_and_wake(tmp_path: Path, level: int) -> None:
+def test_sleep_and_wake_of_each_level(tmp_path: Path, level: int) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
             http, endpoint = server.http, server.endpoint
@@ -458,7 +460,7 @@ def test_sleep_and_wake(tmp_path: Path, level: int) -> None:
     asyncio.run(go())
 
 
-def test_the_canary_hears_weights_that_were_never_read_again(tmp_path: Path) -> None:
+def test_wake_with_lost_weights_is_an_error(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
             await sleep(server.http, server.endpoint, 2, 5)
@@ -470,7 +472,7 @@ def test_the_canary_hears_weights_that_were_never_read_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
+def test_sleeper_keeps_the_canary_of_the_first_sleep(tmp_path: Path, level: int) -> None:
     """The first sleep asks what it says awake, and the next ones know it."""
     options = VllmOptions(model="tiny", enable_sleep_mode=True, sleep_level=level)
 
@@ -493,7 +495,7 @@ def test_the_engine_puts_to_sleep_and_wakes(tmp_path: Path, level: int) -> None:
 @pytest.mark.parametrize(
     ("flag", "step", "message"), [("--fail-sleep", "sleep", "freed"), ("--hang-wake", "wake", "not answer")]
 )
-def test_a_sleep_or_a_wake_that_fails_says_so(tmp_path: Path, flag: str, step: str, message: str) -> None:
+def test_sleeper_failure_is_an_error(tmp_path: Path, flag: str, step: str, message: str) -> None:
     options = VllmOptions(model="tiny", enable_sleep_mode=True)
 
     async def go() -> None:
@@ -511,7 +513,7 @@ def test_a_sleep_or_a_wake_that_fails_says_so(tmp_path: Path, flag: str, step: s
     asyncio.run(go())
 
 
-def test_a_model_that_only_pools_is_heard_by_its_vectors() -> None:
+def test_canary_of_embedding_model_is_its_vector() -> None:
     """It answers 404 to a completion; the head of its vector is as good a witness, and all zeros are garbage too."""
     vector = [0.25, -0.5, 0.125, 0.75, 0.1, 0.2, 0.3, 0.4, 0.9]
 
@@ -535,7 +537,7 @@ def test_a_model_that_only_pools_is_heard_by_its_vectors() -> None:
     asyncio.run(go())
 
 
-def test_a_second_sleep_is_refused(tmp_path: Path) -> None:
+def test_sleep_twice_is_an_error(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
             await sleep(server.http, server.endpoint, 1, 5)
@@ -546,7 +548,7 @@ def test_a_second_sleep_is_refused(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_without_the_flag_there_is_no_sleep(tmp_path: Path) -> None:
+def test_sleep_without_sleep_mode_is_an_error(tmp_path: Path) -> None:
     async def go() -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny") as server:
             assert await is_sleeping(server.http, server.endpoint) is None
@@ -559,5 +561,5 @@ def test_without_the_flag_there_is_no_sleep(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "bad"), [("!!!!!!!!", True), ("! ! ! !", True), ("four five", False), ("", False), ("aa", False)]
 )
-def test_garbage(text: str, bad: bool) -> None:
+def test_is_garbage_detects_one_repeated_character(text: str, bad: bool) -> None:
     assert is_garbage(text) is bad

@@ -209,7 +209,7 @@ def sensible(problem: Problem) -> bool:
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_every_wrong_value_of_every_option_is_told_at_its_key(option: Option, tmp_path: Path) -> None:
+def test_option_wrong_value_is_reported_at_its_key(option: Option, tmp_path: Path) -> None:
     values = wrong(kind_of(option), option)
     for section in sections(option.engine):
         more = BESIDE.get((option.engine, option.field), {})
@@ -229,7 +229,7 @@ def test_every_wrong_value_of_every_option_is_told_at_its_key(option: Option, tm
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_right_values_of_every_option_pass(option: Option, tmp_path: Path) -> None:
+def test_option_valid_value_is_accepted(option: Option, tmp_path: Path) -> None:
     values = right(kind_of(option), option)
     more = BESIDE.get((option.engine, option.field), {})
     for section in sections(option.engine):
@@ -238,7 +238,7 @@ def test_right_values_of_every_option_pass(option: Option, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_unknown_options_are_told_with_the_nearest_one(name: str, tmp_path: Path) -> None:
+def test_option_unknown_name_is_reported_with_nearest(name: str, tmp_path: Path) -> None:
     fields = list(registry.load(name).options.model_fields)
     for section in sections(name):
         wanted = {
@@ -255,7 +255,7 @@ def test_unknown_options_are_told_with_the_nearest_one(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
-def test_a_required_option_that_is_absent_or_empty_is_told(name: str, tmp_path: Path) -> None:
+def test_required_option_missing_or_empty_is_reported(name: str, tmp_path: Path) -> None:
     for section in sections(name):
         entries = {"none": {"engine": name}, "empty": {"engine": name, "options": {"model": None}}}
         found = {one.path: one for one in problems(tmp_path, section, entries)}
@@ -265,20 +265,20 @@ def test_a_required_option_that_is_absent_or_empty_is_told(name: str, tmp_path: 
 
 @pytest.mark.parametrize("options", [5, "text", ["a"], True], ids=str)
 @pytest.mark.parametrize("name", registry.names())
-def test_options_that_are_no_mapping_are_told(name: str, options: Any, tmp_path: Path) -> None:
+def test_options_not_a_mapping_is_reported(name: str, options: Any, tmp_path: Path) -> None:
     found = problems(tmp_path, "instances", {"e": {"engine": name, **ENTRIES[name], "options": options}})
     assert [one.path for one in found] == ["instances.e.options"]
     assert sensible(found[0])
 
 
 @pytest.mark.parametrize("name", ["vlm", "", 5, NUL, "Ollama", ["ollama"]], ids=repr)
-def test_an_engine_that_is_not_there_is_told(name: Any, tmp_path: Path) -> None:
+def test_engine_unknown_name_is_reported(name: Any, tmp_path: Path) -> None:
     found = problems(tmp_path, "instances", {"e": {"engine": name}})
     assert [one.path for one in found] == ["instances.e.engine"]
     assert sensible(found[0])
 
 
-def test_what_vllm_no_longer_takes_is_told_at_its_key_with_what_to_write(tmp_path: Path) -> None:
+def test_vllm_removed_option_is_reported_with_replacement(tmp_path: Path) -> None:
     refused = registry.load("vllm").options.refused
     found = problems(tmp_path, "models", {"e": entry("vllm", dict.fromkeys(refused, 1), {})})
     assert {one.path: one.message for one in found} == {
@@ -338,12 +338,12 @@ def placed(value: Any, folder: str) -> Any:
     return value.replace("DIR", folder) if isinstance(value, str) else value
 
 
-def test_every_engine_is_asked_for_its_files() -> None:
+def test_every_engine_has_its_file_options_listed() -> None:
     assert {*FILES, *NO_FILES} == set(registry.names())
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_that_is_not_there_is_a_warning_at_its_key_and_blocks(name: str, tmp_path: Path) -> None:
+def test_missing_file_warns_at_its_key_and_blocks(name: str, tmp_path: Path) -> None:
     options, named = FILES[name]
     program = tmp_path / "program"
     keys = {"command": [str(program)], "options": placed(dict(options), "files")}
@@ -368,7 +368,7 @@ def test_a_file_that_is_not_there_is_a_warning_at_its_key_and_blocks(name: str, 
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}", "/{% if x %}\n{{ y }}", "chatml"])
-def test_a_template_that_is_the_text_itself_is_no_file(template: str, tmp_path: Path) -> None:
+def test_template_given_as_text_is_not_a_file(template: str, tmp_path: Path) -> None:
     entries = {"e": {"engine": "vllm", "options": {"model": "org/model", "chat_template": template}}}
     assembly = assembled(write(tmp_path, {"models": entries}), {"PATH": "/nowhere"})[1]
     assert assembly.plans["e"].required_by == {}
@@ -386,7 +386,7 @@ def held(folder: Path, engine: str, models: Mapping[str, Any]) -> list[Problem]:
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_options_of_a_held_model_are_told_at_the_model(name: str, tmp_path: Path) -> None:
+def test_load_option_wrong_value_is_reported_at_the_model(name: str, tmp_path: Path) -> None:
     known = HELD.get(name, {})
     wanted = {f"u{index}": {"options": {key: 1}} for index, key in enumerate(("zzz", "temperature", ""))}
     for key, kind in known.items():
@@ -404,7 +404,7 @@ def test_options_of_a_held_model_are_told_at_the_model(name: str, tmp_path: Path
     assert held(tmp_path, name, {"plain": {}, **fine} if name in HELD else {"plain": {}}) == []
 
 
-def test_options_that_no_made_model_could_keep_are_refused_with_what_to_write(tmp_path: Path) -> None:
+def test_load_option_of_model_not_built_is_rejected_with_fix(tmp_path: Path) -> None:
     [found] = held(tmp_path, "ollama", {"hand": {"served_as": "llama:1b", "options": {"num_ctx": 2048}}})
     assert found.path == "models.hand.options"
     assert "from: llama:1b, served_as: llama:1b-own" in found.message
@@ -415,7 +415,7 @@ def test_options_that_no_made_model_could_keep_are_refused_with_what_to_write(tm
 
 
 @pytest.mark.parametrize("name", [name for name in registry.names() if name != "ollama"])
-def test_what_only_ollama_makes_is_refused_elsewhere(name: str, tmp_path: Path) -> None:
+def test_build_keys_of_other_engines_are_rejected(name: str, tmp_path: Path) -> None:
     found = held(tmp_path, name, {"m": {"from": "/m.gguf", "quantize": "q8_0", "modelfile": {"system": "Hello."}}})
     assert {one.path for one in found} == {"models.m.quantize", "models.m.modelfile"}
     assert all("does not build models" in one.message and one.line > 0 for one in found)
@@ -439,7 +439,9 @@ def test_what_only_ollama_makes_is_refused_elsewhere(name: str, tmp_path: Path) 
     ],
     ids=repr,
 )
-def test_what_ollama_cannot_make_is_told_at_the_model(keys: Mapping[str, Any], path: str, tmp_path: Path) -> None:
+def test_ollama_invalid_build_keys_are_reported_at_the_model(
+    keys: Mapping[str, Any], path: str, tmp_path: Path
+) -> None:
     found = held(tmp_path, "ollama", {"m": keys})
     assert [one.path for one in found] == [f"models.m.{path}"]
     assert found[0].line > 0

@@ -176,7 +176,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_good_answers_are_good(name: str) -> None:
+def test_engine_with_good_answers_reports_no_failure(name: str) -> None:
     """Without this no bent answer would prove anything."""
     stuck = {"ollama": {"unload"}, "lmstudio": {"unload"}}  # it goes on being listed
     said = {one.split(":")[0] for one in check(name, Client(bodies_of(name)))}
@@ -184,7 +184,7 @@ def test_good_answers_are_good(name: str) -> None:
 
 
 @pytest.mark.parametrize("body", WHOLE, ids=lambda body: repr(body[:12]))
-def test_answers_of_another_kind_are_told_with_the_url(name: str, body: bytes) -> None:
+def test_answer_of_another_kind_is_an_error_with_the_url(name: str, body: bytes) -> None:
     for path in GOOD[name]:
         check(name, Client({**bodies_of(name), path: body}))
     everywhere = check(name, Client(dict.fromkeys(GOOD[name], body)))
@@ -195,7 +195,7 @@ def test_answers_of_another_kind_are_told_with_the_url(name: str, body: bytes) -
 
 @settings(max_examples=150, deadline=None)
 @given(which=st.sampled_from(registry.names()), data=st.data())
-def test_a_bent_answer_is_a_result_or_an_error(which: str, data: st.DataObject) -> None:
+def test_answer_with_changed_value_is_a_result_or_an_error(which: str, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(GOOD[which])))
     answer = copy.deepcopy(GOOD[which][path])
     root: dict[str, Any] = {"": answer}
@@ -239,7 +239,9 @@ def test_a_bent_answer_is_a_result_or_an_error(which: str, data: st.DataObject) 
         ("vllm", "/is_sleeping", {"is_sleeping": "no"}, "is_sleeping", "whether it sleeps"),
     ],
 )
-def test_what_was_expected_is_said(which: str, path: str, answer: Any, what: str, said: str) -> None:
+def test_answer_of_wrong_shape_error_names_the_expected_one(
+    which: str, path: str, answer: Any, what: str, said: str
+) -> None:
     bodies = {**bodies_of(which), path: json.dumps(answer).encode()}
     if what == "alive of no model":
         bodies["/api/ps"] = b'{"models": []}'
@@ -259,14 +261,14 @@ def test_what_was_expected_is_said(which: str, path: str, answer: Any, what: str
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_answer_that_breaks_off_is_an_error(name: str, error: Exception) -> None:
+def test_answer_that_breaks_off_is_an_error(name: str, error: Exception) -> None:
     said = check(name, Client(bodies_of(name), error=error))
     assert any(one.startswith("alive: ") for one in said)
     assert all(BASE in one for one in said), said
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_names_the_key(name: str, status: int) -> None:
+def test_alive_refused_names_the_key(name: str, status: int) -> None:
     engine = registry.load(name)
     http: Any = Client(dict.fromkeys(GOOD[name], b'{"error": {"message": "no such key"}}'), status)
     outcome = asyncio.run(engine.alive(http, Endpoint(BASE, "sk-1"), MODEL, 1.0))
@@ -279,7 +281,7 @@ def test_a_refusal_names_the_key(name: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("call", ["version", "tags", "show", "delete", "has_blob", "create"])
-def test_ollamas_management_routes_take_any_answer(call: str) -> None:
+def test_ollama_api_any_answer_is_a_result_or_an_error(call: str) -> None:
     bodies = [
         *WHOLE[:-1],
         *(json.dumps(one).encode() for one in ({"models": [{}]}, {"version": 5}, {"status": 5}, {"models": 7})),
@@ -317,7 +319,7 @@ def test_ollamas_management_routes_take_any_answer(call: str) -> None:
     [("0.5.4", False), ("0.1.48", False), ("v0.5.4-rc1", False), ("0.5.5", True), ("0.24.0", True), ("1.0.0", True),
      ("0.0.0", True), ("main-build", True)],
 )  # fmt: skip
-def test_an_ollama_that_is_too_old_is_told_with_both_versions(version: str, fine: bool) -> None:
+def test_ollama_too_old_error_names_both_versions(version: str, fine: bool) -> None:
     engine = registry.load("ollama")
 
     async def look(url: str) -> ProbeOutcome:
@@ -349,14 +351,14 @@ def test_an_ollama_that_is_too_old_is_told_with_both_versions(version: str, fine
         ("llamacpp", "error: invalid argument: --made-up", "error: invalid argument: --made-up"),
     ],
 )  # fmt: skip
-def test_a_program_that_lacks_an_argument_is_told_with_the_key(which: str, line: str, said: str) -> None:
+def test_classify_exit_unknown_argument_names_the_key(which: str, line: str, said: str) -> None:
     tail = ["INFO vLLM API server version 0.15.1", line, "bye"]
     verdict = registry.load(which).classify_exit(2, None, tail)
     assert verdict.kind is ExitKind.BAD_CONFIG
     assert verdict.reason.startswith(said)
 
 
-def test_an_lm_studio_that_cannot_load_is_told_as_too_old() -> None:
+def test_lmstudio_without_load_route_is_reported_as_too_old() -> None:
     unexpected = b'{"error": "Unexpected endpoint or method. (POST /api/v1/models/load). Returning 200 anyway"}'
     http: Any = Client(
         {"/api/v0/models": b'{"data": [{"id": "m", "state": "not-loaded"}]}', "/api/v1/models/load": unexpected}
