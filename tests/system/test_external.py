@@ -111,13 +111,13 @@ def test_own_server_too_old_fails_with_both_versions(tmp_path: Path) -> None:
     text = f"instances: {{o: {{engine: ollama, command: {fake('--version', '0.1.48', api='ollama')}}}}}\n"
     with fleetd(tmp_path, text).start() as daemon:
         failed = daemon.until_state("o", "FAILED")
-        assert "says Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.o.command)" in failed["reason"]
+        assert "reports Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.o.command)" in failed["reason"]
         assert failed["restarts"] == 0
 
 
 def test_external_server_too_old_is_awaited(tmp_path: Path) -> None:
     with answering(200, {"version": "0.1.48", "models": []}) as port, fleetd(tmp_path, fleet(port)).start() as daemon:
-        said = "says Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.away.external)"
+        said = "reports Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.away.external)"
         until(lambda: said in daemon.process_row("away")["reason"], "it says why")
         assert said in daemon.chat("m").json["error"]["message"]
 

@@ -154,7 +154,7 @@ def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path
 
 def test_an_unknown_engine_is_a_problem(tmp_path: Path) -> None:
     found = assembled(tmp_path, "models: {m: {engine: lamacpp, options: {}}}")
-    assert "no engine 'lamacpp'" in str(found.problems[0])
+    assert "unknown engine 'lamacpp'" in str(found.problems[0])
 
 
 @pytest.mark.parametrize(

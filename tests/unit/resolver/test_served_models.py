@@ -28,7 +28,7 @@ def test_an_absent_file_is_told_at_its_key(tmp_path: Path) -> None:
         "named: {instance: ol, from: llama3, memory: 1GiB}, plain: {instance: ol, memory: 1GiB}",
     )
     assert found == {
-        "models.typo.from": f"{tmp_path / 'ther.gguf'} is not there: typo cannot be made from it until it is"
+        "models.typo.from": f"{tmp_path / 'ther.gguf'} does not exist: typo cannot be built until it does"
     }
 
 
