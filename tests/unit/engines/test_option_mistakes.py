@@ -1,7 +1,7 @@
-"""Every option of every engine with every kind of wrong value, through the very assembly that `fleetd check` runs.
+"""Try wrong and valid values of every option of every engine, through the assembly that `fleetd check` runs.
 
-The values come from the types of the options: a new option is tried without a line here, and a new *type* without a row is a
-failure. Each field is also tried with values that are right, or nothing here could fail.
+The values are derived from the types of the options: a new option needs no line here, and a new *type* without a row fails.
+Valid values are tried too, to show that the wrong ones fail for their value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fleetd.errors import ConfigError, Problem
 from fleetd.resolver.check import assembled
 
 NUL, LONG_NAME, NO_HOME = "a\0b", "x" * 300, "~nobody-of-this-name/m.gguf"
-SECRET = "sk-hidden 4711"  # the blank makes it wrong
+SECRET = "sk-hidden 4711"  # the space makes it invalid
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "external": {"external": "http://127.0.0.1:9"},
     "llamacpp": {},
@@ -36,8 +36,8 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
 }
 REQUIRED: Mapping[str, Mapping[str, Any]] = {"llamacpp": {"model": "/absent.gguf"}, "vllm": {"model": "org/model"}}
 OWN_PROCESS = ("llamacpp", "process", "vllm")
-# what else has to be said for a value to make sense
-BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
+# other keys that a value needs to be valid
+COMPANIONS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("llamacpp", "gpu_layers"): {"device": "gpu0"},
     ("llamacpp", "main_gpu"): {"device": "gpu0"},
     ("llamacpp", "tensor_split"): {"device": "gpu0"},
@@ -69,7 +69,7 @@ OPTIONS = [Option(name, field) for name in registry.names() for field in registr
 
 
 def kind_of(option: Option) -> FieldType | None:
-    """Return the type object of a field, None where it is not one of ours."""
+    """Return the type object of a field; None: it is not a type of fleetd."""
     info = registry.load(option.engine).options.model_fields[option.field]
     found = [one for one in info.metadata if isinstance(one, FieldType)]
     return found[0] if found else next(_kinds(info.annotation), None)
@@ -84,7 +84,7 @@ def _kinds(annotation: Any) -> Iterator[FieldType]:
 
 
 def wrong(kind: FieldType | None, option: Option) -> list[Any]:
-    """Return values that this field must refuse. A type without a row is a failure."""
+    """Return values that this field must reject. A type without a row fails."""
     if option == Option("llamacpp", "lora"):
         return LORA_WRONG
     numbers = ["nonsense", "", NUL, True, [], [1], {}, {"a": 1}, float("inf"), float("nan"), 10**30]
@@ -127,7 +127,7 @@ def wrong(kind: FieldType | None, option: Option) -> list[Any]:
 
 
 def right(kind: FieldType | None, option: Option) -> list[Any]:
-    """Return values that this field must take."""
+    """Return values that this field must accept."""
     if option == Option("llamacpp", "lora"):
         return LORA_RIGHT
     match kind:
@@ -166,29 +166,29 @@ def right(kind: FieldType | None, option: Option) -> list[Any]:
             return [{}, {"a": 1, "b": [None, {"c": "d"}]}]
         case LengthType():
             return [8192, "8K", "auto", -1, "1.5k"]
-    raise AssertionError(f"{option}: no right values are known for the type {kind}")
+    raise AssertionError(f"{option}: no valid values for the type {kind}")
 
 
 def entry(engine: str, options: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    beside = dict(more.get("options", {}))
+    companions = dict(more.get("options", {}))
     rest = {key: value for key, value in more.items() if key != "options"}
-    given = {**REQUIRED.get(engine, {}), **beside, **options}
+    given = {**REQUIRED.get(engine, {}), **companions, **options}
     return {"engine": engine, **ENTRIES[engine], **rest, "options": given}
 
 
 def problems(folder: Path, section: str, entries: Mapping[str, Any]) -> list[Problem]:
-    """Write a fleet and return what `fleetd check` says of it."""
-    return complaints(write(folder, {section: dict(entries)}))
+    """Write a fleet and return the problems that `fleetd check` reports."""
+    return problems_of(write(folder, {section: dict(entries)}))
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> Path:
     where = {key: str(folder / key) for key in ("state", "run", "logs")}
     file = folder / "fleet.yaml"
-    file.write_text(yaml.safe_dump({"paths": where, **content}), "utf-8")
+    file.write_text(yaml.dump({"paths": where, **content}, Dumper=yaml.CSafeDumper), "utf-8")
     return file
 
 
-def complaints(file: Path) -> list[Problem]:
+def problems_of(file: Path) -> list[Problem]:
     folder = file.parent
     try:
         assembled(file, {"HOME": str(folder), "PATH": "/nowhere"})
@@ -202,7 +202,7 @@ def sections(engine: str) -> tuple[str, ...]:
 
 
 def sensible(problem: Problem) -> bool:
-    """Say whether a person can act on the sentence."""
+    """Return whether a user can act on the message."""
     text = problem.message
     jargon = ("Input should", "Value error", "Traceback", "pydantic", "NoneType", "<class", "validation error", "tuple")
     return len(text) > 8 and "\n" not in text and len(text) < 600 and not any(word in text for word in jargon)
@@ -212,13 +212,13 @@ def sensible(problem: Problem) -> bool:
 def test_option_wrong_value_is_reported_at_its_key(option: Option, tmp_path: Path) -> None:
     values = wrong(kind_of(option), option)
     for section in sections(option.engine):
-        more = BESIDE.get((option.engine, option.field), {})
+        more = COMPANIONS.get((option.engine, option.field), {})
         named = {f"e{index}": entry(option.engine, {option.field: value}, more) for index, value in enumerate(values)}
         found = problems(tmp_path, section, named)
         for name, value in zip(named, values, strict=True):
             start = f"{section}.{name}.options.{option.field}"
             own = [one for one in found if one.path == start or one.path.startswith((f"{start}.", f"{start}["))]
-            assert len(own) == 1, (option, value, own or "taken as it is")
+            assert len(own) == 1, (option, value, own or "accepted")
             assert own[0].line > 0
             assert own[0].file.endswith("fleet.yaml")
             assert sensible(own[0]), (value, own[0].message)
@@ -231,7 +231,7 @@ def test_option_wrong_value_is_reported_at_its_key(option: Option, tmp_path: Pat
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_option_valid_value_is_accepted(option: Option, tmp_path: Path) -> None:
     values = right(kind_of(option), option)
-    more = BESIDE.get((option.engine, option.field), {})
+    more = COMPANIONS.get((option.engine, option.field), {})
     for section in sections(option.engine):
         named = {f"e{index}": entry(option.engine, {option.field: value}, more) for index, value in enumerate(values)}
         assert problems(tmp_path, section, named) == []
@@ -286,7 +286,7 @@ def test_vllm_removed_option_is_reported_with_replacement(tmp_path: Path) -> Non
     }
 
 
-# -- files that are not there -------------------------------------------------------------------------------------------
+# -- missing files ------------------------------------------------------------------------------------------------------
 
 # engine → options that name files, and the keys that name them
 FILES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
@@ -374,15 +374,15 @@ def test_template_given_as_text_is_not_a_file(template: str, tmp_path: Path) -> 
     assert assembly.plans["e"].required_by == {}
 
 
-# -- models that a server holds -----------------------------------------------------------------------------------------
+# -- models of a server -------------------------------------------------------------------------------------------------
 
 HELD: Mapping[str, Mapping[str, FieldType]] = {"ollama": LOAD_TIME_OPTIONS, "lmstudio": LOAD_OPTIONS}
 
 
 def held(folder: Path, engine: str, models: Mapping[str, Any]) -> list[Problem]:
-    """The same, for models that an instance called `it` holds."""
+    """Return the problems of models that the instance `it` serves."""
     entries = {name: {"instance": ["it"], **keys} for name, keys in models.items()}
-    return complaints(write(folder, {"instances": {"it": entry(engine, {}, {})}, "models": entries}))
+    return problems_of(write(folder, {"instances": {"it": entry(engine, {}, {})}, "models": entries}))
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -398,7 +398,7 @@ def test_load_option_wrong_value_is_reported_at_the_model(name: str, tmp_path: P
         assert [one.path for one in found] == [f"models.{model}.options.{key or chr(34) * 2}"], (keys, found)
         assert found[0].line > 0
         assert sensible(found[0])
-    made = {"from": "base"} if name == "ollama" else {}  # what Ollama has is not made, and keeps no options
+    made = {"from": "base"} if name == "ollama" else {}  # without a source a model is not built, and cannot keep options
     fine = {f"{key}.{index}": {"options": {key: value}, **made} for key, kind in known.items()
             for index, value in enumerate(right(kind, Option(name, key)))}  # fmt: skip
     assert held(tmp_path, name, {"plain": {}, **fine} if name in HELD else {"plain": {}}) == []
