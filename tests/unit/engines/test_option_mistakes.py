@@ -398,7 +398,9 @@ def test_load_option_wrong_value_is_reported_at_the_model(name: str, tmp_path: P
         assert [one.path for one in found] == [f"models.{model}.options.{key or chr(34) * 2}"], (keys, found)
         assert found[0].line > 0
         assert sensible(found[0])
-    made = {"from": "base"} if name == "ollama" else {}  # without a source a model is not built, and cannot keep options
+    made = (
+        {"from": "base"} if name == "ollama" else {}
+    )  # without a source a model is not built, and cannot keep options
     fine = {f"{key}.{index}": {"options": {key: value}, **made} for key, kind in known.items()
             for index, value in enumerate(right(kind, Option(name, key)))}  # fmt: skip
     assert held(tmp_path, name, {"plain": {}, **fine} if name in HELD else {"plain": {}}) == []
