@@ -118,10 +118,7 @@ class Exchange:
         if taken is not None:
             self._phase = GRANTED
             self._request_id, target = taken
-            self._target = target
-            pool = self._pool = self._pools.by_target.get(target) or self._pools.find(target)
-            self._labels = target.names_no_wait
-            self._forward(pool.idle.pop() if pool.idle else None)
+            self._send_to(target, target.names_no_wait)
             return
         self._phase = QUEUED
         self._queued_at = context.loop.time()
@@ -150,13 +147,17 @@ class Exchange:
         self._comment_at = _NEVER
         self._stale_once = False
         try:
-            target = self._target = self._context.fleet.target(grant.model, grant.process)
+            target = self._context.fleet.target(grant.model, grant.process)
         except KeyError:
             self._fail_over(grant.process, f"{grant.process} no longer serves {grant.model}")
             return
+        self._send_to(target, target.names_after(grant.queued_s, grant.load_s))
+
+    def _send_to(self, target: ModelTarget, labels: bytes) -> None:
+        self._target = target
+        self._labels = labels
         pool = self._pool = self._pools.by_target.get(target) or self._pools.find(target)
-        self._labels = target.names_after(grant.queued_s, grant.load_s)
-        self._forward(pool.take())
+        self._forward(pool.idle.pop() if pool.idle else None)  # the most recently used
 
     def _forward(self, connection: UpstreamConnection | None) -> None:
         """Send the request on an idle connection; None: on a new one."""

@@ -228,10 +228,6 @@ class Pool:
             head = self._heads[key] = AnswerHead(key)
         return head
 
-    def take(self) -> UpstreamConnection | None:
-        """Return the most recently used idle connection; None: a new one is needed."""
-        return self.idle.pop() if self.idle else None
-
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection for the next request."""
         context = self._context

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,4 @@ def _named(models: Sequence[Found]) -> Iterator[Found]:
         while key in taken:
             key, number = f"{base}-{number}", number + 1
         taken.add(key)
-        yield Found(
-            key, model.kind, model.path, model.size_bytes, model.architecture, model.context_length, model.embedding,
-            model.shards, model.projector,
-        )  # fmt: skip
+        yield replace(model, key=key)

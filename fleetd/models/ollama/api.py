@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fleetd.errors import EngineError, in_words
@@ -137,7 +137,8 @@ class OllamaApi:
             raise EngineError(f"{method} {self.base_url}{path} did not answer with a JSON object")
         return status, data
 
-    def _open(
+    @asynccontextmanager
+    async def _open(
         self,
         method: str,
         path: str,
@@ -145,54 +146,26 @@ class OllamaApi:
         json_body: Mapping[str, Any] | None = None,
         data: AsyncIterator[bytes] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
-    ) -> _Response:
-        return _Response(self.http, method, self.base_url + path, json_body, data, timeout_s, self._headers)
-
-
-class _Response:
-    """A response for `async with` that turns every failure into an EngineError."""
-
-    def __init__(
-        self,
-        http: ClientSession,
-        method: str,
-        url: str,
-        json_body: Mapping[str, Any] | None,
-        data: AsyncIterator[bytes] | None,
-        timeout_s: float,
-        headers: Mapping[str, str],
-    ) -> None:
+    ) -> AsyncIterator[ClientResponse]:
+        """Yield the open response of a request. Raises EngineError for every failure, also while it is read."""
         import aiohttp
 
-        self.request, self.timeout_s = f"{method} {url}", timeout_s
-        self.errors = (aiohttp.ClientError, OSError, ValueError)
+        request, answered = f"{method} {self.base_url}{path}", False
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        self.context = http.request(
-            method, url, json=json_body, data=data, timeout=timeout, headers=headers, allow_redirects=False
-        )
-
-    async def __aenter__(self) -> ClientResponse:
+        options: dict[str, Any] = {"json": json_body, "data": data, "headers": self._headers, "allow_redirects": False}
         try:
-            response = await self.context.__aenter__()
+            async with self.http.request(method, self.base_url + path, timeout=timeout, **options) as response:
+                if response.status in (401, 403):
+                    reason = f"{request} was refused: HTTP {response.status}"
+                    raise EngineError(reason, key="options.api_key", recoverable=False)
+                answered = True
+                yield response
         except TimeoutError as error:
-            raise EngineError(f"{self.request} did not answer within {self.timeout_s:g} s") from error
-        except self.errors as error:
-            raise EngineError(f"{self.request} failed: {in_words(error)}") from error
-        if response.status in (401, 403):
-            await self.context.__aexit__(None, None, None)
-            raise EngineError(
-                f"{self.request} was refused: HTTP {response.status}", key="options.api_key", recoverable=False
-            )
-        return response
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.context.__aexit__(kind, error, trace)
-        if isinstance(error, TimeoutError):
-            raise EngineError(f"{self.request} did not finish within {self.timeout_s:g} s") from error
-        if isinstance(error, self.errors):
-            raise EngineError(f"{self.request} failed in the middle of its answer: {in_words(error)}") from error
+            problem = "did not finish" if answered else "did not answer"
+            raise EngineError(f"{request} {problem} within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            problem = "failed in the middle of its answer" if answered else "failed"
+            raise EngineError(f"{request} {problem}: {in_words(error)}") from error
 
 
 async def _lines(response: ClientResponse) -> AsyncIterator[Mapping[str, Any]]:
