@@ -1,4 +1,4 @@
-"""The contract that every engine keeps, built in or not: one file, over whatever `names()` says, against a fake of its dialect.
+"""Test the contract for every engine that the registry names, against a fake server of its dialect.
 
 A new engine adds one row to CASES. A row missing is a failure, not a skip.
 """
@@ -30,12 +30,12 @@ from fleetd.errors import EngineError
 from tests.fakes.launch import command, eventually, fake
 
 SECRET = "sk-very-secret-4711"
-GGUF = Path(__file__).parent / "absent.gguf"
+GGUF = Path(__file__).parent / "missing.gguf"
 
 
 @dataclass(frozen=True)
 class Case:
-    """How an engine is tried out. `api` is the fake's dialect; `serves` whether its own launch can start the fake."""
+    """How an engine is tested. `api` is the fake's dialect; `serves`: its own launch can start the fake."""
 
     api: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def contains(argv: tuple[str, ...], words: tuple[str, ...]) -> bool:
     return any(argv[start : start + len(words)] == words for start in range(len(argv)))
 
 
-# -- the pure half ------------------------------------------------------------------------------------------------------
+# -- pure methods -------------------------------------------------------------------------------------------------------
 
 
 def test_every_engine_has_a_case() -> None:
@@ -162,7 +162,7 @@ def test_launch_keeps_secrets_off_the_command_line(name: str) -> None:
     launch = engine.launch(context_of(name, options={"api_key": SECRET}))
     assert SECRET not in " ".join(launch.argv)
     carriers = {key for key, value in launch.env.items() if SECRET in value}
-    assert carriers or name in ("lmstudio", "ollama")  # there the key is only sent by us
+    assert carriers or name in ("lmstudio", "ollama")  # the key is only sent by fleetd
     assert carriers <= launch.secret_env
 
 
@@ -281,7 +281,7 @@ def test_alive_requests_real_work(name: str, server_flags: list[str]) -> None:
 @pytest.mark.parametrize("fault", ["--hang", "--garbage"])
 def test_alive_broken_server_fails_in_time(name: str, fault: str, server_flags: list[str]) -> None:
     if fault == "--garbage" and not registry.load(name).capabilities.owns_process:
-        return  # somebody else's server is asked for its list only, which is well
+        return  # an external server is only asked for its list, which is valid
     engine, held = registry.load(name), CASES[name].held
     with fake(*server_flags, fault) as server:
         if engine.server is not None and engine.capabilities.owns_process and fault == "--garbage":
@@ -339,7 +339,7 @@ def test_server_load_failure_is_an_error(name: str, server_flags: list[str]) -> 
 
 
 def test_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
-    """The fake stands in for the program: the flags and variables that the engine writes bring it up where it says."""
+    """Start the fake in place of the program: the flags and variables of the launch must bring it up on its port."""
     case, engine = CASES[name], registry.load(name)
     if not case.serves:
         return

@@ -1,4 +1,4 @@
-"""Servers for the tests of engines: the fake one in every dialect, and the real Ollama where it is installed."""
+"""Servers for tests of engines: the fake server in every dialect, and the real Ollama if it is installed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def fake(tmp_path: Path, api: str, *args: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Server]:
-    """Run the fake model server on a port of its own choice."""
+    """Run the fake model server on a free port."""
     argv = [sys.executable, str(FAKE), "--api", api, "--port", "0", *args]
     async with _running(argv, tmp_path / f"{api}.log", env or {}) as (process, log):
         port = await _from_log(process, log)
@@ -63,7 +63,7 @@ async def fake(tmp_path: Path, api: str, *args: str, env: Mapping[str, str] | No
 async def launched(
     tmp_path: Path, argv: Sequence[str], env: Mapping[str, str], port: int, path: str
 ) -> AsyncIterator[Server]:
-    """Run an engine's own command line, and wait until `path` answers."""
+    """Run the command line of an engine and wait until `path` answers."""
     async with _running(argv, tmp_path / f"{port}.log", env) as (process, log), aiohttp.ClientSession() as http:
         server = Server(process, Endpoint(f"http://127.0.0.1:{port}"), http, log)
         await _answering(server, path)
@@ -99,7 +99,7 @@ async def _from_log(process: subprocess.Popen[bytes], log: Path) -> int:
     while time.monotonic() < end:
         match = _PORT.search(log.read_text("utf-8", "replace"))
         if match:
-            with contextlib.suppress(OSError):  # the port is printed before it listens
+            with contextlib.suppress(OSError):  # it prints the port before it listens
                 socket.create_connection(("127.0.0.1", int(match.group(1))), 2).close()
                 return int(match.group(1))
         assert process.poll() is None, log.read_text("utf-8", "replace")
@@ -124,7 +124,7 @@ async def _answering(server: Server, path: str) -> None:
 
 
 def ollama_program() -> str:
-    """Return the real Ollama, or skip the test with the reason that the summary shows."""
+    """Return the path of the real Ollama, or skip the test."""
     stated = os.environ.get("FLEETD_TEST_OLLAMA")
     found = stated if stated and Path(stated).is_file() else shutil.which("ollama")
     if found is None:

@@ -150,7 +150,7 @@ def test_unknown_containers_are_found_by_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "line", "kind", "said"),
+    ("code", "line", "kind", "text"),
     [
         (125, "docker: Error response from daemon: pull access denied for nosuch, repository does", "BAD_CONFIG", "runtime.docker.image: "),
         (125, "Error: initializing source docker://nosuch:latest: reading manifest latest", "BAD_CONFIG", "runtime.docker.image: "),
@@ -170,11 +170,11 @@ def test_unknown_containers_are_found_by_label() -> None:
         (125, "", "CRASH", "the container could not be started"),
     ],
 )  # fmt: skip
-def test_client_verdict_explains_a_failed_client(code: int, line: str, kind: str, said: str) -> None:
+def test_client_verdict_explains_a_failed_client(code: int, line: str, kind: str, text: str) -> None:
     verdict = client_verdict(code, ["pulling", line] if line else [], "p")
     assert verdict is not None
     assert verdict.kind is ExitKind[kind]
-    assert verdict.reason.startswith(said)
+    assert verdict.reason.startswith(text)
 
 
 def test_client_verdict_exit_of_inner_program_is_none() -> None:

@@ -37,7 +37,7 @@ def test_alive_reads_the_list_and_requests_no_token(tmp_path: Path) -> None:
                 await LISTED_MODELS.load(http, endpoint, ServedModel("m", "other"), 5)
             await LISTED_MODELS.unload(http, endpoint, ServedModel("m", "gpt"), 5)
             stats = await server.get("/fake/stats")
-            assert stats["finished"] == 0  # not one token was asked for
+            assert stats["finished"] == 0  # no token was requested
 
     asyncio.run(go())
 

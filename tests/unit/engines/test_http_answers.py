@@ -1,7 +1,7 @@
-"""Servers whose answers are not what an engine expects: another shape, another version, a refusal.
+"""Servers whose answers differ from what an engine expects: another shape, another version, a refusal.
 
-Every answer that an engine reads is bent at a place of chance, or replaced as a whole; whatever comes is a result of the right
-type or an EngineError that names the URL. The client is a stand-in without sockets, so that thousands are tried.
+Every answer that an engine reads is changed at a random place, or replaced; the result must have the right type, or be an
+EngineError that names the URL. The client is a fake without sockets, so that thousands of answers can be tried.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GOOD: Mapping[str, Mapping[str, Any]] = {
         "/is_sleeping": {"is_sleeping": False}, "/v1/models": LIST, "/v1/completions": CHOICES, "/v1/embeddings": EMBEDDINGS,
     },
 }  # fmt: skip
-# answers that are no JSON, or JSON of another kind altogether
+# answers that are not JSON, or JSON of another kind
 WHOLE: tuple[bytes, ...] = (
     b"", b" ", b"null", b"[]", b"{}", b"5", b'"ok"', b"true", b"<!doctype html><title>It works</title>", b"{\"models\": [",
     b"\xff\xfe\x00", b"[" * 100_000, b'{"data": ' + b"9" * 5000 + b"}", b'{"models": [{"name": "\\ud800"}]}', b"NaN",
@@ -70,7 +70,7 @@ VALUES = st.recursive(
 
 
 class Answer:
-    """What aiohttp's response is to an engine."""
+    """A fake of aiohttp's response."""
 
     def __init__(self, status: int, body: bytes, error: Exception | None) -> None:
         self.status, self._body, self._error = status, body, error
@@ -97,7 +97,7 @@ class Answer:
 
 
 class Client:
-    """What aiohttp's session is to an engine: `bodies` by path, anything else is 404."""
+    """A fake of aiohttp's session: `bodies` by path, any other path is 404."""
 
     def __init__(self, bodies: Mapping[str, bytes], status: int = 200, error: Exception | None = None) -> None:
         self.bodies, self.status, self.error = bodies, status, error
@@ -108,7 +108,7 @@ class Client:
 
 
 def actions(name: str) -> dict[str, Callable[[Any, Endpoint], Awaitable[Any]]]:
-    """Return every await of an engine."""
+    """Return every coroutine of an engine, with arguments."""
     engine = registry.load(name)
     server = engine.server or LISTED_MODELS
     found: dict[str, Callable[[Any, Endpoint], Awaitable[Any]]] = {
@@ -129,8 +129,8 @@ def bodies_of(name: str) -> dict[str, bytes]:
 
 
 def check(name: str, http: Client) -> list[str]:
-    """Ask everything; return what the failures said. Fails for any exception but EngineError, and for a sentence without the URL."""
-    said = []
+    """Call everything and return the messages of the failures. Fails for any exception but EngineError."""
+    failures = []
 
     async def ask(what: str, action: Callable[[Any, Endpoint], Awaitable[Any]]) -> None:
         try:
@@ -145,14 +145,14 @@ def check(name: str, http: Client) -> list[str]:
         sentence.encode()
         assert "\n" not in sentence, sentence
         assert len(sentence) < 1500
-        said.append(f"{what}: {sentence}")
+        failures.append(f"{what}: {sentence}")
 
-    async def ask_all() -> None:
+    async def call_all() -> None:
         for what, action in actions(name).items():
             await ask(what, action)
 
-    asyncio.run(ask_all())
-    return said
+    asyncio.run(call_all())
+    return failures
 
 
 def _well_formed(what: str, result: Any) -> bool:
@@ -177,10 +177,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_engine_with_good_answers_reports_no_failure(name: str) -> None:
-    """Without this no bent answer would prove anything."""
-    stuck = {"ollama": {"unload"}, "lmstudio": {"unload"}}  # it goes on being listed
-    said = {one.split(":")[0] for one in check(name, Client(bodies_of(name)))}
-    assert said == stuck.get(name, set())
+    """Show that the failures below come from the changed answers."""
+    stuck = {"ollama": {"unload"}, "lmstudio": {"unload"}}  # the fake keeps listing the model
+    failed = {one.split(":")[0] for one in check(name, Client(bodies_of(name)))}
+    assert failed == stuck.get(name, set())
 
 
 @pytest.mark.parametrize("body", WHOLE, ids=lambda body: repr(body[:12]))
@@ -216,7 +216,7 @@ def test_answer_with_changed_value_is_a_result_or_an_error(which: str, data: st.
 
 
 @pytest.mark.parametrize(
-    ("which", "path", "answer", "what", "said"),
+    ("which", "path", "answer", "what", "expected"),
     [
         ("ollama", "/api/ps", {"models": [{"name": 3}]}, "loaded", "a text under 'model'"),
         ("ollama", "/api/ps", {"models": [{"name": "m", "size": "5"}]}, "loaded", "a whole number from 0 under 'size'"),
@@ -240,14 +240,14 @@ def test_answer_with_changed_value_is_a_result_or_an_error(which: str, data: st.
     ],
 )
 def test_answer_of_wrong_shape_error_names_the_expected_one(
-    which: str, path: str, answer: Any, what: str, said: str
+    which: str, path: str, answer: Any, what: str, expected: str
 ) -> None:
     bodies = {**bodies_of(which), path: json.dumps(answer).encode()}
     if what == "alive of no model":
         bodies["/api/ps"] = b'{"models": []}'
     found = [one for one in check(which, Client(bodies)) if one.startswith(f"{what}: ")]
     assert len(found) == 1
-    assert said in found[0]
+    assert expected in found[0]
     assert BASE + path in found[0]
 
 
@@ -262,9 +262,9 @@ def test_answer_of_wrong_shape_error_names_the_expected_one(
     ids=lambda error: type(error).__name__,
 )
 def test_answer_that_breaks_off_is_an_error(name: str, error: Exception) -> None:
-    said = check(name, Client(bodies_of(name), error=error))
-    assert any(one.startswith("alive: ") for one in said)
-    assert all(BASE in one for one in said), said
+    failures = check(name, Client(bodies_of(name), error=error))
+    assert any(one.startswith("alive: ") for one in failures)
+    assert all(BASE in one for one in failures), failures
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -301,12 +301,12 @@ def test_ollama_api_any_answer_is_a_result_or_an_error(call: str) -> None:
             }
 
             async def ask(action: Callable[[], Awaitable[Any]] = asked[call]) -> None:
-                said = BASE
+                message = BASE
                 try:
                     await action()
                 except EngineError as error:
-                    said = str(error)
-                assert BASE in said
+                    message = str(error)
+                assert BASE in message
 
             asyncio.run(ask())
 
@@ -335,7 +335,7 @@ def test_ollama_too_old_error_names_both_versions(version: str, fine: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("which", "line", "said"),
+    ("which", "line", "reason"),
     [
         (
             "vllm",
@@ -351,11 +351,11 @@ def test_ollama_too_old_error_names_both_versions(version: str, fine: bool) -> N
         ("llamacpp", "error: invalid argument: --made-up", "error: invalid argument: --made-up"),
     ],
 )  # fmt: skip
-def test_classify_exit_unknown_argument_names_the_key(which: str, line: str, said: str) -> None:
+def test_classify_exit_unknown_argument_names_the_key(which: str, line: str, reason: str) -> None:
     tail = ["INFO vLLM API server version 0.15.1", line, "bye"]
     verdict = registry.load(which).classify_exit(2, None, tail)
     assert verdict.kind is ExitKind.BAD_CONFIG
-    assert verdict.reason.startswith(said)
+    assert verdict.reason.startswith(reason)
 
 
 def test_lmstudio_without_load_route_is_reported_as_too_old() -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp: the command line it gets, the mistakes that are seen before a start, and the real engine doing real work."""
+"""The engine `llamacpp`: its command line, its checks, and the embedded server with a tiny model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def context(model: Path | str = "/models/m.gguf", **more: Any) -> LaunchContext:
 
 
 def flags_of(**more: Any) -> dict[str, str]:
-    """Return the flags after the program, each with the word that follows it."""
+    """Return the flags after the program, each with its value."""
     argv = ENGINE.launch(context(command=("/opt/llama-server",), **more)).argv[1:]
     return {word: after for word, after in zip(argv, [*argv[1:], ""], strict=True) if word.startswith("--")}
 
@@ -157,10 +157,10 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "path", "said"), MISTAKES)
-def test_validate_reports_mistake_at_its_option(options: dict[str, Any], path: tuple[str, ...], said: str) -> None:
+@pytest.mark.parametrize(("options", "path", "text"), MISTAKES)
+def test_validate_reports_mistake_at_its_option(options: dict[str, Any], path: tuple[str, ...], text: str) -> None:
     found = [problem for problem in ENGINE.validate(context(**{"command": ("x",), **options})) if not problem.warning]
-    assert [(problem.path, said in problem.message) for problem in found] == [(path, True)]
+    assert [(problem.path, text in problem.message) for problem in found] == [(path, True)]
 
 
 def test_validate_unknown_flag_fails_for_embedded_server_only() -> None:
@@ -180,7 +180,7 @@ def test_validate_broken_file_is_a_warning(tmp_path: Path) -> None:
     assert "trained for (512)" in warned.message
     os.truncate(path, 5000)
     (warned,) = ENGINE.validate(context(path, context_length=512))
-    assert warned.warning  # the other models of the fleet must still start
+    assert warned.warning  # a warning, so that the other models of the fleet start
     assert warned.path == ("model",)
 
 
@@ -287,7 +287,7 @@ class Real:
 
 @contextlib.contextmanager
 def real(folder: Path, entry: LaunchContext, *, wait: bool = True) -> Iterator[Real]:
-    """Run the engine's own launch, on the embedded server even where a llama-server is installed."""
+    """Run the engine's launch on the embedded server, even if a llama-server is installed."""
     entry = replace(entry, port=free_port(), env={"PATH": "/nowhere"})
     launch = ENGINE.launch(entry)
     log = folder / "server.log"
@@ -393,18 +393,18 @@ def test_server_main_applies_the_options(tiny: Path, tmp_path: Path, options: di
 
 @needs_wheel
 @pytest.mark.parametrize(
-    ("data", "kind", "said"),
+    ("data", "kind", "text"),
     [(b"<html>", ExitKind.BAD_CONFIG, "not a GGUF file"), (b"GGUF\x03\0\0\0", ExitKind.BAD_CONFIG, "load"),
      (None, ExitKind.CRASH, "No such file")],
 )  # fmt: skip
-def test_server_main_bad_model_exits_with_reason(tmp_path: Path, data: bytes | None, kind: ExitKind, said: str) -> None:
+def test_server_main_bad_model_exits_with_reason(tmp_path: Path, data: bytes | None, kind: ExitKind, text: str) -> None:
     path = tmp_path / "bad.gguf"
     if data is not None:
         path.write_bytes(data)
     with real(tmp_path, context(path), wait=False) as server:
         verdict = server.verdict()
         assert verdict.kind is kind
-        assert said in verdict.reason
+        assert text in verdict.reason
         assert "Traceback" not in server.log.read_text()
 
 
@@ -419,7 +419,7 @@ def test_server_main_used_port_is_classified(tiny: Path, tmp_path: Path) -> None
 
 @needs_wheel
 def test_server_main_sigterm_stops_it_during_a_load(tmp_path: Path) -> None:
-    """Loading holds the interpreter: a handler of Python would wait for its end."""
+    """Loading holds the interpreter: a Python handler would run only after it."""
     model = tiny_gguf.write(tmp_path / "big.gguf", tiny_gguf.sized(200))
     with real(tmp_path, context(model, load_mode="read", threads=1), wait=False) as server:
         eventually(lambda: "loading model" in server.log.read_text("utf-8", "replace"), "it loads")
@@ -431,7 +431,7 @@ def test_server_main_sigterm_stops_it_during_a_load(tmp_path: Path) -> None:
 
 @needs_wheel
 def test_server_main_answers_soon_after_its_start(tiny: Path, tmp_path: Path) -> None:
-    """Some 45 ms on an idle machine, and 2 ms to stop; the bounds leave room for a busy one."""
+    """Some 45 ms on an idle machine, and 2 ms to stop; the limits allow for a busy one."""
     answered, stopped = [], []
     for _ in range(5):
         begun = time.perf_counter()

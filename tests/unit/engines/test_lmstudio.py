@@ -1,4 +1,4 @@
-"""LM Studio and external servers: explicit loads, the shape of every answer, and the child that stands for `lms`."""
+"""The engine `lmstudio`: explicit loads, the shape of every answer, and the process that runs `lms`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_server_loads_lists_and_unloads(tmp_path: Path) -> None:
             http, endpoint = server.http, server.endpoint
             a, b = ServedModel("A", "a", options={"context_length": 512}), ServedModel("B", "b-embed", embedding=True)
             assert await SERVER.load(http, endpoint, a, 5) == {"gpu": 1000}
-            assert await SERVER.load(http, endpoint, a, 5) == {"gpu": 1000}  # loaded already: not a second instance
+            assert await SERVER.load(http, endpoint, a, 5) == {"gpu": 1000}  # already loaded: no second instance
             assert await SERVER.load(http, endpoint, b, 5) == {"gpu": 2000}
             listed = await server.get("/api/v1/models")
             loaded = {model["key"]: model["loaded_instances"] for model in listed["models"]}
@@ -117,7 +117,7 @@ def test_validate_load_option_mistake_is_reported(options: Mapping[str, Any], te
     assert ENGINE.validate(context(models=(ServedModel("m", "a", options={"context_length": 1}),))) == []
 
 
-# -- the child ----------------------------------------------------------------------------------------------------------
+# -- server_main --------------------------------------------------------------------------------------------------------
 
 LMS = """\
 import json, os, signal, subprocess, sys, time

@@ -1,4 +1,4 @@
-"""Ollama's engine: its environment as tables, its API against the fake server with its traps."""
+"""The engine `ollama`: its environment as tables, its API against the fake server."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_launch_requires_models_dir(tmp_path: Path) -> None:
 
 
 def test_recipe_contains_the_load_options() -> None:
-    """Requests to /v1 carry none, so Ollama has to know them by itself; a change of one makes the model anew."""
+    """Requests to /v1 carry no load options, so the model contains them; a changed option rebuilds the model."""
     modelfile = {"system": "Hi.", "parameters": {"top_k": 3}}
     keys = ServedModel("m", "m", source="/m.gguf", modelfile=modelfile, options={"num_ctx": "2048", "use_mmap": False})
     made = STORE.recipe(context(), keys)
@@ -382,7 +382,7 @@ def test_server_loads_lists_and_unloads(tmp_path: Path) -> None:
             assert listed["b:latest"]["context_length"] == 512
             await SERVER.unload(http, endpoint, a, 10)
             assert [resident.served_as for resident in await SERVER.loaded(http, endpoint)] == ["b"]
-            await SERVER.unload(http, endpoint, a, 10)  # gone already: nothing to do
+            await SERVER.unload(http, endpoint, a, 10)  # already unloaded: no error
 
     asyncio.run(go())
 
@@ -461,7 +461,7 @@ def test_alive_hanging_runner_fails(tmp_path: Path) -> None:
 
 def test_loaded_without_server_is_one_sentence(tmp_path: Path) -> None:
     async def go() -> None:
-        async with fake(tmp_path, "openai") as server:  # speaks, but not Ollama's dialect
+        async with fake(tmp_path, "openai") as server:  # a server of another dialect
             with pytest.raises(EngineError):
                 await SERVER.loaded(server.http, server.endpoint)
             outcome = await ENGINE.alive(server.http, server.endpoint, None, 2)

@@ -1,4 +1,4 @@
-"""The real Ollama on the CPU with tiny models of a few hundred KB: what the fake only claims."""
+"""The real Ollama on the CPU with tiny models of a few hundred KB, to verify what the fake imitates."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_model_in_place_is_built_loaded_and_evicted(tmp_path: Path) -> None:
             path = tiny(tmp_path)
             modelfile = {"template": TEMPLATE, "system": 'say "x"', "parameters": {"num_ctx": 512, "stop": ["</s>"]}}
             one = recipe("a", "tsc-a:f16", source=str(path), modelfile=modelfile)
-            two = recipe("b", "b", source=str(path))  # the same file under another name
+            two = recipe("b", "b", source=str(path))  # the same file with another name
             for each in (one, two):
                 assert (await lib.ensure(each)).change is StoreChange.CREATE
                 assert (await lib.ensure(each)).change is StoreChange.NONE
@@ -137,7 +137,7 @@ def test_alive_starts_no_new_runner(tmp_path: Path) -> None:
 
 
 def test_load_options_survive_requests_without_them(tmp_path: Path) -> None:
-    """Of a model made from a file, and of one derived from a model that somebody else made."""
+    """Test a model built from a file, and one derived from a model that fleetd did not build."""
     ready = context(tmp_path, context_length=512)
 
     async def go() -> None:
@@ -148,8 +148,8 @@ def test_load_options_survive_requests_without_them(tmp_path: Path) -> None:
             for source, length in ((path, 2048), ("hand", 1024)):
                 template = {"template": TEMPLATE, "parameters": {"temperature": 0.5}}
                 model = ServedModel("h", f"h{length}", source=source, modelfile=template, options={"num_ctx": length})
-                said = await STORE.build(server.http, server.endpoint, ready, model, state_dir=state)
-                assert said == f"h{length}: created, not in the store"
+                report = await STORE.build(server.http, server.endpoint, ready, model, state_dir=state)
+                assert report == f"h{length}: created, not in the store"
                 await SERVER.load(server.http, server.endpoint, model, TIMEOUT_S)
                 runners = children(server)
                 question = {"model": model.served_as, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -158,11 +158,11 @@ def test_load_options_survive_requests_without_them(tmp_path: Path) -> None:
                 assert listed == {f"{model.served_as}:latest": length}
                 assert children(server) == runners
                 more = replace(model, options={"num_ctx": length + 256})
-                said = await STORE.build(server.http, server.endpoint, ready, more, state_dir=state)
-                assert said == f"h{length}: updated, its file or its modelfile changed"
+                report = await STORE.build(server.http, server.endpoint, ready, more, state_dir=state)
+                assert report == f"h{length}: updated, its file or its modelfile changed"
                 await SERVER.unload(server.http, server.endpoint, model, TIMEOUT_S)
             shown = await server.post("/api/show", {"model": "hand"})
-            assert "num_ctx" not in shown.get("parameters", ""), "what somebody else made stays as it is"
+            assert "num_ctx" not in shown.get("parameters", ""), "a model that fleetd did not build is not changed"
 
     asyncio.run(go())
 
@@ -196,7 +196,7 @@ def test_build_quantises_a_model(tmp_path: Path) -> None:
 
 
 def test_registered_manifest_equals_that_of_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 0.30 on, /api/create copies; the manifest that fleetd writes then must say the same as Ollama's own."""
+    """Since 0.30 /api/create copies the file; the manifest that fleetd writes instead must equal Ollama's own."""
     ready = context(tmp_path)
     modelfile = {
         "template": TEMPLATE, "system": "hey", "license": "MIT", "parameters": {"temperature": 0.5, "stop": ["a", "b"]},
@@ -212,7 +212,7 @@ def test_registered_manifest_equals_that_of_create(tmp_path: Path, monkeypatch: 
             await lib.ensure(recipe("b", "by-hand", source=path, modelfile=modelfile))
             made, by_hand = [await server.post("/api/show", {"model": name}) for name in ("made", "by-hand")]
             for one in (made, by_hand):
-                one["parameters"] = sorted(one["parameters"].splitlines())  # in no order of its own
+                one["parameters"] = sorted(one["parameters"].splitlines())  # in random order
             for key in ("template", "system", "license", "parameters", "messages", "model_info", "capabilities"):
                 assert made[key] == by_hand[key], key
             details = [
@@ -235,13 +235,13 @@ def test_replicas_of_one_store_build_a_model_once(tmp_path: Path) -> None:
             servers = [await stack.enter_async_context(served(tmp_path, one)) for one in ready]
             first = servers[0]
             model = ServedModel("a", "a", source=str(tiny(tmp_path)), modelfile={"template": TEMPLATE})
-            said = await asyncio.gather(
+            reports = await asyncio.gather(
                 *(
                     STORE.build(one.http, one.endpoint, where, model, state_dir=tmp_path / "state")
                     for one, where in zip(servers, ready, strict=True)
                 )
             )
-            assert sorted(filter(None, said)) == ["a: created, not in the store"]  # by the first; the others found it
+            assert sorted(filter(None, reports)) == ["a: created, not in the store"]  # by one of them
             await asyncio.gather(*(SERVER.load(one.http, one.endpoint, model, TIMEOUT_S) for one in servers))
             assert [names(await SERVER.loaded(one.http, one.endpoint)) for one in servers] == [{"a"}] * 3
             await SERVER.unload(first.http, first.endpoint, model, TIMEOUT_S)
@@ -251,7 +251,7 @@ def test_replicas_of_one_store_build_a_model_once(tmp_path: Path) -> None:
 
 
 def test_kill_of_server_leaves_runners_in_the_group(tmp_path: Path) -> None:
-    """Why the host sweeps the whole set: the server is dead, its runner holds the memory."""
+    """Show why the host sweeps the whole set: the runner of a dead server keeps its memory."""
     ready = context(tmp_path)
 
     async def go() -> None:
@@ -284,8 +284,8 @@ def test_used_port_is_classified(tmp_path: Path) -> None:
             launch = ENGINE.launch(ready)
             env = {**os.environ, **launch.env, "HOME": str(tmp_path)}
             second = await asyncio.create_subprocess_exec(*launch.argv, env=env, stderr=asyncio.subprocess.PIPE)
-            _, said = await asyncio.wait_for(second.communicate(), TIMEOUT_S)
-            verdict = ENGINE.classify_exit(second.returncode, None, said.decode().splitlines())
+            _, output = await asyncio.wait_for(second.communicate(), TIMEOUT_S)
+            verdict = ENGINE.classify_exit(second.returncode, None, output.decode().splitlines())
             assert (second.returncode, verdict.kind) == (1, ExitKind.PORT_IN_USE)
 
     asyncio.run(go())

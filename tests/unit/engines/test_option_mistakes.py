@@ -282,7 +282,7 @@ def test_vllm_removed_option_is_reported_with_replacement(tmp_path: Path) -> Non
     refused = registry.load("vllm").options.refused
     found = problems(tmp_path, "models", {"e": entry("vllm", dict.fromkeys(refused, 1), {})})
     assert {one.path: one.message for one in found} == {
-        f"models.e.options.{key}": said for key, said in refused.items()
+        f"models.e.options.{key}": reason for key, reason in refused.items()
     }
 
 
@@ -350,16 +350,16 @@ def test_missing_file_warns_at_its_key_and_blocks(name: str, tmp_path: Path) -> 
     for section in sections(name):
         file = write(tmp_path, {section: {"e": {"engine": name, **keys}}})
         assembly = assembled(file, {"HOME": str(tmp_path)})[1]
-        wanted = {str(tmp_path / "files" / said): f"{section}.e.options.{key}" for key, said in named.items()}
+        wanted = {str(tmp_path / "files" / file_name): f"{section}.e.options.{key}" for key, file_name in named.items()}
         assert assembly.plans["e"].required_by == wanted
         assert set(wanted) <= set(assembly.plans["e"].requires)
-        absent = {one.path: one for one in assembly.warnings if "is not there" in one.message}
-        assert {one.message.split(" is not")[0]: path for path, one in absent.items()} == wanted
-        assert all(one.line > 0 and "BLOCKED" in one.message and sensible(one) for one in absent.values())
+        missing = {one.path: one for one in assembly.warnings if "is not there" in one.message}
+        assert {one.message.split(" is not")[0]: path for path, one in missing.items()} == wanted
+        assert all(one.line > 0 and "BLOCKED" in one.message and sensible(one) for one in missing.values())
         words = [*assembly.plans["e"].launch.argv, *assembly.plans["e"].launch.env.values()]
         assert all(any(path in word for word in words) for path in wanted), words
-    for said in named.values():
-        (tmp_path / "files" / said).mkdir(parents=True)
+    for file_name in named.values():
+        (tmp_path / "files" / file_name).mkdir(parents=True)
     if name == "llamacpp":
         (tmp_path / "files" / "model.gguf").rmdir()
         (tmp_path / "files" / "model.gguf").write_bytes(b"")

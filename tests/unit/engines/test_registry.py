@@ -66,12 +66,12 @@ def test_load_engine_of_another_package() -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "text"),
     [("vllm", "other-engines registers an engine named 'vllm'"), ("half", "lacks capabilities"), ("gone", "cannot be loaded"),
      ("maker", "calls itself 'mine'")],
 )  # fmt: skip
-def test_load_invalid_entry_point_is_an_error(name: str, said: str) -> None:
-    with pytest.raises(EngineError, match=said) as caught:
+def test_load_invalid_entry_point_is_an_error(name: str, text: str) -> None:
+    with pytest.raises(EngineError, match=text) as caught:
         registry.load(name)
     assert "other-engines" in str(caught.value)
 

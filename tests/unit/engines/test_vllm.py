@@ -1,4 +1,4 @@
-"""vLLM's engine: its command line and its log as tables, sleep and probes against the fake server with its traps."""
+"""The engine `vllm`: its command line and its log as tables, sleep and probes against the fake server."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_asleep_bytes_per_level_and_device(tmp_path: Path) -> None:
     kept, hub = int(1.5 * GIB), {"kv_cache_memory": "2GiB"}
     awake = {"gpu0": 10 * GIB, "host": GIB}
     assert asleep(awake, options={"sleep_level": 2}) == {"gpu0": kept, "host": GIB}
-    assert asleep(awake, options=hub) == {"gpu0": kept, "host": GIB + ceil(8 * GIB * 1.2)}, "the most that they can be"
+    assert asleep(awake, options=hub) == {"gpu0": kept, "host": GIB + ceil(8 * GIB * 1.2)}, "an upper bound"
     local = {"model": str(folder(tmp_path)), "kv_cache_memory": "2GiB"}
     found = asleep(awake, options=local)
     assert found is not None
@@ -264,7 +264,7 @@ def test_asleep_bytes_per_level_and_device(tmp_path: Path) -> None:
     assert asleep({"gpu0": GIB}, options={"sleep_level": 2}) == {"gpu0": GIB}, "never more than it takes awake"
     assert asleep({"unified": 10 * GIB}, device="unified", options={"sleep_level": 2}) == {"unified": kept}
     assert asleep({"unified": 10 * GIB}, device="unified", options=hub) == {"unified": kept + ceil(8 * GIB * 1.2)}
-    assert asleep({}) is None, "of what nobody knows the size nobody knows what it keeps"
+    assert asleep({}) is None, "unknown size awake, unknown size asleep"
 
 
 def test_estimate_share_of_the_device() -> None:
@@ -351,7 +351,9 @@ def test_learned_kv_bytes_reads_advice_or_measurement() -> None:
         "(55.9 GiB) to fully utilize gpu memory."
     )
     assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB", advice]) == 51111111111
-    assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB"]) == int(2.49 * GIB)  # it prints two decimals
+    assert learned_kv_bytes(["INFO Available KV cache memory: 2.50 GiB"]) == int(
+        2.49 * GIB
+    )  # printed with two decimals
     assert learned_kv_bytes(["INFO Auto set (0.52/8.71) GiB for KV cache on node 0, with"]) == int(0.51 * GIB)
     assert learned_kv_bytes(["nothing"]) is None
 
@@ -465,7 +467,7 @@ def test_wake_with_lost_weights_is_an_error(tmp_path: Path) -> None:
         async with fake(tmp_path, "vllm", "--model", "tiny", env=DEV) as server:
             await sleep(server.http, server.endpoint, 2, 5)
             with pytest.raises(EngineError, match="garbage") as caught:
-                await wake(server.http, server.endpoint, 1, 5, served_as="tiny")  # the wrong way up from level 2
+                await wake(server.http, server.endpoint, 1, 5, served_as="tiny")  # the wrong way to wake from level 2
             assert "kill" in (caught.value.hint or "")
 
     asyncio.run(go())
@@ -473,7 +475,7 @@ def test_wake_with_lost_weights_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleeper_keeps_the_canary_of_the_first_sleep(tmp_path: Path, level: int) -> None:
-    """The first sleep asks what it says awake, and the next ones know it."""
+    """The first sleep requests the canary while awake, later ones reuse it."""
     options = VllmOptions(model="tiny", enable_sleep_mode=True, sleep_level=level)
 
     async def go() -> None:
@@ -514,7 +516,7 @@ def test_sleeper_failure_is_an_error(tmp_path: Path, flag: str, step: str, messa
 
 
 def test_canary_of_embedding_model_is_its_vector() -> None:
-    """It answers 404 to a completion; the head of its vector is as good a witness, and all zeros are garbage too."""
+    """It answers 404 to a completion; the start of its vector serves as canary, and all zeros are garbage too."""
     vector = [0.25, -0.5, 0.125, 0.75, 0.1, 0.2, 0.3, 0.4, 0.9]
 
     async def serve(request: web.Request) -> web.Response:
