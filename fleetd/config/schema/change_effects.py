@@ -1,9 +1,9 @@
-"""What a change of each key costs: the one table of field classes.
+"""The effect of changing each key of fleet.yaml.
 
-The rules of this file
-- hot: acts on the running process. restart: the process is started again. reload: a held model is loaded again.
-  scale: replicas are added or removed. daemon: acts when fleetd itself is started again.
-- The longest entry that begins a path decides. Every key of the schema has an entry; a test walks the schema.
+Invariants:
+- hot: applies to the running process. restart: the process restarts. reload: a held model is loaded again.
+  scale: replicas are added or removed. daemon: applies when the daemon starts.
+- The longest matching path decides. Every key of the schema has an effect; a test walks the schema.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DAEMON_KEYS = tuple(path for path, effect in EFFECTS["fleet"].items() if effect 
 
 
 def effect_of(kind: str, path: tuple[str, ...]) -> Effect:
-    """Return the effect of a change at a path below an entry of a kind. Raises KeyError for a path that nobody classed."""
+    """Return the effect of a change at a path below an entry of a kind. Raises KeyError for a path without one."""
     table = EFFECTS[kind]
     for length in range(len(path), 0, -1):
         found = table.get(".".join(path[:length]))
