@@ -1,4 +1,4 @@
-"""The shipped examples are what their users run: they load, and hold what they promise."""
+"""The shipped examples load and keep their promises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = [*sorted((ROOT / "examples").glob("*.yaml")), *ROOT.glob("fleet.yaml"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_loads_and_points_editors_to_the_schema(path: Path) -> None:
+def test_example_loads_and_names_the_schema(path: Path) -> None:
     loaded = load(path, {})
     for file in loaded.files:
         first = file.read_text("utf-8").splitlines()[0]
@@ -24,7 +24,23 @@ def test_an_example_loads_and_points_editors_to_the_schema(path: Path) -> None:
         ).resolve() == ROOT / "docs" / "fleet.schema.json" or "://" in first
 
 
-def test_the_mac_studio() -> None:
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_promises_no_ollama_api_on_the_gateway(path: Path) -> None:
+    config = load(path, {}).config
+    gateway = str(config.gateway.listen.port)
+    for entry in config.processes().values():
+        for name, value in entry.env.items():
+            assert gateway not in value or (name != "OLLAMA_HOST" and "/api" not in value), name
+    lines = path.read_text("utf-8").splitlines()
+    assert [line for line in lines if gateway in line and "/api/" in line] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("minimal-*.yaml")), ids=lambda path: path.name)
+def test_minimal_example_has_at_most_20_lines(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 20
+
+
+def test_mac_studio_example_holds_its_models() -> None:
     config = load(ROOT / "examples" / "mac-studio.yaml", {}).config
     ollama = config.instances["ollama"]
     assert (ollama.port, ollama.replicas, ollama.requires) == (11434, 3, ("/Volumes/BOWIE",))
@@ -38,7 +54,7 @@ def test_the_mac_studio() -> None:
     assert config.services["ai-bot"].depends_on == {"ollama": "ready"}
 
 
-def test_the_gpu_box() -> None:
+def test_gpu_box_example_fits_its_card() -> None:
     config = load(ROOT / "examples" / "gpu-box.yaml", {}).config
     coder, general, chat = config.models["coder"], config.models["general"], config.models["chat"]
     assert isinstance(coder, EngineModel)

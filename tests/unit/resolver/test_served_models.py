@@ -27,9 +27,7 @@ def test_an_absent_file_is_told_at_its_key(tmp_path: Path) -> None:
         "typo: {instance: ol, from: ./ther.gguf, memory: 1GiB}, fine: {instance: ol, from: ./there.gguf},"
         "named: {instance: ol, from: llama3, memory: 1GiB}, plain: {instance: ol, memory: 1GiB}",
     )
-    assert found == {
-        "models.typo.from": f"{tmp_path / 'ther.gguf'} does not exist: typo cannot be built until it does"
-    }
+    assert found == {"models.typo.from": f"{tmp_path / 'ther.gguf'} does not exist: typo cannot be built until it does"}
 
 
 def test_an_absent_file_is_nothing_where_the_store_has_the_model(
