@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, model_validator
 
 OwnOptions = TypeVar("OwnOptions", bound="Options")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedOptions:
+    """The options that fleetd itself reads, for every engine that has them."""
+
+    api_key: str | None  # sent as a bearer token with every request
+    model: str | None  # the model of a process that serves one
+    embeddings: bool
+    context_length: int | None  # tokens per request
 
 
 class Options(BaseModel):
@@ -27,6 +38,18 @@ class Options(BaseModel):
         if isinstance(data, dict) and None in data.values():
             return {key: value for key, value in data.items() if value is not None}
         return data
+
+    def shared(self) -> SharedOptions:
+        """Return the options with a meaning for fleetd: `api_key`, `model`, `embeddings`, `context_length`."""
+        values = dict(self)
+        key, model = values.get("api_key"), values.get("model")
+        length = values.get("context_length") or values.get("max_model_len")
+        return SharedOptions(
+            api_key=key.get_secret_value() if isinstance(key, SecretStr) else None,
+            model=model if isinstance(model, str) else None,
+            embeddings=values.get("embeddings") is True,
+            context_length=length if isinstance(length, int) and length > 0 else None,
+        )
 
 
 def narrow(options: Options, kind: type[OwnOptions]) -> OwnOptions:

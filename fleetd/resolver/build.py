@@ -14,9 +14,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from pydantic import SecretStr
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.fleet import FleetConfig
@@ -35,6 +32,7 @@ from fleetd.core.data.specs import (
 )
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, capabilities_of
 from fleetd.engines.container import Contained
+from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import ConfigError, EngineError, Problem
 from fleetd.resolver import policies
@@ -217,7 +215,7 @@ class Assembler:
             self.problem((*entry.path, "engine"), error.sentence)
             return None
 
-    def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Any, bool]:
+    def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Options | None, bool]:
         """Return the options that are right, None where those are not enough; and whether that is all of them."""
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
         options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
@@ -239,7 +237,7 @@ class Assembler:
     def _context(
         self,
         entry: ConfigEntry,
-        options: Any,
+        options: Options,
         device: str,
         models: list[str],
         places: Mapping[str, object],
@@ -337,7 +335,7 @@ class Assembler:
         launch, contained, missing = self._written(entry, engine, context, recipe)
         requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
         service = entry.engine_keys is None
-        options = context.options
+        options, shared = context.options, context.options.shared()
         return LaunchPlan(
             name=entry.name,
             base=entry.base,
@@ -347,7 +345,7 @@ class Assembler:
             context=context,
             api=Api.NONE if service else engine.api(options),
             launch=launch,
-            endpoint=_endpoint(entry, options),
+            endpoint=_endpoint(entry, shared.api_key),
             external=entry.external is not None,
             missing_program=missing,
             own_env=own_env.values,
@@ -361,6 +359,7 @@ class Assembler:
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),
+            context_length=shared.context_length,
             recipe=recipe,
             contained=contained,
             schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
@@ -462,9 +461,7 @@ def _image_command(entry: ConfigEntry) -> tuple[str, ...]:
     return IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
 
 
-def _endpoint(entry: ConfigEntry, options: Any) -> Endpoint | None:
-    secret = getattr(options, "api_key", None)
-    key: str | None = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+def _endpoint(entry: ConfigEntry, key: str | None) -> Endpoint | None:
     if entry.external is not None:
         return Endpoint(entry.external.rstrip("/"), key)
     return Endpoint(f"http://{connect_host(HOST)}:{entry.port}", key) if entry.port is not None else None

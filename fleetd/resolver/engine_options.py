@@ -16,13 +16,14 @@ from pydantic import ValidationError
 from fleetd.config.validate.raw_entries import mapping
 from fleetd.config.yaml.source_map import Marks, Path_
 from fleetd.engines.base import Engine
+from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import EngineError, Problem
 
 _SHOWN_AT_MOST = 35  # names in one sentence
 
 
-def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[Any, list[Problem]]:
+def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[Options | None, list[Problem]]:
     """Return the typed options of the entry at `path`, and every mistake in them, one for each value.
 
     Where there are mistakes, the options are those that are right; None where one that is required is not.
@@ -40,7 +41,7 @@ def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[A
     return _without(engine, raw, wrong), list(found.values())
 
 
-def _without(engine: Engine, raw: dict[str, Any], wrong: set[str | int]) -> Any:
+def _without(engine: Engine, raw: dict[str, Any], wrong: set[str | int]) -> Options | None:
     try:
         return engine.options.model_validate({key: value for key, value in raw.items() if key not in wrong})
     except ValidationError:

@@ -90,6 +90,7 @@ class LaunchPlan:
     device: str = "host"
     held: Mapping[str, ServedModel] = field(default_factory=dict)
     own_model: ServedModel | None = None
+    context_length: int | None = None  # tokens per request, as configured
     schedule: Schedule | None = None
     watch: WatchPlan | None = None
     recipe: ContainerRecipe | None = None  # where it runs in a container

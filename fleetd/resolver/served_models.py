@@ -42,13 +42,14 @@ def own_held(entry: ConfigEntry, context: LaunchContext) -> ServedModel | None:
     """Return the model that a process is, as its engine's probes see it."""
     if entry.own_model is None:
         return None
-    source = getattr(context.options, "model", None)
-    path = context.config_dir / source if isinstance(source, str) and looks_like_path(source) else None
+    options = context.options.shared()
+    source = options.model
+    path = context.config_dir / source if source is not None and looks_like_path(source) else None
     return ServedModel(
         name=entry.base,
         served_as=context.served_as,
         source=str(path) if path is not None else None,
-        embedding=bool(getattr(context.options, "embeddings", False)),
+        embedding=options.embeddings,
     )
 
 

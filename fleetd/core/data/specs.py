@@ -119,8 +119,6 @@ class Capabilities:
     can_sleep: bool = (
         False  # its process gives most of the memory back without ending, and is awake again sooner than started
     )
-    loads_in_place: bool = False
-    can_quantize: bool = False
     exit_zero_is_failure: bool = False
     exclusive_start: bool = False  # nothing else may start, stop or wake on its device until it is ready
 

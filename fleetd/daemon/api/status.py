@@ -248,8 +248,7 @@ class StatusView:
             said = self._sampling.context_length(model.name, name) if placement.state is Residency.LOADED else None
             if said is not None:
                 return said
-        options = plan.context.options if plan is not None else None
-        return getattr(options, "context_length", None) or getattr(options, "max_model_len", None)
+        return plan.context_length if plan is not None else None
 
     def _ttl_left(self, model: Model, now: float) -> float | None:
         deadline = self._queries.ttl_deadline(model)

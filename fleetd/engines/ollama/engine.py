@@ -59,7 +59,7 @@ class Ollama:
     """The engine `ollama`."""
 
     name = "ollama"
-    capabilities = Capabilities(many_models=True, loads_in_place=True, can_quantize=True)
+    capabilities = Capabilities(many_models=True)
     options = OllamaOptions
     server = OllamaServer()
     sleep = None
