@@ -146,15 +146,29 @@ async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:
     return bytes(body)
 
 
+class Deadline:
+    """The end of a time limit that several calls share."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.time() + timeout_s
+
+    def left(self, at_least: float = 0.1) -> float:
+        """Return the seconds left, but not less than `at_least`."""
+        return max(at_least, self._end - self._loop.time())
+
+
 async def until(
     condition: Callable[[], Awaitable[bool]], *, timeout_s: float, period_s: float, what: str, longest_s: float = 0.5
 ) -> None:
-    """Poll `condition` until it is true, at intervals that grow from `period_s` to `longest_s`. Raises EngineError at `timeout_s`."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout_s
+    """Poll `condition` until it is true, at intervals that grow from `period_s` to `longest_s`.
+
+    Raises EngineError after `timeout_s`: `what` describes the state that did not change.
+    """
+    deadline = Deadline(timeout_s)
     while not await condition():
-        left = end - loop.time()
-        if left <= 0:
+        left = deadline.left(0.0)
+        if not left:
             raise EngineError(f"{what} after {timeout_s:g} s")
         await asyncio.sleep(min(period_s, left))
         period_s = min(longest_s, period_s * 1.1)

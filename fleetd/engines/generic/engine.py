@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +25,7 @@ from fleetd.engines.base import (
     ProbeOutcome,
     ServedModel,
 )
-from fleetd.engines.http import call
+from fleetd.engines.http import Deadline, call
 from fleetd.engines.visible_devices import visible_devices
 from fleetd.errors import EngineError
 
@@ -103,13 +102,11 @@ class GenericEngine:
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
         """Request one token (one vector of an embedding model) in the first dialect whose route exists."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        deadline = Deadline(timeout_s)
         failure = ""
         try:
             for path, payload in _requests(model):
-                left = max(0.001, end - loop.time())
-                reply = await call(http, endpoint, "POST", path, payload, timeout_s=left)
+                reply = await call(http, endpoint, "POST", path, payload, timeout_s=deadline.left(0.001))
                 if reply.ok:
                     done = isinstance(reply.data, Mapping) and any(reply.data.get(key) for key in _WORK)
                     return ProbeOutcome(done, "" if done else f"{reply.url} answered without work: {reply.message}")

@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from fleetd.engines.base import (
     ProbeOutcome,
     ServedModel,
 )
-from fleetd.engines.http import call
+from fleetd.engines.http import Deadline, call
 from fleetd.engines.llamacpp import command, memory
 from fleetd.engines.llamacpp.exits import classify
 from fleetd.engines.llamacpp.options import LlamaCppOptions
@@ -100,13 +99,12 @@ class LlamaCpp:
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
         """Request one token, or one vector. A server whose slots are all busy is alive: its main loop reports them."""
-        begun = asyncio.get_running_loop().time()
+        deadline = Deadline(timeout_s)
         try:
             slots = await call(http, endpoint, "GET", "/slots?fail_on_no_slot=1", timeout_s=timeout_s)
             if slots.status == 503 and "slot" in slots.message.lower():
                 return ProbeOutcome(True, "all slots are busy")
-            left = timeout_s - (asyncio.get_running_loop().time() - begun)
-            return await _one_token(http, endpoint, model, left)
+            return await _one_token(http, endpoint, model, deadline)
         except EngineError as error:
             return ProbeOutcome.failed(error)
 
@@ -115,16 +113,14 @@ ENGINE: Engine = LlamaCpp()
 
 
 async def _one_token(
-    http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
+    http: ClientSession, endpoint: Endpoint, model: ServedModel | None, deadline: Deadline
 ) -> ProbeOutcome:
     """Request a completion, or an embedding where the server supports only those."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout_s
     tries: list[tuple[str, Mapping[str, Any]]] = [("/embeddings", {"content": "a"})]
     if model is None or not model.embedding:
         tries.insert(0, ("/completion", {"prompt": "a", "n_predict": 1, "cache_prompt": False}))
     for path, payload in tries:
-        reply = await call(http, endpoint, "POST", path, payload, timeout_s=max(0.001, end - loop.time()))
+        reply = await call(http, endpoint, "POST", path, payload, timeout_s=deadline.left(0.001))
         if reply.ok:
             done = isinstance(reply.data, (Mapping, list)) and bool(reply.data)
             return ProbeOutcome(done, "" if done else f"{reply.url} answered without work: {reply.message}")

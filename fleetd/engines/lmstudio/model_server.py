@@ -9,13 +9,12 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fleetd.engines.base import Endpoint, ProbeOutcome, Resident, ServedModel
-from fleetd.engines.http import Reply, call, until
+from fleetd.engines.http import Deadline, Reply, call, until
 from fleetd.engines.lmstudio.options import LOAD_OPTIONS
 from fleetd.engines.load_options import load_options
 from fleetd.errors import EngineError
@@ -66,12 +65,11 @@ class LmStudioServer:
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:
         """Unload every instance of the model."""
-        end = asyncio.get_running_loop().time() + timeout_s
+        deadline = Deadline(timeout_s)
         found = await _find(http, endpoint, model.served_as)
         for instance in found.instances if found is not None else ():
-            left = max(0.1, end - asyncio.get_running_loop().time())
             payload = {"instance_id": instance}
-            reply = await call(http, endpoint, "POST", "/api/v1/models/unload", payload, timeout_s=left)
+            reply = await call(http, endpoint, "POST", "/api/v1/models/unload", payload, timeout_s=deadline.left())
             if reply.status != 404 and reply.mapping().get("instance_id") != instance:
                 raise _failed(f"{reply.url} did not unload {instance}: {reply.message}", reply, recoverable=True)
 
@@ -79,8 +77,9 @@ class LmStudioServer:
             entry = await _find(http, endpoint, model.served_as)
             return entry is None or not entry.instances
 
-        left = max(0.1, end - asyncio.get_running_loop().time())
-        await until(gone, timeout_s=left, period_s=POLL_S, what=f"LM Studio still has {model.served_as} in memory")
+        await until(
+            gone, timeout_s=deadline.left(), period_s=POLL_S, what=f"LM Studio still has {model.served_as} in memory"
+        )
 
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         return tuple(

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,12 @@ def estimate_model(context: LaunchContext, model: ServedModel) -> Footprint | No
         if not isinstance(length, int) or length < 1:
             length = serving.context_length
         limit = trained if trained and trained > 0 else length
-        slots = 1 if _embeds(header) or model.embedding else serving.slots
         layers = model.options.get("num_gpu", serving.gpu_layers)
-        own = memory_estimate.GgufServing(
+        own = replace(
+            serving,
             context_length=min(length, limit),
-            slots=slots,
-            cache_type_k=serving.cache_type_k,
-            cache_type_v=serving.cache_type_v,
-            flash_attention=serving.flash_attention,
+            slots=1 if _embeds(header) or model.embedding else serving.slots,
             gpu_layers=layers if isinstance(layers, int) and layers >= 0 else serving.gpu_layers,
-            unified=serving.unified,
-            prompt_cache_bytes=serving.prompt_cache_bytes,
         )
         sizes = memory_estimate.estimate([header], own)
     except _BadSourceError as error:

@@ -9,13 +9,12 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fleetd.engines.base import Endpoint, ProbeOutcome, Resident, ServedModel
-from fleetd.engines.http import Reply, call, until
+from fleetd.engines.http import Deadline, Reply, call, until
 from fleetd.engines.load_options import load_options
 from fleetd.engines.ollama.options import LOAD_TIME_OPTIONS
 from fleetd.errors import EngineError
@@ -38,21 +37,20 @@ class OllamaServer:
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float
     ) -> Mapping[str, int]:
         """Load without a prompt, then wait until the server lists it. The bytes are measured by the server."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        deadline = Deadline(timeout_s)
         reply = await _ask_empty(http, endpoint, model, -1, timeout_s)
         _check_load(reply, model, endpoint)
         found: dict[str, Mapping[str, Any]] = {}
 
         async def listed() -> bool:
-            entry = await _entry(http, endpoint, model.served_as, max(0.1, end - loop.time()))
+            entry = await _entry(http, endpoint, model.served_as, deadline.left())
             if entry is not None:
                 found["entry"] = entry
             return entry is not None
 
         what = f"{endpoint.base_url} loaded {model.served_as}, but /api/ps does not list it"
         try:
-            await until(listed, timeout_s=max(0.1, min(2.0, end - loop.time())), period_s=POLL_S, what=what)
+            await until(listed, timeout_s=min(2.0, deadline.left()), period_s=POLL_S, what=what)
         except EngineError as error:
             error.hint = "two names of one blob share a runner in Ollama, which lists one of them: give each a `from:`"
             raise
@@ -60,18 +58,17 @@ class OllamaServer:
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:
         """Unload, then poll until the server no longer lists it: Ollama answers before the runner has exited."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        deadline = Deadline(timeout_s)
         payload = {"model": model.served_as, "keep_alive": 0, "stream": False}
         reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
         if reply.status != 404:  # a model that was deleted from the store may still be resident: the poll decides
             reply.expect(f"unloading {model.served_as}")
 
         async def gone() -> bool:
-            return await _entry(http, endpoint, model.served_as, max(0.1, end - loop.time())) is None
+            return await _entry(http, endpoint, model.served_as, deadline.left()) is None
 
         what = f"{endpoint.base_url} still has {model.served_as} in memory"
-        await until(gone, timeout_s=max(0.1, end - loop.time()), period_s=POLL_S, what=what)
+        await until(gone, timeout_s=deadline.left(), period_s=POLL_S, what=what)
 
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
         """Return the models of /api/ps by canonical name. Ollama does not list a model that is still loading."""

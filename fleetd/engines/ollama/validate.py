@@ -129,44 +129,29 @@ def _value_problems(key: str, value: str) -> list[OptionProblem]:
 
 
 def _warnings(context: LaunchContext, options: OllamaOptions) -> list[OptionProblem]:
-    folder = models_dir(context)
     found: list[tuple[str, str]] = []
     if options.gpu_overhead:
         found.append(("gpu_overhead", "has no effect since Ollama 0.30: set the budget of the device instead"))
     if options.keep_alive >= 0:
         found.append(("keep_alive", "Ollama would unload models by itself: leave it at -1 and use the model's ttl"))
-    if options.max_loaded_models is not None and options.max_loaded_models < len(context.models):
-        count = len(context.models)
-        found.append(
-            (
-                "max_loaded_models",
-                f"{options.max_loaded_models} is less than the {count} models served here: Ollama would evict models by itself",
-            )
-        )
+    limit, count = options.max_loaded_models, len(context.models)
+    if limit is not None and limit < count:
+        message = f"{limit} is less than the {count} models served here: Ollama would evict models by itself"
+        found.append(("max_loaded_models", message))
     if not options.noprune and options.models_dir is not None:
         found.append(("noprune", "false: at every start the server deletes blobs that no manifest names"))
-    if options.llm_library is not None and not options.llm_library.startswith(_GPU_LIBRARIES):
-        found.append(
-            ("llm_library", f"{options.llm_library!r} is not a GPU library: the server would run without a GPU")
-        )
+    library = options.llm_library
+    if library is not None and not library.startswith(_GPU_LIBRARIES):
+        found.append(("llm_library", f"{library!r} is not a GPU library: the server would run without a GPU"))
+    folder = models_dir(context)
     if folder is not None and options.models_dir is None and not Path(folder).is_dir():
-        found.append(
-            (
-                "",
-                f"{folder} (OLLAMA_MODELS) does not exist: the server stays BLOCKED until it does",
-            )
-        )
+        found.append(("", f"{folder} (OLLAMA_MODELS) does not exist: the server stays BLOCKED until it does"))
     if context.port is not None and context.port >= RUNNER_PORTS_FROM:
-        found.append(
-            (
-                "",
-                f"port {context.port} is in the range that Ollama's runners use at random ({RUNNER_PORTS_FROM} and up)",
-            )
-        )
+        ports = f"that Ollama's runners use at random ({RUNNER_PORTS_FROM} and up)"
+        found.append(("", f"port {context.port} is in the range {ports}"))
     if context.host not in ("127.0.0.1", "localhost", "::1"):
-        found.append(
-            ("", f"host {context.host}: Ollama requires no key; every client that reaches it can use and delete models")
-        )
+        risk = "Ollama requires no key; every client that reaches it can use and delete models"
+        found.append(("", f"host {context.host}: {risk}"))
     return [OptionProblem((path,) if path else (), message, warning=True) for path, message in found]
 
 

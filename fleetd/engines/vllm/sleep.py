@@ -10,12 +10,11 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fleetd.engines.base import Endpoint, LaunchContext, SleepRecord
-from fleetd.engines.http import Reply, call, until
+from fleetd.engines.http import Deadline, Reply, call, until
 from fleetd.engines.listed_models import listed_names
 from fleetd.engines.options import Options, narrow
 from fleetd.engines.vllm import memory
@@ -70,11 +69,7 @@ async def wake(
 
     `expected` is the result of `canary` from before the sleep, if known.
     """
-    end = asyncio.get_running_loop().time() + timeout_s
-
-    def left() -> float:
-        return max(0.1, end - asyncio.get_running_loop().time())
-
+    left = Deadline(timeout_s).left
     try:
         if level >= 2:
             await _step(http, endpoint, "/wake_up?tags=weights", left())
