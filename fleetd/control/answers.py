@@ -25,7 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Return JSON in UTF-8. NaN becomes null; lone surrogates (a log line may have them) are escaped."""
+    """Return JSON in UTF-8: NaN as null, lone surrogates of log lines escaped."""
     try:
         return orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
     except TypeError:
@@ -92,7 +92,10 @@ def _http_error(error: web.HTTPException, request: web.Request) -> web.Response:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every exception of a handler into a JSON answer. A stream that has begun handles its own errors."""
+    """Turn every exception of a handler into a JSON answer.
+
+    A stream that has begun handles its own errors.
+    """
     try:
         return await handler(request)
     except web.HTTPException as error:

@@ -31,7 +31,7 @@ def invalid(message: str) -> ApiError:
 
 
 async def read_body(request: web.Request, allowed: Kinds) -> dict[str, Any]:
-    """Return the JSON object of a request; an empty body is {}. Raises ApiError 400, 408."""
+    """Return the JSON object of a request ({} if empty). Raises ApiError 400, 408."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await request.read()

@@ -42,7 +42,9 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class ActOptions:
-    """Options of an action. `wait` False: answer `accepted` as soon as the fleet knows of it.
+    """Options of an action.
+
+    `wait` False: answer `accepted` as soon as the fleet knows of it.
 
     `timeout_s` bounds the waiting: what is not done by then is `timeout`, and goes on. `signal` is a name such as SIGHUP.
     """
@@ -55,7 +57,7 @@ class ActOptions:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The process that connected to the socket. None: the operating system does not say."""
+    """The process that connected to the socket; None: unknown to the system."""
 
     uid: int | None = None
     pid: int | None = None
@@ -63,7 +65,9 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """Options of an apply. `dry_run` only plans. `wait`: until every changed process has settled, at most `timeout_s`.
+    """Options of an apply.
+
+    `dry_run` only plans. `wait`: until every changed process has settled, at most `timeout_s`.
 
     `expect_hash` is the `config_hash` of the plan that was confirmed: a different one now is ApiError(409, "plan_changed").
     """
@@ -85,7 +89,7 @@ class ControlPort(Protocol):
         """Return one process with its last ten events and log lines. Raises ApiError 404."""
 
     def model(self, name: str) -> ModelDetail:
-        """Return one model, by name or alias, with its last ten events. Raises ApiError 404."""
+        """Return a model, by name or alias, with its last ten events. Raises ApiError 404."""
 
     def devices(self) -> Sequence[DeviceStatus]:
         """Return the devices of `status()`."""
@@ -94,7 +98,7 @@ class ControlPort(Protocol):
         """Return the names that requests may use now."""
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
-        """Carry out one of wire.VERBS on each name, in the order of dependencies; return one result per name.
+        """Carry out a verb on each name, in the order of dependencies; one result each.
 
         start, restart: ok when READY (or EXITED as expected); failed on FAILED or BLOCKED, with the reason.
         stop: ok when STOPPED. drain: ok when nothing is in flight. load: ok when LOADED. unload: ok when ABSENT.
@@ -102,7 +106,9 @@ class ControlPort(Protocol):
         """
 
     def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
-        """Yield events, oldest first; with `follow` for ever. Closing the iterator frees its resources.
+        """Yield events, oldest first; with `follow` for ever.
+
+        Closing the iterator frees its resources.
 
         Starts with the events of the last `since_s` seconds (None: the last hundred or so), or those after sequence number
         `after`.
@@ -111,10 +117,10 @@ class ControlPort(Protocol):
     def logs(
         self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
     ) -> AsyncIterator[LogLine]:
-        """Yield the last `lines` lines of each process that match the regular expression `grep`, then follow."""
+        """Yield the last `lines` lines of each process that match `grep`, then follow."""
 
     def story(self, name: str) -> Sequence[FleetEvent]:
-        """Return the journal's events and commands about a process or model, oldest first. Raises ApiError 404."""
+        """Return all events about a process or model, oldest first. Raises ApiError 404."""
 
     def explain(self, model: str) -> Mapping[str, Any]:
         """Return why a model is where it is. Raises ApiError 404.
@@ -124,10 +130,10 @@ class ControlPort(Protocol):
         """
 
     async def dump(self) -> Mapping[str, Any]:
-        """Return status, configuration and journal, secrets redacted: enough to understand and replay the fleet."""
+        """Return status, configuration and journal, enough to replay the fleet."""
 
     def config(self) -> Mapping[str, Any]:
-        """Return {file, config_hash, config}: the active configuration, normalised, secrets redacted."""
+        """Return {file, config_hash, config}, normalised, secrets redacted."""
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         """Return the changes from the running fleet to a file. Raises ConfigError.
@@ -136,7 +142,7 @@ class ControlPort(Protocol):
         """
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
-        """Check a file, then change only what differs; another `path` becomes the daemon's configuration file.
+        """Check a file, then change only what differs; `path` replaces the daemon's file.
 
         Raises ConfigError (nothing was changed), ApiError 409 `locked` while another apply runs.
         """
@@ -145,7 +151,7 @@ class ControlPort(Protocol):
         """Apply the daemon's own file without waiting. Raises ConfigError."""
 
     async def reexec(self) -> None:
-        """Replace the daemon's program in the same PID; children keep running. Returns before it happens."""
+        """Replace the daemon's program in the same PID; return before it happens."""
 
     async def shutdown(self, force: bool) -> None:
         """Begin to shut down, and return."""
@@ -169,7 +175,7 @@ class LibraryPort(Protocol):
         """
 
     def sync(self, names: Sequence[str]) -> int:
-        """Start to create and update what differs (of `names`, or all); return the number of this sync. Raises ApiError 404."""
+        """Start a sync of `names` (empty: all); return its number. Raises ApiError 404."""
 
     def progress(self, number: int) -> AsyncIterator[Mapping[str, Any]]:
         """Yield the steps of a sync. Raises ApiError 404.
@@ -188,4 +194,4 @@ class LibraryPort(Protocol):
         """Return {volumes: [{path, identity, problem, needed_by}]}."""
 
     def accept_volume(self, path: str) -> Mapping[str, Any]:
-        """Accept what is now mounted at `path` as the expected volume. Raises ApiError 404."""
+        """Accept the volume that is mounted at `path` from now on. Raises ApiError 404."""

@@ -98,7 +98,7 @@ def _wants_stream(request: web.Request, follow: bool) -> bool:
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """Stream events as SSE; with follow=0 and without Accept: text/event-stream, answer one JSON document."""
+    """Stream events as SSE; with follow=0 and no Accept for SSE, answer JSON."""
     query = read_query(request, ("since_s", "after", "follow"))
     follow = parse_flag(query.get("follow"), "follow", default=True)
     since_s = parse_number(query.get("since_s"), "since_s", 0, _TEN_YEARS_S)
@@ -110,7 +110,7 @@ async def get_events(request: web.Request) -> web.StreamResponse:
 
 
 async def get_logs(request: web.Request) -> web.StreamResponse:
-    """Stream log lines as SSE with follow=1 or Accept: text/event-stream; else answer one JSON document."""
+    """Stream log lines as SSE with follow=1 or an Accept for SSE; else answer JSON."""
     query = read_query(request, ("lines", "since_s", "grep", "follow"))
     follow = parse_flag(query.get("follow"), "follow", default=False)
     streaming = _wants_stream(request, follow)

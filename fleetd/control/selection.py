@@ -29,7 +29,7 @@ def processes(patterns: Sequence[str], names: Names) -> list[str]:
 
 
 def models(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the models that the patterns select, aliases resolved. Raises ApiError 404, 409 for a route."""
+    """Return the models selected by patterns or aliases. Raises ApiError 404, 409."""
 
     def matching(pattern: str) -> list[str]:
         if pattern in names.models:

@@ -107,7 +107,10 @@ def _check_peer(allowed_uids: Collection[int]) -> Middleware:
 
 
 class ControlServer:
-    """Serves a port on a Unix socket. Call `start` once and `close` once, while holding the host's lock."""
+    """Serves a port on a Unix socket.
+
+    Call `start` once and `close` once, while holding the host's lock.
+    """
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class ControlServer:
         self._server = await asyncio.get_running_loop().create_unix_server(serve, sock=self._listener)
 
     async def close(self) -> None:
-        """Stop listening, wait SHUTDOWN_S for requests in progress, cut the rest, remove the socket file."""
+        """Stop listening, wait SHUTDOWN_S for requests, cut the rest, remove the socket."""
         socket.release(self.path, self._identity)
         if self._server is not None:
             self._server.close()

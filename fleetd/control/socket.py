@@ -25,7 +25,7 @@ _SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 0x001, 0x002
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a listening socket at `path`, mode 0600 in a 0700 folder. Raises HostError.
+    """Return a listening socket, mode 0600 in a 0700 folder. Raises HostError.
 
     The caller must hold the host's lock.
     """

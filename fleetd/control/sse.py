@@ -49,7 +49,7 @@ async def _close(source: AsyncIterator[Mapping[str, Any]]) -> None:
 
 
 async def _pump(source: AsyncIterator[Mapping[str, Any]], event: str, queue: asyncio.Queue[bytes | None]) -> None:
-    """Move items from the source into the queue; None is the end. Raises _StalledReader.
+    """Move items from the source to the queue, None at the end. Raises _StalledReader.
 
     The source is closed here, before the connection is cut: a cut cancels the tasks that wait.
     """
@@ -91,7 +91,7 @@ async def _write(response: web.StreamResponse, queue: asyncio.Queue[bytes | None
 
 
 async def stream(request: web.Request, source: AsyncIterator[Mapping[str, Any]], event: str) -> web.StreamResponse:
-    """Send every item of `source` as an SSE event, until it ends or the reader disconnects; then close it."""
+    """Send the items of `source` as SSE until it ends or the reader leaves; close it."""
     response = web.StreamResponse(
         headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     )

@@ -31,7 +31,7 @@ class ResultCode(StrEnum):
 
 
 class ActionResult(TypedDict):
-    """The result of an action for one name. `reason` is a sentence for a person, `state` the current state."""
+    """The result of an action for one name: `reason` for people, `state` as it is now."""
 
     name: str
     result: str  # an ResultCode
@@ -135,7 +135,7 @@ class HostStatus(TypedDict):
 
 
 class FleetStatus(TypedDict):
-    """The whole fleet: `GET /v1/status` and `fleetctl status -o json`. The server adds `schema`."""
+    """The document of `GET /v1/status`; the server adds `schema`."""
 
     name: str
     ready: bool
@@ -147,7 +147,7 @@ class FleetStatus(TypedDict):
 
 
 class FleetEvent(TypedDict):
-    """One event. `seq` grows by one, also across restarts of the daemon; it is the SSE id."""
+    """One event; `seq` grows by one, also across daemon restarts, and is the SSE id."""
 
     seq: int
     at: str
@@ -164,7 +164,7 @@ OWN_STREAM = "fleetd"  # LogLine.stream of a message about the log itself
 
 
 class LogLine(TypedDict):
-    """One line of a process' log. `at` is null if the child writes its own file without times."""
+    """One line of a process' log; `at` is null if the child writes its file itself."""
 
     name: str
     at: str | None
@@ -173,7 +173,7 @@ class LogLine(TypedDict):
 
 
 class ProcessDetail(TypedDict):
-    """The document of `status NAME`. `events` and `log` are the last ten, oldest first."""
+    """The document of `status NAME`; `events` and `log` are the last ten."""
 
     process: ProcessStatus
     models: list[ModelStatus]  # the models that it serves or can serve
@@ -198,7 +198,7 @@ class ModelDetail(TypedDict):
 
 
 class KeyChange(TypedDict):
-    """One changed key. `before` and `after` are redacted, short texts; null if the key is missing."""
+    """One changed key; `before` and `after` are redacted, null if the key is missing."""
 
     path: str
     before: Any
@@ -217,7 +217,7 @@ class PlannedChange(TypedDict):
 
 
 class Plan(TypedDict):
-    """The changes from the running fleet to a file. `unchanged` counts the processes that are not touched."""
+    """The changes from the running fleet to a file; `unchanged` counts processes."""
 
     file: str | None
     config_hash: str

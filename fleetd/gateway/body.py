@@ -58,7 +58,7 @@ _USUAL_KEYS = frozenset(
 
 
 class BodyFields(NamedTuple):
-    """The fields of a body that the gateway reads. `span` is the position of the value of `model`, if known."""
+    """The fields that the gateway reads; `span`: position of the value of `model`."""
 
     model: str
     stream: bool
@@ -87,7 +87,7 @@ def parse(body: bytes | bytearray) -> BodyFields:
 
 
 def scan(body: bytes | bytearray) -> BodyFields:
-    """Parse the top level of a large body without building objects. Raises ApiError (400, 404).
+    """Parse the top level of a large body, without objects. Raises ApiError 400, 404.
 
     Values other than `model` and `stream` are skipped; the engine decides whether they are valid.
     """
@@ -140,7 +140,7 @@ def rename_model(body: bytes | bytearray, fields: BodyFields, served_name: str) 
 
 
 def _simple_span(body: bytes | bytearray, model: str) -> tuple[int, int] | None:
-    """Return the position of the value of `model` if there is one such key and no escape; else None."""
+    """Return the position of the value of `model`; None unless it is unambiguous."""
     if b"\\u" in body or len(_MODEL_KEY.findall(body)) != 1:
         return None
     match = _MODEL_KEY.search(body)

@@ -27,7 +27,7 @@ _CACHED = 1024
 
 
 def split_host(value: bytes) -> str | None:
-    """Return the lower-case host of a Host header without port and brackets; None if it is invalid."""
+    """Return the host of a Host header, in lower case, without port; None if invalid."""
     try:
         text = value.decode("ascii").strip().lower()
     except UnicodeDecodeError:
@@ -47,7 +47,7 @@ def split_host(value: bytes) -> str | None:
 
 
 class HostPolicy:
-    """Decides which Host and Origin headers are allowed, and caches the hosts it allowed."""
+    """Decides which Host and Origin headers are allowed, and caches allowed hosts."""
 
     def __init__(self, listen_host: str, allowed_hosts: Iterable[str] = ()) -> None:
         listen = listen_host.lower()
@@ -157,7 +157,7 @@ class RequestChecks:
         return None if self.hosts.allows(host) else self._foreign_host()
 
     def _check_absolute(self, request: Request) -> ApiError | None:
-        """Check `GET http://host/path`: the host in the target counts, and both hosts must be allowed."""
+        """Check `GET http://host/path`: both hosts must be allowed."""
         if request.target == b"*" and request.method == b"OPTIONS":
             return None
         try:

@@ -16,7 +16,9 @@ _VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class GatewayContext:
-    """The state that connections, exchanges and pools share. Construct it on the running loop.
+    """The state that connections, exchanges and pools share.
+
+    Construct it on the running loop.
 
     `clock` is the loop's time at the last tick, in seconds: precise enough for every timeout, and free to read.
     """
@@ -51,7 +53,7 @@ class GatewayContext:
         self._id_format = b"X-Request-Id: %b-%%x\r\n" % os.urandom(6).hex().encode()
 
     def id_line(self, client_id: bytes) -> bytes:
-        """Count a request and return the header line with its id: the client's if valid, else a new one."""
+        """Return the header line with a request's id: the client's if valid, else new."""
         count = self.requests = self.requests + 1
         if client_id and _VALID_ID.fullmatch(client_id):
             return b"X-Request-Id: %b\r\n" % client_id

@@ -53,6 +53,6 @@ class HalfCloseProbe:
             return True
 
     def stop(self) -> None:
-        """Stop probing: once an answer begins, writing it shows whether the client is gone."""
+        """Stop probing: writing the answer shows from now on whether the client is gone."""
         if self._timer is not None:
             self._timer.cancel()

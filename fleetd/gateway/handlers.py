@@ -81,7 +81,7 @@ class Handlers:
 
 
 def model_object(entry: ModelEntry) -> dict[str, Any]:
-    """Return one model as OpenAI's API shows it, with the fleet's own fields under `fleet`."""
+    """Return a model as OpenAI's API does, with the fleet's own fields under `fleet`."""
     return {
         "id": entry.id,
         "object": "model",

@@ -72,7 +72,7 @@ _CACHED_HEAD_BYTES: Final = 4096  # a larger head is not cached
 
 
 class Head:
-    """The header lines of a request, except its length and request id. Shared by requests with equal lines."""
+    """The header lines of a request, shared by equal requests; without length and id."""
 
     def __init__(self, lines: tuple[bytes, ...]) -> None:
         """Parse `lines`: name, value, name, value …"""

@@ -212,7 +212,7 @@ class ServerConnection(asyncio.Protocol):
             self._start_next()
 
     def _take_raw(self, data: bytes) -> bytes:
-        """Take the body of a request that asked for an upgrade, which llhttp does not read. Returns the rest."""
+        """Take the body of an upgrade request, which llhttp skips; return the rest."""
         body, rest = data[: self._raw_left], data[self._raw_left :]
         self._raw_left -= len(body)
         self.on_body(body)
@@ -221,7 +221,7 @@ class ServerConnection(asyncio.Protocol):
         return rest
 
     def _after_upgrade(self, rest: bytes) -> None:
-        """Ignore an upgrade, as HTTP allows, and answer the request without it (JDK clients ask for one)."""
+        """Answer without the upgrade, as HTTP allows (JDK clients ask for one)."""
         if self._ignore_input or self._current is None:
             return
         self._raw_left = max(0, self._current.length)
@@ -365,7 +365,7 @@ class ServerConnection(asyncio.Protocol):
         self._starting = False
 
     def fail(self) -> None:
-        """Answer after an internal error: 500 if nothing was sent yet, else cut the connection."""
+        """Answer 500 after an internal error; if part was sent, cut the connection."""
         observer, self.observer = self.observer, None
         relaying = observer.relaying if observer is not None else False
         if observer is not None:
@@ -441,7 +441,7 @@ class ServerConnection(asyncio.Protocol):
     # -- closing --------------------------------------------------------------------------------------------------------
 
     def _give_up(self, error: ApiError) -> None:
-        """Ignore further input: answer the requests before this, then this error, then close."""
+        """Ignore further input: answer earlier requests, then this error, then close."""
         self._ignore_input = True
         request = self._current or Request(b"")
         self._current = None
@@ -475,7 +475,7 @@ class ServerConnection(asyncio.Protocol):
         self.transport.close()
 
     def cut(self) -> None:
-        """Break off the answer in progress, visibly: the client must see that it is incomplete."""
+        """Break off the answer in progress, so that the client sees it is incomplete."""
         self.observer = None
         request, self.active = self.active, None
         if request is not None:

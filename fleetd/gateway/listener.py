@@ -62,7 +62,9 @@ class Gateway:
     async def start(
         self, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
     ) -> list[tuple[str, int]]:
-        """Listen on the configured address, or on sockets that already listen. Returns the addresses.
+        """Listen on the configured address, or on sockets that already listen.
+
+        Returns the addresses.
 
         Raises HostError if the address cannot be used.
         """
@@ -128,7 +130,7 @@ class Gateway:
         )
 
     def last_answer_s(self, process: str) -> float:
-        """Return when a piece of a successful answer last arrived from a process, monotonic; 0: never."""
+        """Return when a process last sent a piece of a 200 answer, monotonic; 0: never."""
         return self._pools.last_answer_s(process)
 
     # -- connections ----------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class Gateway:
             self._changed.set()
 
     def _close_idlest(self, client: str | None) -> bool:
-        """Close the connections idle for longest (of one client, or None: of all); False if none is idle.
+        """Close the connections idle longest, of a client or all; False if none is idle.
 
         Several at once, so that a flood does not search for each connection.
         """
@@ -192,7 +194,7 @@ def _addresses(server: asyncio.Server) -> list[tuple[str, int]]:
 
 
 def _files_for_connections() -> int:
-    """Return how many clients the open-file limit allows: each may need a second file for its engine."""
+    """Return how many clients the open-file limit allows, at two files each."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 1_000_000

@@ -56,7 +56,7 @@ class Pools:
         self._on_empty()
 
     def last_answer_s(self, process: str) -> float:
-        """Return when a piece of a successful answer last arrived from a process, monotonic; 0: never."""
+        """Return when a process last sent a piece of a 200 answer, monotonic; 0: never."""
         pool = self._by_process.get(process)
         return pool.last_answer_s if pool is not None else 0.0
 

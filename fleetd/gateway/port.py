@@ -22,7 +22,10 @@ OnReject = Callable[[Reject], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One entry of GET /v1/models. `created` is Unix seconds; `instance` and `engine` are None if unknown."""
+    """One entry of GET /v1/models.
+
+    `created` is Unix seconds; `instance` and `engine` are None if unknown.
+    """
 
     id: str
     state: str
@@ -51,7 +54,7 @@ class FleetPort(Protocol):
         ...
 
     def cancel(self, request_id: int) -> None:
-        """Withdraw a request before its grant: no callback follows, and nothing is loaded for it."""
+        """Withdraw a request before its grant; no callback follows, nothing is loaded."""
         ...
 
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
@@ -62,11 +65,11 @@ class FleetPort(Protocol):
         ...
 
     def target(self, model: str, process: str) -> ModelTarget:
-        """Return where granted requests for `model` on `process` go. Raises KeyError if either is gone."""
+        """Return the target of a grant. Raises KeyError if model or process is gone."""
         ...
 
     def models(self) -> Sequence[ModelEntry]:
-        """Return what GET /v1/models lists: models, aliases and routes, in the order of fleet.yaml."""
+        """Return models, aliases and routes, in the order of fleet.yaml."""
         ...
 
     def names(self) -> Mapping[str, str]:
@@ -74,5 +77,5 @@ class FleetPort(Protocol):
         ...
 
     def ready(self) -> tuple[bool, Sequence[str]]:
-        """Return whether the fleet is as fleet.yaml asks, and one sentence for each deviation."""
+        """Return whether the fleet is as fleet.yaml asks, and a sentence per deviation."""
         ...

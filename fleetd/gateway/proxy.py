@@ -254,7 +254,7 @@ class Exchange:
         conn.done(keep)
 
     def _collect_error(self, connection: UpstreamConnection) -> None:
-        """Pass the engine's answer on as an error event: 200 was already sent, and this is no stream."""
+        """Pass the engine's answer on as an error event: 200 was sent, but no stream came."""
         pieces = self._error_pieces
         assert pieces is not None
         if sum(map(len, pieces)) < MAX_ERROR_BYTES:
@@ -287,7 +287,7 @@ class Exchange:
             self._fail_over(self._target.process, reason)
 
     def unreachable(self, reason: str) -> None:
-        """Report the failure to the fleet and ask again: it names another process or waits for one."""
+        """Report the failure and ask the fleet again, which names or awaits a process."""
         self._connecting = None
         if self._phase != GRANTED:
             return
@@ -303,7 +303,7 @@ class Exchange:
             )
 
     def _fail_over(self, process: str, reason: str) -> None:
-        """Ask for another process, as often as the options allow: nothing was received from this one."""
+        """Ask for another process, if attempts are left: this one sent nothing."""
         self._failure = _upstream_failed(process, reason)
         self._phase = DONE
         self._tries += 1

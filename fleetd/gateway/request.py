@@ -8,7 +8,10 @@ from fleetd.gateway.routes import HttpRoute
 
 
 class Request:
-    """A request of a client. Defaults are class attributes: setting them for each request would cost more."""
+    """A request of a client.
+
+    Defaults are class attributes: setting them for each request would cost more.
+    """
 
     method: bytes = b"GET"
     http11: bool = True

@@ -52,7 +52,7 @@ ROUTES: Final[dict[bytes, HttpRoute]] = {
 
 
 def find(method: bytes, target: bytes) -> tuple[HttpRoute | None, ApiError | None]:
-    """Return the route of a request (None: unknown path), and the error if it cannot be used."""
+    """Return the route (None: unknown path) and the error of a request."""
     route = ROUTES.get(target) or _find_by_path(target)
     if route is None:
         if target == b"*":

@@ -42,7 +42,7 @@ class ModelTarget:
         self.names_no_wait = self._names + _NO_WAIT  # header lines of a request that did not wait
 
     def names_after(self, queued_s: float, load_s: float) -> bytes:
-        """Return the header lines of a request that waited `queued_s` seconds, `load_s` of them for a load."""
+        """Return the header lines of a request that waited, `load_s` of it for a load."""
         if not queued_s and not load_s:
             return self.names_no_wait
         waits = (int(queued_s * 1000), int(load_s * 1000))
@@ -50,7 +50,7 @@ class ModelTarget:
 
 
 def rejection_lines(model: str | None, queued_s: float) -> bytes:
-    """Return the header lines of a rejected request; `model` None: the fleet has no such model."""
+    """Return the header lines of a rejected request; `model` None: no such model."""
     if model is None:
         return b""
     return b"X-Fleet-Model: %b\r\nX-Fleet-Queue-Ms: %d\r\n" % (_header_value(model), int(queued_s * 1000))

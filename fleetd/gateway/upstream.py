@@ -37,11 +37,11 @@ class AnswerReceiver(Protocol):
         ...
 
     def answer_read(self, connection: UpstreamConnection) -> None:
-        """Data arrived: see `status` (0: head incomplete), `head`, `pieces` and `complete` of the connection."""
+        """Data arrived: see the attributes of the connection (`status` 0: no head yet)."""
         ...
 
     def upstream_lost(self, reason: str, received: bool, stale: bool) -> None:
-        """The connection broke. `stale`: it came from the pool and broke before a byte arrived."""
+        """The connection broke; `stale`: a pooled one broke before a byte arrived."""
         ...
 
     def unreachable(self, reason: str) -> None:
@@ -247,7 +247,7 @@ class Pool:
             self._on_empty(self)
 
     def connect(self, receiver: AnswerReceiver, pieces: Pieces) -> asyncio.Task[None]:
-        """Open a connection and send one request on it. Cancel the returned task to stop it."""
+        """Open a connection and send a request on it; cancel the returned task to stop."""
         task = self._context.loop.create_task(self._connect(receiver, pieces))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)

@@ -31,7 +31,10 @@ MAX_LAYERS = 4_096  # a header may state any number
 
 @dataclass(frozen=True, slots=True)
 class GgufServing:
-    """How llama.cpp serves a model. `context_length` is per slot; `gpu_layers` None: all layers on the GPU, 0: none."""
+    """How llama.cpp serves a model.
+
+    `context_length` is per slot; `gpu_layers` None: all layers on the GPU, 0: none.
+    """
 
     context_length: int = 4096
     slots: int = 1
@@ -48,7 +51,7 @@ class GgufServing:
 
 @dataclass(frozen=True, slots=True)
 class GgufSizes:
-    """The parts of an estimate, and their sum split by device. Without a GPU everything is in `host_bytes`."""
+    """The parts of an estimate, and their sum by device (host only, without a GPU)."""
 
     weight_bytes: int
     kv_bytes: int
@@ -70,7 +73,7 @@ def estimate_gguf(paths: Sequence[Path], serving: GgufServing) -> GgufSizes:
 
 
 def estimate(headers: Sequence[Header], serving: GgufServing, extra_weight_bytes: int = 0) -> GgufSizes:
-    """Return the bytes for parsed headers; `extra_weight_bytes` are adapters and projectors."""
+    """Return the bytes for headers; `extra_weight_bytes`: adapters and projectors."""
     first = headers[0]
     weights = sum(header.weight_bytes for header in headers)
     kv = kv_bytes(first, serving)
@@ -113,7 +116,7 @@ def kv_bytes(header: Header, serving: GgufServing) -> int:
 
 
 def cells(serving: GgufServing) -> int:
-    """Return the cells of a full-attention layer for all slots, each padded as llama.cpp pads it."""
+    """Return the cells of a full-attention layer, slots padded as llama.cpp does."""
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
     return per_slot * serving.slots
 
@@ -142,7 +145,7 @@ def head_widths(header: Header, suffix: str = "") -> tuple[int, int]:
 
 
 def _cell_bytes(key: int, value: int, serving: GgufServing) -> float:
-    """Return the bytes of one head in one cell; without flash attention the value cache is not quantised."""
+    """Return the bytes of one head in one cell."""
     return key * KV_BYTES.get(serving.cache_type_k, 2.0) + value * KV_BYTES.get(serving.cache_type_v, 2.0)
 
 
@@ -153,14 +156,14 @@ def _grouped(header: Header, serving: GgufServing, layers: int) -> int:
 
 
 def _latent(header: Header, serving: GgufServing, layers: int) -> int:
-    """Latent attention (MLA): one compressed vector and the rotary part per cell, for any number of heads."""
+    """Latent attention (MLA): one compressed vector and the rotary part per cell."""
     rank = header.number("attention.kv_lora_rank") or 0
     rotary = header.number("rope.dimension_count") or 64
     return int(layers * (rank + rotary) * KV_BYTES.get(serving.cache_type_k, 2.0) * cells(serving))
 
 
 def _hybrid(header: Header, serving: GgufServing, layers: int) -> int:
-    """Hybrid: every `full_attention_interval`-th layer has a cache, the others a fixed f32 state per slot."""
+    """Hybrid: some layers have a cache, the others a fixed f32 state per slot."""
     interval = header.number("full_attention_interval")
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     if interval:
@@ -176,7 +179,7 @@ def _hybrid(header: Header, serving: GgufServing, layers: int) -> int:
 
 
 def _windowed(header: Header, serving: GgufServing, layers: int) -> int:
-    """Sliding windows: such layers keep the window and one batch per slot, the others the whole context."""
+    """Sliding windows: such layers keep only the window and one batch per slot."""
     window = header.number("attention.sliding_window") or 0
     heads = _per_layer(header, "attention.head_count_kv", layers, _heads(header))
     per_slot = -(-serving.context_length // CELL_STEP) * CELL_STEP
@@ -215,7 +218,7 @@ def vocabulary_bytes(header: Header) -> int:
 
 
 def compute_bytes(header: Header, serving: GgufServing) -> int:
-    """Return the compute buffer: one step of `ubatch` tokens through the widest layer, or through the vocabulary."""
+    """Return the compute buffer: `ubatch` tokens through the widest layer or logits."""
     batch = min(serving.ubatch, serving.context_length * serving.slots)
     width, heads = header.number("embedding_length") or 0, _heads(header)
     vocabulary = header.vocabulary if serving.logits else 0
@@ -229,6 +232,6 @@ def compute_bytes(header: Header, serving: GgufServing) -> int:
 
 
 def _embedding_on_host(headers: Sequence[Header]) -> int:
-    """Return the bytes of the token embedding that stay on the host: all, if the output matrix is separate."""
+    """Return the bytes of the token embedding on the host, 0 if it is the output too."""
     tensors = {tensor.name: tensor.size_bytes for header in headers for tensor in header.tensors}
     return tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0

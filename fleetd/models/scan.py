@@ -28,7 +28,10 @@ _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model on disk. `kind` is gguf or safetensors; `path` a file, or the folder of a safetensors model."""
+    """A model on disk.
+
+    `kind` is gguf or safetensors; `path` a file, or the folder of a safetensors model.
+    """
 
     key: str
     kind: str
@@ -41,7 +44,7 @@ class Found:
     projector: Path | None = None
 
     def entry(self, instance: str | None = None) -> dict[str, Any]:
-        """Return its entry for `models`: served by `instance` if possible, else its own process."""
+        """Return its entry: served by `instance` if possible, else its own process."""
         if self.kind == "safetensors":
             return {"engine": "vllm", "options": {"model": str(self.path)}}
         if instance is not None and self.shards == 1:

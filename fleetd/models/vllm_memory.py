@@ -19,7 +19,10 @@ _DTYPES = {"auto": 2.0, "float16": 2.0, "bfloat16": 2.0, "half": 2.0, "float32":
 
 @dataclass(frozen=True, slots=True)
 class VllmServing:
-    """How vLLM serves a model. `kv_cache_bytes`: as configured; None: for `sequences` of the longest length."""
+    """How vLLM serves a model.
+
+    `kv_cache_bytes`: as configured; None: for `sequences` of the longest length.
+    """
 
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -49,7 +52,10 @@ class VllmSizes:
 
 
 def estimate(model: ModelFolder, serving: VllmServing) -> VllmSizes:
-    """Return the bytes on each GPU. Activations and graphs are rules of thumb until vLLM logs measured ones."""
+    """Return the bytes on each GPU.
+
+    Activations and graphs are rules of thumb until vLLM logs measured ones.
+    """
     shards = max(1, serving.tensor_parallel)
     hidden = model.number("hidden_size", "n_embd", "d_model") or 0
     inner = model.number("intermediate_size", "ffn_dim") or 4 * hidden
@@ -65,7 +71,7 @@ def estimate(model: ModelFolder, serving: VllmServing) -> VllmSizes:
 
 
 def minimum_kv_bytes(model: ModelFolder, serving: VllmServing) -> int:
-    """Return the KV bytes of `sequences` sequences of the longest length, in whole blocks."""
+    """Return the KV bytes of `sequences` of the longest length, in whole blocks."""
     longest = serving.max_model_len or model.number("max_position_embeddings", "n_positions", "seq_length") or 2048
     block = max(1, serving.block_size)
     total = 0.0
@@ -76,7 +82,7 @@ def minimum_kv_bytes(model: ModelFolder, serving: VllmServing) -> int:
 
 
 def kv_bytes_per_token(model: ModelFolder, serving: VllmServing) -> Sequence[tuple[int | None, float]]:
-    """Return (window, bytes per token) on one GPU for every layer with a KV cache; window None: no window."""
+    """Return (window or None, bytes per token) on one GPU per layer with a KV cache."""
     layers = min(model.number("num_hidden_layers", "n_layer", "num_layers") or 0, MAX_LAYERS)
     size = _kv_dtype_bytes(model, serving)
     rank = model.number("kv_lora_rank")
@@ -97,7 +103,7 @@ def kv_bytes_per_token(model: ModelFolder, serving: VllmServing) -> Sequence[tup
 
 
 def _layer_kinds(model: ModelFolder, layers: int) -> list[str]:
-    """Return the kind of every layer; layers of linear attention or state spaces have no KV cache."""
+    """Return the kind of every layer; linear attention and state spaces have no KV."""
     kinds = model.config.get("layer_types")
     if isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds):
         return kinds[:layers]
@@ -113,7 +119,9 @@ def _layer_kinds(model: ModelFolder, layers: int) -> list[str]:
 
 
 def _dtype_bytes(model: ModelFolder, dtype: str) -> float:
-    """Return the bytes of one number in memory. `stored` is the file's own; `auto` halves f32, as vLLM does.
+    """Return the bytes of one number in memory.
+
+    `stored` is the file's own; `auto` halves f32, as vLLM does.
 
     A quantised model states 16 bits, however its weights are packed: it is served as stored.
     """

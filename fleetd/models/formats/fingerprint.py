@@ -26,7 +26,7 @@ _KNOWN_MAX = 20_000
 
 
 def known_fingerprint(path: Path) -> str:
-    """Return `fingerprint`; computed again only after size, time or inode of the file changed. Raises OSError."""
+    """Return `fingerprint`, cached while the file is unchanged. Raises OSError."""
     now = stamp(path)
     known = _KNOWN.get(path)
     if known is None or known[0] != now:
@@ -66,7 +66,7 @@ def sha256(path: Path, progress: Callable[[int, int], None] | None = None) -> st
 
 
 def stamp(path: Path) -> list[int]:
-    """Return [size, mtime in ns, inode]; equal stamps mean an unchanged file. Raises OSError."""
+    """Return [size, mtime in ns, inode], equal for an unchanged file. Raises OSError."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
@@ -81,7 +81,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace a JSON file by rename: readers, also after a crash, get the old or the new one. Raises OSError."""
+    """Replace a JSON file by rename, so that it is never half written. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:

@@ -58,7 +58,10 @@ class GgufError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One row of the tensor table. `size_bytes` is exact for known types, else the distance to the next tensor."""
+    """One row of the tensor table.
+
+    `size_bytes` is exact for known types, else the distance to the next tensor.
+    """
 
     name: str
     dims: tuple[int, ...]
@@ -69,7 +72,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A header. `keys` holds scalars, short texts and arrays up to 4096 numbers; `lengths` the length of every array."""
+    """A header.
+
+    `keys` holds scalars, short texts and arrays up to 4096 numbers; `lengths` the length of every array.
+    """
 
     path: str
     version: int
@@ -90,13 +96,13 @@ class Header:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """Return the whole numbers of `{architecture}.key`, one for a scalar; empty if missing."""
+        """Return the numbers of `{architecture}.key`, one for a scalar; empty if missing."""
         value = self.keys.get(f"{self.architecture}.{key}", ())
         values = value if isinstance(value, tuple) else (value,)
         return tuple(int(item) for item in values if isinstance(item, int | float) and _is_exact(item))
 
     def number(self, key: str) -> int | None:
-        """Return the whole number of `{architecture}.key`; None if it is missing or differs by layer."""
+        """Return the number of `{architecture}.key`; None if missing or per layer."""
         values = self.numbers(key)
         return values[0] if len(values) == 1 else None
 
@@ -129,7 +135,7 @@ KNOWN_MAX = 32
 
 
 def read(path: Path) -> Header:
-    """Return the header of one file; it is read again only after the file has changed. Raises GgufError."""
+    """Return the header of a file, cached while it is unchanged. Raises GgufError."""
     with opened(path, GgufError) as (handle, status):
         mark = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         known = _KNOWN.get(str(path))
@@ -141,7 +147,7 @@ def read(path: Path) -> Header:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[Header, ...]:
-    """Return the headers of all parts of a model, in order. Raises GgufError, also for parts of another model."""
+    """Return the headers of all parts of a model. Raises GgufError, also if they mix."""
     headers = tuple(read(path) for path in paths)
     for number, header in enumerate(headers):
         stated = header.keys.get("split.no", number)
@@ -153,7 +159,7 @@ def read_all(paths: Sequence[Path]) -> tuple[Header, ...]:
 
 
 class _HeaderReader:
-    """A cursor over a file: a window of bytes that moves forward and skips data that is not needed."""
+    """A cursor over a file: a window of bytes that moves forward and skips data."""
 
     def __init__(self, handle: int, path: str, size: int) -> None:
         self.handle, self.path, self.size = handle, path, size

@@ -20,7 +20,7 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a so
 
 @contextmanager
 def opened(path: Path, error_type: type[EngineError]) -> Iterator[tuple[int, os.stat_result]]:
-    """Yield the descriptor and the status of a regular file. Raises `error_type`, also for OSErrors of the body."""
+    """Yield descriptor and status of a file. Raises `error_type` for every OSError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

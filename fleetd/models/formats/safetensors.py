@@ -30,7 +30,7 @@ class SafetensorsError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model folder: bytes of all weights, its files, and the configuration of the text model."""
+    """A model folder: weight bytes, files, and the configuration of the text model."""
 
     path: str
     weight_bytes: int
@@ -47,7 +47,7 @@ class ModelFolder:
 
 
 def tensor_bytes(path: Path) -> int:
-    """Return the bytes of all tensors of one .safetensors file, from its header. Raises SafetensorsError."""
+    """Return the bytes of all tensors of a file. Raises SafetensorsError."""
     size, (prefix, header) = _head(path)
     if not isinstance(header, dict):
         raise SafetensorsError(f"{path} is not a usable safetensors file: its header is not a JSON object")
@@ -115,7 +115,7 @@ def read_folder(folder: Path) -> ModelFolder:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the weight files: those of the index, else those in the folder, without a consolidated copy."""
+    """Return the weight files of the index, or of the folder without a merged copy."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index).get("weight_map")

@@ -89,7 +89,7 @@ class OllamaApi:
                 raise EngineError(f"{self.base_url} refused {path}: HTTP {response.status}: {text.strip()}")
 
     async def create(self, body: Mapping[str, Any], progress: Progress, timeout_s: float) -> None:
-        """Create or replace a model. Raises EngineError with the server's message, also in the middle of the stream."""
+        """Create or replace a model. Raises EngineError with the server's message."""
         name, succeeded = body.get("model"), False
         async with self._open(
             "POST", "/api/create", json_body={**body, "stream": True}, timeout_s=timeout_s
@@ -147,7 +147,7 @@ class OllamaApi:
         data: AsyncIterator[bytes] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> AsyncIterator[ClientResponse]:
-        """Yield the open response of a request. Raises EngineError for every failure, also while it is read."""
+        """Yield an open response. Raises EngineError for every failure, also of reading."""
         import aiohttp
 
         request, answered = f"{method} {self.base_url}{path}", False

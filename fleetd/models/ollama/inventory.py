@@ -22,7 +22,10 @@ _EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A model of a store. `name` as Ollama lists it; `keys`: the header's `general.*` keys; `weights` None: missing."""
+    """A model of a store.
+
+    `name` as Ollama lists it; `keys`: the header's `general.*` keys; `weights` None: missing.
+    """
 
     name: str
     weights: Path | None

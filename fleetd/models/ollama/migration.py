@@ -31,7 +31,10 @@ _KEYS = (
 
 @dataclass(slots=True)
 class Proposal:
-    """`models`: the part of fleet.yaml; `found`: name → where its source was read; `unknown`: name → why it has none."""
+    """A part of fleet.yaml, and the sources of its models.
+
+    `found`: name → where its source was read; `unknown`: name → why it has none.
+    """
 
     models: dict[str, Any] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
@@ -39,7 +42,7 @@ class Proposal:
 
 
 def source_of(model: Stored) -> tuple[str, str] | None:
-    """Return (repository, header key) of a model's safetensors; None if its header names none."""
+    """Return (repository, header key) of the safetensors; None if not in the header."""
     for key in _KEYS:
         value = model.keys.get(key)
         if not isinstance(value, str):
@@ -59,7 +62,7 @@ def propose(
     vllm_weight: int = 10,
     device: str | None = None,
 ) -> Proposal:
-    """Return entries for every model. `names`: served name → its name in the fleet, if it has one.
+    """Return entries for every model; `names`: served name → name in the fleet.
 
     `vllm_weight` of 100 requests go to vLLM.
     """

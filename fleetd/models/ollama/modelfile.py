@@ -55,7 +55,7 @@ ModelfileProblem = tuple[tuple[str | int, ...], str]
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """How to create one model of a store: from a file (`source`) or from another model of the store (`base`).
+    """How to create a model of a store: from a file (`source`) or a model (`base`).
 
     `parameters` are in Ollama's own names and types, `stop` always a tuple. `quantize` is None or as Ollama spells it.
     """
@@ -77,12 +77,12 @@ class ModelRecipe:
     requires: str | None = None
 
     def content_hash(self, fingerprints: Mapping[str, str]) -> str:
-        """Return a hash that changes exactly when the created model would. `fingerprints`: path → content."""
+        """Return a hash that changes exactly when the created model would."""
         parts = {**self.request({}), "files": sorted(fingerprints.values()), "base": self.base}
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def request(self, digests: Mapping[Path, str], names: Mapping[Path, str] | None = None) -> dict[str, Any]:
-        """Return the body of POST /api/create. `digests`: file → its blob, `names`: file → its name in the request."""
+        """Return the create request; `digests`: file → blob, `names`: file → request name."""
         names = names or {}
         body: dict[str, Any] = {"model": self.served_as}
         if self.base is not None:
@@ -105,7 +105,7 @@ class ModelRecipe:
         return body | {key: value for key, value in optional.items() if value}
 
     def render(self) -> str:
-        """Return the equivalent Modelfile. Raises ValueError for what its grammar cannot express."""
+        """Return the equivalent Modelfile. Raises ValueError if it cannot be expressed."""
         lines = [f"FROM {_from_line(path)}" for path in (self.source, self.projector) if path is not None]
         if self.base is not None:
             lines.append(f"FROM {self.base}")
@@ -133,7 +133,7 @@ def recipe(
     modelfile: Mapping[str, Any] | None = None,
     config_dir: Path = Path(),
 ) -> ModelRecipe:
-    """Return the recipe of one entry of fleet.yaml. Raises ValueError with every problem, one per line.
+    """Return the recipe of an entry. Raises ValueError with every problem, by line.
 
     `source` is a file if it looks like a path (it starts with a slash, `./` or `~`, or ends in .gguf), else a model's name.
     Relative paths are relative to `config_dir`.
@@ -168,12 +168,12 @@ def recipe(
 
 
 def looks_like_path(source: str) -> bool:
-    """Return whether a text means a path. Ollama takes a path that does not exist for a model's name."""
+    """Return whether a text means a path, even of a missing file."""
     return source.startswith(("/", "./", "../", "~")) or source in (".", "..") or source.lower().endswith(".gguf")
 
 
 def absolute(text: str, config_dir: Path) -> Path:
-    """Return the path for a text of fleet.yaml; `~user` is a plain folder name if there is no such home."""
+    """Return the path for a text; an unknown `~user` is a plain folder name."""
     return config_dir.absolute() / expand_home(text)
 
 
@@ -293,7 +293,7 @@ def _message_problems(messages: Any) -> list[ModelfileProblem]:
 
 
 def _from_line(path: Path) -> str:
-    """Return a path unquoted, as the grammar wants it. Raises ValueError if Ollama's parser would change it."""
+    """Return a path unquoted. Raises ValueError if Ollama's parser would change it."""
     text = str(path)
     found = invisible(text)
     if found:

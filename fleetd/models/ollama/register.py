@@ -38,7 +38,7 @@ _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "
 
 
 def register(models_dir: Path, recipe: ModelRecipe, digest: str) -> None:
-    """Write config, layers and manifest of a model with the weights in blob `digest`. Raises EngineError."""
+    """Write the files of a model whose weights are blob `digest`. Raises EngineError."""
     blob = store.blob_path(models_dir, digest)
     try:
         header = gguf.read(blob)
@@ -60,7 +60,7 @@ def register(models_dir: Path, recipe: ModelRecipe, digest: str) -> None:
 
 
 def named_blobs(models_dir: Path, served_as: str) -> frozenset[str]:
-    """Return the file names of the blobs in a model's manifest; empty without a manifest."""
+    """Return the file names of the blobs in a model's manifest; empty without one."""
     try:
         manifest = store.read_manifest(models_dir, served_as) or {}
     except ValueError:
@@ -111,7 +111,7 @@ def _config(recipe: ModelRecipe, header: gguf.Header, digests: list[str]) -> dic
 
 
 def _parameter_count(count: int) -> str:
-    """Return 115K, 494.03M, 7.6B: a number of parameters as Ollama's own lists show it."""
+    """Return a number of parameters as Ollama lists it: 115K, 494.03M, 7.6B."""
     for size, letter, digits in ((10**12, "T", 1), (10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
         if count >= size:
             return f"{count / size:.{digits if count % size else 0}f}{letter}"

@@ -74,7 +74,7 @@ class ModelName:
 
     @property
     def short(self) -> str:
-        """The name as Ollama lists it: without implied host and namespace, always with the tag."""
+        """The name as Ollama lists it: no implied host or namespace, always the tag."""
         prefix = ""
         if self.host.lower() != DEFAULT_HOST:
             prefix = f"{self.host}/{self.namespace}/"
@@ -84,7 +84,7 @@ class ModelName:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Return whether two names mean the same model; invalid names are compared as text."""
+    """Return whether two names mean one model; invalid ones are compared as text."""
     try:
         return ModelName.parse(one).key == ModelName.parse(other).key
     except ValueError:
@@ -100,7 +100,7 @@ def blob_path(models_dir: Path, digest: str) -> Path:
 
 
 def manifest_path(models_dir: Path, name: ModelName) -> Path | None:
-    """Return the path of a manifest, ignoring case; None if the store does not have the model."""
+    """Return the path of a manifest, ignoring case; None if not in the store."""
     exact = models_dir / "manifests" / name.host / name.namespace / name.model / name.tag
     if exact.is_file():
         return exact
@@ -117,7 +117,7 @@ def manifest_path(models_dir: Path, name: ModelName) -> Path | None:
 
 
 def read_manifest(models_dir: Path, name: str) -> Mapping[str, Any] | None:
-    """Return the manifest of a model; None if not in the store. Raises ValueError if unreadable."""
+    """Return a manifest; None if not in the store. Raises ValueError if unreadable."""
     path = manifest_path(models_dir, ModelName.parse(name))
     if path is None:
         return None
@@ -134,14 +134,14 @@ def layer_path(models_dir: Path, manifest: Mapping[str, Any], media_type: str) -
 
 
 def model_file(models_dir: Path, name: str) -> Path | None:
-    """Return the weights of a stored model; None if model or blob is missing. Raises ValueError if unreadable."""
+    """Return the weights of a model, None if missing. Raises ValueError if unreadable."""
     manifest = read_manifest(models_dir, name)
     path = layer_path(models_dir, manifest, MODEL_LAYER) if manifest is not None else None
     return path if path is not None and path.is_file() else None
 
 
 def stored_parameters(models_dir: Path, name: str) -> Mapping[str, Any]:
-    """Return the PARAMETERs of a stored model, empty if none. Raises ValueError if unreadable."""
+    """Return the PARAMETERs of a stored model. Raises ValueError if unreadable."""
     manifest = read_manifest(models_dir, name)
     path = layer_path(models_dir, manifest, PARAMS_LAYER) if manifest is not None else None
     return _read_object(path) if path is not None and path.is_file() else {}

@@ -60,7 +60,7 @@ class Step:
 
 
 def copied(state_dir: Path, store_key: str, served_as: str) -> bool:
-    """Return whether a store has a model's own bytes, not a link to a file elsewhere, by the record. Blocks."""
+    """Return whether a store has a model's own bytes, not a link. Blocks."""
     entry = _recorded(state_dir / RECORD_NAME, store_key).get(store.ModelName.parse(served_as).key)
     return entry is not None and not entry.get("link")
 
@@ -73,7 +73,7 @@ def _recorded(path: Path, store_key: str) -> dict[str, dict[str, Any]]:
 
 
 class Library:
-    """One store: the server that manages it, its folder, and the record of the models that fleetd created.
+    """One store: its server, its folder, and the record of what fleetd created there.
 
     `models_dir` None: the store's folder is not writable for fleetd, so files are uploaded. Blocking file work runs in threads.
     Calls for one store must not overlap.
@@ -95,7 +95,7 @@ class Library:
     # -- comparing ---------------------------------------------------------------------------------------------------
 
     async def plan(self, recipes: Sequence[ModelRecipe]) -> list[Step]:
-        """Return one step per recipe, and a deletion per model that fleetd created and no recipe wants."""
+        """Return one step per recipe, and a deletion per created model without recipe."""
         present = {store.ModelName.parse(_tag_name(tag)).key for tag in await self.api.tags()}
         created = await asyncio.to_thread(self.created)
         steps = [await self._step(recipe, present, created) for recipe in recipes]
@@ -160,19 +160,19 @@ class Library:
     async def ensure(
         self, recipe: ModelRecipe, progress: Progress = ignore_progress, timeout_s: float = CREATE_TIMEOUT_S
     ) -> Step:
-        """Create or update one model if anything changed; return the step. Raises EngineError."""
+        """Create or update a model if it changed; return the step. Raises EngineError."""
         step = next(step for step in await self.plan([recipe]) if step.recipe is recipe)
         await self.apply(step, progress, timeout_s)
         return step
 
     async def replace(self, recipe: ModelRecipe, progress: Progress = ignore_progress) -> None:
-        """Create a model in place of a foreign one of this name; only on an operator's request."""
+        """Replace a foreign model of this name, only on an operator's request."""
         await self._create(
             recipe, recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe)), progress, CREATE_TIMEOUT_S
         )
 
     async def delete(self, served_as: str) -> None:
-        """Delete a model that fleetd created, and its link; the linked file stays. Raises EngineError."""
+        """Delete a created model and its link, not the linked file. Raises EngineError."""
         key = store.ModelName.parse(served_as).key
         entry = (await asyncio.to_thread(self.created)).get(key)
         if entry is None:
@@ -199,7 +199,7 @@ class Library:
         progress("in place" if kept else "made", 1, 1)
 
     async def _shared(self, recipe: ModelRecipe, path: Path, links: list[str]) -> str | None:
-        """Link a file into the store and append to `links`; None if the server does not see the link."""
+        """Link a file into the store, append to `links`; None if not seen by the server."""
         digest = await asyncio.to_thread(self._link, recipe, path) if self.models_dir is not None else None
         if digest is None:
             return None
@@ -211,7 +211,7 @@ class Library:
         return digest
 
     async def _registered(self, recipe: ModelRecipe, digests: Mapping[Path, str], links: Sequence[str]) -> bool:
-        """Register the model by its manifest if /api/create would copy the file; False if not possible."""
+        """Register the model by its manifest if that avoids a copy; else return False."""
         whole = recipe.quantize is None and len(digests) == len(links) == 1 and recipe.source in digests
         if self.models_dir is None or not whole or await self.api.version() < COPIES_SINCE:
             return False
@@ -230,11 +230,14 @@ class Library:
     # -- files; all of these block --------------------------------------------------------------------------------------
 
     def created(self) -> dict[str, dict[str, Any]]:
-        """Return the record of this store: full name → {name, served_as, hash, link, made}. Blocks."""
+        """Return the record: full name → {name, served_as, hash, link, made}. Blocks."""
         return _recorded(self.record_path, self.key)
 
     def stored(self, served_as: str) -> dict[str, Any]:
-        """Return {present, digest, stored_bytes, link_to} of a model's weights; empty without a folder. Blocks."""
+        """Return {present, digest, stored_bytes, link_to} of the weights, if known.
+
+        Blocks.
+        """
         if self.models_dir is None:
             return {}
         try:
@@ -260,7 +263,7 @@ class Library:
             fingerprint.write_record(self.record_path, record)
 
     def _lost_its_record(self, recipe: ModelRecipe) -> bool:
-        """Return whether the store's model has the link that fleetd would create: only its record was lost."""
+        """Return whether the store's model has fleetd's link: only its record was lost."""
         if self.models_dir is None or recipe.source is None or not recipe.source.is_file():
             return False
         return _link_digest(recipe, recipe.source).replace(":", "-") in register.named_blobs(
@@ -268,7 +271,7 @@ class Library:
         )
 
     def _link(self, recipe: ModelRecipe, path: Path) -> str | None:
-        """Link a file into the store; return the digest of the link, None if links are not possible."""
+        """Link a file into the store; return the digest, None if not possible."""
         assert self.models_dir is not None
         digest = _link_digest(recipe, path)
         link = store.blob_path(self.models_dir, digest)
@@ -284,7 +287,7 @@ class Library:
         return digest
 
     def _keep(self, recipe: ModelRecipe, content_hash: str, links: list[str]) -> bool:
-        """Record the model, drop links that its manifest does not use; return whether it is in place."""
+        """Record the model, drop unused links; return whether it is in place."""
         key = store.ModelName.parse(recipe.served_as).key
         before = self.created().get(key, {}).get("link")
         named = register.named_blobs(self.models_dir, recipe.served_as) if self.models_dir is not None else frozenset()
@@ -338,7 +341,7 @@ def _tag_name(tag: Mapping[str, Any]) -> str:
 
 
 def _files(recipe: ModelRecipe) -> dict[Path, str]:
-    """Return the files of a recipe, with their names in the request. Raises EngineError if one is missing."""
+    """Return the files of a recipe → their request names. Raises EngineError."""
     found: dict[Path, str] = {}
     for number, path in enumerate(filter(None, (recipe.source, recipe.projector, *recipe.adapters))):
         if path.is_dir():
