@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -40,10 +40,9 @@ def _frame(event: str, body: Mapping[str, Any], number: object = None) -> bytes:
 
 
 async def _close(source: AsyncIterator[Mapping[str, Any]]) -> None:
-    close = getattr(source, "aclose", None)
-    if close is not None:
+    if isinstance(source, AsyncGenerator):
         try:
-            await close()
+            await source.aclose()
         except Exception:
             log.exception("source of a stream failed to close")
 

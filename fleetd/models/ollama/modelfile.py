@@ -112,8 +112,14 @@ class ModelRecipe:
         if self.quantize:
             lines.insert(0, f"# ollama create --quantize {self.quantize} {self.served_as}")
         lines += [f"ADAPTER {_from_line(path)}" for path in self.adapters]
-        for command in ("template", "system", "renderer", "parser", "requires"):
-            value = getattr(self, command)
+        texts = {
+            "template": self.template,
+            "system": self.system,
+            "renderer": self.renderer,
+            "parser": self.parser,
+            "requires": self.requires,
+        }
+        for command, value in texts.items():
             if value:
                 lines.append(f"{command.upper()} {_quoted(value, command)}")
         for key, value in sorted(self.parameters.items()):
