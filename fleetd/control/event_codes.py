@@ -99,7 +99,7 @@ class EventCode(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
-CODES: Mapping[type[e.Event | c.Command | j.Note], EventCode] = {
+CODES: Mapping[type[e.Event | c.Command | j.JournalNote], EventCode] = {
     j.StateChanged: EventCode.STATE_CHANGED,
     j.PrerequisitesChanged: EventCode.PREREQUISITES_CHANGED,
     j.StartPhaseChanged: EventCode.START_PROGRESS,
@@ -169,7 +169,7 @@ CODES: Mapping[type[e.Event | c.Command | j.Note], EventCode] = {
 }
 
 
-def code_of(value: e.Event | c.Command | j.Note) -> EventCode:
+def code_of(value: e.Event | c.Command | j.JournalNote) -> EventCode:
     """Return the code of an event, a command or a note."""
     return CODES[type(value)]
 

@@ -1,10 +1,10 @@
-"""The machine: events in, commands out.
+"""The core's entry point: `handle(event, now)` returns commands, `next_deadline()` the next time that matters.
 
-The rules of this file
-- `handle(event, now)` is the only way in, `next_deadline()` the only wish for time. No clock, no random source, no I/O.
-- An event changes facts (`intake`); then supervision, residency and admission reconcile, until nothing more is decided.
-- Warm requests take a short cut that gives the same answer: `take` and `give`, which `handle` uses too.
-- Handling the same facts twice gives no new command.
+Invariants:
+- No clock, no random source and no I/O: time and randomness are arguments.
+- An event changes the state (`handlers`); then processes, models and requests reconcile until nothing changes.
+- Requests for a loaded model take a shortcut (`take`, `give`) that gives the same answer.
+- The same state handled twice gives no new command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROUNDS_MAX = 64
 
 
 class Fleet:
-    """The whole of the decisions. Not thread-safe: one owner."""
+    """All decisions about one fleet. Not thread-safe."""
 
     def __init__(self, spec: FleetSpec, rng: Random, journal: Journal | None = None) -> None:
         self.state = FleetState(rng=rng, journal=journal or Journal())
@@ -45,7 +45,7 @@ class Fleet:
         self.change = SpecUpdate(self.state, self.supervisor, self.loader)
         self.queries = FleetQueries(self.state, self.supervisor)
         self._handlers = EventHandlers(self.state, self.supervisor, self.loader, self.admission, self.change)
-        self._now = 0.0  # when facts were last reconciled
+        self._now = 0.0  # when the state was last reconciled
         self._deadline: float | None = None
         self._deadline_known = False
         if spec.processes or spec.models or spec.devices:
@@ -68,9 +68,9 @@ class Fleet:
         return self.state.journal
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """Take in one fact at monotonic time `now`; return what is to be done, in order.
+        """Handle one event at monotonic time `now`; return the commands that follow, in order.
 
-        Raises InvalidTransition (a bug) with the story of its subject.
+        Raises InvalidTransition (a bug) with the last notes on its subject.
         """
         if type(event) is RequestArrived:
             placement = None if event.avoid else self.admission.take(event.request_id, event.model, now)
@@ -88,26 +88,26 @@ class Fleet:
         return commands
 
     def take(self, request_id: int, model: str, now: float) -> Placement | None:
-        """Do what RequestArrived does, where it is a Grant at once, without the price of an event and a command.
+        """Grant a request at once, without the cost of an event and a command.
 
-        Returns the placement that was granted; None: nothing was done, hand in the event.
+        Returns the placement; None: nothing was done, send RequestArrived.
         """
         return None if self.state.journal.keep_all else self.admission.take(request_id, model, now)
 
     def give(self, request_id: int, now: float) -> bool:
-        """Do what RequestFinished does, where no command follows. False: nothing was done, hand in the event."""
+        """Finish a request if no command follows. False: nothing was done, send RequestFinished."""
         return not self.state.journal.keep_all and self._finish_warm(request_id, now)
 
     def _warm(self, event: Event, now: float, commands: list[Command]) -> list[Command]:
-        """What took the short cut is entered only in a journal that keeps everything."""
+        """Record the shortcut in a journal that keeps everything."""
         if self.state.journal.keep_all:
             self.state.journal.record(now, event, commands)
         return commands
 
     def _finish_warm(self, request_id: int, now: float) -> bool:
-        """Give back a slot that nobody waits for: it frees no memory, so what is due to be loaded has no more room than before.
+        """Free a slot that no request waits for. It frees no memory, so no other decision changes.
 
-        The only deadline it can bring nearer is its own idle time.
+        The only deadline that may become earlier is the idle time of the placement.
         """
         state = self.state
         entry = state.granted.get(request_id)
@@ -131,7 +131,7 @@ class Fleet:
         return True
 
     def _reconcile(self, now: float) -> None:
-        """Run all three until none of them says anything new."""
+        """Reconcile processes, models and requests until nothing changes."""
         state = self.state
         for _ in range(_ROUNDS_MAX):
             before = (len(state.out), state.journal.noted)
@@ -142,18 +142,18 @@ class Fleet:
             if (len(state.out), state.journal.noted) == before:
                 break
         else:
-            raise FleetError(f"the machine does not settle: {state.journal.pending()[-8:]}")
+            raise FleetError(f"the fleet does not settle: {state.journal.pending()[-8:]}")
         self.change.sweep_models()
         if state.shutting_down and not state.finished and not state.queue and state.all_rest():
             state.finished = True
             left = [process.name for process in state.processes.values() if process.survivors]
-            what = "nothing of the fleet runs any more"
-            state.emit(Finished(f"{what}, but for what cannot be killed: {', '.join(left)}" if left else what))
+            what = "all processes stopped"
+            state.emit(Finished(f"{what}, except those that cannot be killed: {', '.join(left)}" if left else what))
 
     def next_deadline(self) -> float | None:
-        """Return the monotonic time at which a Tick may change something; None: never, as things stand.
+        """Return the monotonic time at which a Tick may change something; None: no such time.
 
-        What is past was acted on when facts were last reconciled, or waits for an event: it never asks for a Tick.
+        Past times were handled at the last reconciliation, or wait for an event: they need no Tick.
         """
         if not self._deadline_known:
             times = (time for time in self._deadlines() if time > self._now)

@@ -1,8 +1,8 @@
-"""From an event to changed facts, one small function per event.
+"""Apply each event to the state, one small function per event type.
 
-The rules of this file
-- Nothing is decided here that `reconcile` can decide: an event changes facts, reconciliation draws the conclusions.
-- An event of an older generation, or about something the fleet does not have, changes nothing.
+Invariants:
+- A handler changes the state; `reconcile` draws the conclusions.
+- An event of an older generation, or about something unknown, changes nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class EventHandlers:
         if process is None or process.state not in SERVING | {ProcessState.STARTING, ProcessState.STOPPING}:
             return
         if process.state is ProcessState.STARTING and not process.spawned:
-            process.spawned = True  # dead before the spawn was reported: the order of the two is not promised
+            process.spawned = True  # it died before the spawn was reported: either order may happen
         self.supervisor.termination.died(process, event.report, now)
 
     def set_empty(self, event: e.SetEmpty, now: float) -> None:
@@ -127,7 +127,7 @@ class EventHandlers:
         elif event.probe is ProbeKind.LIVENESS and probes.liveness is not None and process.state in SERVING:
             placements = self.state.placements_on(event.name)
             if not event.ok and any(in_sleep_transition(p, probes.liveness.timeout_s, now) for p in placements):
-                return  # on its way to sleep or from it nothing answers; that has a deadline of its own
+                return  # an engine that falls asleep or wakes does not answer; that has its own deadline
             turned = process.liveness.add(probes.liveness, event.ok, event.detail)
             if turned and not event.ok:
                 reason = f"liveness probe failed {process.liveness.streak} times: {event.detail}"
@@ -157,7 +157,7 @@ class EventHandlers:
         over = limit is not None and event.rss_bytes > limit
         process.memory_strikes = process.memory_strikes + 1 if over else 0
         if process.memory_strikes >= _MEMORY_STRIKES:
-            process.request_restart(f"over its memory limit: {show_size(event.rss_bytes)} of {show_size(limit or 0)}")
+            process.request_restart(f"memory limit exceeded: {show_size(event.rss_bytes)} of {show_size(limit or 0)}")
         if process.spec.own_model is not None and event.device_bytes:
             for placement in self.state.placements_on(event.name):
                 if placement.state is Residency.LOADED:
@@ -251,5 +251,5 @@ class EventHandlers:
         process = self.state.processes.get(placement.process)
         if not event.refused or process is None or process.state is not ProcessState.READY:
             return
-        if process.ready_s is not None and granted_s >= process.ready_s:  # else an earlier run of it was meant
+        if process.ready_s is not None and granted_s >= process.ready_s:  # otherwise the request was on an earlier run
             process.readiness.refute(event.refused)

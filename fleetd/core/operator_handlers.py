@@ -1,9 +1,9 @@
-"""What an operator asks, and what it changes.
+"""Apply the requests of an operator: start, stop, restart, drain, load, unload, pin, shut down.
 
-The rules of this file
-- A wish is written down as a fact; reconciliation draws the conclusions, as from any other event.
-- A wish that must survive a restart of the daemon (start, stop) is persisted at once.
-- A person who starts something gives it a new chance: counters of deaths and failed loads begin again.
+Invariants:
+- A request is recorded in the state; reconciliation draws the conclusions, as for any event.
+- A start or a stop is persisted at once: it survives a restart of the daemon.
+- A start by an operator resets the counters of deaths and failed loads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class OperatorHandlers:
             process.request_restart("restarted by an operator")
             own = self.state.models.get(process.spec.own_model or "")
             if own is not None and own.state is Residency.ASLEEP:
-                due(self.state, own)  # a sleeper has no room reserved to be started in: it comes when there is
+                due(self.state, own)  # no memory is reserved to start a sleeper: it is loaded once there is room
         elif process.state is ProcessState.STOPPING:
             self.supervisor.termination.restart_after_stop(process, "restarted by an operator")
         else:

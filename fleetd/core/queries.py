@@ -135,7 +135,7 @@ class FleetQueries:
         return self._state.spec.models.values()
 
     def canonical_name(self, name: str) -> str | None:
-        """Return the model that a name or an alias stands for; None for an unknown one."""
+        """Return the model that a name or an alias means; None for an unknown one."""
         return self._state.names.get(name)
 
     def find_model(self, name: str) -> Model | None:

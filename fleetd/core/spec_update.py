@@ -1,9 +1,9 @@
-"""A new desired fleet, laid over the observed one.
+"""Merge a new desired fleet, adopted processes and observed residents into the state.
 
-The rules of this file
-- What did not change is not touched: it keeps its process, its placements, its counters.
-- A process whose `launch_hash` changed restarts once it has drained; every other field is hot.
-- What left the configuration is stopped or unloaded first, and forgotten when nothing of it is left.
+Invariants:
+- An unchanged entry keeps its process, its placements and its counters.
+- A process whose `launch_hash` changed restarts after it drained; all other fields take effect at once.
+- An entry that left the configuration is stopped or unloaded first, and forgotten once nothing of it is left.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fleetd.core.models.reconcile import ModelLoader
 from fleetd.core.models.retention import cancel_preload, due, stays_loaded
 from fleetd.core.processes.reconcile import ProcessSupervisor
 
-LOOK_S = 10.0  # how long nothing new is loaded while nobody has seen what an adopted server, once up, holds
-START_PATIENCE_S = 60.0  # the same for one that has to answer first, and has no deadline for it
-OBSERVATION_AGE_S = 5.0  # how old a look at a server may be by the time it arrives
+LOOK_S = 10.0  # no new loads for this long after an adopted server is up and its models are unknown
+START_PATIENCE_S = 60.0  # the same before it answers, if its start has no deadline
+OBSERVATION_AGE_S = 5.0  # the age that an observation of a server may have on arrival
 
 
 class SpecUpdate:
@@ -48,7 +48,7 @@ class SpecUpdate:
             self._process(spec, event.remembered.get(spec.name), now, stopped)
             if spec.name in event.missing:
                 state.processes[spec.name].missing = event.missing[spec.name]
-                state.wake(spec.name)  # so that it says BLOCKED even while nobody asks for it
+                state.wake(spec.name)  # so that it becomes BLOCKED even without a request
         state.names = {
             alias: model.name for model in event.spec.models.values() for alias in (model.name, *model.aliases)
         }
@@ -70,7 +70,7 @@ class SpecUpdate:
             self._died(exited, now)
 
     def _stopped_entries(self) -> set[str]:
-        """Return the entries of which an operator has stopped all replicas: one more of them, or another name, is stopped too."""
+        """Return the entries of which an operator stopped all replicas: a new replica of one is stopped too."""
         running = {process.spec.base for process in self.state.processes.values() if not process.stopped}
         return {process.spec.base for process in self.state.processes.values()} - running
 
@@ -85,7 +85,7 @@ class SpecUpdate:
                 process.stopped, process.reason = True, "stopped by an operator"
                 self.state.persist(process, "its entry is stopped")
         else:
-            if process.removed:  # it had left the file, and something of it lives on
+            if process.removed:  # it had left the configuration and still runs
                 process.record.reset()
             self._respec(process, spec, now)
         if remembered is not None and process.state is ProcessState.STOPPED:
@@ -152,8 +152,8 @@ class SpecUpdate:
         for process, placement in list(model.placements.items()):
             if process not in spec.holders or old.served_as != spec.served_as:
                 self.loader.leave(placement, now, "the configuration changed", returns=True)
-            elif self.state.ledger.never_fits(model.footprint.bytes):  # a restart in place would not ask for the room
-                self.loader.leave(placement, now, "can never fit any more", returns=True)
+            elif self.state.ledger.never_fits(model.footprint.bytes):  # a restart in place would not reserve the room
+                self.loader.leave(placement, now, "it can no longer fit", returns=True)
         if stays_loaded(self.state, model) and not model.placements:
             due(self.state, model)
 
@@ -175,12 +175,12 @@ class SpecUpdate:
                 self.state.leaving.discard(name)
 
     def _adopt(self, event: Adopted, now: float) -> None:
-        """A child of an earlier daemon goes on as if nothing had happened."""
+        """Continue a child of an earlier daemon."""
         process = self.state.processes.get(event.name)
         if process is None or process.state in SERVING:
             return
         if process.state is not ProcessState.STOPPED:
-            process.state = ProcessState.STOPPED  # what was remembered is older than what was seen
+            process.state = ProcessState.STOPPED  # the persisted state is older than the observation
         process.generation, process.again = event.generation, False
         self.state.move(process, ProcessState.STARTING, now, f"adopted: pid {event.pid}, generation {event.generation}")
         self.supervisor.begin_run(process, now)
@@ -190,14 +190,14 @@ class SpecUpdate:
             startup = process.spec.probes.startup
             patience_s = 0.0 if startup is None else startup.deadline_s or START_PATIENCE_S
             self.state.unobserved[process.name] = now + patience_s + LOOK_S
-        elif can_sleep:  # still starting it cannot sleep, and its memory is reserved whole
+        elif can_sleep:  # while it starts it cannot sleep: its memory is fully reserved
             self.state.unobserved[process.name] = now + LOOK_S
         own = process.spec.own_model
         model = self.state.models.get(own) if own is not None else None
         if model is not None:
             placement = self.state.place(model, process.name, now, "adopted")
             placement.generation = event.generation
-            if can_sleep:  # it may sleep now, or have slept before
+            if can_sleep:  # it may be asleep, or have slept before
                 placement.step, placement.slept = SleepStep.LOOK, True
             self.state.ledger.correct(placement.key, reservation_of(model, placement))
             cancel_preload(self.state, model.name)
@@ -205,7 +205,7 @@ class SpecUpdate:
         self.supervisor.spawned(process, event.pid, now)
 
     def _died(self, event: Exited, now: float) -> None:
-        """A run ended while nobody watched: a death as any other, though nobody saw its code."""
+        """Count an exit while the daemon was down as a death."""
         process = self.state.processes.get(event.name)
         if process is None or process.state is not ProcessState.STOPPED or process.generation > event.generation:
             return
@@ -213,11 +213,11 @@ class SpecUpdate:
         process.last_exit, process.last_exit_s = event.report, now
         if process.stopped or not process.spec.enabled:
             return
-        process.state = ProcessState.STOPPING  # as if this daemon had seen the end and emptied the set
+        process.state = ProcessState.STOPPING  # as if this daemon had seen the exit and emptied the set
         self.supervisor.termination.settle_death(process, event.report, now)
 
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
-        """Lay what a server says it holds over what we believe: by model name of the fleet."""
+        """Merge the models that a server reports into the state; `served` is by model name of the fleet."""
         state = self.state
         state.unobserved.pop(process.name, None)
         for placement in list(state.placements_on(process.name)):
@@ -243,7 +243,7 @@ class SpecUpdate:
 
 
 def _settled(since_s: float | None, now: float) -> bool:
-    """Return whether a look at the server, which took its time, can have seen what happened at `since_s`."""
+    """Return whether an observation that arrives now can include a change at `since_s`."""
     return since_s is None or now - since_s >= OBSERVATION_AGE_S
 
 

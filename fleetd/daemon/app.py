@@ -226,7 +226,7 @@ class App:
             daemon.fleet.queries,
             daemon.view,
             daemon.event_log,
-            daemon.verbs,
+            daemon.actions,
             daemon.configuration,
             daemon.processes,
             daemon.probing,

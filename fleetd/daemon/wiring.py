@@ -26,7 +26,7 @@ from fleetd.core.data.events import (
 )
 from fleetd.core.data.specs import FleetSpec, describe_exit
 from fleetd.core.fleet import Fleet
-from fleetd.daemon.api.actions import Verbs
+from fleetd.daemon.api.actions import Actions
 from fleetd.daemon.api.event_log import EventLog
 from fleetd.daemon.api.gateway import DaemonFleetPort
 from fleetd.daemon.api.status import DaemonFacts, StatusView
@@ -118,9 +118,7 @@ class Daemon:
         self.view = self._view()
         self.port = DaemonFleetPort(self.fleet.queries, self.dispatch, self.plans, self.view.ready, self._port_failed)
         self.probing = self._probing()
-        self.verbs = Verbs(
-            self.fleet.queries, self.dispatch, self.changes, self.processes, self.machine, self.port, store.kept
-        )
+        self.actions = Actions(self.fleet.queries, self.dispatch, self.changes, self.processes, self.port, store.kept)
         self.loop = FleetLoop(
             self.fleet,
             self._executor(),
@@ -301,7 +299,7 @@ class Daemon:
 
     async def _bring_back(self, name: str) -> None:
         if self.fleet.queries.model(name) is not None:
-            await self.verbs.act("load", [name], ActOptions(wait=False))
+            await self.actions.act("load", [name], ActOptions(wait=False))
 
     def _unwanted(self, name: str) -> bool:
         process = self.fleet.queries.process(name)

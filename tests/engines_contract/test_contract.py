@@ -371,3 +371,12 @@ def test_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
             eventually(up, "the startup probe succeeds")
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_exit_is_described_once(which: str) -> None:
+    for code, signal in ((None, "SIGKILL"), (3, None)):
+        verdict = registry.load(which).classify_exit(code, signal, [])
+        text = describe_exit(ExitReport(code, signal, kind=verdict.kind, reason=verdict.reason))
+        assert text.count(str(signal or code)) == 1
+        assert "ended" not in text

@@ -84,7 +84,7 @@ def test_unsaved_stop_is_reported(tmp_path: Path) -> None:
         fill(tmp_path / "state")
         done = ctl(daemon, "stop", "a")
         assert done.returncode == 0
-        assert "warning: this does not outlive fleetd: " in done.stderr
+        assert "warning: succeeded but could not be saved; it will be lost when the daemon restarts: " in done.stderr
         assert said in done.stderr
         fill(tmp_path / "state")
         (row,) = json.loads(ctl(daemon, "-o", "json", "start", "a").stdout)["results"]

@@ -128,7 +128,7 @@ def test_case_27_memory_limit_restarts_without_a_death(tmp_path: Path) -> None:
         daemon.start()
         ready(daemon, "a")
         until(lambda: daemon.process_row("a")["generation"] == 2, "it is restarted")
-        assert "over its memory limit" in json.dumps(daemon.control("GET", "/v1/story/a").json)
+        assert "memory limit exceeded" in json.dumps(daemon.control("GET", "/v1/story/a").json)
         assert "deaths" not in daemon.process_row("a")["reason"]
         ready(daemon, "a")
 

@@ -1,14 +1,14 @@
-"""Effects: everything the core can ask of the shell. Frozen data with a human `reason`.
+"""Commands: everything that the core asks of the daemon, as frozen values with a `reason` for people.
 
-The rules of this file
-- A command is a value: tests compare it, the journal stores it, the executor carries it out.
-- The shell answers every slow command with exactly one event; its failure is an event too.
+Invariants:
+- The daemon answers every slow command with exactly one event; its failure is an event too.
 
     Spawn → Spawned | SpawnFailed          Stop, Sweep → SetEmpty (Exited may come first)
     Load → Loaded | LoadFailed             Unload → Unloaded | UnloadFailed
     Sleep, Wake, LookAsleep → SleepSeen
-    Unload comes while a Load is unanswered only if that Load is overdue: its answer must then come before Unloaded, or never
     StartProbe → ProbeResult, repeated, until StopProbes or the end of the generation
+
+An Unload comes while a Load is unanswered only if that Load is overdue; the Load's answer must then come before Unloaded, or never.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PlacementCommand(Command):
 @dataclass(frozen=True, slots=True)
 class Spawn(RunCommand):
     reason: str
-    restarts: int = 0  # this one counted
+    restarts: int = 0  # including this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Stop(RunCommand):
 
 @dataclass(frozen=True, slots=True)
 class Sweep(RunCommand):
-    """The leader is dead by itself: kill what is left of its set, then say SetEmpty."""
+    """The leader died: kill the rest of its set, then answer with SetEmpty."""
 
     reason: str
 
@@ -96,17 +96,17 @@ class Unload(PlacementCommand):
 
 @dataclass(frozen=True, slots=True)
 class Sleep(PlacementCommand):
-    """Have an idle engine give its memory back without ending. The core grants nothing on it any more."""
+    """Let an idle engine free its memory without exiting. The core grants nothing on it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wake(PlacementCommand):
-    """Have it take its memory again, and hear it speak before anybody else does."""
+    """Wake the engine and verify it with one token before any request is granted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookAsleep(PlacementCommand):
-    """Ask an adopted engine whether it sleeps: the daemon before may have put it to sleep."""
+    """Ask an adopted engine whether it is asleep: the previous daemon may have put it to sleep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Grant(Command):
 
 @dataclass(frozen=True, slots=True)
 class Reject(Command):
-    """`code` is one of the contract's: model_not_found, model_too_large, queue_full, queue_timeout, model_failed,
+    """`code` is one of: model_not_found, model_too_large, queue_full, queue_timeout, model_failed,
     model_blocked, draining."""
 
     request_id: int
@@ -138,7 +138,7 @@ class Reject(Command):
 
 @dataclass(frozen=True, slots=True)
 class ReadAhead(Command):
-    """Bring the next model's file into the page cache while its victim drains."""
+    """Read the file of the next model into the page cache while its victim drains."""
 
     model: str
     reason: str
@@ -149,7 +149,7 @@ class ReadAhead(Command):
 
 @dataclass(frozen=True, slots=True)
 class Persist(Command):
-    """Keep this about a process over a restart of the daemon."""
+    """Persist this about a process, for the next daemon."""
 
     name: str
     remembered: Remembered
@@ -161,7 +161,7 @@ class Persist(Command):
 
 @dataclass(frozen=True, slots=True)
 class LearnFootprint(Command):
-    """The highest measured footprint of a model, filed under its `footprint_hash`."""
+    """The highest measured footprint of a model, stored under its `footprint_hash`."""
 
     model: str
     footprint_hash: str
@@ -174,6 +174,6 @@ class LearnFootprint(Command):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Command):
-    """Shutdown is complete: nothing of ours runs."""
+    """The shutdown is complete: no process of the fleet runs."""
 
     reason: str

@@ -1,8 +1,8 @@
-"""Facts: everything that can happen to the fleet. Frozen, comparable, small.
+"""Events: everything that can happen to a fleet, as frozen values.
 
-The rules of this file
-- An event says what *was seen*; it never says what to do. `Fleet.handle(event, now)` turns facts into commands.
-- Whatever concerns a run of a process carries its `generation`; the core drops events of older generations.
+Invariants:
+- An event reports an observation or an operator's request; `Fleet.handle(event, now)` decides what follows.
+- An event about a run of a process has its `generation`; the core drops events of older generations.
 - `request_id` is unique for the life of the daemon.
 """
 
@@ -63,12 +63,12 @@ class PlacementEvent(ModelEvent):
 
 @dataclass(frozen=True, slots=True)
 class Tick(Event):
-    """The deadline that `next_deadline()` named has come."""
+    """The time that `next_deadline()` returned has come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adopted(RunEvent):
-    """A live child of an earlier daemon, identity proven. Counts as the run `generation`."""
+    """A live child of an earlier daemon, with verified identity. It continues the run `generation`."""
 
     pid: int
     age_s: float = 0.0
@@ -79,15 +79,15 @@ class SpecChanged(Event):
     """The desired fleet: at start, and again after every applied change of the configuration.
 
     `remembered`, `adopted` and `died` come with the first one only; adopted processes are not spawned again. `died` are
-    runs that ended while no daemon watched, nothing of whose sets lives any more.
-    `missing` comes with every one, so that nothing starts before what it requires was looked at.
+    runs that exited while the daemon was down, and whose sets are empty.
+    `missing` comes with every one, so that nothing starts before its prerequisites were checked.
     """
 
     spec: FleetSpec
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
     adopted: tuple[Adopted, ...] = ()
-    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # required paths that are absent, by process
-    missing_models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same for held models
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # missing prerequisites, by process
+    missing_models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same for models on servers
     died: tuple[Exited, ...] = ()
 
 
@@ -101,7 +101,7 @@ class Spawned(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class SpawnFailed(RunEvent):
-    """Nothing runs. `recoverable` False means that only an edit of fleet.yaml or of the machine helps."""
+    """Nothing runs. `recoverable` False means that only a change of fleet.yaml or of the machine helps."""
 
     message: str
     recoverable: bool = True
@@ -116,9 +116,9 @@ class Exited(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class SetEmpty(RunEvent):
-    """Answer to Stop and Sweep: nothing of the process set lives, its port is free, its memory is back.
+    """Answer to Stop and Sweep: the process set is empty, its port and its memory are free.
 
-    `survivors` is not empty when something could not be killed (D state): it stays visible and is not retried in a hurry.
+    `survivors` are processes that could not be killed (D state): they stay visible and are swept again later.
     """
 
     survivors: tuple[int, ...] = ()
@@ -129,7 +129,7 @@ class ProbeResult(RunEvent):
     probe: ProbeKind
     ok: bool
     detail: str = ""
-    final: bool = False  # asking again cannot bring another answer: only an edit of fleet.yaml or of the machine helps
+    final: bool = False  # a retry gives the same answer: only a change of fleet.yaml or of the machine helps
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +141,14 @@ class StartProgress(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class RequirementsChanged(ProcessEvent):
-    """Paths or volumes that a process requires and that are absent now; empty: all there."""
+    """The missing paths or volumes of a process; empty: all are available."""
 
     missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySampled(RunEvent):
-    """Resident bytes of the whole process set (`rss_bytes`), and what it holds per device where that can be seen."""
+    """Resident bytes of the whole process set (`rss_bytes`), and what it holds per device where known."""
 
     rss_bytes: int
     device_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -156,10 +156,10 @@ class MemorySampled(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class RestartDue(ProcessEvent):
-    """Schedule, watched file or another outside reason: restart, without counting as a death.
+    """A schedule, a watched file or another trigger asks for a restart. It does not count as a death.
 
-    `revive`: what gave up, ended or waits for its next try starts now; without it only what runs is restarted.
-    `in_turn`: it may wait until the other replicas of its name serve.
+    `revive`: a process that failed, exited or waits for a retry starts now; otherwise only a running one restarts.
+    `in_turn`: it waits until the other replicas of its name serve.
     """
 
     reason: str
@@ -172,7 +172,7 @@ class RestartDue(ProcessEvent):
 
 @dataclass(frozen=True, slots=True)
 class Loaded(PlacementEvent):
-    """`device_bytes` is what the engine measured, empty when it cannot tell."""
+    """A model is loaded. `device_bytes` is what the engine measured; empty: unknown."""
 
     device_bytes: Mapping[str, int] = field(default_factory=dict)
 
@@ -192,7 +192,7 @@ class LoadProgress(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class ModelRequirementsChanged(ModelEvent):
-    """What a held model is read from and that is absent now (its drive is unplugged); empty: all there."""
+    """The missing files or volumes of a model on a server; empty: all are available."""
 
     missing: tuple[str, ...] = ()
 
@@ -209,7 +209,7 @@ class UnloadFailed(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class SleepSeen(PlacementEvent):
-    """Answer to Sleep, Wake and LookAsleep. What is not the state that was ordered is a failure, told by `message`."""
+    """Answer to Sleep, Wake and LookAsleep. Any other state than the requested one is a failure, explained by `message`."""
 
     state: SleepState
     message: str = ""
@@ -217,7 +217,7 @@ class SleepSeen(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class ResidentsObserved(Event):
-    """What a many-model server says it holds, by model name of the fleet. Absent models are gone."""
+    """The models that a many-model server reports, by their name in the fleet. Models not in it are unloaded."""
 
     process: str
     generation: int
@@ -251,7 +251,7 @@ class RequestCancelled(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished(Event):
-    """A granted request is over. `failed` is True when the upstream broke it; `refused` says why there was not even a connection."""
+    """A granted request is over. `failed` is True when the upstream broke it; `refused` is the reason if no connection was possible."""
 
     request_id: int
     failed: bool = False
@@ -278,14 +278,14 @@ class RestartAsked(ProcessEvent):
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked(ProcessEvent):
-    """Out of routing; in flight goes on."""
+    """Take a process out of routing; requests in flight continue."""
 
     drain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked(ModelEvent):
-    """Joins the line as `request_id` (unique, as for requests); a Reject of that id says that it cannot be done."""
+    """Queue a load as `request_id` (unique, as for requests); a Reject of that id reports that it failed."""
 
     request_id: int
 

@@ -1,8 +1,8 @@
-"""The facts that every part of the machine shares, and the list its commands go to.
+"""The state that all parts of the core share, and the list of commands that they emit.
 
-The rules of this file
-- One `Facts` per fleet; only the core writes to it, inside `Fleet.handle`.
-- `awake` names the processes that need attention at all: with thousands of on-demand models, the rest costs nothing.
+Invariants:
+- One `FleetState` per fleet; only the core writes to it, inside `Fleet.handle`.
+- `awake` names the processes that reconciliation visits; idle on-demand processes cost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class QueuedRequest:
-    """One request in line, or (client False) an operator's wish to have a model loaded."""
+    """One waiting request, or (client False) a load that an operator requested."""
 
     request_id: int
     model: str
@@ -38,7 +38,9 @@ class QueuedRequest:
     load_began_s: float | None = None
     why: str = "arrived"
     overdue: bool = False  # has waited for the fairness bound
-    closes: frozenset[tuple[str, str]] = frozenset()  # only drain for it: chosen once, lest time alone changes them
+    closes: frozenset[tuple[str, str]] = (
+        frozenset()
+    )  # drain for it: chosen once, so that time alone does not change them
 
 
 @dataclass(slots=True)
@@ -55,19 +57,19 @@ class FleetState:
         default_factory=dict
     )  # request id to placement and time of grant
     placed: dict[str, set[str]] = field(default_factory=dict)  # process to models placed on it
-    hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that name it as a holder
+    hosted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # process to models that may be on it
     freed: dict[tuple[str, str], float] = field(default_factory=dict)  # when a placement's memory was last seen free
     unobserved: dict[str, float] = field(
         default_factory=dict
-    )  # adopted servers whose models are not known yet, and until when
-    retired: dict[str, int] = field(default_factory=dict)  # last generation of processes that were forgotten
-    leaving: set[str] = field(default_factory=set)  # models no longer in the configuration
+    )  # adopted servers whose models are unknown, and until when to wait
+    retired: dict[str, int] = field(default_factory=dict)  # last generation of forgotten processes
+    leaving: set[str] = field(default_factory=set)  # models that left the configuration
     awake: set[str] = field(default_factory=set)
-    rolling: dict[str, str] = field(default_factory=dict)  # processes to restart in their turn, and why
+    rolling: dict[str, str] = field(default_factory=dict)  # processes that wait for a rolling restart, and why
     due: set[str] = field(default_factory=set)  # models whose preload is due
     out: list[Command] = field(default_factory=list)
-    draining: set[tuple[str, str]] = field(default_factory=set)  # only drain, for an overdue head of the line
-    claimed: set[str] = field(default_factory=set)  # devices that somebody in line waits for room on
+    draining: set[tuple[str, str]] = field(default_factory=set)  # placements without new grants, for an overdue request
+    claimed: set[str] = field(default_factory=set)  # devices on which a waiting request needs room
     shutting_down: bool = False
     forced: bool = False
     finished: bool = False
@@ -80,7 +82,7 @@ class FleetState:
             self.awake.add(name)
 
     def settle(self, process: Process) -> None:
-        """Forget a resting on-demand process that nothing wants, until it is woken."""
+        """Stop visiting an on-demand process at rest that nothing wants."""
         spec = process.spec
         if (
             spec.on_demand
@@ -92,7 +94,10 @@ class FleetState:
             self.awake.discard(spec.name)
 
     def forget(self, process: Process) -> None:
-        """Drop a process that left the configuration; its generation is kept, lest a late event fits a successor."""
+        """Drop a process that left the configuration.
+
+        Its generation is kept, so that a late event does not match a successor of that name.
+        """
         if not self.placed.get(process.name):
             self.processes.pop(process.name, None)
             self.awake.discard(process.name)
@@ -107,11 +112,11 @@ class FleetState:
             yield self.models[model].placements[process]
 
     def resident(self) -> dict[str, Model]:
-        """Return the models that have a placement: few, however many there are."""
+        """Return the models that have a placement."""
         return {name: self.models[name] for names in self.placed.values() for name in names}
 
     def place(self, model: Model, process: str, now: float, reason: str) -> Placement:
-        """Enter a placement in LOADING; its reservation is the caller's."""
+        """Add a placement in LOADING; the caller makes its reservation."""
         placement = Placement(
             model.name, process, footprint_hash=model.spec.footprint_hash, last_used_s=now, order_s=now
         )
@@ -121,7 +126,7 @@ class FleetState:
         return placement
 
     def drop(self, placement: Placement, now: float) -> None:
-        """Forget a placement and free its reservation: its memory was seen to be free."""
+        """Remove a placement and free its reservation; its memory was seen to be free."""
         model = self.models[placement.model]
         model.placements.pop(placement.process, None)
         placed = self.placed.get(placement.process)
@@ -156,7 +161,10 @@ class FleetState:
         )
 
     def persist(self, process: Process, reason: str) -> None:
-        """Keep what must outlive the daemon. An ordered end of it ends what had ended too: the next start begins anew."""
+        """Persist the fields that outlive the daemon.
+
+        A requested shutdown also resets exited processes: the next daemon starts them again.
+        """
         kept = process.state is ProcessState.EXITED and not self.shutting_down
         over = kept or process.state is ProcessState.FAILED
         self.emit(
@@ -183,5 +191,5 @@ class FleetState:
 
 
 def spec_hash(spec: ProcessSpec) -> str:
-    """Return what changes with any field of a spec; equal specs give equal hashes in every run of the program."""
+    """Return a hash of all fields of a spec; equal specs have equal hashes across runs of the program."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

@@ -33,14 +33,14 @@ class Subject(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class JournalNote:
     """Base of all notes. `name` is the process or the model that the note is about."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class StateChanged(Note):
+class StateChanged(JournalNote):
     """A process, or a model on the process `on`, changed its state."""
 
     kind: Subject
@@ -51,7 +51,7 @@ class StateChanged(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class PrerequisitesChanged(Note):
+class PrerequisitesChanged(JournalNote):
     """Required files or volumes went missing; `missing` is empty when all are available again."""
 
     kind: Subject
@@ -59,33 +59,33 @@ class PrerequisitesChanged(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessForgotten(Note):
+class ProcessForgotten(JournalNote):
     """A process that left the configuration was dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class StartPhaseChanged(Note):
+class StartPhaseChanged(JournalNote):
     """A starting engine entered another phase of its start."""
 
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class RunStable(Note):
+class RunStable(JournalNote):
     """A process stayed up long enough for its backoff to be reset."""
 
     after_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class RestartTurn(Note):
+class RestartTurn(JournalNote):
     """A rolling restart reached this replica."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLeaving(Note):
+class ModelLeaving(JournalNote):
     """A model gets no new requests and is unloaded once it is idle."""
 
     on: str
@@ -93,7 +93,7 @@ class ModelLeaving(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted(Note):
+class Evicted(JournalNote):
     """A model leaves, or is put to sleep, to free memory.
 
     `by` is the model that needs the memory, empty if a device is over its budget. `cost` is the expected loading time
@@ -109,7 +109,7 @@ class Evicted(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLost(Note):
+class ModelLost(JournalNote):
     """A model was in memory and its process died."""
 
     on: str
@@ -117,40 +117,40 @@ class ModelLost(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadRepeated(Note):
+class LoadRepeated(JournalNote):
     """A server was restarted on request while it loaded the model; the load is ordered again."""
 
     on: str
 
 
 @dataclass(frozen=True, slots=True)
-class LaneWait(Note):
+class LaneWait(JournalNote):
     """A load, an unload, a sleep or a wake waits for another start or stop on its lane."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLoadFailed(Note):
+class ModelLoadFailed(JournalNote):
     reason: str
     final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class ModelUnloadFailed(Note):
+class ModelUnloadFailed(JournalNote):
     on: str
     reason: str
     attempts: int
 
 
 @dataclass(frozen=True, slots=True)
-class SleepCancelled(Note):
+class SleepCancelled(JournalNote):
     on: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class SleepStepFailed(Note):
+class SleepStepFailed(JournalNote):
     """A sleep, a wake or a look failed; the model is not put to sleep for `pause_s`."""
 
     on: str
@@ -160,17 +160,17 @@ class SleepStepFailed(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadRequestDone(Note):
+class LoadRequestDone(JournalNote):
     """The load that an operator requested is done."""
 
 
 @dataclass(frozen=True, slots=True)
-class PinChanged(Note):
+class PinChanged(JournalNote):
     pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
-class RequestFellBack(Note):
+class RequestFellBack(JournalNote):
     """A request that `refused_by` could not serve continues with this model."""
 
     request_id: int
@@ -179,7 +179,7 @@ class RequestFellBack(Note):
 
 
 @dataclass(frozen=True, slots=True)
-class FootprintLearned(Note):
+class FootprintLearned(JournalNote):
     """A measurement exceeded the known memory of a model, in bytes per device."""
 
     bytes: Mapping[str, int]
@@ -197,7 +197,7 @@ class JournalEntry:
     time_s: float
     event: Event
     commands: tuple[Command, ...] = ()
-    notes: tuple[Note, ...] = ()
+    notes: tuple[JournalNote, ...] = ()
 
     def subjects(self) -> set[str]:
         """Return the names of processes and models that this entry is about."""
@@ -215,14 +215,14 @@ class Journal:
         self.serial = 0
         self.noted = 0  # count of all notes: reconciliation repeats while it grows
         self._by_subject: dict[str, deque[JournalEntry]] = {}
-        self._notes: list[Note] = []
+        self._notes: list[JournalNote] = []
 
-    def note(self, note: Note) -> None:
+    def note(self, note: JournalNote) -> None:
         """Add a note to the entry of the event that is being handled."""
         self.noted += 1
         self._notes.append(note)
 
-    def pending(self) -> tuple[Note, ...]:
+    def pending(self) -> tuple[JournalNote, ...]:
         """Return the notes of the event that is being handled."""
         return tuple(self._notes)
 
@@ -246,7 +246,7 @@ class Journal:
         """Return the last entries about one process or model, oldest first."""
         return tuple(self._by_subject.get(subject, ()))
 
-    def notes_on(self, subject: str) -> tuple[Note, ...]:
+    def notes_on(self, subject: str) -> tuple[JournalNote, ...]:
         """Return the last notes about one process or model, oldest first, pending ones included."""
         recorded = (note for entry in self.of(subject) for note in entry.notes)
         return tuple(note for note in (*recorded, *self._notes) if note.name == subject)

@@ -1,10 +1,7 @@
-"""What the core knows of configuration, engines and the world: frozen data, no behaviour.
+"""Configuration, engines and machine as the core sees them: frozen values.
 
-The rules of this file
-- Everything here is a value. The daemon builds it from fleet.yaml and the engines; the core only reads it.
-- Durations are seconds (`_s`), memory is bytes (`_bytes`), times are monotonic seconds.
-- A *process* is something with a PID (or an external server we only probe). A *model* is something a request names.
-  A model is *placed* on a process; the pair is the unit of residency and of reservation.
+Durations are seconds (`_s`), sizes are bytes (`_bytes`), times are monotonic seconds. A *process* has a PID (or is an external
+server that fleetd only probes). A *model* is a name that requests use. A model is *placed* on a process.
 """
 
 from __future__ import annotations
@@ -55,11 +52,11 @@ class RestartPolicy:
 
 
 class SleepState(StrEnum):
-    """What an engine that can sleep was seen to do."""
+    """The observed state of an engine that can sleep."""
 
     ASLEEP = "asleep"
     AWAKE = "awake"
-    FAILED = "failed"  # nobody knows what its memory holds
+    FAILED = "failed"  # the content of its memory is unknown
 
 
 class ProbeKind(StrEnum):
@@ -70,7 +67,7 @@ class ProbeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """One probe. Exactly one of http, tcp, exec, log_line, completion, message says how; the shell runs it, the core judges it.
+    """One probe. Exactly one of http, tcp, exec, log_line, completion, message defines it; the daemon runs it, the core judges it.
 
     `failures` in a row turn the verdict bad, `successes` in a row turn it good again. `deadline_s` is for startup only:
     the longest time from spawn to the first success (None: no limit).
@@ -112,13 +109,11 @@ class Dependency:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What the planner may count on. Flags, never NotImplementedError."""
+    """Abilities of an engine that decisions depend on."""
 
     owns_process: bool = True  # fleetd starts and stops it (False: external server)
     many_models: bool = False  # one server holds several models; False: the process is the model
-    can_sleep: bool = (
-        False  # its process gives most of the memory back without ending, and is awake again sooner than started
-    )
+    can_sleep: bool = False  # it can free most of its memory without exiting, and wakes faster than it starts
     exit_zero_is_failure: bool = False
     exclusive_start: bool = False  # nothing else may start, stop or wake on its device until it is ready
 
@@ -141,25 +136,25 @@ class Footprint:
         return sum(self.bytes.values())
 
     def raised(self, measured: Mapping[str, int]) -> Footprint:
-        """Return it with what was measured to be more: neither a declaration nor an earlier measurement hides bytes that are taken."""
+        """Return the footprint with larger measured sizes entered."""
         more = {device: size for device, size in measured.items() if size > self.bytes.get(device, 0)}
         return Footprint({**self.bytes, **more}, FootprintSource.LEARNED) if more else self
 
 
 class ExitKind(StrEnum):
-    """Why a process ended, as far as its engine can tell. The restart policy reads it."""
+    """The cause of an exit as its engine classifies it; the restart policy reads it."""
 
     EXPECTED = "expected"
     CRASH = "crash"
     OOM = "oom"
     PORT_IN_USE = "port_in_use"
-    BAD_CONFIG = "bad_config"  # trying again cannot help: straight to FAILED
-    UNKNOWN = "unknown"  # it died while nobody watched, or was the child of a daemon before
+    BAD_CONFIG = "bad_config"  # a retry cannot help: straight to FAILED
+    UNKNOWN = "unknown"  # it died while the daemon was down, or was the child of an earlier daemon
 
 
 @dataclass(frozen=True, slots=True)
 class ExitReport:
-    """One death. `code` is None when a signal ended it or nobody could see the code."""
+    """One exit. `code` is None if a signal ended it or the code is unknown."""
 
     code: int | None
     signal: str | None = None
@@ -199,7 +194,7 @@ class ProcessSpec:
     port: int | None = None
     enabled: bool = True
     on_demand: bool = False  # started only when a model on it is wanted
-    own_model: str | None = None  # the model this process *is* (an engine without many_models)
+    own_model: str | None = None  # the model that this process *is* (an engine without many_models)
     capabilities: Capabilities = Capabilities()
     depends_on: tuple[Dependency, ...] = ()
     restart: RestartPolicy = RestartPolicy()
@@ -227,7 +222,7 @@ class ModelSpec:
     served_as: str = ""
     aliases: tuple[str, ...] = ()
     footprint: Footprint = Footprint()
-    footprint_hash: str = ""  # what a learned footprint is filed under
+    footprint_hash: str = ""  # the key of its learned footprint
     preload: bool = False
     pin: bool = False
     priority: int = 0
@@ -235,7 +230,7 @@ class ModelSpec:
     min_resident_s: float = 30.0
     concurrency: int = 4  # slots per holder
     queue_max: int = 64
-    queue_timeout_s: float = 120.0  # longest wait in line, a load included
+    queue_timeout_s: float = 120.0  # longest wait in the queue, including a load
     load_timeout_s: float = 300.0
     asleep: Mapping[str, int] | None = None  # bytes per device that it holds while it sleeps; None: it cannot
     sleep_timeout_s: float = 60.0
@@ -278,18 +273,18 @@ class FleetSpec:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What the disk kept about a process over a restart of the daemon."""
+    """The persisted state of a process, from before a restart of the daemon."""
 
     stopped: bool = False  # an operator's durable stop
     restarts: int = 0
     deaths: int = 0  # since the last stable run
     died_s: tuple[float, ...] = ()  # the last deaths that its crash loop counts, in monotonic seconds of this boot
     slow: bool = False  # in a crash loop that goes on slowly
-    failed: str | None = None  # the reason, when it had given up
+    failed: str | None = None  # the reason, if it was FAILED
     generation: int = 0
-    exited: str | None = None  # the reason, when it had ended as expected; not kept over an ordered end of the daemon
-    code: int | None = None  # the exit code of that end
+    exited: str | None = None  # the reason, if it had exited as expected; not kept over a requested shutdown
+    code: int | None = None  # the code of that exit
     again: bool = False  # its next start counts as a restart
     last_exit: ExitReport | None = None  # without its log
     last_exit_s: float | None = None  # in monotonic seconds of this boot
-    spec_hash: str = ""  # of the spec that failed or ended: an edited one gets a new chance
+    spec_hash: str = ""  # of the spec that failed or exited: an edited one is tried again

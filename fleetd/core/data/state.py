@@ -1,12 +1,10 @@
-"""Every state, and every move between states, that a process or a model can make.
+"""The states of processes and models, and all moves between them.
 
-The rules of this file
-- The tables below are the whole truth; a move that is not in them raises InvalidTransition with the story so far.
-- A state changes only through `Process.move` and `Placement.move`. Flags beside the state (stopped, restart_wanted,
-  draining) are wishes: reconciliation reads them, nobody else does.
-- A *process* and a *loaded model* are different things. A `Placement` is one model on one process: the unit of
-  residency, of reservation and of requests in flight.
-- This file knows nothing of time, of engines and of decisions.
+Invariants:
+- A move that the tables do not have raises InvalidTransition.
+- A state changes only through `Process.move` and `Placement.move`.
+- A *process* and a *loaded model* differ: a `Placement` is one model on one process, the unit of residency, of memory
+  reservation and of requests in flight.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class Residency(StrEnum):
 
 
 class SleepStep(StrEnum):
-    """What is done, or about to be done, about a placement's sleep."""
+    """The step of a sleep that is under way or due on a placement."""
 
     SLEEP = "sleep"  # while LOADED: no new grants, asleep once idle and its lane is free
     WAKE = "wake"  # while LOADING
@@ -62,7 +60,7 @@ PROCESS_MOVES: Mapping[ProcessState, frozenset[ProcessState]] = {
     _S.STOPPING: frozenset({_S.STOPPED, _S.BACKOFF, _S.EXITED, _S.FAILED}),
     _S.BACKOFF: frozenset({_S.STARTING, _S.BLOCKED, _S.STOPPED, _S.FAILED}),
     _S.EXITED: frozenset({_S.STOPPED}),
-    _S.FAILED: frozenset({_S.STOPPED, _S.STOPPING}),  # STOPPING: what survived is swept again
+    _S.FAILED: frozenset({_S.STOPPED, _S.STOPPING}),  # STOPPING: survivors are swept again
 }
 _R = Residency
 RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
@@ -75,13 +73,13 @@ RESIDENCY_MOVES: Mapping[Residency, frozenset[Residency]] = {
 }
 
 RUNNING = frozenset({_S.STARTING, _S.READY, _S.UNHEALTHY, _S.DRAINING, _S.STOPPING})  # a process set may exist
-RESTING = frozenset({_S.STOPPED, _S.EXITED, _S.FAILED, _S.BLOCKED, _S.BACKOFF})  # nothing of ours runs
+RESTING = frozenset({_S.STOPPED, _S.EXITED, _S.FAILED, _S.BLOCKED, _S.BACKOFF})  # no process of it runs
 SERVING = frozenset({_S.READY, _S.UNHEALTHY, _S.DRAINING})
 
 
 @dataclass(slots=True)
 class Process:
-    """One process: what is known of it, and what is wished of it."""
+    """One process: its observed state, and what is requested of it."""
 
     spec: ProcessSpec
     state: ProcessState = ProcessState.STOPPED
@@ -90,11 +88,11 @@ class Process:
     pid: int | None = None
     spawned: bool = False  # Spawned (or Adopted) was seen for this generation
     since_s: float = 0.0  # when the state was entered
-    started_s: float = 0.0  # when this generation was ordered
+    started_s: float = 0.0  # when this generation was started
     ready_s: float | None = None  # when this generation became READY first
-    progress_s: float = 0.0  # what the start deadline counts from
-    phase: str = ""  # how far the start has come, by its engine
-    startup_detail: str = ""  # what the startup probe last said
+    progress_s: float = 0.0  # start of the start deadline
+    phase: str = ""  # phase of the start, as its engine reports it
+    startup_detail: str = ""  # last detail of the startup probe
     restarts: int = 0
     record: RestartRecord = field(default_factory=RestartRecord)
     next_start_s: float | None = None
@@ -102,19 +100,21 @@ class Process:
     readiness: Verdict = field(default_factory=Verdict)
     liveness: Verdict = field(default_factory=Verdict)
     missing: tuple[str, ...] = ()
-    survivors: tuple[int, ...] = ()  # of its set, not killable: its memory is not free, and nothing may start
+    survivors: tuple[
+        int, ...
+    ] = ()  # PIDs of its set that cannot be killed: its memory is not free, and nothing may start
     last_exit: ExitReport | None = None
     last_exit_s: float | None = None
     rss_bytes: int = 0
     memory_strikes: int = 0
-    # wishes
-    stopped: bool = False  # an operator's durable stop
-    asked: bool = False  # an operator wants this on-demand process up although no model needs it
+    # requests
+    stopped: bool = False  # an operator stopped it; persisted
+    asked: bool = False  # an operator started this on-demand process; no model needs it
     removed: bool = False  # no longer in the configuration
     restart_wanted: str | None = None  # restart once drained, and why
-    leave_s: float | None = None  # since when it drains in order to stop
+    leave_s: float | None = None  # since when it drains to stop
     drained: bool = False  # an operator took it out of routing
-    outcome: ExitReport | None = None  # the death to count once the set is empty; None: the stop was ordered
+    outcome: ExitReport | None = None  # the death to count once the set is empty; None: a requested stop
     impossible: bool = False  # FAILED only because a dependency cannot come
     again: bool = False  # the next start counts as a restart
 
@@ -135,7 +135,7 @@ class Process:
         self.restart_wanted = None
 
     def move(self, state: ProcessState, now: float, reason: str) -> None:
-        """Enter `state`. Raises InvalidTransition when the table does not know the move."""
+        """Enter `state`. Raises InvalidTransition if the table does not have the move."""
         if state not in PROCESS_MOVES[self.state]:
             raise InvalidTransition(f"process {self.name}", self.state, state, (f"wanted because: {reason}",))
         self.state, self.reason, self.since_s = state, reason, now
@@ -154,22 +154,22 @@ class Placement:
     generation: int = 0  # of the process; a load of an older one is void
     reason: str = ""
     since_s: float = 0.0
-    order_s: float = 0.0  # when the load was decided
-    ordered: bool = False  # Load or Unload was sent and its answer is awaited
+    order_s: float = 0.0  # when the load was decided on
+    ordered: bool = False  # a command was sent and its answer is awaited
     ordered_s: float = 0.0  # when it was sent
-    for_line: bool = False  # begun for a request or an operator, not for its own sake
+    for_line: bool = False  # started for a request or an operator
     loaded_s: float | None = None
     in_flight: int = 0
     last_used_s: float = 0.0
     closing: str | None = None  # no new grants; unload when idle
-    evicted: bool = False  # leaving to make room, not for its own sake
-    returns: bool = True  # comes back by itself if the configuration wants it in memory
+    evicted: bool = False  # it leaves to make room
+    returns: bool = True  # it is loaded again if the configuration keeps it in memory
     attempts: int = 0  # failed unloads in a row
     retry_s: float = 0.0  # no new unload before
-    waits: str = ""  # which start on its server's lane its load or unload waits for
+    waits: str = ""  # the start on its lane that its load or unload waits for
     step: SleepStep | None = None
-    slept: bool = False  # in this run of its process: what it took on the host for that, it keeps
-    lingers: bool = False  # its load failed: it is gone at retry_s, unless its server dies until then
+    slept: bool = False  # it slept in this run of its process and keeps the host memory that this took
+    lingers: bool = False  # its load failed: removed at retry_s, unless its server dies first
 
     @property
     def key(self) -> tuple[str, str]:
@@ -177,7 +177,7 @@ class Placement:
 
     @property
     def sleeps(self) -> bool:
-        """Return whether its engine may be asleep, as far as anybody knows here."""
+        """Return whether its engine may be asleep."""
         return self.state is Residency.ASLEEP or self.step is not None
 
     def move(self, state: Residency, now: float, reason: str) -> None:
@@ -190,12 +190,12 @@ class Placement:
 
 @dataclass(slots=True)
 class Model:
-    """One model: its spec, where it is, and what it has cost."""
+    """One model: its spec, its placements and its counters."""
 
     spec: ModelSpec
-    placements: dict[str, Placement] = field(default_factory=dict)  # by process; absent ones are not kept
+    placements: dict[str, Placement] = field(default_factory=dict)  # by process; ABSENT ones are not kept
     pinned_by_hand: bool | None = None
-    missing: tuple[str, ...] = ()  # what it is read from and that is absent now
+    missing: tuple[str, ...] = ()  # missing files or volumes that it is loaded from
     waiting: int = 0
     loads: int = 0
     evictions: int = 0
@@ -203,7 +203,7 @@ class Model:
     wakes: int = 0
     load_s: float | None = None  # the last load
     wake_s: float | None = None  # the last wake
-    sleepless_until_s: float = 0.0  # a sleep or a wake failed: unloaded for others, not put to sleep, until then
+    sleepless_until_s: float = 0.0  # a sleep or a wake failed: it is unloaded, not put to sleep, until then
     demand: float = 0.0  # decayed count of requests
     demand_s: float = 0.0
     last_used_s: float | None = None
@@ -225,7 +225,7 @@ class Model:
 
     @property
     def footprint(self) -> Footprint:
-        """Declared, and more where more was measured; else learned; else estimated, device by device."""
+        """Return the declared footprint raised by measurements; else the learned, else the estimated one, per device."""
         spec = self.spec.footprint
         if spec.source is not FootprintSource.ESTIMATED or not self.learned:
             return spec.raised(self.learned)
@@ -233,12 +233,12 @@ class Model:
 
     @property
     def asleep(self) -> dict[str, int] | None:
-        """Return the bytes per device that it holds while it sleeps; None: it cannot sleep."""
+        """Return the bytes per device that it uses asleep; None: it cannot sleep."""
         return None if self.spec.asleep is None else {**self.spec.asleep, **self.learned_asleep}
 
     @property
     def state(self) -> Residency:
-        """The best residency of all placements."""
+        """Return the best state of all placements."""
         states = {placement.state for placement in self.placements.values()}
         for residency in (Residency.LOADED, Residency.ASLEEP, Residency.LOADING, Residency.UNLOADING):
             if residency in states:
@@ -264,7 +264,7 @@ class Model:
 
 
 def diagram() -> Iterator[str]:
-    """Yield both tables as lines of a Mermaid state diagram; core/DESIGN.md holds the result."""
+    """Yield both tables as lines of a Mermaid state diagram; core/README.md shows them."""
     tables: tuple[
         tuple[str, Mapping[ProcessState, frozenset[ProcessState]] | Mapping[Residency, frozenset[Residency]]], ...
     ] = (

@@ -1,9 +1,9 @@
-"""Which processes may hold a model, which placement may be woken, and whether a model that is on its way can still come.
+"""Find processes that may hold a model, and placements that may be woken or waited for.
 
-The rules of this file
-- Pure questions over the facts.
-- Down is what failed and may come back: a request waits for it only where it has nowhere else to go.
-- An operator's stop or drain, an absent requirement and a process that gave up all mean the same to a request: not from here.
+Invariants:
+- Pure functions of the state.
+- A process is *down* if it failed and may come back: a request waits for it only without an alternative.
+- A stop or drain by an operator, a missing prerequisite and a failed process rule a process out in the same way.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessSt
 
 
 def usable(process: Process) -> bool:
-    """Return whether a model may be placed on it now or soon."""
+    """Return whether a model may be placed on the process now or soon."""
     if process.stopped or process.removed or not process.spec.enabled or process.missing or process.drained:
         return False
     return process.state not in (ProcessState.FAILED, ProcessState.EXITED)
 
 
 def down(model: Model, process: Process) -> bool:
-    """Return whether it was lost, or does not answer. A first start is not that, and neither is one that only requests bring about:
-    if they all went elsewhere, it would never come back."""
+    """Return whether the process was lost, or does not answer.
+
+    A first start does not count, nor a start that only requests cause: if they all went elsewhere, it would never come back.
+    """
     if process.state is ProcessState.STARTING and not process.spec.capabilities.owns_process:
         return bool(process.startup_detail)
     if process.state is ProcessState.STARTING:
@@ -32,13 +34,13 @@ def down(model: Model, process: Process) -> bool:
 
 
 def out_of_reach(state: FleetState, model: Model) -> bool:
-    """Return whether every process that may hold the model is down, or may not hold it."""
+    """Return whether every process of the model is down or ruled out."""
     processes = [process for name in model.spec.holders if (process := state.processes.get(name)) is not None]
     return all(down(model, process) or not usable(process) for process in processes)
 
 
 def best_process(state: FleetState, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
-    """Return the best process for a new placement: usable, not holding it yet, with the fewest models on it."""
+    """Return the usable process without this model that has the fewest models; None: there is none."""
     able = [
         process
         for name in model.spec.holders
@@ -59,7 +61,7 @@ def best_process(state: FleetState, model: Model, avoid: tuple[str, ...] = ()) -
 
 
 def can_still_serve(state: FleetState, placement: Placement) -> bool:
-    """Return whether a request may still wait for this placement, or for what follows when it has left."""
+    """Return whether a request may wait for this placement, or for its successor."""
     process = state.processes.get(placement.process)
     if process is None or process.survivors:
         return False
@@ -69,7 +71,7 @@ def can_still_serve(state: FleetState, placement: Placement) -> bool:
 
 
 def sleeping_placement(state: FleetState, model: Model) -> Placement | None:
-    """Return a placement of the model that sleeps, and that a request may have woken now; None: none."""
+    """Return a sleeping placement that can be woken now; None: there is none."""
     for name, placement in model.placements.items():
         process = state.processes.get(name)
         if placement.state is not Residency.ASLEEP or process is None:
@@ -80,14 +82,14 @@ def sleeping_placement(state: FleetState, model: Model) -> Placement | None:
 
 
 def bytes_to_wake(state: FleetState, placement: Placement) -> dict[str, int]:
-    """Return the bytes per device that waking takes beyond what the sleeper holds."""
+    """Return the bytes per device that waking takes on top of the reservation."""
     held = state.ledger.reservations.get(placement.key, {})
     need = state.models[placement.model].footprint.bytes
     return {device: max(0, size - held.get(device, 0)) for device, size in need.items()}
 
 
 def reservation_of(model: Model, placement: Placement) -> dict[str, int]:
-    """Return what the ledger has to say of a placement, by what is planned with."""
+    """Return the planned reservation of a placement in its current state."""
     awake, asleep = model.footprint.bytes, model.asleep or {}
     if placement.state is Residency.ASLEEP:
         return dict(asleep or awake)
@@ -97,7 +99,7 @@ def reservation_of(model: Model, placement: Placement) -> dict[str, int]:
 
 
 def in_sleep_transition(placement: Placement, timeout_s: float, now: float) -> bool:
-    """Return whether a probe of `timeout_s` that ends now met an engine on its way to sleep, or from it."""
+    """Return whether a probe of `timeout_s` that ends now ran while the engine fell asleep or woke."""
     if placement.step is not None:
         return placement.ordered
     return placement.slept and now - placement.since_s <= timeout_s

@@ -1,11 +1,11 @@
-"""Where a model may go, and what has to leave for it.
+"""Plan where memory for a model comes from.
 
-The rules of this file
-- Pure and silent: it is asked far more often than its answer is acted on.
-- Nothing is evicted unless the whole ask is met; a second pass drops victims that the others already cover.
-- Never a victim: what is starting, leaving, pinned, busy, or awaited by an earlier request. A busy one may be *drained* for the
-  head of the line: the plan then says wait, and names it.
-- A victim that can sleep is put to sleep where that frees enough; what its sleep takes on another device has to be free there.
+Invariants:
+- Pure functions without side effects.
+- Nothing is evicted unless the whole demand is met; a second pass drops victims that the others already cover.
+- Never a victim: a model that is starting, leaving, pinned, busy, or awaited by an earlier request. A busy one may be *drained*
+  for the first request in the queue: the plan is then `Wait`, and names it.
+- A victim that can sleep is put to sleep where that frees enough; memory that its sleep takes elsewhere has to be free there.
 - Cheapest first: lower priority, past its minimum residency, then (seconds to load again x recent demand) per byte freed.
 """
 
@@ -26,12 +26,12 @@ _UNKNOWN_LOAD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Fits:
-    """Room now."""
+    """There is room now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """These leave, all idle, and there is room. Those in `sleepers` need only go to sleep, the others are unloaded."""
+    """There is room once these idle placements leave. Those in `sleepers` are put to sleep, the others unloaded."""
 
     victims: tuple[Placement, ...]
     sleepers: tuple[Placement, ...] = ()
@@ -39,7 +39,7 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Room comes when something leaves; `drain` are the busy placements that must become idle first."""
+    """There is room later; `drain` are the busy placements that must become idle first."""
 
     reason: str
     drain: tuple[Placement, ...] = ()
@@ -69,14 +69,14 @@ def plan(
     now: float,
     awaited: Collection[tuple[str, str]] = (),
 ) -> Plan:
-    """Say how `need` bytes per device can be had for `key`, given the models that have placements, and the ledger."""
+    """Plan `need` bytes per device for `key`, given the models with placements and the ledger."""
     never = ledger.never_fits(need)
     if never:
-        said = ", ".join(
+        numbers = ", ".join(
             f"needs {show_size(size)} on {device}, whose budget is {show_size(budget)}"
             for device, (size, budget) in never.items()
         )
-        return Never(f"{key[0]} can never fit: it {said}")
+        return Never(f"{key[0]} can never fit: it {numbers}")
     lack = ledger.lacking(need)
     if not lack:
         return Fits()
@@ -90,7 +90,8 @@ def plan(
     if _less(_less(lack, _sum(unpinned, ledger)), _kept_by_drowsy(models, ledger)):
         names = ", ".join(sorted({p.model for p in others if models[p.model].pinned}))
         return Never(
-            f"{key[0]} does not fit beside what is pinned: {names}" if names else f"{key[0]} has no room", pinned=True
+            f"{key[0]} does not fit next to the pinned models: {names}" if names else f"{key[0]} has no room",
+            pinned=True,
         )
     free_to_go = [p for p in unpinned if p.state in (Residency.LOADED, Residency.ASLEEP) and p.key not in awaited]
     free_to_go.sort(key=lambda p: _cost(p, models[p.model], ledger, now))
@@ -130,12 +131,12 @@ def _frees(placement: Placement, lack: Mapping[str, int], ledger: Ledger) -> boo
 
 
 def sleeps_on(model: Model, now: float) -> Mapping[str, int] | None:
-    """Return what it would hold per device if it were put to sleep now; None: it cannot."""
+    """Return the bytes per device that it would use asleep; None: it cannot sleep now."""
     return model.asleep if now >= model.sleepless_until_s else None
 
 
 def coming_free(placement: Placement, model: Model, ledger: Ledger) -> dict[str, int]:
-    """Return what comes free by itself: all of what is unloaded, and of what goes to sleep all but what it holds asleep."""
+    """Return the bytes that a leaving placement frees: all when unloaded, all but its sleeping size when put to sleep."""
     held = ledger.reservations.get(placement.key, {})
     if placement.state is Residency.UNLOADING:
         return dict(held)
@@ -155,7 +156,7 @@ def _leaving(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
 
 
 def _kept_by_drowsy(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
-    """Return what those who fall asleep now will keep: it can be had once they sleep."""
+    """Return the bytes that models falling asleep will keep; they can be evicted once they sleep."""
     kept: dict[str, int] = {}
     for model in models.values():
         for placement in model.placements.values():
@@ -174,7 +175,7 @@ def _sleepers(
     ledger: Ledger,
     now: float,
 ) -> list[Placement]:
-    """Return those of `chosen` that need only sleep, the dearest to bring back first."""
+    """Return those of `chosen` that need only sleep, the most expensive to reload first."""
     found: list[Placement] = []
     for placement in reversed(chosen):
         able = placement.state is Residency.LOADED and sleeps_on(models[placement.model], now) is not None
@@ -191,7 +192,7 @@ def _enough(
     models: Mapping[str, Model],
     ledger: Ledger,
 ) -> bool:
-    """Return whether there is room when `sleepers` sleep and the rest of `chosen` is unloaded: in the end, and on the way."""
+    """Return whether there is room if `sleepers` sleep and the rest is unloaded, at the end and meanwhile."""
     freed: dict[str, int] = {}
     taken: dict[str, int] = {}
     for placement in chosen:
@@ -199,8 +200,8 @@ def _enough(
         kept = (models[placement.model].asleep or {}) if placement in sleepers else {}
         for device in {**held, **kept}:
             change = held.get(device, 0) - kept.get(device, 0)
-            book = freed if change > 0 else taken
-            book[device] = book.get(device, 0) + abs(change)
+            total = freed if change > 0 else taken
+            total[device] = total.get(device, 0) + abs(change)
     if _less(lack, freed):
         return False
     for device, size in taken.items():
@@ -223,7 +224,7 @@ def _less(lack: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
 
 
 def _choose(lack: Mapping[str, int], ordered: Collection[Placement], ledger: Ledger) -> list[Placement] | None:
-    """Return the fewest of `ordered`, cheapest first, that cover `lack`; None when all together do not."""
+    """Return the fewest of `ordered`, cheapest first, that cover `lack`; None if all together do not."""
     chosen: list[Placement] = []
     rest = dict(lack)
     for placement in ordered:
@@ -234,7 +235,7 @@ def _choose(lack: Mapping[str, int], ordered: Collection[Placement], ledger: Led
             rest = _less(rest, _sum([placement], ledger))
     if rest:
         return None
-    for placement in reversed(chosen.copy()):  # the dearest first: is it still needed?
+    for placement in reversed(chosen.copy()):  # the most expensive first: is it still needed?
         others = [p for p in chosen if p is not placement]
         if not _less(lack, _sum(others, ledger)):
             chosen = others

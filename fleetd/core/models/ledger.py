@@ -1,11 +1,10 @@
-"""The ledger: who holds how many bytes of which device.
+"""The memory ledger: bytes reserved per device, by model and process.
 
-The rules of this file
-- A reservation lives from the moment a load is decided until its memory is seen to be free again.
-- `reserve` and `grow` refuse what does not fit; so the sum of what was *decided* never exceeds a budget at any instant.
-- `correct` writes down what was *measured*. It may exceed the budget, because the world does not ask; `excess` then says by
-  how much, and the planner evicts.
-- A device that is not configured has no limit and is still counted.
+Invariants:
+- A reservation lasts from the decision to load until its memory was seen to be free.
+- `reserve` and `grow` raise CapacityError if the bytes are not free: decisions never exceed a budget.
+- `correct` enters a measurement, even over the budget; `excess` then reports by how much, and models are evicted.
+- A device without a configured budget has no limit and is still counted.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Key = tuple[str, str]  # (model, process)
 class Ledger:
     devices: Mapping[str, DeviceSpec] = field(default_factory=dict)
     reservations: dict[Key, Mapping[str, int]] = field(default_factory=dict)
-    over: bool = False  # whether `excess` has anything to say
+    over: bool = False  # whether any device is over its budget
     _sums: dict[str, int] = field(default_factory=dict)
 
     def limit(self, devices: Mapping[str, DeviceSpec]) -> None:
-        """Replace the budgets; reservations stay as they are, even where they are over the new ones."""
+        """Replace the budgets; reservations stay, even over the new ones."""
         self.devices = devices
         self.over = bool(self.excess())
 
@@ -35,7 +34,7 @@ class Ledger:
         return self._sums.get(device, 0)
 
     def free_bytes(self, device: str) -> int | None:
-        """Return what a new reservation may take; None: no limit; never below 0."""
+        """Return the bytes that a new reservation may take, at least 0; None: no limit."""
         spec = self.devices.get(device)
         return None if spec is None else max(0, spec.budget_bytes - self.reserved_bytes(device))
 
@@ -57,9 +56,9 @@ class Ledger:
         }
 
     def reserve(self, key: Key, need: Mapping[str, int]) -> None:
-        """Take `need`; raises CapacityError when it is not free, or the key holds a reservation already."""
+        """Reserve `need`. Raises CapacityError if it is not free or the key has a reservation."""
         if key in self.reservations:
-            raise CapacityError(f"{key[0]} on {key[1]} holds a reservation already")
+            raise CapacityError(f"{key[0]} on {key[1]} has a reservation already")
         lack = self.lacking(need)
         if lack:
             raise CapacityError(
@@ -68,7 +67,7 @@ class Ledger:
         self._set(key, need)
 
     def grow(self, key: Key, more: Mapping[str, int]) -> None:
-        """Raise a reservation to at least `more`; raises CapacityError when the difference is not free."""
+        """Raise a reservation to at least `more`. Raises CapacityError if the difference is not free."""
         held = self.reservations.get(key, {})
         lack = self.lacking({device: size - held.get(device, 0) for device, size in more.items()})
         if lack:
@@ -78,7 +77,7 @@ class Ledger:
         self._set(key, {device: max(held.get(device, 0), more.get(device, 0)) for device in {**held, **more}})
 
     def correct(self, key: Key, measured: Mapping[str, int]) -> None:
-        """Replace a reservation by what was measured, whether it fits or not (also for a key that holds none)."""
+        """Replace a reservation by a measurement, whether it fits or not; the key may be new."""
         self._set(key, measured)
 
     def release(self, key: Key) -> None:

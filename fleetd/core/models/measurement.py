@@ -1,9 +1,9 @@
-"""Measured memory: what a model really takes, and what has to leave when that is more than was planned.
+"""Enter measured memory: correct the ledger, learn footprints, choose what leaves when a budget is exceeded.
 
-The rules of this file
-- The world does not ask: a measurement is entered in the ledger even where it exceeds the budget.
-- The highest footprint ever measured is kept, and is planned with from then on (where one was declared: if it is more), for as
-  long as the options stay what they were when the model was loaded.
+Invariants:
+- A measurement is entered in the ledger even if it exceeds the budget.
+- The highest measured footprint is kept and planned with (for a declared one: if it is larger), as long as the options of the
+  load are unchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from fleetd.core.data.specs import FootprintSource, asleep_hash
 from fleetd.core.data.state import Placement, Residency, SleepStep
 from fleetd.core.models.eviction import coming_free, reload_cost
 
-SETTLED_S = 30.0  # a look at a device may be this old
+SETTLED_S = 30.0  # largest age of a device sample
 
 
 def learn(state: FleetState, placement: Placement, measured: Mapping[str, int]) -> None:
-    """Write down what a loaded model really takes: in the ledger now, and for the next time if it is the highest seen."""
+    """Enter the measured memory of a loaded model in the ledger, and learn it if it is the highest."""
     model = state.models[placement.model]
     current = state.ledger.reservations.get(placement.key, {})
     if any(size > current.get(device, 0) for device, size in measured.items()):
         state.ledger.correct(placement.key, {**current, **{d: max(s, current.get(d, 0)) for d, s in measured.items()}})
     if placement.footprint_hash != model.spec.footprint_hash:
-        return  # it was loaded with other options: what that took says nothing of the next load
+        return  # it was loaded with other options: the next load may take less
     before = model.footprint
     model.learned.update({d: size for d, size in measured.items() if size > model.learned.get(d, 0)})
     if model.footprint != before:
@@ -38,7 +38,7 @@ def learn(state: FleetState, placement: Placement, measured: Mapping[str, int]) 
 
 
 def learn_asleep(state: FleetState, placement: Placement, measured: Mapping[str, int], now: float) -> None:
-    """Write down what a sleeper really holds, once the look at it cannot be from before its sleep."""
+    """Enter the measured memory of a sleeper, once the sample cannot predate its sleep."""
     model = state.models[placement.model]
     if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
         return
@@ -64,14 +64,14 @@ def eviction_note(state: FleetState, placement: Placement, now: float, reason: s
 
 
 def over_budget_victims(state: FleetState) -> list[Placement]:
-    """Return idle, unpinned placements, cheapest first, that bring every device back under its budget as far as they can."""
+    """Return idle, unpinned placements, cheapest first, whose unloading brings devices under their budgets."""
     excess = state.ledger.excess()
     if not excess:
         return []
     resident = state.resident()
     there = [p for m in resident.values() for p in m.placements.values()]
     if any(p.step is SleepStep.LOOK and p.process in state.unobserved for p in there):
-        return []  # it may be asleep, and hold far less than the ledger has to assume
+        return []  # it may be asleep and use far less than the ledger assumes
     for placement in there:
         model = resident[placement.model]
         freed = coming_free(placement, model, state.ledger)
@@ -100,7 +100,7 @@ def over_budget_victims(state: FleetState) -> list[Placement]:
                     excess[device] -= size
     for placement in list(victims):
         held = {d: size for d, size in state.ledger.reservations.get(placement.key, {}).items() if d in excess}
-        if all(excess[device] + size <= 0 for device, size in held.items()):  # the others' leaving is enough
+        if all(excess[device] + size <= 0 for device, size in held.items()):  # the others free enough
             victims.remove(placement)
             for device, size in held.items():
                 excess[device] += size

@@ -13,7 +13,7 @@ from fleetd.core.models.reconcile import ModelLoader
 
 
 def preload(state: FleetState, loader: ModelLoader, now: float) -> None:
-    """Load what should stay, where there is room that nobody in line waits for."""
+    """Load models that are due, where there is room that no waiting request claims."""
     if state.shutting_down or state.unobserved:
         return
     for name in sorted(state.due, key=lambda key: (-state.models[key].spec.priority, key)):

@@ -1,12 +1,11 @@
-"""Models: which are in memory, which come, which go.
+"""Load and unload models, and follow the processes that they are on.
 
-The rules of this file
-- A reservation is taken when a load is decided and given back when the memory was seen to be free, never earlier.
-- A model that is a process of its own follows its process; a model held by a server is loaded and unloaded by order.
-- A failed load is remembered with the time before which it is not tried again; the requests that waited for it are told.
-- What leaves while its load is not answered yet waits for the answer: a server told to unload meanwhile would load all the same.
-  Only a load that is overdue beyond a grace is unloaded over its head.
-- A load that was begun for a request is dropped if nobody waits for it any more before anything was done.
+Invariants:
+- A reservation is taken when a load is decided and freed only after its memory was seen to be free.
+- A model with its own process follows that process; a model on a server is loaded and unloaded by command.
+- A failed load is remembered with the time of the next try; the requests that waited for it are rejected.
+- An unload waits for the answer of a load: a server would load the model all the same. Only an overdue load is unloaded.
+- A load that was started for a request is dropped if no request waits for it before the command was sent.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from fleetd.core.models.sleep import SleepControl
 from fleetd.core.processes.start_gate import stop_waits
 
 UNLOAD_ATTEMPTS = 3
-LOAD_GRACE_S = 10.0  # the shell's own timeout comes first
-LINGER_S = 0.2  # the death of a server is seen within this time after its calls broke
+LOAD_GRACE_S = 10.0  # the daemon's own timeout comes first
+LINGER_S = 0.2  # a dying server is noticed within this time after its calls broke
 FAILURE_BASE_S = 5.0
 FAILURE_MAX_S = 300.0
 
@@ -47,7 +46,7 @@ class ModelLoader:
     # -- orders -------------------------------------------------------------------------------------------------------
 
     def start(self, model: Model, process: Process, now: float, reason: str, for_line: bool = False) -> Placement:
-        """Reserve and begin to load. Raises CapacityError when the room is not there (a bug of the caller)."""
+        """Reserve memory and start a load. Raises CapacityError without the room (a bug of the caller)."""
         need = model.footprint.bytes
         self.state.ledger.reserve((model.name, process.name), need)
         placement = self.state.place(model, process.name, now, reason)
@@ -110,18 +109,18 @@ class ModelLoader:
             self.leave(placement, now, "measured memory exceeds the budget", evicted=True)
 
     def _cannot_start(self, process: Process) -> bool:
-        """A process at rest that will not start again as things stand."""
+        """Return whether a process at rest will not start again."""
         return self.state.shutting_down or not usable(process)
 
     def _unwanted(self, placement: Placement) -> bool:
-        """A load for the line, of which nothing was done yet, and for which nobody waits any more."""
+        """Return whether a load for the queue was not sent yet and no request waits for it."""
         model = self.state.models[placement.model]
         return (
             placement.for_line and not placement.ordered and not model.waiting and not stays_loaded(self.state, model)
         )
 
     def _follow(self, placement: Placement, process: Process, now: float) -> None:
-        """A model that is its process."""
+        """Follow the process of a model that has its own."""
         model = self.state.models[placement.model]
         if self.sleeping.attend(placement, process, now):
             return
@@ -159,7 +158,7 @@ class ModelLoader:
         self.state.move_placement(placement, Residency.LOADING, now, reason)
 
     def _serve(self, placement: Placement, process: Process, now: float) -> None:
-        """A model held by a server."""
+        """Order loads and unloads of a model on a server."""
         ended = process.empty or (placement.generation != process.generation and not process.survivors)
         if placement.state is not Residency.LOADING:
             if ended:
@@ -168,12 +167,12 @@ class ModelLoader:
                 self._order_unload(placement, process, now)
         elif not placement.ordered:
             self._order_load(placement, process, now)
-        elif ended:  # not by a death, which is told below before the set is empty: by an order
+        elif ended:  # a requested restart: a death is handled below, before the set is empty
             placement.ordered, placement.generation = False, process.generation
             self.state.journal.note(LoadRepeated(placement.model, process.name))
             self._order_load(placement, process, now)
         elif process.state is ProcessState.STOPPING and process.outcome is not None:
-            reason = f"{process.name} ended while loading: {process.reason}"
+            reason = f"{process.name} exited while loading: {process.reason}"
             self.fail(self.state.models[placement.model], reason, now)
             self.state.move_placement(placement, Residency.UNLOADING, now, reason)
         elif process.survivors:
@@ -202,7 +201,7 @@ class ModelLoader:
             self.state.emit(Unload(placement.model, process.name, process.generation, placement.reason))
 
     def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
-        """A start that measures its device's free memory is under way there: nothing may come or go meanwhile."""
+        """Note and return whether a start that measures free memory blocks loads and unloads on the lane."""
         waits = stop_waits(self.state, process)
         if waits and waits != placement.waits:
             self.state.journal.note(LaneWait(placement.model, waits))
@@ -214,7 +213,7 @@ class ModelLoader:
 
     def _loaded(self, placement: Placement, generation: int, now: float) -> None:
         model = self.state.models[placement.model]
-        if placement.slept and placement.generation != generation:  # this run has taken nothing for a sleep
+        if placement.slept and placement.generation != generation:  # a new run took no memory for a sleep
             placement.slept = False
             self.state.ledger.correct(placement.key, model.footprint.bytes)
         placement.generation, placement.loaded_s, placement.last_used_s = generation, now, now
@@ -225,7 +224,7 @@ class ModelLoader:
         cancel_preload(self.state, model.name)
 
     def loaded(self, placement: Placement, measured: Mapping[str, int], now: float) -> None:
-        """The server says that it holds the model."""
+        """Handle the report of a server that the model is loaded."""
         if placement.state is not Residency.LOADING:
             return
         self._loaded(placement, placement.generation, now)
@@ -233,13 +232,13 @@ class ModelLoader:
             learn(self.state, placement, measured)
 
     def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
-        """Tell it at once, but free the memory a moment later: if the server is dying, its set has to be empty first."""
+        """Report the failure at once, and free the memory after `LINGER_S`: a dying server must be swept first."""
         self.fail(self.state.models[placement.model], message, now, final=final)
         self.state.move_placement(placement, Residency.UNLOADING, now, f"load failed: {message}")
         placement.lingers, placement.retry_s = True, now + LINGER_S
 
     def unload_failed(self, placement: Placement, process: Process, message: str, now: float) -> None:
-        """Try again a few times; a server that cannot unload is restarted."""
+        """Retry a few times; a server that cannot unload is restarted."""
         placement.ordered = False
         placement.attempts += 1
         placement.retry_s = now + 0.5 * 2.0 ** min(placement.attempts, 6)
@@ -248,7 +247,7 @@ class ModelLoader:
             process.request_restart(f"cannot unload {placement.model}: {message}")
 
     def forget_placement(self, placement: Placement, now: float, again: bool = True) -> None:
-        """The memory was seen to be free: unloaded by order, or by itself."""
+        """Remove a placement whose memory was seen to be free. `again`: it may be loaded again."""
         model = self.state.models[placement.model]
         if placement.state is Residency.UNLOADING and placement.evicted:
             model.evictions += 1
@@ -258,7 +257,7 @@ class ModelLoader:
             due(self.state, model)
 
     def fail(self, model: Model, message: str, now: float, final: bool = False, retry_s: float | None = None) -> None:
-        """Remember a failed load; the requests that wait for it will be told."""
+        """Record a failed load; reconciliation rejects the requests that wait for it."""
         pause = min(FAILURE_MAX_S, FAILURE_BASE_S * 2.0 ** min(model.failures, 10))
         model.load_failed(message, now, retry_s if retry_s is not None else now + pause, final)
         self.state.journal.note(ModelLoadFailed(model.name, message, final))
@@ -266,7 +265,7 @@ class ModelLoader:
             due(self.state, model)
 
     def forgive(self, process: str, now: float) -> None:
-        """The models of a process get a new chance at once."""
+        """Allow loads on a process again at once."""
         for name in self.state.hosted.get(process, ()):
             model = self.state.models.get(name)
             if model is not None:
@@ -274,7 +273,7 @@ class ModelLoader:
                 model.sleepless_until_s = now
 
     def requires(self, name: str, missing: tuple[str, ...], now: float) -> None:
-        """What a held model is read from came or went: a model without its file leaves memory, and comes back with it."""
+        """Unload a model whose files went missing; load it again once they are back."""
         model = self.state.models.get(name)
         if model is None or model.missing == missing:
             return
@@ -282,7 +281,7 @@ class ModelLoader:
         self.state.journal.note(PrerequisitesChanged(name, Subject.MODEL, missing))
         if missing:
             for placement in list(model.placements.values()):
-                self.leave(placement, now, f"requires {', '.join(missing)}, absent now", returns=True)
+                self.leave(placement, now, f"missing: {', '.join(missing)}", returns=True)
         else:
             model.clear_failure(now)
             if stays_loaded(self.state, model) and not model.placements:
@@ -297,7 +296,7 @@ class ModelLoader:
             self.leave(placement, now, f"idle for {ttl_s:g} s")
 
     def deadlines(self, placement: Placement) -> Iterator[float]:
-        """Yield the times at which `reconcile` may decide differently without another event."""
+        """Yield the times at which `reconcile` may decide otherwise without an event."""
         if placement.step is not None:
             yield from self.sleeping.deadlines(placement)
         elif placement.state is Residency.LOADING and placement.ordered:

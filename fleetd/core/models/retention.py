@@ -1,9 +1,8 @@
-"""What should be in memory without being asked, and how long the rest may stay.
+"""Decide which models stay in memory without requests, and how long the others stay.
 
-The rules of this file
-- What should stay (preload, or a process that always runs) comes back by itself when there is room: it evicts nobody for it, and it
-  never takes room on a device that somebody in line waits for.
-- What an operator unloaded, what was idle too long and what measured too large does not come back by itself.
+Invariants:
+- A model that should stay (`preload`, or an always-running process) is loaded again when there is room.
+- A model that was unloaded by an operator, for being idle, or for measuring over the budget is not loaded again by itself.
 - Idle time counts from the end of the last request.
 """
 
@@ -14,7 +13,7 @@ from fleetd.core.data.state import Model, Placement, Residency
 
 
 def stays_loaded(state: FleetState, model: Model) -> bool:
-    """Return whether the configuration wants this model in memory without being asked."""
+    """Return whether the configuration keeps this model in memory without requests."""
     if model.spec.preload:
         return True
     holders = (state.processes[name].spec for name in model.spec.holders if name in state.processes)
@@ -22,18 +21,18 @@ def stays_loaded(state: FleetState, model: Model) -> bool:
 
 
 def due(state: FleetState, model: Model) -> None:
-    """Want it loaded without being asked, as soon as there is room."""
+    """Load the model as soon as there is room, without a request."""
     if model.name not in state.leaving:
         state.due.add(model.name)
 
 
 def cancel_preload(state: FleetState, name: str) -> None:
-    """Do not load a model by itself any more."""
+    """Do not load a model without a request."""
     state.due.discard(name)
 
 
 def ttl_deadline(state: FleetState, placement: Placement) -> float | None:
-    """Return when an idle placement leaves by itself; None: not as things stand."""
+    """Return when an idle placement is unloaded; None: not for now."""
     model = state.models[placement.model]
     spec = model.spec
     if (

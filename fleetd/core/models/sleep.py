@@ -1,14 +1,14 @@
-"""Sleep: a loaded model that gives most of its memory back and keeps its process, and how it wakes.
+"""Put loaded models to sleep and wake them: the process stays, most of its memory is freed.
 
-The rules of this file
-- Only a model that is its process sleeps. It is idle, gets no grants from the moment that its sleep is decided, and nothing else
-  starts, stops, sleeps or wakes on its lane meanwhile.
-- The ledger holds both footprints on the way down and on the way up, and that of the sleeper in between. What a sleep took on
-  another device stays taken after waking: the engine does not give it back.
-- After any failure nobody knows what the engine's memory holds: it is killed without grace, which counts as a death, and started
-  cold if it is wanted. For a while it is then unloaded for others instead of being put to sleep.
-- A sleeper whose process ends is gone: there is no room reserved to start it again. What should stay comes back when there is.
-- An adopted engine that can sleep is asked first: it may have been put to sleep by the daemon before.
+Invariants:
+- Only a model with its own process sleeps. It is idle and gets no grants from the decision on, and nothing else starts, stops,
+  sleeps or wakes on its lane meanwhile.
+- The ledger holds the larger of both footprints on the way down and on the way up, and the sleeper's own in between. Memory that
+  a sleep took on another device stays reserved after waking: the engine does not return it.
+- After a failure the memory of the engine is unknown: it is killed without grace, which counts as a death, and started cold if
+  it is wanted. For `SLEEPLESS_S` it is unloaded instead of put to sleep.
+- A sleeper whose process exits is unloaded: no memory is reserved to start it again.
+- An adopted engine that can sleep is asked first, because the previous daemon may have put it to sleep.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fleetd.core.models.retention import cancel_preload, due, stays_loaded
 from fleetd.core.processes.start_gate import lane_waits
 from fleetd.core.processes.termination import Termination
 
-ANSWER_GRACE_S = 10.0  # the shell's own timeout comes first
+ANSWER_GRACE_S = 10.0  # the daemon's own timeout comes first
 SLEEPLESS_S = 600.0
 _ORDERS: Mapping[SleepStep, type[Sleep | Wake | LookAsleep]] = {
     SleepStep.SLEEP: Sleep,
@@ -43,7 +43,7 @@ class SleepControl:
     # -- decided ------------------------------------------------------------------------------------------------------
 
     def begin(self, placement: Placement, now: float, reason: str, by: str = "") -> None:
-        """Put an idle placement to sleep as soon as its lane is free; what that takes elsewhere is taken now."""
+        """Put an idle placement to sleep once its lane is free; memory that this takes elsewhere is reserved now."""
         model = self.state.models[placement.model]
         self.state.ledger.grow(placement.key, model.asleep or {})
         placement.step, placement.closing, placement.returns = SleepStep.SLEEP, reason, True
@@ -51,14 +51,14 @@ class SleepControl:
         self.state.wake(placement.process)
 
     def call_off(self, placement: Placement, reason: str) -> None:
-        """Let it stay, if it was not told to sleep yet. What its sleep would have taken elsewhere is given back."""
+        """Cancel a sleep that was not ordered yet, and free the memory reserved for it."""
         if placement.step is SleepStep.SLEEP and not placement.ordered:
             placement.step, placement.closing, placement.returns = None, None, False
             self.state.ledger.correct(placement.key, reservation_of(self.state.models[placement.model], placement))
             self.state.journal.note(SleepCancelled(placement.model, placement.process, reason))
 
     def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
-        """Reserve what waking takes, and wake it as soon as its lane is free. Raises CapacityError without the room."""
+        """Reserve the memory and wake it once its lane is free. Raises CapacityError without the room."""
         model = self.state.models[placement.model]
         self.state.ledger.grow(placement.key, model.footprint.bytes)
         self.state.move_placement(placement, Residency.LOADING, now, reason)
@@ -68,9 +68,9 @@ class SleepControl:
     # -- carried out ----------------------------------------------------------------------------------------------------
 
     def attend(self, placement: Placement, process: Process, now: float) -> bool:
-        """Order the step of a placement once its lane is free; end what gets no answer, and what lost its process.
+        """Order the due step once the lane is free; handle timeouts and the loss of the process.
 
-        False: nothing of its sleep is going on.
+        Returns False if no step of a sleep is under way.
         """
         if placement.state is Residency.ASLEEP:
             if process.state not in SERVING:
@@ -79,12 +79,12 @@ class SleepControl:
         if placement.step is None:
             return False
         if placement.generation != process.generation or process.state not in SERVING | {ProcessState.STARTING}:
-            if placement.step is SleepStep.LOOK:  # what it held was assumed: whether there is room for it is to be seen
+            if placement.step is SleepStep.LOOK:  # its memory was assumed: it may not fit
                 self.state.unobserved.pop(process.name, None)
                 self._lost(placement, process, now)
             placement.step, placement.ordered = None, False
         elif process.state is ProcessState.STARTING:
-            pass  # adopted, and not heard of yet
+            pass  # adopted, no answer yet
         elif placement.ordered:
             if now >= self._deadline(placement):
                 self.seen(placement, SleepState.FAILED, f"no answer within {now - placement.ordered_s:g} s", now)
@@ -113,7 +113,7 @@ class SleepControl:
     # -- answered -------------------------------------------------------------------------------------------------------
 
     def seen(self, placement: Placement, state: SleepState, message: str, now: float) -> bool:
-        """Take in an answer. True: it is an adopted engine that is awake, and so loaded."""
+        """Handle an answer. Returns True if an adopted engine is awake, and so loaded."""
         step = placement.step
         self.state.unobserved.pop(placement.process, None)
         if state is SleepState.ASLEEP and step is not SleepStep.WAKE:
@@ -128,10 +128,10 @@ class SleepControl:
 
     def _asleep(self, placement: Placement, now: float, how: str) -> None:
         model = self.state.models[placement.model]
-        said = f"{how}: {placement.closing}" if placement.closing else how
+        reason = f"{how}: {placement.closing}" if placement.closing else how
         model.sleeps += placement.step is SleepStep.SLEEP
         placement.closing, placement.evicted, placement.slept = None, False, True
-        self.state.move_placement(placement, Residency.ASLEEP, now, said)
+        self.state.move_placement(placement, Residency.ASLEEP, now, reason)
         self.state.ledger.correct(placement.key, reservation_of(model, placement))
         if placement.returns and stays_loaded(self.state, model):
             due(self.state, model)
@@ -142,7 +142,7 @@ class SleepControl:
         model.wake_s = now - placement.order_s
         model.load_succeeded()
         placement.loaded_s = placement.last_used_s = now
-        self.state.move_placement(placement, Residency.LOADED, now, "awake again")
+        self.state.move_placement(placement, Residency.LOADED, now, "woken")
         cancel_preload(self.state, model.name)
 
     def _failed(self, placement: Placement, message: str, now: float) -> None:
@@ -150,7 +150,7 @@ class SleepControl:
         model.sleepless_until_s = now + SLEEPLESS_S
         reason = f"{step} failed: {message}"
         self.state.journal.note(SleepStepFailed(model.name, placement.process, str(step), message, SLEEPLESS_S))
-        if step is not SleepStep.WAKE:  # only who was waking has room for all of it
+        if step is not SleepStep.WAKE:  # only a waking model has all of its memory reserved
             placement.evicted = step is SleepStep.SLEEP
             placement.returns = placement.returns or step is SleepStep.LOOK
             self.state.move_placement(placement, Residency.UNLOADING, now, reason)
@@ -161,6 +161,6 @@ class SleepControl:
             self.termination.kill(process, now, reason, force=True)
 
     def _lost(self, placement: Placement, process: Process, now: float) -> None:
-        """The process of a sleeper ended, or is about to: its memory is free when the set is empty."""
+        """Unload a sleeper whose process exits; its memory is free once the set is empty."""
         placement.closing, placement.returns = f"{process.name} is {process.state}: {process.reason}", True
         self.state.move_placement(placement, Residency.UNLOADING, now, placement.closing)

@@ -1,8 +1,8 @@
-"""From single probe results to a verdict.
+"""Turn single probe results into a verdict.
 
-The rules of this file
-- A verdict changes after `failures` bad results in a row, or `successes` good ones; single blips change nothing.
-- Startup gates the other two; readiness only routes; liveness only restarts. Who acts on a verdict is not decided here.
+Invariants:
+- A verdict changes after `failures` bad results in a row, or `successes` good ones.
+- The verdict decides nothing: startup gates the other probes, readiness routes, liveness restarts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fleetd.core.data.specs import ProbeSpec
 
 @dataclass(slots=True)
 class Verdict:
-    """The running judgement of one probe of one generation."""
+    """The current verdict of one probe of one generation."""
 
     good: bool | None = None  # None: no verdict yet
     streak: int = 0  # equal results in a row
@@ -25,7 +25,7 @@ class Verdict:
         self.good, self.streak, self.last_ok, self.detail = None, 0, None, ""
 
     def refute(self, detail: str) -> None:
-        """A request found that it does not answer: no need to wait for the probe. The next good result is believed as ever."""
+        """Make the verdict bad: a request got no connection. The next good result counts as usual."""
         self.good, self.streak, self.last_ok, self.detail = False, 0, False, detail
 
     def add(self, spec: ProbeSpec, ok: bool, detail: str) -> bool:

@@ -1,10 +1,11 @@
-"""Processes: desired against observed.
+"""Bring each process one step closer to its desired state.
 
-The rules of this file
-- `reconcile` looks at every awake process and moves it one step towards what is desired; asked twice, it does nothing twice.
-- What runs is stopped as a *set*; whatever the leader did, nothing starts again before the set was seen to be empty.
-- An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are.
-- On a lane that demands it, an ordered stop waits for a start as a start waits for a stop: engines measure memory as they start.
+Invariants:
+- `reconcile` is idempotent.
+- A process is stopped as a *set*; nothing starts again before the set was seen to be empty.
+- A requested stop is not a death. A crash, a failed liveness probe and a start that never became ready are.
+- On a lane with an exclusive start, a requested stop waits for a start, as a start waits for a stop: these engines measure free
+  memory while they start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fleetd.core.processes import rolling_restart
 from fleetd.core.processes.start_gate import dependents_running, gate, stop_waits
 from fleetd.core.processes.termination import RESWEEP_S, Termination
 
-REFUSED_S = 1.0  # how long what took no request is left alone, where no probe tells when it does again
+REFUSED_S = 1.0  # pause after a refused connection, if no probe reports the recovery
 
 
 class ProcessSupervisor:
@@ -55,7 +56,7 @@ class ProcessSupervisor:
             self._advance(process, now)
             self.state.settle(process)
         if self.state.rolling:
-            rolling_restart.give(self.state, self.wanted)
+            rolling_restart.advance(self.state, self.wanted)
 
     def _advance(self, process: Process, now: float) -> None:
         state = process.state
@@ -71,13 +72,13 @@ class ProcessSupervisor:
             self.state.forget(process)
         elif state in (ProcessState.EXITED, ProcessState.FAILED):
             if process.impossible and not gate(self.state, process).impossible:
-                self.termination.revive(process, now, "the dependency may come again")
+                self.termination.revive(process, now, "the dependency may start again")
                 self._rest(process, now)
         else:
             self._rest(process, now)
 
     def _rest(self, process: Process, now: float) -> None:
-        """STOPPED, BLOCKED or BACKOFF: start when it is wanted, due and allowed."""
+        """Start a process at rest if it is wanted, due and allowed."""
         if not self.wanted(process):
             self._idle(process, now)
             return
@@ -96,14 +97,14 @@ class ProcessSupervisor:
             process.reason = verdict.reason
 
     def _idle(self, process: Process, now: float) -> None:
-        """Not wanted: STOPPED, or BLOCKED where something it requires is absent, so that a person sees it."""
+        """Rest a process that is not wanted: STOPPED, or BLOCKED if a prerequisite is missing, to show it."""
         process.next_start_s, process.again = None, False
-        hushed = process.stopped or not process.spec.enabled or self.state.shutting_down
-        target = ProcessState.BLOCKED if process.missing and not hushed else ProcessState.STOPPED
+        silent = process.stopped or not process.spec.enabled or self.state.shutting_down
+        target = ProcessState.BLOCKED if process.missing and not silent else ProcessState.STOPPED
         if process.state is not target:
-            absent = target is ProcessState.BLOCKED
+            blocked = target is ProcessState.BLOCKED
             self.state.move(
-                process, target, now, gate(self.state, process).reason if absent else self._why_not(process)
+                process, target, now, gate(self.state, process).reason if blocked else self._why_not(process)
             )
         elif not process.spec.enabled:
             process.reason = self._why_not(process)
@@ -140,7 +141,7 @@ class ProcessSupervisor:
         return "first start" if process.generation == 0 else "wanted"
 
     def begin_run(self, process: Process, now: float) -> None:
-        """Forget what was known of the generation before."""
+        """Reset everything that belongs to the previous generation."""
         process.started_s = process.progress_s = now
         process.ready_s = process.next_start_s = process.leave_s = None
         process.cancel_restart()
@@ -155,7 +156,7 @@ class ProcessSupervisor:
     # -- while it starts --------------------------------------------------------------------------------------------------
 
     def spawned(self, process: Process, pid: int | None, now: float) -> None:
-        """It runs: the startup probe gates all others."""
+        """Record that it runs; the startup probe gates all others."""
         process.spawned, process.pid, process.progress_s = True, pid, now
         if process.spec.probes.startup is not None:
             self._probe(process, ProbeKind.STARTUP)
@@ -169,7 +170,7 @@ class ProcessSupervisor:
         self.maybe_ready(process, now)
 
     def maybe_ready(self, process: Process, now: float) -> None:
-        """STARTING to READY, when nothing gates it any more."""
+        """Move from STARTING to READY once no probe gates it."""
         if process.state is not ProcessState.STARTING or not process.spawned or not process.startup_done:
             return
         if process.spec.probes.readiness is not None and not process.readiness.good:
@@ -187,8 +188,8 @@ class ProcessSupervisor:
             return
         deadline = self._start_deadline(process)
         if deadline is not None and now >= deadline:
-            said = (process.phase, process.readiness.detail or process.startup_detail)
-            detail = "; ".join(one for one in said if one)
+            details = (process.phase, process.readiness.detail or process.startup_detail)
+            detail = "; ".join(one for one in details if one)
             reason = f"not ready within {deadline - process.progress_s:g} s" + (f" ({detail})" if detail else "")
             self.termination.kill(process, now, reason)
         elif process.startup_done:
@@ -233,7 +234,7 @@ class ProcessSupervisor:
             self.termination.stop(process, now, leaving)
 
     def _ages(self, process: Process) -> bool:
-        """Say whether time alone will restart it."""
+        """Return whether its maximum age will restart it."""
         return (
             process.spec.max_age_s is not None
             and process.restart_wanted is None
@@ -241,26 +242,26 @@ class ProcessSupervisor:
         )
 
     def _settle_routing(self, process: Process, now: float) -> None:
-        """READY, UNHEALTHY or DRAINING, as readiness and the operator say."""
+        """Move between READY, UNHEALTHY and DRAINING by readiness and by the operator's request."""
         if self._unprobed(process) and now >= process.since_s + REFUSED_S:
-            process.readiness.reset()  # the next request tells
+            process.readiness.reset()  # the next request decides
         healthy = process.readiness.good is not False
         if process.drained:
             target, reason = ProcessState.DRAINING, "drained by an operator"
         elif healthy:
             target, reason = ProcessState.READY, "ready"
         else:
-            how = "readiness probe" if process.readiness.streak else "it took no request"
+            how = "readiness probe" if process.readiness.streak else "connection refused"
             target, reason = ProcessState.UNHEALTHY, f"{how}: {process.readiness.detail}"
         if process.state is not target:
             self.state.move(process, target, now, reason)
 
     def _unprobed(self, process: Process) -> bool:
-        """Return whether it is out of routing with no probe that could bring it back."""
+        """Return whether it is out of routing and no probe can bring it back."""
         return process.state is ProcessState.UNHEALTHY and process.spec.probes.readiness is None
 
     def deadlines(self, process: Process) -> Iterator[float]:
-        """Yield the times at which `reconcile` may decide differently without another event."""
+        """Yield the times at which `reconcile` may decide otherwise without an event."""
         spec = process.spec
         if process.state is ProcessState.BACKOFF and process.next_start_s is not None:
             yield process.next_start_s
@@ -295,7 +296,7 @@ class ProcessSupervisor:
 
     def _probe(self, process: Process, probe: ProbeKind) -> None:
         if process.removed:
-            return  # about to be stopped: nobody knows its probes any more
+            return  # about to be stopped, and its probes left the configuration
         self.state.emit(
             StartProbe(process.name, process.generation, probe, f"{probe} probe of generation {process.generation}")
         )

@@ -1,10 +1,10 @@
-"""When a dead process starts again.
+"""Decide whether and when a dead process starts again.
 
-The rules of this file
-- Pure: `now` and the random source are arguments.
-- The backoff grows with deaths since the last *stable* run; a stable run resets it by a timer, not by luck.
-- The crash loop counts deaths in a sliding window, whatever the age of the process and whatever the delay between starts.
-- Only deaths count: a stop, a restart by hand, by schedule or by a watched file does not; a kill by a liveness probe does.
+Invariants:
+- Pure functions: `now` and the random source are arguments.
+- The backoff grows with deaths since the last *stable* run; only a stable run resets it.
+- The crash loop counts deaths in a sliding window, independent of the backoff and of stable runs.
+- Only deaths count: a requested stop or restart does not, a kill by a liveness probe does.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _KEPT_DEATHS = 20  # over a restart of the daemon: each of its records holds the
 
 @dataclass(slots=True)
 class RestartRecord:
-    """What the policy needs to remember of one process."""
+    """The deaths of one process."""
 
     deaths: int = 0  # since the last stable run
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_DEATHS))  # monotonic seconds of deaths
     slow: bool = False
 
     def last(self, count: int) -> tuple[float, ...]:
-        """Return the times of the last deaths, of which `count` make a crash loop: what the next daemon goes on counting with."""
+        """Return the times of the last deaths for the next daemon; `count` deaths make a crash loop."""
         return tuple(islice(self.times, max(0, len(self.times) - min(count, _KEPT_DEATHS)), None))
 
     def reset(self) -> None:
-        """Forget everything: a person, or an edit of the configuration, gave it a new chance."""
+        """Forget all deaths: an operator or an edit of the configuration asks for a new try."""
         self.deaths, self.slow = 0, False
         self.times.clear()
 
     def stable(self) -> None:
-        """A stable run ends the backoff; the window of the crash loop goes on sliding."""
+        """Reset the backoff; the window of the crash loop stays."""
         self.deaths, self.slow = 0, False
 
 
@@ -55,14 +55,14 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """FAILED: only a person, or an edit of the configuration, starts it again."""
+    """FAILED: only an operator or an edit of the configuration starts it again."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """EXITED: ended as expected."""
+    """EXITED: it exited as expected."""
 
     reason: str
 
@@ -90,33 +90,33 @@ def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:
 
 
 def after_loss(policy: RestartPolicy, record: RestartRecord, report: ExitReport, rng: Random) -> Again:
-    """An external server went away: it is looked for again for ever, since nobody here could start it."""
+    """Retry a lost external server for ever: fleetd cannot start it."""
     record.deaths += 1
     delay = delay_s(policy.backoff, record.deaths, rng)
-    return Again(delay, f"{report.reason}; looked for again in {delay:.2f} s")
+    return Again(delay, f"{report.reason}; next try in {delay:.2f} s")
 
 
 def after_death(
     policy: RestartPolicy, record: RestartRecord, report: ExitReport, *, zero_is_failure: bool, now: float, rng: Random
 ) -> Decision:
-    """Count one death that nobody ordered, and decide what follows."""
-    said = describe_exit(report)
+    """Count one death, and decide what follows."""
+    how = describe_exit(report)
     if report.kind is ExitKind.BAD_CONFIG:
         if policy.crash_loop.then == "slow" and policy.mode is not RestartMode.NEVER:
             record.deaths, record.slow = record.deaths + 1, True
-            return Again(policy.crash_loop.every_s, f"{said}; one try every {policy.crash_loop.every_s:g} s")
-        return GiveUp(f"{said} (trying again cannot help)")
+            return Again(policy.crash_loop.every_s, f"{how}; one try every {policy.crash_loop.every_s:g} s")
+        return GiveUp(f"{how} (a retry cannot help)")
     success = succeeded(policy, report, zero_is_failure)
     if policy.mode is RestartMode.NEVER or (policy.mode is RestartMode.ON_FAILURE and success):
-        return Done(said) if success else GiveUp(f"{said}; the restart policy is {policy.mode}")
+        return Done(how) if success else GiveUp(f"{how}; the restart policy is {policy.mode}")
     record.deaths += 1
     record.times.append(now)
     loop = policy.crash_loop
     recent = sum(1 for time in record.times if time > now - loop.window_s)
     if recent >= loop.count or record.slow:
         if loop.then == "fail":
-            return GiveUp(f"crash loop: {recent} deaths within {loop.window_s:g} s; last: {said}")
+            return GiveUp(f"crash loop: {recent} deaths within {loop.window_s:g} s; last: {how}")
         record.slow = True
-        return Again(loop.every_s, f"crash loop: {said}; one try every {loop.every_s:g} s")
+        return Again(loop.every_s, f"crash loop: {how}; one try every {loop.every_s:g} s")
     delay = delay_s(policy.backoff, record.deaths, rng)
-    return Again(delay, f"{said}; next start in {delay:.2f} s")
+    return Again(delay, f"{how}; next start in {delay:.2f} s")

@@ -1,10 +1,9 @@
-"""Restarts that can wait: the replicas of one name restart one after the other, so that the others serve meanwhile.
+"""Restart the replicas of one name one after the other, so that the others serve meanwhile.
 
-The rules of this file
-- The next replica restarts when every other one serves again, or has failed or ended for good. One that is on its way back
-  (stopping, starting, waiting for its next try, blocked) holds the others where they are: they run.
-- Who waits is a fact (`Facts.turns`); whose turn it is is recomputed from what the replicas are. A replica that starts anew for
-  any other reason has had its turn.
+Invariants:
+- A replica restarts once every other one serves, or has failed or exited for good. A replica that is on its way back (stopping,
+  starting, backing off, blocked) delays the others, which keep running.
+- A replica that restarts for any other reason has had its turn.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from fleetd.core.data.state import SERVING, Process, ProcessState
 _SETTLED = SERVING | {ProcessState.FAILED, ProcessState.EXITED}
 
 
-def give(state: FleetState, wanted: Callable[[Process], bool]) -> None:
-    """Let those restart whose turn it is; forget those that no longer run."""
+def advance(state: FleetState, wanted: Callable[[Process], bool]) -> None:
+    """Restart the next replica of each name; forget replicas that no longer run."""
     for name in sorted(state.rolling):
         process = state.processes.get(name)
         runs = process is not None and (process.state in SERVING or process.state is ProcessState.STARTING)
@@ -33,7 +32,7 @@ def give(state: FleetState, wanted: Callable[[Process], bool]) -> None:
 
 
 def _others(state: FleetState, process: Process) -> list[Process]:
-    """Return the other replicas; one that sleeps has nothing on its way."""
+    """Return the other replicas that are visited."""
     awake = (state.processes.get(name) for name in state.awake)
     return [one for one in awake if one is not None and one is not process and one.spec.base == process.spec.base]
 

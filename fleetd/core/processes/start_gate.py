@@ -1,9 +1,9 @@
-"""Whether a process may start now: what it requires, what it depends on, and its lane.
+"""Decide whether a process may start now: prerequisites, dependencies, and its device lane.
 
-The rules of this file
-- Pure questions over the facts; the answer always carries its reason.
-- A dependency is judged by the *current* generation of what it names.
-- Whoever waits for a lane waits for what is under way, never for what waits itself: nobody can wait in a circle.
+Invariants:
+- Pure functions of the state; a closed gate has a reason.
+- A dependency is judged by the *current* generation of the process that it names.
+- A process waits for starts and stops that are under way on its lane, never for another waiting process: no deadlock.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from fleetd.core.processes.restart_policy import succeeded
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`open`: start. Otherwise `reason` says what is missing, and `impossible` that waiting alone cannot bring it."""
+    """`open`: start. Otherwise `reason` explains it; `impossible`: waiting alone does not help."""
 
     open: bool
     reason: str = ""
     impossible: bool = False
-    absent: bool = False  # something required is absent: BLOCKED rather than merely waiting
 
 
 _OPEN = Gate(True)
 
 
 def gate(state: FleetState, process: Process) -> Gate:
-    """Say whether `process` may start."""
+    """Return whether `process` may start."""
     if process.missing:
-        return Gate(False, f"requires {', '.join(process.missing)}, absent now", absent=True)
+        return Gate(False, f"missing: {', '.join(process.missing)}")
     for dependency in process.spec.depends_on:
         verdict = _dependency(state, dependency)
         if not verdict.open:
@@ -42,7 +41,7 @@ def gate(state: FleetState, process: Process) -> Gate:
 
 
 def dependents_running(state: FleetState, name: str) -> bool:
-    """Return whether a process that depends on `name` still runs: the reverse order of a shutdown."""
+    """Return whether a process that depends on `name` still runs: a shutdown stops it first."""
     return any(
         other.state in RUNNING and any(dependency.name == name for dependency in other.spec.depends_on)
         for other in (state.processes[key] for key in state.awake if key in state.processes)
@@ -50,7 +49,7 @@ def dependents_running(state: FleetState, name: str) -> bool:
 
 
 def will_start(state: FleetState, wanted: Callable[[Process], bool], process: Process) -> bool:
-    """Return whether it will run without somebody's help: all that it waits for runs, or is on its way itself."""
+    """Return whether it starts without help: everything that it waits for runs or is about to."""
     seen: set[str] = set()
     todo = [process.name]
     while todo:
@@ -76,7 +75,7 @@ def _dependency(state: FleetState, dependency: Dependency) -> Gate:
                 other.spec.restart, report, other.spec.capabilities.exit_zero_is_failure
             ):
                 return _OPEN
-            return Gate(False, f"{dependency.name} ended without success", impossible=True)
+            return Gate(False, f"{dependency.name} exited without success", impossible=True)
     elif dependency.condition is DependencyCondition.STARTED:
         if other.state in SERVING or (other.state is ProcessState.STARTING and other.spawned):
             return _OPEN
@@ -85,31 +84,31 @@ def _dependency(state: FleetState, dependency: Dependency) -> Gate:
     if other.state is ProcessState.FAILED:
         return Gate(False, f"depends on {dependency.name}, which failed: {other.reason}", impossible=True)
     if other.state is ProcessState.EXITED:
-        return Gate(False, f"depends on {dependency.name}, which has ended", impossible=True)
+        return Gate(False, f"depends on {dependency.name}, which has exited", impossible=True)
     if not other.spec.enabled or other.stopped:
         return Gate(False, f"depends on {dependency.name}, which is stopped", impossible=True)
     return Gate(False, wait)
 
 
 def _lane(state: FleetState, process: Process) -> Gate:
-    """On one lane nothing starts while another starts or stops, if either demands it; nor while a model comes, goes, sleeps or wakes."""
+    """Close the gate while another process or model on the lane starts, stops, loads, unloads, sleeps or wakes."""
     busy = lane_waits(state, process)
     return Gate(False, busy) if busy else _OPEN
 
 
 def stop_waits(state: FleetState, process: Process) -> str:
-    """Say which start, sleep or wake on its lane an ordered stop, a load or an unload would disturb; empty: none."""
+    """Return why a stop, a load or an unload must wait for its lane; empty: it need not."""
     return _on_lane(state, process, (ProcessState.STARTING,)) or _moving(state, process, only_sleep=True)
 
 
 def lane_waits(state: FleetState, process: Process) -> str:
-    """Say what on its lane a start, a sleep or a wake waits for; empty: nothing."""
+    """Return why a start, a sleep or a wake must wait for its lane; empty: it need not."""
     busy = _on_lane(state, process, (ProcessState.STARTING, ProcessState.STOPPING))
     return busy or _moving(state, process, only_sleep=not process.spec.capabilities.exclusive_start)
 
 
 def _moving(state: FleetState, process: Process, only_sleep: bool) -> str:
-    """Say what comes, goes, falls asleep or wakes on its lane now; empty: nothing. Nothing at all may disturb a sleep or a wake."""
+    """Return which model on the lane loads, unloads, sleeps or wakes now; empty: none. `only_sleep`: ignore loads and unloads."""
     lane = process.spec.lane
     if lane is None:
         return ""
@@ -121,7 +120,7 @@ def _moving(state: FleetState, process: Process, only_sleep: bool) -> str:
             if not placement.ordered or placement.step is SleepStep.LOOK:
                 continue
             if placement.step is not None:
-                return f"waiting for its turn on {lane}: {placement.model} is told to {placement.step} on {name}"
+                return f"waiting for its turn on {lane}: {placement.model} is ordered to {placement.step} on {name}"
             if not only_sleep:
                 return f"waiting for its turn on {lane}: {placement.model} is {placement.state} on {name}"
     return ""

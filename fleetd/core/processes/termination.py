@@ -1,10 +1,9 @@
-"""The end of a run: ordered or by itself, always of the whole set.
+"""End a run, requested or not, always with its whole process set.
 
-The rules of this file
-- Nothing starts again before the set was seen to be empty, whatever the leader did. What survives SIGKILL is swept again after
-  a long pause, or when an operator asks; until then it keeps its memory, its reservations and its place in the status.
-- An ordered stop is no death. A crash, a failed liveness probe and a start that never got ready are: they are counted when the
-  set is empty.
+Invariants:
+- Nothing starts again before the set was seen to be empty. Survivors of SIGKILL are swept again after a long pause or on
+  request; until then they keep their memory reservations and their row in the status.
+- A requested stop is not a death. Deaths are counted once the set is empty.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Termination:
         self.state = state
 
     def stop(self, process: Process, now: float, reason: str, force: bool = False) -> None:
-        """Order the whole set away; `force`: without any grace."""
+        """Stop the whole set; `force`: without grace."""
         owns = process.spec.capabilities.owns_process
         self.state.move(process, ProcessState.STOPPING, now, reason)
         self.state.emit(StopProbes(process.name, process.generation, reason))
@@ -33,12 +32,12 @@ class Termination:
             self.set_empty(process, (), now)
 
     def kill(self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False) -> None:
-        """Stop it for a failure of its own: counts as a death. `final`: another start would end alike."""
+        """Stop it for a failure of its own, which counts as a death. `final`: a restart cannot help."""
         process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
         self.stop(process, now, reason, force)
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:
-        """The leader is dead. If nobody ordered it, sweep its set and count the death."""
+        """Handle the exit of the leader; without a requested stop, sweep its set and count a death."""
         process.last_exit, process.last_exit_s = report, now
         if process.state is ProcessState.STOPPING:
             return
@@ -48,14 +47,14 @@ class Termination:
         self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))
 
     def start_failed(self, process: Process, report: ExitReport, now: float) -> None:
-        """Nothing was spawned: no set to sweep. For want of what it requires it is BLOCKED, which is no death."""
+        """Handle a start that spawned nothing. A missing prerequisite is not a death."""
         if self._restartable(process) and not process.missing:
             self.settle_death(process, report, now)
         else:
             self.state.move(process, ProcessState.STOPPED, now, self._stop_reason(process))
 
     def set_empty(self, process: Process, survivors: tuple[int, ...], now: float) -> None:
-        """Nothing of this generation lives any more (or it cannot be killed): what now?"""
+        """Decide what follows once the set is empty, or has survivors."""
         process.survivors = survivors
         self.state.unobserved.pop(process.name, None)
         if survivors:
@@ -85,7 +84,7 @@ class Termination:
         process.request_restart(reason)
 
     def revive(self, process: Process, now: float, reason: str) -> None:
-        """Leave FAILED or EXITED for a new chance; what survived the last sweep is swept first."""
+        """Leave FAILED or EXITED to try again; survivors are swept first."""
         process.impossible = False
         if process.survivors:
             self.state.move(process, ProcessState.STOPPING, now, reason)
@@ -94,9 +93,9 @@ class Termination:
             self.state.move(process, ProcessState.STOPPED, now, reason)
 
     def resweep(self, process: Process, now: float) -> None:
-        """What could not be killed may be gone by now."""
+        """Sweep survivors again after a pause."""
         if now >= process.since_s + RESWEEP_S:
-            self.revive(process, now, "sweeping again what could not be killed")
+            self.revive(process, now, "sweeping survivors again")
 
     def _stop_reason(self, process: Process) -> str:
         if process.stopped:
@@ -109,7 +108,7 @@ class Termination:
         return not (self.state.shutting_down or process.stopped or process.removed or not process.spec.enabled)
 
     def settle_death(self, process: Process, report: ExitReport, now: float) -> Decision:
-        """Count a death and move to what the restart policy says."""
+        """Count a death and enter the state that the restart policy decides."""
         decision: Decision
         capabilities = process.spec.capabilities
         if capabilities.owns_process:
@@ -134,7 +133,7 @@ class Termination:
         return decision
 
     def escalate(self) -> None:
-        """A second order to shut down: no grace for anybody."""
+        """Kill everything that is being stopped: the shutdown was forced."""
         for process in self.state.processes.values():
             if process.state is ProcessState.STOPPING and process.spec.capabilities.owns_process:
                 self.state.emit(Stop(process.name, process.generation, "shutdown was forced", force=True))

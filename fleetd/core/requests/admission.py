@@ -1,11 +1,11 @@
-"""The line of requests: who is served now, who waits, who is told no.
+"""Grant requests, queue them, and load models for the queue.
 
-The rules of this file
-- Every request ends in exactly one of granted, rejected, cancelled. Every wait has a deadline, the line has a limit.
-- Warm models first: whoever can be served by what is in memory is served, in order. Then the head of the line gets its model.
-- First in line holds the line: what an earlier request needs room on, no later request may start on.
-- A busy model keeps its grants while a head waits for it to leave, until the head has waited for the fairness bound; from then
-  on it only drains. So A B C A B C costs two swaps, and nobody waits for ever.
+Invariants:
+- Every request ends as exactly one of granted, rejected, cancelled. Every wait has a deadline, and the queue has a limit.
+- Requests that a loaded model can serve are granted first, in order; then the first waiting request gets its model.
+- The first waiting request claims its devices: no later request may start on them.
+- A busy model keeps its grants until the waiting request exceeds the fairness bound; from then on it only drains. So A B C A B C
+  costs two swaps, and no request waits forever.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Admission:
         self.loader = loader
         self.line = RequestQueue(state)
 
-    # -- the warm path: one dictionary look-up away from its answer ---------------------------------------------------------
+    # -- the warm path ---------------------------------------------------------
 
     def take(self, request_id: int, name: str, now: float) -> Placement | None:
-        """Grant at once what needs no thought, and say where; None: it does."""
+        """Grant a request for a loaded model at once; None: the request needs the queue."""
         state = self.state
         model = state.models.get(state.names.get(name, name))
         if model is None or model.waiting or state.shutting_down or model.spec.routes:
@@ -49,7 +49,7 @@ class Admission:
         return placement
 
     def finish(self, request_id: int, now: float) -> Placement | None:
-        """Give the slot back; return the placement, or None when the request was not granted."""
+        """Free the slot of a request; return its placement, or None if it was not granted."""
         entry = self.state.granted.pop(request_id, None)
         if entry is None:
             return None
@@ -76,8 +76,8 @@ class Admission:
         if state.shutting_down:
             self.line.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif model is None:
-            said = event.model if len(event.model) <= _NAME_SHOWN else event.model[:_NAME_SHOWN] + "..."
-            self.line.reject(event.request_id, "model_not_found", f"the model {said!r} does not exist in this fleet")
+            shown = event.model if len(event.model) <= _NAME_SHOWN else event.model[:_NAME_SHOWN] + "..."
+            self.line.reject(event.request_id, "model_not_found", f"the model {shown!r} does not exist in this fleet")
         else:
             patience_s, priority = self.line.deadline(model, now), model.spec.priority
             waiting = QueuedRequest(event.request_id, model.name, now, patience_s, priority, event.avoid, fallback)
@@ -88,7 +88,7 @@ class Admission:
                 self._grant(waiting, model, placement, now)
 
     def request_load(self, event: LoadAsked, now: float) -> None:
-        """An operator wants a model in memory: a place in the line that needs no grant."""
+        """Queue a load that an operator requested; it needs no grant."""
         model, _ = resolve(self.state, event.model, now)
         if model is None:
             self.line.reject(
@@ -108,7 +108,7 @@ class Admission:
         )
 
     def reconcile(self, now: float) -> None:
-        """Serve the line as far as it goes."""
+        """Grant, reject and load for the queue as far as possible."""
         self.state.draining, self.state.claimed = set(), set()
         if not self.state.queue:
             return
@@ -122,13 +122,15 @@ class Admission:
         awaited: set[tuple[str, str]] = set()
         for waiting in line:
             if waiting.request_id in self.state.queue:
-                self._bring(waiting, self.state.claimed, awaited, now)
+                self._load_for(waiting, self.state.claimed, awaited, now)
 
     # -- from memory ----------------------------------------------------------------------------------------------------------
 
     def _drains(self, line: list[QueuedRequest], now: float) -> set[tuple[str, str]]:
-        """Return the placements that give no more grants: a head has waited beyond the bound for them to leave, or comes before
-        all that they could be given to."""
+        """Return the placements that get no more grants.
+
+        The first request waited beyond the fairness bound for them, or outranks every request that they could serve.
+        """
         awaited: set[tuple[str, str]] = set()
         models = self.state.models
         lowest = min((model.spec.priority for model in self.state.resident().values()), default=0)
@@ -152,7 +154,7 @@ class Admission:
                 awaited,
             )
             leaving: tuple[Placement, ...] = ()
-            if isinstance(verdict, Evict):  # idle by now: theirs to leave, not to be given out again
+            if isinstance(verdict, Evict):  # idle now: they must leave, not be granted again
                 leaving = verdict.victims
             elif isinstance(verdict, Wait):
                 leaving = verdict.drain
@@ -188,7 +190,7 @@ class Admission:
         self.state.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.why))
 
     def _awaited(self, name: str) -> str:
-        """Say what a server that is not ours answers instead of being ready: nobody here can do more than tell it."""
+        """Return the last answer of an external server that is not ready; empty for others."""
         process = self.state.processes.get(name)
         if process is None or process.spec.capabilities.owns_process or process.state is not ProcessState.STARTING:
             return ""
@@ -196,8 +198,8 @@ class Admission:
 
     # -- from disk --------------------------------------------------------------------------------------------------------------
 
-    def _bring(self, waiting: QueuedRequest, claimed: set[str], awaited: set[tuple[str, str]], now: float) -> None:
-        """Bring the model of a request that no memory serves; hold its devices against later starts when it has to wait."""
+    def _load_for(self, waiting: QueuedRequest, claimed: set[str], awaited: set[tuple[str, str]], now: float) -> None:
+        """Load the model of a waiting request; claim its devices against later starts if it has to wait."""
         model = self.state.models[waiting.model]
         coming = [p for p in model.placements.values() if p.state is Residency.LOADING and not p.closing]
         awaited.update(p.key for p in model.placements.values())
@@ -211,12 +213,12 @@ class Admission:
             waiting.why = f"every server that may hold {model.name} is busy or not ready"
             return
         if self.state.unobserved:
-            waiting.why = f"looking at what {min(self.state.unobserved)} holds after a restart of the daemon"
+            waiting.why = f"checking which models {min(self.state.unobserved)} has after a restart of fleetd"
             return
         process, need = where
         spread = _spreads(model)
         if claimed & set(need):
-            waiting.why = "an earlier request holds the line"
+            waiting.why = "an earlier request waits for the same device"
             return
         verdict = plan(need, (model.name, process.name), self.state.resident(), self.state.ledger, now, awaited)
         if isinstance(verdict, Fits):
@@ -237,7 +239,7 @@ class Admission:
     def _where(
         self, waiting: QueuedRequest, model: Model, asleep: Placement | None
     ) -> tuple[Process, Mapping[str, int]] | None:
-        """Return where to bring the model, and the bytes that takes; None: no server can take it now."""
+        """Return the process for the model and the bytes that it takes; None: no process can take it now."""
         if asleep is not None:
             return self.state.processes[asleep.process], bytes_to_wake(self.state, asleep)
         process = best_process(self.state, model, waiting.avoid) or best_process(self.state, model)
@@ -277,8 +279,7 @@ class Admission:
         waiting.load_began_s = waiting.load_began_s or now
 
     def deadlines(self) -> Iterator[float]:
-        """Yield when the line may move by time alone: an end of patience, a head that becomes overdue, a fallback that may be tried
-        again."""
+        """Yield the times at which the queue may move without an event: timeouts, the fairness bound, retries of fallbacks."""
         for waiting in self.state.queue.values():
             yield waiting.deadline_s
             for name in waiting.fallback:
@@ -290,5 +291,5 @@ class Admission:
 
 
 def _spreads(model: Model) -> bool:
-    """Return whether it is in memory elsewhere, but full, leaving or unhealthy: nobody is evicted for one more of it."""
+    """Return whether it is in memory elsewhere, but full, leaving or unhealthy: no eviction for one more copy."""
     return any(placement.state is not Residency.ASLEEP for placement in model.placements.values())

@@ -1,8 +1,8 @@
-"""The line itself: entering, leaving, and every way to be told no.
+"""The queue of requests: entering, leaving, and every rejection.
 
-The rules of this file
-- Who is refused is told why, in one sentence with the numbers, and when to come again.
-- A refusal first tries the models that the configuration names to fall back to.
+Invariants:
+- A rejection has a reason in one sentence with the numbers, and where possible a time to retry after.
+- A refused request first tries the fallback models of its model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RequestQueue:
         model.waiting += 1
 
     def leave(self, request_id: int) -> QueuedRequest | None:
-        """Take a request out of the line."""
+        """Take a request out of the queue."""
         waiting = self.state.queue.pop(request_id, None)
         if waiting is not None:
             model = self.state.models.get(waiting.model)
@@ -48,7 +48,7 @@ class RequestQueue:
         return waiting
 
     def refuse_hopeless(self, waiting: QueuedRequest, now: float) -> None:
-        """Tell those no whose model failed, is blocked, or took too long."""
+        """Reject a request that cannot be served: its model failed or is blocked, or its time is over."""
         state = self.state
         model = state.models.get(waiting.model)
         if model is None or model.name in state.leaving:
@@ -60,7 +60,7 @@ class RequestQueue:
         elif now >= waiting.deadline_s:
             self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.why}", now)
         elif model.missing and not self.has_loaded(model):
-            reason = f"{model.name} cannot be served: it requires {', '.join(model.missing)}, absent now"
+            reason = f"{model.name} cannot be served: missing: {', '.join(model.missing)}"
             self.out(waiting, "model_blocked", reason, now, 30.0)
         elif (
             model.failure
@@ -88,12 +88,12 @@ class RequestQueue:
             )
 
     def _foreign(self, model: Model) -> bool:
-        """Nobody here can bring it back: it is held by servers alone that are not ours, and none of them answers."""
+        """Return whether only external servers have the model and none of them answers."""
         processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
         return out_of_reach(self.state, model) and not any(p.spec.capabilities.owns_process for p in processes)
 
     def withdraw(self, model: Model, reason: str) -> None:
-        """An operator changed their mind: loads that they asked for are called off."""
+        """Cancel the loads of a model that an operator requested."""
         for waiting in [w for w in self.state.queue.values() if w.model == model.name and not w.client]:
             self.leave(waiting.request_id)
             self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
@@ -102,7 +102,7 @@ class RequestQueue:
         return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
 
     def blocked(self, waiting: QueuedRequest, model: Model, now: float) -> None:
-        """No process that may hold the model can come: say what each of them is."""
+        """Reject a request for which no process can come; the reason lists the state of each."""
         processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
         if any(p.drained and not p.stopped for p in processes):
             code = "draining"
@@ -114,7 +114,7 @@ class RequestQueue:
 
     def _standings(self, model: Model) -> str:
         processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
-        return "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "nothing holds it"
+        return "; ".join(f"{p.name} is {self._standing(p)}" for p in processes) or "no process serves it"
 
     def _standing(self, process: Process) -> str:
         if process.stopped:
@@ -122,7 +122,7 @@ class RequestQueue:
         if process.drained:
             return "drained by an operator"
         if process.missing:
-            return f"{process.state}: requires {', '.join(process.missing)}, absent now"
+            return f"{process.state}: missing: {', '.join(process.missing)}"
         return f"{process.state}: {process.startup_detail or process.reason}"
 
     def out(
@@ -134,7 +134,7 @@ class RequestQueue:
     def refuse(
         self, waiting: QueuedRequest, code: str, reason: str, now: float, retry_after_s: float | None = None
     ) -> None:
-        """Reject, unless there is a model to fall back to; patience that is over is over for all of them."""
+        """Reject, or queue for a fallback model; a timeout is final."""
         for index, name in enumerate(waiting.fallback if code != "queue_timeout" else ()):
             model = self.state.models.get(self.state.names.get(name, name))
             if model is None or model.spec.routes or model.name == waiting.model:

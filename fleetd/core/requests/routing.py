@@ -1,8 +1,8 @@
-"""Which model a name means, and which holder serves a request.
+"""Resolve model names, and choose the process that serves a request.
 
-The rules of this file
-- Names resolve in this order: alias, route (weighted, skipping what cannot serve or is down), model.
-- Among loaded holders the one with the fewest requests in flight serves; a holder that failed this request is avoided.
+Invariants:
+- Names resolve in this order: alias, route (weighted, without targets that cannot serve or are down), model.
+- Among loaded processes the one with the fewest requests in flight serves; one that failed this request is avoided.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _along(state: FleetState, model: Model, now: float, rng: Random) -> tuple[Mo
 def elsewhere(
     state: FleetState, model: Model, fallback: tuple[str, ...], avoid: Collection[str], now: float
 ) -> tuple[Model, tuple[str, ...]]:
-    """Return where a request goes on that was failed by the processes in `avoid`: a dead engine is not seen to be dead at once."""
+    """Return the model for a request that the processes in `avoid` failed: a dead engine is not noticed at once."""
     if not set(model.spec.holders) <= set(avoid):
         return model, fallback
     for index, name in enumerate(fallback):
@@ -68,7 +68,7 @@ def _target(state: FleetState, name: str) -> Model | None:
 
 
 def relieved(state: FleetState, model: Model, fallback: Collection[str], now: float) -> bool:
-    """Return whether a request for `model` has no reason to wait for it: it is down, and one of its fallbacks is not."""
+    """Return whether `model` is down and one of its fallbacks is not."""
     if model.spec.routes or not out_of_reach(state, model):
         return False
     others = [other for name in fallback if (other := _target(state, name)) is not None and not other.spec.routes]
@@ -76,7 +76,7 @@ def relieved(state: FleetState, model: Model, fallback: Collection[str], now: fl
 
 
 def can_serve(state: FleetState, model: Model, now: float) -> bool:
-    """Return whether a request for `model` has a chance now: not failed, not blocked, not full."""
+    """Return whether a request for `model` may be served: not failed, not blocked, not full."""
     if model.spec.routes:
         return True
     if model.failure_final or (model.failure and now < model.retry_s):
@@ -91,7 +91,7 @@ def can_serve(state: FleetState, model: Model, now: float) -> bool:
 def serving(
     state: FleetState, model: Model, avoid: Collection[str] = (), draining: Collection[tuple[str, str]] = ()
 ) -> Placement | None:
-    """Return the placement with the most room for one more request; None: every one is full, closing or not ready."""
+    """Return the placement with the fewest requests; None: all are full, closing or not ready."""
     best: Placement | None = None
     for process, placement in model.placements.items():
         if (

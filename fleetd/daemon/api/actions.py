@@ -1,10 +1,9 @@
-"""Actions of an operator: an event to the fleet, then a look until the goal is reached or cannot be.
+"""Actions of an operator: send an event to the fleet, then wait until the goal is reached or cannot be reached.
 
-The rules of this file
-- Each verb is one row: the event that it posts, and how its end looks.
-- The order of several names follows their dependencies: started from the bottom, stopped from the top.
-- What lasts (a stop) is in its file before the answer.
-- Waiting is for people: what was asked for goes on when they stop waiting.
+Invariants:
+- Several names are handled in the order of their dependencies: started from the bottom, stopped from the top.
+- A start or a stop is on disk before the answer.
+- An action continues when its client stops waiting.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.state import RUNNING, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
-from fleetd.daemon.effects.machine import Machine
 from fleetd.daemon.effects.processes import Processes
 from fleetd.daemon.waiting import Changes
 from fleetd.errors import ApiError, HostError
@@ -27,10 +25,10 @@ from fleetd.errors import ApiError, HostError
 if TYPE_CHECKING:
     from fleetd.core.queries import FleetQueries
 
-KEPT_WITHIN_S = 2.0
-_REMEMBERED = frozenset({"start", "stop"})
+SAVED_WITHIN_S = 2.0
+_PERSISTED = frozenset({"start", "stop"})
 _S = ProcessState
-Judgement = tuple[ResultCode, str]
+Finding = tuple[ResultCode, str]
 
 _EVENTS: Mapping[str, Callable[[str], e.Event]] = {
     "start": e.StartAsked,
@@ -44,8 +42,8 @@ _EVENTS: Mapping[str, Callable[[str], e.Event]] = {
 }
 
 
-class Verbs:
-    """Carries out `act` of the control plane."""
+class Actions:
+    """Carries out `act` of the control API."""
 
     def __init__(
         self,
@@ -53,72 +51,70 @@ class Verbs:
         dispatch: Callable[[e.Event], None],
         changes: Changes,
         processes: Processes,
-        machine: Machine,
         port: DaemonFleetPort,
-        kept: Callable[[], Awaitable[str | None]],
+        saved: Callable[[], Awaitable[str | None]],
     ) -> None:
-        """`kept` returns once everything is on the disk, with what the disk refused."""
-        self._kept = kept
+        """`saved` returns once everything is on disk; otherwise why it is not."""
+        self._saved = saved
         self._queries = queries
         self._dispatch = dispatch
         self._changes = changes
         self._processes = processes
-        self._machine = machine
         self._port = port
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[ActionResult]:
-        """Do one verb to each name; the outcomes come in the order of `names`."""
+        """Apply one verb to each name; the results are in the order of `names`."""
         if verb == "signal":
             return [await self._signal(name, options.signal or "") for name in names]
         ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
-        looks = {name: self._post(verb, name) for name in ordered}
-        lost = await self._keep()
-        judged: dict[str, tuple[ResultCode, str | None]] = dict.fromkeys(names, (ResultCode.ACCEPTED, None))
+        checks = {name: self._send(verb, name) for name in ordered}
+        unsaved = await self._wait_until_saved()
+        findings: dict[str, tuple[ResultCode, str | None]] = dict.fromkeys(names, (ResultCode.ACCEPTED, None))
         if options.wait:
-            found = await asyncio.gather(*(self._await(looks[name], options.timeout_s) for name in ordered))
-            judged = dict(zip(ordered, found, strict=True))
+            found = await asyncio.gather(*(self._await(checks[name], options.timeout_s) for name in ordered))
+            findings = dict(zip(ordered, found, strict=True))
         if verb == "load":
-            judged = {name: self._still_loaded(name, *one) for name, one in judged.items()}
+            findings = {name: self._still_loaded(name, *one) for name, one in findings.items()}
         elif verb in PROCESS_VERBS and options.wait:
-            judged = {name: self._by_now(name, looks[name], *one) for name, one in judged.items()}
-        outcomes = [self._outcome(name, *judged[name]) for name in names]
-        return [{**outcome, "warning": lost} for outcome in outcomes] if lost and verb in _REMEMBERED else outcomes
+            findings = {name: self._at_the_end(name, checks[name], *one) for name, one in findings.items()}
+        results = [self._result(name, *findings[name]) for name in names]
+        return [{**result, "warning": unsaved} for result in results] if unsaved and verb in _PERSISTED else results
 
-    async def _keep(self) -> str | None:
-        """Return why what was asked for does not outlive the daemon, if so; a disk that hangs is waited for this long only."""
+    async def _wait_until_saved(self) -> str | None:
+        """Return a warning if the request could not be saved within `SAVED_WITHIN_S`; None if it was."""
         try:
-            why = await asyncio.wait_for(asyncio.shield(self._kept()), KEPT_WITHIN_S)
+            why = await asyncio.wait_for(asyncio.shield(self._saved()), SAVED_WITHIN_S)
         except TimeoutError:
-            why = f"the disk did not take it within {KEPT_WITHIN_S:g} s"
-        return f"this does not outlive fleetd: {why}" if why else None
+            why = f"the disk did not respond within {SAVED_WITHIN_S:g} s"
+        return f"succeeded but could not be saved; it will be lost when the daemon restarts: {why}" if why else None
 
     async def settled(
         self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions
     ) -> list[ActionResult]:
-        """Wait until each process runs a newer generation than given and is where it should be."""
+        """Wait until each process runs a newer generation than given and has reached its goal."""
 
-        def look_at(name: str) -> Callable[[], Judgement | None]:
+        def check_of(name: str) -> Callable[[], Finding | None]:
             return lambda: self._started(name, generations[name] if generations.get(name) else None)
 
-        found = await asyncio.gather(*(self._await(look_at(name), options.timeout_s) for name in names))
-        judged = zip(names, found, strict=True)
-        return [self._outcome(name, *self._by_now(name, look_at(name), *one)) for name, one in judged]
+        found = await asyncio.gather(*(self._await(check_of(name), options.timeout_s) for name in names))
+        findings = zip(names, found, strict=True)
+        return [self._result(name, *self._at_the_end(name, check_of(name), *one)) for name, one in findings]
 
-    def _by_now(
-        self, name: str, look: Callable[[], Judgement | None], code: ResultCode, reason: str | None
+    def _at_the_end(
+        self, name: str, check: Callable[[], Finding | None], code: ResultCode, reason: str | None
     ) -> tuple[ResultCode, str | None]:
-        """Judge once more when all others were waited for too: the state that stands beside it is the state of then."""
-        found, process = look(), self._queries.process(name)
+        """Check again after the wait for all others: each result reports the state at the end."""
+        found, process = check(), self._queries.process(name)
         if found is not None or code is not ResultCode.OK or process is None:
             return found or (code, reason)
-        return ResultCode.FAILED, f"it was {reason}, and is {process.state} by now: {process.reason}"
+        return ResultCode.FAILED, f"was {reason}, then {process.state}: {process.reason}"
 
-    def _post(self, verb: str, name: str) -> Callable[[], Judgement | None]:
-        """Tell the fleet, and return how to see that it is done."""
+    def _send(self, verb: str, name: str) -> Callable[[], Finding | None]:
+        """Send the event to the fleet, and return a check of whether it is done."""
         process = self._queries.process(name)
         generation = process.generation if process is not None else 0
         if verb == "load":
-            return self._ask_load(name)
+            return self._request_load(name)
         self._dispatch(_EVENTS[verb](name))
         if verb in ("start", "restart"):
             return lambda: self._started(name, generation if verb == "restart" else None)
@@ -130,11 +126,11 @@ class Verbs:
             return lambda: self._unloaded(name)
         return lambda: (ResultCode.OK, "")
 
-    async def _await(self, look: Callable[[], Judgement | None], timeout_s: float) -> tuple[ResultCode, str | None]:
-        found = await self._changes.wait_for(look, timeout_s)
+    async def _await(self, check: Callable[[], Finding | None], timeout_s: float) -> tuple[ResultCode, str | None]:
+        found = await self._changes.wait_for(check, timeout_s)
         return found if found is not None else (ResultCode.TIMEOUT, None)
 
-    def _outcome(self, name: str, code: ResultCode, reason: str | None) -> ActionResult:
+    def _result(self, name: str, code: ResultCode, reason: str | None) -> ActionResult:
         process, model = self._queries.process(name), self._queries.model(name)
         state = (
             str(model.state)
@@ -147,12 +143,12 @@ class Verbs:
             reason = process.reason
         return {"name": name, "result": str(code), "state": state, "reason": reason or None}
 
-    # -- how an end looks -----------------------------------------------------------------------------------------------
+    # -- checks ---------------------------------------------------------------------------------------------------------
 
-    def _started(self, name: str, since: int | None) -> Judgement | None:
+    def _started(self, name: str, since: int | None) -> Finding | None:
         process = self._queries.process(name)
         if process is None:
-            return ResultCode.FAILED, "it is no longer in the fleet"
+            return ResultCode.FAILED, "no longer in the fleet"
         fresh = since is None or process.generation > since
         if process.state is _S.READY and fresh and process.restart_wanted is None:
             return ResultCode.OK, "ready"
@@ -162,11 +158,11 @@ class Verbs:
             return ResultCode.FAILED, process.reason
         if process.state is _S.STOPPED and not self._queries.is_wanted(process):
             if process.spec.on_demand and not process.stopped:
-                return ResultCode.OK, "it starts when its model is wanted"
+                return ResultCode.OK, "starts when its model is requested"
             return ResultCode.FAILED, process.reason
         return None
 
-    def _stopped(self, name: str) -> Judgement | None:
+    def _stopped(self, name: str) -> Finding | None:
         process = self._queries.process(name)
         if process is None or process.state not in RUNNING:
             if process is not None and process.state is _S.FAILED and process.survivors:
@@ -174,73 +170,70 @@ class Verbs:
             return ResultCode.OK, "stopped"
         return None
 
-    def _drained(self, name: str) -> Judgement | None:
+    def _drained(self, name: str) -> Finding | None:
         process = self._queries.process(name)
         if process is None or not self._queries.in_flight(name):
-            return ResultCode.OK, "nothing is in flight"
+            return ResultCode.OK, "no request in flight"
         return None
 
-    def _ask_load(self, name: str) -> Callable[[], Judgement | None]:
-        refused: list[str] = []
+    def _request_load(self, name: str) -> Callable[[], Finding | None]:
+        rejections: list[str] = []
         known = self._queries.model(name)
         loads, wakes = (known.loads, known.wakes) if known is not None else (0, 0)
 
         def reject(command: Reject) -> None:
-            refused.append(command.reason)
+            rejections.append(command.reason)
             self._changes.happened()
 
         request_id = self._port.wish(reject)
         self._dispatch(e.LoadAsked(name, request_id))
 
-        def look() -> Judgement | None:
+        def check() -> Finding | None:
             model = self._queries.model(name)
-            found: Judgement | None = None
+            found: Finding | None = None
             if model is None:
-                found = ResultCode.FAILED, "it is no longer in the fleet"
-            elif refused:
-                found = ResultCode.FAILED, refused[0]
+                found = ResultCode.FAILED, "no longer in the fleet"
+            elif rejections:
+                found = ResultCode.FAILED, rejections[0]
             elif model.state is Residency.LOADED:
-                woken = "woken" if model.wakes > wakes else "it was loaded already"
+                woken = "woken" if model.wakes > wakes else "was already loaded"
                 found = ResultCode.OK, "loaded" if model.loads > loads else woken
             elif not model.placements and not model.waiting:
-                found = ResultCode.FAILED, model.failure or self._left_again(name)
+                found = ResultCode.FAILED, model.failure or self._reason_left(name)
             if found is not None:
                 self._port.forget_wish(request_id)
             return found
 
-        return look
+        return check
 
     def _still_loaded(self, name: str, code: ResultCode, reason: str | None) -> tuple[ResultCode, str | None]:
-        """Return the same, or a failure where the model left again while others were waited for."""
+        """Return the same, or a failure if the model left memory during the wait for others."""
         model = self._queries.model(name)
         if code is not ResultCode.OK or (model is not None and model.state is Residency.LOADED):
             return code, reason
-        return ResultCode.FAILED, self._left_again(name)
+        return ResultCode.FAILED, self._reason_left(name)
 
-    def _left_again(self, name: str) -> str:
+    def _reason_left(self, name: str) -> str:
         reason = self._queries.reason_left(name)
         return f"loaded, then left memory: {reason or f'see fleetctl story {name}'}"
 
-    def _unloaded(self, name: str) -> Judgement | None:
+    def _unloaded(self, name: str) -> Finding | None:
         model = self._queries.model(name)
         return (ResultCode.OK, "not in memory") if model is None or not model.placements else None
 
-    # -- the rest ---------------------------------------------------------------------------------------------------------
+    # -- signals and order ---------------------------------------------------------------------------------------------------------
 
     async def _signal(self, name: str, signal: str) -> ActionResult:
-        run = self._processes.runs.get(name)
-        if run is None or run.handle is None or run.dead:
-            return self._outcome(name, ResultCode.FAILED, "it is not running")
         try:
-            sent = await self._machine.signal(run.handle, signal)
+            sent = await self._processes.signal(name, signal)
         except HostError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
-        return self._outcome(
-            name, ResultCode.OK if sent else ResultCode.FAILED, f"{signal} sent" if sent else "it is gone"
-        )
+        if sent:
+            return self._result(name, ResultCode.OK, f"{signal} sent")
+        return self._result(name, ResultCode.FAILED, "not running")
 
     def _ordered(self, names: Sequence[str], *, stopping: bool) -> list[str]:
-        """Return names so that what others need comes first; reversed for a stop."""
+        """Return names in the order of their dependencies; reversed for a stop."""
         wanted, done, order = set(names), set(), []
 
         def visit(name: str, path: tuple[str, ...]) -> None:

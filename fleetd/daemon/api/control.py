@@ -26,7 +26,7 @@ from fleetd.control.wire import (
     rfc3339,
 )
 from fleetd.core.data.specs import ProbeKind
-from fleetd.daemon.api.actions import Verbs
+from fleetd.daemon.api.actions import Actions
 from fleetd.daemon.api.event_log import EventLog
 from fleetd.daemon.api.event_text import dump_lines
 from fleetd.daemon.api.explain import explain
@@ -65,7 +65,7 @@ class DaemonControlPort:
         queries: FleetQueries,
         view: StatusView,
         event_log: EventLog,
-        verbs: Verbs,
+        actions: Actions,
         configuration: Configuration,
         processes: Processes,
         probing: Probing,
@@ -78,7 +78,7 @@ class DaemonControlPort:
         self._queries = queries
         self._view = view
         self._event_log = event_log
-        self._verbs = verbs
+        self._actions = actions
         self._configuration = configuration
         self._processes = processes
         self._probing = probing
@@ -201,7 +201,7 @@ class DaemonControlPort:
     # -- changing -------------------------------------------------------------------------------------------------------
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
-        return await self._verbs.act(verb, names, options)
+        return await self._actions.act(verb, names, options)
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         return await self._operations.plan(path, text)

@@ -133,7 +133,7 @@ def _command_data(command: c.Command) -> Mapping[str, Any]:
 # -- notes ----------------------------------------------------------------------------------------------------------------
 
 
-def _note_line(note: j.Note) -> EventLine:
+def _note_line(note: j.JournalNote) -> EventLine:
     code = code_of(note)
     if isinstance(note, j.StateChanged):
         on = _given({"process": note.on})
@@ -142,7 +142,7 @@ def _note_line(note: j.Note) -> EventLine:
     return EventLine(str(kind), note.name, code, reason, data=_given(data))
 
 
-def _note_parts(note: j.Note) -> tuple[j.Subject, str, Mapping[str, Any]]:
+def _note_parts(note: j.JournalNote) -> tuple[j.Subject, str, Mapping[str, Any]]:
     """Return what a note is about, its text, and its data."""
     match note:
         case j.PrerequisitesChanged(missing=missing):
@@ -160,7 +160,7 @@ def _note_parts(note: j.Note) -> tuple[j.Subject, str, Mapping[str, Any]]:
             return j.Subject.MODEL, *_model_note_parts(note)
 
 
-def _model_note_parts(note: j.Note) -> tuple[str, Mapping[str, Any]]:
+def _model_note_parts(note: j.JournalNote) -> tuple[str, Mapping[str, Any]]:
     match note:
         case j.ModelLeaving() | j.ModelLost() | j.SleepCancelled():
             return note.reason, {"process": note.on}
@@ -207,7 +207,7 @@ def dump_lines(entry: j.JournalEntry) -> Iterator[str]:
         yield f"{entry.time_s:.3f}   -> {_fields(command)}"
 
 
-def _fields(value: e.Event | c.Command | j.Note) -> str:
+def _fields(value: e.Event | c.Command | j.JournalNote) -> str:
     """Return the code of a value with its non-empty fields."""
     parts = []
     for item in fields(value):

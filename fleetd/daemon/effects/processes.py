@@ -98,6 +98,13 @@ class Processes:
         run = self.runs.get(name)
         return run if run is not None and run.generation == generation else None
 
+    async def signal(self, name: str, signal: str) -> bool:
+        """Send a signal to the leader of a process; False if it does not run. Raises HostError for an unknown signal."""
+        run = self.runs.get(name)
+        if run is None or run.handle is None or run.dead:
+            return False
+        return await self._machine.signal(run.handle, signal)
+
     async def inner_pid(self, plan: LaunchPlan) -> int | None:
         """Return the pid of the first process in a plan's container, as this machine sees it; None: not to be seen."""
         if plan.contained is None:

@@ -132,7 +132,7 @@ class Operations:
     ) -> list[ActionResult]:
         if not options.wait:
             return [{"name": name, "result": "accepted", "state": None, "reason": None} for name in names]
-        return await self._daemon.verbs.settled(names, generations, ActOptions(timeout_s=options.timeout_s))
+        return await self._daemon.actions.settled(names, generations, ActOptions(timeout_s=options.timeout_s))
 
     async def file_saved(self) -> None:
         """The configuration's files differ from what was read: apply them, or show what is wrong.

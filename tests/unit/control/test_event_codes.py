@@ -23,7 +23,7 @@ def leaves(module: ModuleType, base: type) -> set[type]:
     return {one for one in found if not any(other is not one and issubclass(other, one) for other in found)}
 
 
-@pytest.mark.parametrize(("module", "base"), [(e, e.Event), (c, c.Command), (j, j.Note)])
+@pytest.mark.parametrize(("module", "base"), [(e, e.Event), (c, c.Command), (j, j.JournalNote)])
 def test_every_type_of_the_core_has_a_code(module: ModuleType, base: type) -> None:
     assert len(leaves(module, base)) > 10
     assert leaves(module, base) - set(CODES) == set()

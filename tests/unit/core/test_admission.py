@@ -8,6 +8,7 @@ import pytest
 
 from fleetd.core.data import commands as c
 from fleetd.core.data import events as e
+from fleetd.core.data.journal import ModelLost, StateChanged, Subject
 from fleetd.core.data.specs import (
     Capabilities,
     ExitKind,
@@ -113,7 +114,7 @@ def test_an_earlier_request_holds_the_line_for_later_starts_but_not_for_later_gr
     head = rig.ask("b")
     later = rig.ask("c")
     assert [command.name for command in rig.take(c.Spawn)] == ["a", "d"]
-    assert rig.fleet.state.queue[later].why == "an earlier request holds the line"
+    assert rig.fleet.state.queue[later].why == "an earlier request waits for the same device"
     warm = rig.ask("d")
     assert warm in rig.granted()
     rig.finish(warm)
@@ -224,7 +225,7 @@ def test_all_pinned_is_said_at_once() -> None:
     rig.warm("a")
     refused = rig.ask("b")
     assert rig.rejects() == {refused: "model_blocked"}
-    assert "pinned: a" in rig.take(c.Reject)[0].reason
+    assert "pinned models: a" in rig.take(c.Reject)[0].reason
     rig.send(e.PinAsked("a", False))
     rig.ask("b")
     swap(rig, "a", "b")
@@ -287,6 +288,27 @@ def test_a_crash_while_it_serves_comes_back_for_those_who_wait() -> None:
     rig.spawned("a")
     assert waiting in rig.granted()
     assert rig.of("a").restarts == 1
+
+
+def test_crash_of_an_engine_is_reported_as_a_lost_model() -> None:
+    rig = Rig(owners("a"))
+    rig.warm("a")
+    rig.exits("a", 139)
+    notes = rig.fleet.journal.notes_on("a")
+    assert ModelLost("a", "a", "exited with code 139") in notes
+    changes = [note for note in notes if isinstance(note, StateChanged) and note.kind is Subject.MODEL]
+    assert (changes[-1].before, changes[-1].after) == ("LOADED", "LOADING")
+    assert changes[-1].reason == "lost: a died: exited with code 139"
+
+
+def test_requested_restart_is_not_reported_as_a_lost_model() -> None:
+    rig = Rig(owners("a"))
+    rig.warm("a")
+    rig.send(e.RestartAsked("a"))
+    notes = rig.fleet.journal.notes_on("a")
+    assert not any(isinstance(note, ModelLost) for note in notes)
+    changes = [note for note in notes if isinstance(note, StateChanged) and note.kind is Subject.MODEL]
+    assert "lost" not in changes[-1].reason
 
 
 def test_the_failure_of_a_server_during_a_load_is_told_at_once() -> None:

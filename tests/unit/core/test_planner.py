@@ -27,7 +27,7 @@ def test_a_reservation_is_refused_where_it_does_not_fit() -> None:
     assert (book.reserved_bytes("gpu0"), book.free_bytes("gpu0")) == (6, 4)
     with pytest.raises(CapacityError, match="b lacks 1 bytes on gpu0"):
         book.reserve(("b", "p"), {"gpu0": 5})
-    with pytest.raises(CapacityError, match="holds a reservation already"):
+    with pytest.raises(CapacityError, match="has a reservation already"):
         book.reserve(("a", "p"), {"gpu0": 1})
     book.release(("a", "p"))
     book.release(("a", "p"))
@@ -142,7 +142,7 @@ def test_pinned_starting_leaving_busy_and_awaited_ones_stay() -> None:
     assert isinstance(busy, Wait)
     assert [p.model for p in busy.drain] == ["a"]
     pinned = Table().put("a", 10, pin=True).ask(5)
-    assert pinned == Never("new does not fit beside what is pinned: a", pinned=True)
+    assert pinned == Never("new does not fit next to the pinned models: a", pinned=True)
 
 
 def test_what_is_leaving_already_is_counted() -> None:

@@ -221,7 +221,7 @@ def test_nothing_starts_or_stops_beside_a_sleep(kind: str) -> None:
     if kind == "a start":
         rig.ask("x")
         assert not rig.take(c.Spawn)
-        assert "a is told to sleep" in rig.of("x").reason
+        assert "a is ordered to sleep" in rig.of("x").reason
     else:
         rig.send(e.StopAsked("x"))
         assert not rig.take(c.Stop)

@@ -144,3 +144,21 @@ def test_the_observer_sees_every_step_in_order() -> None:
 
     asyncio.run(body())
     assert steps == [(StartAsked("a"), [Spawn("a", 1, "r")])]
+
+
+def test_loop_announces_an_event_before_its_commands_start() -> None:
+    order: list[str] = []
+    executor = Recorder()
+    executor.hook = lambda _: order.append("command")
+    loop = FleetLoop(
+        ScriptedFleet(lambda _: [Spawn("a", 1, "r")]),
+        executor,
+        announce=lambda *_: order.append("announce"),
+        observe=lambda *_: order.append("observe"),
+    )
+
+    async def body() -> None:
+        loop.dispatch(StartAsked("a"))
+
+    asyncio.run(body())
+    assert order == ["announce", "command", "observe"]
