@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.chaos_checks import Counters, Gauge, census, leaders, lines, living_with, log_errors
-from bench.rig import RunningFleet, free_port, scratch, wait_until
+from bench.rig import RunningFleet, scratch
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 CHILD = Path(__file__).with_name("chaos_child.py").resolve()
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,11 +260,11 @@ class Chaos:
         """Bring everything up, and wait until it is."""
         self._thaw(everything=True)
         self._write(self.head + self._yaml())
-        wait_until(self._applied, "the last file is applied", SETTLE_S, 0.1)
+        until(self._applied, "the last file is applied", SETTLE_S, period_s=0.1)
         for name in sorted(self.stopped):
             self.fleet.ctl("start", name, check=False)
         self.stopped.clear()
-        wait_until(lambda: not self._not_ready(), "everything is ready", SETTLE_S, 0.1)
+        until(lambda: not self._not_ready(), "everything is ready", SETTLE_S, period_s=0.1)
 
     def _applied(self) -> bool:
         with suppress(OSError, ValueError, KeyError):
@@ -329,7 +331,7 @@ def main() -> None:
         found: list[str] = []
         try:
             found = chaos.play(asked.seconds)
-        except (AssertionError, TimeoutError, RuntimeError) as error:
+        except (AssertionError, RuntimeError) as error:
             found = [f"{type(error).__name__}: {error}", (folder / "daemon.log").read_text()[-3000:]]
         finally:
             for pid in living_with(folder):

@@ -17,10 +17,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from bench.rig import RunningFleet, answers, chat, free_port, scratch, summary, wait_until
+from bench.rig import RunningFleet, answers, chat, scratch, summary
 from bench.tiny_gguf import TinyModel, write
 from fleetd.engines.base import LaunchContext
 from fleetd.engines.registry import load
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def bare(model: Path, rounds: int) -> list[float]:
@@ -38,7 +40,7 @@ def bare(model: Path, rounds: int) -> list[float]:
             launch.argv, env={**os.environ, **launch.env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            wait_until(lambda p=port: answers(p), "the bare engine answers", period_s=0.002)  # type: ignore[misc]
+            until(lambda p=port: answers(p), "the bare engine answers", period_s=0.002)  # type: ignore[misc]
             chat(port, "a")
             took.append(time.monotonic() - began)
         finally:
@@ -84,7 +86,7 @@ def through_llama_swap(folder: Path, models: list[Path], rounds: int) -> list[fl
     child = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     took: list[float] = []
     try:
-        wait_until(lambda: answers(port), "llama-swap answers")
+        until(lambda: answers(port), "llama-swap answers")
         for index in range(rounds):
             swaps = [chat(port, name)[0] for name in "ab"]
             took += swaps if index else []
@@ -108,7 +110,7 @@ def through_ollama(folder: Path, models: list[Path], rounds: int) -> list[float]
     child = subprocess.Popen(["ollama", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     took: list[float] = []
     try:
-        wait_until(lambda: answers(port, "/api/version"), "ollama answers")
+        until(lambda: answers(port, "/api/version"), "ollama answers")
         for name, path in zip("ab", models, strict=True):
             (folder / f"Modelfile.{name}").write_text(f"FROM {path}\n")
             subprocess.run(

@@ -19,8 +19,10 @@ import threading
 import time
 from pathlib import Path
 
-from bench.rig import DEADLINE_S, RunningFleet, chat, free_port, scratch, summary, wait_until
+from bench.rig import DEADLINE_S, RunningFleet, chat, scratch, summary
 from bench.tiny_gguf import TinyModel, write
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SERVICES = "services:\n" + "".join(
@@ -88,7 +90,7 @@ def starts(count: int) -> None:
 def idle(fleet: RunningFleet, idle_s: float) -> None:
     """Show the share of a core that the daemon takes while nothing happens and nobody asks."""
     before, began = cpu_s(fleet.pid), time.monotonic()
-    wait_until(lambda: time.monotonic() - began >= idle_s, "the idle time", deadline_s=idle_s + 60, period_s=0.5)
+    until(lambda: time.monotonic() - began >= idle_s, "the idle time", deadline_s=idle_s + 60, period_s=0.5)
     share = (cpu_s(fleet.pid) - before) / (time.monotonic() - began)
     say("processor when idle", f"{share * 100:8.2f} % of a core over {idle_s:g} s")
 
@@ -106,7 +108,7 @@ def status(fleet: RunningFleet) -> None:
 
 def with_services(idle_s: float) -> None:
     with scratch("daemon") as folder, RunningFleet(folder, _SERVICES, free_port()) as fleet:
-        wait_until(lambda: all_ready(fleet), "20 services")
+        until(lambda: all_ready(fleet), "20 services")
         say_memory(fleet, "20 services")
         idle(fleet, idle_s)
         say("reload that changes nothing", summary([reload(fleet) for _ in range(_RELOADS)]))
@@ -121,7 +123,7 @@ def with_a_model() -> None:
         options = f"{{model: {model}, context_length: 512, parallel: 1, threads: 1}}"
         text = f"{_SERVICES}models:\n  tiny: {{engine: llamacpp, memory: 600MiB, options: {options}}}\n"
         with RunningFleet(folder, text, free_port()) as fleet:
-            wait_until(lambda: all_ready(fleet), "20 services")
+            until(lambda: all_ready(fleet), "20 services")
             say_memory(fleet, "and a model's options")
             took = [chat(fleet.port, "tiny")[0] for _ in range(_REQUESTS)]
             say(f"{_REQUESTS} requests, one after the other", summary(took))
@@ -140,7 +142,7 @@ def with_many(count: int) -> None:
         scratch("daemon") as folder,
         RunningFleet(folder, f"watch: false\n{_SERVICES}models:\n{entries}", free_port()) as fleet,
     ):
-        wait_until(lambda: all_ready(fleet), "20 services")
+        until(lambda: all_ready(fleet), "20 services")
         say_memory(fleet, f"{count} models")
         waits: list[float] = []
         over = threading.Event()

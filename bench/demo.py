@@ -29,8 +29,8 @@ from typing import Any
 
 import psutil
 
-from bench.rig import free_port
 from bench.tiny_gguf import write
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"

@@ -10,8 +10,9 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from bench.rig import RunningFleet, chat, free_port, scratch
+from bench.rig import RunningFleet, chat, scratch
 from bench.tiny_gguf import sized, write
+from tests.support.ports import free_port
 
 NAMES = [f"model-{index}" for index in range(6)]
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from bench.rig import RunningFleet, free_port, scratch
+from bench.rig import RunningFleet, scratch
+from tests.support.ports import free_port
 
 MODEL = "tiny"
 ANSWER = (

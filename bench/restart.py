@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.rig import DEADLINE_S, RunningFleet, free_port, scratch, summary, wait_until
+from bench.rig import DEADLINE_S, RunningFleet, scratch, summary
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def sleepers(marker: str, others: set[str]) -> set[int]:
@@ -37,15 +39,15 @@ def sleepers(marker: str, others: set[str]) -> set[int]:
 def deaths(marker: str, rounds: int, pause_s: float) -> list[float]:
     """Kill the child `rounds` times; return seconds from each kill to its successor."""
     took: list[float] = []
-    wait_until(lambda: bool(sleepers(marker, set())), "the first child")
+    until(lambda: bool(sleepers(marker, set())), "the first child")
     for _ in range(rounds):
         end = time.monotonic() + pause_s  # let the supervisor call this run a stable one
-        wait_until(lambda until=end: time.monotonic() >= until, "the pause")  # type: ignore[misc]
+        until(lambda end=end: time.monotonic() >= end, "the pause")  # type: ignore[misc]
         (pid,) = sleepers(marker, set())
         others = set(os.listdir("/proc"))  # noqa: PTH208
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        wait_until(lambda known=others: bool(sleepers(marker, known)), "the next child", period_s=0.0002)  # type: ignore[misc]
+        until(lambda known=others: bool(sleepers(marker, known)), "the next child", period_s=0.0002)  # type: ignore[misc]
         took.append(time.monotonic() - began)
     return took
 

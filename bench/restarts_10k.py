@@ -18,7 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.rig import RunningFleet, free_port, scratch, wait_until
+from bench.rig import RunningFleet, scratch
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 BYTES_PER_RESTART = 250.0  # what allocators and slow rings were seen to take in 25,000 restarts: 120
 STEPS = 50
@@ -70,7 +72,7 @@ def measured(fleet: RunningFleet, wanted: int) -> list[Sample]:
 
     for step in range(STEPS + 1):
         goal = wanted * step // STEPS
-        wait_until(lambda goal=goal: counted() >= goal, f"{goal} restarts", 600, 0.05)  # type: ignore[misc]
+        until(lambda goal=goal: counted() >= goal, f"{goal} restarts", 600, period_s=0.05)  # type: ignore[misc]
         samples.append(sample(fleet.pid, counted()))
     return samples
 

@@ -7,7 +7,6 @@ The rules of this file
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import json
 import os
@@ -19,49 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.waiting import until
+
 DEADLINE_S = 30.0
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, outside of the ranges that fleetd assigns and that outgoing connections take.
-
-    All processes of a user take turns through one range: what one has chosen and not bound yet no other chooses.
-    """
-    for _ in range(100):
-        port = 10_000 + _next_number() % 10_000
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-    raise AssertionError("no free port")
-
-
-def _next_number() -> int:
-    with (Path(tempfile.gettempdir()) / f"fleetd-ports-{os.getuid()}").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        number = int(file.read() or "0") + 1
-        file.seek(0)
-        file.truncate()
-        file.write(str(number))
-    return number
-
-
-def wait_until(
-    condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S, period_s: float = 0.01
-) -> None:
-    """Poll until `condition` holds. Raises TimeoutError that names what was waited for."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() >= end:
-            raise TimeoutError(f"{what}: not within {deadline_s:g} s")
-        time.sleep(period_s)
 
 
 def answers(port: int, path: str = "/health") -> bool:
@@ -131,9 +95,7 @@ class RunningFleet:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         )
         log.close()
-        wait_until(
-            lambda: answers(self.port) or self.process is None or self.process.poll() is not None, "fleetd answers"
-        )
+        until(lambda: answers(self.port) or self.process is None or self.process.poll() is not None, "fleetd answers")
         if self.process.poll() is not None:
             raise RuntimeError((self.folder / "daemon.log").read_text()[-3000:])
         return self

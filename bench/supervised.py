@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.rig import DEADLINE_S, RunningFleet, free_port, wait_until
+from bench.rig import DEADLINE_S, RunningFleet
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 NAME = "app"
 
@@ -178,7 +180,7 @@ class Supervisord(Supervisor):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until((self.folder / "s.sock").exists, "supervisord answers")
+        until((self.folder / "s.sock").exists, "supervisord answers")
 
     def _ctl(self, *words: str) -> str:
         command = ["supervisorctl", "-c", str(self.folder / "supervisord.conf"), *words]
@@ -255,7 +257,7 @@ class Pm2(Supervisor):
     def crash(self) -> None:
         pid = self.pid()
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "PM2 is dead")
+        until(lambda: not Path(f"/proc/{pid}").exists(), "PM2 is dead")
         self._pm2("resurrect")
 
     def pid(self) -> int:

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench import supervised_programs as programs
-from bench.rig import scratch, wait_until
+from bench.rig import scratch
 from bench.supervised import Fleetd, FleetdPipe, Job, Pm2, Supervisor, Supervisord, end, marked, python
+from tests.support.waiting import until
 
 PROGRAMS = Path(programs.__file__).resolve()
 AFTER_S = 20.0  # how long a crasher is watched
@@ -55,7 +56,7 @@ def scene(kind: type[Supervisor], what: str, **more: object) -> Iterator[Scene]:
         made = Scene(kind, folder, what, **more)
         made.supervisor.start()
         try:
-            wait_until(lambda: bool(made.runs()), "the first run")
+            until(lambda: bool(made.runs()), "the first run")
             yield made
         finally:
             with suppress(Exception):
@@ -64,13 +65,13 @@ def scene(kind: type[Supervisor], what: str, **more: object) -> Iterator[Scene]:
 
 
 def watch(seconds: float) -> None:
-    until = time.monotonic() + seconds
-    wait_until(lambda: time.monotonic() >= until, "the time to watch", seconds + 60, 0.05)
+    end = time.monotonic() + seconds
+    until(lambda: time.monotonic() >= end, "the time to watch", seconds + 60, period_s=0.05)
 
 
 def late_crasher(kind: type[Supervisor]) -> str:
     with scene(kind, "late") as made:
-        wait_until(lambda: len(made.runs()) > 1, "the second run", programs.LATE_S + 30)
+        until(lambda: len(made.runs()) > 1, "the second run", programs.LATE_S + 30)
         watch(AFTER_S)
         count, state = len(made.runs()) - 1, made.supervisor.state()
         watch(3.0)
@@ -91,11 +92,11 @@ def short_crasher(kind: type[Supervisor]) -> str:
 
 def dead_leader(kind: type[Supervisor]) -> str:
     with scene(kind, "tree") as made:
-        wait_until(lambda: len(made.living()) == 4, "the leader and its workers")
+        until(lambda: len(made.living()) == 4, "the leader and its workers")
         before = made.living()
         leader = min(before)
         end({leader})
-        wait_until(lambda: len(made.runs()) > 1, "the next run")
+        until(lambda: len(made.runs()) > 1, "the next run")
         watch(SETTLE_S)
         left = made.living() & before
         return f"{len(left)} of 3 workers left behind beside the new ones" if left else "none left"
@@ -103,7 +104,7 @@ def dead_leader(kind: type[Supervisor]) -> str:
 
 def stopped_tree(kind: type[Supervisor]) -> str:
     with scene(kind, "tree") as made:
-        wait_until(lambda: len(made.living()) == 4, "the leader and its workers")
+        until(lambda: len(made.living()) == 4, "the leader and its workers")
         made.supervisor.stop_job()
         watch(SETTLE_S)
         left = len(made.living())
@@ -112,7 +113,7 @@ def stopped_tree(kind: type[Supervisor]) -> str:
 
 def tail_at_exit(kind: type[Supervisor]) -> str:
     with scene(kind, "tail", restart_at_once=True) as made:
-        wait_until(lambda: len(made.runs()) > programs.RUNS_AT_EXIT, "a hundred runs", 600)
+        until(lambda: len(made.runs()) > programs.RUNS_AT_EXIT, "a hundred runs", 600)
         watch(3.0)
         seen: dict[bytes, int] = {}
         cut = 0
@@ -137,7 +138,7 @@ def tail_at_exit(kind: type[Supervisor]) -> str:
 
 def rotation(kind: type[Supervisor]) -> str:
     with scene(kind, "flood", rotate_bytes=1 << 20) as made:
-        wait_until((made.folder / "written").exists, "all lines are written", 600)
+        until((made.folder / "written").exists, "all lines are written", 600)
         watch(5.0)
         files = made.supervisor.logs()
         found: set[int] = set()

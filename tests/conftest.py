@@ -16,12 +16,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
 import psutil
 import pytest
+
+from tests.support.waiting import descendants
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LEAK_GRACE_S = 3.0
@@ -50,7 +51,6 @@ def missing_engines() -> list[str]:
 
 # A library keeps these open for the life of the process: random sources, terminals, pytest's own files.
 _LONG_LIVED = ("/dev/urandom", "/dev/null", "/dev/pts", "/dev/tty", "/dev/nvidia", "/proc/")
-_HAS_PROC = Path(f"/proc/self/task/{threading.get_native_id()}/children").is_file()  # Linux; other systems use psutil
 
 
 def _open_fds() -> dict[int, str]:
@@ -65,19 +65,6 @@ def _open_fds() -> dict[int, str]:
             continue  # the descriptor of the listing itself
         if not target.startswith(_LONG_LIVED):
             found[int(name)] = target
-    return found
-
-
-def _children(pid: int | str = "self") -> set[int]:
-    """Return the PIDs of all descendants, zombies included."""
-    if not _HAS_PROC:
-        return {child.pid for child in psutil.Process().children(recursive=True)}
-    found: set[int] = set()
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:  # noqa: PTH123
-                for child in file.read().split():
-                    found |= {int(child), *_children(child)}
     return found
 
 
@@ -107,7 +94,7 @@ def _threads() -> set[str]:
 
 def _left_over(fds: dict[int, str], children: set[int], threads: set[str]) -> list[str]:
     left = [f"file descriptor {fd} -> {target}" for fd, target in _open_fds().items() if fds.get(fd) != target]
-    new = {pid: _command_of_leaked(pid) for pid in _children() - children}
+    new = {pid: _command_of_leaked(pid) for pid in descendants(os.getpid()) - children}
     left += [f"child process {pid}: {command}" for pid, command in new.items() if command is not None]
     left += [f"thread {name}" for name in _threads() - threads]
     return left
@@ -116,7 +103,7 @@ def _left_over(fds: dict[int, str], children: set[int], threads: set[str]) -> li
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a child process or a thread."""
-    fds, children, threads = _open_fds(), _children(), _threads()
+    fds, children, threads = _open_fds(), descendants(os.getpid()), _threads()
     yield
     deadline = time.monotonic() + _LEAK_GRACE_S
     while left := _left_over(fds, children, threads):

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import tiny_gguf
-from bench.rig import free_port
 from fleetd.core.data.specs import Capabilities, ExitKind, ExitReport, Footprint, Probes, ProbeSpec, describe_exit
 from fleetd.engines import registry
 from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, ModelServer, ServedModel
 from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import EngineError
-from tests.fakes.launch import command, eventually, fake
+from tests.fakes.launch import command, fake
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 SECRET = "sk-very-secret-4711"
 GGUF = Path(__file__).parent / "missing.gguf"
@@ -275,7 +276,7 @@ def test_alive_requests_real_work(name: str, server_flags: list[str]) -> None:
         outcome = ask(server.base_url, lambda http, end: engine.alive(http, end, held, 10))
         assert outcome.ok, outcome.detail
         if engine.capabilities.owns_process:
-            eventually(lambda: server.stats()["finished"] == 1, "the work is counted")
+            until(lambda: server.stats()["finished"] == 1, "the work is counted")
 
 
 @pytest.mark.parametrize("fault", ["--hang", "--garbage"])
@@ -315,7 +316,7 @@ def test_server_loads_and_unloads(name: str, server_flags: list[str]) -> None:
             if engine.capabilities.owns_process:
                 with pytest.raises(EngineError):
                     load(models, server.base_url, replace(held, served_as="another-model"), 2)
-                eventually(lambda: ask(server.base_url, models.loaded), "it lists its model")
+                until(lambda: ask(server.base_url, models.loaded), "it lists its model")
             return
         assert ask(server.base_url, models.loaded) == ()
         sizes = load(models, server.base_url, held, 10)
@@ -368,7 +369,7 @@ def test_launch_serves_on_its_port(name: str, tmp_path: Path) -> None:
                 except aiohttp.ClientError:
                     return False
 
-            eventually(up, "the startup probe succeeds")
+            until(up, "the startup probe succeeds")
         finally:
             process.kill()
 

@@ -15,24 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.support.waiting import until
+
 SCRIPT = Path(__file__).with_name("fake_model_server.py")
 DEADLINE_S = 20.0
-
-
-def eventually(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until `condition` gives something true, and return that. AssertionError after `deadline_s`."""
-    end = time.monotonic() + deadline_s
-    while True:
-        if value := condition():
-            return value
-        assert time.monotonic() < end, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.005)
 
 
 def command(*flags: str) -> list[str]:
@@ -107,14 +98,14 @@ def fake(*flags: str, env: Mapping[str, str] | None = None, wait: bool = True) -
         server = FakeServer(process, 0, output)
         workers: list[int] = []
         try:
-            match = eventually(
+            match = until(
                 lambda: re.search(r"^fake: .* port (\d+)$", server.log(), re.MULTILINE), "the fake says its port"
             )
             server.port = int(match[1])
             if wait:
-                eventually(lambda: process.poll() is not None or server.answers(), "the fake listens")
+                until(lambda: process.poll() is not None or server.answers(), "the fake listens")
                 if process.poll() is None and "--orphan-worker" in flags:
-                    workers += eventually(lambda: server.stats()["workers"], "the worker runs")
+                    workers += until(lambda: server.stats()["workers"], "the worker runs")
             yield server
         finally:
             process.kill()

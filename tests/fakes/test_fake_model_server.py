@@ -18,17 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fakes.launch import FakeServer, command, eventually, fake
+from tests.fakes.launch import FakeServer, command, fake
+from tests.support.waiting import alive, until
 
 APIS = ("openai", "llamacpp", "vllm", "ollama", "lmstudio")
 BROKEN = (OSError, http.client.HTTPException)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def in_thread(action: Any) -> threading.Thread:
@@ -56,7 +50,7 @@ def test_every_dialect_answers_openai(api: str) -> None:
         assert answer["choices"][0]["message"]["content"].split() == ["word0", "word1", "word2", "word3"]
         assert answer["usage"]["completion_tokens"] == 4
         assert server.request("GET", "/v1/models").json()["object"] == "list"
-        eventually(lambda: server.stats()["finished"] == 1, "it is counted, a moment after its answer")
+        until(lambda: server.stats()["finished"] == 1, "it is counted, a moment after its answer")
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -90,7 +84,7 @@ def test_health_is_503_until_loaded(api: str) -> None:
         begun = time.monotonic()
         assert server.request("GET", "/health").status == 503
         assert server.chat().status == 503
-        eventually(lambda: server.request("GET", "/health").status == 200, "it is ready")
+        until(lambda: server.request("GET", "/health").status == 200, "it is ready")
         assert time.monotonic() - begun > 0.1
         assert server.chat().status == 200
 
@@ -99,7 +93,7 @@ def test_vllm_refuses_connections_until_ready() -> None:
     with fake("--api", "vllm", "--load-time", "0.3", wait=False) as server:
         with pytest.raises(ConnectionRefusedError):
             server.request("GET", "/health")
-        eventually(server.answers, "it listens")
+        until(server.answers, "it listens")
         assert "Application startup complete" in server.log()
         assert server.request("GET", "/health").status == 200
 
@@ -165,7 +159,7 @@ def test_hang_after_wedges_inference_only() -> None:
 
 def test_memory_is_really_held() -> None:
     with fake("--memory", "60000000") as server:
-        eventually(lambda: server.request("GET", "/health").status == 200, "it is ready")
+        until(lambda: server.request("GET", "/health").status == 200, "it is ready")
         assert psutil.Process(server.process.pid).memory_info().rss > 60_000_000
         assert server.stats()["held_bytes"] == 60_000_000
 
@@ -196,7 +190,7 @@ def test_term_takes_the_worker_along() -> None:
         (worker,) = server.stats()["workers"]
         server.process.terminate()
         assert server.exit_code() == 0
-        eventually(lambda: not alive(worker), "the worker is gone")
+        until(lambda: not alive(worker), "the worker is gone")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +217,7 @@ def test_slots_bound_what_runs_at_once() -> None:
         threads = [in_thread(server.chat) for _ in range(6)]
         for thread in threads:
             thread.join(20)
-        eventually(lambda: server.stats()["finished"] == 6, "all are done")
+        until(lambda: server.stats()["finished"] == 6, "all are done")
         assert server.stats()["max_in_flight"] == 2
 
 
@@ -231,7 +225,7 @@ def test_a_client_that_leaves_is_noticed() -> None:
     with fake("--tps", "5", "--tokens", "1000") as server:
         with pytest.raises(TimeoutError):
             server.request("POST", "/v1/chat/completions", {"messages": []}, timeout_s=0.2)
-        eventually(lambda: server.stats()["aborted"] == 1, "the abort is seen")
+        until(lambda: server.stats()["aborted"] == 1, "the abort is seen")
         assert server.stats()["in_flight"] == 0
 
 
@@ -334,7 +328,7 @@ def test_ollama_loads_and_unloads_behind_its_answers() -> None:
         gone = server.request("POST", "/api/generate", {"model": "a", "keep_alive": 0}).json()
         assert gone["done_reason"] == "unload"
         assert resident(server) == ["a:latest"]  # it has answered, and not done it yet
-        eventually(lambda: not resident(server), "the model is gone")
+        until(lambda: not resident(server), "the model is gone")
         assert server.stats()["held_bytes"] == 0
 
 
@@ -369,7 +363,7 @@ def test_ollama_evicts_the_shortest_keep_alive() -> None:
 def test_ollama_says_busy_past_its_queue() -> None:
     with fake("--api", "ollama", "--models", "a,b", "--load-time", "1", env={"OLLAMA_MAX_QUEUE": "1"}) as server:
         first = in_thread(lambda: server.request("POST", "/api/generate", {"model": "a"}))
-        eventually(lambda: "starting runner" in server.log(), "the first load is under way")
+        until(lambda: "starting runner" in server.log(), "the first load is under way")
         answer = server.request("POST", "/api/generate", {"model": "b"})
         assert answer.status == 503
         assert "server busy" in answer.json()["error"]

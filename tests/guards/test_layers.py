@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "fleetd"
+from tests.guards.package import PACKAGE, dotted, modules, nodes, source_of
 
 # Package (or top-level module) -> what of fleetd it may import. The longest matching prefix counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -53,25 +54,16 @@ CORE_STDLIB = frozenset({
 HOST_ONLY = frozenset({"subprocess", "psutil", "pynvml", "watchfiles"})
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py"))
-
-
-def dotted(path: Path) -> str:
-    parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str, bool]]:
+def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str, bool]]:
     """Yield (line, dotted name, only for types) of every import, relative ones resolved."""
     typing_only = {
         id(node)
-        for block in ast.walk(tree)
+        for block in nodes(source)
         if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         for statement in block.body
         for node in ast.walk(statement)
     }
-    for node in ast.walk(tree):
+    for node in nodes(source):
         lazy = id(node) in typing_only
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -83,9 +75,13 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int,
                 base = ".".join([*anchor, base] if base else anchor)
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                target = PACKAGE.parent / Path(*full.split("."))
-                is_module = target.with_suffix(".py").is_file() or target.is_dir()
-                yield node.lineno, full if is_module else base, lazy
+                yield node.lineno, full if is_module(full) else base, lazy
+
+
+@cache
+def is_module(name: str) -> bool:
+    target = PACKAGE.parent / Path(*name.split("."))
+    return target.with_suffix(".py").is_file() or target.is_dir()
 
 
 def rule_of(module: str) -> str:
@@ -100,7 +96,7 @@ def upward(module: str, source: str, is_package: bool = False) -> list[str]:
     """Return the imports of `source` that the layers forbid."""
     found = []
     rule = rule_of(module)
-    for line, name, lazy in imports(ast.parse(source), module, is_package):
+    for line, name, lazy in imports(source, module, is_package):
         top = name.split(".")[0]
         if top == "fleetd":
             if not may_import(rule, name) and name != module:
@@ -124,9 +120,10 @@ def _other_engine(module: str, name: str) -> bool:
     return theirs[:2] == ["fleetd", "engines"] and len(theirs) > 2 and theirs[2] in engines and theirs[2] != mine[2]
 
 
-@pytest.mark.parametrize("path", modules(), ids=dotted)
-def test_module_imports_only_downward(path: Path) -> None:
-    assert upward(dotted(path), path.read_text("utf-8"), path.name == "__init__.py") == []
+def test_modules_import_only_downward() -> None:
+    assert [
+        found for path in modules() for found in upward(dotted(path), source_of(path), path.name == "__init__.py")
+    ] == []
 
 
 def import_graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
@@ -135,7 +132,7 @@ def import_graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
     `sources` maps a module to its text and whether it is a package.
     """
     return {
-        module: {name for _, name, _ in imports(ast.parse(text), module, is_package) if name in sources} - {module}
+        module: {name for _, name, _ in imports(text, module, is_package) if name in sources} - {module}
         for module, (text, is_package) in sources.items()
     }
 
@@ -170,7 +167,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def package_sources() -> dict[str, tuple[str, bool]]:
-    return {dotted(path): (path.read_text("utf-8"), path.name == "__init__.py") for path in modules()}
+    return {dotted(path): (source_of(path), path.name == "__init__.py") for path in modules()}
 
 
 def test_no_import_cycle() -> None:
@@ -187,7 +184,7 @@ def random_uses(source: str) -> list[str]:
     """Return uses of the `random` module beyond the type `random.Random`."""
     return [
         ast.unparse(node)
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id == "random"
@@ -195,9 +192,10 @@ def random_uses(source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if "core" in path.relative_to(PACKAGE).parts], ids=dotted)
-def test_core_has_no_random_source_of_its_own(path: Path) -> None:
-    assert random_uses(path.read_text("utf-8")) == []
+def test_core_has_no_random_source_of_its_own() -> None:
+    core = [path for path in modules() if "core" in path.relative_to(PACKAGE).parts]
+    assert core
+    assert {dotted(path): found for path in core if (found := random_uses(source_of(path)))} == {}
 
 
 @pytest.mark.parametrize(
@@ -220,11 +218,11 @@ def test_core_has_no_random_source_of_its_own(path: Path) -> None:
         ("fleetd.config.load", "from fleetd.core.data import specs", True),
     ],
 )
-def test_the_check_itself(module: str, source: str, bad: bool) -> None:
+def test_layer_check_finds_upward_imports(module: str, source: str, bad: bool) -> None:
     assert bool(upward(module, source)) is bad
 
 
-def test_random_check_itself() -> None:
+def test_random_check_finds_a_use() -> None:
     assert random_uses("import random\nrandom.random()") == ["random.random"]
     assert random_uses("def f(rng: random.Random): ...") == []
 
@@ -233,7 +231,7 @@ def test_core_names_are_standard_library() -> None:
     assert sys.stdlib_module_names >= CORE_STDLIB
 
 
-def test_cycle_check_itself() -> None:
+def test_cycle_check_finds_a_cycle() -> None:
     sources = {
         "a": ("import b", False),
         "b": ("def f():\n    import c", False),

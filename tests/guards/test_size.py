@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
-import pytest
+from tests.guards.package import PACKAGE, modules, name_of, nodes, parsed, source_of
 
-PACKAGE = Path(__file__).resolve().parents[2] / "fleetd"
 FUNCTION_LINES, WARN_LINES, MODULE_LINES, FOLDER_FILES = 60, 400, 600, 25
 EMPTY_WORDS = frozenset({"manager", "helper", "helpers", "util", "utils", "common", "misc"})
 
 
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
 def long_functions(source: str) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > FUNCTION_LINES:
@@ -30,7 +24,7 @@ def long_functions(source: str) -> list[str]:
 def empty_names(name: str, source: str) -> list[str]:
     """Return the names of the module, its classes and functions that hold a word of no meaning."""
     names = [name]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.append(node.name)
     return [
@@ -38,62 +32,58 @@ def empty_names(name: str, source: str) -> list[str]:
     ]
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE.parent))
+def test_functions_fit_on_a_screen() -> None:
+    assert {name_of(path): found for path in modules() if (found := long_functions(source_of(path)))} == {}
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_functions_fit_on_a_screen(path: Path) -> None:
-    assert long_functions(path.read_text("utf-8")) == []
+def test_modules_stay_below_the_line_limit() -> None:
+    lengths = {name_of(path): len(source_of(path).splitlines()) for path in modules()}
+    assert {name: lines for name, lines in lengths.items() if lines > MODULE_LINES} == {}
+    for name, lines in lengths.items():
+        if lines > WARN_LINES:
+            print(f"long module: {name}: {lines} lines")
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_module_stays_below_the_line_limit(path: Path) -> None:
-    lines = len(path.read_text("utf-8").splitlines())
-    assert lines <= MODULE_LINES
-    if lines > WARN_LINES:
-        record_long_module(f"{name_of(path)}: {lines} lines")
+def crowded(folders: dict[str, int]) -> list[str]:
+    """Return the folders with too many files."""
+    return [f"{name}: {count} files" for name, count in folders.items() if count > FOLDER_FILES]
 
 
-def record_long_module(line: str) -> None:
-    """Print a module above the warning limit; it is no failure."""
-    print(f"long module: {line}")
-
-
-@pytest.mark.parametrize("folder", sorted({path.parent for path in modules()}), ids=name_of)
-def test_folder_holds_at_most_25_files(folder: Path) -> None:
-    assert len([path for path in folder.iterdir() if path.is_file()]) <= FOLDER_FILES
+def test_folders_hold_at_most_25_files() -> None:
+    folders = {path.parent for path in modules()}
+    assert PACKAGE in folders
+    assert crowded({name_of(one): len([path for path in one.iterdir() if path.is_file()]) for one in folders}) == []
 
 
 def classes_of(sources: dict[str, str]) -> dict[str, list[str]]:
     """Return the modules that define each class, nested classes and private ones included."""
     found: dict[str, list[str]] = {}
     for name, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(name)
     return found
 
 
 def test_no_class_name_is_defined_twice() -> None:
-    found = classes_of({name_of(path): path.read_text("utf-8") for path in modules()})
+    found = classes_of({name_of(path): source_of(path) for path in modules()})
     assert {name: places for name, places in sorted(found.items()) if len(places) > 1} == {}
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_names_say_something(path: Path) -> None:
-    assert empty_names(path.stem, path.read_text("utf-8")) == []
+def test_names_say_something() -> None:
+    assert {name_of(path): found for path in modules() if (found := empty_names(path.stem, source_of(path)))} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if path.name != "__init__.py"], ids=name_of)
-def test_modules_open_with_a_docstring(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+def test_modules_open_with_a_docstring() -> None:
+    undocumented = [name_of(path) for path in modules() if not ast.get_docstring(parsed(source_of(path)))]
+    assert [name for name in undocumented if not name.endswith("__init__.py")] == []
 
 
-def test_the_checks_themselves() -> None:
+def test_size_checks_find_violations() -> None:
     body = "\n".join("    x = 1" for _ in range(FUNCTION_LINES))
     assert long_functions(f"def f():\n{body}\n") == ["f: 61 lines"]
     assert empty_names("loop", "class ModelManager: ...\ndef run(): ...\n") == ["ModelManager"]
     assert empty_names("http_utils", "") == ["http_utils"]
     assert empty_names("utility", "def commonly(): ...") == []
     assert classes_of({"a": "class X: ...", "b": "class Y:\n    class X: ..."})["X"] == ["a", "b"]
+    assert crowded({"a": FOLDER_FILES, "b": FOLDER_FILES + 1}) == ["b: 26 files"]

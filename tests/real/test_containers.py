@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.rig import free_port
 from fleetd.engines.llamacpp.command import EMBEDDED_SERVER
 from tests.real.podman import IMAGE, Podman, podman, why_not
-from tests.support.daemon import Fleetd, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -17,7 +17,8 @@ import pytest
 
 from bench import tiny_gguf
 from tests.real.test_vllm import CACHE, READY_S
-from tests.support.daemon import Fleetd, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from bench import tiny_gguf
-from tests.support.daemon import Fleetd, alive, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
+from tests.support.waiting import alive, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

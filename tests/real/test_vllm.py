@@ -24,7 +24,8 @@ from fleetd.engines.vllm.engine import ENGINE
 from fleetd.engines.vllm.options import VllmOptions
 from fleetd.engines.vllm.sleep import VllmSleeper, canary
 from fleetd.errors import EngineError
-from tests.support.daemon import Fleetd, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

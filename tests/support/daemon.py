@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,31 +25,13 @@ from typing import Any, Self
 
 import psutil
 
-from bench.rig import free_port
+from tests.support.ports import free_port
+from tests.support.waiting import descendants, until
+from tests.support.warm_start import WarmProcess, server_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = ROOT / "tests" / "fakes" / "fake_model_server.py"
 DEADLINE_S = 30.0
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process lives; a zombie does not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Return the first truthy answer of `condition`; fail with `what` after the deadline."""
-    end = time.monotonic() + deadline_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline_s:g} s: {what}")
-        time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +70,7 @@ class Fleetd:
     fleet: str
     env: Mapping[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | WarmProcess | None = None
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,17 +107,26 @@ class Fleetd:
 
     def start(self, *, wait: bool = True) -> Self:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
+        words = ["run", "--config", str(self.config)]
+        server = server_for(self.env)
         with (self.folder / "fleetd.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fleetd", "run", "--config", str(self.config)],
-                stdout=log,
-                stderr=log,
-                env=env,
-                cwd=self.folder,
-            )
+            if server is not None:
+                self.process = server.start(words, env, self.folder, log.fileno())
+            else:
+                command = [sys.executable, "-m", "fleetd", *words]
+                self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=self.folder)
         if wait:
             until(self.is_up, f"the daemon is up; it says:\n{self.log()}")
+            until(lambda: not self._has_config_worker(), "the config worker of the start has exited")
         return self
+
+    def _has_config_worker(self) -> bool:
+        """Return whether the process that loaded fleet.yaml is alive; tests of children must not see it."""
+        for pid in descendants(self.pid):
+            with suppress(psutil.Error):
+                if "fleetd.daemon.reload.worker" in " ".join(psutil.Process(pid).cmdline()):
+                    return True
+        return False
 
     def is_up(self) -> bool:
         assert self.process is not None

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.chaos_checks import log_content
-from tests.support.daemon import ROOT, Answer, Fleetd, alive, until
+from tests.support.daemon import ROOT, Answer, Fleetd
+from tests.support.waiting import alive, until
 
 SLEEPER = ["sleep", "1000"]
 QUICK = {"backoff": {"initial": "20ms", "max": "50ms", "jitter": 0}, "crash_loop": {"count": 1000}}

@@ -343,12 +343,3 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
             await coroutine
 
     uvloop.run(bounded())
-
-
-async def until(condition: Callable[[], bool], what: str = "the condition") -> None:
-    """Wait for a condition, with a deadline."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + DEADLINE_S
-    while not condition():
-        assert loop.time() < end, f"{what} did not come true in {DEADLINE_S} s"
-        await asyncio.sleep(0.005)

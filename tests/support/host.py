@@ -7,12 +7,10 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from fleetd.host.host import Host
 from fleetd.host.process.handle import ProcessHandle
@@ -72,17 +70,6 @@ async def spawn(host: Host, argv: tuple[str, ...], on_exit: Any = None, /, **fie
     return await host.spawn(request, on_exit or (lambda _: None))
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition", limit_s: float = DEADLINE_S) -> Any:
-    """Poll until the condition holds and return its value; fail with its name at the deadline."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not come about within {limit_s} s"
-        await asyncio.sleep(0.005)
-
-
 async def log_says(host: Host, handle: ProcessHandle, text: str) -> list[str]:
     """Wait until the child's log has a line with this text; return its lines."""
     deadline = time.monotonic() + DEADLINE_S
@@ -92,13 +79,6 @@ async def log_says(host: Host, handle: ProcessHandle, text: str) -> list[str]:
             return lines
         assert time.monotonic() < deadline, f"{text!r} never came; the log has {lines[-20:]}"
         await asyncio.sleep(0.005)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def pids_in(lines: list[str], word: str) -> list[int]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import fleetd, until
+from tests.support.daemon import fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh
+from tests.support.waiting import until
 
 
 def test_result_row_reports_the_state_at_the_end_of_the_wait(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import ROOT, fake, fleetd, until
+from tests.support.daemon import ROOT, fake, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 SLEEPER = '[sleep, "1000"]'
 

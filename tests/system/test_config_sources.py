@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.rig import free_port
-from tests.support.daemon import ROOT, Fleetd, fake, fleetd, until
+from tests.support.daemon import ROOT, Fleetd, fake, fleetd
 from tests.support.fleet_files import SLEEPER, crash, ctl, fleet, ready, sh, until_said
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 INCLUDED = "services: {%s: {command: [sleep, '1000']}}\n"
 

@@ -24,7 +24,8 @@ from fleetd.daemon.reload.worker_client import FileReading, Reader
 from fleetd.errors import ConfigError, HostError
 from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import Surroundings
-from tests.support.daemon import fake, fleetd, until
+from tests.support.daemon import fake, fleetd
+from tests.support.waiting import until
 
 SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
 NOW = Circumstances(Surroundings(), frozenset(), "box")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import alive, fake, fleetd, until
+from tests.support.daemon import fake, fleetd
 from tests.support.fleet_files import (
     QUICK,
     SLEEPER,
@@ -26,6 +25,8 @@ from tests.support.fleet_files import (
     sh,
     until_said,
 )
+from tests.support.ports import free_port
+from tests.support.waiting import alive, until
 
 COUNTER = python("import time\nn = 0\nwhile True:\n    print(n); n += 1; time.sleep(0.002)")
 

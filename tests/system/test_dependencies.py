@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.daemon import ROOT, fake, fleetd, until
+from tests.support.daemon import ROOT, fake, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh, until_said
+from tests.support.waiting import until
 
 # Prints `up` once a file named go exists.
 SLOW = sh("while [ ! -e go ]; do sleep 0.02; done; echo up; exec sleep 1000")

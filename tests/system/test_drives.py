@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
 from bench.tiny_gguf import write
-from tests.support.daemon import FAKE, Fleetd, fleetd, until
+from tests.support.daemon import FAKE, Fleetd, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def _can_mount() -> bool:

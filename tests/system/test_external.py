@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import fake, fleetd, until
+from tests.support.daemon import fake, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @contextmanager

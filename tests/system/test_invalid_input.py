@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.daemon import ROOT, Fleetd, fleetd, until
+from tests.support.daemon import ROOT, Fleetd, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, python, ready, sh, until_said
+from tests.support.waiting import until
 
 
 def subscribe(daemon: Fleetd, path: str) -> socket.socket:

@@ -8,7 +8,8 @@ import threading
 import time
 from pathlib import Path
 
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
+from tests.support.waiting import until
 
 PROBE = "probes: {liveness: {completion: true, period: 250ms, timeout: 250ms, failures: 2}}"
 

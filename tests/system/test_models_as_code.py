@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from bench.tiny_gguf import write
-from tests.support.daemon import ROOT, Fleetd, fleetd, until
+from tests.support.daemon import ROOT, Fleetd, fleetd
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.skipif(shutil.which("ollama") is None, reason="no program named ollama on PATH")
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.daemon import ROOT, fleetd, until
+from tests.support.daemon import ROOT, fleetd
+from tests.support.waiting import until
 
 APP = """
 const fs = require('fs');

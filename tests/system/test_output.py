@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.daemon import ROOT, fleetd, until
+from tests.support.daemon import ROOT, fleetd
 from tests.support.fleet_files import QUICK, all_lines, ctl, fleet, order, piped_lines, python, ready, sh, until_said
+from tests.support.waiting import until
 
 WRITER = "import time\nfor n in range({count}): print('line', n, 'x' * (n % 97))\n{end}"
 

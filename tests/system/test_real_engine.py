@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from bench.tiny_gguf import write
-from tests.support.daemon import fleetd, until
+from tests.support.daemon import fleetd
+from tests.support.waiting import until
 
 pytestmark = [
     pytest.mark.real_engine,

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.daemon import Fleetd, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh
+from tests.support.waiting import until
 
 STUBBORN = {"command": sh('trap "" TERM; while :; do sleep 0.05; done'), "stop": {"timeout": "500ms"}}
 PREPARED = {"command": SLEEPER, "hooks": {"pre_start": ["sleep", "0.3"]}}

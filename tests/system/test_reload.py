@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.daemon import ROOT, Fleetd, fake, fleetd, until
+from tests.support.daemon import ROOT, Fleetd, fake, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh, until_said
+from tests.support.waiting import until
 
 BASE: dict[str, Any] = {
     "a": {"command": SLEEPER, "env": {"ONE": "1", "TWO": "2"}},

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.rig import free_port
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
 from tests.support.fleet_files import SLEEPER, fleet, order, ready
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def model(*flags: str, **keys: Any) -> dict[str, Any]:

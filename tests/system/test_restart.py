@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_said
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def stamps(daemon: Fleetd, name: str) -> list[float]:

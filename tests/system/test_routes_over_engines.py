@@ -9,8 +9,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.rig import free_port
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def fleet(store: Path, left: str = "", right: str = "", weights: tuple[int, int] = (50, 50)) -> str:

@@ -19,8 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
 from tests.support.fleet_files import (
     QUICK,
     SLEEPER,
@@ -36,6 +35,8 @@ from tests.support.fleet_files import (
     sh,
     until_said,
 )
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a process as somebody else")
 

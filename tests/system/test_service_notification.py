@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.daemon import Fleetd, until
+from tests.support.daemon import Fleetd
+from tests.support.waiting import until
 
 FLEET = "services:\n  one: {command: [/bin/sleep, '86400']}\n"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import Fleetd, alive, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
+from tests.support.ports import free_port
+from tests.support.waiting import alive, until
 
 DEV_ROUTES = (
     "/sleep", "/sleep?level=1", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",

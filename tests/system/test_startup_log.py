@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.daemon import Fleetd, fake, fleetd, until
+from tests.support.daemon import Fleetd, fake, fleetd
+from tests.support.waiting import until
 
 KV = str(int(0.99 * 2**30))  # of the 1.00 GiB that the fake reports
 

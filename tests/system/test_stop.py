@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.rig import free_port
-from tests.support.daemon import FAKE, Fleetd, alive, fake, fleetd, until
+from tests.support.daemon import FAKE, Fleetd, fake, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_gone, until_said
+from tests.support.ports import free_port
+from tests.support.waiting import alive, until
 
 # Starts a child that ignores TERM and INT, a child in its own session, and one that was forked twice and has no parent
 # in the set. Prints their pids.

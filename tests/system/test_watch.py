@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Fleetd, alive, fleetd, until
+from tests.support.daemon import Fleetd, fleetd
 from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh
+from tests.support.waiting import alive, until
 
 
 def watching(folder: Path, **more: object) -> dict[str, object]:

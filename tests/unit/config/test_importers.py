@@ -28,8 +28,8 @@ from fleetd.config.yaml.interpolate import interpolate
 from fleetd.config.yaml.parser import Source, compose
 from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError
-from tests.support.daemon import until
 from tests.support.fleet_files import alive
+from tests.support.waiting import until
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not on PATH")

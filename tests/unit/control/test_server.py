@@ -20,6 +20,7 @@ from fleetd.control import routes, sse
 from fleetd.control.port import ControlPort
 from fleetd.control.server import SHUTDOWN_S, ControlServer, create_app
 from tests.fakes.fake_control_port import FAILURES, FakePort
+from tests.support.waiting import until_async as until
 
 Test = Callable[[FakePort, aiohttp.ClientSession], Awaitable[None]]
 
@@ -49,12 +50,6 @@ def with_server(place: Path, test: Test, **options: Any) -> None:
             await test(port, session)
 
     asyncio.run(run())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  (the fake has no event for it)
-            await asyncio.sleep(0.005)
 
 
 READS = [

@@ -24,7 +24,6 @@ import aiohttp
 import pytest
 
 from bench import tiny_gguf
-from bench.rig import free_port
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines import registry
 from fleetd.engines.base import Endpoint, LaunchContext
@@ -32,7 +31,9 @@ from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.engines.llamacpp import command, server_main
 from fleetd.engines.llamacpp.options import LlamaCppOptions
 from fleetd.errors import EngineError
-from tests.fakes.launch import eventually, fake
+from tests.fakes.launch import fake
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 ENGINE = registry.load("llamacpp")
 needs_wheel = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -227,7 +228,7 @@ def test_alive_busy_server_is_ok() -> None:
     async def run(base: str) -> Any:
         async with aiohttp.ClientSession() as client:
             slow = asyncio.create_task(client.post(base + "/v1/chat/completions", json={"messages": []}))
-            await asyncio.to_thread(eventually, lambda: server.stats()["in_flight"], "the slot is taken")
+            await asyncio.to_thread(until, lambda: server.stats()["in_flight"], "the slot is taken")
             begun = time.monotonic()
             outcome = await ENGINE.alive(client, Endpoint(base), None, 5)
             slow.cancel()
@@ -300,7 +301,7 @@ def real(folder: Path, entry: LaunchContext, *, wait: bool = True) -> Iterator[R
         server = Real(process, entry.port or 0, log)
         try:
             if wait:
-                eventually(server.healthy, "it is ready")
+                until(server.healthy, "it is ready")
             yield server
         finally:
             process.kill()
@@ -422,7 +423,7 @@ def test_server_main_sigterm_stops_it_during_a_load(tmp_path: Path) -> None:
     """Loading holds the interpreter: a Python handler would run only after it."""
     model = tiny_gguf.write(tmp_path / "big.gguf", tiny_gguf.sized(200))
     with real(tmp_path, context(model, load_mode="read", threads=1), wait=False) as server:
-        eventually(lambda: "loading model" in server.log.read_text("utf-8", "replace"), "it loads")
+        until(lambda: "loading model" in server.log.read_text("utf-8", "replace"), "it loads")
         begun = time.monotonic()
         server.process.terminate()
         assert server.process.wait(10) in (0, -signal.SIGTERM)

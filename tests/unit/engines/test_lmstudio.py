@@ -9,14 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.rig import free_port
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines.base import LaunchContext, ServedModel
 from fleetd.engines.lmstudio import engine
@@ -24,6 +22,8 @@ from fleetd.engines.lmstudio.model_server import LmStudioServer
 from fleetd.engines.lmstudio.options import LmStudioOptions
 from fleetd.errors import EngineError
 from tests.support.engines import FAKE, fake
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 ENGINE, SERVER = engine.ENGINE, LmStudioServer()
 CHILD = Path(engine.__file__).with_name("server_main.py")
@@ -165,13 +165,6 @@ def answers(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def until(condition: Any, text: str) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, text
-        time.sleep(0.02)
 
 
 def calls(tmp_path: Path) -> list[list[str]]:

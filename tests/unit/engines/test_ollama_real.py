@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from bench.rig import free_port
 from bench.tiny_gguf import write
 from fleetd.core.data.specs import ExitKind
 from fleetd.engines.base import LaunchContext, ServedModel
@@ -27,6 +26,7 @@ from fleetd.models.ollama import sync as library_module
 from fleetd.models.ollama.modelfile import recipe
 from fleetd.models.ollama.sync import Library, StoreChange
 from tests.support.engines import Server, launched, ollama_program
+from tests.support.ports import free_port
 
 SERVER, STORE = OllamaServer(), OllamaStore()
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(180)]

@@ -9,7 +9,8 @@ import pytest
 
 from fleetd.errors import HostError
 from fleetd.gateway import Gateway, GatewayOptions, ModelEntry
-from tests.support.gateway import CHAT, EngineRequest, ScriptedFleet, get, post, rig, run, until
+from tests.support.gateway import CHAT, EngineRequest, ScriptedFleet, get, post, rig, run
+from tests.support.waiting import until_async as until
 
 
 def test_handlers_list_and_show_models() -> None:

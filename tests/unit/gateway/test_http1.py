@@ -11,7 +11,8 @@ import re
 import pytest
 
 from fleetd.gateway.checks import HostPolicy, split_host
-from tests.support.gateway import CHAT, STREAM, Client, EngineRequest, get, post, rig, run, until
+from tests.support.gateway import CHAT, STREAM, Client, EngineRequest, get, post, rig, run
+from tests.support.waiting import until_async as until
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps(CHAT).encode()

@@ -13,7 +13,8 @@ import openai
 import pytest
 
 from fleetd.gateway import ModelEntry
-from tests.support.gateway import CHAT, STREAM, EngineRequest, post, rig, run, until
+from tests.support.gateway import CHAT, STREAM, EngineRequest, post, rig, run
+from tests.support.waiting import until_async as until
 
 ANSWER = b'{"id":"1","object":"chat.completion","choices":[]}'
 

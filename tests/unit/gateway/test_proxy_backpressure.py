@@ -7,7 +7,8 @@ import socket
 
 import psutil
 
-from tests.support.gateway import CHAT, STREAM, EngineRequest, post, rig, run, until
+from tests.support.gateway import CHAT, STREAM, EngineRequest, post, rig, run
+from tests.support.waiting import until_async as until
 
 PIECE = b"data: " + b"x" * 65_000 + b"\n\n"
 

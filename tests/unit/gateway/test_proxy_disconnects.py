@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.gateway import CHAT, STREAM, Client, EngineRequest, post, rig, run, until
+from tests.support.gateway import CHAT, STREAM, Client, EngineRequest, post, rig, run
+from tests.support.waiting import until_async as until
 
 LEAVE: dict[str, Callable[[Client], None]] = {"close": Client.close, "reset": Client.reset}
 

@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable
 import openai
 import pytest
 
-from bench.rig import free_port
 from fleetd.core.data.commands import Reject
-from tests.support.gateway import CHAT, STREAM, EngineRequest, get, post, rig, run, until
+from tests.support.gateway import CHAT, STREAM, EngineRequest, get, post, rig, run
+from tests.support.ports import free_port
+from tests.support.waiting import until_async as until
 
 
 async def fine(request: EngineRequest) -> None:

@@ -20,7 +20,9 @@ from fleetd.errors import HostError
 from fleetd.host.host import Host
 from fleetd.host.process.handle import Records, decode_records, encode_records, parse_record
 from fleetd.host.types import HandleRecord, LogPolicy
-from tests.support.host import POLITE, Exits, alive, host_in, log_says, paths_in, python, spawn, until
+from tests.support.host import POLITE, Exits, host_in, log_says, paths_in, python, spawn
+from tests.support.waiting import alive
+from tests.support.waiting import until_async as until
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

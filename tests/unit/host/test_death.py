@@ -15,7 +15,9 @@ import pytest
 import uvloop
 
 from fleetd.host.process.exit_watch import CHILDREN, decode_status, signal_name, signal_number
-from tests.support.host import POLITE, Exits, alive, host_in, log_says, pids_in, python, spawn, until
+from tests.support.host import POLITE, Exits, host_in, log_says, pids_in, python, spawn
+from tests.support.waiting import alive
+from tests.support.waiting import until_async as until
 
 uvloop.new_event_loop().close()  # libuv opens a pipe of its own at its first loop, once per process
 

@@ -30,7 +30,8 @@ from fleetd.host.logs.punch_hole import can_punch, punch
 from fleetd.host.logs.rotate import bound_total, compress_archives, recover, rotate
 from fleetd.host.logs.tail import Wanted, read_tail
 from fleetd.host.types import LogPolicy
-from tests.support.host import DEADLINE_S, POLITE, Exits, host_in, log_says, python, spawn, until
+from tests.support.host import DEADLINE_S, POLITE, Exits, host_in, log_says, python, spawn
+from tests.support.waiting import until_async as until
 
 KIB, MIB = 1024, 1024 * 1024
 SMALL = LogPolicy(max_size_bytes=64 * KIB, keep=3, compress=False)

@@ -14,14 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.rig import free_port
 from fleetd.core.data.specs import ProbeKind, ProbeSpec
 from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
 from fleetd.host.process.program import Program
 from fleetd.host.types import LogPolicy
 from fleetd.resolver.environment import inherited
-from tests.support.host import DEADLINE_S, POLITE, alive, host_in, log_says, paths_in, python, spawn, until
+from tests.support.host import DEADLINE_S, POLITE, host_in, log_says, paths_in, python, spawn
+from tests.support.ports import free_port
+from tests.support.waiting import alive
+from tests.support.waiting import until_async as until
 
 READY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LOADING = b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 19\r\n\r\n{"error": "loading"}'

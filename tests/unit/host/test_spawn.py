@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
 from fleetd.errors import HostError
 from fleetd.host.logs.registry import exit_mark
 from fleetd.host.process import program as spawn_module
 from fleetd.host.types import LogPolicy
 from fleetd.resolver.environment import inherited
-from tests.support.host import POLITE, Exits, alive, host_in, log_says, python, spawn, until
+from tests.support.host import POLITE, Exits, host_in, log_says, python, spawn
+from tests.support.ports import free_port
+from tests.support.waiting import alive
+from tests.support.waiting import until_async as until
 
 REPORT = """
 import json, os, sys

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import free_port
 from fleetd.host.host import Host
 from fleetd.host.process.handle import ProcessHandle
 from fleetd.host.system.ports import is_free
 from fleetd.host.types import StopPolicy
-from tests.support.host import POLITE, Exits, alive, host_in, log_says, pids_in, python, spawn, until
+from tests.support.host import POLITE, Exits, host_in, log_says, pids_in, python, spawn
+from tests.support.ports import free_port
+from tests.support.waiting import alive
+from tests.support.waiting import until_async as until
 
 QUICK = StopPolicy(timeout_s=0.3)
 

@@ -18,7 +18,7 @@ from fleetd.core.data.specs import ExitKind, ExitReport, Remembered
 from fleetd.errors import HostError
 from fleetd.host import state_store as store_module
 from fleetd.host.state_store import StateStore
-from tests.support.host import until
+from tests.support.waiting import until_async as until
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ import pytest
 
 from fleetd.host.system.mounts import Mount, Mounts, read_table
 from fleetd.host.system.volumes import Look, Volumes, fstab_mounts, removable
-from tests.support.host import until
+from tests.support.waiting import until_async as until
 
 
 def table(*points: str, kind: str = "tmpfs", source: str = "tmpfs") -> Mounts:

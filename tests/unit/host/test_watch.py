@@ -13,7 +13,7 @@ import pytest
 
 from fleetd.host.watch import inotify
 from fleetd.host.watch.watcher import FileWatch, TreeWatch, WatchPattern, folders_to_watch
-from tests.support.host import until
+from tests.support.waiting import until_async as until
 
 
 def in_place(path: Path, text: str) -> None:

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import tiny_gguf
-from bench.rig import free_port
 from fleetd.engines import registry
 from fleetd.engines.base import LaunchContext
 from fleetd.models import memory_estimate
 from fleetd.models.formats import gguf
 from fleetd.models.formats.gguf import Header, Tensor
 from fleetd.models.memory_estimate import MIB, GgufServing
+from tests.support.ports import free_port
 
 
 def header(arch: str = "llama", lengths: dict[str, int] | None = None, **numbers: Any) -> Header:
