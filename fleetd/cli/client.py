@@ -130,7 +130,14 @@ class _UnixConnection(http.client.HTTPConnection):
 class Client:
     """One connection per request: the daemon may be replaced between two of them."""
 
-    def __init__(self, candidates: list[Path], *, connect_s: float = CONNECT_S, answer_s: float = ANSWER_S, return_s: float = RETURN_S) -> None:
+    def __init__(
+        self,
+        candidates: list[Path],
+        *,
+        connect_s: float = CONNECT_S,
+        answer_s: float = ANSWER_S,
+        return_s: float = RETURN_S,
+    ) -> None:
         self.candidates = candidates
         self.connect_s = connect_s
         self.answer_s = answer_s
