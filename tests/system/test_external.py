@@ -172,3 +172,19 @@ def test_missing_file_is_reported_with_its_key(tmp_path: Path) -> None:
         assert daemon.control("GET", "/v1/processes/m").json["requires"][str(tmp_path / "projector.gguf")] is False
         (tmp_path / "projector.gguf").write_bytes(b"")
         daemon.until_state("m", "STOPPED", "STARTING", "READY")
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
+@pytest.mark.parametrize("listed", ["m", "other"])
+def test_external_server_of_one_model_serves_what_it_lists(engine: str, listed: str, tmp_path: Path) -> None:
+    body = {"data": [{"id": listed}], "choices": [{"text": "a"}], "is_sleeping": False}
+    with answering(200, body) as port:
+        text = fleet(port, engine).replace("external:", "options: {model: ./m.gguf}, external:")
+        with fleetd(tmp_path, text).start() as daemon:
+            daemon.until_state("away", "READY")
+            answer = daemon.chat("m")
+            if listed == "m":
+                assert answer.status == 200
+            else:
+                assert answer.status >= 500
+                assert "has no model m; it lists other" in answer.json["error"]["message"]
