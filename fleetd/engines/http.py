@@ -13,7 +13,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fleetd.engines.base import Endpoint
 from fleetd.errors import EngineError, in_words
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 EXCERPT_CHARS = 300
+T = TypeVar("T")
 _MOST = 2**62  # the largest valid count of bytes or tokens
 
 
@@ -159,16 +160,22 @@ class Deadline:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], *, timeout_s: float, period_s: float, what: str, longest_s: float = 0.5
-) -> None:
-    """Poll `condition` until it is true, at intervals that grow from `period_s` to `longest_s`.
+    condition: Callable[[], Awaitable[T | None]],
+    *,
+    timeout_s: float,
+    period_s: float,
+    what: str,
+    longest_s: float = 0.5,
+) -> T:
+    """Poll `condition` until its result is true, and return that; intervals grow from `period_s` to `longest_s`.
 
     Raises EngineError after `timeout_s`: `what` describes the state that did not change.
     """
     deadline = Deadline(timeout_s)
-    while not await condition():
+    while not (found := await condition()):
         left = deadline.left(0.0)
         if not left:
             raise EngineError(f"{what} after {timeout_s:g} s")
         await asyncio.sleep(min(period_s, left))
         period_s = min(longest_s, period_s * 1.1)
+    return found

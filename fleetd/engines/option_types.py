@@ -125,7 +125,7 @@ class Several(FieldType):
             try:
                 parsed.append(self.item.parse(item))
             except ValueError as error:
-                raise Misplaced(str(error), index, *getattr(error, "where", ())) from None
+                raise Misplaced(str(error), index, *(error.where if isinstance(error, Misplaced) else ())) from None
         return tuple(parsed)
 
     def json_schema(self) -> Schema:

@@ -202,7 +202,7 @@ def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
             assert not await SLEEPER.is_asleep(http, endpoint, 10)
             known = await SLEEPER.sleep(http, endpoint, options, None, 60)
             assert known.level == 1
-            assert known.said
+            assert known.canary
             assert await SLEEPER.is_asleep(http, endpoint, 10)
             async with http.get(f"{endpoint.base_url}/health") as answer:
                 assert answer.status == 200, "it says that it is well, and that is true"
@@ -213,7 +213,7 @@ def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
                 await SLEEPER.sleep(http, endpoint, options, known, 60)
             await SLEEPER.wake(http, endpoint, known, 60)
             assert not await SLEEPER.is_asleep(http, endpoint, 10)
-            assert await canary(http, endpoint, "tiny", 60) == known.said
+            assert await canary(http, endpoint, "tiny", 60) == known.canary
 
     try:
         reloaded(fleet, 'OMP_NUM_THREADS: "2"}', 'OMP_NUM_THREADS: "2", VLLM_SERVER_DEV_MODE: "1"}')

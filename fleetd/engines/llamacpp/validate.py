@@ -72,8 +72,9 @@ def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[Op
     if options.ubatch and options.batch and options.ubatch > options.batch:
         yield OptionProblem(("ubatch",), f"{options.ubatch} is more than batch ({options.batch})")
     if context.device == "host":
-        for field in ("gpu_layers", "main_gpu", "tensor_split"):
-            if getattr(options, field) not in ("auto", 0, None, ()):
+        gpu = {"gpu_layers": options.gpu_layers, "main_gpu": options.main_gpu, "tensor_split": options.tensor_split}
+        for field, value in gpu.items():
+            if value not in ("auto", 0, None, ()):
                 yield OptionProblem((field,), "conflicts with device: host, where no GPU is visible")
     if options.tensor_split and not sum(options.tensor_split):
         yield OptionProblem(("tensor_split",), "the shares add up to 0")
@@ -126,8 +127,8 @@ def _file(context: LaunchContext, options: LlamaCppOptions) -> Iterator[OptionPr
         # a warning, since one broken file must not reject the whole fleet: only this model fails, when it is requested
         yield OptionProblem(("model",), str(error), warning=True)
         return
-    for field, width in zip(("cache_type_k", "cache_type_v"), memory_estimate.head_widths(header), strict=True):
-        kind = getattr(options, field)
+    kinds = {"cache_type_k": options.cache_type_k, "cache_type_v": options.cache_type_v}
+    for (field, kind), width in zip(kinds.items(), memory_estimate.head_widths(header), strict=True):
         if kind not in ("f32", "f16", "bf16") and width % BLOCK:
             yield OptionProblem(
                 (field,), f"{kind} needs heads whose width is a multiple of {BLOCK}; this model's is {width}"

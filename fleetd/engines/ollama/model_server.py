@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fleetd.engines.base import Endpoint, ProbeOutcome, Resident, ServedModel
@@ -28,6 +28,14 @@ GENERATE_REFUSED = "does not support generate"
 POLL_S = 0.015
 LIST_TIMEOUT_S = 5.0
 OLDEST = (0, 5, 5)  # the first version whose /api/create takes files by their digest
+_HOPELESS = (  # phrases of errors that a retry cannot fix
+    "unable to load model",
+    "unsupported model architecture",
+    "unknown model architecture",
+    "unsupported cache type",
+    "must be of type",
+    "invalid model name",
+)
 
 
 class OllamaServer:
@@ -38,23 +46,18 @@ class OllamaServer:
     ) -> Mapping[str, int]:
         """Load without a prompt, then wait until the server lists it. The bytes are measured by the server."""
         deadline = Deadline(timeout_s)
-        reply = await _ask_empty(http, endpoint, model, -1, timeout_s)
-        _check_load(reply, model, endpoint)
-        found: dict[str, Mapping[str, Any]] = {}
+        _check_load(await _request_load(http, endpoint, model, timeout_s), model, endpoint)
 
-        async def listed() -> bool:
-            entry = await _entry(http, endpoint, model.served_as, deadline.left())
-            if entry is not None:
-                found["entry"] = entry
-            return entry is not None
+        def listed() -> Awaitable[Mapping[str, Any] | None]:
+            return _entry(http, endpoint, model.served_as, deadline.left())
 
         what = f"{endpoint.base_url} loaded {model.served_as}, but /api/ps does not list it"
         try:
-            await until(listed, timeout_s=min(2.0, deadline.left()), period_s=POLL_S, what=what)
+            entry = await until(listed, timeout_s=min(2.0, deadline.left()), period_s=POLL_S, what=what)
         except EngineError as error:
             error.hint = "two names of one blob share a runner in Ollama, which lists one of them: give each a `from:`"
             raise
-        return device_bytes(found["entry"])
+        return device_bytes(entry)
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:
         """Unload, then poll until the server no longer lists it: Ollama answers before the runner has exited."""
@@ -144,11 +147,9 @@ async def _entry(http: ClientSession, endpoint: Endpoint, served_as: str, timeou
     return next((entry for entry in entries if store.same_name(_name(entry), served_as)), None)
 
 
-async def _ask_empty(
-    http: ClientSession, endpoint: Endpoint, model: ServedModel, keep_alive: int, timeout_s: float
-) -> Reply:
+async def _request_load(http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> Reply:
     """Send a request without a prompt, which only loads. Embedding models have a route of their own."""
-    payload = {"model": model.served_as, "keep_alive": keep_alive, "options": pinned_options(model), "stream": False}
+    payload = {"model": model.served_as, "keep_alive": -1, "options": pinned_options(model), "stream": False}
     if not model.embedding:
         reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
         if reply.status != 400 or GENERATE_REFUSED not in reply.message:
@@ -176,16 +177,6 @@ def _check_load(reply: Reply, model: ServedModel, endpoint: Endpoint) -> None:
     raise EngineError(
         f"{model.name}: {endpoint.base_url} cannot load {model.served_as}: {message}", recoverable=recoverable
     )
-
-
-_HOPELESS = (
-    "unable to load model",
-    "unsupported model architecture",
-    "unknown model architecture",
-    "unsupported cache type",
-    "must be of type",
-    "invalid model name",
-)
 
 
 async def _one_token(
