@@ -1,4 +1,4 @@
-"""What people and fate do to the fleet, one action per function, and the way to a calm end.
+"""Random actions on the fleet, one per function, and the way to a calm end.
 
 Each action takes the world and a random source; `ACTIONS` weighs them.
 """
@@ -61,7 +61,7 @@ def unload(world: World, rng: Random) -> None:
 
 def pin(world: World, rng: Random) -> None:
     name, pinned = rng.choice(NAMES[:10]), rng.random() < 0.4
-    if name in world.spec.models:  # who is not there keeps no pin for its return
+    if name in world.spec.models:  # a removed model keeps no pin for its return
         world.pins[name] = pinned
     world.deliver(e.PinAsked(name, pinned))
 
@@ -109,7 +109,7 @@ def crash(world: World, rng: Random) -> None:
 
 
 def crash_loop(world: World, rng: Random) -> None:
-    """Walk to where random steps hardly come: a process that dies at every start."""
+    """Make a process die at every start: random steps hardly reach that."""
     run = living(world, rng)
     if run is None:
         return
@@ -120,7 +120,7 @@ def crash_loop(world: World, rng: Random) -> None:
 
 
 def flapping(world: World, rng: Random) -> None:
-    """Runs long enough to be stable, and dies, again and again."""
+    """Make a process die after each stable run."""
     run = living(world, rng)
     for _ in range(rng.randint(1, 5)):
         if run is None:
@@ -152,7 +152,7 @@ def unplug(world: World, rng: Random) -> None:
 
 
 def lose(world: World, rng: Random) -> None:
-    """A server drops a model by itself."""
+    """Make a server drop a model by itself."""
     runs = [run for run in world.living() if run.spec.capabilities.many_models and run.models]
     if runs:
         run = rng.choice(runs)
@@ -163,7 +163,7 @@ def lose(world: World, rng: Random) -> None:
 
 
 def ghost(world: World, rng: Random) -> None:
-    """An event of a dead generation comes late, or twice."""
+    """Send an event of an old generation late, or twice."""
     old = [event for name, generation, event in world.past if generation < world.highest.get(name, 0)]
     if old:
         event = rng.choice(old)
@@ -172,7 +172,7 @@ def ghost(world: World, rng: Random) -> None:
 
 
 def busy_neighbour(world: World, rng: Random) -> None:
-    """One model is asked for all the time; another that does not fit beside it must get its turn all the same."""
+    """Request one model all the time; another that does not fit next to it must get its turn."""
     loved, poor = rng.choice((("va", "big"), ("big", "va"), ("m2", "big"), ("lc", "ld"), ("ld", "lc")))
     want = world.ask(poor)
     for _ in range(90):
@@ -183,7 +183,7 @@ def busy_neighbour(world: World, rng: Random) -> None:
 
 
 def take_turns(world: World, rng: Random) -> None:
-    """Models that sleep are asked for by turns: each has to fall asleep for the next, and to wake for its own."""
+    """Request sleeping models in turn: each falls asleep for the next and wakes for its own request."""
     names = rng.sample(("va", "vb", "big", "vc"), 3)
     for _ in range(rng.randint(2, 6)):
         for name in names:
@@ -195,7 +195,7 @@ def take_turns(world: World, rng: Random) -> None:
 
 
 def cut_off(world: World, rng: Random) -> None:
-    """Somebody restarts, kills or unloads exactly what is loading or streaming at the moment."""
+    """Restart, kill or unload exactly what is loading or streaming."""
     loading = [run.name for run in world.living() if run.loads]
     if not loading:
         world.wish(rng.choice(("m1", "m2", "m3", "big")))
@@ -216,7 +216,7 @@ def cut_off(world: World, rng: Random) -> None:
 
 
 def come_and_go(world: World, rng: Random) -> None:
-    """A name leaves the configuration, and comes back before or after it is really gone."""
+    """Remove a name from the configuration, and add it again before or after it is gone."""
     spec = world.spec
     name = process_name(world, rng)
     processes = {key: value for key, value in spec.processes.items() if key != name}
@@ -227,7 +227,7 @@ def come_and_go(world: World, rng: Random) -> None:
 
 
 def lose_files(world: World, rng: Random) -> None:
-    """The drive that a held model is read from is unplugged, or comes back."""
+    """Unplug the drive of a model, or plug it in again."""
     name = rng.choice(("m1", "m2", "m3", "big"))
     missing = () if world.missing_models.get(name) else ("/mnt/drive",)
     world.missing_models[name] = missing
@@ -235,7 +235,7 @@ def lose_files(world: World, rng: Random) -> None:
 
 
 def edit(world: World, rng: Random) -> None:
-    """The configuration changes: a limit, a launch, a name that comes or goes."""
+    """Change the configuration: a limit, a launch, a name."""
     spec = world.spec
     processes, models = dict(spec.processes), dict(spec.models)
     name = rng.choice(sorted(processes))
@@ -282,7 +282,7 @@ def change(world: World, spec: FleetSpec) -> None:
 
 
 def reexec(world: World, _rng: Random) -> None:
-    """The daemon dies and comes back: children that live are adopted, all else is what the disk remembers."""
+    """Restart the daemon: living children are adopted, the rest comes from disk."""
     world.epoch += 1
     adopted = []
     for runs in world.runs.values():
@@ -302,7 +302,7 @@ def reexec(world: World, _rng: Random) -> None:
             run.reported, run.startup_ok, run.ready_s, run.progress_s = True, False, None, world.now
             run.unobserved = run.spec.capabilities.many_models
             run.ending, run.loads, run.unloads = 0, set(), set()
-            if run.nap:  # what was asked of it goes on, or not
+            if run.nap:  # the pending command continues, or not
                 run.asleep, run.nap, run.half_way = world.rng.random() < 0.5, "", True
             run.probes.clear()
             adopted.append(e.Adopted(run.name, run.generation, run.pid, world.now - run.born_s))
@@ -337,13 +337,13 @@ ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
 
 
 def act(world: World, rng: Random, without: tuple[Callable[[World, Random], None], ...] = ()) -> None:
-    """Do one of them, by weight."""
+    """Perform one action, chosen by weight."""
     kinds, weights = zip(*(entry for entry in ACTIONS if entry[0] not in without), strict=True)
     rng.choices(kinds, weights)[0](world, rng)
 
 
 def calm_down(world: World) -> None:
-    """Faults stop, operators want everything up; then the fleet must come to what its configuration asks."""
+    """Stop all faults and start everything; then the fleet must reach its configuration."""
     rng = world.rng
     world.calm = True
     world.crashy.clear()
@@ -403,7 +403,7 @@ def dependable(world: World, name: str) -> bool:
 
 
 def everybody_is_served(world: World) -> None:
-    """One request for each model, one after the other: each is granted, or refused at once for a reason that lasts."""
+    """Request each model in turn: each is granted, or rejected at once for a lasting reason."""
     for name in sorted(world.spec.models):
         spec = world.spec.models[name]
         before = world.outcomes.get("granted", 0)
@@ -425,7 +425,7 @@ SLOWEST_S = 10.0 + 5.0 + 5.0 + 2.0  # a request in flight, a start, a load, a st
 
 
 def nobody_starves(world: World) -> None:
-    """However much the neighbours are asked for, a request that needs their room gets it within the fairness bound."""
+    """Check that a request gets the room of busy neighbours within the fairness bound."""
     for poor, loved in NEIGHBOURS:
         names = (poor, *loved)
         holders = [p for name in names if name in world.spec.models for p in world.spec.models[name].holders]

@@ -1,4 +1,4 @@
-"""What must hold at every moment, judged by what the world knows.
+"""The properties that hold at every moment, checked against the real state of the world.
 
 A violation raises Violation with the last events and commands, newest last.
 """
@@ -21,7 +21,7 @@ MEASURED = (e.Loaded, e.ResidentsObserved, e.MemorySampled, e.SpecChanged)
 
 
 class Violation(AssertionError):
-    """The core broke a promise."""
+    """A property of the core does not hold."""
 
 
 def holds(world: World, true: object, message: str) -> None:
@@ -54,7 +54,7 @@ def decisions(world: World, event: e.Event, commands: list[c.Command]) -> None:
             grant(world, command)
         elif isinstance(command, c.Reject):
             client = world.clients.get(command.request_id)
-            holds(world, client is not None and client.grant is None, f"{command}: nobody waits for it")
+            holds(world, client is not None and client.grant is None, f"{command}: no request waits for it")
             holds(world, command.code in CODES, f"{command}: a code that the contract does not know")
             holds(world, len(command.reason) > 5, f"{command}: no reason")
     reservations(world, event)
@@ -67,7 +67,7 @@ def spawn(world: World, command: c.Spawn) -> None:
     holds(world, command.generation > world.highest.get(name, 0), f"{command}: the generation does not grow")
     holds(world, name in world.spec.processes, f"{command}: not in the configuration")
     holds(world, name not in world.stopped, f"{command}: stopped by an operator")
-    holds(world, not world.missing.get(name), f"{command}: requires what is absent")
+    holds(world, not world.missing.get(name), f"{command}: a prerequisite is missing")
     holds(world, not world.shutting_down, f"{command} while shutting down")
     spec = world.spec.processes[name]
     loop = spec.restart.crash_loop
@@ -83,15 +83,15 @@ def spawn(world: World, command: c.Spawn) -> None:
             exclusive = spec.capabilities.exclusive_start or other.spec.capabilities.exclusive_start
             busy = same and exclusive and other.leader and not other.startup_ok
             holds(world, not busy, f"{command} while {other.name} starts on the same lane")
-            holds(world, not (same and other.nap), f"{command} while {other.name} is told to {other.nap}")
+            holds(world, not (same and other.nap), f"{command} while {other.name} is ordered to {other.nap}")
 
 
 def nap(world: World, command: c.Sleep | c.Wake) -> None:
-    """Only what is idle sleeps, only what sleeps is woken, and nothing else goes on beside it."""
+    """Check that only idle models sleep, only sleepers wake, and nothing else happens meanwhile."""
     run = world.run(command.process, command.generation)
     holds(world, run is not None and run.alive and not run.ordered_away, f"{command}: it does not live")
     assert run is not None
-    holds(world, not run.nap, f"{command} while it is told to {run.nap}")
+    holds(world, not run.nap, f"{command} while it is ordered to {run.nap}")
     holds(world, run.asleep == isinstance(command, c.Wake), f"{command}: asleep is {run.asleep}")
     holds(world, run.startup_ok, f"{command}: it is still starting")
     if isinstance(command, c.Sleep):
@@ -101,7 +101,7 @@ def nap(world: World, command: c.Sleep | c.Wake) -> None:
     for other in world.living():
         if other is run or other.spec.lane is None or other.spec.lane != run.spec.lane:
             continue
-        holds(world, not other.nap, f"{command} while {other.name} is told to {other.nap}")
+        holds(world, not other.nap, f"{command} while {other.name} is ordered to {other.nap}")
         starts = other.reported and other.leader and not other.startup_ok and not other.ordered_away
         holds(world, not starts, f"{command} while {other.name} starts on the same lane")
 
@@ -123,7 +123,7 @@ def pinned(world: World, model: str) -> bool:
 
 
 def end(world: World, command: c.Stop | c.Unload) -> None:
-    """A model or a process is told to go: it must not be busy, starting or pinned where it leaves for others."""
+    """Check that an eviction hits no busy, starting or pinned model."""
     name = command.process if isinstance(command, c.Unload) else command.name
     run = world.run(name, command.generation)
     holds(world, run is not None, f"{command} for a run that never was")
@@ -153,7 +153,7 @@ def end(world: World, command: c.Stop | c.Unload) -> None:
 
 
 def calm_stop(world: World, command: c.Stop | c.Unload, run: Run) -> None:
-    """On a lane that demands it, nothing is ordered to stop while another starts."""
+    """Check that nothing stops on an exclusive lane while another process starts."""
     orders = ("evicted", "idle for", "unloaded by", "stopped by", "restarted by", "measured", "older than")
     if run.spec.lane is None or world.shutting_down or not command.reason.startswith(orders) or not run.startup_ok:
         return
@@ -162,11 +162,11 @@ def calm_stop(world: World, command: c.Stop | c.Unload, run: Run) -> None:
         starts = starts and other.leader and not other.ordered_away and other.spec.capabilities.exclusive_start
         holds(world, not starts, f"{command} while {other.name} starts on the same lane")
         dozes = other.nap if other.spec.lane == run.spec.lane and other is not run and not other.ordered_away else ""
-        holds(world, not dozes, f"{command} while {other.name} is told to {dozes}")
+        holds(world, not dozes, f"{command} while {other.name} is ordered to {dozes}")
 
 
 def fulfilled(world: World, client: Client) -> None:
-    """An operator's load left the line without a refusal: something by that name is in memory."""
+    """Check that an operator's load that left the queue without a rejection is in memory."""
     names = {client.model, world.fleet.state.names.get(client.model, "")}
     spec = world.spec.models.get(client.model)
     names |= {route.to for route in spec.routes} if spec is not None else set()
@@ -176,7 +176,7 @@ def fulfilled(world: World, client: Client) -> None:
         for name in names
         if (model := world.fleet.models.get(name)) is not None
     )
-    holds(world, loaded, f"the load of {client.model} is said to be done, and nothing is loaded")
+    holds(world, loaded, f"the load of {client.model} is reported as done, and nothing is loaded")
 
 
 def load(world: World, command: c.Load) -> None:
@@ -190,7 +190,7 @@ def load(world: World, command: c.Load) -> None:
 
 def grant(world: World, command: c.Grant) -> None:
     client = world.clients.get(command.request_id)
-    holds(world, client is not None and client.grant is None and not client.wish, f"{command}: nobody waits for it")
+    holds(world, client is not None and client.grant is None and not client.wish, f"{command}: no request waits for it")
     holds(world, command.process not in world.stopped, f"{command}: stopped by an operator")
     holds(world, command.process not in world.drained, f"{command}: drained by an operator")
     holds(world, not world.shutting_down, f"{command} while shutting down")
@@ -199,10 +199,10 @@ def grant(world: World, command: c.Grant) -> None:
     assert run is not None
     newest = world.newest(command.process)
     holds(world, run is newest, f"{command}: an older generation")
-    holds(world, not run.ordered_away, f"{command}: it was told to stop")
+    holds(world, not run.ordered_away, f"{command}: it was ordered to stop")
     holds(world, run.startup_ok or run.spec.probes.startup is None, f"{command}: not ready")
     holds(world, command.model not in run.loads | run.unloads, f"{command}: the model is on its way")
-    holds(world, not run.asleep and not run.nap, f"{command}: it sleeps, or is told to {run.nap}")
+    holds(world, not run.asleep and not run.nap, f"{command}: it sleeps, or is ordered to {run.nap}")
     spec = world.spec.models.get(command.model)
     holds(world, spec is not None, f"{command}: not in the configuration")
     assert spec is not None
@@ -245,7 +245,7 @@ def state(world: World) -> None:
 
 
 def memory(world: World) -> None:
-    """What lives in memory is reserved, and with honest footprints fits."""
+    """Check that real memory is reserved, and fits if all footprints are correct."""
     used: dict[str, int] = {}
     ledger = world.fleet.ledger
     for run in world.living():
@@ -296,14 +296,14 @@ def requests(world: World) -> None:
 
 
 def lost(world: World, name: str) -> bool:
-    """Every process that may hold the model has died and waits for its next start, or does not answer."""
+    """Return whether every process of the model is in backoff or does not answer."""
     model = world.fleet.models[name]
     states = [world.fleet.processes[holder].state for holder in model.spec.holders if holder in world.fleet.processes]
     return bool(states) and all(state in (ProcessState.BACKOFF, ProcessState.UNHEALTHY) for state in states)
 
 
 def serves(world: World, name: str) -> bool:
-    """The model is loaded on a ready process, with a slot to spare."""
+    """Return whether the model is loaded on a ready process with a free slot."""
     model = world.fleet.models.get(world.fleet.state.names.get(name, name))
     return model is not None and any(
         placement.state is Residency.LOADED
@@ -316,7 +316,7 @@ def serves(world: World, name: str) -> bool:
 
 
 def waiting_states(world: World, name: str) -> None:
-    """Every state that waits, waits for something: an answer that is on its way, or a deadline."""
+    """Check that every waiting state has a pending answer or a deadline."""
     process = world.fleet.processes[name]
     run = world.run(name, process.generation)
     owns = process.spec.capabilities.owns_process
@@ -344,7 +344,7 @@ def waiting_states(world: World, name: str) -> None:
             f"{name} gave up after {deaths} deaths",
         )
     elif process.state is ProcessState.STOPPING:
-        holds(world, run is not None and run.ending > 0, f"{name} is STOPPING, and nobody stops it")
+        holds(world, run is not None and run.ending > 0, f"{name} is STOPPING, and no stop is pending")
     elif process.state is ProcessState.STARTING:
         starting(world, name, run)
     elif process.state in SERVING and owns:
@@ -358,7 +358,7 @@ def waiting_states(world: World, name: str) -> None:
 def starting(world: World, name: str, run: Run | None) -> None:
     process = world.fleet.processes[name]
     if not process.spawned:
-        holds(world, (name, process.generation) in world.spawning, f"{name} is STARTING, and nobody spawns it")
+        holds(world, (name, process.generation) in world.spawning, f"{name} is STARTING, and no spawn is pending")
         return
     holds(world, run is not None and bool(run.probes), f"{name} is STARTING without a probe")
     startup = process.spec.probes.startup
@@ -384,7 +384,7 @@ def residencies(world: World) -> None:
             run = world.run(placement.process, placement.generation)
             exact = active(world, model.name, placement.process, placement.generation)
             if placement.state is Residency.LOADING:
-                exact = 0  # what may be in flight yet is of a run that ended
+                exact = 0  # requests still in flight belong to an earlier run
             most = active(world, model.name, placement.process)
             said = f"{model.name} on {placement.process} ({placement.state})"
             holds(world, exact <= placement.in_flight <= most, f"{said} counts {placement.in_flight}, really {exact}")
@@ -392,13 +392,13 @@ def residencies(world: World) -> None:
                 asked = run is not None and model.name in run.unloads
                 going = process.state not in SERVING
                 retry = deadline is not None and placement.retry_s > world.now - 1e-6
-                holds(world, asked or going or retry, f"{said} and nobody unloads it")
+                holds(world, asked or going or retry, f"{said} and no unload is pending")
             elif placement.state is Residency.LOADING and placement.ordered:
                 asked = (
                     run is not None and (model.name in run.loads or placement.step) and run is world.newest(run.name)
                 )
                 going = process.state not in SERVING
-                holds(world, asked or going, f"{said} and nobody loads it")
+                holds(world, asked or going, f"{said} and no load is pending")
             elif placement.state is Residency.LOADING and process.state in RESTING:
                 hope = process.state in (ProcessState.BACKOFF, ProcessState.BLOCKED) and not process.missing
                 holds(world, hope, f"{said}, but {process.name} is {process.state}: {process.reason}")

@@ -1,10 +1,10 @@
-"""`python -m tests.simulation.mutants [NAME ...]`: does the simulation find planted bugs? Each must die within a bounded time.
+"""`python -m tests.simulation.mutants [NAME ...]`: check that the simulation finds planted bugs, each in bounded time.
 
 Every mutant is one edit of the source text of a temporary copy of fleetd/core; the simulation runs there as it runs here. Prints a
 table; exits 1 when one survives, 2 when an edit no longer fits the source.
 """
 
-# ruff: noqa: E501 (a planted text stands on one line, as in the source)
+# ruff: noqa: E501 (a planted text is on one line, as in the source)
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SEED, STEPS, RUNS, LIMIT_S = 1, 80, 40, 60.0
+SEED, STEPS, RUNS, LIMIT_S = 1, 80, 40, 180.0
 WORKERS = 2
 
 
@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant("forgets a load that a restart cut off", "models/reconcile", "        elif ended:  #", "        elif False:  #"),
     Mutant("counts an ordered stop as a death", "processes/termination", "outcome, process.outcome = process.outcome, None", "outcome, process.outcome = process.outcome or ExitReport(1), None"),
     Mutant("starts before the set is empty", "processes/termination", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))\n        self.set_empty(process, (), now)"),
-    Mutant("starts beside survivors", "processes/termination", "        process.survivors = survivors\n", "        survivors = ()\n"),
+    Mutant("starts next to survivors", "processes/termination", "        process.survivors = survivors\n", "        survivors = ()\n"),
     Mutant("forgets to reset the backoff", "processes/reconcile", "process.record.stable()", "pass"),
     Mutant("never gives up", "processes/restart_policy", "recent >= loop.count or", ""),
     Mutant("no start deadline", "processes/reconcile", "return process.progress_s + startup.deadline_s", "return None"),
@@ -59,17 +59,17 @@ MUTANTS = (
     Mutant("grants beyond the slots", "requests/routing", "or placement.in_flight >= model.spec.concurrency", ""),
     Mutant("grants twice", "requests/admission", "        self.line.leave(waiting.request_id)\n        self._grant", "        self._grant"),
     Mutant("loses count on cancel", "requests/queue", "model.waiting -= 1", "pass"),
-    Mutant("never tells that time is up", "requests/queue", "elif now >= waiting.deadline_s:", "elif False:"),
+    Mutant("never rejects at the timeout", "requests/queue", "elif now >= waiting.deadline_s:", "elif False:"),
     Mutant("idle time from the start of a request", "requests/admission", "        placement.in_flight -= 1\n        placement.last_used_s = now", "        placement.in_flight -= 1"),
     Mutant("generation begins again", "spec_update", "self.state.retired.pop(spec.name, 0)", "0"),
     Mutant("routes to a sleeper", "requests/routing", "placement.state is not Residency.LOADED\n", "placement.state not in (Residency.LOADED, Residency.ASLEEP)\n"),
     Mutant("forgets what a sleeper holds", "models/sleep", "self.state.ledger.correct(placement.key, reservation_of(model, placement))", "self.state.ledger.correct(placement.key, {})"),
-    Mutant("sleeps and wakes beside a start", "models/sleep", "self.state.journal.note(LaneWait(placement.model, waits))\n        placement.waits = waits", "pass\n        waits = ''"),
+    Mutant("sleeps and wakes during a start", "models/sleep", "self.state.journal.note(LaneWait(placement.model, waits))\n        placement.waits = waits", "pass\n        waits = ''"),
     Mutant("believes in a wake that failed", "models/sleep", "elif state is SleepState.AWAKE and step is SleepStep.WAKE:", "elif step is SleepStep.WAKE:"),
     Mutant("no end of a wake without an answer", "models/sleep", "if now >= self._deadline(placement):", "if False:"),
     Mutant("takes an adopted sleeper for awake", "spec_update", "placement.step, placement.slept = SleepStep.LOOK, True", "pass"),
     Mutant("wakes without the room", "models/candidates", "max(0, size - held.get(device, 0)) for", "0 for"),
-    Mutant("waits for what is down though another serves", "requests/queue", "relieved(state, model, waiting.fallback, now) or self._foreign", "self._foreign"),
+    Mutant("waits for a down model though a fallback serves", "requests/queue", "relieved(state, model, waiting.fallback, now) or self._foreign", "self._foreign"),
     Mutant("a stop by an operator does not last", "processes/reconcile", "if self.state.shutting_down or process.stopped or", "if self.state.shutting_down or"),
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, float, str]:
         target = root / "fleetd" / "core" / f"{mutant.module}.py"
         source = target.read_text("utf-8")
         if source.count(mutant.old) != 1:
-            return mutant, "stale", 0.0, f"its text stands {source.count(mutant.old)} times in {mutant.module}.py"
+            return mutant, "stale", 0.0, f"its text occurs {source.count(mutant.old)} times in {mutant.module}.py"
         target.write_text(source.replace(mutant.old, mutant.new), "utf-8")
         command = [sys.executable, "-m", "tests.simulation", str(SEED), str(STEPS), str(RUNS)]
         try:

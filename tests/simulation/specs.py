@@ -46,7 +46,7 @@ def service(name: str, **changes: object) -> ProcessSpec:
 
 
 def server(name: str, **changes: object) -> ProcessSpec:
-    """A server that holds many models."""
+    """Return a server for many models."""
     spec = service(
         name, kind=ProcessKind.INSTANCE, engine="many", capabilities=Capabilities(many_models=True), drain_timeout_s=5.0
     )
@@ -54,7 +54,7 @@ def server(name: str, **changes: object) -> ProcessSpec:
 
 
 def own(name: str, **changes: object) -> ProcessSpec:
-    """A process that is its model."""
+    """Return a process with one model of its own."""
     spec = service(name, kind=ProcessKind.INSTANCE, engine="one", own_model=name, on_demand=True, drain_timeout_s=3.0)
     return replace(spec, probes=Probes(startup=STARTUP, liveness=LIVENESS), **changes)  # type: ignore[arg-type]
 

@@ -61,12 +61,12 @@ TestFleetInAWorld.settings = settings(
 
 
 @pytest.mark.parametrize("seed", range(100, 108))
-def test_a_seeded_run(seed: int) -> None:
+def test_seeded_run_has_no_violation(seed: int) -> None:
     world = simulate(seed, 60)
     assert world.outcomes["granted"] > 10
     assert world.finished
 
 
-def test_the_same_seed_is_the_same_run() -> None:
+def test_same_seed_gives_the_same_run() -> None:
     first, second = simulate(7, 40), simulate(7, 40)
     assert (first.steps, first.outcomes, first.now) == (second.steps, second.outcomes, second.now)

@@ -1,4 +1,4 @@
-"""A simulated machine: processes that run, crash, hang and hold memory, and a shell that carries out what the core orders.
+"""A simulated machine: processes that run, crash, hang and use memory, and a daemon that executes the commands of the core.
 
 The rules of this file
 - Time is virtual and moves only in `advance`. Everything that happens comes out of one seeded random source.
@@ -28,14 +28,14 @@ OWN_FAILURE = ("liveness probe failed", "not ready within", "sleep failed", "wak
 
 @dataclass
 class Run:
-    """One generation of one process, as it really is."""
+    """One generation of one process: its real state."""
 
     name: str
     generation: int
     pid: int
     spec: ProcessSpec
     born_s: float
-    alive: bool = True  # something of its set lives
+    alive: bool = True  # a process of its set lives
     leader: bool = True
     reported: bool = False  # Spawned was delivered
     startup_ok: bool = False  # delivered
@@ -52,7 +52,7 @@ class Run:
     unloads: set[str] = field(default_factory=set)
     asleep: bool = False
     nap: str = ""  # sleep or wake, without an answer
-    half_way: bool = False  # the daemon ended before the answer
+    half_way: bool = False  # the daemon exited before the answer
     ending: int = 0  # Stop and Sweep without an answer
     ordered_away: bool = False
     unobserved: bool = False
@@ -66,7 +66,7 @@ class Client:
     arrived_s: float
     wish: bool = False
     grant: c.Grant | None = None
-    loads: dict[str, int] = field(default_factory=dict)  # of every model, when an operator asked
+    loads: dict[str, int] = field(default_factory=dict)  # of every model, when an operator requested a load
 
 
 class World:
@@ -77,7 +77,7 @@ class World:
         self.seed = seed
         self.honest = honest
         self.calm = False
-        self.weather = 1.0 if seed % 2 else 0.2  # how much goes wrong by itself
+        self.weather = 1.0 if seed % 2 else 0.2  # rate of random faults
         self.now = 100.0
         self.spec = spec
         self.heap: list[tuple[float, int, bool, Callable[[], None]]] = []
@@ -97,9 +97,9 @@ class World:
         self.spawning: dict[tuple[str, int], bool] = {}
         self.highest: dict[str, int] = {}
         self.deaths: dict[str, list[float]] = {}
-        self.kept_failed: set[str] = set()  # had given up before the daemon restarted
+        self.kept_failed: set[str] = set()  # FAILED before the daemon restarted
         self.row: dict[str, int] = {}  # deaths since the last stable run
-        self.hopeless: set[str] = set()  # could not even be started, and trying again cannot help
+        self.hopeless: set[str] = set()  # could not be started, and a retry cannot help
         self.last_end: dict[tuple[str, str, int], float] = {}
         self.past: list[tuple[str, int, e.Event]] = []
         self.crashy: dict[str, int] = {}  # starts that will crash
@@ -116,7 +116,7 @@ class World:
     # -- time -------------------------------------------------------------------------------------------------------------
 
     def later(self, delay_s: float, act: Callable[[], None], shell: bool = False) -> None:
-        """Do something later; what the shell would do dies with the daemon."""
+        """Schedule a call; `shell` calls are dropped with the daemon."""
         self.serial += 1
         epoch = self.epoch
 
@@ -147,7 +147,7 @@ class World:
         self.now = end
 
     def deliver(self, event: e.Event) -> None:
-        """Give the core one event, carry out its commands, and check everything."""
+        """Send the core one event, execute its commands, and check everything."""
         self.steps += 1
         if self.rng.random() < 0.5:
             deadline = self.fleet.next_deadline()
@@ -167,11 +167,11 @@ class World:
             checks.fulfilled(self, self.clients.pop(key))
             self.ended.add(key)
         again = self.fleet.handle(e.Tick(), self.now) if self.rng.random() < 0.7 else []
-        checks.holds(self, not again, f"the same facts gave a new decision: {again}")
+        checks.holds(self, not again, f"the same state gave a new decision: {again}")
         checks.state(self)
 
     def _note(self, event: e.Event) -> None:
-        """What the shell knows from the moment it says it."""
+        """Record what the daemon knows once it has reported it."""
         generation = getattr(event, "generation", None)
         name = getattr(event, "name", None) or getattr(event, "process", None)
         if generation is None or name is None or isinstance(event, e.Adopted):
@@ -205,7 +205,7 @@ class World:
             run.unobserved = False
 
     def count_death(self, name: str) -> None:
-        """A death that the restart policy counts."""
+        """Count a death of the restart policy."""
         run = self.run(name, self.highest.get(name, 0))
         stable = (
             run is not None and run.ready_s is not None and self.now - run.ready_s >= run.spec.restart.stable_after_s
@@ -223,7 +223,7 @@ class World:
             self.row[name], self.deaths[name] = 1, [self.now]
 
     def forgive_failed(self, name: str) -> None:
-        """A new configuration gives a process that gave up a new chance."""
+        """Let an edit retry a failed process."""
         process = self.fleet.processes.get(name)
         if process is None or process.state in (ProcessState.FAILED, ProcessState.EXITED):
             self.forgive(name)
@@ -276,14 +276,14 @@ class World:
         self.say(self.soon(), e.Spawned(name, generation, run.pid))
 
     def truth(self, model: str) -> dict[str, int]:
-        """What a model really takes."""
+        """Return the real memory of a model."""
         need = dict(self.spec.models[model].footprint.bytes) if model in self.spec.models else {}
         if self.honest or self.rng.random() < 0.6:
             return need
         return {device: int(size * self.rng.choice((0.7, 1.2, 1.6))) for device, size in need.items()}
 
     def dies(self, run: Run, report: ExitReport) -> None:
-        """The leader is gone; what it started may live on until it is swept."""
+        """End the leader; its descendants may live until they are swept."""
         if not run.leader:
             return
         run.leader = False
@@ -353,7 +353,7 @@ class World:
     def _do_startprobe(self, command: c.StartProbe) -> None:
         run = self.run(command.name, command.generation)
         spec = self.spec.processes[command.name]
-        if run is None:  # an external server: it is there, as far as anybody knows
+        if run is None:  # an external server is assumed to run
             run = Run(command.name, command.generation, 0, spec, self.now, reported=True)
             run.boots_s = 0.5
             self.runs[command.name] = [*self.runs.get(command.name, [])[-3:], run]
@@ -460,7 +460,7 @@ class World:
         return {device: int(size * self.rng.choice((0.7, 1.2, 1.6))) for device, size in need.items()}
 
     def _nap(self, command: c.Sleep | c.Wake, kind: str, target: dict[str, int]) -> None:
-        """On the way it holds the most of both; a failure leaves it at that, and a hang is told late or never."""
+        """Use the larger size meanwhile; a failure keeps it, and a hang is reported late or never."""
         run = self.run(command.process, command.generation)
         assert run is not None
         run.nap = kind
@@ -497,7 +497,7 @@ class World:
             self.say(self.soon(), gone)
 
     def _observe_all(self) -> None:
-        """The shell looks at what the servers hold, as it does all the time; the answer may be a little old."""
+        """Report the models of all servers, as the daemon does; the answer may be a little old."""
         for name, spec in list(self.spec.processes.items()):
             process = self.fleet.processes.get(name)
             run = self.newest(name)
@@ -517,7 +517,7 @@ class World:
 
     def _observed(self, run: Run, event: e.ResidentsObserved, changes: int) -> None:
         if self.rng.random() < 0.5 and run.changes != changes:
-            return  # a careful shell drops it; the core has to live with a careless one
+            return  # the daemon may drop it; the core must accept it
         self.deliver(event)
 
     def _sample(self, run: Run) -> None:
@@ -576,7 +576,7 @@ class World:
         self.ended.add(command.request_id)
         self.outcomes[command.code] = self.outcomes.get(command.code, 0) + 1
 
-    # -- the rest ---------------------------------------------------------------------------------------------------------------
+    # -- other -----------------------------------------------------------------------------------------------------------------
 
     def _do_readahead(self, command: c.ReadAhead) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A fleet on a bench: events go in by hand, commands come back, nothing happens by itself."""
+"""A test rig for the core: tests send events by hand and inspect the commands."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Rig:
 
     def send(self, event: e.Event) -> list[c.Command]:
         commands = self.fleet.handle(event, self.now)
-        assert self.fleet.handle(e.Tick(), self.now) == [], "the same facts gave a new decision"
+        assert self.fleet.handle(e.Tick(), self.now) == [], "the same state gave a new decision"
         self.seen.extend(commands)
         return commands
 
@@ -138,7 +138,7 @@ class Rig:
         return self.send(e.Loaded(name, holder, self.of(holder).generation, measured))
 
     def answers(self, name: str, state: SleepState, message: str = "") -> list[c.Command]:
-        """The engine of an own-process model is seen asleep, awake, or broken."""
+        """Report the engine of a model with its own process as asleep, awake, or broken."""
         return self.send(e.SleepSeen(name, name, self.of(name).generation, state, message))
 
     def unloaded(self, name: str, holder: str) -> list[c.Command]:

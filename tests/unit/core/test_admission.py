@@ -1,4 +1,4 @@
-"""The line of requests, and the loads and unloads that it leads to."""
+"""The queue of requests, and the loads and unloads that it causes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ S = ProcessState
 
 
 def swap(rig: Rig, old: str, new: str) -> None:
-    """The old one is on its way out: let it go, and the new one come."""
+    """Finish the stop of the old model and the start of the new one."""
     assert rig.state(old) is S.STOPPING
     rig.empty(old)
     rig.spawned(new)
@@ -36,7 +36,7 @@ def swap(rig: Rig, old: str, new: str) -> None:
 # -- together while it is resident ----------------------------------------------------------------------------------------
 
 
-def test_a_b_c_a_b_c_costs_two_swaps() -> None:
+def test_requests_a_b_c_a_b_c_cost_two_swaps() -> None:
     rig = Rig(owners("abc", concurrency=1))
     requests = [rig.ask(name) for name in "abcabc"]
     rig.spawned("a")
@@ -52,7 +52,7 @@ def test_a_b_c_a_b_c_costs_two_swaps() -> None:
     assert len(rig.take(c.Spawn)) == 3
 
 
-def test_many_requests_are_one_load() -> None:
+def test_requests_for_one_model_share_one_load() -> None:
     rig = Rig(owners("a", concurrency=50, queue_max=100))
     requests = [rig.ask("a") for _ in range(50)]
     assert len(rig.take(c.Spawn)) == 1
@@ -62,7 +62,7 @@ def test_many_requests_are_one_load() -> None:
     assert (grant.model, grant.process, grant.generation) == ("a", "a", 1)
 
 
-def test_the_wait_and_the_load_are_measured() -> None:
+def test_grant_reports_wait_and_load_time() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     first = rig.ask("a")
@@ -78,7 +78,7 @@ def test_the_wait_and_the_load_are_measured() -> None:
     assert (grant.queued_s, grant.load_s) == (pytest.approx(9.0), pytest.approx(5.0))
 
 
-def test_nobody_waits_beyond_the_fairness_bound() -> None:
+def test_wait_is_limited_by_the_fairness_bound() -> None:
     rig = Rig(owners("ab", budget=1, concurrency=2), seed=1)
     rig.warm("a")
     flight = [rig.ask("a"), rig.ask("a")]
@@ -101,7 +101,7 @@ def test_nobody_waits_beyond_the_fairness_bound() -> None:
     assert late in rig.granted()
 
 
-def test_an_earlier_request_holds_the_line_for_later_starts_but_not_for_later_grants() -> None:
+def test_earlier_request_delays_later_starts_not_grants() -> None:
     spec = fleet_spec(
         [own(n) for n in "abcd"],
         [model("a", size=3), model("b", size=4), model("c", size=1), model("d", size=1)],
@@ -124,7 +124,7 @@ def test_an_earlier_request_holds_the_line_for_later_starts_but_not_for_later_gr
     assert head in rig.fleet.state.queue
 
 
-def test_loads_on_different_devices_do_not_wait_for_each_other() -> None:
+def test_loads_on_different_devices_run_in_parallel() -> None:
     from dataclasses import replace
 
     from fleetd.core.data.specs import DeviceSpec, Footprint
@@ -141,7 +141,7 @@ def test_loads_on_different_devices_do_not_wait_for_each_other() -> None:
     assert [command.name for command in rig.take(c.Spawn)] == ["a", "c"]
 
 
-def test_priority_comes_first_and_age_before_it() -> None:
+def test_queue_orders_overdue_before_priority_before_age() -> None:
     spec = fleet_spec([own(n) for n in "abc"], [model("a"), model("b", queue_timeout_s=300), model("c", priority=5)])
     rig = Rig(spec)
     rig.warm("a")
@@ -162,7 +162,7 @@ def test_priority_comes_first_and_age_before_it() -> None:
 # -- limits and refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_the_queue_of_a_model_and_of_the_fleet_are_bounded() -> None:
+def test_queues_of_model_and_fleet_are_bounded() -> None:
     rig = Rig(owners("ab", queue_max=2))
     waiting = [rig.ask("a") for _ in range(3)]
     assert rig.rejects() == {waiting[2]: "queue_full"}
@@ -172,7 +172,7 @@ def test_the_queue_of_a_model_and_of_the_fleet_are_bounded() -> None:
     assert rig.rejects() == {waiting[2]: "queue_full"}
 
 
-def test_a_full_queue_does_not_keep_warm_requests_out() -> None:
+def test_full_queue_still_grants_warm_requests() -> None:
     rig = Rig(fleet_spec([own("a"), own("b")], [model("a"), model("b")], budget=1, max=1))
     rig.warm("a")
     rig.ask("a")
@@ -181,7 +181,7 @@ def test_a_full_queue_does_not_keep_warm_requests_out() -> None:
     assert {warm, retried} <= set(rig.granted())
 
 
-def test_patience_ends_with_the_reason() -> None:
+def test_timeout_is_rejected_with_the_reason() -> None:
     rig = Rig(owners("ab", queue_timeout_s=5.0))
     rig.warm("a")
     rig.ask("a")
@@ -191,7 +191,7 @@ def test_patience_ends_with_the_reason() -> None:
     assert "no room within 5.0 s: waiting for a to become idle" in rig.take(c.Reject)[0].reason
 
 
-def test_who_leaves_before_the_load_loads_nothing() -> None:
+def test_cancelled_request_starts_no_load() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     busy = rig.ask("a")
@@ -203,7 +203,7 @@ def test_who_leaves_before_the_load_loads_nothing() -> None:
     assert rig.residency("a") is Residency.LOADED
 
 
-def test_a_load_that_nobody_waits_for_any_more_is_not_begun() -> None:
+def test_load_without_a_waiting_request_is_not_started() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     poor = rig.ask("m")
     assert rig.fleet.ledger.reserved_bytes("gpu0") == G
@@ -213,14 +213,14 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_begun() -> None:
     assert not rig.take(c.Load)
 
 
-def test_what_can_never_fit_is_refused_at_once_with_the_numbers() -> None:
+def test_model_over_budget_is_rejected_with_the_numbers() -> None:
     rig = Rig(fleet_spec([own("a")], [model("a", size=4)], budget=2))
     refused = rig.ask("a")
     assert rig.rejects() == {refused: "model_too_large"}
     assert "needs 4.00 GiB on gpu0, whose budget is 2.00 GiB" in rig.take(c.Reject)[0].reason
 
 
-def test_all_pinned_is_said_at_once() -> None:
+def test_request_is_rejected_if_all_others_are_pinned() -> None:
     rig = Rig(owners("ab", pin=True))
     rig.warm("a")
     refused = rig.ask("b")
@@ -231,14 +231,14 @@ def test_all_pinned_is_said_at_once() -> None:
     swap(rig, "a", "b")
 
 
-def test_an_unknown_name_is_said_at_once_and_not_repeated_at_length() -> None:
+def test_unknown_name_is_rejected_and_shortened() -> None:
     rig = Rig(owners("a"))
     refused = rig.ask("nobody" * 10_000)
     assert rig.rejects() == {refused: "model_not_found"}
     assert len(rig.take(c.Reject)[0].reason) < 400
 
 
-def test_a_failed_load_is_told_at_once_with_its_reason_and_tried_again_later() -> None:
+def test_failed_load_is_rejected_at_once_and_retried_later() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     waiting = [rig.ask("m"), rig.ask("m")]
@@ -253,7 +253,7 @@ def test_a_failed_load_is_told_at_once_with_its_reason_and_tried_again_later() -
     assert later in rig.granted()
 
 
-def test_a_hopeless_load_is_not_tried_again_until_somebody_acts() -> None:
+def test_final_load_failure_is_retried_only_on_request() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     rig.ask("m")
@@ -265,7 +265,7 @@ def test_a_hopeless_load_is_not_tried_again_until_somebody_acts() -> None:
     assert rig.take(c.Load)[-1].model == "m"
 
 
-def test_a_start_that_fails_is_told_at_once_and_backs_off() -> None:
+def test_failed_start_is_rejected_at_once_and_backs_off() -> None:
     rig = Rig(owners("a"))
     waiting = rig.ask("a")
     rig.spawned("a") if False else rig.exits("a", 1, reason="CUDA error")
@@ -276,7 +276,7 @@ def test_a_start_that_fails_is_told_at_once_and_backs_off() -> None:
     assert rig.fleet.ledger.reserved_bytes("gpu0") == 0
 
 
-def test_a_crash_while_it_serves_comes_back_for_those_who_wait() -> None:
+def test_crash_while_serving_restarts_for_waiting_requests() -> None:
     rig = Rig(owners("a", concurrency=1))
     rig.warm("a")
     lost = rig.ask("a")
@@ -311,7 +311,7 @@ def test_requested_restart_is_not_reported_as_a_lost_model() -> None:
     assert "lost" not in changes[-1].reason
 
 
-def test_the_failure_of_a_server_during_a_load_is_told_at_once() -> None:
+def test_server_crash_during_a_load_is_rejected_at_once() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     waiting = rig.ask("m")
@@ -322,7 +322,7 @@ def test_the_failure_of_a_server_during_a_load_is_told_at_once() -> None:
     assert rig.fleet.ledger.reserved_bytes("gpu0") == 0
 
 
-def test_a_failed_load_on_a_dying_server_keeps_its_memory_until_the_set_is_empty() -> None:
+def test_failed_load_on_dying_server_keeps_memory_until_empty() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     rig.ask("m")
@@ -334,7 +334,7 @@ def test_a_failed_load_on_a_dying_server_keeps_its_memory_until_the_set_is_empty
     assert rig.fleet.ledger.reserved_bytes("gpu0") == 0
 
 
-def test_a_load_that_a_restart_cut_off_goes_on_in_the_next_generation() -> None:
+def test_load_cut_off_by_a_restart_is_repeated() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     waiting = rig.ask("m")
@@ -346,7 +346,7 @@ def test_a_load_that_a_restart_cut_off_goes_on_in_the_next_generation() -> None:
     assert waiting in rig.granted()
 
 
-def test_a_load_that_hangs_is_given_up_and_unloaded() -> None:
+def test_hanging_load_fails_and_is_unloaded() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s", load_timeout_s=20.0)]))
     rig.spawned("s")
     waiting = rig.ask("m")
@@ -376,14 +376,14 @@ def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"ttl_s": 0.0}, {"pin": True}])
-def test_what_does_not_expire(changes: dict[str, object]) -> None:
+def test_pinned_and_always_running_models_do_not_expire(changes: dict[str, object]) -> None:
     rig = Rig(owners("a", **changes))
     rig.warm("a")
     rig.wait(100_000.0)
     assert rig.residency("a") is Residency.LOADED
 
 
-def test_a_look_at_the_fleet_neither_wakes_nor_keeps() -> None:
+def test_observation_neither_loads_nor_keeps_a_model() -> None:
     rig = Rig(owners("ab", ttl_s=10.0))
     rig.warm("a")
     for _ in range(11):
@@ -393,7 +393,7 @@ def test_a_look_at_the_fleet_neither_wakes_nor_keeps() -> None:
     assert rig.take(c.Stop)
 
 
-def test_a_request_during_the_unload_waits_and_loads_again() -> None:
+def test_request_during_an_unload_waits_and_loads_again() -> None:
     rig = Rig(owners("a", ttl_s=10.0))
     rig.warm("a")
     rig.wait(10.0)
@@ -405,7 +405,7 @@ def test_a_request_during_the_unload_waits_and_loads_again() -> None:
     assert waiting in rig.granted()
 
 
-def test_an_unload_by_an_operator_waits_for_requests_and_gives_no_new_ones() -> None:
+def test_operator_unload_drains_and_grants_nothing_new() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s", preload=True)]))
     rig.spawned("s")
     rig.loaded("m", "s")
@@ -422,7 +422,7 @@ def test_an_unload_by_an_operator_waits_for_requests_and_gives_no_new_ones() -> 
     assert rig.residency("m") is Residency.ABSENT, "what an operator unloaded does not come back by itself"
 
 
-def test_an_unload_by_an_operator_calls_off_their_own_load() -> None:
+def test_operator_unload_cancels_an_operator_load() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     wish = rig.wish("m")
     rig.send(e.UnloadAsked("m"))
@@ -431,7 +431,7 @@ def test_an_unload_by_an_operator_calls_off_their_own_load() -> None:
     assert not rig.take(c.Load)
 
 
-def test_an_unload_during_a_load_waits_for_the_answer() -> None:
+def test_unload_during_a_load_waits_for_its_answer() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     rig.wish("m")
@@ -441,7 +441,7 @@ def test_an_unload_during_a_load_waits_for_the_answer() -> None:
     assert rig.take(c.Unload)
 
 
-def test_an_unload_that_fails_is_tried_again_and_then_the_server_restarts() -> None:
+def test_failing_unload_is_retried_then_restarts_the_server() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     rig.wish("m")
@@ -456,7 +456,7 @@ def test_an_unload_that_fails_is_tried_again_and_then_the_server_restarts() -> N
     assert rig.residency("m") is Residency.ABSENT
 
 
-def test_loads_by_an_operator_end_silently_or_with_a_refusal() -> None:
+def test_operator_load_ends_silently_or_with_a_rejection() -> None:
     rig = Rig(owners("ab"))
     wish = rig.wish("a")
     rig.spawned("a")
@@ -470,7 +470,7 @@ def test_loads_by_an_operator_end_silently_or_with_a_refusal() -> None:
     assert "stopped by an operator" in rig.take(c.Reject)[-1].reason
 
 
-def test_those_who_wait_are_told_when_an_operator_stops_the_process() -> None:
+def test_operator_stop_rejects_waiting_requests() -> None:
     rig = Rig(owners("a"))
     waiting = rig.ask("a")
     rig.send(e.StopAsked("a"))
@@ -480,7 +480,7 @@ def test_those_who_wait_are_told_when_an_operator_stops_the_process() -> None:
 # -- what stays -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_higher_priority_is_not_kept_waiting_by_new_requests_for_a_busy_lower_one() -> None:
+def test_higher_priority_drains_a_busy_lower_one() -> None:
     spec = fleet_spec([own(n) for n in "ac"], [model("a", concurrency=2), model("c", priority=5)])
     rig = Rig(spec)
     rig.warm("a")
@@ -498,7 +498,7 @@ def test_a_higher_priority_is_not_kept_waiting_by_new_requests_for_a_busy_lower_
     assert late in rig.granted()
 
 
-def test_an_equal_priority_waits_for_what_is_in_memory() -> None:
+def test_equal_priority_waits_for_a_loaded_model() -> None:
     spec = fleet_spec([own(n) for n in "ac"], [model("a", concurrency=2, priority=5), model("c", priority=5)])
     rig = Rig(spec)
     rig.warm("a")
@@ -508,14 +508,14 @@ def test_an_equal_priority_waits_for_what_is_in_memory() -> None:
     assert {busy, late} <= set(rig.granted())
 
 
-def test_preload_loads_what_fits_by_priority_and_evicts_nobody() -> None:
+def test_preload_loads_by_priority_and_evicts_nothing() -> None:
     models = [model("a", "s", preload=True), model("b", "s", preload=True, priority=3), model("c", "s", preload=True)]
     rig = Rig(fleet_spec([server("s")], models, budget=2))
     rig.spawned("s")
     assert [command.model for command in rig.take(c.Load)] == ["a", "b"]
 
 
-def test_an_evicted_preload_comes_back_when_there_is_room_but_not_before_the_line() -> None:
+def test_evicted_preload_returns_after_waiting_requests() -> None:
     models = [model("a", "s", preload=True), model("b", "s", preload=True), model("big", "s", size=2, ttl_s=10.0)]
     rig = Rig(fleet_spec([server("s")], models, budget=2))
     rig.spawned("s")
@@ -535,7 +535,7 @@ def test_an_evicted_preload_comes_back_when_there_is_room_but_not_before_the_lin
     assert sorted(command.model for command in rig.take(c.Load)) == ["a", "b", "big"]
 
 
-def test_an_always_running_model_comes_up_comes_back_and_never_expires() -> None:
+def test_always_running_model_returns_and_never_expires() -> None:
     rig = Rig(fleet_spec([own("a", on_demand=False)], [model("a", ttl_s=1.0)]))
     rig.spawned("a")
     rig.wait(1000.0)
@@ -546,7 +546,7 @@ def test_an_always_running_model_comes_up_comes_back_and_never_expires() -> None
     assert rig.residency("a") is Residency.LOADED
 
 
-def test_an_always_running_model_that_cannot_start_ends_failed_and_comes_back_by_hand() -> None:
+def test_always_running_model_fails_until_started_by_hand() -> None:
     rig = Rig(fleet_spec([own("a", on_demand=False)], [model("a")]))
     rig.spawned("a")
     rig.dies("a", 1, ExitKind.BAD_CONFIG)
@@ -562,7 +562,7 @@ def test_an_always_running_model_that_cannot_start_ends_failed_and_comes_back_by
 # -- measured memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_footprints_are_learned_from_the_highest_measurement() -> None:
+def test_footprint_is_learned_from_the_highest_measurement() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")], budget=9))
     rig.spawned("s")
     rig.wish("m")
@@ -576,7 +576,7 @@ def test_footprints_are_learned_from_the_highest_measurement() -> None:
     assert rig.fleet.models["m"].footprint.bytes == {"gpu0": 3 * G}
 
 
-def test_a_declaration_that_was_measured_too_small_is_not_believed_again() -> None:
+def test_declared_footprint_is_raised_by_a_measurement() -> None:
     liar = model("a", footprint=Footprint({"gpu0": G}, FootprintSource.DECLARED))
     rig = Rig(fleet_spec([own("a"), own("b")], [liar, model("b")], budget=3))
     rig.warm("b")
@@ -592,7 +592,7 @@ def test_a_declaration_that_was_measured_too_small_is_not_believed_again() -> No
     assert list(rig.rejects().values()) == ["model_too_large"]
 
 
-def test_a_lower_measurement_than_that_of_an_earlier_daemon_is_not_learned() -> None:
+def test_lower_measurement_than_the_learned_is_ignored() -> None:
     known = model("a", footprint=Footprint({"gpu0": 2 * G}, FootprintSource.LEARNED))
     rig = Rig(fleet_spec([own("a")], [known], budget=4))
     rig.warm("a")
@@ -603,7 +603,7 @@ def test_a_lower_measurement_than_that_of_an_earlier_daemon_is_not_learned() -> 
     assert rig.take(c.LearnFootprint)[-1].bytes == {"gpu0": 3 * G}
 
 
-def test_a_model_that_an_edit_makes_too_large_is_not_started_again_in_its_place() -> None:
+def test_model_too_large_after_an_edit_is_not_restarted() -> None:
     rig = Rig(owners("a", budget=2))
     rig.warm("a")
     rig.clear()
@@ -619,7 +619,7 @@ def test_a_model_that_an_edit_makes_too_large_is_not_started_again_in_its_place(
     assert list(rig.rejects().values()) == ["model_too_large"]
 
 
-def test_what_other_options_took_is_not_learned_for_the_new_ones() -> None:
+def test_measurement_with_old_options_is_not_learned() -> None:
     before, after = (
         fleet_spec([server("s")], [model("m", "s", footprint_hash=text)], budget=9) for text in ("before", "after")
     )
@@ -635,7 +635,7 @@ def test_what_other_options_took_is_not_learned_for_the_new_ones() -> None:
     assert rig.fleet.models["m"].footprint.bytes == {"gpu0": G}
 
 
-def test_over_budget_after_a_measurement_the_idle_one_leaves() -> None:
+def test_measurement_over_budget_unloads_the_idle_model() -> None:
     rig = Rig(owners("ab", budget=2))
     rig.warm("a")
     rig.wait(1.0)
@@ -651,7 +651,7 @@ def test_over_budget_after_a_measurement_the_idle_one_leaves() -> None:
     rig.finish(busy)
 
 
-def test_what_a_server_holds_is_believed_but_not_an_old_look_at_it() -> None:
+def test_observed_residents_count_unless_too_old() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s"), model("n", "s")], budget=9))
     rig.spawned("s")
     rig.wish("m")
@@ -674,14 +674,14 @@ def pair(**changes: object) -> list[ModelSpec]:
     return [model("a", aliases=("gpt",), **changes), model("b")]
 
 
-def test_an_alias_means_its_model() -> None:
+def test_alias_resolves_to_its_model() -> None:
     rig = Rig(fleet_spec([own("a"), own("b")], pair()))
     rig.ask("gpt")
     rig.spawned("a")
     assert rig.take(c.Grant)[0].model == "a"
 
 
-def test_a_route_spreads_by_weight_and_skips_what_cannot_serve() -> None:
+def test_route_spreads_by_weight_and_skips_unable_targets() -> None:
     chat = ModelSpec("chat", routes=(Route("a", 90), Route("b", 10), Route("a", 0), Route("b", 50, shadow=True)))
     rig = Rig(
         fleet_spec([own("a"), own("b")], [model("a", concurrency=9999), model("b", concurrency=9999), chat], budget=2)
@@ -701,7 +701,7 @@ def test_a_route_spreads_by_weight_and_skips_what_cannot_serve() -> None:
 
 
 @pytest.mark.parametrize("why", ["absent", "failed", "full", "blocked", "crashed", "starting again"])
-def test_a_fallback_serves_where_the_first_cannot(why: str) -> None:
+def test_fallback_serves_if_the_first_cannot(why: str) -> None:
     names = ("zzz", "b") if why == "absent" else ("b",)
     crashing = why in ("crashed", "starting again")
     rig = Rig(fleet_spec([own("a", on_demand=not crashing), own("b")], pair(fallback=names, queue_max=1), budget=2))
@@ -726,7 +726,7 @@ def test_a_fallback_serves_where_the_first_cannot(why: str) -> None:
     assert [(grant.request_id, grant.model) for grant in rig.take(c.Grant)] == [(request, "b")]
 
 
-def test_a_fallback_that_lets_nobody_wait_serves_at_once() -> None:
+def test_fallback_with_zero_queue_serves_at_once() -> None:
     models = [model("a", fallback=("b",)), model("b", queue_max=0, concurrency=1)]
     rig = Rig(fleet_spec([own("a"), own("b", on_demand=False)], models, budget=2))
     rig.spawned("b")
@@ -736,7 +736,7 @@ def test_a_fallback_that_lets_nobody_wait_serves_at_once() -> None:
     assert rig.rejects() == {refused: "queue_full"}
 
 
-def test_who_waits_for_an_engine_that_dies_goes_on_to_the_fallback_until_it_serves_again() -> None:
+def test_requests_use_the_fallback_while_an_engine_is_down() -> None:
     rig = Rig(fleet_spec([own("a", on_demand=False), own("b")], pair(fallback=("b",)), budget=2))
     rig.warm("b")
     rig.clear()
@@ -751,7 +751,7 @@ def test_who_waits_for_an_engine_that_dies_goes_on_to_the_fallback_until_it_serv
     assert [grant.model for grant in rig.take(c.Grant)] == ["a"]
 
 
-def test_an_engine_that_only_requests_start_gets_its_next_chance_with_the_next_request() -> None:
+def test_on_demand_engine_is_retried_by_the_next_request() -> None:
     rig = Rig(fleet_spec([own("a"), own("b")], pair(fallback=("b",)), budget=2))
     rig.warm("b")
     rig.warm("a")
@@ -763,7 +763,7 @@ def test_an_engine_that_only_requests_start_gets_its_next_chance_with_the_next_r
     assert [(grant.request_id, grant.model) for grant in rig.take(c.Grant)] == [(waiting, "a")]
 
 
-def test_an_engine_that_is_down_is_waited_for_where_nothing_else_can_serve() -> None:
+def test_engine_that_is_down_is_waited_for_without_fallback() -> None:
     rig = Rig(fleet_spec([own("a", on_demand=False), own("b", on_demand=False)], pair(fallback=("b",)), budget=2))
     for name in "ab":
         rig.spawned(name)
@@ -775,7 +775,7 @@ def test_an_engine_that_is_down_is_waited_for_where_nothing_else_can_serve() -> 
     assert waiting in rig.granted()
 
 
-def test_a_route_passes_by_what_does_not_answer() -> None:
+def test_route_skips_an_unresponsive_target() -> None:
     chat = ModelSpec("chat", routes=(Route("m", 99), Route("b", 1)))
     probes = Probes(readiness=ProbeSpec(http="/", failures=1))
     rig = Rig(fleet_spec([server("p", probes=probes), own("b")], [model("m", "p", size=0), model("b"), chat]))
@@ -792,12 +792,12 @@ def test_a_route_passes_by_what_does_not_answer() -> None:
     assert {grant.model for grant in rig.take(c.Grant)} == {"b"}
 
 
-def test_a_server_that_is_not_ours_and_does_not_answer_is_told_at_once() -> None:
+def test_unresponsive_external_server_is_rejected_at_once() -> None:
     far = server("far", probes=Probes(startup=ProbeSpec(http="/")))
     far = replace(far, capabilities=Capabilities(many_models=True, owns_process=False))
     rig = Rig(fleet_spec([far], [model("m", "far", size=0)]))
     early = rig.ask("m")
-    assert rig.rejects() == {}, "nobody has looked yet"
+    assert rig.rejects() == {}, "the servers were not observed yet"
     rig.probe("far", ProbeKind.STARTUP, ok=False, detail="connection refused")
     late = rig.ask("m")
     assert rig.rejects() == {early: "model_failed", late: "model_failed"}
@@ -808,14 +808,14 @@ def test_a_server_that_is_not_ours_and_does_not_answer_is_told_at_once() -> None
     assert len(rig.granted()) == 1
 
 
-def test_patience_that_is_over_does_not_begin_again_with_the_fallback() -> None:
+def test_timeout_is_not_renewed_by_a_fallback() -> None:
     rig = Rig(fleet_spec([own("a"), own("b")], pair(fallback=("b",), queue_timeout_s=5.0), budget=1))
     waiting = rig.ask("a")
     rig.wait(5.1)
     assert rig.rejects() == {waiting: "queue_timeout"}
 
 
-def test_two_holders_share_the_requests_and_a_failed_one_is_avoided() -> None:
+def test_two_processes_share_requests_and_a_failed_is_avoided() -> None:
     rig = Rig(fleet_spec([server("p"), server("q")], [model("m", "p", "q", size=0, concurrency=2)]))
     for name in "pq":
         rig.spawned(name)
@@ -833,7 +833,7 @@ def test_two_holders_share_the_requests_and_a_failed_one_is_avoided() -> None:
     assert rig.take(c.Grant) == [] or rig.take(c.Grant)[0].process == "p"
 
 
-def test_an_unhealthy_holder_gets_no_requests() -> None:
+def test_unhealthy_process_gets_no_requests() -> None:
     probes = Probes(readiness=ProbeSpec(http="/", failures=1))
     rig = Rig(fleet_spec([server("s", probes=probes)], [model("m", "s")]))
     from fleetd.core.data.specs import ProbeKind
@@ -849,7 +849,7 @@ def test_an_unhealthy_holder_gets_no_requests() -> None:
     assert waiting in rig.granted()
 
 
-def test_the_next_in_line_is_read_ahead_once() -> None:
+def test_next_model_in_the_queue_is_read_ahead_once() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     rig.ask("a")
@@ -859,6 +859,6 @@ def test_the_next_in_line_is_read_ahead_once() -> None:
     assert [command.model for command in rig.take(c.ReadAhead)] == ["b"]
 
 
-def test_services_and_models_live_side_by_side() -> None:
+def test_service_and_model_on_one_device_coexist() -> None:
     rig = Rig(fleet_spec([process("web"), own("a")], [model("a")]))
     assert [command.name for command in rig.take(c.Spawn)] == ["web"]

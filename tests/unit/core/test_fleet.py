@@ -1,4 +1,4 @@
-"""The machine as a whole: replay, the warm path, deadlines, the journal, and what an event may cost."""
+"""The core as a whole: replay, the shortcut for warm requests, deadlines, the journal, and the cost of an event."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.core import Rig, fleet_spec, model, own, owners, process
         ("ooxxoxx", "?oooooo"), ("xxxoo", "??xxo"), ("oxoxox", "??????"),
     ],
 )  # fmt: skip
-def test_a_verdict_needs_its_row(results: str, verdicts: str) -> None:
+def test_verdict_needs_results_in_a_row(results: str, verdicts: str) -> None:
     spec, verdict, seen = ProbeSpec(tcp=True, failures=3, successes=2), Verdict(), ""
     for result in results:
         before = verdict.good
@@ -46,7 +46,7 @@ def test_a_verdict_needs_its_row(results: str, verdicts: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_journal_that_keeps_all_replays_to_the_same_commands(seed: int) -> None:
+def test_recorded_journal_replays_to_the_same_commands(seed: int) -> None:
     world = World(random_fleet(Random(seed)), seed, journal=Journal(keep_all=True))
     rng = Random(seed)
     for _ in range(60):
@@ -63,7 +63,7 @@ def test_a_journal_that_keeps_all_replays_to_the_same_commands(seed: int) -> Non
 
 
 class SlowFleet(Fleet):
-    """The same machine without its short cuts."""
+    """The core without its shortcuts."""
 
     def __init__(self, rng: Random) -> None:
         super().__init__(FleetSpec(), rng)
@@ -72,7 +72,7 @@ class SlowFleet(Fleet):
 
 
 def plain(commands: list[c.Command]) -> list[object]:
-    """Drop the reason of grants: the short cut does not spell it out."""
+    """Drop the reason of grants: the shortcut has none."""
     return [
         (command.request_id, command.model, command.process, command.generation, command.queued_s, command.load_s)
         if isinstance(command, c.Grant)
@@ -92,7 +92,7 @@ KINDS = st.sampled_from(("ask", "ask", "finish", "finish", "wait", "cancel"))
         max_size=80,
     ),
 )
-def test_the_short_cut_gives_the_same_answers(seed: int, steps: list[tuple[str, int]]) -> None:
+def test_shortcut_gives_the_same_answers(seed: int, steps: list[tuple[str, int]]) -> None:
     spec = owners("abc", budget=2, concurrency=2, ttl_s=5.0, aliases=())
     fast, slow = Fleet(FleetSpec(), Random(seed)), SlowFleet(Random(seed))
     now, serial, flight, waiting = 100.0, 0, [], []
@@ -132,7 +132,7 @@ def test_the_short_cut_gives_the_same_answers(seed: int, steps: list[tuple[str, 
             send(e.RequestArrived(serial, "abc"[number % 3]))
 
 
-def test_a_finish_without_anybody_waiting_still_starts_the_idle_time() -> None:
+def test_finish_without_waiting_requests_starts_idle_time() -> None:
     rig = Rig(owners("a", ttl_s=10.0))
     rig.warm("a")
     rig.fleet.next_deadline()
@@ -146,7 +146,7 @@ def test_a_finish_without_anybody_waiting_still_starts_the_idle_time() -> None:
     assert rig.take(c.Stop)
 
 
-def test_a_finish_of_nobody_is_nothing() -> None:
+def test_finish_of_an_unknown_request_does_nothing() -> None:
     rig = Rig(owners("a"))
     assert rig.send(e.RequestFinished(5)) == []
     assert rig.send(e.RequestCancelled(5)) == []
@@ -155,7 +155,7 @@ def test_a_finish_of_nobody_is_nothing() -> None:
 # -- the journal ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_story_of_a_model_tells_why() -> None:
+def test_journal_of_a_model_has_the_eviction() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     rig.ask("b")
@@ -165,7 +165,7 @@ def test_the_story_of_a_model_tells_why() -> None:
     assert c.Stop("a", 1, "evicted for b") in commands
 
 
-def test_the_journal_is_bounded_whatever_clients_ask_for() -> None:
+def test_journal_is_bounded_for_any_requested_names() -> None:
     rig = Rig(owners("a"))
     journal = rig.fleet.journal
     rig.warm("a")
@@ -175,7 +175,7 @@ def test_the_journal_is_bounded_whatever_clients_ask_for() -> None:
             rig.send(e.DrainAsked("a", number % 2000 == 0))
     assert len(journal.entries) <= 4096
     assert len(journal._by_subject) <= 16384
-    assert journal.of("a"), "what is alive is not pushed out by names that nobody has"
+    assert journal.of("a"), "unknown names do not push out existing ones"
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ EVENTS: tuple[tuple[str, Callable[[Rig], e.Event]], ...] = (
 )
 
 
-def test_an_event_costs_the_same_among_five_thousand_models_as_among_a_thousand() -> None:
+def test_event_cost_does_not_grow_with_the_fleet() -> None:
     small, large = crowd(1000), crowd(5000)
     for name, make in EVENTS:
         cheap = calls_of(lambda make=make: (small.fleet.handle(make(small), small.now), small.fleet.next_deadline()))  # type: ignore[misc]
@@ -230,7 +230,7 @@ def test_an_event_costs_the_same_among_five_thousand_models_as_among_a_thousand(
         assert dear < 2500, f"{name}: {dear} calls"
 
 
-def test_many_on_demand_processes_that_were_used_once_cost_nothing_later() -> None:
+def test_used_on_demand_processes_cost_nothing_later() -> None:
     rig = crowd(300)
     before = calls_of(lambda: rig.fleet.handle(e.Tick(), rig.now))
     for number in range(20, 220):
@@ -245,7 +245,7 @@ def test_many_on_demand_processes_that_were_used_once_cost_nothing_later() -> No
     assert len(rig.fleet.state.awake) <= 20
 
 
-def test_a_warm_request_is_a_handful_of_calls() -> None:
+def test_warm_request_takes_few_calls() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
     request = calls_of(lambda: rig.fleet.handle(e.RequestArrived(50, "a"), rig.now))
@@ -254,7 +254,7 @@ def test_a_warm_request_is_a_handful_of_calls() -> None:
     assert finish <= 15
 
 
-def test_no_deadline_ever_stands_still() -> None:
+def test_deadlines_advance_with_every_tick() -> None:
     rig = Rig(owners("ab", preload=True))
     rig.warm("a")
     for _ in range(200):
@@ -268,7 +268,7 @@ def test_no_deadline_ever_stands_still() -> None:
         pytest.fail("the machine asks for time for ever")
 
 
-def test_a_first_fleet_given_to_the_constructor_is_the_same_as_one_that_comes_as_an_event() -> None:
+def test_fleet_from_constructor_equals_fleet_from_event() -> None:
     spec = fleet_spec([process("a"), process("b")])
     given_first = Fleet(spec, Random(1)).handle(e.Tick(), 5.0)
     as_event = Fleet(FleetSpec(), Random(1)).handle(e.SpecChanged(spec), 5.0)

@@ -1,4 +1,4 @@
-"""The state tables: every move, allowed and forbidden."""
+"""The state tables: every allowed and forbidden move."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.core import Rig, fleet_spec, process
 
 @pytest.mark.parametrize("start", ProcessState)
 @pytest.mark.parametrize("end", ProcessState)
-def test_every_move_of_a_process(start: ProcessState, end: ProcessState) -> None:
+def test_process_moves_follow_the_table(start: ProcessState, end: ProcessState) -> None:
     subject = Process(process("a"), state=start)
     if end in PROCESS_MOVES[start]:
         subject.move(end, 5.0, "why")
@@ -36,7 +36,7 @@ def test_every_move_of_a_process(start: ProcessState, end: ProcessState) -> None
 
 @pytest.mark.parametrize("start", Residency)
 @pytest.mark.parametrize("end", Residency)
-def test_every_move_of_a_placement(start: Residency, end: Residency) -> None:
+def test_placement_moves_follow_the_table(start: Residency, end: Residency) -> None:
     subject = Placement("m", "p", state=start, ordered=True)
     if end in RESIDENCY_MOVES[start]:
         subject.move(end, 5.0, "why")
@@ -47,7 +47,7 @@ def test_every_move_of_a_placement(start: Residency, end: Residency) -> None:
         assert subject.state is start
 
 
-def test_the_tables_are_whole() -> None:
+def test_move_tables_cover_every_state() -> None:
     assert set(PROCESS_MOVES) == set(ProcessState) == RUNNING | RESTING
     assert not RUNNING & RESTING
     assert set(RESIDENCY_MOVES) == set(Residency)
@@ -64,13 +64,13 @@ def test_rest_is_left_only_by_a_start_or_to_rest() -> None:
     assert {start for start in RESTING if ProcessState.STOPPING in PROCESS_MOVES[start]} == {ProcessState.FAILED}
 
 
-def test_at_rest_there_is_no_pid() -> None:
+def test_process_at_rest_has_no_pid() -> None:
     subject = Process(process("a"), state=ProcessState.STOPPING, pid=4, spawned=True)
     subject.move(ProcessState.STOPPED, 0.0, "done")
     assert (subject.pid, subject.spawned) == (None, False)
 
 
-def test_a_forbidden_move_tells_the_story() -> None:
+def test_forbidden_move_reports_the_last_notes() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     with pytest.raises(InvalidTransition) as caught:
@@ -78,7 +78,7 @@ def test_a_forbidden_move_tells_the_story() -> None:
     assert any("STARTING" in line and "READY" in line for line in caught.value.story)
 
 
-def test_the_diagram_in_the_document_is_current() -> None:
+def test_diagram_in_the_readme_is_current() -> None:
     text = (Path(__file__).resolve().parents[3] / "fleetd" / "core" / "README.md").read_text("utf-8")
     blocks = [block.split("```")[0].strip().splitlines() for block in text.split("```mermaid\n")[1:]]
     lines = list(diagram())

@@ -1,4 +1,4 @@
-"""Sleep as a cheaper tier than unload: who sleeps, who wakes, who is killed, and what the ledger says meanwhile."""
+"""Sleep and wake of models, and the ledger meanwhile."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def swapped(**changes: object) -> tuple[Rig, int]:
 # -- down and up ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_victim_sleeps_and_wakes_in_the_same_process() -> None:
+def test_victim_sleeps_and_wakes_in_the_same_process() -> None:
     rig = Rig(spec())
     rig.warm("a")
     request = rig.ask("b")
@@ -89,7 +89,7 @@ def test_a_victim_sleeps_and_wakes_in_the_same_process() -> None:
     assert (entry.loads, entry.sleeps, entry.wakes, entry.evictions, entry.wake_s) == (1, 1, 1, 0, pytest.approx(2.0))
 
 
-def test_nothing_is_granted_from_the_decision_on() -> None:
+def test_no_grant_after_the_decision_to_sleep() -> None:
     rig = Rig(spec())
     rig.warm("a")
     rig.ask("b")
@@ -99,7 +99,7 @@ def test_nothing_is_granted_from_the_decision_on() -> None:
     assert late not in rig.granted()
 
 
-def test_a_busy_model_is_not_put_to_sleep() -> None:
+def test_busy_model_is_not_put_to_sleep() -> None:
     rig = Rig(spec())
     rig.warm("a")
     busy = rig.ask("a")
@@ -109,7 +109,7 @@ def test_a_busy_model_is_not_put_to_sleep() -> None:
     assert len(rig.take(c.Sleep)) == 1
 
 
-def test_a_pinned_model_is_not_put_to_sleep() -> None:
+def test_pinned_model_is_not_put_to_sleep() -> None:
     rig = Rig(spec(pin=True))
     rig.warm("a")
     request = rig.ask("b")
@@ -117,7 +117,7 @@ def test_a_pinned_model_is_not_put_to_sleep() -> None:
     assert rig.rejects()[request] == "model_blocked"
 
 
-def test_many_requests_for_a_sleeper_are_one_wake() -> None:
+def test_requests_for_a_sleeper_share_one_wake() -> None:
     rig, _ = swapped()
     requests = [rig.ask("a") for _ in range(3)]
     rig.answers("b", ASLEEP)
@@ -126,7 +126,7 @@ def test_many_requests_for_a_sleeper_are_one_wake() -> None:
     assert rig.granted() == requests
 
 
-def test_a_wish_for_what_falls_asleep_waits_for_its_waking() -> None:
+def test_request_for_a_model_falling_asleep_waits_for_wake() -> None:
     rig = Rig(spec())
     rig.warm("a")
     request = rig.ask("b")
@@ -141,7 +141,7 @@ def test_a_wish_for_what_falls_asleep_waits_for_its_waking() -> None:
     assert wish not in rig.rejects()
 
 
-def test_a_pin_calls_off_a_sleep_that_was_not_ordered_yet() -> None:
+def test_pin_cancels_a_sleep_not_yet_ordered() -> None:
     whole = spec("ab")
     starting = own("x", lane="gpu0", on_demand=False, own_model=None)
     rig = Rig(whole)
@@ -159,7 +159,7 @@ def test_a_pin_calls_off_a_sleep_that_was_not_ordered_yet() -> None:
     assert rig.ask("a") in rig.granted()
 
 
-def test_an_operators_unload_ends_a_sleeper_and_one_that_falls_asleep() -> None:
+def test_operator_unload_ends_sleepers() -> None:
     rig, _ = swapped()
     rig.send(e.UnloadAsked("a"))
     assert [stop.name for stop in rig.take(c.Stop)] == ["a"]
@@ -174,13 +174,13 @@ def test_an_operators_unload_ends_a_sleeper_and_one_that_falls_asleep() -> None:
     assert rig.residency("b") is R.UNLOADING, "an answer that comes too late"
 
 
-def test_an_idle_sleeper_leaves_at_its_time() -> None:
+def test_idle_sleeper_is_unloaded_at_its_ttl() -> None:
     rig, _ = swapped(ttl_s=60.0)
     rig.wait(61.0)
     assert {stop.name: stop.reason for stop in rig.take(c.Stop)} == {"a": "idle for 60 s", "b": "idle for 60 s"}
 
 
-def test_what_should_stay_is_woken_when_there_is_room() -> None:
+def test_preloaded_sleeper_is_woken_when_there_is_room() -> None:
     rig, _ = swapped(preload=True, ttl_s=0.0)
     assert not rig.take(c.Wake)
     rig.send(e.UnloadAsked("b"))
@@ -191,7 +191,7 @@ def test_what_should_stay_is_woken_when_there_is_room() -> None:
 # -- one thing at a time on a lane ------------------------------------------------------------------------------------------
 
 
-def test_a_sleep_waits_for_a_start_and_a_start_for_a_sleep() -> None:
+def test_sleep_and_start_wait_for_each_other() -> None:
     rig = Rig(spec("abc", budget=18))
     rig.warm("a")
     request = rig.ask("b")
@@ -207,7 +207,7 @@ def test_a_sleep_waits_for_a_start_and_a_start_for_a_sleep() -> None:
 
 
 @pytest.mark.parametrize("kind", ["a start", "a stop"])
-def test_nothing_starts_or_stops_beside_a_sleep(kind: str) -> None:
+def test_nothing_starts_or_stops_during_a_sleep(kind: str) -> None:
     other = own("x", lane="gpu0")
     whole = spec("ab", other)
     whole = FleetSpec(whole.processes, {**whole.models, "x": model("x", size=0)}, whole.devices, whole.queue)
@@ -234,7 +234,7 @@ def test_nothing_starts_or_stops_beside_a_sleep(kind: str) -> None:
 
 
 @pytest.mark.parametrize("state", [FAILED, AWAKE])
-def test_a_sleep_that_fails_is_a_kill_and_a_death(state: SleepState) -> None:
+def test_failed_sleep_kills_and_counts_as_a_death(state: SleepState) -> None:
     rig = Rig(spec())
     rig.warm("a")
     request = rig.ask("b")
@@ -250,7 +250,7 @@ def test_a_sleep_that_fails_is_a_kill_and_a_death(state: SleepState) -> None:
     assert request in rig.granted()
 
 
-def test_after_a_failure_it_is_unloaded_and_later_put_to_sleep_again() -> None:
+def test_failed_sleep_leads_to_unloads_for_a_while() -> None:
     rig = Rig(spec(ttl_s=0.0))
     rig.warm("a")
     rig.ask("b")
@@ -281,7 +281,7 @@ def test_after_a_failure_it_is_unloaded_and_later_put_to_sleep_again() -> None:
 
 
 @pytest.mark.parametrize("answer", ["failed", "still asleep", "none"])
-def test_a_wake_that_fails_is_a_kill_and_a_cold_start(answer: str) -> None:
+def test_failed_wake_kills_and_starts_cold(answer: str) -> None:
     rig, _ = swapped(load_timeout_s=20.0)
     request = rig.ask("a")
     rig.answers("b", ASLEEP)
@@ -303,7 +303,7 @@ def test_a_wake_that_fails_is_a_kill_and_a_cold_start(answer: str) -> None:
     assert rig.of("a").restarts == 1
 
 
-def test_a_sleep_without_an_answer_ends() -> None:
+def test_sleep_without_an_answer_fails() -> None:
     rig = Rig(spec(sleep_timeout_s=5.0))
     rig.warm("a")
     rig.ask("b")
@@ -311,16 +311,16 @@ def test_a_sleep_without_an_answer_ends() -> None:
     assert [stop.force for stop in rig.take(c.Stop)] == [True]
 
 
-def test_a_sleeper_that_dies_is_gone_and_counted() -> None:
+def test_dead_sleeper_is_unloaded_and_counted() -> None:
     rig, _ = swapped()
     rig.dies("a", None, ExitKind.OOM)
     assert (rig.residency("a"), held(rig, "a"), rig.state("a")) == (R.ABSENT, {}, S.STOPPED)
     assert rig.of("a").record.deaths == 1
     rig.wait(5.0)
-    assert not rig.take(c.Spawn), "nobody asked for it"
+    assert not rig.take(c.Spawn), "no request for it"
 
 
-def test_one_that_dies_while_it_wakes_is_started_cold() -> None:
+def test_death_while_waking_starts_cold() -> None:
     rig, _ = swapped()
     request = rig.ask("a")
     rig.answers("b", ASLEEP)
@@ -331,7 +331,7 @@ def test_one_that_dies_while_it_wakes_is_started_cold() -> None:
     assert request in rig.granted()
 
 
-def test_a_probe_on_the_way_down_or_up_kills_nobody() -> None:
+def test_probe_during_sleep_or_wake_kills_nothing() -> None:
     liveness = Probes(liveness=ProbeSpec(completion=True, failures=1, timeout_s=2.0))
     whole = spec()
     processes = {name: own(name, lane="gpu0", capabilities=CAN, probes=liveness) for name in whole.processes}
@@ -352,7 +352,7 @@ def test_a_probe_on_the_way_down_or_up_kills_nobody() -> None:
 # -- orders, edits, and the daemon's own restart ------------------------------------------------------------------------------
 
 
-def test_a_restart_of_a_sleeper_ends_it_and_it_comes_when_there_is_room() -> None:
+def test_restarted_sleeper_returns_when_there_is_room() -> None:
     rig, _ = swapped()
     rig.send(e.RestartAsked("a"))
     assert [stop.name for stop in rig.take(c.Stop)] == ["a"]
@@ -363,7 +363,7 @@ def test_a_restart_of_a_sleeper_ends_it_and_it_comes_when_there_is_room() -> Non
     assert [spawn.name for spawn in rig.take(c.Spawn)] == ["a"]
 
 
-def test_an_edit_of_what_it_holds_asleep_reaches_the_ledger() -> None:
+def test_edit_of_the_sleeping_size_reaches_the_ledger() -> None:
     rig, _ = swapped()
     more = {"gpu0": 2 * G}
     models = [model(name, size=8, asleep=more) for name in "ab"]
@@ -372,7 +372,7 @@ def test_an_edit_of_what_it_holds_asleep_reaches_the_ledger() -> None:
     assert held(rig, "b") == {"gpu0": 8}
 
 
-def test_a_process_that_cannot_sleep_is_unloaded_as_ever() -> None:
+def test_model_that_cannot_sleep_is_unloaded() -> None:
     rig = Rig(fleet_spec([own(name) for name in "ab"], [model(name, size=8) for name in "ab"], 10))
     rig.warm("a")
     rig.ask("b")
@@ -381,7 +381,7 @@ def test_a_process_that_cannot_sleep_is_unloaded_as_ever() -> None:
 
 
 def adopted(*states: SleepState) -> Rig:
-    """A daemon that finds `a` and `b` running, and hears of each what it does."""
+    """Start a daemon that adopts `a` and `b` and learns the state of each."""
     found = tuple(e.Adopted(name, 3, 50 + number) for number, name in enumerate("ab"[: len(states)]))
     rig = Rig(spec(), adopted=found, remembered={one.name: Remembered(generation=3) for one in found})
     assert {look.model for look in rig.take(c.LookAsleep)} == {one.name for one in found}
@@ -390,11 +390,11 @@ def adopted(*states: SleepState) -> Rig:
     return rig
 
 
-def test_an_adopted_sleeper_is_found_asleep() -> None:
+def test_adopted_sleeper_is_found_asleep() -> None:
     rig = adopted(ASLEEP, AWAKE)
     assert (rig.residency("a"), rig.residency("b")) == (R.ASLEEP, R.LOADED)
     assert (held(rig, "a"), held(rig, "b")) == ({"gpu0": 1, "host": 2}, {"gpu0": 8, "host": 2})
-    assert not rig.take(c.Stop), "nothing was over the budget but by what nobody knew"
+    assert not rig.take(c.Stop), "only the unknown size exceeded the budget"
     request = rig.ask("a")
     assert [order.model for order in rig.take(c.Sleep)] == ["b"]
     rig.answers("b", ASLEEP)
@@ -402,7 +402,7 @@ def test_an_adopted_sleeper_is_found_asleep() -> None:
     assert request in rig.granted()
 
 
-def test_before_an_adopted_one_is_asked_nothing_is_routed_to_it_or_brought() -> None:
+def test_adopted_engine_gets_nothing_until_it_is_asked() -> None:
     rig = Rig(spec(), adopted=(e.Adopted("a", 3, 50),), remembered={"a": Remembered(generation=3)})
     first, second = rig.ask("a"), rig.ask("b")
     assert not rig.take(c.Grant)
@@ -416,7 +416,7 @@ def test_before_an_adopted_one_is_asked_nothing_is_routed_to_it_or_brought() -> 
     assert [order.model for order in rig.take(c.Sleep)] == ["a"]
 
 
-def test_an_adopted_one_that_does_not_say_is_killed() -> None:
+def test_adopted_engine_without_an_answer_is_killed() -> None:
     rig = adopted(FAILED)
     (stop,) = rig.take(c.Stop)
     assert stop.force
@@ -425,7 +425,7 @@ def test_an_adopted_one_that_does_not_say_is_killed() -> None:
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "whether it has room to start cold is to be seen"
 
 
-def test_an_adopted_one_that_dies_before_it_said_does_not_come_back_unasked() -> None:
+def test_adopted_engine_dead_before_its_answer_stays_down() -> None:
     found = (e.Adopted("a", 3, 50),)
     rig = Rig(spec(), adopted=found, remembered={"a": Remembered(generation=3)})
     assert rig.take(c.LookAsleep)
@@ -434,7 +434,7 @@ def test_an_adopted_one_that_dies_before_it_said_does_not_come_back_unasked() ->
     assert not rig.fleet.state.unobserved
 
 
-def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> None:
+def test_starting_adopted_engine_delays_loads_briefly() -> None:
     whole = spec("ab", budget=18)
     slow = own("a", lane="gpu0", capabilities=CAN, probes=Probes(startup=ProbeSpec(http="/health", deadline_s=600.0)))
     whole = FleetSpec({**whole.processes, "a": slow, "c": own("c")}, {**whole.models, "c": model("c")}, whole.devices)
@@ -450,7 +450,7 @@ def test_an_adopted_one_that_is_still_starting_holds_nobody_up_for_long() -> Non
     assert rig.residency("a") is R.LOADED
 
 
-def test_of_replicas_that_sleep_one_is_woken_though_others_must_leave_for_it() -> None:
+def test_sleeping_replica_is_woken_by_evicting_others() -> None:
     replicas = [replace(own(f"a-{number}", lane="gpu0", capabilities=CAN), own_model="a") for number in (1, 2)]
     models = [model("a", "a-1", "a-2", size=4, asleep=KEPT, concurrency=1), model("b", size=7)]
     rig = Rig(fleet_spec([*replicas, own("b", lane="gpu0", capabilities=CAN)], models, 9))
@@ -477,7 +477,7 @@ def test_of_replicas_that_sleep_one_is_woken_though_others_must_leave_for_it() -
 # -- measured -----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_sleeper_keeps_is_learned_from_a_look_that_is_not_from_before() -> None:
+def test_sleeping_size_is_learned_from_a_recent_sample() -> None:
     rig, _ = swapped()
     sample = e.MemorySampled("a", 1, G, {"gpu0": 8 * G})
     rig.wait(SETTLED_S - 1.0)
@@ -490,7 +490,7 @@ def test_what_a_sleeper_keeps_is_learned_from_a_look_that_is_not_from_before() -
     assert held(rig, "a") == {"gpu0": 2, "host": 2}
 
 
-def test_a_sleeper_over_the_budget_leaves() -> None:
+def test_sleeper_over_the_budget_is_unloaded() -> None:
     rig, _ = swapped()
     rig.wait(SETTLED_S + 1.0)
     rig.clear()
@@ -498,7 +498,7 @@ def test_a_sleeper_over_the_budget_leaves() -> None:
     assert [stop.name for stop in rig.take(c.Stop)] == ["a"]
 
 
-def test_an_unrelated_process_is_not_asked_whether_it_sleeps() -> None:
+def test_process_without_sleep_is_not_asked() -> None:
     rig = Rig(fleet_spec([process("s")]), adopted=(e.Adopted("s", 2, 9),), remembered={"s": Remembered(generation=2)})
     assert not rig.take(c.LookAsleep)
     assert rig.state("s") is S.READY

@@ -1,4 +1,4 @@
-"""Held models whose files are absent: blocked, never failed, and back by themselves; loads that are still being prepared."""
+"""Models whose files are missing, and loads that are still being prepared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def serving(**changes: object) -> Rig:
     return rig
 
 
-def test_a_request_for_a_model_without_its_file_is_blocked_and_names_the_volume() -> None:
+def test_request_for_a_missing_file_names_the_volume() -> None:
     rig = serving()
     rig.send(e.ModelRequirementsChanged("m", ABSENT))
     refused = rig.ask("m")
@@ -27,7 +27,7 @@ def test_a_request_for_a_model_without_its_file_is_blocked_and_names_the_volume(
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 
-def test_what_is_absent_at_the_start_is_not_loaded_ahead_and_comes_by_itself() -> None:
+def test_missing_file_delays_a_preload_until_it_is_back() -> None:
     rig = Rig(fleet_spec([server("o")], [model("m", "o", preload=True)]), missing_models={"m": ABSENT})
     rig.spawned("o")
     assert not rig.take(c.Load)
@@ -35,7 +35,7 @@ def test_what_is_absent_at_the_start_is_not_loaded_ahead_and_comes_by_itself() -
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 
-def test_a_failed_load_is_forgiven_when_the_file_is_back() -> None:
+def test_failed_load_is_retried_when_the_file_is_back() -> None:
     rig = serving()
     rig.ask("m")
     rig.send(e.ModelRequirementsChanged("m", ABSENT))
@@ -49,7 +49,7 @@ def test_a_failed_load_is_forgiven_when_the_file_is_back() -> None:
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 
-def test_a_loaded_model_leaves_with_its_volume_and_a_preloaded_one_comes_back() -> None:
+def test_lost_volume_unloads_and_its_return_preloads() -> None:
     rig = serving(preload=True)
     rig.send(e.Loaded("m", "o", 1))
     rig.clear()
@@ -62,7 +62,7 @@ def test_a_loaded_model_leaves_with_its_volume_and_a_preloaded_one_comes_back() 
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 
-def test_a_route_passes_by_a_model_without_its_file() -> None:
+def test_route_skips_a_model_without_its_file() -> None:
     routes = [e_route("m"), e_route("other")]
     spec = fleet_spec([server("o")], [model("m", "o"), model("other", "o", size=0), model("r", routes=tuple(routes))])
     rig = Rig(spec, missing_models={"m": ABSENT})
@@ -78,7 +78,7 @@ def e_route(to: str) -> object:
     return Route(to)
 
 
-def test_progress_moves_the_deadline_of_a_load() -> None:
+def test_load_progress_moves_the_deadline() -> None:
     rig = serving(load_timeout_s=20.0, queue_timeout_s=500.0)
     rig.ask("m")
     for _ in range(5):
@@ -90,7 +90,7 @@ def test_progress_moves_the_deadline_of_a_load() -> None:
     assert "not loaded within 20 s" in str(rig.fleet.models["m"].failure)
 
 
-def test_a_request_that_its_only_engine_failed_goes_on_to_the_fallback() -> None:
+def test_request_failed_by_its_engine_uses_the_fallback() -> None:
     models = [model("m", "o", fallback=("n",)), model("n", "p", size=0)]
     rig = Rig(fleet_spec([server("o"), server("p")], models))
     rig.spawned("o")

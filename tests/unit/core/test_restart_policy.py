@@ -1,4 +1,4 @@
-"""When a dead process starts again."""
+"""The restart policy: backoff, crash loops, and what counts as a death."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def decide(
         (RestartMode.NEVER, None, False, GiveUp),
     ],
 )  # fmt: skip
-def test_what_follows_a_death(mode: RestartMode, code: int | None, zero: bool, expected: type) -> None:
+def test_decision_after_a_death(mode: RestartMode, code: int | None, zero: bool, expected: type) -> None:
     assert isinstance(decide(replace(PLAIN, mode=mode, success_codes=(0, 3)), ExitReport(code), zero=zero), expected)
 
 
-def test_a_mistake_in_the_configuration_is_not_tried_again() -> None:
+def test_bad_configuration_is_not_retried() -> None:
     record = RestartRecord()
     decision = decide(PLAIN, ExitReport(1, kind=ExitKind.BAD_CONFIG, reason="no such option"), record)
     assert isinstance(decision, GiveUp)
@@ -66,7 +66,7 @@ def test_a_mistake_in_the_configuration_is_not_tried_again() -> None:
     assert isinstance(decide(never, ExitReport(127, kind=ExitKind.BAD_CONFIG)), GiveUp)
 
 
-def test_the_backoff_doubles_up_to_its_limit() -> None:
+def test_backoff_doubles_up_to_its_limit() -> None:
     record = RestartRecord()
     delays = [decision.delay_s for _ in range(6) if isinstance(decision := decide(PLAIN, record=record), Again)]
     assert delays == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
@@ -80,7 +80,7 @@ def test_the_backoff_doubles_up_to_its_limit() -> None:
     st.integers(1, 10_000),
     st.integers(),
 )
-def test_jitter_stays_in_its_bounds(
+def test_jitter_stays_within_bounds(
     initial: float, factor: float, top: float, jitter: float, deaths: int, seed: int
 ) -> None:
     delay = delay_s(Backoff(initial, factor, top, jitter), deaths, Random(seed))
@@ -89,7 +89,7 @@ def test_jitter_stays_in_its_bounds(
 
 
 @pytest.mark.parametrize("gap", [0.0, 5.0, 14.9])
-def test_a_crash_loop_is_seen_whatever_the_gap(gap: float) -> None:
+def test_crash_loop_is_detected_for_any_gap(gap: float) -> None:
     policy = replace(PLAIN, crash_loop=CrashLoop(count=5, window_s=60.0))
     record = RestartRecord()
     decisions = [decide(policy, record=record, now=1000.0 + gap * number) for number in range(5)]
@@ -97,7 +97,7 @@ def test_a_crash_loop_is_seen_whatever_the_gap(gap: float) -> None:
     assert "5 deaths within 60 s" in decisions[-1].reason
 
 
-def test_deaths_outside_of_the_window_do_not_count() -> None:
+def test_deaths_outside_the_window_do_not_count() -> None:
     policy = replace(PLAIN, crash_loop=CrashLoop(count=2, window_s=60.0))
     record = RestartRecord()
     assert all(isinstance(decide(policy, record=record, now=61.0 * number), Again) for number in range(20))
@@ -112,7 +112,7 @@ def test_stable_runs_do_not_hide_a_crash_loop() -> None:
     assert isinstance(decide(policy, record=record, now=24.0), GiveUp)
 
 
-def test_slow_mode_goes_on_until_a_stable_run() -> None:
+def test_slow_mode_lasts_until_a_stable_run() -> None:
     policy = replace(PLAIN, crash_loop=CrashLoop(count=2, window_s=10.0, then="slow", every_s=600.0))
     record = RestartRecord()
     delays = [
@@ -142,7 +142,7 @@ def test_slow_mode_goes_on_until_a_stable_run() -> None:
         (ExitReport(None), "died with an unknown exit code"),
     ],
 )
-def test_a_death_in_words(report: ExitReport, said: str) -> None:
+def test_describe_exit_names_cause_and_reason(report: ExitReport, said: str) -> None:
     assert describe_exit(report) == said
 
 
@@ -156,7 +156,7 @@ def crashing(**changes: object) -> Rig:
     return rig
 
 
-def test_a_crash_is_swept_then_backed_off_then_started_again() -> None:
+def test_crash_is_swept_then_backed_off_then_restarted() -> None:
     rig = crashing()
     rig.clear()
     rig.exits("a")
@@ -170,7 +170,7 @@ def test_a_crash_is_swept_then_backed_off_then_started_again() -> None:
     assert (rig.of("a").generation, rig.of("a").restarts) == (2, 1)
 
 
-def test_a_stable_run_resets_the_backoff_by_a_timer() -> None:
+def test_stable_run_resets_the_backoff() -> None:
     rig = crashing(stable_after_s=10.0)
     for _ in range(2):
         rig.dies("a")
@@ -186,7 +186,7 @@ def test_a_stable_run_resets_the_backoff_by_a_timer() -> None:
     assert rig.of("a").next_start_s == rig.now + 1.0
 
 
-def test_a_crash_loop_ends_in_failed_and_only_a_person_ends_that() -> None:
+def test_crash_loop_fails_until_an_operator_acts() -> None:
     rig = crashing(crash_loop=CrashLoop(count=3, window_s=60.0))
     for _ in range(2):
         rig.dies("a")
@@ -204,7 +204,7 @@ def test_a_crash_loop_ends_in_failed_and_only_a_person_ends_that() -> None:
 
 
 @pytest.mark.parametrize("order", [e.StopAsked("a"), e.RestartAsked("a"), e.RestartDue("a", "schedule")])
-def test_an_ordered_end_is_no_death(order: e.Event) -> None:
+def test_requested_stop_is_not_a_death(order: e.Event) -> None:
     rig = crashing()
     rig.send(order)
     assert rig.state("a") is ProcessState.STOPPING
@@ -214,7 +214,7 @@ def test_an_ordered_end_is_no_death(order: e.Event) -> None:
     assert rig.state("a") is (ProcessState.STOPPED if isinstance(order, e.StopAsked) else ProcessState.STARTING)
 
 
-def test_a_start_that_cannot_be_is_a_death_and_a_hopeless_one_is_the_end() -> None:
+def test_failed_spawn_is_a_death_and_a_final_one_fails() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.send(e.SpawnFailed("a", 1, "port 80 is taken"))
     assert rig.state("a") is ProcessState.BACKOFF
@@ -224,7 +224,7 @@ def test_a_start_that_cannot_be_is_a_death_and_a_hopeless_one_is_the_end() -> No
     assert "no such file: a.js" in rig.of("a").reason
 
 
-def test_an_external_server_is_looked_for_for_ever() -> None:
+def test_external_server_is_retried_forever() -> None:
     from fleetd.core.data.specs import Capabilities, ProbeKind
     from tests.support.core import ALL_PROBES
 
@@ -245,7 +245,7 @@ def test_an_external_server_is_looked_for_for_ever() -> None:
     assert rig.state("far") is ProcessState.READY
 
 
-def test_few_deaths_are_kept_for_the_next_daemon_however_many_a_crash_loop_may_have() -> None:
+def test_few_deaths_are_persisted_for_any_crash_loop() -> None:
     record = RestartRecord()
     for number in range(1500):
         record.times.append(float(number))

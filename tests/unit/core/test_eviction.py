@@ -1,4 +1,4 @@
-"""The ledger and the planner: pure arithmetic over placements."""
+"""The eviction planner and the memory ledger, as pure arithmetic over placements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ledger(**budgets: int) -> Ledger:
 # -- the ledger ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_reservation_is_refused_where_it_does_not_fit() -> None:
+def test_reserve_raises_if_it_does_not_fit() -> None:
     book = ledger(gpu0=10)
     book.reserve(("a", "p"), {"gpu0": 6})
     assert (book.reserved_bytes("gpu0"), book.free_bytes("gpu0")) == (6, 4)
@@ -34,7 +34,7 @@ def test_a_reservation_is_refused_where_it_does_not_fit() -> None:
     assert (book.reserved_bytes("gpu0"), book.reservations) == (0, {})
 
 
-def test_a_measurement_may_exceed_the_budget_and_says_by_how_much() -> None:
+def test_correct_may_exceed_the_budget_and_reports_excess() -> None:
     book = ledger(gpu0=10)
     book.reserve(("a", "p"), {"gpu0": 6})
     book.correct(("a", "p"), {"gpu0": 13})
@@ -44,7 +44,7 @@ def test_a_measurement_may_exceed_the_budget_and_says_by_how_much() -> None:
     assert book.excess() == {}
 
 
-def test_an_unknown_device_has_no_limit_and_is_counted() -> None:
+def test_unknown_device_has_no_limit_and_is_counted() -> None:
     book = ledger(gpu0=10)
     book.reserve(("a", "p"), {"cpu": 10**12})
     assert (book.reserved_bytes("cpu"), book.free_bytes("cpu"), book.lacking({"cpu": 1})) == (10**12, None, {})
@@ -89,26 +89,26 @@ def victims(verdict: Plan) -> list[str]:
     return sorted(placement.model for placement in verdict.victims)
 
 
-def test_what_fits_fits() -> None:
+def test_plan_fits_with_free_memory() -> None:
     assert Table().put("a", 6).ask(4) == Fits()
     assert Table().ask({}) == Fits()
 
 
-def test_what_can_never_fit_says_the_numbers() -> None:
+def test_plan_never_fits_and_has_the_numbers() -> None:
     verdict = Table(budget=10 * 2**30).ask(11 * 2**30)
     assert isinstance(verdict, Never)
     assert not verdict.pinned
     assert "needs 11.00 GiB on gpu0, whose budget is 10.00 GiB" in verdict.reason
 
 
-def test_nothing_is_evicted_unless_the_whole_ask_is_met() -> None:
+def test_plan_evicts_nothing_unless_it_frees_enough() -> None:
     table = Table().put("a", 4).put("b", 6, busy=1)
     verdict = table.ask(9)
     assert isinstance(verdict, Wait)
     assert sorted(p.model for p in verdict.drain) == ["a", "b"]
 
 
-def test_a_second_pass_drops_needless_victims() -> None:
+def test_plan_drops_needless_victims() -> None:
     table = Table().put("small", 2, demand=0.0).put("large", 8, demand=9.0)
     assert victims(table.ask(7)) == ["large"]
 
@@ -124,17 +124,17 @@ def test_a_second_pass_drops_needless_victims() -> None:
         ({"priority": 0, "demand": 99.0}, {"priority": 1}),
     ],
 )
-def test_the_cheapest_to_bring_back_goes_first(one: dict[str, float], other: dict[str, float]) -> None:
+def test_plan_evicts_the_cheapest_to_reload(one: dict[str, float], other: dict[str, float]) -> None:
     for first, second in ((one, other), (other, one)):
         table = Table().put("x", 5, **first).put("y", 5, **second)  # type: ignore[arg-type]
         assert victims(table.ask(5)) == (["x"] if first is one else ["y"])
 
 
-def test_a_young_one_goes_if_no_other_will_do() -> None:
+def test_plan_evicts_a_young_model_as_last_resort() -> None:
     assert victims(Table().put("young", 10, age_s=1.0).ask(5)) == ["young"]
 
 
-def test_pinned_starting_leaving_busy_and_awaited_ones_stay() -> None:
+def test_plan_spares_pinned_starting_busy_and_awaited() -> None:
     assert isinstance(Table().put("a", 10, state=Residency.LOADING).ask(5), Wait)
     assert Table().put("a", 10, state=Residency.UNLOADING).ask(5) == Wait("memory is being freed")
     assert isinstance(Table().put("a", 10).ask(5, awaited=("a",)), Wait)
@@ -145,33 +145,33 @@ def test_pinned_starting_leaving_busy_and_awaited_ones_stay() -> None:
     assert pinned == Never("new does not fit next to the pinned models: a", pinned=True)
 
 
-def test_what_is_leaving_already_is_counted() -> None:
+def test_plan_counts_memory_being_freed() -> None:
     table = Table().put("going", 4, state=Residency.UNLOADING).put("a", 3).put("b", 3)
     assert table.ask(4) == Wait("memory is being freed")
     assert len(victims(table.ask(6))) == 1
 
 
-def test_every_device_has_to_fit() -> None:
+def test_plan_needs_room_on_every_device() -> None:
     table = Table(budget=10, host=4).put("a", {"gpu0": 5, "host": 1}).put("b", {"gpu0": 5, "host": 3})
     assert victims(table.ask({"gpu0": 2, "host": 3})) == ["b"]
     assert isinstance(table.ask({"gpu0": 1, "host": 5}), Never)
 
 
-def test_a_device_that_is_not_lacking_costs_nobody_anything() -> None:
+def test_plan_ignores_devices_with_enough_room() -> None:
     table = Table(budget=10, host=10).put("a", {"host": 9}).put("b", 9)
     assert victims(table.ask({"gpu0": 5, "host": 1})) == ["b"]
 
 
-def test_an_idle_one_is_preferred_to_draining_a_busy_one() -> None:
+def test_plan_prefers_idle_victims_to_busy_ones() -> None:
     table = Table().put("busy", 5, busy=1, priority=-5).put("idle", 5, priority=5)
     assert victims(table.ask(5)) == ["idle"]
 
 
-def test_ties_are_broken_by_name_not_by_chance() -> None:
+def test_plan_breaks_ties_by_name() -> None:
     assert victims(Table().put("b", 5).put("a", 5).ask(5)) == ["a"]
 
 
-def test_the_footprint_of_a_model_is_declared_then_learned_then_estimated() -> None:
+def test_footprint_is_declared_then_learned_then_estimated() -> None:
     from dataclasses import replace
 
     from fleetd.core.data.specs import FootprintSource
@@ -211,7 +211,7 @@ LIGHT = {"gpu0": 1, "host": 4}  # asleep: little on the card, the weights on the
         ({"gpu0": 8, "cpu": 1}, {"gpu0": 9}, 4, ["a"], "a device without a budget is no limit"),
     ],
 )  # fmt: skip
-def test_a_victim_sleeps_where_that_frees_enough(
+def test_victim_sleeps_if_that_frees_enough(
     held: dict[str, int], need: dict[str, int], host: int, expected: list[str], why: str
 ) -> None:
     verdict = Table(host=host).put("a", held, asleep=LIGHT).ask(need)
@@ -219,7 +219,7 @@ def test_a_victim_sleeps_where_that_frees_enough(
     assert sleepers(verdict) == expected, why
 
 
-def test_of_several_victims_those_sleep_that_can() -> None:
+def test_only_victims_that_can_sleep_sleep() -> None:
     table = Table(budget=20, host=4)
     table.put("a", 10, asleep={"gpu0": 1}).put("b", 6, demand=5.0).put("c", 4, asleep={"gpu0": 1}, demand=9.0)
     verdict = table.ask(18)
@@ -228,7 +228,7 @@ def test_of_several_victims_those_sleep_that_can() -> None:
     assert sleepers(table.ask(19)) == ["c"], "the dearest to bring back sleeps, if only one may"
 
 
-def test_after_a_failure_it_is_unloaded_for_a_while() -> None:
+def test_victim_is_unloaded_after_a_failed_sleep() -> None:
     table = Table(host=9).put("a", 8, asleep=LIGHT)
     table.models["a"].sleepless_until_s = NOW + 1
     assert (victims(table.ask(9)), sleepers(table.ask(9))) == (["a"], [])
@@ -236,7 +236,7 @@ def test_after_a_failure_it_is_unloaded_for_a_while() -> None:
     assert sleepers(table.ask(9)) == ["a"]
 
 
-def test_who_falls_asleep_is_waited_for_and_is_no_victim() -> None:
+def test_model_falling_asleep_is_waited_for() -> None:
     table = Table(host=9).put("a", {"gpu0": 8, "host": 4}, asleep=LIGHT, step=SleepStep.SLEEP, closing="evicted")
     assert table.ask(9) == Wait("memory is being freed")
     assert isinstance(table.ask(10), Wait), "what it keeps can be had once it sleeps"
@@ -245,13 +245,13 @@ def test_who_falls_asleep_is_waited_for_and_is_no_victim() -> None:
     assert isinstance(table.put("p", 1, pin=True).ask(10), Never)
 
 
-def test_a_sleeper_is_unloaded_for_what_it_keeps() -> None:
+def test_sleeper_is_unloaded_for_its_remaining_memory() -> None:
     table = Table(host=9).put("a", LIGHT, Residency.ASLEEP, asleep=LIGHT)
     verdict = table.ask(10)
     assert (victims(verdict), sleepers(verdict)) == (["a"], [])
 
 
-def test_a_reservation_grows_to_the_most_of_both_and_only_into_what_is_free() -> None:
+def test_grow_takes_the_larger_size_and_only_free_memory() -> None:
     book = ledger(gpu0=10, host=5)
     book.reserve(("a", "p"), {"gpu0": 6})
     book.grow(("a", "p"), {"gpu0": 1, "host": 4})

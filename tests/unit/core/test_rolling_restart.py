@@ -1,4 +1,4 @@
-"""Restarts in turn: the replicas of one name one after the other, whatever happens to them meanwhile."""
+"""Rolling restarts: the replicas of one name restart one after the other."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def back(rig: Rig, name: str) -> None:
     rig.probe(name, ProbeKind.STARTUP)
 
 
-def test_one_after_the_other_and_each_once() -> None:
+def test_replicas_restart_one_after_the_other() -> None:
     rig = replicas()
     due(rig, "a-3", "a-1", "a-2")
-    assert away(rig) == ["a-3"]  # the first that was due, since nobody else was then
+    assert away(rig) == ["a-3"]  # the first that was due, no other replica was due then
     back(rig, "a-3")
     assert away(rig) == ["a-1"]
     back(rig, "a-1")
@@ -59,7 +59,7 @@ def test_one_after_the_other_and_each_once() -> None:
     assert not rig.fleet.state.rolling
 
 
-def test_the_next_waits_until_the_last_is_ready_not_only_started() -> None:
+def test_next_replica_waits_until_the_last_is_ready() -> None:
     rig = replicas()
     due(rig, *NAMES)
     rig.empty("a-1")
@@ -72,7 +72,7 @@ def test_the_next_waits_until_the_last_is_ready_not_only_started() -> None:
     assert away(rig) == ["a-2"]
 
 
-def test_one_that_waits_for_its_next_try_holds_the_others_and_one_that_failed_does_not() -> None:
+def test_replica_in_backoff_delays_others_a_failed_does_not() -> None:
     rig = replicas(restart=RestartPolicy(crash_loop=CrashLoop(count=2, window_s=1000.0)))
     due(rig, *NAMES)
     rig.empty("a-1")
@@ -89,7 +89,7 @@ def test_one_that_waits_for_its_next_try_holds_the_others_and_one_that_failed_do
 
 
 @pytest.mark.parametrize("how", ["stopped", "removed", "disabled"])
-def test_one_that_is_taken_away_holds_nobody(how: str) -> None:
+def test_removed_replica_delays_nothing(how: str) -> None:
     rig = replicas()
     due(rig, *NAMES)
     if how == "stopped":
@@ -103,7 +103,7 @@ def test_one_that_is_taken_away_holds_nobody(how: str) -> None:
     assert rig.state("a-3") is S.READY
 
 
-def test_other_names_and_other_reasons_do_not_wait() -> None:
+def test_other_names_and_reasons_do_not_wait() -> None:
     rig = replicas()
     due(rig, *NAMES, "b")
     assert rig.state("b") is S.STOPPING
@@ -113,10 +113,10 @@ def test_other_names_and_other_reasons_do_not_wait() -> None:
     assert rig.state("a-3") is S.READY
     back(rig, "a-2")
     assert rig.state("a-3") is S.STOPPING
-    assert "a-2" not in rig.fleet.state.rolling  # it has started anew: that was its turn
+    assert "a-2" not in rig.fleet.state.rolling  # it has restarted: that was its turn
 
 
-def test_what_does_not_run_when_it_is_due_stays_as_it_is() -> None:
+def test_replica_that_does_not_run_is_not_restarted() -> None:
     rig = replicas()
     rig.send(e.StopAsked("a-2"))
     rig.empty("a-2")
@@ -126,7 +126,7 @@ def test_what_does_not_run_when_it_is_due_stays_as_it_is() -> None:
     assert rig.state("a-3") is S.STOPPING
 
 
-def test_old_age_comes_in_turn_too() -> None:
+def test_maximum_age_restarts_in_turn() -> None:
     rig = replicas(max_age_s=100.0)
     rig.wait(101.0)
     assert away(rig) == ["a-1"]
@@ -137,7 +137,7 @@ def test_old_age_comes_in_turn_too() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_schedule_never_takes_two_at_once_and_reaches_all(data: st.DataObject) -> None:
+def test_schedule_restarts_all_replicas_one_at_a_time(data: st.DataObject) -> None:
     rig = replicas()
     begun = {name: rig.of(name).generation for name in NAMES}
     due(rig, *data.draw(st.permutations(NAMES)))

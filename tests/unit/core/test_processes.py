@@ -1,4 +1,4 @@
-"""Processes in the fleet: starts, probes, stops, drains, dependencies, lanes, requirements, adoption, changes, shutdown."""
+"""Processes: starts, probes, stops, drains, dependencies, lanes, prerequisites, adoption, edits, shutdown."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_startup_gates_readiness_gates_liveness() -> None:
     assert rig.take(c.StartProbe)[-1].probe is ProbeKind.LIVENESS
 
 
-def test_readiness_only_routes_and_one_blip_changes_nothing() -> None:
+def test_readiness_only_routes_and_ignores_one_blip() -> None:
     rig = probed()
     ready(rig)
     rig.clear()
@@ -74,7 +74,7 @@ def test_readiness_only_routes_and_one_blip_changes_nothing() -> None:
     assert not rig.take(c.Stop)
 
 
-def test_liveness_kills_and_counts_as_a_death() -> None:
+def test_liveness_failure_kills_and_counts_as_a_death() -> None:
     rig = probed()
     ready(rig)
     rig.probe("a", ProbeKind.LIVENESS, ok=False, detail="timeout")
@@ -86,7 +86,7 @@ def test_liveness_kills_and_counts_as_a_death() -> None:
     assert rig.of("a").record.deaths == 1
 
 
-def test_a_start_that_takes_too_long_is_killed_and_progress_gives_it_more_time() -> None:
+def test_start_timeout_kills_and_progress_extends_it() -> None:
     rig = probed()
     rig.spawned("a")
     rig.wait(9.0)
@@ -100,7 +100,7 @@ def test_a_start_that_takes_too_long_is_killed_and_progress_gives_it_more_time()
     assert rig.state("a") is S.BACKOFF
 
 
-def test_an_exit_during_the_start_is_seen_at_once() -> None:
+def test_exit_during_a_start_is_handled_at_once() -> None:
     rig = probed()
     rig.spawned("a")
     rig.exits("a", 3)
@@ -108,7 +108,7 @@ def test_an_exit_during_the_start_is_seen_at_once() -> None:
 
 
 @pytest.mark.parametrize("gone", ["startup", "readiness"])
-def test_a_probe_that_leaves_the_configuration_holds_nobody_back(gone: str) -> None:
+def test_removed_probe_no_longer_gates_the_start(gone: str) -> None:
     rig = probed()
     rig.spawned("a")
     if gone == "readiness":
@@ -118,7 +118,7 @@ def test_a_probe_that_leaves_the_configuration_holds_nobody_back(gone: str) -> N
     assert rig.state("a") is S.READY
 
 
-def test_new_probes_replace_the_old_ones_without_a_restart() -> None:
+def test_new_probes_replace_old_ones_without_a_restart() -> None:
     rig = probed()
     ready(rig)
     rig.clear()
@@ -130,7 +130,7 @@ def test_new_probes_replace_the_old_ones_without_a_restart() -> None:
 # -- the order of events is not promised ------------------------------------------------------------------------------------
 
 
-def test_an_exit_before_its_spawn_was_reported() -> None:
+def test_exit_reported_before_its_spawn() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.exits("a", 1)
     assert rig.send(e.Spawned("a", 1, 5)) == []
@@ -138,7 +138,7 @@ def test_an_exit_before_its_spawn_was_reported() -> None:
     assert rig.state("a") is S.BACKOFF
 
 
-def test_events_of_dead_generations_change_nothing() -> None:
+def test_events_of_old_generations_change_nothing() -> None:
     rig = Rig(fleet_spec([process("a", probes=ALL_PROBES)]))
     ready(rig)
     rig.send(e.RestartAsked("a"))
@@ -156,7 +156,7 @@ def test_events_of_dead_generations_change_nothing() -> None:
     assert repr(rig.of("a")) == before
 
 
-def test_a_second_death_of_one_generation_is_one() -> None:
+def test_second_exit_of_a_generation_is_ignored() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.exits("a")
@@ -169,7 +169,7 @@ def test_a_second_death_of_one_generation_is_one() -> None:
 # -- the operator -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_lasts_until_a_start_over_a_restart_of_the_daemon() -> None:
+def test_stop_survives_a_daemon_restart_until_a_start() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.send(e.StopAsked("a"))
@@ -229,7 +229,7 @@ def in_state(name: str) -> Rig:
 
 
 def settle(rig: Rig) -> None:
-    """Let the world answer whatever was asked."""
+    """Answer every pending command."""
     for _ in range(6):
         if rig.state("a") is S.STARTING and not rig.of("a").spawned:
             rig.spawned("a")
@@ -240,7 +240,7 @@ def settle(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
+def test_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
     rig = in_state(state)
     before = rig.of("a").generation
     rig.send(e.RestartAsked("a"))
@@ -255,7 +255,7 @@ def test_a_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_stop_in_every_state_ends_stopped(state: str) -> None:
+def test_stop_in_every_state_ends_stopped(state: str) -> None:
     rig = in_state(state)
     rig.send(e.StopAsked("a"))
     settle(rig)
@@ -265,7 +265,7 @@ def test_a_stop_in_every_state_ends_stopped(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_shutdown_in_every_state_ends_at_rest(state: str) -> None:
+def test_shutdown_in_every_state_ends_at_rest(state: str) -> None:
     rig = in_state(state)
     rig.send(e.ShutdownAsked())
     settle(rig)
@@ -273,7 +273,7 @@ def test_a_shutdown_in_every_state_ends_at_rest(state: str) -> None:
     assert rig.state("a") not in {S.STARTING, S.READY, S.STOPPING, S.BACKOFF}
 
 
-def test_a_stop_during_a_crash_is_not_followed_by_a_start() -> None:
+def test_stop_during_a_crash_prevents_the_restart() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.exits("a")
@@ -293,7 +293,7 @@ def test_drain_and_undrain() -> None:
     assert rig.ask("a") in rig.granted()
 
 
-def test_a_drained_process_that_is_stopped_gets_its_whole_drain_time() -> None:
+def test_stop_of_a_drained_process_has_full_drain_time() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
     rig.ask("a")
@@ -306,7 +306,7 @@ def test_a_drained_process_that_is_stopped_gets_its_whole_drain_time() -> None:
     assert rig.state("a") is S.STOPPING
 
 
-def test_a_stop_waits_for_requests_in_flight() -> None:
+def test_stop_waits_for_requests_in_flight() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
     request = rig.ask("a")
@@ -317,7 +317,7 @@ def test_a_stop_waits_for_requests_in_flight() -> None:
     assert rig.state("a") is S.STOPPING
 
 
-def test_an_operator_may_start_an_on_demand_server_that_nothing_needs() -> None:
+def test_operator_starts_an_on_demand_server_without_need() -> None:
     rig = Rig(fleet_spec([server("s", on_demand=True)], [model("m", "s")]))
     assert not rig.take(c.Spawn)
     rig.send(e.StartAsked("s"))
@@ -331,7 +331,7 @@ def test_an_operator_may_start_an_on_demand_server_that_nothing_needs() -> None:
 # -- what cannot be killed ----------------------------------------------------------------------------------------------------
 
 
-def test_survivors_keep_the_memory_and_forbid_a_start() -> None:
+def test_survivors_keep_their_memory_and_prevent_a_start() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     rig.exits("a")
@@ -350,7 +350,7 @@ def test_survivors_keep_the_memory_and_forbid_a_start() -> None:
     assert rig.of("a").survivors == ()
 
 
-def test_survivors_are_looked_at_again_after_a_minute() -> None:
+def test_survivors_are_swept_again_after_a_minute() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.exits("a")
@@ -373,7 +373,7 @@ def chain(condition: DependencyCondition, **changes: object) -> Rig:
 
 
 @pytest.mark.parametrize("condition", DependencyCondition)
-def test_the_three_conditions(condition: DependencyCondition) -> None:
+def test_dependency_conditions(condition: DependencyCondition) -> None:
     rig = chain(condition)
     assert rig.state("b") is S.BLOCKED
     assert rig.of("b").reason == f"waiting for a to be {condition}"
@@ -386,7 +386,7 @@ def test_the_three_conditions(condition: DependencyCondition) -> None:
     assert rig.state("b") is S.STARTING
 
 
-def test_a_wait_for_a_dependency_can_be_called_off() -> None:
+def test_wait_for_a_dependency_can_be_cancelled() -> None:
     rig = chain(DependencyCondition.READY)
     rig.send(e.StopAsked("b"))
     assert rig.state("b") is S.STOPPED
@@ -394,7 +394,7 @@ def test_a_wait_for_a_dependency_can_be_called_off() -> None:
     assert rig.state("b") is S.STOPPED
 
 
-def test_a_dependency_is_judged_by_its_current_generation() -> None:
+def test_dependency_is_judged_by_its_current_generation() -> None:
     rig = chain(DependencyCondition.READY)
     rig.spawned("a")
     rig.probe("a", ProbeKind.STARTUP)
@@ -407,7 +407,7 @@ def test_a_dependency_is_judged_by_its_current_generation() -> None:
 
 
 @pytest.mark.parametrize("how", ["failed", "stopped", "ended", "absent"])
-def test_an_impossible_dependency_is_said_at_once_and_comes_again(how: str) -> None:
+def test_impossible_dependency_fails_and_recovers(how: str) -> None:
     if how == "absent":
         rig = Rig(fleet_spec([process("b", depends_on=(Dependency("a"),))]))
     else:
@@ -430,7 +430,7 @@ def test_an_impossible_dependency_is_said_at_once_and_comes_again(how: str) -> N
     assert rig.state("b") is S.STARTING
 
 
-def test_an_on_demand_model_recovers_with_its_dependency() -> None:
+def test_on_demand_model_recovers_with_its_dependency() -> None:
     spec = fleet_spec([process("a"), own("m", depends_on=(Dependency("a"),))], [model("m")])
     rig = Rig(spec)
     rig.spawned("a")
@@ -448,7 +448,7 @@ def test_an_on_demand_model_recovers_with_its_dependency() -> None:
 EXCLUSIVE = Capabilities(exclusive_start=True)
 
 
-def test_on_a_lane_starts_and_ordered_stops_take_turns() -> None:
+def test_starts_and_stops_on_a_lane_take_turns() -> None:
     names = ("a", "b", "c")
     specs = [
         own(name, lane="gpu0", capabilities=EXCLUSIVE, probes=Probes(startup=ProbeSpec(http="/"))) for name in names
@@ -483,7 +483,7 @@ def measuring(budget: int = 8) -> Rig:
     return rig
 
 
-def test_nothing_loads_or_unloads_while_an_engine_that_measures_memory_starts() -> None:
+def test_loads_wait_while_a_measuring_engine_starts() -> None:
     rig = measuring()
     rig.ask("m")
     rig.send(e.Loaded("m", "o", 1))
@@ -502,7 +502,7 @@ def test_nothing_loads_or_unloads_while_an_engine_that_measures_memory_starts() 
 
 
 @pytest.mark.parametrize("answer", [e.Loaded("m", "o", 1), e.LoadFailed("m", "o", 1, "broken")])
-def test_an_engine_that_measures_memory_starts_when_no_model_comes_or_goes(answer: e.Event) -> None:
+def test_measuring_engine_waits_for_loads_and_unloads(answer: e.Event) -> None:
     rig = measuring()
     rig.ask("m")
     assert rig.take(c.Load)
@@ -513,7 +513,7 @@ def test_an_engine_that_measures_memory_starts_when_no_model_comes_or_goes(answe
     assert [command.name for command in rig.take(c.Spawn)] == ["o", "v"]
 
 
-def test_room_for_one_that_measures_is_made_before_it_starts_and_after_its_neighbour_did() -> None:
+def test_eviction_for_a_measuring_engine_waits_its_turn() -> None:
     rig = measuring(budget=2)
     rig.ask("m")
     rig.send(e.Loaded("m", "o", 1))
@@ -530,7 +530,7 @@ def test_room_for_one_that_measures_is_made_before_it_starts_and_after_its_neigh
     assert rig.state("w") is S.STARTING
 
 
-def test_the_start_deadline_counts_from_the_last_progress_and_names_it() -> None:
+def test_start_deadline_counts_from_the_last_progress() -> None:
     slow = Probes(startup=ProbeSpec(http="/", deadline_s=10.0))
     rig = Rig(fleet_spec([process("a", probes=slow)]))
     rig.spawned("a")
@@ -548,7 +548,7 @@ def test_the_start_deadline_counts_from_the_last_progress_and_names_it() -> None
 # -- requirements ---------------------------------------------------------------------------------------------------------------
 
 
-def test_an_absent_volume_blocks_and_resumes_by_itself() -> None:
+def test_missing_volume_blocks_until_it_is_back() -> None:
     rig = Rig(fleet_spec([process("a")]), missing={"a": ("/Volumes/B",)})
     assert not rig.take(c.Spawn)
     assert (rig.state("a"), rig.of("a").reason) == (S.BLOCKED, "missing: /Volumes/B")
@@ -556,7 +556,7 @@ def test_an_absent_volume_blocks_and_resumes_by_itself() -> None:
     assert rig.state("a") is S.STARTING
 
 
-def test_a_running_process_goes_on_without_its_volume_and_blocks_after_its_death() -> None:
+def test_missing_volume_blocks_only_after_a_death() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.send(e.RequirementsChanged("a", ("/Volumes/B",)))
@@ -568,7 +568,7 @@ def test_a_running_process_goes_on_without_its_volume_and_blocks_after_its_death
     assert (rig.state("a"), rig.of("a").restarts) == (S.STARTING, 1)
 
 
-def test_an_on_demand_model_without_its_volume_is_blocked_and_says_so() -> None:
+def test_on_demand_model_without_its_volume_is_blocked() -> None:
     rig = Rig(owners("a"), missing={"a": ("/Volumes/B",)})
     refused = rig.ask("a")
     assert rig.rejects()[refused] == "model_blocked"
@@ -585,7 +585,7 @@ def test_an_on_demand_model_without_its_volume_is_blocked_and_says_so() -> None:
 # -- limits ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_over_the_limit_twice_in_a_row_restarts() -> None:
+def test_memory_over_the_limit_twice_restarts() -> None:
     rig = Rig(fleet_spec([process("a", memory_limit_bytes=G)]))
     rig.spawned("a")
     for size in (2 * G, G, 2 * G):
@@ -597,7 +597,7 @@ def test_memory_over_the_limit_twice_in_a_row_restarts() -> None:
     assert (rig.state("a"), rig.of("a").restarts, rig.of("a").record.deaths) == (S.STARTING, 1, 0)
 
 
-def test_old_age_restarts() -> None:
+def test_maximum_age_restarts() -> None:
     rig = Rig(fleet_spec([process("a", max_age_s=100.0)]))
     rig.spawned("a")
     rig.wait(99.0)
@@ -606,14 +606,14 @@ def test_old_age_restarts() -> None:
     assert rig.state("a") is S.STOPPING
 
 
-# -- requests that find nobody --------------------------------------------------------------------------------------------
+# -- requests without a connection --------------------------------------------------------------------------------------------
 
 
 def refuse(rig: Rig, request: int) -> None:
     rig.send(e.RequestFinished(request, True, "no connection (Connection refused)"))
 
 
-def test_what_takes_no_connection_is_out_of_routing_until_its_probe_says_otherwise() -> None:
+def test_refused_connection_unroutes_until_the_probe_passes() -> None:
     rig = Rig(fleet_spec([own("a", probes=ALL_PROBES)], [model("a")]))
     first = rig.ask("a")
     ready(rig, "a")
@@ -630,7 +630,7 @@ def test_what_takes_no_connection_is_out_of_routing_until_its_probe_says_otherwi
     assert second in rig.granted()
 
 
-def test_without_a_probe_the_next_request_tells_after_a_moment() -> None:
+def test_refused_connection_without_probe_is_retried_soon() -> None:
     rig = Rig(owners("a"))
     first = rig.ask("a")
     rig.spawned("a")
@@ -642,7 +642,7 @@ def test_without_a_probe_the_next_request_tells_after_a_moment() -> None:
     assert (rig.state("a"), second in rig.granted()) == (S.READY, True)
 
 
-def test_a_refusal_by_an_earlier_generation_says_nothing() -> None:
+def test_refused_connection_of_an_old_run_is_ignored() -> None:
     rig = Rig(fleet_spec([own("a", on_demand=False)], [model("a")]))
     rig.spawned("a")
     first = rig.ask("a")
@@ -653,7 +653,7 @@ def test_a_refusal_by_an_earlier_generation_says_nothing() -> None:
     assert rig.state("a") is S.READY
 
 
-def test_of_two_servers_elsewhere_the_one_that_takes_no_connection_is_left_out_at_once() -> None:
+def test_external_server_refusing_connections_is_skipped() -> None:
     far = {"capabilities": Capabilities(owns_process=False, many_models=True)}
     spec = fleet_spec([server("x", **far), server("y", **far)], [model("m", "x", "y", size=0)])
     rig = Rig(spec)
@@ -667,13 +667,13 @@ def test_of_two_servers_elsewhere_the_one_that_takes_no_connection_is_left_out_a
     assert again in rig.granted()
     refuse(rig, again)
     last = rig.ask("m")
-    assert rig.rejects() == {last: "model_failed"}, "nobody here can start them: told at once"
+    assert rig.rejects() == {last: "model_failed"}, "fleetd cannot start them: rejected at once"
 
 
 # -- adoption and memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_adopted_process_is_not_spawned_again_and_serves_at_once() -> None:
+def test_adopted_process_serves_without_a_spawn() -> None:
     rig = Rig(
         owners("a"),
         remembered={"a": Remembered(restarts=3, generation=9)},
@@ -686,7 +686,7 @@ def test_an_adopted_process_is_not_spawned_again_and_serves_at_once() -> None:
     assert rig.fleet.ledger.reserved_bytes("gpu0") == G
 
 
-def test_an_adopted_process_that_should_be_stopped_is() -> None:
+def test_adopted_process_that_should_be_stopped_is_stopped() -> None:
     rig = Rig(
         fleet_spec([process("a")]),
         remembered={"a": Remembered(stopped=True, generation=2)},
@@ -695,7 +695,7 @@ def test_an_adopted_process_that_should_be_stopped_is() -> None:
     assert rig.take(c.Stop)[0].generation == 2
 
 
-def test_an_adopted_on_demand_server_lives_until_it_was_looked_at() -> None:
+def test_adopted_on_demand_server_runs_until_observed() -> None:
     spec = fleet_spec([server("s", on_demand=True)], [model("m", "s")])
     rig = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
     assert rig.state("s") is S.READY
@@ -707,7 +707,7 @@ def test_an_adopted_on_demand_server_lives_until_it_was_looked_at() -> None:
     assert idle.state("s") is S.STOPPING
 
 
-def test_what_had_given_up_stays_so_over_a_restart_of_the_daemon() -> None:
+def test_failed_process_stays_failed_after_daemon_restart() -> None:
     rig = Rig(fleet_spec([process("a")]), remembered={"a": Remembered(failed="crash loop", restarts=4, generation=5)})
     assert (rig.state("a"), rig.of("a").reason, rig.of("a").restarts) == (S.FAILED, "crash loop", 4)
     assert not rig.take(c.Spawn)
@@ -715,14 +715,14 @@ def test_what_had_given_up_stays_so_over_a_restart_of_the_daemon() -> None:
     assert rig.take(c.Spawn)[0].generation == 6
 
 
-def test_the_backoff_goes_on_over_a_restart_of_the_daemon() -> None:
+def test_backoff_continues_after_a_daemon_restart() -> None:
     rig = Rig(fleet_spec([process("a")]), remembered={"a": Remembered(deaths=3, generation=5)})
     rig.spawned("a")
     rig.dies("a")
     assert rig.of("a").record.deaths == 4
 
 
-def test_the_window_of_the_crash_loop_goes_on_over_restarts_of_the_daemon() -> None:
+def test_crash_loop_window_survives_daemon_restarts() -> None:
     spec, kept = fleet_spec([process("a")]), Remembered()
     for death in range(1, 6):
         rig = Rig(spec, remembered={"a": kept})
@@ -738,7 +738,7 @@ def test_the_window_of_the_crash_loop_goes_on_over_restarts_of_the_daemon() -> N
     assert late.state("a") is S.BACKOFF, "deaths of an hour ago are out of the window"
 
 
-def test_a_slow_crash_loop_stays_slow_over_a_restart_of_the_daemon() -> None:
+def test_slow_crash_loop_stays_slow_after_daemon_restart() -> None:
     spec = fleet_spec([process("a", restart=RestartPolicy(crash_loop=CrashLoop(count=3, then="slow", every_s=600)))])
     rig = Rig(spec, remembered={"a": Remembered(deaths=5, slow=True)})
     rig.spawned("a")
@@ -749,14 +749,14 @@ def test_a_slow_crash_loop_stays_slow_over_a_restart_of_the_daemon() -> None:
 # -- changes of the configuration ---------------------------------------------------------------------------------------------------
 
 
-def test_an_equal_configuration_changes_nothing() -> None:
+def test_equal_configuration_changes_nothing() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     rig.clear()
     assert rig.send(e.SpecChanged(owners("ab"))) == []
 
 
-def test_hot_fields_change_without_a_restart_and_launch_fields_with_one() -> None:
+def test_only_launch_fields_restart_a_process() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.clear()
@@ -768,7 +768,7 @@ def test_hot_fields_change_without_a_restart_and_launch_fields_with_one() -> Non
     assert (rig.state("a"), rig.of("a").generation) == (S.STARTING, 2)
 
 
-def test_scaling_up_and_down_leaves_the_rest_alone() -> None:
+def test_scaling_leaves_other_replicas_alone() -> None:
     def pool(count: int) -> list[ProcessSpec]:
         return [process(f"w-{number}", base="w") for number in range(1, count + 1)]
 
@@ -788,7 +788,7 @@ def test_scaling_up_and_down_leaves_the_rest_alone() -> None:
     assert rig.of("w-1").generation == 1
 
 
-def test_a_replica_more_of_what_is_stopped_is_stopped_too() -> None:
+def test_new_replica_of_a_stopped_entry_is_stopped() -> None:
     rig = Rig(fleet_spec([process("w", base="w")]))
     rig.spawned("w")
     rig.send(e.StopAsked("w"))
@@ -802,7 +802,7 @@ def test_a_replica_more_of_what_is_stopped_is_stopped_too() -> None:
     assert [command.name for command in rig.take(c.Spawn)] == ["w-1", "w-3"], "one of them runs: so does another"
 
 
-def test_a_name_that_comes_back_does_not_repeat_generations() -> None:
+def test_returning_name_does_not_repeat_generations() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.send(e.SpecChanged(fleet_spec([])))
@@ -812,7 +812,7 @@ def test_a_name_that_comes_back_does_not_repeat_generations() -> None:
     assert rig.take(c.Spawn)[-1].generation == 2
 
 
-def test_a_removed_model_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
+def test_removed_model_finishes_its_requests_in_flight() -> None:
     rig = Rig(owners("ab"))
     rig.warm("a")
     request = rig.ask("a")
@@ -827,7 +827,7 @@ def test_a_removed_model_finishes_what_is_in_flight_and_refuses_the_rest() -> No
     assert not rig.fleet.ledger.reservations
 
 
-def test_requests_waiting_for_a_removed_model_are_told() -> None:
+def test_requests_waiting_for_a_removed_model_are_rejected() -> None:
     rig = Rig(owners("ab"))
     waiting = rig.ask("a")
     rig.send(e.SpecChanged(owners("b")))
@@ -837,7 +837,7 @@ def test_requests_waiting_for_a_removed_model_are_told() -> None:
     assert sorted(rig.fleet.models) == sorted(rig.fleet.processes) == ["b"]
 
 
-def test_a_removed_server_with_loads_under_way_is_forgotten() -> None:
+def test_removed_server_with_pending_loads_is_forgotten() -> None:
     spec = fleet_spec([server("s"), process("x")], [model("m", "s")])
     rig = Rig(spec)
     waiting = rig.ask("m")
@@ -849,7 +849,7 @@ def test_a_removed_server_with_loads_under_way_is_forgotten() -> None:
     assert not rig.fleet.models
 
 
-def test_an_edit_gives_what_failed_a_new_chance() -> None:
+def test_edit_retries_a_failed_process() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.dies("a", 1, ExitKind.BAD_CONFIG)
@@ -857,7 +857,7 @@ def test_an_edit_gives_what_failed_a_new_chance() -> None:
     assert rig.state("a") is S.STARTING
 
 
-def test_disabled_stops_and_enabled_starts() -> None:
+def test_disabling_stops_and_enabling_starts() -> None:
     rig = Rig(fleet_spec([process("a", enabled=False)]))
     assert rig.state("a") is S.STOPPED
     rig.send(e.SpecChanged(fleet_spec([process("a")])))
@@ -870,7 +870,7 @@ def test_disabled_stops_and_enabled_starts() -> None:
 # -- shutdown -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_waits_for_many_others_comes_unless_one_of_them_needs_help() -> None:
+def test_will_start_unless_a_dependency_needs_help() -> None:
     layers = [[f"{layer}-{place}" for place in range(8)] for layer in range(200)]
     below: dict[str, list[str]] = {name: before for before, names in pairwise(layers) for name in names}
     spec = [process(name, depends_on=tuple(map(Dependency, below.get(name, ())))) for names in layers for name in names]
@@ -881,12 +881,12 @@ def test_what_waits_for_many_others_comes_unless_one_of_them_needs_help() -> Non
         return will_start(rig.fleet.state, rig.fleet.supervisor.wanted, rig.of(name))
 
     assert looked("199-0")
-    rig.send(e.RequirementsChanged("0-3", ("/vol (absent)",)))
+    rig.send(e.RequirementsChanged("0-3", ("/vol (missing)",)))
     assert not looked("199-0")
     assert looked("0-0")
 
 
-def test_a_shutdown_goes_in_reverse_order_of_dependency() -> None:
+def test_shutdown_stops_in_reverse_dependency_order() -> None:
     rig = Rig(fleet_spec([process("db"), process("web", depends_on=(Dependency("db"),))]))
     rig.spawned("db")
     rig.spawned("web")
@@ -901,7 +901,7 @@ def test_a_shutdown_goes_in_reverse_order_of_dependency() -> None:
     assert len(rig.take(c.Finished)) == 1
 
 
-def test_a_forced_shutdown_has_no_grace() -> None:
+def test_forced_shutdown_has_no_grace() -> None:
     rig = Rig(owners("ab", budget=2))
     rig.warm("a")
     rig.ask("a")
@@ -912,7 +912,7 @@ def test_a_forced_shutdown_has_no_grace() -> None:
     assert {(command.name, command.force) for command in rig.take(c.Stop)} == {("a", True), ("b", True)}
 
 
-def test_a_shutdown_refuses_those_who_wait_and_those_who_come() -> None:
+def test_shutdown_rejects_waiting_and_new_requests() -> None:
     rig = Rig(owners("a"))
     waiting = rig.ask("a")
     rig.send(e.ShutdownAsked())
@@ -923,7 +923,7 @@ def test_a_shutdown_refuses_those_who_wait_and_those_who_come() -> None:
     assert rig.take(c.Finished)
 
 
-def test_nothing_new_is_loaded_until_adopted_servers_were_looked_at() -> None:
+def test_loads_wait_until_adopted_servers_are_observed() -> None:
     spec = fleet_spec([server("s"), own("x")], [model("m", "s"), model("n", "s", preload=True), model("x")])
     rig = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
     waiting = rig.ask("x")
@@ -935,11 +935,11 @@ def test_nothing_new_is_loaded_until_adopted_servers_were_looked_at() -> None:
     blind = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
     blind.ask("x")
     blind.wait(10.0)
-    assert blind.take(c.Spawn), "a server that cannot say what it holds keeps nobody waiting for ever"
+    assert blind.take(c.Spawn), "a server that cannot report its models delays no request forever"
 
 
-def test_a_start_that_waiting_cannot_help_fails_at_once() -> None:
-    """The server answers, and is too old: another start would end alike, so there is none."""
+def test_start_with_a_final_failure_fails_at_once() -> None:
+    """A server that answers but is too old is not restarted: a restart gives the same result."""
     rig = Rig(fleet_spec([process("a", probes=Probes(startup=ProbeSpec(http="/", deadline_s=60.0)))]))
     rig.spawned("a")
     rig.send(e.ProbeResult("a", 1, ProbeKind.STARTUP, False, "version 1 is too old", final=True))
@@ -952,7 +952,7 @@ def test_a_start_that_waiting_cannot_help_fails_at_once() -> None:
     assert rig.state("a") is S.STARTING
 
 
-def test_a_server_elsewhere_is_looked_for_whatever_it_answers() -> None:
+def test_external_server_is_retried_after_any_answer() -> None:
     away = replace(
         process("a", probes=Probes(startup=ProbeSpec(http="/"))), capabilities=Capabilities(owns_process=False)
     )
