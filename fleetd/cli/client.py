@@ -1,10 +1,10 @@
-"""A small HTTP client over the Unix socket, from little but the standard library: `fleetctl` must start in milliseconds.
+"""A small HTTP client over the Unix socket, from the standard library alone, because `fleetctl` must start in milliseconds.
 
-The rules of this file
-- Every wait has an end, every answer a size limit.
-- A daemon that holds its lock and does not listen starts, or replaces itself: it is given a moment before it is called absent.
-- What goes wrong is one of three: Unreachable (no daemon, or not one that we understand), RequestRefused (it answered no),
-  StreamCut (it stopped in the middle). None of them shows a traceback.
+Invariants:
+- Every wait has a deadline, every response a size limit.
+- A daemon that holds its lock and does not listen is starting or re-executing: the client waits for it before reporting an error.
+- Every failure is Unreachable (no daemon, or an incompatible one), RequestRefused (an error response) or StreamCut (a stream
+  without its end). None prints a traceback.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from urllib.parse import quote, urlencode
 
 from fleetd.units import expand_home
 
-ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump holds a whole journal
-TARGET_MAX = 8000  # a server takes a line of 8190 bytes
+ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump contains the whole journal
+TARGET_MAX = 8000  # the server accepts request lines up to 8190 bytes
 LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
@@ -36,7 +36,7 @@ EXIT_UNKNOWN, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 4, 5, 6, 130
 
 
 class CliError(Exception):
-    """Something to tell a person in a sentence, and the exit code that goes with it."""
+    """An error for the user: one sentence, an exit code and a hint."""
 
     def __init__(self, message: str, exit_code: int = EXIT_FAILED, hint: str | None = None) -> None:
         super().__init__(message)
@@ -45,18 +45,18 @@ class CliError(Exception):
 
 
 class Unreachable(CliError):
-    """No daemon, or none that is understood. Message and hint are one line."""
+    """No daemon, or an incompatible one. Message and hint are one line."""
 
     def __init__(self, message: str, hint: str | None = "start it with: fleetd run") -> None:
         super().__init__(f"{message} ({hint})" if hint else message, EXIT_UNREACHABLE)
 
 
 class HungUp(Unreachable):
-    """The daemon ended the connection without an answer."""
+    """The daemon closed the connection without a response."""
 
 
 class NotRunning(Unreachable):
-    """Nobody listens."""
+    """No daemon listens on the socket."""
 
 
 class StreamCut(CliError):
@@ -65,7 +65,7 @@ class StreamCut(CliError):
 
 
 class RequestRefused(CliError):
-    """The daemon answered with an error. `body` is its whole document."""
+    """The daemon returned an error; `body` is its whole document."""
 
     def __init__(self, status: int, body: Mapping[str, Any]) -> None:
         error = body.get("error")
@@ -75,7 +75,7 @@ class RequestRefused(CliError):
         message = str(found.get("message") or f"the daemon answered {status}")
         exits = {
             "unknown_name": EXIT_UNKNOWN,
-            "unknown_route": EXIT_UNKNOWN,  # a name such as `..`, which is no path
+            "unknown_route": EXIT_UNKNOWN,  # a name such as `..`, which is not a path
             "model_not_found": EXIT_UNKNOWN,
             "invalid_config": EXIT_USAGE,
             "invalid_request": EXIT_USAGE,
@@ -87,7 +87,7 @@ class RequestRefused(CliError):
 
 
 def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
-    """Return where a daemon may listen: what was given, else $FLEETD_SOCKET, else the two usual places."""
+    """Return the sockets to try: the given one, else $FLEETD_SOCKET, else the two default paths."""
     chosen = given or env.get("FLEETD_SOCKET")
     if chosen:
         return [Path(expand_home(chosen))]
@@ -97,9 +97,9 @@ def socket_candidates(given: str | None, env: Mapping[str, str]) -> list[Path]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a daemon lives whose socket is, or will be, at `path`: it holds the lock beside it.
+    """Return whether a running daemon holds the lock next to the socket `path`.
 
-    A lock whose last holder is dead is not touched: a daemon that starts right now would find it taken.
+    The lock of a dead holder is not touched: a daemon that starts at this moment would find it taken.
     """
     import fcntl
 
@@ -112,12 +112,12 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     except (OSError, ValueError):
-        return False  # no lock file, or nobody who holds it
+        return False  # no lock file, or no holder
     return False
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a socket that is already connected."""
+    """HTTP over a connected socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__("fleetd")
@@ -128,7 +128,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """One connection per request: the daemon may be replaced between two of them."""
+    """A client with one connection per request, since the daemon may re-execute between two requests."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Client:
     # -- connecting -----------------------------------------------------------------------------------------------------
 
     def connect(self) -> tuple[socket.socket, Path]:
-        """Return a connected socket and its path; the first candidate that answers. Raises Unreachable."""
+        """Return a connected socket and its path, from the first candidate that accepts. Raises Unreachable."""
         deadline = time.monotonic() + self.return_s
         while True:
             try:
@@ -170,18 +170,20 @@ class Client:
                 elif isinstance(error, TimeoutError | BlockingIOError):
                     raise Unreachable(f"fleetd does not answer on {path}", hint=None) from None
                 elif "too long" in str(error):
-                    raise Unreachable(f"the path of the socket is too long: {path}", hint=None) from None
+                    raise Unreachable(f"the socket path is too long: {path}", hint=None) from None
             else:
                 return connection, path
         if denied is not None:
-            raise Unreachable(f"you may not use the socket {denied}", hint="run fleetctl as the user who runs fleetd")
+            raise Unreachable(
+                f"permission denied for the socket {denied}", hint="run fleetctl as the user that runs fleetd"
+            )
         tried = " or ".join(str(path) for path in self.candidates)
-        raise NotRunning(f"fleetd is not running: nothing answers on {tried}")
+        raise NotRunning(f"fleetd is not running: no daemon listens on {tried}")
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """Return the document at `path`; ask again where the daemon replaced itself meanwhile. Raises Unreachable, RequestRefused."""
+        """Return the document at `path`; retry when the daemon re-executed in between. Raises Unreachable, RequestRefused."""
         try:
             return self.call("GET", target(path, query))
         except HungUp:
@@ -190,7 +192,7 @@ class Client:
             return self.call("GET", target(path, query))
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> dict[str, Any]:
-        """Post and return the answer; `wait_s` is how long the server may rightly take. Raises Unreachable, RequestRefused."""
+        """Post and return the response; the server may take `wait_s`. Raises Unreachable, RequestRefused."""
         return self.call("POST", target(path), body or {}, wait_s)
 
     def call(
@@ -205,12 +207,12 @@ class Client:
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
-            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the answer says why
+            with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
                 http_connection.request(method, target_, raw, headers)
             response = http_connection.getresponse()
             content = _read_all(response, connection, time.monotonic() + limit_s)
         except TimeoutError:
-            raise Unreachable(f"fleetd on {path} did not answer within {limit_s:g} s", hint=None) from None
+            raise Unreachable(f"fleetd on {path} did not respond within {limit_s:g} s", hint=None) from None
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise _not_fleetd(path) from None
@@ -250,15 +252,15 @@ class Client:
             connection.settimeout(SILENCE_S)
             yield from _events(response)
         except TimeoutError:
-            raise StreamCut(f"fleetd on {where} has fallen silent") from None
+            raise StreamCut(f"fleetd on {where} stopped responding") from None
         except (OSError, http.client.HTTPException):
-            raise StreamCut(f"fleetd on {where} cut the stream") from None
+            raise StreamCut(f"fleetd on {where} closed the stream") from None
         finally:
             connection.close()
 
 
 def target(path: str, query: Mapping[str, Any] | None = None) -> str:
-    """Return path and query, quoted. `path` holds its slashes; None values are left out, booleans are 1 and 0."""
+    """Return path and query, quoted. `path` keeps its slashes; None values are omitted, booleans are 1 and 0."""
     pairs = {
         key: int(value) if isinstance(value, bool) else value
         for key, value in (query or {}).items()
@@ -273,11 +275,11 @@ def target(path: str, query: Mapping[str, Any] | None = None) -> str:
 
 
 def _not_fleetd(path: Path) -> Unreachable:
-    return Unreachable(f"what answers on {path} is not fleetd, or another version of it", hint=None)
+    return Unreachable(f"the server on {path} is not fleetd, or an incompatible version", hint=None)
 
 
 def _read_all(response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
-    """Return the body. Raises TimeoutError when it is not complete by `deadline`, however it drips."""
+    """Return the body. Raises TimeoutError when it is not complete by `deadline`."""
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -291,7 +293,7 @@ def _read_all(response: http.client.HTTPResponse, connection: socket.socket, dea
         chunks.append(chunk)
         size += len(chunk)
         if size > ANSWER_MAX_BYTES:
-            raise http.client.HTTPException("the answer is too large")
+            raise http.client.HTTPException("the response is too large")
     if response.length:  # fewer bytes than Content-Length promised
         raise http.client.IncompleteRead(b"")
     return b"".join(chunks)

@@ -1,8 +1,8 @@
-"""What every verb shares: the socket, the screen, the options, and completion of live names.
+"""Shared parts of all verbs: socket, screen, options, and completion of names.
 
-The rules of this file
-- `-o` and `--color` may stand before the verb and after it; after it wins.
-- A verb declares the forms it can print; another one is a usage error, never silently a table.
+Invariants:
+- `-o` and `--color` are accepted before and after the verb; the later one wins.
+- A verb declares its output formats; another one is a usage error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class Session:
-    """One run of fleetctl."""
+    """One invocation of fleetctl."""
 
     def __init__(self, socket: str | None, form: str | None, color: str) -> None:
         self.socket, self.form, self.color = socket, form, color
@@ -47,7 +47,7 @@ class Session:
         return self._screen
 
     def emit(self, document: Mapping[str, Any]) -> bool:
-        """Write the document as JSON or YAML when that was asked; else return False."""
+        """Print the document as JSON or YAML if requested; else return False."""
         if self.form == "json":
             self.screen.json(document)
         elif self.form == "yaml":
@@ -58,7 +58,7 @@ class Session:
 
 
 def say(message: str) -> None:
-    """Write a message for a person; data goes to standard output, this does not."""
+    """Write a message to standard error."""
     click.echo(message, err=True)
 
 
@@ -79,7 +79,7 @@ class Duration(_ParamType):
 
 
 def forms(*allowed: str) -> Callable[[Verb], Verb]:
-    """Add `-o` with the forms that a verb can print, and hand the verb its Session as the first argument."""
+    """Add `-o` with the output formats of a verb; the verb gets its Session as the first argument."""
 
     def decorate(verb: Verb) -> Verb:
         @functools.wraps(verb)
@@ -88,12 +88,12 @@ def forms(*allowed: str) -> Callable[[Verb], Verb]:
             session.form = output or session.form or allowed[0]
             session.color = color or session.color
             if session.form not in allowed:
-                raise click.UsageError(f"-o {session.form} is not possible here; choose from {', '.join(allowed)}")
+                raise click.UsageError(f"-o {session.form} is not available here; choose from {', '.join(allowed)}")
             return verb(session, **arguments)
 
         color = click.option("--color", type=click.Choice(["auto", "always", "never"]), hidden=True)
         output = click.option(
-            "-o", "--output", type=click.Choice(allowed), help=f"How to print it (default: {allowed[0]})."
+            "-o", "--output", type=click.Choice(allowed), help=f"Output format (default: {allowed[0]})."
         )
         return output(color(run))  # type: ignore[return-value]
 
@@ -115,7 +115,7 @@ def _live_names(session: Session, keys: Sequence[str]) -> list[str]:
 
 
 def completion_of(*keys: str, also: Iterable[str] = ()) -> Callable[..., list[CompletionItem]]:
-    """Return a completion callback for the live names of `processes` and/or `models`; silent when there is no daemon."""
+    """Return a completion callback for names of `processes` and/or `models`; empty without a daemon."""
 
     def complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         socket = ctx.find_root().params.get("socket")

@@ -1,7 +1,7 @@
-"""`fleetctl`: talks to a running fleetd over its Unix socket.
+"""`fleetctl`: inspect and control a running fleetd over its Unix socket.
 
-The rules of this file
-- Starts fast: nothing here or below imports aiohttp or pydantic; what one verb alone needs is imported by that verb.
+Invariants:
+- Fast start: no import of aiohttp or pydantic; a verb imports what only it needs.
 - Data on standard output, messages on standard error, one meaning per exit code, never a traceback.
 
 Exit codes: 0 ok · 1 failed · 2 usage or config invalid · 3 not running or unhealthy · 4 unknown name ·
@@ -26,17 +26,17 @@ PROGRAM = "fleetctl"
 
 
 class _ReaderLeft(Exception):
-    """Who read standard output has gone, as `head` does."""
+    """The reader of standard output has closed it, as `head` does."""
 
 
 class _Verbs(click.Group):
-    """Lists verbs in the order in which they are added, and knows the nearest name to a mistyped one."""
+    """Lists verbs in the order in which they are added; suggests the nearest name for a mistyped one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
-        return list(self.commands)  # not sorted: what is used most comes first
+        return list(self.commands)  # not sorted: the most used verbs come first
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb. A reader that left is told apart here: click would make it exit code 1."""
+        """Run the verb; detect a closed reader here, since click would return exit code 1 for it."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -52,19 +52,19 @@ class _Verbs(click.Group):
 
             close = get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise click.UsageError(f"There is no verb {args[0][:60]!r}.{hint}", ctx)
+            raise click.UsageError(f"Unknown command {args[0][:60]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--socket", metavar="PATH", help="The daemon's socket (default: $FLEETD_SOCKET, then the usual places).")
-@click.option("-o", "--output", "form", type=click.Choice([*FORMS, "text"]), help="How to print; may follow the verb.")
+@click.option("--socket", metavar="PATH", help="Control socket (default: $FLEETD_SOCKET).")
+@click.option("-o", "--output", "form", type=click.Choice([*FORMS, "text"]), help="Output format; also after the verb.")
 @click.option(
-    "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour (auto: terminal)."
+    "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Use colour (auto: on a terminal)."
 )
 @click.pass_context
 def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) -> None:
-    """Look at and steer a running fleetd.
+    """Inspect and control a running fleetd.
 
     \b
     Exit codes: 0 ok, 1 failed, 2 usage or config invalid, 3 not running or
@@ -88,7 +88,7 @@ for _command in (
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Carry out one command line and return its exit code."""
+    """Run one command line and return its exit code."""
     try:
         code = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except (_ReaderLeft, BrokenPipeError):
@@ -108,15 +108,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("FLEETCTL_DEBUG"):
             raise
         text = clean(str(error))[:300]
-        click.echo(f"{PROGRAM}: a bug, or an answer that was not understood: {type(error).__name__}: {text}", err=True)
-        click.echo("  FLEETCTL_DEBUG=1 shows where", err=True)
+        click.echo(f"{PROGRAM}: internal error, or an invalid response: {type(error).__name__}: {text}", err=True)
+        click.echo("  set FLEETCTL_DEBUG=1 for a traceback", err=True)
         return EXIT_FAILED
     return code if isinstance(code, int) else EXIT_OK
 
 
 def _tell(error: CliError) -> None:
     lines = [clean(line) for line in str(error).split("\n")]
-    if len(lines) > 1:  # problems of a file, each with its line and a caret: as they are
+    if len(lines) > 1:  # problems of a file, each with its line and a caret: unchanged
         click.echo("\n".join(line.rstrip() for line in lines), err=True)
     else:
         click.echo(f"{PROGRAM}: {lines[0]}", err=True)
@@ -125,7 +125,7 @@ def _tell(error: CliError) -> None:
 
 
 def main() -> None:
-    """Be the console script."""
+    """Run the console script."""
     code = run()
     try:
         sys.stdout.flush()

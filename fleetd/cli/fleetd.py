@@ -1,13 +1,13 @@
-"""`fleetd`: run the daemon, and everything that can be said of a fleet.yaml without one.
+"""`fleetd`: run the daemon, or check and render a fleet.yaml without one.
 
-    fleetd run [--config FILE]     in the foreground; SIGTERM drains and stops, SIGHUP reads the file again
-    fleetd check [FILE] [-q]       every mistake with its place; exit 2 when there is one
-    fleetd render [FILE]           the normalised configuration and the exact command line of every process
-    fleetd schema                  the JSON Schema of fleet.yaml
+    fleetd run [--config FILE]     run in the foreground; SIGTERM drains and stops, SIGHUP reloads
+    fleetd check [FILE] [-q]       report all mistakes with their places; exit 2 if there is one
+    fleetd render [FILE]           print the normalised configuration and the exact command line of every process
+    fleetd schema                  print the JSON Schema of fleet.yaml
 
-The rules of this file
+Invariants:
 - Data on stdout, messages on stderr; never a traceback. Exit codes: 0 ok, 1 failed, 2 usage or configuration, 130 interrupted.
-- Imports happen in the commands: `fleetd --version` answers at once.
+- Imports are in the commands, so `fleetd --version` returns at once.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
 def default_config(env: Mapping[str, str]) -> Path:
-    """Return the first fleet.yaml of the search order that exists. Exits when there is none."""
+    """Return the first existing fleet.yaml of the search order. Exits without one."""
     home = env.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
     places = [Path("fleet.yaml"), Path(home) / "fleetd" / "fleet.yaml", Path("/etc/fleetd/fleet.yaml")]
     found = next((place for place in places if place.is_file()), None)
     said = ", ".join(str(place) for place in places)
-    return found or fail(f"there is no configuration: looked for {said}", "name one with --config FILE", BAD_CONFIG)
+    return found or fail(f"no configuration file: searched {said}", "name one with --config FILE", BAD_CONFIG)
 
 
 def fail(message: str, hint: str | None, code: int) -> NoReturn:
-    """Say what is wrong on stderr and leave."""
+    """Print an error and a hint on stderr and exit."""
     click.echo(f"fleetd: {message}", err=True)
     if hint:
         click.echo(f"  {hint}", err=True)
@@ -51,14 +51,20 @@ def fail(message: str, hint: str | None, code: int) -> NoReturn:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fleetd", message="%(prog)s %(version)s")
 def cli() -> None:
-    """One daemon for a fleet of local language models."""
+    """Run a fleet of local language models."""
 
 
 @cli.command()
-@click.option("--config", "-c", "config", type=click.Path(path_type=Path), help="fleet.yaml; searched for when absent.")
-@click.option("--log-file", type=click.Path(path_type=Path), help="The daemon's own log; stderr when absent.")
 @click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+    "--config", "-c", "config", type=click.Path(path_type=Path), help="The fleet.yaml (default: search order)."
+)
+@click.option("--log-file", type=click.Path(path_type=Path), help="Log file of the daemon (default: stderr).")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severe level to log.",
 )
 def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     """Run the daemon in the foreground."""
@@ -69,7 +75,7 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     from fleetd.daemon.reload.prefetch import begin_reading
 
     try:
-        reading = begin_reading(path)  # on another core, while this one loads the daemon
+        reading = begin_reading(path)  # on another core, while this one imports the daemon
     except HostError as error:
         fail(str(error), error.hint, FAILED)
     import asyncio
@@ -107,9 +113,9 @@ def _loop_factory() -> Any:
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--quiet", "-q", is_flag=True, help="Say nothing when all is well; no warnings.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def check(file: Path | None, quiet: bool) -> None:
-    """Say everything that is wrong with a fleet.yaml."""
+    """Check a fleet.yaml; report all problems."""
     _, assembly = _assembled(file)
     if quiet:
         return
@@ -121,9 +127,13 @@ def check(file: Path | None, quiet: bool) -> None:
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--output", "-o", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True)
+@click.option(
+    "--output", "-o", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True, help="Output format."
+)
 def render(file: Path | None, output: str) -> None:
-    """Print the normalised configuration and what would be started, exactly; secrets are hidden."""
+    """Print the resolved configuration.
+
+    The normalised file and the exact command line and environment of every process, with secrets redacted."""
     from fleetd.resolver.render import rendered
 
     document = rendered(*_assembled(file))
@@ -148,8 +158,8 @@ def schema() -> None:
 
 
 def _assembled(file: Path | None) -> tuple[LoadedConfig, Assembly]:
-    """Read and assemble a file as the daemon would, without touching anything."""
-    gc.disable()  # thousands of entries are made and none is dropped before the end
+    """Load and resolve a file as the daemon would, without writing anything."""
+    gc.disable()  # thousands of entries are created and none is freed before the end
     from fleetd.resolver.check import assembled
 
     path = file or default_config(os.environ)
@@ -168,7 +178,7 @@ def _show_problems(error: ConfigError) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     try:
         cli(prog_name="fleetd", standalone_mode=False)
     except click.exceptions.Abort:
@@ -183,8 +193,8 @@ def main() -> None:
         sys.exit(OK)
     except FleetError as error:
         fail(str(error), error.hint, FAILED)
-    except Exception as error:  # noqa: BLE001 - the last line before a person
-        fail(f"unexpected failure, please report it: {type(error).__name__}: {error}", None, FAILED)
+    except Exception as error:  # noqa: BLE001 - the last handler before the user
+        fail(f"internal error, please report it: {type(error).__name__}: {error}", None, FAILED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shape of `pm2 jlist`, for scripts written against PM2."""
+"""The JSON of `pm2 jlist`, for scripts written for PM2."""
 
 from __future__ import annotations
 

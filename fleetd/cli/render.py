@@ -1,9 +1,9 @@
-"""How text gets onto a terminal or into a pipe: columns, colour, widths, and numbers for people.
+"""Text on a terminal or into a pipe: columns, colour, widths, and numbers.
 
-The rules of this file
-- Colour only where `Screen.colour` is true; never a line or box drawn. A pipe gets every column in full.
-- What comes from outside (names, reasons, log lines) cannot steer the terminal: control characters are taken out.
-- Without UTF-8 every symbol has a stand-in in ASCII.
+Invariants:
+- Colour only where `Screen.colour` is true; no drawn lines or boxes. A pipe gets every column in full.
+- External text (names, reasons, log lines) cannot control the terminal: control characters are removed.
+- Without UTF-8 every symbol has an ASCII replacement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, DIM, BOLD = "31", "32", "33", "34", "35", "36", "2", "1"
-SHRUNK = 16  # columns that a name keeps while another column can go instead
+SHRUNK = 16  # columns that a name keeps while another column can be dropped
 PREFIX_COLOURS = (CYAN, YELLOW, GREEN, MAGENTA, BLUE, RED)
 STATE_COLOURS = {
     "READY": GREEN,
@@ -47,13 +47,13 @@ _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
 def clean(text: object) -> str:
-    """Return one line of text that cannot steer a terminal."""
+    """Return one line of text without control sequences."""
     line = " ".join(_ESCAPE.sub("", str(text)).replace("\t", " ").split("\n"))
     return _CONTROL.sub("?", line)
 
 
 def keep_colour(line: str) -> str:
-    """Return a log line with its colours, and without everything else that steers a terminal."""
+    """Return a log line with its colours and without other control sequences."""
     parts = [_CONTROL.sub("?", part.replace("\r", "")) for part in _outside_colours(line)]
     return "".join(part for pair in zip(parts, [*_SGR.findall(line), ""], strict=True) for part in pair)
 
@@ -86,7 +86,7 @@ def shorten(text: str, width: int, dots: str = "…") -> str:
 
 @dataclass
 class Screen:
-    """Where output goes. `columns` None means a pipe: nothing is cut. `colour` is decided once, at the start."""
+    """The output. `columns` None means a pipe, where nothing is cut. `colour` is decided once, at the start."""
 
     out: TextIO
     colour: bool = False
@@ -108,7 +108,7 @@ class Screen:
         return text
 
     def line(self, text: str = "") -> None:
-        """Write a line, cut to the width of the terminal. It must hold no colour codes if it may be too long."""
+        """Write a line, cut to the terminal's width. A line that may be too long must not contain colour codes."""
         text = self.symbols(text)
         if self.columns is not None and "\x1b" not in text:
             text = shorten(text, self.columns, "…" if self.unicode else "~")
@@ -118,7 +118,7 @@ class Screen:
         self.out.write(text + "\n")
 
     def json(self, body: Any, indent: int | None = 2) -> None:
-        """Write JSON; a lone surrogate from a log line is escaped, and so is everything where the output is not UTF-8."""
+        """Write JSON; escape lone surrogates, and everything when the output is not UTF-8."""
         text = json.dumps(body, indent=indent, ensure_ascii=not self.unicode)
         try:
             text.encode("utf-8")
@@ -135,7 +135,7 @@ class Screen:
 
 
 def open_screen(color: str, env: Mapping[str, str]) -> Screen:
-    """Return the screen for standard output: `color` is auto, always or never; NO_COLOR and TERM=dumb say never to auto."""
+    """Return the screen for standard output. `color` is auto, always or never; NO_COLOR and TERM=dumb turn auto into never."""
     out = sys.stdout
     terminal = out.isatty()
     colour = color == "always" or (
@@ -150,9 +150,9 @@ def open_screen(color: str, env: Mapping[str, str]) -> Screen:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table. The lowest `keep` leaves first when the terminal is narrow; 0 never leaves.
+    """One column of a table. On a narrow terminal the lowest `keep` is dropped first; 0 is never dropped.
 
-    `shrink`: the column that is cut when the last ones still do not fit.
+    `shrink`: cut this column when the remaining ones do not fit.
     """
 
     title: str
@@ -168,7 +168,7 @@ class Cell:
 
 
 def table(screen: Screen, columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
-    """Write a table: two spaces between columns, no lines; on a narrow terminal without its least columns."""
+    """Write a table with two spaces between columns; on a narrow terminal without its least important columns."""
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     texts = [[screen.symbols(clean(cell.text)) for cell in row] for row in cells]
     titles = [screen.symbols(column.title) for column in columns]
@@ -210,12 +210,12 @@ def _fit(screen: Screen, columns: Sequence[Column], widths: list[int]) -> list[i
         shown.remove(min(removable, key=lambda index: columns[index].keep))
     for index in sorted(shown, key=spare, reverse=True):
         widths[index] -= max(0, min(spare(index), excess()))
-    for index in reversed(shown):  # still too wide: cut what is left from the right
+    for index in reversed(shown):  # still too wide: cut from the right
         widths[index] -= max(0, min(widths[index] - 3, excess()))
     return shown
 
 
-# -- numbers for people -------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------------
 
 
 def size(count: object) -> str:
@@ -256,7 +256,7 @@ def number(value: object, suffix: str = "") -> str:
 
 
 def clock(moment: object) -> str:
-    """Return an RFC 3339 time as local `Nov 22 10:00:00`; as it is when it cannot be read."""
+    """Return an RFC 3339 time as local `Nov 22 10:00:00`, or unchanged when it is invalid."""
     from fleetd.control.wire import parse_rfc3339
 
     if not isinstance(moment, str):
@@ -282,7 +282,7 @@ def ago(moment: object, now: float) -> str:
 
 
 def close_stdout() -> None:
-    """Point standard output at nothing: its reader is gone, and Python would complain at exit."""
+    """Redirect standard output to /dev/null: its reader is gone, and Python would report an error at exit."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, sys.stdout.fileno())

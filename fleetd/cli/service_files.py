@@ -1,11 +1,10 @@
-"""The service files: a systemd unit or a launchd property list, filled in from the templates beside this file.
+"""Service files: a systemd unit or a launchd property list, rendered from the templates in this package.
 
-    python -m fleetd.cli.service_files FOLDER     writes the examples systemd/fleetd.service and launchd/org.fleetd.fleetd.plist
+    python -m fleetd.cli.service_files FOLDER     write the examples systemd/fleetd.service and launchd/org.fleetd.fleetd.plist
 
-The rules of this file
-- The templates are the only source: the examples in the repository are written from them, and a test says so.
-- A unit of the system is hardened as far as engines on a GPU bear it; a unit of a user's own session is not, since most of that
-  needs rights that the session's systemd has not got.
+Invariants:
+- The templates are the only source: a test compares the examples in the repository with them.
+- A system unit is hardened as far as engines on a GPU allow; a user unit is not, since the user's systemd lacks the rights.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LABEL = "org.fleetd.fleetd"
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """What is installed: the words that start each program, the configuration, and who runs it (None: the caller's own
+    """The installed service: the command of each program, the configuration, and its user (None: the caller's
     session)."""
 
     fleetd: tuple[str, ...]
@@ -33,12 +32,12 @@ class ServiceSettings:
     path: str
     user: str | None
     home: Path
-    socket: str | None = None  # of the daemon, where it is not in a usual place
+    socket: str | None = None  # of the daemon, unless it has a default path
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceFile:
-    """Where it goes, what it holds, and the commands that put it to work."""
+    """The path and text of the file, and the commands that activate it."""
 
     destination: Path
     text: str
@@ -50,7 +49,7 @@ def native_platform() -> str:
 
 
 def systemd(service: ServiceSettings) -> ServiceFile:
-    """Return the unit: in the user's own folder, or, with `user`, a system unit that runs as that user."""
+    """Return the unit: a user unit, or with `user` a system unit that runs as that user."""
     text = Template((TEMPLATES / "fleetd.service").read_text("utf-8")).substitute(
         fleetd=" ".join(map(_unit_word, service.fleetd)),
         fleetctl=" ".join(map(_unit_word, _fleetctl(service))),
@@ -72,7 +71,7 @@ def systemd(service: ServiceSettings) -> ServiceFile:
         (
             "systemctl --user daemon-reload",
             "systemctl --user enable --now fleetd",
-            "loginctl enable-linger   # so that it starts at boot, without a login",
+            "loginctl enable-linger   # starts it at boot, without a login",
         ),
     )
 
@@ -82,7 +81,7 @@ def _fleetctl(service: ServiceSettings) -> tuple[str, ...]:
 
 
 def _system_part(user: str | None) -> str:
-    """Return the folders and the hardening of a system unit; root keeps its capabilities, to start processes of other users."""
+    """Return the folders and hardening of a system unit; root keeps its capabilities to start processes of other users."""
     if user is None:
         return ""
     text = (TEMPLATES / "fleetd.system.service").read_text("utf-8")
@@ -90,7 +89,7 @@ def _system_part(user: str | None) -> str:
 
 
 def launchd(service: ServiceSettings) -> ServiceFile:
-    """Return the property list: an agent of the user, or, with `user`, a daemon that starts at boot as that user."""
+    """Return the property list: a user agent, or with `user` a daemon that starts at boot as that user."""
     log = service.home / "Library/Logs/fleetd.log"
     identity = f"  <key>UserName</key><string>{escape(service.user)}</string>\n" if service.user else ""
     text = Template((TEMPLATES / "fleetd.plist").read_text("utf-8")).substitute(
@@ -109,7 +108,7 @@ def launchd(service: ServiceSettings) -> ServiceFile:
 
 
 def _unit_word(text: str) -> str:
-    """Return a word for a unit file: `%` and `$` doubled, quoted when it has to be."""
+    """Return a word for a unit file: `%` and `$` doubled, quoted when necessary."""
     plain = text.replace("%", "%%").replace("$", "$$")
     if re.fullmatch(r"[\w@%+=:,./$-]+", plain):
         return plain
@@ -146,7 +145,7 @@ EXAMPLE_PLIST = ServiceSettings(
 
 
 def examples() -> dict[str, str]:
-    """Return the files of the repository that are written from the templates: path in it, and text."""
+    """Return the repository's files that are rendered from the templates, by path."""
     return {"systemd/fleetd.service": systemd(EXAMPLE_UNIT).text, f"launchd/{LABEL}.plist": launchd(EXAMPLE_PLIST).text}
 
 

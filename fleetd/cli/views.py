@@ -1,8 +1,7 @@
-"""The pictures that `fleetctl` draws: the fleet, one process, one model, loaded models, events, a plan.
+"""Text output of `fleetctl`: the fleet, one process, one model, loaded models, events, a plan.
 
-The rules of this file
-- Everything is drawn from documents of `fleetd.control.wire`; a key that an older daemon does not send is shown as `-`.
-- One thing first: what is wrong stands beside the name, in words.
+Invariants:
+- Every view is rendered from documents of `fleetd.control.wire`; a key that an older daemon does not send is shown as `-`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def state_cell(row: Row) -> Cell:
 
 
 def note_of(row: Row) -> str:
-    """Return why a process is not simply running, or an empty text."""
+    """Return why a process is not running normally, or an empty text."""
     if row.get("state") in ("READY", "LOADED"):
         return "draining" if row.get("draining") else ""
     reason = str(row.get("reason") or "")
@@ -159,7 +158,7 @@ def _ttl(row: Row) -> str:
 
 
 def device_line(device: Row) -> str:
-    """Return one device as one line: used and reserved are different numbers, and both are wanted."""
+    """Return one device as one line, with reserved and used bytes."""
     parts = [
         f"{device.get('name')}: reserved {size(device.get('reserved_bytes'))} of {size(device.get('budget_bytes'))}",
         f"used {size(device.get('used_bytes'))} of {size(device.get('total_bytes'))}",
@@ -172,7 +171,7 @@ def device_line(device: Row) -> str:
 
 
 def fleet(screen: Screen, status: Row, wide: bool = False) -> None:
-    """Draw the whole fleet."""
+    """Print the whole fleet."""
     drawn = False
     for rows, draw in ((status.get("processes") or (), processes), (status.get("models") or (), models)):
         if rows:
@@ -181,7 +180,7 @@ def fleet(screen: Screen, status: Row, wide: bool = False) -> None:
             draw(screen, rows, wide)
             drawn = True
     if not drawn:
-        screen.line("This fleet has no processes and no models yet.")
+        screen.line("This fleet has no processes and no models.")
     screen.line()
     for device in status.get("devices") or ():
         screen.line(device_line(device))
@@ -204,14 +203,16 @@ def _host_line(status: Row) -> str:
 
 
 def warnings_of(status: Row) -> list[str]:
-    """Return what a person must know although nothing failed."""
+    """Return the warnings of a status document."""
     daemon = status.get("daemon") or {}
     config = clean(daemon.get("config") or "fleet.yaml")
     found = []
     if daemon.get("config_error"):
-        found.append(f"warning: the file cannot be used, what ran before still runs: {clean(daemon['config_error'])}")
+        found.append(
+            f"warning: fleet.yaml is invalid; the previous configuration stays in force: {clean(daemon['config_error'])}"
+        )
     if daemon.get("store_problem"):
-        found.append(f"warning: what fleetd should remember is not on its disk: {clean(daemon['store_problem'])}")
+        found.append(f"warning: fleetd cannot save its state: {clean(daemon['store_problem'])}")
     if daemon.get("restart_needed"):
         keys = clean(", ".join(map(str, daemon["restart_needed"])))
         found.append(f"warning: {keys} of {config} needs a restart of the daemon")
@@ -221,7 +222,7 @@ def warnings_of(status: Row) -> list[str]:
 
 
 def one_process(screen: Screen, detail: Row) -> None:
-    """Draw one process on one screen, in the manner of systemctl."""
+    """Print one process on one screen, like systemctl status."""
     row = detail["process"]
     state = str(row.get("state"))
     mark = screen.paint(screen.symbols("●"), STATE_COLOURS.get(state))
@@ -296,7 +297,7 @@ def _ends(screen: Screen, detail: Row) -> None:
 
 
 def one_model(screen: Screen, detail: Row) -> None:
-    """Draw one model on one screen."""
+    """Print one model on one screen."""
     row = detail["model"]
     state = str(row.get("state"))
     mark = screen.paint(screen.symbols("●"), STATE_COLOURS.get(state))
@@ -318,7 +319,7 @@ def one_model(screen: Screen, detail: Row) -> None:
 
 
 def loaded(screen: Screen, rows: Sequence[Row]) -> None:
-    """Draw what is in memory, as `ollama ps` does."""
+    """Print loaded models, like `ollama ps`."""
     columns = [
         Column("MODEL", shrink=True),
         Column("STATE"),
@@ -355,7 +356,7 @@ def _percent_split(device_bytes: Mapping[str, int]) -> str:
 
 
 def event_line(screen: Screen, event: Row, with_name: bool = True) -> None:
-    """Draw one event as one line: when, who, what, why."""
+    """Print one event as one line: time, name, event, reason."""
     moved = ""
     if event.get("state"):
         before = f"{event['before']} → " if event.get("before") and event["before"] != event["state"] else ""
@@ -373,9 +374,9 @@ def event_line(screen: Screen, event: Row, with_name: bool = True) -> None:
 
 
 def log_line(screen: Screen, line: Row, prefix: tuple[str, int, str] | None) -> None:
-    """Draw one line of a log; `prefix` is (name, width, colour) when several processes are shown.
+    """Print one log line; `prefix` is (name, width, colour) when several processes are shown.
 
-    On a terminal a line keeps its own colours and nothing else that steers; into a pipe it goes as it is.
+    On a terminal a line keeps its colours and no other control sequence; into a pipe it is unchanged.
     """
     text = str(line.get("line", ""))
     if screen.columns is not None:
@@ -389,7 +390,7 @@ def log_line(screen: Screen, line: Row, prefix: tuple[str, int, str] | None) -> 
 
 
 def plan(screen: Screen, document: Row) -> None:
-    """Draw a plan: + add, ~ change with its keys, − remove, and what is left alone."""
+    """Print a plan: + add, ~ change with its keys, − remove, and the number of unchanged processes."""
     marks = {"add": ("+", GREEN), "change": ("~", YELLOW), "remove": ("−", RED)}
     changes = document.get("changes") or ()
     for change in changes:
@@ -423,7 +424,7 @@ def _value(value: object) -> str:
 
 
 def explanation(screen: Screen, document: Row) -> None:
-    """Draw why a model is where it is: the sentences, then the numbers behind them."""
+    """Print the explanation of a model: sentences, then numbers."""
     head = f"{clean(document.get('model'))}: {screen.state(document.get('state'))}"
     screen.raw(head + (f", {clean(document['reason'])}" if document.get("reason") else ""))
     for sentence in document.get("text") or ():

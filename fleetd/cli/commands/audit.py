@@ -1,9 +1,9 @@
-"""`fleetctl audit ollama PATH…`: what below some folders still refers to Ollama, counted by kind and file.
+"""`fleetctl audit ollama PATH…`: count references to Ollama below some folders, by kind and file.
 
-The rules of this file
-- Text files only, up to a size; what belongs to others (node_modules, .git, environments) is not looked into.
-- A route such as /api/chat counts only in a file that names Ollama or one of its ports: other programs have such routes too.
-- The exit code is 0 when nothing is left, 1 while anything is.
+Invariants:
+- Only text files up to a size; node_modules, .git and virtual environments are skipped.
+- A route such as /api/chat counts only in a file that names Ollama or one of its ports, since other programs have such routes.
+- The exit code is 0 without references, 1 with any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SKIPPED = frozenset({
 })  # fmt: skip
 _ROUTES = "generate|chat|tags|pull|push|create|show|ps|embed|embeddings|copy|delete|blobs|version"
 _WORDS = "serve|run|pull|push|create|list|ls|ps|show|stop|rm|cp|signin|launch"
-# kind → what it looks like; the first kind that takes a place in a line keeps it
+# kind → pattern; the first kind that matches at a position counts
 KINDS: dict[str, re.Pattern[str]] = {
     "env": re.compile(r"\bOLLAMA_[A-Z][A-Z0-9_]*\b"),
     "import": re.compile(
@@ -59,7 +59,7 @@ _MENTION = re.compile(r"ollama", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One place. `line` and `column` count from one."""
+    """One reference; `line` and `column` count from one."""
 
     file: str
     line: int
@@ -70,7 +70,7 @@ class Reference:
 
 @dataclass(slots=True)
 class Audit:
-    """What was found, and what was not looked at: {reason: number of files}."""
+    """The references found, and the skipped files: {reason: number of files}."""
 
     references: list[Reference] = field(default_factory=list)
     files: int = 0
@@ -78,7 +78,7 @@ class Audit:
 
 
 def references_in(text: str, file: str, mentions: bool = False) -> Iterator[Reference]:
-    """Yield what a text refers to, in order of place."""
+    """Yield the references in a text, in order of position."""
     named = _MENTION.search(text) is not None or KINDS["port"].search(text) is not None
     if not named:
         return
@@ -97,7 +97,7 @@ def references_in(text: str, file: str, mentions: bool = False) -> Iterator[Refe
 
 
 def audit(paths: Sequence[Path], mentions: bool = False) -> Audit:
-    """Look below the paths. Raises OSError for one that cannot be read."""
+    """Search the paths. Raises OSError for an unreadable one."""
     result = Audit()
     seen: set[tuple[int, int]] = set()
     for root in paths:
@@ -140,20 +140,20 @@ def _one(path: Path, size: int, result: Audit, mentions: bool) -> None:
 
 @click.group(name="audit")
 def audit_() -> None:
-    """Count what still refers to another program."""
+    """Find references to another program."""
 
 
 @audit_.command(name="ollama")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path())
-@click.option("--lines", is_flag=True, help="Show every place, with its line.")
-@click.option("--mentions", is_flag=True, help="Count the bare word too, in comments and texts.")
+@click.option("--lines", is_flag=True, help="Show each reference with its line.")
+@click.option("--mentions", is_flag=True, help="Also count the bare word.")
 @forms("table", "json", "yaml")
 def ollama(session: Session, paths: tuple[str, ...], lines: bool, mentions: bool) -> int:
-    """Count the references to Ollama in the files below PATH.
+    """Count references to Ollama in files.
 
-    Environment variables, ports 11434 to 11436, hosts, imports, calls of its command, packages, engines in
-    configuration, and its /api routes. Binaries, files over 2 MiB, node_modules, .git and virtual environments are
-    left out. The exit code is 1 while any reference is left.
+    Counts environment variables, ports 11434 to 11436, hosts, imports, calls of its command, packages, engines in
+    configuration, and /api routes. Skips binaries, files over 2 MiB, node_modules, .git and virtual environments.
+    The exit code is 1 while there is a reference.
     """
     try:
         found = audit([Path(expand_home(path)) for path in paths], mentions)

@@ -1,8 +1,8 @@
-"""The verbs that change the fleet as a whole: diff, apply, reload, daemon-reexec, shutdown.
+"""Verbs that change the whole fleet: diff, apply, reload, daemon-reexec, shutdown.
 
-The rules of this file
-- A plan is shown before it is done; what is done is the plan that was shown (its hash goes with it).
-- `diff` ends with 0 no difference, 1 differences, 2 error.
+Invariants:
+- `apply` carries out exactly the plan that it showed: the request contains its hash.
+- `diff` exits with 0 for no difference, 1 for differences, 2 for an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEXT_MAX_BYTES = 4 * 1024 * 1024
 
 
 def _where(file: str | None) -> dict[str, str]:
-    """Return the part of a request that names the file: nothing, an absolute path, or the text of standard input."""
+    """Return the request fields that name the file: none, an absolute path, or the text of standard input."""
     if file is None:
         return {}
     if file == "-":
@@ -58,9 +58,9 @@ def _where(file: str | None) -> dict[str, str]:
 @click.argument("file", required=False, type=click.Path())
 @forms("text", "json", "yaml")
 def diff(session: Session, file: str | None) -> int:
-    """Show what `apply` would do.
+    """Show what `apply` would change.
 
-    FILE: another file than the daemon's own, or - for standard input.
+    FILE is a file other than the daemon's own, or - for standard input.
 
     The exit code is 0 for no difference, 1 for differences, 2 for an error.
     """
@@ -76,17 +76,17 @@ def diff(session: Session, file: str | None) -> int:
 
 @click.command()
 @click.argument("file", required=False, type=click.Path())
-@click.option("--dry-run", is_flag=True, help="Show the plan and do nothing.")
-@click.option("--wait", is_flag=True, help="Wait until every changed process is where it should be.")
-@click.option("--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait; then exit code 6.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; change nothing.")
+@click.option("--wait", is_flag=True, help="Wait for all changed processes.")
+@click.option("--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait (then exit code 6).")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 @forms("text", "json", "yaml")
 def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout: float, yes: bool) -> int:
-    """Make the fleet what the file says.
+    """Apply a fleet.yaml to the running fleet.
 
-    Shows the plan, asks, and changes only what differs.
+    Shows the plan, asks for confirmation, and changes only what differs.
 
-    FILE: another file than the daemon's own; it is the daemon's file from then on.
+    FILE is a file other than the daemon's own; it becomes the daemon's file.
     """
     if file == "-":
         raise click.UsageError("apply needs a file: the daemon reads it again when it restarts")
@@ -94,7 +94,7 @@ def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout
     planned = client.post("/v1/plan", where)
     plan = planned["plan"]
     if dry_run or not plan["changes"]:
-        if where and not dry_run:  # the same fleet from another file: that file is the daemon's from now on
+        if where and not dry_run:  # the same fleet from another file, which becomes the daemon's own
             client.post("/v1/apply", {**where, "wait": False, "expect_hash": plan["config_hash"]})
         if not session.emit({"schema": planned["schema"], "plan": plan, "results": []}):
             views.plan(session.screen, plan)
@@ -111,7 +111,7 @@ def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout
 
 def _ask() -> None:
     if not sys.stdin.isatty():
-        raise CliError("nobody is there to confirm the plan", EXIT_USAGE, "add -y")
+        raise CliError("refusing to apply without confirmation: stdin is not a terminal", EXIT_USAGE, "use -y")
     if not click.confirm("Apply this?", err=True):
         raise CliError("nothing was changed", EXIT_FAILED)
 
@@ -119,7 +119,7 @@ def _ask() -> None:
 @click.command(name="reload")
 @forms("text", "json", "yaml")
 def reload_(session: Session) -> int:
-    """Apply the daemon's own file without asking."""
+    """Apply the daemon's file without asking."""
     applied = session.client.post("/v1/reload", wait_s=30.0)
     if not session.emit(applied):
         views.plan(session.screen, applied["plan"])
@@ -127,12 +127,12 @@ def reload_(session: Session) -> int:
 
 
 @click.command(name="daemon-reexec")
-@click.option("--timeout", type=Duration(), default="30s", show_default=True, help="Longest wait; then exit code 6.")
+@click.option("--timeout", type=Duration(), default="30s", show_default=True, help="Longest wait (then exit code 6).")
 @forms("text", "json", "yaml")
 def reexec(session: Session, timeout: float) -> int:
-    """Replace the daemon by its newly installed version.
+    """Re-execute the daemon after an upgrade.
 
-    Processes stay, with their PIDs and logs. What is being started or stopped is waited for, for some seconds.
+    Processes keep their PIDs and logs. The daemon waits some seconds for starts and stops in progress.
     """
     client = session.client
     before = client.get("/v1/status")["daemon"]
@@ -149,17 +149,17 @@ def reexec(session: Session, timeout: float) -> int:
             if not session.emit({"schema": "fleetctl/v1", "daemon": daemon}):
                 session.screen.line(f"fleetd {daemon['version']} runs as pid {daemon['pid']}")
             return EXIT_OK
-    raise CliError(f"the daemon has not come back after {timeout:g} s", EXIT_TIMEOUT)
+    raise CliError(f"the daemon did not return within {timeout:g} s", EXIT_TIMEOUT)
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Do not wait for requests in flight, and kill at once.")
+@click.option("--force", is_flag=True, help="Kill at once; do not drain.")
 @waiting
 @forms("text", "json", "yaml")
 def shutdown(session: Session, force: bool, wait: bool, timeout: float) -> int:
-    """Stop every process, then the daemon.
+    """Stop all processes, then the daemon.
 
-    Drains first, and stops in reverse order of dependency.
+    Drains first and stops in reverse order of dependency.
     """
     client = session.client
     path = _answering(client)
@@ -173,14 +173,14 @@ def shutdown(session: Session, force: bool, wait: bool, timeout: float) -> int:
 
 
 def _answering(client: Client) -> Path:
-    """Return the socket on which a daemon answers. Raises Unreachable."""
+    """Return the socket of a running daemon. Raises Unreachable."""
     connection, path = client.connect()
     connection.close()
     return path
 
 
 def _await_end(client: Client, path: Path, deadline: float) -> None:
-    """Wait until nothing answers and the daemon's lock is free: then a new one can be started."""
+    """Wait until the socket is closed and the daemon's lock is free, so that a new daemon can start."""
     while time.monotonic() < deadline:
         try:
             _answering(client)
@@ -188,7 +188,7 @@ def _await_end(client: Client, path: Path, deadline: float) -> None:
             if not is_locked(path):
                 return
         time.sleep(POLL_S)
-    raise CliError("the daemon is still stopping", EXIT_TIMEOUT, "fleetctl shutdown --force hurries it")
+    raise CliError("the daemon is still stopping", EXIT_TIMEOUT, "use `fleetctl shutdown --force` to kill at once")
 
 
 VERBS = (diff, apply, reload_, reexec, shutdown)

@@ -1,9 +1,9 @@
-"""`fleetctl import KIND FILE`: other programs' files become parts of a fleet.yaml, with a report of what did not carry over.
+"""`fleetctl import KIND FILE`: convert other programs' files to parts of a fleet.yaml, with a report of lost fields.
 
-The rules of this file
+Invariants:
 - An importer is a function `import_KIND(path, …)` or `import_KIND(text, shown=…)`, where `shown` is the file's name in
   messages; it returns the text of a fleet.yaml and a report.
-- The parts go to standard output or a new file, the report to standard error. No daemon is needed, nothing is overwritten.
+- The parts go to standard output or a new file, the report to standard error. Nothing is overwritten; no daemon is needed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MODULES = {
 @click.command(name="import")
 @click.argument("kind", type=click.Choice(list(MODULES)))
 @click.argument("file", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to this new file, not standard output.")
-@click.option("--instance", multiple=True, metavar="NAME", help="entities: the servers that are to hold the models.")
-@click.option("--env", metavar="PROFILE", help="pm2: what `pm2 start --env PROFILE` would have chosen.")
+@click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to a new file, not stdout.")
+@click.option("--instance", multiple=True, metavar="NAME", help="entities: servers for the models.")
+@click.option("--env", metavar="PROFILE", help="pm2: environment profile to use.")
 def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
-    """Turn another program's file into parts of a fleet.yaml.
+    """Convert another program's file.
 
-    What could not be carried over is reported on standard error.
+    Writes parts of a fleet.yaml and reports on standard error what could not be converted.
     """
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else _read(file)
@@ -55,11 +55,11 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
         options["models_dir"] = str(folder)
     for name, option in (("instance", "--instance"), ("profile", "--env")):
         if name in options and name not in accepted:
-            raise click.UsageError(f"{option} means nothing for {kind}")
+            raise click.UsageError(f"{option} does not apply to {kind}")
     try:
         if "path" in accepted:
             if file == "-":
-                raise click.UsageError(f"{kind} is read from a file, not from standard input")
+                raise click.UsageError(f"{kind} needs a file, not standard input")
             imported = convert(Path(expand_home(file)), **options)
         else:
             imported = convert(content, shown=file, **options)
@@ -78,7 +78,7 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:
-    """Say what would run twice."""
+    """Warn about apps that would run twice."""
     from fleetd.config.importers.pm2.running import running, still_running
 
     for sentence in still_running(running(), data):
@@ -86,7 +86,7 @@ def _warn_of_pm2(data: Mapping[str, Any]) -> None:
 
 
 def _store_list(file: str) -> str:
-    """Return what a store folder holds, in the form of GET /api/tags. Raises CliError (exit 2)."""
+    """Return the models of a store folder in the form of GET /api/tags. Raises CliError (exit 2)."""
     import json
 
     from fleetd.models.ollama import inventory
@@ -118,7 +118,7 @@ def _read(file: str) -> str:
     except OSError as error:
         raise CliError(f"{file}: {error.strerror or error}", EXIT_USAGE) from None
     except UnicodeDecodeError:
-        raise CliError(f"{file}: not a text in UTF-8", EXIT_USAGE) from None
+        raise CliError(f"{file}: not UTF-8 text", EXIT_USAGE) from None
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -126,7 +126,7 @@ def _write_new(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as out:
             out.write(text if text.endswith("\n") else text + "\n")
     except FileExistsError:
-        raise CliError(f"{path} is there already", EXIT_FAILED, "name a new file; nothing was written") from None
+        raise CliError(f"{path} already exists", EXIT_FAILED, "name a new file; nothing was written") from None
     except OSError as error:
         raise CliError(f"{path}: {error.strerror or error}", EXIT_FAILED) from None
 

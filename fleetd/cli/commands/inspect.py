@@ -1,4 +1,4 @@
-"""The verbs that only look: status, ps, logs, events, story, explain, dump, pm2-jlist, version."""
+"""Read-only verbs: status, ps, logs, events, story, explain, dump, pm2-jlist, version."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MOST_LINES = 100_000
 
 @click.command()
 @names_argument("processes", "models", required=False)
-@click.option("-w", "--watch", is_flag=True, help="Draw again every second until Ctrl-C.")
+@click.option("-w", "--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
 @forms(*FORMS)
 def status(session: Session, names: tuple[str, ...], watch: bool) -> int:
-    """Show the fleet, or with NAME one part of it in detail.
+    """Show the fleet, or NAME in detail.
 
-    With NAME the exit code is 0 when it runs, 3 when it does not or is unhealthy, 4 when it is unknown.
+    With NAME the exit code is 0 for running, 3 for not running or unhealthy, 4 for unknown.
     """
     if not watch:
         return _status_once(session, names)
@@ -61,7 +61,7 @@ def _runs(row: Mapping[str, Any]) -> bool:
 
 
 def _detail(client: Client, name: str) -> dict[str, Any] | None:
-    """Return the detail of a process, else of a model; None when it is neither (it may be the base of replicas)."""
+    """Return the detail of a process or model; None for neither (it may be the base name of replicas)."""
     for kind in ("processes", "models"):
         try:
             return client.get(f"/v1/{kind}/{name}")
@@ -84,7 +84,7 @@ def _show_detail(session: Session, found: Mapping[str, Any]) -> int:
 
 
 def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the status with only the rows that the names mean. Raises CliError (exit 4) for those that mean nothing."""
+    """Return the status reduced to the given names. Raises CliError (exit 4) for unknown names."""
 
     def means(pattern: str, row: Mapping[str, Any]) -> bool:
         exact = pattern in ("all", row["name"], row.get("base")) or pattern in (row.get("aliases") or ())
@@ -97,7 +97,7 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
         close = get_close_matches(unknown[0], [row["name"] for row in rows], n=1)
         listed = ", ".join(repr(name) for name in unknown)
-        raise CliError(f"nothing is named {listed}", EXIT_UNKNOWN, f"did you mean {close[0]}?" if close else None)
+        raise CliError(f"unknown name: {listed}", EXIT_UNKNOWN, f"did you mean {close[0]}?" if close else None)
 
     def chosen(key: str) -> list[Any]:
         return [row for row in whole[key] if any(means(name, row) for name in names)]
@@ -106,7 +106,7 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _watch(session: Session, names: tuple[str, ...]) -> int:
-    """Draw every second: over itself on a terminal, one after the other elsewhere. Ends by Ctrl-C."""
+    """Print every second until Ctrl-C, on a terminal in place."""
     terminal = sys.stdout.isatty() and session.form in ("table", "wide")
     if terminal:
         sys.stdout.write("\x1b[?1049h\x1b[?25l")
@@ -131,9 +131,9 @@ def _watch(session: Session, names: tuple[str, ...]) -> int:
 @click.command()
 @forms("table", "json", "yaml", "name")
 def ps(session: Session) -> int:
-    """Show the models that are in memory.
+    """Show loaded models.
 
-    Where each one is, how large, how busy, and how long it stays.
+    Shows device, bytes, requests and TTL of each.
     """
     rows = [row for row in session.client.get("/v1/models")["models"] if _in_memory(row)]
     if session.emit(document({"models": rows})):
@@ -154,22 +154,22 @@ def _in_memory(row: Mapping[str, Any]) -> bool:
 
 @click.command()
 @names_argument("processes", also=("all",))
-@click.option("-f", "--follow", is_flag=True, help="Go on with new lines until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Follow new lines until Ctrl-C.")
 @click.option(
     "-n",
     "--lines",
     type=click.IntRange(0, _MOST_LINES),
-    help=f"How many of the last lines first.  [default: {_LINES}; with --since all, {_MOST_LINES} at most]",
+    help=f"Last lines to print.  [default: {_LINES}]",
 )
-@click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, … (where lines have a time).")
-@click.option("--grep", help="Only lines that match this regular expression.")
+@click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, …")
+@click.option("--grep", help="Only lines matching a regular expression.")
 @forms("text", "json")
 def logs(
     session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None, grep: str | None
 ) -> int:
-    """Show the last lines of processes' logs.
+    """Show logs of processes.
 
-    Of several processes, each line with its name.
+    With several processes each line has its name. --since needs lines with times (logs.capture: pipe).
     """
     if grep is not None:
         try:
@@ -199,11 +199,11 @@ def logs(
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with new events until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
 @click.option("--since", type=Duration(), help="Only events of the last 10m, 2h, …")
 @forms("text", "json")
 def events(session: Session, follow: bool, since: float | None) -> int:
-    """Show what happened, oldest first."""
+    """Show events, oldest first."""
     for event in session.client.stream("/v1/events", since_s=since, follow=follow):
         if session.form == "json":
             session.screen.json(event, indent=None)
@@ -218,16 +218,16 @@ def events(session: Session, follow: bool, since: float | None) -> int:
 @click.argument("name", shell_complete=completion_of("processes", "models"))
 @forms("text", "json", "yaml")
 def story(session: Session, name: str) -> int:
-    """Tell how a process or model came to its state.
+    """Show the history of a process or model.
 
-    Every event and command about it, with the reason, oldest first.
+    Every event and command about it with its reason, oldest first.
     """
     told = session.client.get(f"/v1/story/{name}")
     if not session.emit(told):
         for event in told["events"]:
             views.event_line(session.screen, event, with_name=event.get("name") != name)
         if not told["events"]:
-            session.screen.line(f"nothing has happened to {name} since fleetd started")
+            session.screen.line(f"no events for {name} since fleetd started")
     return EXIT_OK
 
 
@@ -235,9 +235,9 @@ def story(session: Session, name: str) -> int:
 @click.argument("model", shell_complete=completion_of("models"))
 @forms("text", "json", "yaml")
 def explain(session: Session, model: str) -> int:
-    """Explain why a model is loaded, or why not.
+    """Explain why a model is or is not loaded.
 
-    Its size, the budget, where it could go and what would give way.
+    Shows its size, the budget, candidates and victims.
     """
     explained = session.client.get(f"/v1/explain/{model}")
     if not session.emit(explained):
@@ -248,9 +248,9 @@ def explain(session: Session, model: str) -> int:
 @click.command()
 @forms("json", "yaml")
 def dump(session: Session) -> int:
-    """Print everything that a bug report needs.
+    """Print the data for a bug report.
 
-    Status, configuration and journal; secrets are redacted.
+    Status, configuration and journal, with secrets redacted.
     """
     session.emit(session.client.get("/v1/dump"))
     return EXIT_OK
@@ -259,7 +259,7 @@ def dump(session: Session) -> int:
 @click.command(name="pm2-jlist")
 @forms("json")
 def pm2_jlist(session: Session) -> int:
-    """Print the processes as `pm2 jlist` does."""
+    """Print processes in the form of `pm2 jlist`."""
     from fleetd.cli.pm2 import jlist
 
     session.screen.json(jlist(session.client.get("/v1/status"), time.time()), indent=None)
@@ -269,7 +269,7 @@ def pm2_jlist(session: Session) -> int:
 @click.command()
 @forms("text", "json", "yaml")
 def version(session: Session) -> int:
-    """Print the versions of fleetctl and of the daemon."""
+    """Print the versions of fleetctl and fleetd."""
     from fleetd import __version__
 
     try:

@@ -1,8 +1,8 @@
-"""The verbs that act on names: start, stop, restart, drain, undrain, signal; load, unload, pin, unpin.
+"""Verbs that act on names: start, stop, restart, drain, undrain, signal; load, unload, pin, unpin.
 
-The rules of this file
-- All names are known or nothing is done.
-- A failure of any name is exit 1; else a wait that ran out is exit 6.
+Invariants:
+- With an unknown name nothing is done.
+- A failure of any name is exit 1; otherwise a timed-out wait is exit 6.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _COLOURS = {"ok": GREEN, "accepted": GREEN, "failed": RED, "timeout": YELLOW}
 
 @contextmanager
 def patience(what: str, timeout_s: float) -> Iterator[None]:
-    """Tell a person at a terminal what is waited for, when it takes longer than a moment."""
+    """Report on a terminal what fleetctl waits for when it takes longer than a moment."""
     if not sys.stderr.isatty():
         yield
         return
-    text = f"{what}: waiting up to {duration(timeout_s)} (Ctrl-C stops the waiting, not the work)"
+    text = f"{what}: waiting up to {duration(timeout_s)} (Ctrl-C stops only the wait)"
     timer = threading.Timer(PATIENCE_S, say, [text])
     timer.daemon = True
     timer.start()
@@ -61,7 +61,7 @@ def show_results(session: Session, answered: dict[str, Any]) -> int:
 
 
 def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
-    """Return 1 when any failed, else 6 when any timed out, else 0; what went wrong is also said on stderr."""
+    """Return 1 when any failed, else 6 when any timed out, else 0; failures are also printed on stderr."""
     found = {str(row.get("result")) for row in results}
     for row in results:
         if row.get("result") == ResultCode.FAILED:
@@ -72,7 +72,7 @@ def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
 
 
 def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s: float, **extra: Any) -> int:
-    """Ask the daemon for one action on all names, and show what came of it."""
+    """Request one action on all names and show the results."""
     kind = "models" if verb in MODEL_VERBS else "processes"
     body = {"names": list(names), "wait": wait, "timeout_s": timeout_s, **extra}
     with patience(f"{verb} {' '.join(names)}", timeout_s):
@@ -83,9 +83,11 @@ def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s
 def waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Add --wait/--no-wait and --timeout."""
     timeout = click.option(
-        "--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait; then exit code 6."
+        "--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait (then exit code 6)."
     )
-    wait = click.option("--wait/--no-wait", default=True, show_default=True, help="Return when it is done, or at once.")
+    wait = click.option(
+        "--wait/--no-wait", default=True, show_default=True, help="Wait for the result, or return at once."
+    )
     return wait(timeout(verb))
 
 
@@ -115,7 +117,7 @@ def _quick(name: str, keys: str, text: str) -> click.Command:
 @names_argument("processes", also=("all",))
 @forms("table", "json", "yaml")
 def signal_(session: Session, sig: str, names: tuple[str, ...]) -> int:
-    """Send a signal to the main process of each NAME.
+    """Send a signal to main processes.
 
     SIG is a name or a number: HUP, SIGUSR1, 10.
     """
@@ -128,12 +130,12 @@ VERBS = (
     _slow("stop", "processes", f"Stop processes; they stay stopped.\n\n{_NAMES}", ("all",)),
     _slow("restart", "processes", f"Stop and start processes.\n\n{_NAMES}", ("all",)),
     _slow("drain", "processes", "Take processes out of routing.\n\nWaits for their requests in flight."),
-    _quick("undrain", "processes", "Put drained processes back into routing."),
+    _quick("undrain", "processes", "Put processes back into routing."),
     _slow("load", "models", "Load models into memory now."),
-    _slow("unload", "models", "Unload models once their requests are done."),
+    _slow("unload", "models", "Unload models after their requests."),
     _quick(
         "pin", "models", "Keep models in memory.\n\nA pinned model is never evicted, and never unloaded for being idle."
     ),
-    _quick("unpin", "models", "Let pinned models be evicted again."),
+    _quick("unpin", "models", "Allow eviction of pinned models again."),
     signal_,
 )

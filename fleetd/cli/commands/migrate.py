@@ -1,8 +1,8 @@
-"""`fleetctl migrate ollama-to-vllm`: proposes a fleet in which both serve one name.
+"""`fleetctl migrate ollama-to-vllm`: propose a fleet in which both engines serve one name.
 
-The rules of this file
-- Reads a store folder, and a fleet.yaml where one is given; writes nothing but its answer. No daemon is needed.
-- What could not be found is said for every model; nothing is guessed.
+Invariants:
+- Reads a store folder and, when given, a fleet.yaml; writes only to standard output. No daemon is needed.
+- Every model without a known source is reported; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ from fleetd.units import expand_home
 
 @click.group(name="migrate")
 def migrate() -> None:
-    """Propose the way from one engine to another."""
+    """Generate a migration proposal."""
 
 
 @migrate.command(name="ollama-to-vllm")
 @click.argument("folder", required=False, metavar="[STORE]", type=click.Path())
-@click.option("--config", metavar="FILE", type=click.Path(), help="A fleet.yaml whose names are to be kept.")
-@click.option("--instance", default="ollama", show_default=True, metavar="NAME", help="The Ollama server of the fleet.")
-@click.option("--device", metavar="NAME", help="Where vLLM is to run, such as gpu0.")
+@click.option("--config", metavar="FILE", type=click.Path(), help="A fleet.yaml whose names to keep.")
+@click.option(
+    "--instance", default="ollama", show_default=True, metavar="NAME", help="Name of the fleet's Ollama server."
+)
+@click.option("--device", metavar="NAME", help="Device for vLLM, such as gpu0.")
 @click.option(
     "--weight",
     type=click.IntRange(0, 100),
     default=10,
     show_default=True,
-    help="How many of 100 requests go to vLLM.",
+    help="Percentage of requests for vLLM.",
 )
 @forms("yaml", "json")
 def ollama_to_vllm(
     session: Session, folder: str | None, config: str | None, instance: str, device: str | None, weight: int
 ) -> int:
-    """Propose vLLM entries for what an Ollama store holds.
+    """Propose vLLM entries for an Ollama store.
 
-    Where a model's own header says from which safetensors it was made, its name becomes a route over both engines, each
-    the other's fallback: raise the weight of vLLM step by step. What has no known source stays with Ollama, and is said.
+    A model whose header names the safetensors that it was created from becomes a route over both engines, each the
+    fallback of the other: raise the weight of vLLM step by step. A model without a known source stays with Ollama and
+    is reported.
 
-    STORE: the folder with manifests and blobs; default: $OLLAMA_MODELS, else ~/.ollama/models.
+    STORE is the folder with manifests and blobs; default: $OLLAMA_MODELS, else ~/.ollama/models.
     """
     from fleetd.errors import FleetError
     from fleetd.models.ollama import inventory, migration
@@ -91,7 +94,7 @@ def _text(where: Path, proposal: Any, instance: str) -> str:
 
 
 def _names(config: Path) -> dict[str, str]:
-    """Return the fleet's name for every name that its models are served as. Raises ConfigError."""
+    """Return the fleet's model name by served name. Raises ConfigError."""
     from fleetd.config.load import load
     from fleetd.config.schema.model import HeldModel
 

@@ -1,8 +1,8 @@
-"""`fleetctl models`: the stores of the fleet against fleet.yaml. `fleetctl volumes`: the drives that it needs.
+"""`fleetctl models`: the servers' model stores compared with fleet.yaml. `fleetctl volumes`: the drives of the fleet.
 
-The rules of this file
-- `models diff` ends with 0 no difference, 1 differences, 2 error, as `diff` does.
-- A sync goes on when fleetctl is interrupted; only `scan` needs no daemon.
+Invariants:
+- `models diff` exits with 0 for no difference, 1 for differences, 2 for an error, as `diff` does.
+- A sync continues when fleetctl is interrupted; only `scan` needs no daemon.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _SAME = ("none", "foreign")
 
 @click.group(name="models")
 def models() -> None:
-    """Compare, make and delete the models of the servers' stores.
+    """Compare and sync the servers' model stores.
 
-    What fleet.yaml says of a held model (from, quantize, modelfile) is made by fleetd itself before its first load;
-    these verbs show it, and do it now.
+    fleetd creates held models (from, quantize, modelfile) before their first load; these verbs show the differences
+    and create the models now.
     """
 
 
 @models.command(name="diff")
 @forms("text", "json", "yaml")
 def diff_(session: Session) -> int:
-    """Show what fleet.yaml wants that the stores do not have.
+    """Show stores that differ from fleet.yaml.
 
     The exit code is 0 for no difference, 1 for differences, 2 for an error.
     """
@@ -53,7 +53,7 @@ def diff_(session: Session) -> int:
         for store in found["stores"]:
             _store(session, store)
     for store in broken:
-        say(f"fleetctl: {clean(store['store'])} was not compared: {clean(store['error'])}")
+        say(f"fleetctl: {clean(store['store'])} could not be compared: {clean(store['error'])}")
     if broken:
         return EXIT_USAGE
     return EXIT_FAILED if found["differences"] else EXIT_OK
@@ -70,16 +70,16 @@ def _store(session: Session, store: Mapping[str, Any]) -> None:
         sign, colour = _SIGNS.get(step["change"], ("?", None))
         screen.line(screen.paint(f"  {sign} {step['name']}: {step['change']}, {step['reason']}", colour))
         if step.get("failure"):
-            screen.line(f"      last try: {step['failure']}")
+            screen.line(f"      last attempt: {step['failure']}")
 
 
 @models.command(name="sync")
 @click.argument("names", nargs=-1, metavar="[MODEL]...", shell_complete=completion_of("models"))
 @forms("text", "json")
 def sync(session: Session, names: tuple[str, ...]) -> int:
-    """Make now what differs from fleet.yaml, and show its progress.
+    """Create models that differ from fleet.yaml.
 
-    Only what changed is made. With -o json each step is a document on a line of its own.
+    Shows the progress; only changed models are created. With -o json each step is one JSON document per line.
     """
     client = session.client
     number = client.post("/v1/library/sync", {"names": list(names)})["sync"]
@@ -108,7 +108,7 @@ def _step_text(item: Mapping[str, Any]) -> str:
 @click.argument("name", metavar="MODEL", shell_complete=completion_of("models"))
 @forms("text", "json", "yaml")
 def show(session: Session, name: str) -> int:
-    """Show the Modelfile that a model of fleet.yaml stands for, its file, and where it is."""
+    """Show the Modelfile and source of a model."""
     found = session.client.get(f"/v1/library/{name}")
     if session.emit(found):
         return EXIT_OK
@@ -126,7 +126,7 @@ def show(session: Session, name: str) -> int:
 
 
 def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    source = str(found.get("from") or "whatever the store has")
+    source = str(found.get("from") or "as in the store")
     if "size_bytes" in found:
         source += f" ({size(found['size_bytes'])})" if found["size_bytes"] is not None else " (absent)"
     rows = [("from", source)]
@@ -146,20 +146,20 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 @models.command(name="prune")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted.")
 @forms("text", "json", "yaml")
 def prune(session: Session, yes: bool, dry_run: bool) -> int:
-    """Delete from the stores what fleetd made and fleet.yaml no longer names.
+    """Delete models removed from fleet.yaml.
 
-    Models that somebody else made are never deleted, nor are the files that links lead to.
+    Deletes only models that fleetd created; targets of links are kept.
     """
     client = session.client
     planned = client.post("/v1/library/prune", {"dry_run": True}, wait_s=60.0)
     doomed = [row for row in planned["doomed"] if row["name"]]
     broken = [row for row in planned["doomed"] if not row["name"]]
     for row in broken:
-        say(f"fleetctl: {clean(row['store'])} was not compared: {clean(row['reason'])}")
+        say(f"fleetctl: {clean(row['store'])} could not be compared: {clean(row['reason'])}")
     if dry_run or not doomed:
         if not session.emit(planned):
             _doomed(session, doomed)
@@ -188,19 +188,19 @@ def _ask(count: int) -> None:
     import sys
 
     if not sys.stdin.isatty():
-        raise CliError("nobody is there to confirm", EXIT_USAGE, "add -y")
+        raise CliError("refusing to delete without confirmation: stdin is not a terminal", EXIT_USAGE, "use -y")
     if not click.confirm(f"Delete {count} model{'s' if count > 1 else ''}?", err=True):
         raise CliError("nothing was deleted", EXIT_FAILED)
 
 
 @models.command(name="scan")
 @click.argument("folder", metavar="DIR", type=click.Path())
-@click.option("--instance", metavar="NAME", help="The server that is to hold them; default: a process for each.")
+@click.option("--instance", metavar="NAME", help="Server to hold them (default: none).")
 @forms("text", "json", "yaml")
 def scan(session: Session, folder: str, instance: str | None) -> int:
-    """Propose entries of fleet.yaml for the models below a folder.
+    """Propose entries for models below a folder.
 
-    Only headers of files are read; no daemon is needed.
+    Reads only file headers; needs no daemon. Without --instance each model gets a process of its own.
     """
     from fleetd.errors import FleetError
     from fleetd.models import scan as scanning
@@ -238,10 +238,10 @@ def scan(session: Session, folder: str, instance: str | None) -> int:
 @click.group(name="volumes", invoke_without_command=True)
 @forms("table", "json", "yaml")
 def volumes(session: Session) -> int:
-    """Show the drives that something of the fleet is on.
+    """Show the drives that the fleet needs.
 
-    What needs an absent one is BLOCKED, and comes back by itself with the same drive. Another drive under the same
-    name is refused, until it is accepted.
+    A process on a missing drive is BLOCKED until the same drive returns. Another drive at the same path is rejected until it
+    is accepted.
     """
     if click.get_current_context().invoked_subcommand is not None:
         return EXIT_OK
@@ -270,10 +270,10 @@ def volumes(session: Session) -> int:
 @click.argument("path", type=click.Path())
 @forms("text", "json", "yaml")
 def accept(session: Session, path: str) -> int:
-    """Take the drive that is mounted at PATH now as the right one."""
+    """Accept the drive mounted at PATH."""
     found = session.client.post("/v1/volumes/accept", {"path": str(Path(path).absolute())})
     if not session.emit(found):
-        say(f"{path}: what is mounted there is the right volume from now on")
+        say(f"{path}: accepted the mounted volume")
     return EXIT_OK
 
 

@@ -1,4 +1,4 @@
-"""The verbs that need no daemon: completion, install-service, import."""
+"""Verbs for the installation: completion and install-service."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ SHELLS = ("bash", "zsh", "fish")
 def completion(ctx: click.Context, shell: str) -> int:
     """Print the completion script of a shell.
 
-    Names come live from the daemon.
+    Completes names of the running fleet.
 
     \b
-    bash: eval "$(fleetctl completion bash)"            in ~/.bashrc
-    zsh:  eval "$(fleetctl completion zsh)"             in ~/.zshrc, after compinit
+    bash: eval "$(fleetctl completion bash)"   in ~/.bashrc
+    zsh:  eval "$(fleetctl completion zsh)"    in ~/.zshrc, after compinit
     fish: fleetctl completion fish > ~/.config/fish/completions/fleetctl.fish
     """
     from click.shell_completion import get_completion_class
 
     found = get_completion_class(shell)
     if found is None:
-        raise CliError(f"there is no completion for {shell}", EXIT_FAILED)
+        raise CliError(f"no completion for {shell}", EXIT_FAILED)
     writer = found(ctx.find_root().command, {}, "fleetctl", "_FLEETCTL_COMPLETE")
-    # The template itself: `source()` would start the shell only to look at its version.
+    # Render the template directly: `source()` would start the shell to check its version.
     click.echo(writer.source_template % writer.source_vars())
     return EXIT_OK
 
 
 @click.command(name="install-service")
-@click.option("--user", "own", is_flag=True, help="A service of your own session, without root.")
-@click.option("--print", "only_print", is_flag=True, help="Print the file and install nothing.")
-@click.option("--config", type=click.Path(), help="The fleet.yaml (default: ./fleet.yaml, then fleetd's usual places).")
-@click.option("--run-as", metavar="USER", help="Who runs a system service (default: who called sudo).")
-@click.option("--platform", type=click.Choice(["systemd", "launchd"]), help="Default: this machine's own.")
+@click.option("--user", "own", is_flag=True, help="Install for your session, without root.")
+@click.option("--print", "only_print", is_flag=True, help="Print the file; install nothing.")
+@click.option("--config", type=click.Path(), help="The fleet.yaml (default: as fleetd run).")
+@click.option("--run-as", metavar="USER", help="User of the service (default: sudo's caller).")
+@click.option("--platform", type=click.Choice(["systemd", "launchd"]), help="Default: that of this machine.")
 @forms("text")
 def install_service(
     session: Session, own: bool, only_print: bool, config: str | None, run_as: str | None, platform: str | None
 ) -> int:
-    """Start fleetd at boot: a systemd unit or launchd service."""
+    """Install a systemd or launchd service."""
     from fleetd.cli import service_files
 
     user = None if own else run_as or os.environ.get("SUDO_USER") or _current_user()
@@ -71,15 +71,15 @@ def install_service(
     there = Path(service.config).is_file()
     if only_print:
         if not there:
-            say(f"warning: there is no {service.config}: the service would not start")
+            say(f"warning: missing file {service.config}: the service would not start")
         session.screen.out.write(file.text)
         return EXIT_OK
     if not there:
-        raise CliError(f"there is no {service.config}", EXIT_USAGE, "name yours with --config")
+        raise CliError(f"no such file: {service.config}", EXIT_USAGE, "name it with --config")
     try:
         service_files.write(file)
     except OSError as error:
-        hint = "use sudo, or --user for a service of your own" if isinstance(error, PermissionError) else None
+        hint = "use sudo, or --user for a user service" if isinstance(error, PermissionError) else None
         raise CliError(f"{file.destination}: {error.strerror or error}", EXIT_FAILED, hint) from None
     session.screen.raw(str(file.destination))
     say("installed; now run:")
@@ -105,11 +105,11 @@ def _home_of(user: str | None) -> Path:
     try:
         return Path(pwd.getpwnam(user).pw_dir)
     except KeyError:
-        raise CliError(f"there is no user {user!r}", EXIT_USAGE) from None
+        raise CliError(f"unknown user {user!r}", EXIT_USAGE) from None
 
 
 def _program(name: str, module: str) -> tuple[str, ...]:
-    """Return the words that start a console script: the one beside this Python, one on PATH, or this Python itself."""
+    """Return the command of a console script: next to this Python, on PATH, or run by this Python."""
     beside = Path(sys.executable).parent / name
     if beside.is_file():
         return (str(beside),)
@@ -118,7 +118,7 @@ def _program(name: str, module: str) -> tuple[str, ...]:
 
 
 def _socket(config: Path, home: Path) -> str | None:
-    """Return where the daemon of this file will listen; None where fleetctl looks anyway. A bad file is a warning here."""
+    """Return the socket of a daemon with this file; None for a default path. An invalid file is a warning here."""
     from fleetd.config.load import load
     from fleetd.errors import ConfigError
 
@@ -127,7 +127,7 @@ def _socket(config: Path, home: Path) -> str | None:
     try:
         loaded = load(config, {**os.environ, "HOME": str(home)})
     except ConfigError as error:
-        say(f"warning: {config} cannot be used as it is: {str(error).splitlines()[0]}")
+        say(f"warning: {config} is invalid: {str(error).splitlines()[0]}")
         return None
     written = loaded.config.paths.run
     folder = home / written[2:] if written.startswith("~/") else loaded.resolve(("paths", "run"), written)

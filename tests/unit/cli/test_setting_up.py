@@ -134,12 +134,12 @@ def test_installing_writes_the_file_and_says_what_to_run(tmp_path: Path) -> None
 
 def test_installing_without_a_configuration_or_a_user(tmp_path: Path) -> None:
     ran = fleetctl("install-service", "--user", "--config", str(tmp_path / "no.yaml"), HOME=str(tmp_path))
-    assert (ran.code, "there is no" in ran.err) == (2, True)
+    assert (ran.code, "no such file" in ran.err) == (2, True)
     printed = fleetctl(
         "install-service", "--user", "--print", "--config", str(tmp_path / "no.yaml"), HOME=str(tmp_path)
     )
     assert printed.code == 0
-    assert printed.err == f"warning: there is no {tmp_path / 'no.yaml'}: the service would not start\n"
+    assert printed.err == f"warning: missing file {tmp_path / 'no.yaml'}: the service would not start\n"
     assert fleetctl("install-service", "--run-as", "nobody-like-this", "--print").code == 2
 
 

@@ -79,7 +79,7 @@ TABLE = [
     (["completion", "tcsh"], 2, ""),
     (["install-service", "--user", "--print"], 0, "Type=notify"),
     (["--help"], 0, "Exit codes"),
-    (["status", "-h"], 0, "exit code is 0 when it runs"),
+    (["status", "-h"], 0, "exit code is 0 for running"),
     (["statsu"], 2, ""),
     (["status", "--wat"], 2, ""),
     ([], 2, ""),
@@ -212,7 +212,7 @@ def test_apply(fleet: Path, files: Path) -> None:
     assert "1 to add, 1 to change, 1 to remove" in dry.out
     unasked = on(fleet, "apply", other)
     assert unasked.code == 2
-    assert "add -y" in unasked.err
+    assert "use -y" in unasked.err
     done = on(fleet, "apply", other, "-y", "--wait")
     assert done.code == 0
     assert "ok" in done.out
