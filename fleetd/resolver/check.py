@@ -16,7 +16,7 @@ from fleetd.config.yaml.source_map import Marks
 from fleetd.errors import Problem
 from fleetd.resolver import engine_options
 from fleetd.resolver.build import assemble
-from fleetd.resolver.resolved import Surroundings
+from fleetd.resolver.resolved import Surroundings, machine_devices
 
 
 def finder(env: Mapping[str, str]) -> Beside:
@@ -28,7 +28,6 @@ def _find(env: Mapping[str, str], data: Any, marks: Marks, right: LoadedConfig |
     found = engine_options.find(data, marks)
     if right is None:
         return found
-    from fleetd.daemon.sources.sampler import machine_devices
     from fleetd.host.system.memory import Devices
 
     around = Surroundings(tuple(machine_devices(Devices().sample())), dict(env))

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fleetd.config.load import LoadedConfig, load
-from fleetd.daemon.sources.sampler import machine_devices
 from fleetd.host.system.memory import Devices
 from fleetd.resolver import check
 from fleetd.resolver.build import assemble, checked, paths_of
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import Assembly, Surroundings
+from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
 
 
 def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:

@@ -7,13 +7,17 @@ The rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetd.core.data.specs import FleetSpec
 from fleetd.errors import Problem
 from fleetd.resolver.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from fleetd.host.system.memory import DeviceSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +84,8 @@ class Assembly:
     patterns: tuple[tuple[Path, str], ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
+
+
+def machine_devices(samples: Sequence[DeviceSample]) -> list[MachineDevice]:
+    """Return the memory pools of this machine."""
+    return [MachineDevice(one.name, one.kind, one.limit_bytes or one.total_bytes, one.uuid) for one in samples]

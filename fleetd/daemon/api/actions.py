@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, Outcome, OutcomeCode
@@ -19,13 +18,11 @@ from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.state import RUNNING, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
-from fleetd.daemon.effects.machine import Machine
+from fleetd.daemon.async_tools import ChangeSignal
+from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
-from fleetd.daemon.waiting import Changes
 from fleetd.errors import ApiError, HostError
-
-if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
+from fleetd.host.host import Host
 
 KEPT_WITHIN_S = 2.0
 _REMEMBERED = frozenset({"start", "stop"})
@@ -49,21 +46,20 @@ class Verbs:
 
     def __init__(
         self,
-        queries: FleetQueries,
-        dispatch: Callable[[e.Event], None],
-        changes: Changes,
+        context: DaemonContext,
+        changes: ChangeSignal,
+        host: Host,
         processes: Processes,
-        machine: Machine,
         port: DaemonFleetPort,
         kept: Callable[[], Awaitable[str | None]],
     ) -> None:
         """`kept` returns once everything is on the disk, with what the disk refused."""
         self._kept = kept
-        self._queries = queries
-        self._dispatch = dispatch
+        self._queries = context.queries
+        self._dispatch = context.dispatch
         self._changes = changes
         self._processes = processes
-        self._machine = machine
+        self._host = host
         self._port = port
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[Outcome]:
@@ -185,7 +181,7 @@ class Verbs:
 
         def reject(command: Reject) -> None:
             refused.append(command.reason)
-            self._changes.happened()
+            self._changes.notify()
 
         request_id = self._port.wish(reject)
         self._dispatch(e.LoadAsked(name, request_id))
@@ -233,7 +229,7 @@ class Verbs:
         if run is None or run.handle is None or run.dead:
             return self._outcome(name, OutcomeCode.FAILED, "it is not running")
         try:
-            sent = await self._machine.signal(run.handle, signal)
+            sent = await self._host.signal(run.handle, signal)
         except HostError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
         return self._outcome(

@@ -22,6 +22,7 @@ from fleetd.core.data import events as e
 from fleetd.core.data.journal import Entry
 from fleetd.core.data.specs import describe_exit
 from fleetd.core.data.state import Residency
+from fleetd.core.queries import FleetQueries
 
 _IN_ALL = 5000
 _PER_NAME = 100
@@ -51,18 +52,26 @@ _ABOUT_MODELS = frozenset({
 class Feed:
     """The stream. `publish` takes journal entries, `say` anything else worth telling."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[str, str, FleetEvent], None] = lambda *_: None) -> None:
+        """`keep(kind, name, event)` stores each new event."""
         self.seq = 0
+        self._serial = 0  # of the last published journal entry
+        self._keep = keep
         self._all: deque[FleetEvent] = deque(maxlen=_IN_ALL)
         self._by_name: dict[str, deque[FleetEvent]] = {}
         self._readers: set[_Reader] = set()
-        self.keep: Callable[[str, str, FleetEvent], None] = lambda *_: None  # kind, name, event
 
     def know(self, past: Sequence[FleetEvent]) -> None:
         """Begin with what earlier daemons told, oldest first."""
         for event in past:
             self._enter(event)
             self.seq = max(self.seq, event["seq"])
+
+    def publish_new(self, queries: FleetQueries) -> None:
+        """Publish the journal entries since the last call."""
+        for entry in queries.journal_after(self._serial):
+            self._serial = entry.serial
+            self.publish(entry, queries.process_names())
 
     def publish(self, entry: Entry, processes: Collection[str]) -> None:
         """Tell one entry of the journal. `processes` are the names that are processes; other names are models."""
@@ -85,7 +94,7 @@ class Feed:
         }
         event.update(extra)  # type: ignore[typeddict-item]
         self._enter(event)
-        self.keep(kind, name or "", event)
+        self._keep(kind, name or "", event)
         for reader in self._readers:
             reader.put(event)
 

@@ -16,7 +16,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 
 @dataclass(slots=True)
-class Store:
+class SharedStore:
     """`plans` are the servers over it, in the order of fleet.yaml; `models` what they are asked to hold."""
 
     key: str
@@ -34,15 +34,15 @@ class Store:
         return any(held.source is not None for _, held in self.models.values())
 
 
-def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, Store]:
+def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, SharedStore]:
     """Return the stores by key. Blocks for a moment: a store's folder is looked at."""
-    found: dict[str, Store] = {}
+    found: dict[str, SharedStore] = {}
     for plan in plans.values():
         key_of = getattr(plan.engine, "store_key", None)
         if key_of is None or plan.endpoint is None:
             continue
         key = key_of(plan.context, plan.endpoint)
-        store = found.setdefault(key, Store(key, plan.engine))
+        store = found.setdefault(key, SharedStore(key, plan.engine))
         store.plans.append(plan)
         for name, held in plan.held.items():
             store.models.setdefault(name, (plan, held))
