@@ -157,7 +157,7 @@ class ModelBuilds:
         if step.change in (Change.NONE, Change.FOREIGN):
             await self._right(store, step)
         elif step.change is Change.MISSING:
-            blocked = name in self._prerequisites.missing_models
+            blocked = name in self._prerequisites.reported.models
             self.notes[name] = Note("blocked" if blocked else "missing", step.reason)
         else:
             async with self._one:

@@ -115,7 +115,7 @@ class ConfigApplier:
     async def _change(self, reading: Reading, path: Path | None) -> None:
         config, new, reporter = self._config, reading.assembly, self._context.reporter
         before = set(config.assembly.spec.processes) | set(config.assembly.spec.models)
-        missing = await self._prerequisites.look(new.plans)
+        missing = await self._prerequisites.check(new.plans)
         await config.accept(reading, path)
         self._prerequisites.accept(missing)
         for name, plan in new.plans.items():
