@@ -61,7 +61,12 @@ class Host:
     """One daemon's hold on the machine."""
 
     def __init__(
-        self, paths: HostPaths, *, table: ProcessTable | None = None, logs_total_bytes: int | None = None
+        self,
+        paths: HostPaths,
+        *,
+        table: ProcessTable | None = None,
+        logs_total_bytes: int | None = None,
+        report_lost_log: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
         self.paths = paths
         self.table = table or system_table()
@@ -77,7 +82,13 @@ class Host:
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
         self._closed = self._leaving = False
-        self.logs = LogBook(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
+        self.logs = LogBook(
+            paths.logs,
+            self._pool,
+            total_bytes=logs_total_bytes,
+            hand_path=self.records.hand_path,
+            report_lost=report_lost_log,
+        )
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
     # -- life ------------------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def test_missing_env_file_blocks_its_process_until_it_exists(tmp_path: Path) -> 
         daemon.until_state("onvol", "BLOCKED")
         (tmp_path / "vol.off" / ".env").write_text("nonsense\n")
         (tmp_path / "vol.off").rename(volume)
-        until(lambda: "(line 1: expected NAME=value)" in daemon.process_row("onvol")["reason"], "the mistake is reported")
+        until(
+            lambda: "(line 1: expected NAME=value)" in daemon.process_row("onvol")["reason"], "the mistake is reported"
+        )
         (volume / ".env").write_text("B=2\n")
         (tmp_path / "early.env").write_text("B=3\n")
         pids = {name: ready(daemon, name) for name in ("onvol", "early")}

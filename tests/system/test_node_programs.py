@@ -82,6 +82,8 @@ def test_restart_and_shutdown_send_the_stop_message(tmp_path: Path) -> None:
         until(lambda: lines(tmp_path) == ["up"], "the app is up")
         daemon.until_state("bot", "READY")
         assert daemon.control("POST", "/v1/processes/bot/restart?wait=true", {}).status == 200
-        until(lambda: lines(tmp_path) == ["up", 'message "shutdown"', "saved", "up"], "it got the message and is up again")
+        until(
+            lambda: lines(tmp_path) == ["up", 'message "shutdown"', "saved", "up"], "it got the message and is up again"
+        )
         assert daemon.stop() == 0
         assert lines(tmp_path)[4:] == ['message "shutdown"', "saved"]

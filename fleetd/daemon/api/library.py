@@ -9,10 +9,10 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.model_builds import ModelBuilds, Note
@@ -21,11 +21,6 @@ from fleetd.daemon.sources.prerequisites import Prerequisites
 from fleetd.errors import ApiError, EngineError, FleetError
 from fleetd.models.ollama.sync import Change, Library, Step
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
-
-    from fleetd.core.queries import FleetQueries
 
 _KEPT = 8  # syncs whose story can still be read
 _ITEMS = 5000
@@ -167,7 +162,9 @@ class Libraries:
             else:
                 await self._sync_model(sync, store, plan, step, count)
 
-    async def _sync_model(self, sync: Sync, store: SharedStore, plan: LaunchPlan, step: Step, count: dict[str, int]) -> None:
+    async def _sync_model(
+        self, sync: Sync, store: SharedStore, plan: LaunchPlan, step: Step, count: dict[str, int]
+    ) -> None:
         def tell(note: Note) -> None:
             if note.state == "making":
                 sync.add(what="making", name=step.name, store=store.key, **_without(note.document(), "state"))

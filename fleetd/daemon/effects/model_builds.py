@@ -123,7 +123,6 @@ class ModelBuilds:
                     self._passing.add(key)
                     self._tasks.start(self._pass(store), f"compare {key} with fleet.yaml")
 
-
     async def _pass(self, store: SharedStore) -> None:
         try:
             plan = self.serving(store)
@@ -184,7 +183,9 @@ class ModelBuilds:
         progress(self.notes[name])
         return self.notes[name]
 
-    async def make_alone(self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]) -> Note:
+    async def make_alone(
+        self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]
+    ) -> Note:
         """Make one model when no other is being made."""
         async with self._one:
             return await self.make(store, plan, step, progress)
@@ -276,7 +277,9 @@ class ModelBuilds:
 
         before = self.notes.get(name)
         try:
-            said = await plan.engine.prepare(self._http.session, plan.endpoint, plan.context, held, self._config.state_dir, tell)  # type: ignore[attr-defined]
+            said = await plan.engine.prepare(  # type: ignore[attr-defined]
+                self._http.session, plan.endpoint, plan.context, held, self._config.state_dir, tell
+            )
         except BaseException:
             if self.notes.get(name, Note("", "")).state == "making":
                 self.notes.pop(name)

@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
+
 from fleetd.core.data.commands import Load, ReadAhead, Unload
 from fleetd.core.data.events import Event, Exited, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
 from fleetd.daemon.context import DaemonContext

@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from fleetd.core.data.commands import Spawn, Stop, Sweep
@@ -152,7 +152,7 @@ class Processes:
             return
         run.handle = handle
         self._dispatch(Spawned(run.name, run.generation, handle.pid))
-        self._startup.follow(run)
+        self._startup.follow(run, handle)
         if run.early_exit is not None:
             self._on_exit(run, run.early_exit)
 
@@ -248,9 +248,7 @@ class Processes:
         if run.handle is not None:
             await self._stop_set(run, run.handle, self._config.plans.get(run.name, run.plan), True)
 
-    async def _stop_set(
-        self, run: Run, handle: ProcessHandle, plan: LaunchPlan, force: bool | None
-    ) -> tuple[int, ...]:
+    async def _stop_set(self, run: Run, handle: ProcessHandle, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
         """Stop the process set, and a container before its client when the client cannot be asked any more."""
         problem = None
         if force is not False:

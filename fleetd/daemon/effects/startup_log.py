@@ -18,6 +18,7 @@ from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.run import Run, with_launch
 from fleetd.engines.container import pulling
 from fleetd.host.logs.registry import LogBook
+from fleetd.host.process.handle import ProcessHandle
 from fleetd.host.state_store import Store
 from fleetd.resolver.launch_plan import LaunchPlan
 
@@ -46,13 +47,13 @@ class StartupLogs:
             return plan
         return with_launch(replace(plan, context=replace(plan.context, learned=known), kept_hash=plan.launch_hash()))
 
-    def follow(self, run: Run) -> None:
+    def follow(self, run: Run, handle: ProcessHandle) -> None:
         """Read along, where the engine has anything to say of its start."""
         if hasattr(run.plan.engine, "phase") or run.plan.contained is not None:
-            self._context.tasks.start(self._follow(run), f"start of {run.name}")
+            self._context.tasks.start(self._follow(run, handle), f"start of {run.name}")
 
-    async def _follow(self, run: Run) -> None:
-        new_lines = self._logs.reader(run.handle).new_lines
+    async def _follow(self, run: Run, handle: ProcessHandle) -> None:
+        new_lines = self._logs.reader(handle).new_lines
         lines: list[str] = []
         phase = ""
         while True:
@@ -90,7 +91,9 @@ class StartupLogs:
         if not served:
             if run.plan.context.learned and self._learned.pop(key, None) is not None:
                 self._store.put(PREFIX + key, {})
-                self._context.reporter.warn(run.name, "what an earlier start had found out is forgotten: this one failed with it")
+                self._context.reporter.warn(
+                    run.name, "what an earlier start had found out is forgotten: this one failed with it"
+                )
             return
         found = dict(learn(run.plan.context, lines))
         if found and not run.plan.context.learned and found != self._learned.get(key):

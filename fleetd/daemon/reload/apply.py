@@ -173,5 +173,7 @@ class ConfigApplier:
         """Raise ConfigError or ApiError when a re-executed daemon could not start on the file as it is now."""
         reading = await self._reader.read()
         if reading.assembly.paths != self._config.assembly.paths:
-            message = "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
+            message = (
+                "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
+            )
             raise ApiError(409, "restart_needed", message, hint="`fleetctl shutdown`, then start fleetd.")

@@ -238,7 +238,9 @@ class Prerequisites:
             now = await asyncio.to_thread(self._evaluate, required, self._looks)
             if self._required is not required:
                 continue
-            unread = {name: await self._read_deferred_env(name) for name in set(self.reported.processes) - set(now.processes)}
+            unread = {
+                name: await self._read_deferred_env(name) for name in set(self.reported.processes) - set(now.processes)
+            }
             for name in {**self.reported.processes, **now.processes}:
                 self._report_process(name, now.processes.get(name) or unread.get(name, ()))
             for name in {**self.reported.models, **now.models}:
