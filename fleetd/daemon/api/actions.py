@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, ActionResult, ResultCode
@@ -18,12 +17,11 @@ from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.state import RUNNING, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
+from fleetd.daemon.async_tools import ChangeSignal
+from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
-from fleetd.daemon.waiting import Changes
 from fleetd.errors import ApiError, HostError
-
-if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
+from fleetd.host.host import Host
 
 SAVED_WITHIN_S = 2.0
 _PERSISTED = frozenset({"start", "stop"})
@@ -47,19 +45,20 @@ class Actions:
 
     def __init__(
         self,
-        queries: FleetQueries,
-        dispatch: Callable[[e.Event], None],
-        changes: Changes,
+        context: DaemonContext,
+        changes: ChangeSignal,
+        host: Host,
         processes: Processes,
         port: DaemonFleetPort,
         saved: Callable[[], Awaitable[str | None]],
     ) -> None:
         """`saved` returns once everything is on disk; otherwise why it is not."""
         self._saved = saved
-        self._queries = queries
-        self._dispatch = dispatch
+        self._queries = context.queries
+        self._dispatch = context.dispatch
         self._changes = changes
         self._processes = processes
+        self._host = host
         self._port = port
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[ActionResult]:
@@ -183,7 +182,7 @@ class Actions:
 
         def reject(command: Reject) -> None:
             rejections.append(command.reason)
-            self._changes.happened()
+            self._changes.notify()
 
         request_id = self._port.wish(reject)
         self._dispatch(e.LoadAsked(name, request_id))
@@ -224,8 +223,11 @@ class Actions:
     # -- signals and order ---------------------------------------------------------------------------------------------------------
 
     async def _signal(self, name: str, signal: str) -> ActionResult:
+        run = self._processes.runs.get(name)
+        if run is None or run.handle is None or run.dead:
+            return self._result(name, ResultCode.FAILED, "not running")
         try:
-            sent = await self._processes.signal(name, signal)
+            sent = await self._host.signal(run.handle, signal)
         except HostError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
         if sent:

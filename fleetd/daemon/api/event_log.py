@@ -18,6 +18,7 @@ from typing import Any
 from fleetd.control.event_codes import EventCode
 from fleetd.control.wire import FleetEvent, rfc3339
 from fleetd.core.data.journal import JournalEntry
+from fleetd.core.queries import FleetQueries
 from fleetd.daemon.api.event_text import EventLine, lines_of
 
 _IN_ALL = 5000
@@ -31,6 +32,7 @@ class EventLog:
 
     def __init__(self, keep: Callable[[str, str, FleetEvent], None]) -> None:
         self.seq = 0
+        self._serial = 0  # of the last published journal entry
         self._all: deque[FleetEvent] = deque(maxlen=_IN_ALL)
         self._by_name: dict[str, deque[FleetEvent]] = {}
         self._readers: set[_EventReader] = set()
@@ -42,6 +44,12 @@ class EventLog:
             if "event" in event:  # an older version wrote events without a code
                 self._enter(event)
             self.seq = max(self.seq, event["seq"])
+
+    def publish_new(self, queries: FleetQueries) -> None:
+        """Add the journal entries since the last call."""
+        for entry in queries.journal_after(self._serial):
+            self._serial = entry.serial
+            self.publish(entry)
 
     def publish(self, entry: JournalEntry) -> None:
         """Add the shown parts of one journal entry."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from fleetd.host.process.cgroup import Cgroup
-from fleetd.host.process.table import ProcessEntry, ProcessTable, Snapshot
+from fleetd.host.process.table import ProcessTable, Snapshot, TableEntry
 from fleetd.host.types import KillScope
 
 TOKEN_VARIABLE = "FLEETD_SPAWN"  # noqa: S105 (a label in the environment, not a secret)
@@ -50,7 +50,7 @@ class TokenCache:
         self._tokens: dict[tuple[int, int], str | None] = {}
         self._young: dict[tuple[int, int], float] = {}  # first seen, without a token so far
 
-    def token_of(self, entry: ProcessEntry) -> str | None:
+    def token_of(self, entry: TableEntry) -> str | None:
         key = (entry.pid, entry.start)
         if key in self._tokens:
             return self._tokens[key]
@@ -86,7 +86,7 @@ def strays(table: ProcessTable, place: str, known: Collection[str]) -> dict[str,
     return found
 
 
-def carriers(table: ProcessTable, variable: str, value: str) -> Iterator[tuple[ProcessEntry, dict[str, str]]]:
+def carriers(table: ProcessTable, variable: str, value: str) -> Iterator[tuple[TableEntry, dict[str, str]]]:
     """Yield the live processes with this variable in their environment, and all of that environment. Reads the whole table."""
     wanted = os.fsencode(f"{variable}={value}")
     for entry in table.snapshot().values():
@@ -98,7 +98,7 @@ def carriers(table: ProcessTable, variable: str, value: str) -> Iterator[tuple[P
 def members(
     lineage: Lineage,
     snapshot: Snapshot,
-    token_of: Callable[[ProcessEntry], str | None],
+    token_of: Callable[[TableEntry], str | None],
     *,
     scope: str = KillScope.SET,
     grouped: Collection[int] = (),
@@ -133,7 +133,7 @@ def members(
 
 
 def _add_descendants(found: dict[int, int], snapshot: Snapshot, spare: Collection[int]) -> None:
-    children: dict[int, list[ProcessEntry]] = defaultdict(list)
+    children: dict[int, list[TableEntry]] = defaultdict(list)
     for entry in snapshot.values():
         children[entry.ppid].append(entry)
     open_pids = list(found)

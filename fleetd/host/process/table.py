@@ -23,7 +23,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-class ProcessEntry(NamedTuple):
+class TableEntry(NamedTuple):
     """One line of the table. `start` is in clock ticks since boot, `cpu_ticks` user plus system."""
 
     pid: int
@@ -36,7 +36,7 @@ class ProcessEntry(NamedTuple):
     cpu_ticks: int = 0
 
 
-Snapshot = Mapping[int, ProcessEntry]
+Snapshot = Mapping[int, TableEntry]
 
 
 class ProcessTable(Protocol):
@@ -44,14 +44,14 @@ class ProcessTable(Protocol):
 
     def snapshot(self) -> Snapshot: ...
 
-    def entry(self, pid: int) -> ProcessEntry | None: ...
+    def entry(self, pid: int) -> TableEntry | None: ...
 
     def environment(self, pid: int) -> bytes | None: ...
 
     def send(self, pid: int, start: int, signal: int) -> bool: ...
 
 
-def parse_stat(data: bytes) -> ProcessEntry | None:
+def parse_stat(data: bytes) -> TableEntry | None:
     """Parse one /proc/PID/stat. The command may hold spaces and brackets, so counting starts at the last bracket."""
     close = data.rfind(b")")
     if close < 0:
@@ -60,7 +60,7 @@ def parse_stat(data: bytes) -> ProcessEntry | None:
     if len(fields) < 22:
         return None
     state, threads = fields[0], int(fields[17])
-    return ProcessEntry(
+    return TableEntry(
         pid=int(data[: data.index(b" ")]),
         ppid=int(fields[1]),
         pgid=int(fields[2]),
@@ -88,8 +88,8 @@ def _read(path: str, limit: int = 4096) -> bytes | None:
 class LinuxTable:
     """/proc."""
 
-    def snapshot(self) -> dict[int, ProcessEntry]:
-        table: dict[int, ProcessEntry] = {}
+    def snapshot(self) -> dict[int, TableEntry]:
+        table: dict[int, TableEntry] = {}
         for name in os.listdir("/proc"):  # noqa: PTH208 (names alone; this is the hot path)
             if not name.isdigit():
                 continue
@@ -99,7 +99,7 @@ class LinuxTable:
                 table[entry.pid] = entry
         return table
 
-    def entry(self, pid: int) -> ProcessEntry | None:
+    def entry(self, pid: int) -> TableEntry | None:
         data = _read(f"/proc/{pid}/stat")
         return parse_stat(data) if data else None
 
@@ -132,21 +132,21 @@ class LinuxTable:
 class PsutilTable:
     """The same through psutil, for systems without /proc."""
 
-    def snapshot(self) -> dict[int, ProcessEntry]:
-        table: dict[int, ProcessEntry] = {}
+    def snapshot(self) -> dict[int, TableEntry]:
+        table: dict[int, TableEntry] = {}
         for process in psutil.process_iter():
             entry = self._entry(process)
             if entry is not None:
                 table[entry.pid] = entry
         return table
 
-    def entry(self, pid: int) -> ProcessEntry | None:
+    def entry(self, pid: int) -> TableEntry | None:
         try:
             return self._entry(psutil.Process(pid))
         except psutil.Error:
             return None
 
-    def _entry(self, process: psutil.Process) -> ProcessEntry | None:
+    def _entry(self, process: psutil.Process) -> TableEntry | None:
         try:
             with process.oneshot():
                 dead = process.status() == psutil.STATUS_ZOMBIE
@@ -161,7 +161,7 @@ class PsutilTable:
                 group, session = os.getpgid(process.pid), os.getsid(process.pid)
         except (psutil.Error, OSError):
             return None
-        return ProcessEntry(process.pid, ppid, group, session, start, dead, rss, cpu)
+        return TableEntry(process.pid, ppid, group, session, start, dead, rss, cpu)
 
     def environment(self, pid: int) -> bytes | None:
         try:

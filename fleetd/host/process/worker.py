@@ -76,7 +76,7 @@ class WorkerProcess:
         """Return the next message before the monotonic time `end`. Raises HostError, whatever it says instead."""
         size = int.from_bytes(self._read(_HEAD_BYTES, end), "big")
         if size > _LARGEST_BYTES:
-            raise HostError("the companion process answered nonsense")
+            raise HostError("the worker process sent an invalid response")
         return bytes(self._read(size, end))
 
     def _read(self, size: int, end: float) -> bytearray:
@@ -96,7 +96,7 @@ class WorkerProcess:
         poll = select.poll()
         poll.register(fd, event)
         if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-            raise HostError("the companion process took too long and was ended")
+            raise HostError("the worker process did not respond in time and was killed")
 
     def _gone(self) -> WorkerGone:
         """Return what to say of a companion that closed its pipe."""
@@ -108,7 +108,7 @@ class WorkerProcess:
             how = f"was ended by {signal.Signals(-status).name}"
         else:
             how = f"ended with code {status}"
-        return WorkerGone(f"the companion process {how} before it had answered")
+        return WorkerGone(f"the worker process {how} before it responded")
 
     def alive(self) -> bool:
         """Return whether it still runs."""

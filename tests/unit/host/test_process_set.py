@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from fleetd.host.process.cgroup import Cgroup
 from fleetd.host.process.process_set import Lineage, SetScanner, TokenCache, members, read_token
-from fleetd.host.process.table import ProcessEntry, parse_stat
+from fleetd.host.process.table import TableEntry, parse_stat
 
-LEADER = ProcessEntry(pid=100, ppid=50, pgid=100, sid=100, start=1000, dead=False)
+LEADER = TableEntry(pid=100, ppid=50, pgid=100, sid=100, start=1000, dead=False)
 LINEAGE = Lineage(pid=100, start=1000, token="mine")
 
 
 def entry(
     pid: int, ppid: int = 1, pgid: int | None = None, sid: int | None = None, start: int = 1001, dead: bool = False
-) -> ProcessEntry:
-    return ProcessEntry(pid, ppid, pid if pgid is None else pgid, pid if sid is None else sid, start, dead)
+) -> TableEntry:
+    return TableEntry(pid, ppid, pid if pgid is None else pgid, pid if sid is None else sid, start, dead)
 
 
-def found(entries: list[ProcessEntry], tokens: Mapping[int, str] | None = None, **options: object) -> set[int]:
+def found(entries: list[TableEntry], tokens: Mapping[int, str] | None = None, **options: object) -> set[int]:
     given_tokens = tokens or {}
     lineage = options.pop("lineage", LINEAGE)
     return set(
@@ -89,7 +89,7 @@ def test_scopes() -> None:
 def test_never_a_dead_one_never_an_older_root_always_closed_under_children(
     rows: dict[int, tuple[int, int, int, bool]],
 ) -> None:
-    table = {pid: ProcessEntry(pid, ppid, pgid, pgid, start, dead) for pid, (ppid, pgid, start, dead) in rows.items()}
+    table = {pid: TableEntry(pid, ppid, pgid, pgid, start, dead) for pid, (ppid, pgid, start, dead) in rows.items()}
     lineage = Lineage(20, 1000, "mine")
     result = members(lineage, table, lambda _: None)
     for pid, start in result.items():
@@ -103,15 +103,15 @@ def test_never_a_dead_one_never_an_older_root_always_closed_under_children(
 class FakeTable:
     """A process table that a test writes; signals are kept."""
 
-    def __init__(self, entries: list[ProcessEntry], environments: Mapping[int, bytes] | None = None) -> None:
+    def __init__(self, entries: list[TableEntry], environments: Mapping[int, bytes] | None = None) -> None:
         self.entries = {e.pid: e for e in entries}
         self.environments = dict(environments or {})
         self.sent: list[tuple[int, int]] = []
 
-    def snapshot(self) -> dict[int, ProcessEntry]:
+    def snapshot(self) -> dict[int, TableEntry]:
         return dict(self.entries)
 
-    def entry(self, pid: int) -> ProcessEntry | None:
+    def entry(self, pid: int) -> TableEntry | None:
         return self.entries.get(pid)
 
     def environment(self, pid: int) -> bytes | None:
