@@ -1,8 +1,8 @@
-"""What the measurements share: a scratch folder with tiny models, a running `fleetd`, and clocks around requests.
+"""Shared by the measurements: a scratch folder, a running `fleetd`, and timed requests.
 
-The rules of this file
-- Everything lives in a temporary folder with its own state, socket and ports, and is gone afterwards.
-- A measurement is repeated and interleaved with what it is compared to; medians are quoted, minimum and maximum shown.
+Invariants:
+- All files are in a temporary folder with its own state, socket and ports, which is deleted at the end.
+- A measurement is repeated and interleaved with the one that it is compared to. Results are median, minimum and maximum.
 """
 
 from __future__ import annotations
@@ -142,6 +142,6 @@ class RunningFleet:
 
 
 def summary(values: Sequence[float], unit: str = "ms", scale: float = 1000.0) -> str:
-    """Return `median (min ... max)` of seconds, in milliseconds unless told otherwise."""
+    """Return `median (min ... max)` of seconds, in milliseconds by default."""
     scaled = [value * scale for value in values]
     return f"{statistics.median(scaled):8.1f} {unit}  ({min(scaled):.1f} ... {max(scaled):.1f}, n={len(scaled)})"
