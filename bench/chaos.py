@@ -241,7 +241,7 @@ class Chaos:
             finally:
                 self._thaw(everything=True)
         found += [f"the daemon ended and left {left}" for left in [living_with(self.folder)] if left]
-        return [*found, *lines(self.folder, self.folder / "logs"), *log_errors(self.folder / "daemon.log")]
+        return [*found, *lines(self.folder, self.folder / "logs"), *log_errors(self.folder / "fleetd.log")]
 
     def _attack(self, actions: list[tuple[int, Callable[[], None]]], until: float) -> None:
         weights = [weight for weight, _ in actions]
@@ -333,7 +333,7 @@ def main() -> None:
         try:
             found = chaos.play(asked.seconds)
         except (AssertionError, RuntimeError) as error:
-            found = [f"{type(error).__name__}: {error}", (folder / "daemon.log").read_text()[-3000:]]
+            found = [f"{type(error).__name__}: {error}", (folder / "fleetd.log").read_text()[-3000:]]
         finally:
             for pid in living_with(folder):
                 with suppress(ProcessLookupError):

@@ -59,7 +59,7 @@ def main() -> None:
             took_s = time.monotonic() - began
         kept = sum(path.stat().st_blocks * 512 for path in (folder / "state").rglob("*") if path.is_file())
         logs = sum(path.stat().st_blocks * 512 for path in (folder / "logs").rglob("*") if path.is_file())
-        wrong = [line for line in (folder / "daemon.log").read_text().splitlines() if "Traceback" in line]
+        wrong = [line for line in (folder / "fleetd.log").read_text().splitlines() if "Traceback" in line]
     report(samples, took_s, kept, logs, wrong)
 
 
