@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 from fleetd import __version__
 from fleetd.control.event_codes import EventCode
-from fleetd.core.data.events import RestartAsked, ShutdownAsked, SpecChanged
+from fleetd.core.data.events import RestartRequested, ShutdownRequested, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
 from fleetd.daemon.api.control import DaemonControlPort
@@ -246,7 +246,7 @@ class App:
 
     async def _undo(self) -> None:
         """Stop what was begun: a start that fails leaves nothing running."""
-        self._daemon.dispatch(ShutdownAsked(force=True))
+        self._daemon.dispatch(ShutdownRequested(force=True))
         try:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
@@ -277,7 +277,7 @@ class App:
         daemon.processes.entered()
         daemon.port.spec_changed()
         for name in adoption.changed:
-            daemon.dispatch(RestartAsked(name))
+            daemon.dispatch(RestartRequested(name))
         for event in wishes.events([event.name for event in adopted]):
             daemon.dispatch(event)
 
@@ -361,7 +361,7 @@ class App:
         daemon.facts.stopping = True
         self._notifier.stopping(f"shutting down: {why}")
         daemon.event_log.report("daemon", None, EventCode.SHUTDOWN, f"shutting down: {why}")
-        daemon.dispatch(ShutdownAsked(force=force))
+        daemon.dispatch(ShutdownRequested(force=force))
 
     def _reexec(self) -> None:
         if not self._settling:

@@ -22,7 +22,7 @@ from fleetd.core.data.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
-    UnloadAsked,
+    UnloadRequested,
 )
 from fleetd.core.data.specs import FleetSpec, describe_exit
 from fleetd.core.fleet import Fleet
@@ -212,7 +212,7 @@ class Daemon:
                 c.Unload: self.residency.unload,
                 c.Sleep: self.sleepers.sleep,
                 c.Wake: self.sleepers.wake,
-                c.LookAsleep: self.sleepers.look,
+                c.CheckSleep: self.sleepers.look,
                 c.Grant: self.port.granted,
                 c.Reject: self.port.rejected,
                 c.ReadAhead: self.residency.read_ahead,
@@ -290,7 +290,7 @@ class Daemon:
 
     async def _take_out(self, name: str) -> None:
         """Unload a model that is to be made anew; go on after a while even so."""
-        self.dispatch(UnloadAsked(name))
+        self.dispatch(UnloadRequested(name))
         await self.changes.wait_for(lambda: True if not self._is_placed(name) else None, _TAKE_OUT_S)
 
     def _is_placed(self, name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fleetd.core.data.commands import Command, Finished, Spawn
-from fleetd.core.data.events import Event, StartAsked, Tick
+from fleetd.core.data.events import Event, StartRequested, Tick
 from fleetd.daemon.loop import FleetLoop
 
 
@@ -44,17 +44,17 @@ class Recorder:
 
 def test_a_command_that_dispatches_is_handled_after_its_event() -> None:
     def answer(event: Event) -> list[Command]:
-        return [Spawn(event.name, 1, "asked"), Spawn(event.name, 2, "asked")] if event == StartAsked("a") else []
+        return [Spawn(event.name, 1, "asked"), Spawn(event.name, 2, "asked")] if event == StartRequested("a") else []
 
     fleet, executor = ScriptedFleet(answer), Recorder()
     loop = FleetLoop(fleet, executor)
-    executor.hook = lambda command: loop.dispatch(StartAsked(f"from-{command.generation}"))
+    executor.hook = lambda command: loop.dispatch(StartRequested(f"from-{command.generation}"))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("a"), StartAsked("from-1"), StartAsked("from-2")]
+    assert fleet.seen == [StartRequested("a"), StartRequested("from-1"), StartRequested("from-2")]
     assert [command.generation for command in executor.commands] == [1, 2]
 
 
@@ -73,11 +73,11 @@ def test_the_deadline_becomes_one_tick() -> None:
         fleet.answer = answer
         loop = FleetLoop(fleet, Recorder(), clock=asyncio.get_running_loop().time)
         fleet.deadline = asyncio.get_running_loop().time() + 0.02
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
         await asyncio.wait_for(ticked.wait(), 5)
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("a"), Tick()]
+    assert fleet.seen == [StartRequested("a"), Tick()]
 
 
 def test_a_nearer_deadline_moves_the_timer_and_a_closed_loop_has_none() -> None:
@@ -87,24 +87,24 @@ def test_a_nearer_deadline_moves_the_timer_and_a_closed_loop_has_none() -> None:
         clock = asyncio.get_running_loop().time
         loop = FleetLoop(fleet, Recorder(), clock=clock)
         fleet.deadline = clock() + 3600
-        loop.dispatch(StartAsked("far"))
+        loop.dispatch(StartRequested("far"))
         fleet.deadline = clock() + 0.01
         ticked = asyncio.Event()
         fleet.answer = lambda event: [ticked.set() or Finished("done")] if isinstance(event, Tick) else []
-        loop.dispatch(StartAsked("near"))
+        loop.dispatch(StartRequested("near"))
         await asyncio.wait_for(ticked.wait(), 5)
         loop.close()
         fleet.deadline = clock()
-        loop.dispatch(StartAsked("late"))
+        loop.dispatch(StartRequested("late"))
         await asyncio.sleep(0)
-        assert fleet.seen[-1] == StartAsked("late")
+        assert fleet.seen[-1] == StartRequested("late")
 
     asyncio.run(body())
 
 
 def test_a_bug_in_the_fleet_is_told_and_the_next_event_is_handled() -> None:
     def answer(event: Event) -> list[Command]:
-        if event == StartAsked("bad"):
+        if event == StartRequested("bad"):
             raise ValueError("impossible")
         return []
 
@@ -113,25 +113,25 @@ def test_a_bug_in_the_fleet_is_told_and_the_next_event_is_handled() -> None:
     loop = FleetLoop(fleet, Recorder(), fault=lambda event, error: told.append((event, error)))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("bad"))
-        loop.dispatch(StartAsked("good"))
+        loop.dispatch(StartRequested("bad"))
+        loop.dispatch(StartRequested("good"))
 
     asyncio.run(body())
-    assert [(event, str(error)) for event, error in told] == [(StartAsked("bad"), "impossible")]
-    assert fleet.seen[-1] == StartAsked("good")
+    assert [(event, str(error)) for event, error in told] == [(StartRequested("bad"), "impossible")]
+    assert fleet.seen[-1] == StartRequested("good")
 
 
 def test_without_a_listener_a_bug_is_raised_and_the_loop_still_works() -> None:
-    fleet = ScriptedFleet(lambda event: 1 / 0 if event == StartAsked("bad") else [])
+    fleet = ScriptedFleet(lambda event: 1 / 0 if event == StartRequested("bad") else [])
     loop = FleetLoop(fleet, Recorder())
 
     async def body() -> None:
         with pytest.raises(ZeroDivisionError):
-            loop.dispatch(StartAsked("bad"))
-        loop.dispatch(StartAsked("good"))
+            loop.dispatch(StartRequested("bad"))
+        loop.dispatch(StartRequested("good"))
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("bad"), StartAsked("good")]
+    assert fleet.seen == [StartRequested("bad"), StartRequested("good")]
 
 
 def test_the_observer_sees_every_step_in_order() -> None:
@@ -140,10 +140,10 @@ def test_the_observer_sees_every_step_in_order() -> None:
     loop = FleetLoop(fleet, Recorder(), observe=lambda event, commands, now: steps.append((event, commands)))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-    assert steps == [(StartAsked("a"), [Spawn("a", 1, "r")])]
+    assert steps == [(StartRequested("a"), [Spawn("a", 1, "r")])]
 
 
 def test_loop_announces_an_event_before_its_commands_start() -> None:
@@ -158,7 +158,7 @@ def test_loop_announces_an_event_before_its_commands_start() -> None:
     )
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
     assert order == ["announce", "command", "observe"]
