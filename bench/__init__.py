@@ -1,1 +1,1 @@
-"""Measurements, each one command, side by side with what they name; and the demonstration."""
+"""Measurements, one command each, and the demonstration."""

@@ -1,11 +1,12 @@
-"""Chaos: random kills, stops, edits and full disks for minutes or hours; then everything is counted.
+"""Inject random kills, stops, edits and full disks for minutes or hours, then check that nothing was lost.
 
     python -m bench.chaos [--for 5m] [--seed N]
 
-The rules of this file
-- Everything random comes from one seed, which is printed first; the machine's timing is not part of it.
-- Nothing that fleetd says is believed without a look from outside: processes are counted in /proc, lines in the files.
-- The first part hits the daemon too; in the last third it is left alone, so that its memory and descriptors can be compared.
+Invariants:
+- One seed, printed first, determines all random choices. It does not determine the timing of the machine.
+- Every claim of fleetd is checked from outside: processes in /proc, lines in the log files.
+- The first two thirds of a run hit the daemon too. In the last third it runs undisturbed, so that its memory and
+  descriptors can be compared.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Chaos:
             ("tree", "file"),
         ):
             self._add(kind, capture)
-        os.environ["CHAOS_FOLDER"] = str(folder)  # every process of this run can be told from others by it
+        os.environ["CHAOS_FOLDER"] = str(folder)  # identifies every process of this run
         self.fleet = RunningFleet(folder, self._yaml(), free_port())
         self.head = self.fleet.config.read_text().split("services:")[0]
         self.counters = Counters()
@@ -240,7 +241,7 @@ class Chaos:
             finally:
                 self._thaw(everything=True)
         found += [f"the daemon ended and left {left}" for left in [living_with(self.folder)] if left]
-        return [*found, *lines(self.folder, self.folder / "logs"), *log_errors(self.folder / "daemon.log")]
+        return [*found, *lines(self.folder, self.folder / "logs"), *log_errors(self.folder / "fleetd.log")]
 
     def _attack(self, actions: list[tuple[int, Callable[[], None]]], until: float) -> None:
         weights = [weight for weight, _ in actions]
@@ -289,7 +290,7 @@ class Chaos:
         for name in self.services:
             kind = name.split("-")[0]
             if leaders(now, name) != [rows[name]["pid"]]:
-                found.append(f"{name}: pid {rows[name]['pid']} is said to run, {leaders(now, name)} do")
+                found.append(f"{name}: pid {rows[name]['pid']} is reported as running, but {leaders(now, name)} are")
             elif kind == "tree" and len(now[name]) > 4:
                 found.append(f"{name}: {len(now[name])} processes where a run has four: {now[name]}")
         overlaps = self.folder / "overlaps"
@@ -332,7 +333,7 @@ def main() -> None:
         try:
             found = chaos.play(asked.seconds)
         except (AssertionError, RuntimeError) as error:
-            found = [f"{type(error).__name__}: {error}", (folder / "daemon.log").read_text()[-3000:]]
+            found = [f"{type(error).__name__}: {error}", (folder / "fleetd.log").read_text()[-3000:]]
         finally:
             for pid in living_with(folder):
                 with suppress(ProcessLookupError):

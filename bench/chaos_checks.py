@@ -1,8 +1,4 @@
-"""What has to hold after chaos, looked at from outside of fleetd.
-
-The rules of this file
-- Each check returns sentences; none is good news.
-"""
+"""Check from outside of fleetd what must be true after chaos. Each check returns a list of problems."""
 
 from __future__ import annotations
 
@@ -179,7 +175,7 @@ def lines(folder: Path, logs: Path) -> list[str]:
             elif numbers != sorted(numbers):
                 found.append(f"{name}, run {run}: lines out of order")
     print(
-        f"  {total} lines of {sum(map(len, written.values()))} runs counted; {excused} lines said to be lost to a full disk"
+        f"  {total} lines of {sum(map(len, written.values()))} runs counted; {excused} lines reported as lost to a full disk"
     )
     return found
 

@@ -1,9 +1,9 @@
-"""What chaos is let loose on: `chaos_child.py FOLDER NAME writer|tree`, run by `python -I -S`.
+"""A service for chaos to disturb: `chaos_child.py FOLDER NAME writer|tree`, run by `python -I -S`.
 
-The rules of this file
-- Every line is numbered within its run. After write() has returned for a line, its number is noted in FOLDER/progress: what stands
-  there must be in the log, whole and once, whoever is killed next.
-- A run holds a lock for as long as it lives: where another run of the same name lives, it says so in FOLDER/overlaps.
+Invariants:
+- Every line has a number within its run. After write() has returned for a line, its number goes to FOLDER/progress:
+  the log must contain each line up to there, complete and once, whichever process is killed next.
+- A run holds a lock while it lives. If another run of the same name holds it, the run reports that in FOLDER/overlaps.
 """
 
 # ruff: noqa: ARG001 - both programs are called with the same words

@@ -1,9 +1,10 @@
-"""How long a request to an absent model waits: fleetd against the bare engine, llama-swap and Ollama.
+"""Measure how long a request to an unloaded model waits: fleetd, the bare engine, llama-swap and Ollama.
 
     python -m bench.cold [--rounds 15] [--layers 2 --embedding 64]
 
-Bare: the same engine command started by hand, polled every 2 ms, then asked. The rest: one request through the program, with
-nothing in memory (cold) or with another model to evict first (swap). Programs that are not on PATH are left out, and said so.
+Bare: the same engine command started by hand, polled every 2 ms, then asked. The others: one request through the program,
+with no model in memory (cold) or with another model to evict first (swap). Programs that are not on PATH are skipped with
+a message.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the daemon itself costs: its start, its memory with 20 services, processor time when idle, `fleetctl status`.
+"""Measure the cost of the daemon: start, memory with 20 services, CPU time when idle, `fleetctl status`.
 
 python -m bench.daemon [--idle 30] [--starts 5] [--models 0]
 
-The fleet has 20 services and one model of the embedded engine, which is not loaded until the requests come; so memory is
-shown for services alone, for an engine's options on top, and after work: 1,000 requests and three reloads.
-`--models N` measures, instead, a reload of a file with N models, and what a request to the gateway waits meanwhile.
+The fleet has 20 services and one model of the embedded engine, which is loaded by the first request. Memory is reported
+for services alone, with an engine's options, and after work: 1,000 requests and three reloads.
+`--models N` measures instead a reload of a file with N models, and the latency of gateway requests during it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def starts(count: int) -> None:
 
 
 def idle(fleet: RunningFleet, idle_s: float) -> None:
-    """Show the share of a core that the daemon takes while nothing happens and nobody asks."""
+    """Print the share of a core that an idle daemon uses."""
     before, began = cpu_s(fleet.pid), time.monotonic()
     until(lambda: time.monotonic() - began >= idle_s, "the idle time", deadline_s=idle_s + 60, period_s=0.5)
     share = (cpu_s(fleet.pid) - before) / (time.monotonic() - began)

@@ -1,12 +1,12 @@
-"""Six workers, six models, room for three: what fleetd does, on real inference, in under a minute.
+"""Show fleetd on real inference in under a minute: six workers, six models, memory for three.
 
-    python -m bench.demo                       run it; exit 0 only if every request was answered and nothing went over
+    python -m bench.demo                       run it; exit 0 only if every request was answered within the budget
     python -m bench.demo --write-models DIR    only write the models of the repository's own fleet.yaml
 
-The rules of this file
-- Everything lives in ./.demo and is gone afterwards, but for the log. The models are real, tiny and random: their words are
-  noise, their loads and their memory are not.
-- The same requests run twice: one after another, then from six workers. What is printed was measured.
+Invariants:
+- All files are in ./.demo and are deleted at the end, except for the log. The models are tiny and random: their text is
+  noise, their loads and their memory are real.
+- The same requests run twice: one after another, then from six workers. All printed numbers are measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Answered:
 
 @dataclass(slots=True)
 class Watch:
-    """What was seen beside the requests: the ledger, and the memory of the engines themselves."""
+    """Memory during the requests: of the ledger, and of the engine processes."""
 
     most_reserved: int = 0
     most_resident: int = 0

@@ -1,4 +1,4 @@
-"""Six workers on six models that all fit, against the same requests one after another.
+"""Compare six workers on six models that all fit in memory with the same requests in sequence.
 
 python -m bench.parallel [--requests 6] [--tokens 64] [--megabytes 8]
 """

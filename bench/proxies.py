@@ -1,10 +1,10 @@
-"""Requests per second through the gateway and through other proxies, side by side in one run: `python -m bench.proxies`.
+"""Measure requests per second through the gateway and other proxies in one run: `python -m bench.proxies`.
 
-The rules of this file
-- Every proxy has the same origin: nginx that answers a chat completion of 300 bytes at once, so that it is never the limit.
+Invariants:
+- Every proxy has the same origin: an nginx that answers a chat completion of 300 bytes at once and is never the limit.
 - Requests are short chat questions, not streamed, sent by wrk from one thread over 1, 16 and 64 connections.
-- Rounds are interleaved: each round measures every proxy once, in turn; medians and the ratio to nginx are printed.
-- The gateway has everything on that a user has. `--daemon` measures `fleetd run` whole instead of the gateway on a stand-in.
+- Each round measures every proxy once, in turn; medians and the ratio to nginx are printed.
+- The gateway runs with all its features. `--daemon` measures a complete `fleetd run` instead of the gateway alone.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def write(folder: Path, name: str, text: str, **values: object) -> Path:
 
 
 def participants(stack: contextlib.ExitStack, folder: Path, daemon: bool) -> list[Proxy]:
-    """Start the origin and everything that stands before it."""
+    """Start the origin and all proxies in front of it."""
     origin = free_port()
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     config = write(folder, "origin.conf", NGINX_ORIGIN, port=origin, answer=ANSWER)

@@ -1,9 +1,9 @@
-"""From the death of a process to the next one being spawned, backoff zero: fleetd, supervisord and PM2, in turn.
+"""Measure the time from the death of a process to the spawn of the next one: fleetd, supervisord, PM2.
 
     python -m bench.restart [--rounds 20]
 
-Each supervisor keeps a tiny C-speed child (`/bin/sleep`); it is killed with SIGKILL, and /proc is watched every 0.2 ms for the
-next child of that command. Programs that are not on PATH (`supervisord`, `pm2`) are left out, and said so.
+Each supervisor runs a small child (`/bin/sleep`) without backoff. The child is killed with SIGKILL, and /proc is polled
+every 0.2 ms for the next child of that command. Programs that are not on PATH are skipped with a message.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Ten thousand restarts: what a daemon keeps of each must be nothing.
+"""Restart services ten thousand times; the daemon must not grow.
 
     python -m bench.restarts_10k [--restarts 10000] [--services 8]
 
-Services of /bin/true with no backoff and a crash-loop limit out of reach. The daemon's memory, descriptors and threads are read from
-/proc; the first half is warm-up (caches, bounded journals and indexes fill up), a line is fitted to the rest. Fails when memory grows by
-more than BYTES_PER_RESTART, or descriptors or threads grow.
+The services run /bin/true without backoff and with an unreachable crash-loop limit. Memory, descriptors and threads of the
+daemon are read from /proc. The first half is warm-up (caches, bounded journals and indexes fill up); a line is fitted to
+the rest. Fails if memory grows by more than BYTES_PER_RESTART, or if descriptors or threads grow.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
             took_s = time.monotonic() - began
         kept = sum(path.stat().st_blocks * 512 for path in (folder / "state").rglob("*") if path.is_file())
         logs = sum(path.stat().st_blocks * 512 for path in (folder / "logs").rglob("*") if path.is_file())
-        wrong = [line for line in (folder / "daemon.log").read_text().splitlines() if "Traceback" in line]
+        wrong = [line for line in (folder / "fleetd.log").read_text().splitlines() if "Traceback" in line]
     report(samples, took_s, kept, logs, wrong)
 
 

@@ -1,18 +1,15 @@
-"""What the measurements share: a scratch folder with tiny models, a running `fleetd`, and clocks around requests.
+"""Shared by the measurements: a scratch folder, a running `fleetd`, and timed requests.
 
-The rules of this file
-- Everything lives in a temporary folder with its own state, socket and ports, and is gone afterwards.
-- A measurement is repeated and interleaved with what it is compared to; medians are quoted, minimum and maximum shown.
+Invariants:
+- All files are in a temporary folder with its own state, socket and ports, which is deleted at the end.
+- A measurement is repeated and interleaved with the one that it is compared to. Results are median, minimum and maximum.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.waiting import until
+from tests.support.daemon import ROOT, Fleetd
 
 DEADLINE_S = 30.0
 
@@ -73,75 +70,30 @@ def scratch(name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class RunningFleet:
-    """A `fleetd run` of its own on a fleet.yaml of its own."""
+class RunningFleet(Fleetd):
+    """A daemon that runs within a `with` block, and `fleetctl` for it."""
 
     def __init__(self, folder: Path, text: str, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.config = folder / "fleet.yaml"
-        self.socket = folder / "run" / "fleetd.sock"
-        paths = f"paths: {{state: {folder}/state, run: {folder}/run, logs: {folder}/logs}}\n"
-        self.config.write_text(f"version: 1\n{paths}gateway: {{listen: '127.0.0.1:{port}'}}\n{text}")
-        self.process: subprocess.Popen[bytes] | None = None
+        super().__init__(folder, text, port=port)
 
     def __enter__(self) -> Self:
-        log = (self.folder / "daemon.log").open("ab")
-        command = [sys.executable, "-m", "fleetd", "run", "--config", str(self.config)]
-        self.process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        )
-        log.close()
-        until(lambda: answers(self.port) or self.process is None or self.process.poll() is not None, "fleetd answers")
-        if self.process.poll() is not None:
-            raise RuntimeError((self.folder / "daemon.log").read_text()[-3000:])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=DEADLINE_S)
-
-    @property
-    def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
+        return self.start()
 
     def ctl(self, *words: str, check: bool = True) -> str:
-        """Run fleetctl; return its standard output. Raises RuntimeError when it fails and `check` is set."""
+        """Run fleetctl; return its standard output. Raises RuntimeError if it fails and `check` is set."""
         command = [sys.executable, "-m", "fleetd.cli.fleetctl", "--socket", str(self.socket), *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=DEADLINE_S * 2, cwd=Path(__file__).parents[1], check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S * 2, cwd=ROOT, check=False)
         if check and done.returncode:
             raise RuntimeError(f"fleetctl {' '.join(words)}: exit {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout
 
-    def status(self) -> dict[str, Any]:
-        """Return GET /v1/status of the control socket."""
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(DEADLINE_S)
-        client.connect(str(self.socket))
-        connection = http.client.HTTPConnection("localhost")
-        connection.sock = client
-        try:
-            connection.request("GET", "/v1/status")
-            answer: dict[str, Any] = json.loads(connection.getresponse().read())
-            return answer
-        finally:
-            connection.close()
-
     def named(self, kind: str, name: str) -> dict[str, Any]:
-        """Return one entry of the status: kind is `processes` or `models`."""
+        """Return one entry of the status; kind is `processes` or `models`."""
         found: dict[str, Any] = next(entry for entry in self.status()[kind] if entry["name"] == name)
         return found
 
 
 def summary(values: Sequence[float], unit: str = "ms", scale: float = 1000.0) -> str:
-    """Return `median (min ... max)` of seconds, in milliseconds unless told otherwise."""
+    """Return `median (min ... max)` of seconds, in milliseconds by default."""
     scaled = [value * scale for value in values]
     return f"{statistics.median(scaled):8.1f} {unit}  ({min(scaled):.1f} ... {max(scaled):.1f}, n={len(scaled)})"

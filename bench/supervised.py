@@ -1,8 +1,9 @@
-"""Three supervisors behind one face, so that the same scenario can be played on each: fleetd, supervisord, PM2.
+"""One interface to three supervisors, so that a scenario runs on each: fleetd, supervisord, PM2.
 
-The rules of this file
-- Each gets the settings that its own documentation recommends for the case, never worse than its defaults.
-- Everything lives in a scratch folder; a scenario's processes are known by a marker in their command line, and are gone afterwards.
+Invariants:
+- Each supervisor gets the settings that its documentation recommends for the case, never worse than its defaults.
+- All files are in a scratch folder. A marker in the command line identifies the processes of a scenario; all of them are
+  killed at the end.
 """
 
 from __future__ import annotations

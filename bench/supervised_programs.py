@@ -1,8 +1,8 @@
-"""The programs that are supervised in the comparisons. Run as a script: `supervised_programs.py WHAT FOLDER MARKER`.
+"""The programs that the comparisons supervise: `supervised_programs.py PROGRAM FOLDER MARKER`.
 
-The rules of this file
-- The standard library alone, started by `python -I -S`: a start takes 15 ms.
-- Each run appends one line to FOLDER/runs, so that starts are counted without asking any supervisor.
+Invariants:
+- They import the standard library only and run with `python -I -S`: a start takes 15 ms.
+- Each run appends one line to FOLDER/runs, so that starts are counted without a supervisor's help.
 """
 
 # ruff: noqa: ARG001 - every program is called with the same two words

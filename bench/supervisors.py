@@ -1,8 +1,8 @@
-"""Who loses what: the same seven scenarios played on fleetd, supervisord and PM2, side by side, in one table.
+"""Run the same seven scenarios on fleetd, supervisord and PM2 and print one table of losses.
 
     python -m bench.supervisors [--only SCENARIO ...] [--markdown FILE]
 
-supervisord and pm2 are taken from PATH and left out, with a word, where they are absent. Every number is counted from outside: runs by
+supervisord and pm2 are taken from PATH and skipped with a message if missing. Every number is counted from outside: runs by
 the programs themselves, processes in /proc, lines in the files.
 """
 
@@ -99,7 +99,7 @@ def dead_leader(kind: type[Supervisor]) -> str:
         until(lambda: len(made.runs()) > 1, "the next run")
         watch(SETTLE_S)
         left = made.living() & before
-        return f"{len(left)} of 3 workers left behind beside the new ones" if left else "none left"
+        return f"{len(left)} of 3 workers still running next to the new ones" if left else "none left"
 
 
 def stopped_tree(kind: type[Supervisor]) -> str:

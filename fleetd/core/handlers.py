@@ -63,14 +63,14 @@ class EventHandlers:
             e.RequestArrived: self.admission.arrive,
             e.RequestCancelled: lambda event, _now: self.cancelled(event),
             e.RequestFinished: self.finished,
-            e.StartAsked: orders.start_asked,
-            e.StopAsked: orders.stop_asked,
-            e.RestartAsked: orders.restart_asked,
-            e.DrainAsked: orders.drain_asked,
-            e.LoadAsked: orders.load_asked,
-            e.UnloadAsked: orders.unload_asked,
-            e.PinAsked: orders.pin_asked,
-            e.ShutdownAsked: orders.shutdown_asked,
+            e.StartRequested: orders.start_requested,
+            e.StopRequested: orders.stop_requested,
+            e.RestartRequested: orders.restart_requested,
+            e.DrainRequested: orders.drain_requested,
+            e.LoadRequested: orders.load_requested,
+            e.UnloadRequested: orders.unload_requested,
+            e.PinRequested: orders.pin_requested,
+            e.ShutdownRequested: orders.shutdown_requested,
         }
 
     def _current(self, name: str, generation: int) -> Process | None:
@@ -240,7 +240,7 @@ class EventHandlers:
     # -- requests -----------------------------------------------------------------------------------------------------------
 
     def cancelled(self, event: e.RequestCancelled) -> None:
-        self.admission.line.leave(event.request_id)
+        self.admission.queue.leave(event.request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
         _, granted_s = self.state.granted.get(event.request_id, (None, now))

@@ -25,12 +25,12 @@ class OperatorHandlers:
         self.state, self.supervisor = state, supervisor
         self.loader, self.admission = loader, admission
 
-    def start_asked(self, event: e.StartAsked, now: float) -> None:
+    def start_requested(self, event: e.StartRequested, now: float) -> None:
         process = self.state.processes.get(event.name)
         if process is None:
             return
         process.stopped = process.drained = False
-        process.asked = process.spec.on_demand and process.spec.own_model is None
+        process.start_requested = process.spec.on_demand and process.spec.own_model is None
         process.record.reset()
         if process.state in (ProcessState.FAILED, ProcessState.EXITED):
             self.supervisor.termination.revive(process, now, "started by an operator")
@@ -43,11 +43,11 @@ class OperatorHandlers:
         self.state.wake(event.name)
         self.state.persist(process, "started by an operator")
 
-    def stop_asked(self, event: e.StopAsked, now: float) -> None:
+    def stop_requested(self, event: e.StopRequested, now: float) -> None:
         process = self.state.processes.get(event.name)
         if process is None:
             return
-        process.stopped, process.asked = True, False
+        process.stopped, process.start_requested = True, False
         if process.spec.own_model is not None:
             cancel_preload(self.state, process.spec.own_model)
         ended = process.state in (ProcessState.FAILED, ProcessState.EXITED)
@@ -57,7 +57,7 @@ class OperatorHandlers:
         self.state.wake(event.name)
         self.state.persist(process, "stopped by an operator")
 
-    def restart_asked(self, event: e.RestartAsked, now: float) -> None:
+    def restart_requested(self, event: e.RestartRequested, now: float) -> None:
         process = self.state.processes.get(event.name)
         if process is None:
             return
@@ -70,7 +70,7 @@ class OperatorHandlers:
         elif process.state is ProcessState.STOPPING:
             self.supervisor.termination.restart_after_stop(process, "restarted by an operator")
         else:
-            self.start_asked(e.StartAsked(event.name), now)
+            self.start_requested(e.StartRequested(event.name), now)
             return
         process.stopped = process.drained = False
         process.record.reset()
@@ -78,25 +78,25 @@ class OperatorHandlers:
         self.state.wake(event.name)
         self.state.persist(process, "restarted by an operator")
 
-    def drain_asked(self, event: e.DrainAsked, _now: float) -> None:
+    def drain_requested(self, event: e.DrainRequested, _now: float) -> None:
         process = self.state.processes.get(event.name)
         if process is not None:
             process.drained = event.drain
             self.state.wake(event.name)
 
-    def load_asked(self, event: e.LoadAsked, now: float) -> None:
+    def load_requested(self, event: e.LoadRequested, now: float) -> None:
         self.admission.request_load(event, now)
 
-    def unload_asked(self, event: e.UnloadAsked, now: float) -> None:
+    def unload_requested(self, event: e.UnloadRequested, now: float) -> None:
         model = self.state.models.get(self.state.names.get(event.model, event.model))
         if model is None:
             return
         cancel_preload(self.state, model.name)
-        self.admission.line.withdraw(model, "unloaded by an operator")
+        self.admission.queue.withdraw(model, "unloaded by an operator")
         for placement in list(model.placements.values()):
             self.loader.leave(placement, now, "unloaded by an operator")
 
-    def pin_asked(self, event: e.PinAsked, _now: float) -> None:
+    def pin_requested(self, event: e.PinRequested, _now: float) -> None:
         model = self.state.models.get(self.state.names.get(event.model, event.model))
         if model is not None:
             model.pinned_by_hand = event.pin
@@ -104,7 +104,7 @@ class OperatorHandlers:
                 self.loader.sleeping.call_off(placement, "pinned by an operator")
             self.state.journal.note(PinChanged(model.name, event.pin))
 
-    def shutdown_asked(self, event: e.ShutdownAsked, _now: float) -> None:
+    def shutdown_requested(self, event: e.ShutdownRequested, _now: float) -> None:
         if event.force and not self.state.forced:
             self.state.forced = True
             self.supervisor.termination.escalate()

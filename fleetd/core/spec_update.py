@@ -198,7 +198,7 @@ class SpecUpdate:
             placement = self.state.place(model, process.name, now, "adopted")
             placement.generation = event.generation
             if can_sleep:  # it may be asleep, or have slept before
-                placement.step, placement.slept = SleepStep.LOOK, True
+                placement.step, placement.slept = SleepStep.CHECK, True
             self.state.ledger.correct(placement.key, reservation_of(model, placement))
             cancel_preload(self.state, model.name)
         self.state.wake(process.name)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 from fleetd import __version__
 from fleetd.control.event_codes import EventCode
-from fleetd.core.data.events import RestartAsked, ShutdownAsked, SpecChanged
+from fleetd.core.data.events import RestartRequested, ShutdownRequested, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
 from fleetd.daemon.api.control import DaemonControlPort, Inspected, Lifecycle
@@ -195,7 +195,7 @@ class App:
 
     async def _undo(self) -> None:
         """Stop what was started: a failed start leaves nothing running."""
-        self._daemon.loop.dispatch(ShutdownAsked(force=True))
+        self._daemon.loop.dispatch(ShutdownRequested(force=True))
         try:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
@@ -214,7 +214,7 @@ class App:
         dispatch(SpecChanged(assembly.spec, remembered, adopted, missing.processes, missing.models, died=died))
         daemon.processes.adopted()
         for name in adoption.changed:
-            dispatch(RestartAsked(name))
+            dispatch(RestartRequested(name))
         for event in orders.events([event.name for event in adopted]):
             dispatch(event)
 
@@ -295,7 +295,7 @@ class App:
         self._state.stopping = True
         self._notifier.stopping(f"shutting down: {reason}")
         daemon.reporter.events.report("daemon", None, EventCode.SHUTDOWN, f"shutting down: {reason}")
-        daemon.loop.dispatch(ShutdownAsked(force=force))
+        daemon.loop.dispatch(ShutdownRequested(force=force))
 
     # -- re-execution ---------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class Daemon:
             c.Unload: self.loads.unload,
             c.Sleep: self.sleepers.sleep,
             c.Wake: self.sleepers.wake,
-            c.LookAsleep: self.sleepers.look,
+            c.CheckSleep: self.sleepers.look,
             c.Grant: self.port.granted,
             c.Reject: self.port.rejected,
             c.ReadAhead: self.loads.read_ahead,

@@ -175,6 +175,11 @@ def test_options_do_not_print_secrets(name: str) -> None:
         assert SECRET not in options.model_dump_json()
 
 
+def test_options_have_descriptions(name: str) -> None:
+    fields = registry.load(name).options.model_fields
+    assert [key for key, field in fields.items() if not field.description] == []
+
+
 def test_validate_accepts_a_plain_entry(name: str) -> None:
     case = CASES[name]
     external = not registry.load(name).capabilities.owns_process

@@ -1,6 +1,7 @@
-"""A small fleet in memory that implements ControlPort, and a program that serves it on a socket for `fleetctl`.
+"""A small in-memory fleet that implements ControlPort, and a program that serves it on a socket.
 
-It behaves by the names of its processes: `web` and `ollama-1…2` work, `broken` fails to start, `slow` never gets ready.
+The names of its processes select their behavior: `web` and `ollama-1…2` work, `broken` fails to start, `slow` never
+becomes ready.
 """
 
 from __future__ import annotations

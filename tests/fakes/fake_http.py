@@ -1,8 +1,9 @@
-"""A small threaded HTTP/1.1 server for the fake engines: standard library only, importable in a few milliseconds.
+"""A small threaded HTTP/1.1 server for the fake engines: standard library only, imported in milliseconds.
 
-The rules of this file
-- One thread per connection, keep-alive, bodies by Content-Length or chunked. Nothing here knows an engine.
-- An `Exchange` is one request and the way to answer it, well (`send`, `begin`/`chunk`/`end`) or badly (`reset`, `garbage`, `hang`).
+Invariants:
+- One thread per connection, keep-alive, bodies by Content-Length or chunked. This module knows no engine.
+- An `Exchange` is one request and the ways to answer it, correctly (`send`, `begin`/`chunk`/`end`) or not (`reset`,
+  `garbage`, `hang`).
 """
 
 from __future__ import annotations

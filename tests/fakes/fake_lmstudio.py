@@ -1,7 +1,7 @@
-"""`--api lmstudio`: one server, many models; an unknown route answers 200 with an error in the body.
+"""`--api lmstudio`: one server with many models; an unknown route returns 200 with an error in the body.
 
-Kept from LM Studio: /api/v0 and /api/v1 model lists, explicit load and unload by instance id, a request for a model that is not
-loaded loads it (just in time) and evicts the model that was loaded that way before.
+Copied from LM Studio: the model lists of /api/v0 and /api/v1, explicit load and unload by instance id. A request for a model
+that is not loaded loads it just in time and evicts the model that was loaded that way before.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A fake model server: speaks an engine's dialect, holds real memory, and goes wrong in every way that engines do.
+"""A fake model server: the API of an engine, real memory, and all failures that engines show.
 
     python tests/fakes/fake_model_server.py --api vllm --port 8001 --load-time 0.2 --memory 50000000 --orphan-worker
 
-Standard library only; it listens some 40 ms after its start. It can stand in for the engine's own program: flags that it does
-not know are ignored, and `--alias`, `--served-model-name`, `--parallel`, `OLLAMA_HOST` and the like are understood.
-`GET /fake/stats` tells what happened: requests, in_flight, max_in_flight, aborted, held_bytes, workers.
+It uses the standard library only and listens 40 ms after its start. It can replace an engine's own program: unknown flags
+are ignored, and `--alias`, `--served-model-name`, `--parallel`, `OLLAMA_HOST` and similar ones are understood.
+`GET /fake/stats` returns counters: requests, in_flight, max_in_flight, aborted, held_bytes, workers.
 """
 
 # os.path, since pathlib would double the start-up time.
@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> Namespace:
         default=0,
         help="the engines' names for --slots",
     )
-    add("--fail-sleep", action="store_true", help="vllm: /sleep answers 500, and nobody knows what is left of it")
+    add("--fail-sleep", action="store_true", help="vllm: /sleep returns 500 and leaves an unknown state")
     add("--hang-wake", action="store_true", help="vllm: /wake_up is never answered")
     add("--busy", action="store_true", help="ollama: every request that needs a load gets 503 server busy")
     args, _ = parser.parse_known_args(argv)

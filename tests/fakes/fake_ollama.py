@@ -1,9 +1,9 @@
-"""`--api ollama`: one server, many models, with the traps of the real one.
+"""`--api ollama`: one server with many models and the surprising behavior of the real one.
 
-Kept from Ollama: keep_alive is a number of seconds or a Go duration ("-1" and "300" are refused); an unload answers first and
-happens later; one load at a time for the whole server; a load is aborted when its client leaves; a loading model is not in
-/api/ps; OLLAMA_MAX_LOADED_MODELS evicts the shortest keep_alive, not the oldest; more than OLLAMA_MAX_QUEUE pending loads get
-503; after the first byte an error is a line with status 200; /v1 cannot set keep_alive; streaming is the default.
+Copied from Ollama: keep_alive is a number of seconds or a Go duration ("-1" and "300" are rejected); an unload is answered
+before it happens; the server loads one model at a time; a load is aborted when its client disconnects; a loading model is
+not in /api/ps; OLLAMA_MAX_LOADED_MODELS evicts the shortest keep_alive, not the oldest; more than OLLAMA_MAX_QUEUE pending
+loads get 503; after the first byte an error is a line with status 200; /v1 cannot set keep_alive; streaming is the default.
 """
 
 # os.path, since pathlib would double the start-up time.

@@ -1,8 +1,8 @@
-"""The OpenAI routes that every fake engine answers, and the process-per-model engines: openai, llamacpp, vllm.
+"""The OpenAI routes of all fake engines, and the engines with one process per model: openai, llamacpp, vllm.
 
-The rules of this file
-- A dialect has `start()` (after the socket is bound: returns whether to listen at once), and `handle(exchange)`.
-- Streams end with a usage chunk (when asked for) and `[DONE]`; an answer that breaks off has neither.
+Invariants:
+- An API has `start()`, called after the socket is bound, which returns whether to listen at once, and `handle(exchange)`.
+- A stream ends with a usage chunk (if requested) and `[DONE]`. An interrupted answer has neither.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What all fake engines share: memory that is really held, slots, pacing, and the ways to go wrong.
+"""State of all fake engines: allocated memory, slots, pacing, and the failures.
 
-The rules of this file
-- Counters are exact: `stats()` is what a test asserts on. One lock guards them.
-- A fault is decided here (`begin_inference`, `tokens`), so every dialect fails in the same places.
+Invariants:
+- Counters are exact: tests assert on `stats()`. One lock guards them.
+- Failures are decided here (`begin_inference`, `tokens`), so that every API fails in the same places.
 """
 
 # os.path, since pathlib would double the start-up time.

@@ -1,8 +1,8 @@
-"""`--api vllm`: connection refused until ready, sleep and wake with their traps, metrics, and the log lines of a start.
+"""`--api vllm`: connection refused until ready, sleep and wake, metrics, and the log lines of a start.
 
-Seen in vLLM and kept: /health says 200 while asleep; a request to a sleeping engine is accepted and waits for ever; a second
-/sleep answers well and does nothing; /wake_up with a tag that does not sleep answers well; a plain /wake_up after level 2
-answers well and the model then speaks garbage; the routes are there only with VLLM_SERVER_DEV_MODE=1.
+Copied from vLLM: /health returns 200 while asleep; a request to a sleeping engine is accepted and never answered; a second
+/sleep succeeds and does nothing; /wake_up with a tag that does not sleep succeeds; a plain /wake_up after level 2 succeeds
+and the model then generates garbage; these routes exist only with VLLM_SERVER_DEV_MODE=1.
 """
 
 from __future__ import annotations

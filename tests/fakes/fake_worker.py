@@ -1,6 +1,6 @@
-"""A worker that outlives its leader, as VLLM::EngineCore does: SIZE IGNORE_TERM SETSID READY_FD.
+"""A worker that survives its leader, as VLLM::EngineCore does: SIZE IGNORE_TERM SETSID READY_FD.
 
-It holds SIZE bytes and its inherited stdout until a signal ends it.
+It holds SIZE bytes and its inherited stdout until a signal kills it.
 """
 
 # os.path, since pathlib would double the start-up time.

@@ -1,4 +1,4 @@
-"""Start the fake model server in a test, wait for it, ask it what happened, and leave nothing behind.
+"""Start the fake model server in a test, wait for it, read its counters, and stop it.
 
 with fake("--api", "vllm", "--memory", "10000000") as server:
     requests.get(server.base_url + "/health"); server.stats()["requests"]

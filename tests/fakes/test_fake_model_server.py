@@ -1,4 +1,4 @@
-"""Every flag of the fake model server does what it says: what other tests see is the engine's fault, or theirs."""
+"""Every flag of the fake model server works as documented, so that other tests can rely on it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_streams_end_with_usage_and_done(api: str) -> None:
         assert '"usage"' not in plain
 
 
-def test_max_tokens_cuts_the_answer() -> None:
+def test_max_tokens_limits_the_answer() -> None:
     with fake("--tokens", "8") as server:
         answer = server.chat(max_tokens=2).json()
         assert answer["usage"]["completion_tokens"] == 2
@@ -79,7 +79,7 @@ def test_max_tokens_cuts_the_answer() -> None:
 
 
 @pytest.mark.parametrize("api", ["openai", "llamacpp"])
-def test_health_is_503_until_loaded(api: str) -> None:
+def test_health_before_load_returns_503(api: str) -> None:
     with fake("--api", api, "--load-time", "0.3") as server:
         begun = time.monotonic()
         assert server.request("GET", "/health").status == 503
@@ -132,7 +132,7 @@ def test_crash_mid_stream() -> None:
         assert server.exit_code() == 1
 
 
-def test_term_ends_it_and_ignore_term_does_not() -> None:
+def test_sigterm_exits_unless_ignore_term() -> None:
     with fake() as server:
         server.process.terminate()
         assert server.exit_code() == 0
@@ -157,7 +157,7 @@ def test_hang_after_wedges_inference_only() -> None:
         assert server.request("GET", "/health").status == 200
 
 
-def test_memory_is_really_held() -> None:
+def test_memory_flag_allocates_memory() -> None:
     with fake("--memory", "60000000") as server:
         until(lambda: server.request("GET", "/health").status == 200, "it is ready")
         assert psutil.Process(server.process.pid).memory_info().rss > 60_000_000
@@ -185,7 +185,7 @@ def test_orphan_worker_outlives_its_leader(setsid: bool) -> None:
         assert os.path.samestat(Path(f"/proc/{worker}/fd/1").stat(), os.fstat(server.output.fileno()))
 
 
-def test_term_takes_the_worker_along() -> None:
+def test_sigterm_kills_the_worker() -> None:
     with fake("--api", "vllm", "--orphan-worker") as server:
         (worker,) = server.stats()["workers"]
         server.process.terminate()
@@ -197,7 +197,7 @@ def test_term_takes_the_worker_along() -> None:
     ("api", "line"),
     [("openai", "failed to load model"), ("llamacpp", "invalid magic"), ("vllm", "No available memory")],
 )
-def test_fail_load_says_why(api: str, line: str) -> None:
+def test_fail_load_prints_the_reason(api: str, line: str) -> None:
     with fake("--api", api, "--fail-load", wait=False) as server:
         assert server.exit_code() == 1
         assert line in server.log()
@@ -212,7 +212,7 @@ def test_garbage_and_reset() -> None:
         server.chat(stream=True)
 
 
-def test_slots_bound_what_runs_at_once() -> None:
+def test_slots_limit_parallel_requests() -> None:
     with fake("--slots", "2", "--tps", "40", "--tokens", "4") as server:
         threads = [in_thread(server.chat) for _ in range(6)]
         for thread in threads:
@@ -221,7 +221,7 @@ def test_slots_bound_what_runs_at_once() -> None:
         assert server.stats()["max_in_flight"] == 2
 
 
-def test_a_client_that_leaves_is_noticed() -> None:
+def test_disconnected_client_is_counted_as_aborted() -> None:
     with fake("--tps", "5", "--tokens", "1000") as server:
         with pytest.raises(TimeoutError):
             server.request("POST", "/v1/chat/completions", {"messages": []}, timeout_s=0.2)
@@ -229,7 +229,7 @@ def test_a_client_that_leaves_is_noticed() -> None:
         assert server.stats()["in_flight"] == 0
 
 
-def test_a_taken_port_is_an_error() -> None:
+def test_port_in_use_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(command("--port", port), capture_output=True, timeout=20, check=False)
@@ -237,7 +237,7 @@ def test_a_taken_port_is_an_error() -> None:
     assert b"address already in use" in done.stdout
 
 
-def test_it_starts_fast() -> None:
+def test_start_takes_milliseconds() -> None:
     def start_s() -> float:
         begun = time.monotonic()
         with fake():
@@ -249,7 +249,7 @@ def test_it_starts_fast() -> None:
 # -- vllm ---------------------------------------------------------------------------------------------------------------
 
 
-def test_vllm_sleep_and_its_traps() -> None:
+def test_vllm_sleep_behaves_as_the_real_one() -> None:
     with fake("--api", "vllm", "--memory", "1000", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         assert server.request("POST", "/sleep?level=3").status == 400
         assert server.request("POST", "/sleep?level=1").json() == {"status": "sleeping", "level": 1}
@@ -276,7 +276,7 @@ def test_vllm_fails_to_sleep_and_hangs_while_waking() -> None:
         assert server.request("GET", "/is_sleeping").json() == {"is_sleeping": True}
 
 
-def test_vllm_level_two_needs_its_weights_again() -> None:
+def test_vllm_wake_from_level_two_needs_weights() -> None:
     with fake("--api", "vllm", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         server.request("POST", "/sleep?level=2")
         server.request("POST", "/wake_up")
@@ -288,7 +288,7 @@ def test_vllm_level_two_needs_its_weights_again() -> None:
         assert "word0" in server.chat().json()["choices"][0]["message"]["content"]
 
 
-def test_vllm_without_dev_mode_has_no_sleep_and_refuses_other_models() -> None:
+def test_vllm_without_dev_mode_has_no_sleep_routes() -> None:
     with fake("--api", "vllm", "--served-model-name", "mine", env={"VLLM_SERVER_DEV_MODE": "0"}) as server:
         assert server.request("POST", "/sleep").status == 404
         assert server.chat("other").status == 404
@@ -318,7 +318,7 @@ def test_ollama_keep_alive_grammar() -> None:
             assert server.request("POST", "/api/generate", {"model": "a", "keep_alive": value}).status == status, value
 
 
-def test_ollama_loads_and_unloads_behind_its_answers() -> None:
+def test_ollama_answers_before_it_unloads() -> None:
     with fake("--api", "ollama", "--models", "a=123,b", "--unload-time", "0.2", "--memory", "1000") as server:
         done = server.request("POST", "/api/generate", {"model": "a", "keep_alive": -1}).json()
         assert (done["done"], done["done_reason"]) == (True, "load")
@@ -345,11 +345,11 @@ def test_ollama_loads_one_at_a_time() -> None:
         assert len(resident(server)) == 2
 
 
-def test_ollama_aborts_the_load_of_a_client_that_leaves() -> None:
+def test_ollama_aborts_load_when_client_disconnects() -> None:
     with fake("--api", "ollama", "--models", "a", "--load-time", "0.5") as server:
         with pytest.raises(TimeoutError):
             server.request("POST", "/api/generate", {"model": "a"}, timeout_s=0.1)
-        assert server.request("POST", "/api/generate", {"model": "a"}).status == 200  # it had to begin anew
+        assert server.request("POST", "/api/generate", {"model": "a"}).status == 200  # it loaded again
         assert resident(server) == ["a:latest"]
 
 
@@ -360,7 +360,7 @@ def test_ollama_evicts_the_shortest_keep_alive() -> None:
         assert sorted(resident(server)) == ["a:latest", "c:latest"]
 
 
-def test_ollama_says_busy_past_its_queue() -> None:
+def test_ollama_full_queue_returns_503() -> None:
     with fake("--api", "ollama", "--models", "a,b", "--load-time", "1", env={"OLLAMA_MAX_QUEUE": "1"}) as server:
         first = in_thread(lambda: server.request("POST", "/api/generate", {"model": "a"}))
         until(lambda: "starting runner" in server.log(), "the first load is under way")
@@ -380,7 +380,7 @@ def test_ollama_errors_after_the_first_byte_are_lines() -> None:
         assert not any(line.get("done") for line in lines)
 
 
-def test_ollama_registers_a_file_and_forgets_it() -> None:
+def test_ollama_creates_and_deletes_a_model() -> None:
     with fake("--api", "ollama", "--models", "x") as server:
         data = b"GGUF data"
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
@@ -404,7 +404,7 @@ def test_ollama_finds_a_linked_blob(tmp_path: Path) -> None:
         assert server.request("HEAD", f"/api/blobs/sha256:{digest}").status == 200
 
 
-def test_ollama_embeddings_refuse_generate() -> None:
+def test_ollama_embedding_model_rejects_generate() -> None:
     with fake("--api", "ollama", "--models", "embedder") as server:
         refused = server.request("POST", "/api/generate", {"model": "embedder", "prompt": "x"})
         assert refused.status == 400
@@ -418,7 +418,7 @@ def test_ollama_embeddings_refuse_generate() -> None:
 # -- lmstudio -----------------------------------------------------------------------------------------------------------
 
 
-def test_lmstudio_loads_unloads_and_answers_anything() -> None:
+def test_lmstudio_loads_unloads_and_answers_unknown_routes() -> None:
     with fake("--api", "lmstudio", "--models", "a,b") as server:
         assert server.request("GET", "/lmstudio-greeting").json() == {"lmstudio": True}
         unknown = server.request("GET", "/nothing")

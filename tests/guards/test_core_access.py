@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "fleetd"
-OUTSIDE = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "core"))
+from tests.guards.package import PACKAGE, modules, name_of, source_of
+from tests.support.import_graph import nodes
+
+OUTSIDE = [path for path in modules() if not path.is_relative_to(PACKAGE / "core")]
 
 # The modules of the core that others may import: values, the fleet itself, and its queries.
 OPEN = frozenset({
@@ -22,7 +24,7 @@ FLEET_API = frozenset({"queries", "handle", "take", "give", "next_deadline"})
 def breaches(source: str) -> list[str]:
     """Return the imports of closed modules and the uses of parts of a fleet in a module outside the core."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fleetd.core"):
             names = (
                 [node.module or ""] if node.module in OPEN else [f"{node.module}.{alias.name}" for alias in node.names]
@@ -50,12 +52,14 @@ def fleet_modules() -> list[Path]:
     return [path for path in OUTSIDE if path.is_relative_to(PACKAGE / "daemon")]
 
 
-@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
-def test_module_outside_the_core_uses_its_door(path: Path) -> None:
-    found = breaches(path.read_text("utf-8"))
-    if path not in fleet_modules():  # elsewhere `fleet` is a port, or a value of the configuration
-        found = [breach for breach in found if " imports " in breach]
-    assert found == []
+def test_modules_outside_the_core_use_its_door() -> None:
+    found = {}
+    for path in OUTSIDE:
+        here = breaches(source_of(path))
+        if path not in fleet_modules():  # elsewhere `fleet` is a port, or a value of the configuration
+            here = [breach for breach in here if " imports " in breach]
+        found[name_of(path)] = here
+    assert {name: here for name, here in found.items() if here} == {}
 
 
 def test_breaches_finds_import_and_attribute() -> None:
@@ -84,7 +88,7 @@ WRITERS = {
 def assigned(source: str) -> set[str]:
     """Return the attributes that a module assigns."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
         )

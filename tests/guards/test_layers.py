@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-from tests.guards.package import PACKAGE, dotted, modules, nodes, source_of
+from tests.guards.package import PACKAGE, ROOT, dotted, modules, source_of
+from tests.support.import_graph import cycles, import_graph, imports, levels, nodes
 
 # Package (or top-level module) -> what of fleetd it may import. The longest matching prefix counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -54,36 +52,6 @@ CORE_STDLIB = frozenset({
 HOST_ONLY = frozenset({"subprocess", "psutil", "pynvml", "watchfiles"})
 
 
-def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, dotted name, only for types) of every import, relative ones resolved."""
-    typing_only = {
-        id(node)
-        for block in nodes(source)
-        if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        for statement in block.body
-        for node in ast.walk(statement)
-    }
-    for node in nodes(source):
-        lazy = id(node) in typing_only
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name, lazy
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                anchor = module.split(".")[: len(module.split(".")) - node.level + (1 if is_package else 0)]
-                base = ".".join([*anchor, base] if base else anchor)
-            for alias in node.names:
-                full = f"{base}.{alias.name}"
-                yield node.lineno, full if is_module(full) else base, lazy
-
-
-@cache
-def is_module(name: str) -> bool:
-    target = PACKAGE.parent / Path(*name.split("."))
-    return target.with_suffix(".py").is_file() or target.is_dir()
-
-
 def rule_of(module: str) -> str:
     return max((key for key in ALLOWED if module == key or module.startswith(key + ".")), key=len)
 
@@ -96,7 +64,7 @@ def upward(module: str, source: str, is_package: bool = False) -> list[str]:
     """Return the imports of `source` that the layers forbid."""
     found = []
     rule = rule_of(module)
-    for line, name, lazy in imports(source, module, is_package):
+    for line, name, lazy in imports(source, module, is_package, ROOT):
         top = name.split(".")[0]
         if top == "fleetd":
             if not may_import(rule, name) and name != module:
@@ -126,52 +94,12 @@ def test_modules_import_only_downward() -> None:
     ] == []
 
 
-def import_graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
-    """Return which modules each module imports, imports for types and inside functions included.
-
-    `sources` maps a module to its text and whether it is a package.
-    """
-    return {
-        module: {name for _, name, _ in imports(text, module, is_package) if name in sources} - {module}
-        for module, (text, is_package) in sources.items()
-    }
-
-
-def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that import each other, by Tarjan's algorithm."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for target in sorted(graph[node]):
-            if target not in index:
-                visit(target)
-                low[node] = min(low[node], low[target])
-            elif target in stack:
-                low[node] = min(low[node], index[target])
-        if low[node] == index[node]:
-            group = [stack.pop()]
-            while group[-1] != node:
-                group.append(stack.pop())
-            if len(group) > 1:
-                found.append(sorted(group))
-
-    for node in sorted(graph):
-        if node not in index:
-            visit(node)
-    return found
-
-
 def package_sources() -> dict[str, tuple[str, bool]]:
     return {dotted(path): (source_of(path), path.name == "__init__.py") for path in modules()}
 
 
 def test_no_import_cycle() -> None:
-    assert cycles(import_graph(package_sources())) == []
+    assert cycles(import_graph(package_sources(), ROOT)) == []
 
 
 def test_layer_table_has_no_stale_name() -> None:
@@ -238,4 +166,5 @@ def test_cycle_check_finds_a_cycle() -> None:
         "c": ("import a", False),
         "d": ("import a", False),
     }
-    assert cycles(import_graph(sources)) == [["a", "b", "c"]]
+    assert cycles(import_graph(sources, ROOT)) == [["a", "b", "c"]]
+    assert levels(import_graph(sources, ROOT)) == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 
-from tests.guards.package import PACKAGE, modules, name_of, nodes, parsed, source_of
+from tests.guards.package import PACKAGE, modules, name_of, source_of
+from tests.support.import_graph import nodes, parsed
 
 FUNCTION_LINES, WARN_LINES, MODULE_LINES, FOLDER_FILES = 60, 400, 600, 25
 EMPTY_WORDS = frozenset({"manager", "helper", "helpers", "util", "utils", "common", "misc"})

@@ -1,4 +1,4 @@
-"""Tests of whole machines and engines share one for a file, since a start takes a minute: the file as a whole leaves nothing behind."""
+"""Check for leaks per file: the tests of a file share one machine or engine, since a start takes a minute."""
 
 from __future__ import annotations
 

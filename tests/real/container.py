@@ -1,9 +1,9 @@
-"""A machine of its own for a test: Debian with systemd as process 1, in a container.
+"""A machine for a test: Debian with systemd as process 1, in a container.
 
-The rules of this file
-- The root file system is made once by debootstrap into a cache outside of the repository (FLEETD_TEST_CACHE, else
-  ~/.cache/fleetd-tests) and copied for every use; nothing is pulled.
-- Needs root, `podman`, `runc` and `debootstrap`; `why_not()` says what is missing.
+Invariants:
+- debootstrap creates the root file system once in a cache outside the repository (FLEETD_TEST_CACHE, else
+  ~/.cache/fleetd-tests); every use gets a copy; no image is pulled.
+- It needs root, `podman`, `runc` and `debootstrap`; `why_not()` returns the missing ones.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Machine:
         ).strip()
 
     def until(self, script: str, deadline_s: float = 60) -> str:
-        """Run a script inside until it succeeds; return its output. Raises TimeoutError with what it said last."""
+        """Run a script inside until it succeeds; return its output. Raises TimeoutError with its last output."""
         end = time.monotonic() + deadline_s
         while True:
             done = subprocess.run(

@@ -1,8 +1,9 @@
-"""Images and settings for podman inside another machine's limits: nothing is pulled, nothing of the user's own store is touched.
+"""Images and settings for podman within the limits of another machine.
 
-The rules of this file
-- The image is made once from the debootstrapped root of `container.py`, into a store in the same cache.
-- As on any machine, the settings are files that podman reads; fleetd knows nothing of them.
+Invariants:
+- The image is created once from the root file system of `container.py`, in a store in the same cache. No image is pulled,
+  and the user's own store is not touched.
+- The settings are files that podman reads, as on any machine; fleetd does not know them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _ENGINE = '[engine]\ncgroup_manager = "cgroupfs"\nruntime = "runc"\n'
 
 @dataclass(frozen=True, slots=True)
 class Podman:
-    """podman with settings of its own. `environment` is what whoever runs it needs."""
+    """podman with its own settings; run it with `environment`."""
 
     environment: Mapping[str, str]
 
     def __call__(self, *words: str, check: bool = True) -> str:
-        """Run podman; return what it said. Raises RuntimeError when it fails and `check` is set."""
+        """Run podman; return its output. Raises RuntimeError when it fails and `check` is set."""
         env = {**os.environ, **self.environment}
         done = subprocess.run(["podman", *words], capture_output=True, text=True, timeout=120, check=False, env=env)
         if check and done.returncode:

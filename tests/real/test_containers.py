@@ -1,4 +1,4 @@
-"""Engines in real containers: started, served from, measured, killed in every way, and never left behind."""
+"""Engines in real containers: started, used, measured, killed in every way, and always removed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def daemon_of(folder: Path, engine: Podman, entries: str, head: str = "") -> Fle
     return made
 
 
-def test_a_model_lives_in_a_container_and_leaves_none(tmp_path: Path, engine: Podman) -> None:
+def test_stopped_model_leaves_no_container(tmp_path: Path, engine: Podman) -> None:
     entry = model(
         "m", "--memory", str(80 * MIB), more="user: nobody, env: {SOME_TOKEN: hush, HOME: /tmp}, memory: 200MiB"
     )
@@ -80,7 +80,7 @@ def test_a_model_lives_in_a_container_and_leaves_none(tmp_path: Path, engine: Po
         assert engine.containers() == []
 
 
-def test_a_killed_client_takes_its_container_along(tmp_path: Path, engine: Podman) -> None:
+def test_killed_client_removes_its_container(tmp_path: Path, engine: Podman) -> None:
     with daemon_of(tmp_path, engine, model("m", more="preload: true")).start() as daemon:
         first = daemon.until_state("m", "READY")
         os.kill(first["pid"], signal.SIGKILL)
@@ -90,7 +90,7 @@ def test_a_killed_client_takes_its_container_along(tmp_path: Path, engine: Podma
         assert daemon.chat("m").status == 200
 
 
-def test_a_killed_daemon_s_container_is_adopted_with_its_client(tmp_path: Path, engine: Podman) -> None:
+def test_container_is_adopted_after_a_killed_daemon(tmp_path: Path, engine: Podman) -> None:
     with daemon_of(tmp_path, engine, model("m", more="preload: true")).start() as daemon:
         before = daemon.until_state("m", "READY")
         identity = engine("ps", "--format", "{{.ID}}")
@@ -105,7 +105,7 @@ def test_a_killed_daemon_s_container_is_adopted_with_its_client(tmp_path: Path, 
         assert daemon.stop() == 0
 
 
-def test_what_outlived_both_is_found_by_its_label_and_removed(tmp_path: Path, engine: Podman) -> None:
+def test_orphaned_container_is_removed_by_label(tmp_path: Path, engine: Podman) -> None:
     entries = model("m", more="preload: true") + model("gone", more="preload: true")
     with daemon_of(tmp_path, engine, entries).start() as daemon:
         clients = [daemon.until_state(name, "READY")["pid"] for name in ("m", "gone")]
@@ -123,7 +123,7 @@ def test_what_outlived_both_is_found_by_its_label_and_removed(tmp_path: Path, en
         assert daemon.stop() == 0
 
 
-def test_one_that_ignores_the_request_to_end_is_ended(tmp_path: Path, engine: Podman) -> None:
+def test_container_that_ignores_stop_is_killed(tmp_path: Path, engine: Podman) -> None:
     entry = model("m", "--ignore-term", more="preload: true, stop: {timeout: 1s}")
     with daemon_of(tmp_path, engine, entry).start() as daemon:
         daemon.until_state("m", "READY")
@@ -131,7 +131,7 @@ def test_one_that_ignores_the_request_to_end_is_ended(tmp_path: Path, engine: Po
         assert engine.containers() == []
 
 
-def test_a_network_of_its_own_is_published_on_loopback(tmp_path: Path, engine: Podman) -> None:
+def test_bridge_network_is_published_on_loopback(tmp_path: Path, engine: Podman) -> None:
     runtime = PROGRAM.replace("pull: never", "pull: never, network: bridge")
     port = free_port()
     with daemon_of(tmp_path, engine, model("m", runtime=runtime, more=f"port: {port}")).start() as daemon:
@@ -149,7 +149,7 @@ def test_a_network_of_its_own_is_published_on_loopback(tmp_path: Path, engine: P
         ("image: IMAGE", "image: IMAGE, args: [--no-such-flag]", "runtime.docker.args: "),
     ],
 )
-def test_a_mistake_is_told_with_its_key_and_not_tried_again(
+def test_invalid_option_reports_its_key_and_is_not_retried(
     tmp_path: Path, engine: Podman, old: str, new: str, said: str
 ) -> None:
     with daemon_of(tmp_path, engine, model("m", runtime=PROGRAM.replace(old, new))).start() as daemon:
@@ -160,7 +160,7 @@ def test_a_mistake_is_told_with_its_key_and_not_tried_again(
         assert row["restarts"] == 0
 
 
-def test_a_program_that_the_image_lacks_is_told(tmp_path: Path, engine: Podman) -> None:
+def test_program_missing_in_the_image_is_reported(tmp_path: Path, engine: Podman) -> None:
     entry = model("m").replace("[python3,", "[no-such-program,")
     with daemon_of(tmp_path, engine, entry).start() as daemon:
         assert daemon.chat("m").status == 503
@@ -169,7 +169,7 @@ def test_a_program_that_the_image_lacks_is_told(tmp_path: Path, engine: Podman) 
         assert "no-such-program" in row["reason"]
 
 
-def test_a_real_llama_cpp_in_a_container(tmp_path: Path, engine: Podman) -> None:
+def test_llama_cpp_serves_from_a_container(tmp_path: Path, engine: Podman) -> None:
     packages = sysconfig.get_paths()["platlib"]
     if sys.version_info[:2] != (3, 11) or not (Path(packages) / "xllamacpp").is_dir():
         pytest.skip("the image's Python 3.11 cannot load this machine's llama.cpp wheel")

@@ -1,8 +1,8 @@
-"""Real vLLM, real Ollama and real llama.cpp in one fleet, under one budget that holds two of the three: they evict each other.
+"""Real vLLM, Ollama and llama.cpp in one fleet, with a budget for two of the three: they evict each other.
 
-The rules of this file
-- FLEETD_VLLM is the folder of `tests/real/install_vllm.sh`; Ollama is looked for on PATH. What is absent skips the file.
-- A start of vLLM takes most of a minute; while it lasts nothing of the others loads or leaves.
+Invariants:
+- FLEETD_VLLM is the folder of `tests/real/install_vllm.sh`; Ollama is taken from PATH. The file is skipped if one is missing.
+- A start of vLLM takes most of a minute; meanwhile no other model is loaded or evicted.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_three_engines_share_one_budget_and_evict_each_other(fleet: Fleetd) -> N
     assert sum(fleet.model_row(name)["evictions"] for name in ALL) >= 2
 
 
-def test_the_phases_of_vllm_s_start_are_shown_and_nothing_else_loads_meanwhile(fleet: Fleetd) -> None:
+def test_vllm_start_shows_phases_and_blocks_other_loads(fleet: Fleetd) -> None:
     for name in ALL:
         fleet.control("POST", f"/v1/models/{name}/unload")
     until(lambda: not loaded(fleet), "all are unloaded")

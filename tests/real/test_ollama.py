@@ -1,8 +1,8 @@
-"""fleetd over the real Ollama: replicas, requests side by side, models made in place, evictions, a killed server, its own clients.
+"""fleetd with the real Ollama: replicas, parallel requests, created models, evictions, a killed server, its own clients.
 
-The rules of this file
+Invariants:
 - One daemon for the whole file, two servers on one store; every test leaves both ready.
-- Needs `ollama` on PATH; the models are of a few hundred KB, and its runner does real work on the CPU.
+- Needs `ollama` on PATH. The models have a few hundred KB, and the runner does real work on the CPU.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def say(fleet: Fleetd, model: str, tokens: int = 4) -> str:
     return answer.headers["X-Fleet-Instance"]
 
 
-def test_a_model_is_made_in_place_and_not_copied(ready: Fleetd) -> None:
+def test_created_model_is_not_copied(ready: Fleetd) -> None:
     say(ready, "first")
     blobs = list((ready.folder / "store" / "blobs").iterdir())
     assert any(blob.is_symlink() and blob.resolve() == ready.folder / "tiny.gguf" for blob in blobs), "no copy is made"
@@ -103,7 +103,7 @@ def test_six_requests_at_once_overlap_on_two_servers(ready: Fleetd) -> None:
     assert max(most) >= 3, f"they came one after another: {max(most)}"
 
 
-def test_its_own_measure_is_learned(ready: Fleetd) -> None:
+def test_reported_memory_is_learned(ready: Fleetd) -> None:
     say(ready, "first")
     until(lambda: ready.model_row("first")["footprint"] == "learned", "what /api/ps says is learned")
     row = ready.model_row("first")
@@ -116,14 +116,14 @@ def test_its_own_measure_is_learned(ready: Fleetd) -> None:
     assert row["device_bytes"]["host"] > 2**20
 
 
-def test_a_model_is_quantized_when_it_is_made(ready: Fleetd) -> None:
+def test_created_model_is_quantized(ready: Fleetd) -> None:
     say(ready, "second")
     port = ready.process_row("ollama-1")["port"]
     shown = ollama(ready, port, "show", "second")
     assert "Q8_0" in shown, shown
 
 
-def test_load_options_hold_over_requests_that_carry_none(ready: Fleetd) -> None:
+def test_load_options_apply_to_requests_without_options(ready: Fleetd) -> None:
     assert ready.control("POST", "/v1/models/long/load", {}).status == 200
     server = ready.process_row("ollama-1")
     lengths = listed_lengths(server["port"])
@@ -141,7 +141,7 @@ def listed_lengths(port: int) -> dict[str, int]:
         return {one["name"]: one["context_length"] for one in json.load(answer)["models"]}
 
 
-def test_a_full_budget_evicts_and_never_exceeds(ready: Fleetd) -> None:
+def test_full_budget_evicts_and_is_never_exceeded(ready: Fleetd) -> None:
     say(ready, "first")
     say(ready, "second")
     before = {name: ready.model_row(name)["evictions"] for name in ("first", "second")}
@@ -155,7 +155,7 @@ def test_a_full_budget_evicts_and_never_exceeds(ready: Fleetd) -> None:
         assert host["reserved_bytes"] <= host["budget_bytes"]
 
 
-def test_a_killed_server_s_runners_are_swept_and_it_serves_again(ready: Fleetd) -> None:
+def test_killed_server_is_restarted_and_its_runners_killed(ready: Fleetd) -> None:
     where = say(ready, "first")
     row = ready.process_row(where)
     lost = [one.pid for one in psutil.Process(row["pid"]).children(recursive=True)]
@@ -169,7 +169,7 @@ def test_a_killed_server_s_runners_are_swept_and_it_serves_again(ready: Fleetd) 
     say(ready, "first")
 
 
-def test_ollama_s_own_command_line_works_on_a_server_s_port(ready: Fleetd) -> None:
+def test_ollama_command_works_on_a_server_port(ready: Fleetd) -> None:
     port = say_port(ready, "first")
     assert "first" in ollama(ready, port, "list")
     assert ollama(ready, port, "run", "first", "hi").strip() != ""
@@ -181,14 +181,14 @@ def say_port(fleet: Fleetd, model: str) -> int:
 
 
 def ollama(fleet: Fleetd, port: int, *words: str) -> str:
-    """Run the `ollama` command against a port; return what it said."""
+    """Run the `ollama` command against a port; return its output."""
     env = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{port}", "HOME": str(fleet.folder)}
     done = subprocess.run(["ollama", *words], capture_output=True, text=True, env=env, timeout=60, check=False)
     assert done.returncode == 0, (words, done.stderr, done.stdout)
     return done.stdout
 
 
-def test_a_restarted_daemon_finds_models_where_it_left_them(ready: Fleetd) -> None:
+def test_restarted_daemon_finds_loaded_models(ready: Fleetd) -> None:
     where = say(ready, "first")
     pid = ready.process_row(where)["pid"]
     ready.signal(signal.SIGKILL)

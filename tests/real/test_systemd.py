@@ -77,7 +77,7 @@ def until_another_daemon(machine: Machine, old: str) -> None:
     machine.until(ALL_READY)
 
 
-def test_the_unit_is_valid_and_says_ready_itself(running: Machine) -> None:
+def test_unit_is_valid_and_notifies_ready(running: Machine) -> None:
     assert running.sh("systemd-analyze verify /etc/systemd/system/fleetd.service 2>&1") == ""
     assert running.sh("systemctl show -p Type --value fleetd") == "notify"
     assert running.sh("systemctl is-active fleetd") == "active"
@@ -85,7 +85,7 @@ def test_the_unit_is_valid_and_says_ready_itself(running: Machine) -> None:
     assert running.sh(f"stat -c %U /proc/$({MAIN})") == "fleet"
 
 
-def test_the_sandbox_is_tight_and_leaves_devices_open(running: Machine) -> None:
+def test_sandbox_allows_devices_only(running: Machine) -> None:
     report = running.sh("systemd-analyze security fleetd.service --no-pager", check=False)
     score = re.search(r"Overall exposure level for fleetd.service: ([\d.]+)", report)
     assert score is not None, report[-400:]
@@ -97,7 +97,7 @@ def test_the_sandbox_is_tight_and_leaves_devices_open(running: Machine) -> None:
     assert "No such device" in running.until(f"{CTL} logs gpu -n 5 | grep nvidia0")
 
 
-def test_reload_changes_only_what_the_file_changes(running: Machine) -> None:
+def test_reload_restarts_only_changed_processes(running: Machine) -> None:
     before = running.sh(PIDS)
     config = running.root / "etc/fleetd/fleet.yaml"
     config.write_text(FLEET.replace("services:\n", 'services:\n  third: {command: [/bin/sleep, "86403"]}\n'))
@@ -110,7 +110,7 @@ def test_reload_changes_only_what_the_file_changes(running: Machine) -> None:
     assert running.sh(PIDS) == before
 
 
-def test_a_reload_of_a_bad_file_fails_and_changes_nothing(running: Machine) -> None:
+def test_reload_of_invalid_file_fails_and_changes_nothing(running: Machine) -> None:
     before, daemon = running.sh(PIDS), running.sh(MAIN)
     (running.root / "etc/fleetd/fleet.yaml").write_text(FLEET + "  engine: {again: 1}\n")
     assert running.sh("systemctl reload fleetd && echo reloaded", check=False) == ""
@@ -121,7 +121,7 @@ def test_a_reload_of_a_bad_file_fails_and_changes_nothing(running: Machine) -> N
     assert running.sh(PIDS) == before
 
 
-def test_a_killed_daemon_leaves_the_engines_and_the_next_adopts_them(running: Machine) -> None:
+def test_engines_are_adopted_after_a_killed_daemon(running: Machine) -> None:
     before, counted = running.sh(PIDS), restarts(running)
     for _ in range(3):
         daemon = running.sh(MAIN)
@@ -132,7 +132,7 @@ def test_a_killed_daemon_leaves_the_engines_and_the_next_adopts_them(running: Ma
         assert restarts(running) == counted
 
 
-def test_a_hung_daemon_is_restarted_by_the_watchdog(running: Machine) -> None:
+def test_watchdog_restarts_a_hung_daemon(running: Machine) -> None:
     before, daemon, counted = running.sh(PIDS), running.sh(MAIN), restarts(running)
     running.sh(f"kill -STOP {daemon}")
     until_another_daemon(running, daemon)
@@ -141,7 +141,7 @@ def test_a_hung_daemon_is_restarted_by_the_watchdog(running: Machine) -> None:
     assert "watchdog" in running.sh("journalctl -u fleetd --no-pager | grep -i watchdog | tail -1").lower()
 
 
-def test_reexecution_keeps_the_main_process_and_the_watchdog(running: Machine) -> None:
+def test_reexec_keeps_main_process_and_watchdog(running: Machine) -> None:
     before, daemon = running.sh(PIDS), running.sh(MAIN)
     running.sh(f"{CTL} daemon-reexec")
     running.until(ALL_READY)
@@ -155,7 +155,7 @@ def _uptime_s(machine: Machine) -> int:
     return int(float(machine.sh("cut -d' ' -f1 /proc/uptime")))
 
 
-def test_stop_leaves_nothing(running: Machine) -> None:
+def test_stop_leaves_no_process(running: Machine) -> None:
     running.sh("systemctl stop fleetd", timeout_s=90)
     assert running.sh(PIDS, check=False) == ""
     assert running.sh("pgrep -u fleet", check=False) == ""

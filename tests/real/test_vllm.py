@@ -1,8 +1,8 @@
-"""fleetd over a real vLLM on the CPU: a model of random weights, a chat, a killed server, a killed engine, a bad option, sleep, a stop.
+"""fleetd with a real vLLM on the CPU: chat, a killed server, a killed engine, an invalid option, sleep, stop.
 
-The rules of this file
+Invariants:
 - FLEETD_VLLM is the folder that `tests/real/install_vllm.sh` installed into (default: ~/.cache/fleetd-vllm).
-- One daemon for the whole file: a start of vLLM takes most of a minute. Every test leaves the model loaded, or ready to be.
+- One daemon for the whole file: a start of vLLM takes most of a minute. Every test leaves the model loaded or loadable.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def alive(pids: object) -> dict[int, str]:
     return found
 
 
-def test_it_answers_whole_and_in_pieces(loaded: Fleetd) -> None:
+def test_vllm_answers_whole_and_streamed(loaded: Fleetd) -> None:
     assert ask(loaded, temperature=0) == ask(loaded, "gpt-tiny", temperature=0)
     streamed = loaded.chat("tiny", stream=True)
     events = [line[6:] for line in streamed.body.decode().splitlines() if line.startswith("data: ")]
@@ -131,7 +131,7 @@ def test_it_answers_whole_and_in_pieces(loaded: Fleetd) -> None:
     assert all("choices" in json.loads(event) for event in events[:-1])
 
 
-def test_its_processes_are_seen_and_counted(loaded: Fleetd) -> None:
+def test_vllm_processes_are_counted(loaded: Fleetd) -> None:
     row = loaded.process_row("tiny")
     titles = processes(loaded)
     assert row["pid"] in titles
@@ -144,7 +144,7 @@ def test_its_processes_are_seen_and_counted(loaded: Fleetd) -> None:
 
 
 @pytest.mark.parametrize("victim", ["the server", "its engine"])
-def test_after_a_kill_nothing_is_left_and_it_serves_again(loaded: Fleetd, victim: str) -> None:
+def test_killed_vllm_leaves_no_process_and_restarts(loaded: Fleetd, victim: str) -> None:
     row, before = loaded.process_row("tiny"), processes(loaded)
     pid = row["pid"] if victim == "the server" else next(pid for pid, title in before.items() if "Engine" in title)
     os.kill(pid, signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_after_a_kill_nothing_is_left_and_it_serves_again(loaded: Fleetd, victim
     assert not set(processes(loaded)) & set(before)
 
 
-def test_a_start_that_cannot_work_fails_once_with_its_reason(fleet: Fleetd) -> None:
+def test_invalid_option_fails_once_with_its_reason(fleet: Fleetd) -> None:
     """vLLM finds that one request of the longest length has no room, after most of a minute: trying again would not help."""
     try:
         reloaded(fleet, "      max_model_len: 512\n", "      max_model_len: 512\n      num_gpu_blocks_override: 1\n")
@@ -172,7 +172,7 @@ def test_a_start_that_cannot_work_fails_once_with_its_reason(fleet: Fleetd) -> N
     load(fleet)
 
 
-def test_more_memory_than_there_is_is_refused_with_the_numbers(fleet: Fleetd) -> None:
+def test_too_much_memory_is_rejected_with_the_numbers(fleet: Fleetd) -> None:
     try:
         reloaded(fleet, "gpu_memory_utilization: 0.15", "gpu_memory_utilization: 1.0")
         answer = fleet.ask("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, timeout_s=READY_S)
@@ -193,7 +193,7 @@ def reloaded(fleet: Fleetd, old: str, new: str) -> None:
     assert answer.status == 200, answer.body
 
 
-def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
+def test_vllm_sleeps_and_wakes(fleet: Fleetd) -> None:
     """On the CPU the flag of the sleep mode fails the start, but without it the routes and the states are vLLM's own."""
     options = VllmOptions(model="tiny", sleep_level=1)
 
@@ -221,7 +221,7 @@ def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
         generation = fleet.process_row("tiny")["generation"]
         asyncio.run(go(Endpoint(f"http://127.0.0.1:{fleet.process_row('tiny')['port']}")))
         for path in ("/sleep", "/wake_up", "/is_sleeping"):
-            assert fleet.ask("POST", path, {}).status == 404, "nobody comes to it through the gateway"
+            assert fleet.ask("POST", path, {}).status == 404, "the gateway does not forward this route"
         assert ask(fleet)
         assert fleet.process_row("tiny")["generation"] == generation, "it is the same process"
     finally:
@@ -229,7 +229,7 @@ def test_it_sleeps_and_wakes(fleet: Fleetd) -> None:
     load(fleet)
 
 
-def test_stop_gives_everything_back(loaded: Fleetd) -> None:
+def test_stop_frees_all_memory(loaded: Fleetd) -> None:
     before = processes(loaded)
     assert before
     assert loaded.control("POST", "/v1/processes/tiny/stop", {"wait": True, "timeout_s": 60}).status == 200

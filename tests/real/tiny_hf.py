@@ -1,9 +1,9 @@
-"""Write a tiny but real model in the layout of Hugging Face: a two-layer Llama, random weights, a byte-level tokenizer.
+"""Write a tiny but valid model in the Hugging Face layout: a two-layer Llama with random weights.
 
     python tests/real/tiny_hf.py FOLDER [--seed 1] [--layers 2] [--hidden 64]
 
-Runs in the environment that vLLM is installed in (it has `tokenizers`, `safetensors` and `torch`). The head size is 32, the smallest
-that vLLM's attention on the CPU knows.
+It runs in the environment of vLLM, which has `tokenizers`, `safetensors` and `torch`. The head size is 32, the smallest that
+the CPU attention of vLLM supports.
 """
 
 from __future__ import annotations

@@ -56,14 +56,14 @@ def wish(world: World, rng: Random) -> None:
 
 
 def unload(world: World, rng: Random) -> None:
-    world.deliver(e.UnloadAsked(rng.choice(NAMES)))
+    world.deliver(e.UnloadRequested(rng.choice(NAMES)))
 
 
 def pin(world: World, rng: Random) -> None:
     name, pinned = rng.choice(NAMES[:10]), rng.random() < 0.4
     if name in world.spec.models:  # a removed model keeps no pin for its return
         world.pins[name] = pinned
-    world.deliver(e.PinAsked(name, pinned))
+    world.deliver(e.PinRequested(name, pinned))
 
 
 def start(world: World, rng: Random, name: str | None = None) -> None:
@@ -71,13 +71,13 @@ def start(world: World, rng: Random, name: str | None = None) -> None:
     world.stopped.discard(name)
     world.drained.discard(name)
     world.forgive(name)
-    world.deliver(e.StartAsked(name))
+    world.deliver(e.StartRequested(name))
 
 
 def stop(world: World, rng: Random) -> None:
     name = process_name(world, rng)
     world.stopped.add(name)
-    world.deliver(e.StopAsked(name))
+    world.deliver(e.StopRequested(name))
 
 
 def restart(world: World, rng: Random, name: str | None = None) -> None:
@@ -85,7 +85,7 @@ def restart(world: World, rng: Random, name: str | None = None) -> None:
     world.stopped.discard(name)
     world.drained.discard(name)
     world.forgive(name)
-    world.deliver(e.RestartAsked(name))
+    world.deliver(e.RestartRequested(name))
 
 
 def restart_due(world: World, rng: Random) -> None:
@@ -96,7 +96,7 @@ def drain(world: World, rng: Random) -> None:
     name = process_name(world, rng)
     away = rng.random() < 0.5
     (world.drained.add if away else world.drained.discard)(name)
-    world.deliver(e.DrainAsked(name, away))
+    world.deliver(e.DrainRequested(name, away))
     for model in sorted(world.spec.models):
         if name in world.spec.models[model].holders:
             world.ask(model)
@@ -211,7 +211,7 @@ def cut_off(world: World, rng: Random) -> None:
     elif streaming and rng.random() < 0.8:
         restart(world, rng, rng.choice(sorted(streaming)))
     elif waited_for:
-        world.deliver(e.UnloadAsked(rng.choice(waited_for)))
+        world.deliver(e.UnloadRequested(rng.choice(waited_for)))
     world.advance(rng.choice((1.0, 9.0)))
 
 
@@ -359,7 +359,7 @@ def calm_down(world: World) -> None:
             world.deliver(e.ModelRequirementsChanged(name))
     for name in sorted(world.pins):
         world.pins[name] = False
-        world.deliver(e.PinAsked(name, False))
+        world.deliver(e.PinRequested(name, False))
     world.advance(150.0)
     holds(world, not world.clients, f"still there after 150 s: {world.clients}")
     for name in sorted(world.spec.processes):
@@ -452,7 +452,7 @@ def nobody_starves(world: World) -> None:
 
 def shut_down(world: World) -> None:
     world.shutting_down = True
-    world.deliver(e.ShutdownAsked())
+    world.deliver(e.ShutdownRequested())
     world.advance(60.0)
     holds(world, world.finished or world.living(), "the shutdown does not end")
     holds(

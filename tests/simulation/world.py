@@ -23,7 +23,7 @@ from fleetd.core.fleet import Fleet
 from tests.simulation import checks
 
 STOP_GRACE_S = 5.0
-OWN_FAILURE = ("liveness probe failed", "not ready within", "sleep failed", "wake failed", "look failed")
+OWN_FAILURE = ("liveness probe failed", "not ready within", "sleep failed", "wake failed", "check failed")
 
 
 @dataclass
@@ -445,7 +445,7 @@ class World:
     def _do_wake(self, command: c.Wake) -> None:
         self._nap(command, "wake", self.truth(command.model))
 
-    def _do_lookasleep(self, command: c.LookAsleep) -> None:
+    def _do_checksleep(self, command: c.CheckSleep) -> None:
         run = self.run(command.process, command.generation)
         assert run is not None
         state = SleepState.ASLEEP if run.asleep else SleepState.AWAKE
@@ -540,7 +540,7 @@ class World:
         request_id = self.serial
         self.clients[request_id] = Client(request_id, model, self.now, wish=True)
         self.clients[request_id].loads = {name: model.loads + model.wakes for name, model in self.fleet.models.items()}
-        self.deliver(e.LoadAsked(model, request_id))
+        self.deliver(e.LoadRequested(model, request_id))
         return request_id
 
     def cancel(self, request_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Running the real `fleetctl` as a program, with pipes or on a terminal, and servers that misbehave."""
+"""Run the real `fleetctl` as a program, with pipes or on a terminal, and servers that misbehave."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def fleetctl(*arguments: str, stdin: str = "", **env: str) -> Ran:
-    """Run with pipes. No run may show a traceback."""
+    """Run with pipes. A traceback in the output fails the test."""
     done = subprocess.run(
         [*FLEETCTL, *arguments],
         input=stdin.encode(),
@@ -77,7 +77,7 @@ def on_terminal(
             if ready:
                 try:
                     chunk = os.read(master, 65536)
-                except OSError:  # Linux says so when the other side has closed
+                except OSError:  # Linux reports a closed other side this way
                     break
                 if not chunk:
                     break

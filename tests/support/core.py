@@ -151,7 +151,7 @@ class Rig:
 
     def wish(self, name: str) -> int:
         self.serial += 1
-        self.send(e.LoadAsked(name, self.serial))
+        self.send(e.LoadRequested(name, self.serial))
         return self.serial
 
     def finish(self, request_id: int) -> list[c.Command]:

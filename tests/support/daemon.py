@@ -1,8 +1,8 @@
-"""A real `fleetd run` under test, driven from outside: HTTP, the control socket, signals, and the process table.
+"""A real `fleetd run` for tests: HTTP, the control socket, signals and the process table.
 
-The rules of this file
-- Every wait polls a condition with a deadline; nothing sleeps for a fixed time and hopes.
-- Whatever a test does, leaving the `with` block ends the daemon and everything that it started, found by its token.
+Invariants:
+- Every wait polls a condition with a deadline; no test sleeps for a fixed time and hopes.
+- Leaving the `with` block kills the daemon and all processes that it started, found by a variable in their environment.
 """
 
 from __future__ import annotations

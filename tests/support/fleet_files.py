@@ -1,8 +1,8 @@
-"""Short ways to say fleets, programs and orders for the numbered cases.
+"""Short functions for fleets, programs and actions of the system tests.
 
-The rules of this file
-- A fleet is a Python mapping, written as JSON, which is YAML: a case never fails for its indentation.
-- Programs are small, isolated Pythons or shells that say what they see; a case waits for what they say.
+Invariants:
+- A fleet is a Python mapping, written as JSON, which is YAML: no test fails because of indentation.
+- Programs are small isolated Python or shell scripts that print what they observe; tests wait for their output.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def piped_lines(folder: Path, name: str) -> list[str]:
 
 
 def all_lines(folder: Path, name: str) -> list[str]:
-    """Return all lines of a log, archives first, freed heads left out. A file that moves under the look begins it anew."""
+    """Return all lines of a log, archives first, freed heads left out. Reads again if a file is rotated meanwhile."""
     logs, end = folder / "logs", time.monotonic() + 20.0
     while time.monotonic() < end:
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Write GGUF bytes by hand, right and wrong: what a test of the reader needs and no honest writer makes."""
+"""Write valid and invalid GGUF bytes by hand, for tests of the reader."""
 
 from __future__ import annotations
 

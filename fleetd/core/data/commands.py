@@ -5,7 +5,7 @@ Invariants:
 
     Spawn → Spawned | SpawnFailed          Stop, Sweep → SetEmpty (Exited may come first)
     Load → Loaded | LoadFailed             Unload → Unloaded | UnloadFailed
-    Sleep, Wake, LookAsleep → SleepSeen
+    Sleep, Wake, CheckSleep → SleepSeen
     StartProbe → ProbeResult, repeated, until StopProbes or the end of the generation
 
 An Unload comes while a Load is unanswered only if that Load is overdue; the Load's answer must then come before Unloaded, or never.
@@ -105,7 +105,7 @@ class Wake(PlacementCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class LookAsleep(PlacementCommand):
+class CheckSleep(PlacementCommand):
     """Ask an adopted engine whether it is asleep: the previous daemon may have put it to sleep."""
 
 

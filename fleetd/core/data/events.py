@@ -209,7 +209,7 @@ class UnloadFailed(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class SleepSeen(PlacementEvent):
-    """Answer to Sleep, Wake and LookAsleep. Any other state than the requested one is a failure, explained by `message`."""
+    """Answer to Sleep, Wake and CheckSleep. Any other state than the requested one is a failure, explained by `message`."""
 
     state: SleepState
     message: str = ""
@@ -262,46 +262,46 @@ class RequestFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class StartAsked(ProcessEvent):
+class StartRequested(ProcessEvent):
     pass
 
 
 @dataclass(frozen=True, slots=True)
-class StopAsked(ProcessEvent):
-    """Durable until StartAsked."""
+class StopRequested(ProcessEvent):
+    """Durable until StartRequested."""
 
 
 @dataclass(frozen=True, slots=True)
-class RestartAsked(ProcessEvent):
+class RestartRequested(ProcessEvent):
     pass
 
 
 @dataclass(frozen=True, slots=True)
-class DrainAsked(ProcessEvent):
+class DrainRequested(ProcessEvent):
     """Take a process out of routing; requests in flight continue."""
 
     drain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class LoadAsked(ModelEvent):
+class LoadRequested(ModelEvent):
     """Queue a load as `request_id` (unique, as for requests); a Reject of that id reports that it failed."""
 
     request_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadAsked(ModelEvent):
+class UnloadRequested(ModelEvent):
     pass
 
 
 @dataclass(frozen=True, slots=True)
-class PinAsked(ModelEvent):
+class PinRequested(ModelEvent):
     pin: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class ShutdownAsked(Event):
+class ShutdownRequested(Event):
     """Drain, then stop everything in reverse order of dependency. `force`: no drain, no grace."""
 
     force: bool = False

@@ -36,7 +36,7 @@ class QueuedRequest:
     fallback: tuple[str, ...] = ()
     client: bool = True
     load_began_s: float | None = None
-    why: str = "arrived"
+    reason: str = "arrived"
     overdue: bool = False  # has waited for the fairness bound
     closes: frozenset[tuple[str, str]] = (
         frozenset()
@@ -88,7 +88,7 @@ class FleetState:
             spec.on_demand
             and process.state in RESTING
             and process.state is not ProcessState.BACKOFF
-            and not (process.asked or process.impossible or process.survivors or process.removed)
+            and not (process.start_requested or process.impossible or process.survivors or process.removed)
             and not self.placed.get(spec.name)
         ):
             self.awake.discard(spec.name)

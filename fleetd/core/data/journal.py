@@ -151,7 +151,7 @@ class SleepCancelled(JournalNote):
 
 @dataclass(frozen=True, slots=True)
 class SleepStepFailed(JournalNote):
-    """A sleep, a wake or a look failed; the model is not put to sleep for `pause_s`."""
+    """A sleep, a wake or a check failed; the model is not put to sleep for `pause_s`."""
 
     on: str
     step: str

@@ -46,7 +46,7 @@ class SleepStep(StrEnum):
 
     SLEEP = "sleep"  # while LOADED: no new grants, asleep once idle and its lane is free
     WAKE = "wake"  # while LOADING
-    LOOK = "look"  # while LOADING: an adopted engine may be asleep
+    CHECK = "check"  # while LOADING: an adopted engine may be asleep
 
 
 _S = ProcessState
@@ -109,7 +109,7 @@ class Process:
     memory_strikes: int = 0
     # requests
     stopped: bool = False  # an operator stopped it; persisted
-    asked: bool = False  # an operator started this on-demand process; no model needs it
+    start_requested: bool = False  # an operator started this on-demand process; no model needs it
     removed: bool = False  # no longer in the configuration
     restart_wanted: str | None = None  # restart once drained, and why
     leave_s: float | None = None  # since when it drains to stop
@@ -157,7 +157,7 @@ class Placement:
     order_s: float = 0.0  # when the load was decided on
     ordered: bool = False  # a command was sent and its answer is awaited
     ordered_s: float = 0.0  # when it was sent
-    for_line: bool = False  # started for a request or an operator
+    for_request: bool = False  # started for a request or an operator
     loaded_s: float | None = None
     in_flight: int = 0
     last_used_s: float = 0.0

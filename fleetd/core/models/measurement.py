@@ -70,7 +70,7 @@ def over_budget_victims(state: FleetState) -> list[Placement]:
         return []
     resident = state.resident()
     there = [p for m in resident.values() for p in m.placements.values()]
-    if any(p.step is SleepStep.LOOK and p.process in state.unobserved for p in there):
+    if any(p.step is SleepStep.CHECK and p.process in state.unobserved for p in there):
         return []  # it may be asleep and use far less than the ledger assumes
     for placement in there:
         model = resident[placement.model]

@@ -31,6 +31,6 @@ def preload(state: FleetState, loader: ModelLoader, now: float) -> None:
             if asleep is None:
                 loader.start(model, process, now, reason)
             else:
-                loader.sleeping.wake(asleep, now, reason, for_line=False)
+                loader.sleeping.wake(asleep, now, reason, for_request=False)
         elif isinstance(verdict, Never) and not verdict.pinned:
             loader.fail(model, verdict.reason, now, final=True)

@@ -45,12 +45,12 @@ class ModelLoader:
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
-    def start(self, model: Model, process: Process, now: float, reason: str, for_line: bool = False) -> Placement:
+    def start(self, model: Model, process: Process, now: float, reason: str, for_request: bool = False) -> Placement:
         """Reserve memory and start a load. Raises CapacityError without the room (a bug of the caller)."""
         need = model.footprint.bytes
         self.state.ledger.reserve((model.name, process.name), need)
         placement = self.state.place(model, process.name, now, reason)
-        placement.generation, placement.for_line = process.generation, for_line
+        placement.generation, placement.for_request = process.generation, for_request
         cancel_preload(self.state, model.name)
         return placement
 
@@ -116,7 +116,10 @@ class ModelLoader:
         """Return whether a load for the queue was not sent yet and no request waits for it."""
         model = self.state.models[placement.model]
         return (
-            placement.for_line and not placement.ordered and not model.waiting and not stays_loaded(self.state, model)
+            placement.for_request
+            and not placement.ordered
+            and not model.waiting
+            and not stays_loaded(self.state, model)
         )
 
     def _follow(self, placement: Placement, process: Process, now: float) -> None:

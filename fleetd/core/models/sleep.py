@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from fleetd.core.data.commands import LookAsleep, Sleep, Wake
+from fleetd.core.data.commands import CheckSleep, Sleep, Wake
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import LaneWait, SleepCancelled, SleepStepFailed
 from fleetd.core.data.specs import SleepState
@@ -28,10 +28,10 @@ from fleetd.core.processes.termination import Termination
 
 ANSWER_GRACE_S = 10.0  # the daemon's own timeout comes first
 SLEEPLESS_S = 600.0
-_ORDERS: Mapping[SleepStep, type[Sleep | Wake | LookAsleep]] = {
+_ORDERS: Mapping[SleepStep, type[Sleep | Wake | CheckSleep]] = {
     SleepStep.SLEEP: Sleep,
     SleepStep.WAKE: Wake,
-    SleepStep.LOOK: LookAsleep,
+    SleepStep.CHECK: CheckSleep,
 }
 
 
@@ -57,12 +57,12 @@ class SleepControl:
             self.state.ledger.correct(placement.key, reservation_of(self.state.models[placement.model], placement))
             self.state.journal.note(SleepCancelled(placement.model, placement.process, reason))
 
-    def wake(self, placement: Placement, now: float, reason: str, for_line: bool) -> None:
+    def wake(self, placement: Placement, now: float, reason: str, for_request: bool) -> None:
         """Reserve the memory and wake it once its lane is free. Raises CapacityError without the room."""
         model = self.state.models[placement.model]
         self.state.ledger.grow(placement.key, model.footprint.bytes)
         self.state.move_placement(placement, Residency.LOADING, now, reason)
-        placement.step, placement.order_s, placement.for_line, placement.waits = SleepStep.WAKE, now, for_line, ""
+        placement.step, placement.order_s, placement.for_request, placement.waits = SleepStep.WAKE, now, for_request, ""
         cancel_preload(self.state, model.name)
 
     # -- carried out ----------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class SleepControl:
         if placement.step is None:
             return False
         if placement.generation != process.generation or process.state not in SERVING | {ProcessState.STARTING}:
-            if placement.step is SleepStep.LOOK:  # its memory was assumed: it may not fit
+            if placement.step is SleepStep.CHECK:  # its memory was assumed: it may not fit
                 self.state.unobserved.pop(process.name, None)
                 self._lost(placement, process, now)
             placement.step, placement.ordered = None, False
@@ -95,7 +95,7 @@ class SleepControl:
         return placement.step is not None
 
     def _waits(self, placement: Placement, process: Process) -> bool:
-        waits = lane_waits(self.state, process) if placement.step is not SleepStep.LOOK else ""
+        waits = lane_waits(self.state, process) if placement.step is not SleepStep.CHECK else ""
         if waits and waits != placement.waits:
             self.state.journal.note(LaneWait(placement.model, waits))
         placement.waits = waits
@@ -120,7 +120,7 @@ class SleepControl:
             self._asleep(placement, now, "put to sleep" if step is SleepStep.SLEEP else "found asleep")
         elif state is SleepState.AWAKE and step is SleepStep.WAKE:
             self._awake(placement, now)
-        elif state is SleepState.AWAKE and step is SleepStep.LOOK:
+        elif state is SleepState.AWAKE and step is SleepStep.CHECK:
             return True
         else:
             self._failed(placement, message or f"it is {state}", now)
@@ -152,7 +152,7 @@ class SleepControl:
         self.state.journal.note(SleepStepFailed(model.name, placement.process, str(step), message, SLEEPLESS_S))
         if step is not SleepStep.WAKE:  # only a waking model has all of its memory reserved
             placement.evicted = step is SleepStep.SLEEP
-            placement.returns = placement.returns or step is SleepStep.LOOK
+            placement.returns = placement.returns or step is SleepStep.CHECK
             self.state.move_placement(placement, Residency.UNLOADING, now, reason)
         else:
             placement.step, placement.ordered = None, False

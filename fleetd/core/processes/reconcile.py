@@ -36,7 +36,9 @@ class ProcessSupervisor:
         spec = process.spec
         if self.state.shutting_down or process.stopped or process.removed or not spec.enabled:
             return False
-        if spec.own_model is None and (not spec.on_demand or process.asked or spec.name in self.state.unobserved):
+        if spec.own_model is None and (
+            not spec.on_demand or process.start_requested or spec.name in self.state.unobserved
+        ):
             return True
         return any(
             p.state is not Residency.UNLOADING or spec.own_model is None for p in self.state.placements_on(spec.name)

@@ -117,7 +117,7 @@ def _moving(state: FleetState, process: Process, only_sleep: bool) -> str:
         if other is None or other is process or other.spec.lane != lane:
             continue
         for placement in state.placements_on(name):
-            if not placement.ordered or placement.step is SleepStep.LOOK:
+            if not placement.ordered or placement.step is SleepStep.CHECK:
                 continue
             if placement.step is not None:
                 return f"waiting for its turn on {lane}: {placement.model} is ordered to {placement.step} on {name}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import Grant, ReadAhead
-from fleetd.core.data.events import LoadAsked, RequestArrived
+from fleetd.core.data.events import LoadRequested, RequestArrived
 from fleetd.core.data.fleet_state import FleetState, QueuedRequest
 from fleetd.core.data.journal import LoadRequestDone
 from fleetd.core.data.state import Model, Placement, Process, ProcessState, Residency
@@ -31,7 +31,7 @@ class Admission:
     def __init__(self, state: FleetState, loader: ModelLoader) -> None:
         self.state = state
         self.loader = loader
-        self.line = RequestQueue(state)
+        self.queue = RequestQueue(state)
 
     # -- the warm path ---------------------------------------------------------
 
@@ -74,30 +74,32 @@ class Admission:
         if model is not None and event.avoid:
             model, fallback = elsewhere(state, model, fallback, event.avoid, now)
         if state.shutting_down:
-            self.line.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
+            self.queue.reject(event.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif model is None:
             shown = event.model if len(event.model) <= _NAME_SHOWN else event.model[:_NAME_SHOWN] + "..."
-            self.line.reject(event.request_id, "model_not_found", f"the model {shown!r} does not exist in this fleet")
+            self.queue.reject(event.request_id, "model_not_found", f"the model {shown!r} does not exist in this fleet")
         else:
-            patience_s, priority = self.line.deadline(model, now), model.spec.priority
+            patience_s, priority = self.queue.deadline(model, now), model.spec.priority
             waiting = QueuedRequest(event.request_id, model.name, now, patience_s, priority, event.avoid, fallback)
             placement = None if model.waiting else serving(state, model, event.avoid, state.draining)
             if placement is None:
-                self.line.enter(waiting, now)
+                self.queue.enter(waiting, now)
             else:
                 self._grant(waiting, model, placement, now)
 
-    def request_load(self, event: LoadAsked, now: float) -> None:
+    def request_load(self, event: LoadRequested, now: float) -> None:
         """Queue a load that an operator requested; it needs no grant."""
         model, _ = resolve(self.state, event.model, now)
         if model is None:
-            self.line.reject(
+            self.queue.reject(
                 event.request_id, "model_not_found", f"the model {event.model!r} does not exist in this fleet"
             )
             return
         model.clear_failure(now)
         until = now + model.spec.load_timeout_s
-        self.line.enter(QueuedRequest(event.request_id, model.name, now, until, model.spec.priority, client=False), now)
+        self.queue.enter(
+            QueuedRequest(event.request_id, model.name, now, until, model.spec.priority, client=False), now
+        )
 
     def _order(self, now: float) -> list[QueuedRequest]:
         bound = self.state.spec.queue.max_wait_s
@@ -113,7 +115,7 @@ class Admission:
         if not self.state.queue:
             return
         for waiting in list(self.state.queue.values()):
-            self.line.refuse_hopeless(waiting, now)
+            self.queue.refuse_hopeless(waiting, now)
         line = self._order(now)
         draining = self.state.draining = self._drains(line, now)
         for waiting in line:
@@ -169,8 +171,8 @@ class Admission:
     def _serve_warm(self, waiting: QueuedRequest, draining: set[tuple[str, str]], now: float) -> None:
         model = self.state.models[waiting.model]
         if not waiting.client:
-            if self.line.has_loaded(model):
-                self.line.leave(waiting.request_id)
+            if self.queue.has_loaded(model):
+                self.queue.leave(waiting.request_id)
                 self.state.journal.note(LoadRequestDone(model.name))  # no request waits for it now: reconcile again
             return
         placement = serving(self.state, model, waiting.avoid, draining)
@@ -178,7 +180,7 @@ class Admission:
             placement = serving(self.state, model, (), draining)
         if placement is None:
             return
-        self.line.leave(waiting.request_id)
+        self.queue.leave(waiting.request_id)
         self._grant(waiting, model, placement, now)
 
     def _grant(self, waiting: QueuedRequest, model: Model, placement: Placement, now: float) -> None:
@@ -187,7 +189,7 @@ class Admission:
         load_s = 0.0 if waiting.load_began_s is None else now - max(waiting.load_began_s, waiting.arrived_s)
         wait_s = now - waiting.arrived_s
         where = (placement.process, placement.generation)
-        self.state.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.why))
+        self.state.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.reason))
 
     def _awaited(self, name: str) -> str:
         """Return the last answer of an external server that is not ready; empty for others."""
@@ -205,20 +207,20 @@ class Admission:
         awaited.update(p.key for p in model.placements.values())
         if coming:
             waiting.load_began_s = waiting.load_began_s or coming[0].order_s
-            waiting.why = f"{model.name} is loading on {coming[0].process}{self._awaited(coming[0].process)}"
+            waiting.reason = f"{model.name} is loading on {coming[0].process}{self._awaited(coming[0].process)}"
             return
         asleep = sleeping_placement(self.state, model)
         where = self._where(waiting, model, asleep)
         if where is None:
-            waiting.why = f"every server that may hold {model.name} is busy or not ready"
+            waiting.reason = f"every server that may hold {model.name} is busy or not ready"
             return
         if self.state.unobserved:
-            waiting.why = f"checking which models {min(self.state.unobserved)} has after a restart of fleetd"
+            waiting.reason = f"checking which models {min(self.state.unobserved)} has after a restart of fleetd"
             return
         process, need = where
         spread = _spreads(model)
         if claimed & set(need):
-            waiting.why = "an earlier request waits for the same device"
+            waiting.reason = "an earlier request waits for the same device"
             return
         verdict = plan(need, (model.name, process.name), self.state.resident(), self.state.ledger, now, awaited)
         if isinstance(verdict, Fits):
@@ -226,7 +228,7 @@ class Admission:
             self._begin(waiting, model, process, asleep, now)
         elif isinstance(verdict, Never):
             if not spread:
-                self.line.out(
+                self.queue.out(
                     waiting,
                     "model_blocked" if verdict.pinned else "model_too_large",
                     verdict.reason,
@@ -249,12 +251,12 @@ class Admission:
         self, waiting: QueuedRequest, model: Model, process: Process, asleep: Placement | None, now: float
     ) -> None:
         reason = f"wanted by request {waiting.request_id}"
-        waiting.why = f"{model.name} is loading on {process.name}"
+        waiting.reason = f"{model.name} is loading on {process.name}"
         if asleep is None:
-            self.loader.start(model, process, now, reason, for_line=True)
+            self.loader.start(model, process, now, reason, for_request=True)
         else:
-            waiting.why = f"{model.name} is waking on {process.name}"
-            self.loader.sleeping.wake(asleep, now, reason, for_line=True)
+            waiting.reason = f"{model.name} is waking on {process.name}"
+            self.loader.sleeping.wake(asleep, now, reason, for_request=True)
 
     def _wait_for_room(
         self, waiting: QueuedRequest, model: Model, verdict: Evict | Wait, claimed: set[str], now: float
@@ -263,19 +265,19 @@ class Admission:
         claimed.update(model.footprint.bytes)
         if isinstance(verdict, Evict):
             names = ", ".join(victim.model for victim in verdict.victims)
-            waiting.why = f"waiting for {names} to be unloaded"
+            waiting.reason = f"waiting for {names} to be unloaded"
             for victim in verdict.victims:
                 if victim in verdict.sleepers:
-                    waiting.why = f"waiting for {names} to go to sleep"
+                    waiting.reason = f"waiting for {names} to go to sleep"
                     self.loader.sleeping.begin(victim, now, f"evicted for {model.name}", model.name)
                 else:
                     self.loader.leave(
                         victim, now, f"evicted for {model.name}", returns=True, evicted=True, by=model.name
                     )
         else:
-            waiting.why = verdict.reason
+            waiting.reason = verdict.reason
         if first and waiting.load_began_s is None:
-            self.state.emit(ReadAhead(model.name, f"next in line while it waits: {waiting.why}"))
+            self.state.emit(ReadAhead(model.name, f"next in line while it waits: {waiting.reason}"))
         waiting.load_began_s = waiting.load_began_s or now
 
     def deadlines(self) -> Iterator[float]:

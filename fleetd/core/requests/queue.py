@@ -58,7 +58,7 @@ class RequestQueue:
             self.leave(waiting.request_id)
             self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif now >= waiting.deadline_s:
-            self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.why}", now)
+            self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.reason}", now)
         elif model.missing and not self.has_loaded(model):
             reason = f"{model.name} cannot be served: missing: {', '.join(model.missing)}"
             self.out(waiting, "model_blocked", reason, now, 30.0)

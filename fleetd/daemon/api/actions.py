@@ -29,14 +29,14 @@ _S = ProcessState
 Finding = tuple[ResultCode, str]
 
 _EVENTS: Mapping[str, Callable[[str], e.Event]] = {
-    "start": e.StartAsked,
-    "stop": e.StopAsked,
-    "restart": e.RestartAsked,
-    "drain": e.DrainAsked,
-    "undrain": lambda name: e.DrainAsked(name, drain=False),
-    "unload": e.UnloadAsked,
-    "pin": e.PinAsked,
-    "unpin": lambda name: e.PinAsked(name, pin=False),
+    "start": e.StartRequested,
+    "stop": e.StopRequested,
+    "restart": e.RestartRequested,
+    "drain": e.DrainRequested,
+    "undrain": lambda name: e.DrainRequested(name, drain=False),
+    "unload": e.UnloadRequested,
+    "pin": e.PinRequested,
+    "unpin": lambda name: e.PinRequested(name, pin=False),
 }
 
 
@@ -185,7 +185,7 @@ class Actions:
             self._changes.notify()
 
         request_id = self._port.wish(reject)
-        self._dispatch(e.LoadAsked(name, request_id))
+        self._dispatch(e.LoadRequested(name, request_id))
 
         def check() -> Finding | None:
             model = self._queries.model(name)

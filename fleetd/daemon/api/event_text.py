@@ -93,11 +93,11 @@ def _event_data(event: e.Event) -> Mapping[str, Any]:
             return {"survivors": list(survivors), "generation": generation}
         case e.SpawnFailed(generation=generation):
             return {"generation": generation}
-        case e.DrainAsked(drain=drain):
+        case e.DrainRequested(drain=drain):
             return {"drain": drain}
-        case e.PinAsked(pin=pin):
+        case e.PinRequested(pin=pin):
             return {"pin": pin}
-        case e.ShutdownAsked(force=force):
+        case e.ShutdownRequested(force=force):
             return {"force": force}
         case _:
             return {}

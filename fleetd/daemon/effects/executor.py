@@ -28,7 +28,7 @@ COMMANDS: tuple[type[c.Command], ...] = (
     c.Unload,
     c.Sleep,
     c.Wake,
-    c.LookAsleep,
+    c.CheckSleep,
     c.Grant,
     c.Reject,
     c.ReadAhead,

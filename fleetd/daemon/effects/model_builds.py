@@ -19,7 +19,7 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.core.data.commands import Load
-from fleetd.core.data.events import Event, LoadAsked, LoadProgress, ModelRequirementsChanged, UnloadAsked
+from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelRequirementsChanged, UnloadRequested
 from fleetd.core.data.state import ProcessState, Residency
 from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
@@ -197,12 +197,12 @@ class ModelBuilds:
 
     async def _unload(self, name: str) -> None:
         """Unload a model before it is built; continue after a while even when it stays."""
-        self._dispatch(UnloadAsked(name))
+        self._dispatch(UnloadRequested(name))
         await self._changes.wait_for(lambda: None if self._is_placed(name) else True, _UNLOAD_S)
 
     def _load_again(self, name: str) -> None:
         if self._queries.model(name) is not None:
-            self._dispatch(LoadAsked(name, next(self._request_ids)))
+            self._dispatch(LoadRequested(name, next(self._request_ids)))
 
     def _is_placed(self, name: str) -> bool:
         model = self._queries.model(name)

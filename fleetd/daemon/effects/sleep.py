@@ -1,4 +1,4 @@
-"""Sleep, Wake and LookAsleep carried out by engines that can sleep.
+"""Sleep, Wake and CheckSleep carried out by engines that can sleep.
 
 The rules of this file
 - Every command is answered by one SleepSeen, also when the process dies on the way. Whatever goes wrong is FAILED: the core then
@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fleetd.core.data.commands import LookAsleep, Sleep, Wake
+from fleetd.core.data.commands import CheckSleep, Sleep, Wake
 from fleetd.core.data.events import SleepSeen
 from fleetd.core.data.specs import ModelSpec, SleepState
 from fleetd.daemon.context import DaemonContext
@@ -26,11 +26,11 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 LOOK_TIMEOUT_S = 10.0
 PREFIX = "asleep:"
-C = TypeVar("C", Sleep, Wake, LookAsleep)
+C = TypeVar("C", Sleep, Wake, CheckSleep)
 
 
 class Sleepers:
-    """Carry out Sleep, Wake and LookAsleep as calls that are cancelled when their process exits."""
+    """Carry out Sleep, Wake and CheckSleep as calls that are cancelled when their process exits."""
 
     def __init__(self, context: DaemonContext, loads: ModelLoads, store: StateStore) -> None:
         self._store = store
@@ -46,7 +46,7 @@ class Sleepers:
     def wake(self, command: Wake) -> None:
         self._carry_out(command, self._wake, self._spec(command.model).load_timeout_s)
 
-    def look(self, command: LookAsleep) -> None:
+    def look(self, command: CheckSleep) -> None:
         self._carry_out(command, self._look, LOOK_TIMEOUT_S)
 
     def _spec(self, model: str) -> ModelSpec:
@@ -72,7 +72,7 @@ class Sleepers:
             said = f"unexpected failure: {type(error).__name__}: {error}"
         self._seen(command, state, said)
 
-    def _seen(self, command: Sleep | Wake | LookAsleep, state: SleepState, said: str) -> None:
+    def _seen(self, command: Sleep | Wake | CheckSleep, state: SleepState, said: str) -> None:
         self._dispatch(SleepSeen(command.model, command.process, command.generation, state, said))
 
     def _target(self, process: str) -> tuple[LaunchPlan, Endpoint, Sleeper]:
@@ -109,7 +109,7 @@ class Sleepers:
         await engine.wake(self._http.session, endpoint, before, timeout_s)
         return SleepState.AWAKE
 
-    async def _look(self, command: LookAsleep, timeout_s: float) -> SleepState:
+    async def _look(self, command: CheckSleep, timeout_s: float) -> SleepState:
         _, endpoint, engine = self._target(command.process)
         sleeps = await engine.is_asleep(self._http.session, endpoint, timeout_s)
         kept = await self._store.get(PREFIX + command.process)

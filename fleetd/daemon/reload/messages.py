@@ -80,7 +80,7 @@ def pack(value: Any) -> bytes:
     if isinstance(value, Reading):
         for plan in value.assembly.plans.values():
             own[type(plan.engine)] = _engine
-            if getattr(plan.context.options, "travels_plain", False):
+            if plan.context.options.travels_plain:
                 own[type(plan.context.options)] = _values
     target = io.BytesIO()
     pickler = pickle.Pickler(target, pickle.HIGHEST_PROTOCOL)

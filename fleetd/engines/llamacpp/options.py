@@ -54,31 +54,41 @@ class LlamaCppOptions(Options):
     threads: Count | None = Field(None, description="for generation")
     threads_batch: Count | None = Field(None, description="for prompts")
     gpu_layers: Annotated[int | str, AnyOf("auto, or a whole number from 0", Choice("auto"), Whole(0, LARGEST))] = (
-        "auto"
+        Field("auto", description="layers on the GPU; auto: as many as fit")
     )
-    batch: Count | None = None
+    batch: Count | None = Field(None, description="tokens of one logical batch; llama.cpp: 2048")
     ubatch: Count | None = Field(None, description="tokens of one compute step; the compute buffer grows with it")
-    cache_type_k: KvType = "f16"
-    cache_type_v: KvType = "f16"
-    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] = "auto"
+    cache_type_k: KvType = Field("f16", description="type of the keys in the KV cache")
+    cache_type_v: KvType = Field("f16", description="type of the values in the KV cache")
+    flash_attention: Annotated[bool | str, AnyOf("auto, or true or false", Choice("auto"), Flag())] = Field(
+        "auto", description="needed by a quantised value cache"
+    )
     load_mode: Annotated[str, Choice("auto", "mmap", "read", "direct")] = Field(
         "auto", description="how the file is loaded into memory"
     )
     mmap: Switch | None = Field(None, description="false is short for load_mode: read")
     mlock: Switch = Field(False, description="lock the weights in memory, never swapped")
     embeddings: Switch = Field(False, description="serve embeddings instead of completions")
-    pooling: Annotated[str, Choice("none", "mean", "cls", "last", "rank")] | None = None
-    rerank: Switch = False
-    lora: Annotated[tuple[Lora, ...], Several(LoraType())] = ()
+    pooling: Annotated[str, Choice("none", "mean", "cls", "last", "rank")] | None = Field(
+        None, description="pooling of embeddings; default: the model's"
+    )
+    rerank: Switch = Field(False, description="serve reranking instead of completions")
+    lora: Annotated[tuple[Lora, ...], Several(LoraType())] = Field(
+        (), description="adapters: paths, or {path: …, scale: 0.5}"
+    )
     mmproj: PathText | None = Field(None, description="the projector of a vision or audio model")
-    chat_template: Template | None = None
-    chat_template_file: PathText | None = None
-    jinja: Switch | None = None
+    chat_template: Template | None = Field(None, description="a Jinja template, or the name of a built-in")
+    chat_template_file: PathText | None = Field(None, description="a file with the chat template")
+    jinja: Switch | None = Field(None, description="render chat templates with Jinja")
     cache_ram: Size = Field(0, description="host memory for cached prompts")
-    split_mode: Annotated[str, Choice("none", "layer", "row", "tensor")] | None = None
-    main_gpu: Index | None = None
-    tensor_split: Annotated[tuple[float, ...], Several(Real(0, 1e9))] = ()
-    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = None
+    split_mode: Annotated[str, Choice("none", "layer", "row", "tensor")] | None = Field(
+        None, description="how a model is split over several GPUs"
+    )
+    main_gpu: Index | None = Field(None, description="index of the GPU for small tensors")
+    tensor_split: Annotated[tuple[float, ...], Several(Real(0, 1e9))] = Field(
+        (), description="share of each GPU, such as [3, 1]"
+    )
+    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = Field(None, description="seed of the sampler; default: random")
     api_key: Secret | None = Field(None, description="required of every request; passed in the environment")
     extra_args: Annotated[tuple[str, ...], Arguments()] = Field(
         (), description="further flags of llama-server, passed unchanged"

@@ -23,11 +23,11 @@ LOAD_OPTIONS: Mapping[str, FieldType] = {
 class LmStudioOptions(Options):
     """Defaults of a load, and how the server is reached."""
 
-    context_length: Count | None = None
-    eval_batch_size: Count | None = None
-    flash_attention: Switch | None = None
-    num_experts: Count | None = None
-    offload_kv_cache_to_gpu: Switch | None = None
+    context_length: Count | None = Field(None, description="tokens of a loaded model")
+    eval_batch_size: Count | None = Field(None, description="tokens of one compute step")
+    flash_attention: Switch | None = Field(None, description="use flash attention")
+    num_experts: Count | None = Field(None, description="active experts of a mixture of experts")
+    offload_kv_cache_to_gpu: Switch | None = Field(None, description="keep the KV cache in GPU memory")
     concurrency: Count = Field(4, description="requests that one model processes at once")
     cors: Switch = Field(False, description="allow requests from web pages of other origins")
-    api_key: Secret | None = None
+    api_key: Secret | None = Field(None, description="sent as a bearer token")

@@ -101,78 +101,94 @@ class VllmOptions(Options):
         None, description="default: the entry's served_as and aliases"
     )
     # loading
-    dtype: Annotated[str, Choice("auto", "half", "float16", "bfloat16", "float", "float32")] | None = None
-    quantization: Word | None = None
-    max_model_len: Length | None = None
-    tokenizer: PathText | None = None
-    trust_remote_code: Switch | None = None
-    revision: Word | None = None
-    hf_overrides: Json | None = None
-    generation_config: PathText | None = None
-    runner: Annotated[str, Choice("auto", "generate", "pooling", "draft")] | None = None
-    convert: Word | None = None
-    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = None  # numpy's bounds
-    load_format: Word | None = None
-    model_loader_extra_config: Json | None = None
-    safetensors_load_strategy: Annotated[str, Choice("lazy", "eager", "prefetch", "torchao")] | None = None
-    download_dir: PathText | None = None
+    dtype: Annotated[str, Choice("auto", "half", "float16", "bfloat16", "float", "float32")] | None = Field(
+        None, description="type of weights and activations"
+    )
+    quantization: Word | None = Field(None, description="method; default: that of the model")
+    max_model_len: Length | None = Field(None, description="tokens of a request: 8192, 8K, or auto")
+    tokenizer: PathText | None = Field(None, description="a folder or a name; default: the model's")
+    trust_remote_code: Switch | None = Field(None, description="run Python code that comes with the model")
+    revision: Word | None = Field(None, description="branch, tag or commit on the hub")
+    hf_overrides: Json | None = Field(None, description="overrides of the model's config.json")
+    generation_config: PathText | None = Field(None, description="folder of defaults for sampling; auto, vllm")
+    runner: Annotated[str, Choice("auto", "generate", "pooling", "draft")] | None = Field(
+        None, description="generate text, or pool embeddings"
+    )
+    convert: Word | None = Field(None, description="adapter from one kind of model to another")
+    seed: Annotated[int, Whole(0, 2**32 - 1)] | None = Field(None, description="seed of the sampler")  # numpy's bounds
+    load_format: Word | None = Field(None, description="format of the weights, such as safetensors")
+    model_loader_extra_config: Json | None = Field(None, description="options of the loader")
+    safetensors_load_strategy: Annotated[str, Choice("lazy", "eager", "prefetch", "torchao")] | None = Field(
+        None, description="how weights are read from the file"
+    )
+    download_dir: PathText | None = Field(None, description="folder for downloads; default: the hub's cache")
     # memory and scheduling
     gpu_memory_utilization: Annotated[float, Real(0.001, 1)] | None = Field(
         None, description="fraction of the whole device; vLLM: 0.92"
     )
     kv_cache_memory: Size | None = Field(None, description="bytes of KV cache, instead of what is left")
-    kv_cache_dtype: Word | None = None
-    block_size: Count | None = None
-    num_gpu_blocks_override: Count | None = None
-    enable_prefix_caching: Switch | None = None
-    max_num_seqs: Count | None = None
-    max_num_batched_tokens: Count | None = None
-    max_num_queued_reqs: Count | None = None
-    cpu_offload_gb: Annotated[float, Real(0, 1e6)] | None = None
+    kv_cache_dtype: Word | None = Field(None, description="type of the KV cache, such as fp8")
+    block_size: Count | None = Field(None, description="tokens of one block of the KV cache")
+    num_gpu_blocks_override: Count | None = Field(None, description="number of blocks, instead of the measured one")
+    enable_prefix_caching: Switch | None = Field(None, description="reuse the cache of equal prompt beginnings")
+    max_num_seqs: Count | None = Field(None, description="requests processed at once; vLLM: 256")
+    max_num_batched_tokens: Count | None = Field(None, description="tokens of one step; vLLM: 8192")
+    max_num_queued_reqs: Count | None = Field(None, description="waiting requests before vLLM rejects more")
+    cpu_offload_gb: Annotated[float, Real(0, 1e6)] | None = Field(None, description="GiB of weights in host memory")
     kv_offloading_size: Annotated[float, Real(0.001, 1e6)] | None = Field(
         None, description="GiB of host memory for KV cache"
     )
-    kv_offloading_backend: Annotated[str, Choice("native", "lmcache")] | None = None
-    enforce_eager: Switch | None = None
-    optimization_level: Annotated[int, Whole(0, 3)] | None = None
-    compilation_config: Json | None = None
-    cudagraph_capture_sizes: Annotated[tuple[int, ...], Several(Whole(1, LARGEST))] | None = None
+    kv_offloading_backend: Annotated[str, Choice("native", "lmcache")] | None = Field(
+        None, description="implementation of KV cache offloading"
+    )
+    enforce_eager: Switch | None = Field(None, description="no CUDA graphs: less memory, slower")
+    optimization_level: Annotated[int, Whole(0, 3)] | None = Field(None, description="0 starts fastest, 3 runs fastest")
+    compilation_config: Json | None = Field(None, description="options of torch.compile")
+    cudagraph_capture_sizes: Annotated[tuple[int, ...], Several(Whole(1, LARGEST))] | None = Field(
+        None, description="batch sizes to capture graphs for"
+    )
     # several devices
-    tensor_parallel_size: Count = 1
-    pipeline_parallel_size: Count = 1
-    data_parallel_size: Count | None = None
-    enable_expert_parallel: Switch | None = None
-    distributed_executor_backend: Annotated[str, Choice("ray", "mp", "uni", "external_launcher")] | None = None
+    tensor_parallel_size: Count = Field(1, description="devices that share each layer")
+    pipeline_parallel_size: Count = Field(1, description="devices that share the layers in sequence")
+    data_parallel_size: Count | None = Field(None, description="copies of the model in one server")
+    enable_expert_parallel: Switch | None = Field(None, description="distribute experts over the devices")
+    distributed_executor_backend: Annotated[str, Choice("ray", "mp", "uni", "external_launcher")] | None = Field(
+        None, description="how workers are started"
+    )
     # what it serves
-    chat_template: Template | None = None
-    chat_template_content_format: Annotated[str, Choice("auto", "string", "openai")] | None = None
-    default_chat_template_kwargs: Json | None = None
-    enable_auto_tool_choice: Switch | None = None
-    tool_call_parser: Word | None = None
-    reasoning_parser: Word | None = None
-    enable_lora: Switch | None = None
-    lora_modules: Names | None = None
-    max_loras: Count | None = None
-    max_lora_rank: Count | None = None
-    speculative_config: Json | None = None
-    kv_transfer_config: Json | None = None
-    limit_mm_per_prompt: Json | None = None
-    api_server_count: Count | None = None
+    chat_template: Template | None = Field(None, description="a template, or a path to one")
+    chat_template_content_format: Annotated[str, Choice("auto", "string", "openai")] | None = Field(
+        None, description="how message content is passed to the template"
+    )
+    default_chat_template_kwargs: Json | None = Field(None, description="arguments of the chat template")
+    enable_auto_tool_choice: Switch | None = Field(None, description="let the model choose tools; needs a parser")
+    tool_call_parser: Word | None = Field(None, description="parser of tool calls, such as hermes")
+    reasoning_parser: Word | None = Field(None, description="parser of reasoning, such as qwen3")
+    enable_lora: Switch | None = Field(None, description="allow adapters")
+    lora_modules: Names | None = Field(None, description="adapters: NAME=PATH; needs enable_lora")
+    max_loras: Count | None = Field(None, description="adapters in one batch")
+    max_lora_rank: Count | None = Field(None, description="largest rank of an adapter")
+    speculative_config: Json | None = Field(None, description="speculative decoding: {model: …, …}")
+    kv_transfer_config: Json | None = Field(None, description="transfer of KV cache between servers")
+    limit_mm_per_prompt: Json | None = Field(None, description="images, videos, audios of a prompt")
+    api_server_count: Count | None = Field(None, description="processes that serve HTTP")
     # sleep, shutdown, logs
-    enable_sleep_mode: Switch = False
+    enable_sleep_mode: Switch = Field(False, description="release the memory instead of stopping")
     sleep_level: Annotated[int, Whole(1, 2)] = Field(
         1, description="1 keeps the weights in host memory, 2 reloads them"
     )
     shutdown_timeout: Duration = Field(0.0, description="grace for requests in flight at SIGTERM")
-    uvicorn_log_level: Annotated[str, Choice("debug", "info", "warning", "error", "critical", "trace")] | None = None
-    disable_log_stats: Switch | None = None
-    enable_log_requests: Switch | None = None
+    uvicorn_log_level: Annotated[str, Choice("debug", "info", "warning", "error", "critical", "trace")] | None = Field(
+        None, description="log level of the HTTP server"
+    )
+    disable_log_stats: Switch | None = Field(None, description="do not log throughput")
+    enable_log_requests: Switch | None = Field(None, description="log every request")
     # the environment
     api_key: Secret | None = Field(None, description="passed as VLLM_API_KEY, never on the command line")
     cache_root: PathText | None = Field(
         None, description="VLLM_CACHE_ROOT: compiled code, best shared by all instances"
     )
-    hf_home: PathText | None = None
+    hf_home: PathText | None = Field(None, description="HF_HOME: cache of the hub")
     offline: Switch = Field(False, description="never contact the hub: HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
     cpu_kvcache_space: Count | None = Field(None, description="GiB of KV cache of a CPU build")
     extra_args: Annotated[dict[str, Any], ArgumentsType()] = Field(

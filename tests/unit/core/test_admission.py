@@ -114,7 +114,7 @@ def test_earlier_request_delays_later_starts_not_grants() -> None:
     head = rig.ask("b")
     later = rig.ask("c")
     assert [command.name for command in rig.take(c.Spawn)] == ["a", "d"]
-    assert rig.fleet.state.queue[later].why == "an earlier request waits for the same device"
+    assert rig.fleet.state.queue[later].reason == "an earlier request waits for the same device"
     warm = rig.ask("d")
     assert warm in rig.granted()
     rig.finish(warm)
@@ -226,7 +226,7 @@ def test_request_is_rejected_if_all_others_are_pinned() -> None:
     refused = rig.ask("b")
     assert rig.rejects() == {refused: "model_blocked"}
     assert "pinned models: a" in rig.take(c.Reject)[0].reason
-    rig.send(e.PinAsked("a", False))
+    rig.send(e.PinRequested("a", False))
     rig.ask("b")
     swap(rig, "a", "b")
 
@@ -304,7 +304,7 @@ def test_crash_of_an_engine_is_reported_as_a_lost_model() -> None:
 def test_requested_restart_is_not_reported_as_a_lost_model() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
-    rig.send(e.RestartAsked("a"))
+    rig.send(e.RestartRequested("a"))
     notes = rig.fleet.journal.notes_on("a")
     assert not any(isinstance(note, ModelLost) for note in notes)
     changes = [note for note in notes if isinstance(note, StateChanged) and note.kind is Subject.MODEL]
@@ -338,7 +338,7 @@ def test_load_cut_off_by_a_restart_is_repeated() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     waiting = rig.ask("m")
-    rig.send(e.RestartAsked("s"))
+    rig.send(e.RestartRequested("s"))
     rig.empty("s")
     rig.spawned("s")
     assert [command.generation for command in rig.take(c.Load)] == [1, 2]
@@ -410,7 +410,7 @@ def test_operator_unload_drains_and_grants_nothing_new() -> None:
     rig.spawned("s")
     rig.loaded("m", "s")
     busy = rig.ask("m")
-    rig.send(e.UnloadAsked("m"))
+    rig.send(e.UnloadRequested("m"))
     assert not rig.take(c.Unload)
     late = rig.ask("m")
     assert late not in rig.granted()
@@ -425,7 +425,7 @@ def test_operator_unload_drains_and_grants_nothing_new() -> None:
 def test_operator_unload_cancels_an_operator_load() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     wish = rig.wish("m")
-    rig.send(e.UnloadAsked("m"))
+    rig.send(e.UnloadRequested("m"))
     assert rig.rejects() == {wish: "model_blocked"}
     rig.spawned("s")
     assert not rig.take(c.Load)
@@ -435,7 +435,7 @@ def test_unload_during_a_load_waits_for_its_answer() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
     rig.wish("m")
-    rig.send(e.UnloadAsked("m"))
+    rig.send(e.UnloadRequested("m"))
     assert not rig.take(c.Unload)
     rig.loaded("m", "s")
     assert rig.take(c.Unload)
@@ -446,7 +446,7 @@ def test_failing_unload_is_retried_then_restarts_the_server() -> None:
     rig.spawned("s")
     rig.wish("m")
     rig.loaded("m", "s")
-    rig.send(e.UnloadAsked("m"))
+    rig.send(e.UnloadRequested("m"))
     for attempt in range(3):
         assert len(rig.take(c.Unload)) == attempt + 1
         rig.send(e.UnloadFailed("m", "s", 1, "busy"))
@@ -464,7 +464,7 @@ def test_operator_load_ends_silently_or_with_a_rejection() -> None:
     assert wish not in rig.fleet.state.queue
     unknown = rig.wish("zzz")
     assert rig.rejects() == {unknown: "model_not_found"}
-    rig.send(e.StopAsked("b"))
+    rig.send(e.StopRequested("b"))
     stopped = rig.wish("b")
     assert rig.rejects()[stopped] == "model_blocked"
     assert "stopped by an operator" in rig.take(c.Reject)[-1].reason
@@ -473,7 +473,7 @@ def test_operator_load_ends_silently_or_with_a_rejection() -> None:
 def test_operator_stop_rejects_waiting_requests() -> None:
     rig = Rig(owners("a"))
     waiting = rig.ask("a")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     assert rig.rejects() == {waiting: "model_blocked"}
 
 
@@ -554,7 +554,7 @@ def test_always_running_model_fails_until_started_by_hand() -> None:
     refused = rig.ask("a")
     assert rig.rejects() == {refused: "model_failed"}
     assert not rig.fleet.ledger.reservations
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     rig.spawned("a")
     assert rig.residency("a") is Residency.LOADED
 
@@ -661,7 +661,7 @@ def test_observed_residents_count_unless_too_old() -> None:
     rig.wait(6.0)
     rig.send(e.ResidentsObserved("s", 1, {"n": {"gpu0": G}}))
     assert (rig.residency("m"), rig.residency("n")) == (Residency.ABSENT, Residency.LOADED)
-    rig.send(e.UnloadAsked("n"))
+    rig.send(e.UnloadRequested("n"))
     rig.unloaded("n", "s")
     rig.send(e.ResidentsObserved("s", 1, {"n": {"gpu0": G}}))  # looked before the unload had ended
     assert rig.residency("n") is Residency.ABSENT
@@ -693,7 +693,7 @@ def test_route_spreads_by_weight_and_skips_unable_targets() -> None:
         rig.ask("chat")
     share = [grant.model for grant in rig.take(c.Grant)].count("a")
     assert 850 < share < 950
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     rig.clear()
     for _ in range(50):
         rig.ask("chat")
@@ -713,7 +713,7 @@ def test_fallback_serves_if_the_first_cannot(why: str) -> None:
     elif why == "full":
         rig.ask("a")
     elif why == "blocked" or why == "absent":
-        rig.send(e.StopAsked("a"))
+        rig.send(e.StopRequested("a"))
     elif crashing:
         rig.spawned("a")
         rig.dies("a")
@@ -730,7 +730,7 @@ def test_fallback_with_zero_queue_serves_at_once() -> None:
     models = [model("a", fallback=("b",)), model("b", queue_max=0, concurrency=1)]
     rig = Rig(fleet_spec([own("a"), own("b", on_demand=False)], models, budget=2))
     rig.spawned("b")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     served, refused = rig.ask("a"), rig.ask("a")
     assert rig.granted() == [served]
     assert rig.rejects() == {refused: "queue_full"}

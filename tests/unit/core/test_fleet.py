@@ -172,7 +172,7 @@ def test_journal_is_bounded_for_any_requested_names() -> None:
     for number in range(20_000):
         rig.fleet.handle(e.RequestArrived(number + 10, f"nobody-{number}"), rig.now)
         if number % 1000 == 0:
-            rig.send(e.DrainAsked("a", number % 2000 == 0))
+            rig.send(e.DrainRequested("a", number % 2000 == 0))
     assert len(journal.entries) <= 4096
     assert len(journal._by_subject) <= 16384
     assert journal.of("a"), "unknown names do not push out existing ones"
@@ -213,10 +213,10 @@ EVENTS: tuple[tuple[str, Callable[[Rig], e.Event]], ...] = (
     ("unknown name", lambda rig: e.RequestArrived(9002, "nobody")),
     ("cancel", lambda rig: e.RequestCancelled(9001)),
     ("sample", lambda rig: e.MemorySampled("m0001", 1, 5)),
-    ("start", lambda rig: e.StartAsked("m0900")),
-    ("stop", lambda rig: e.StopAsked("m0003")),
-    ("pin", lambda rig: e.PinAsked("m0004")),
-    ("unload", lambda rig: e.UnloadAsked("m0005")),
+    ("start", lambda rig: e.StartRequested("m0900")),
+    ("stop", lambda rig: e.StopRequested("m0003")),
+    ("pin", lambda rig: e.PinRequested("m0004")),
+    ("unload", lambda rig: e.UnloadRequested("m0005")),
     ("requirements", lambda rig: e.RequirementsChanged("m0006", ("/x",))),
 )
 

@@ -141,7 +141,7 @@ def test_exit_reported_before_its_spawn() -> None:
 def test_events_of_old_generations_change_nothing() -> None:
     rig = Rig(fleet_spec([process("a", probes=ALL_PROBES)]))
     ready(rig)
-    rig.send(e.RestartAsked("a"))
+    rig.send(e.RestartRequested("a"))
     rig.empty("a")
     ready(rig)
     before = repr(rig.of("a"))
@@ -172,14 +172,14 @@ def test_second_exit_of_a_generation_is_ignored() -> None:
 def test_stop_survives_a_daemon_restart_until_a_start() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     kept = rig.take(c.Persist)[-1].remembered
     assert kept.stopped
     rig.empty("a")
     assert (rig.state("a"), rig.of("a").reason) == (S.STOPPED, "stopped by an operator")
     again = Rig(fleet_spec([process("a")]), remembered={"a": kept})
     assert not again.take(c.Spawn)
-    again.send(e.StartAsked("a"))
+    again.send(e.StartRequested("a"))
     assert again.take(c.Spawn)[0].generation == kept.generation + 1
     assert not again.take(c.Persist)[-1].remembered.stopped
 
@@ -207,9 +207,9 @@ def in_state(name: str) -> Rig:
     if name in ("READY", "DRAINING", "STOPPING", "BACKOFF", "EXITED", "STOPPED", "FAILED"):
         rig.probe("a", ProbeKind.STARTUP)
     if name == "DRAINING":
-        rig.send(e.DrainAsked("a"))
+        rig.send(e.DrainRequested("a"))
     elif name == "STOPPING":
-        rig.send(e.StopAsked("a"))
+        rig.send(e.StopRequested("a"))
     elif name == "BACKOFF":
         rig.dies("a", 1)
     elif name == "EXITED":
@@ -217,13 +217,13 @@ def in_state(name: str) -> Rig:
     elif name == "FAILED":
         rig.dies("a", 1, ExitKind.BAD_CONFIG)
     elif name == "STOPPED":
-        rig.send(e.StopAsked("a"))
+        rig.send(e.StopRequested("a"))
         rig.empty("a")
     elif name == "BLOCKED":
-        rig.send(e.StopAsked("a"))
+        rig.send(e.StopRequested("a"))
         rig.empty("a")
         rig.send(e.RequirementsChanged("a", ("/mnt",)))
-        rig.send(e.StartAsked("a"))
+        rig.send(e.StartRequested("a"))
     assert rig.state("a").value == name.split()[0]
     return rig
 
@@ -243,7 +243,7 @@ def settle(rig: Rig) -> None:
 def test_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
     rig = in_state(state)
     before = rig.of("a").generation
-    rig.send(e.RestartAsked("a"))
+    rig.send(e.RestartRequested("a"))
     if state == "BLOCKED":
         assert rig.state("a") is S.BLOCKED
         rig.send(e.RequirementsChanged("a"))
@@ -257,7 +257,7 @@ def test_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_stop_in_every_state_ends_stopped(state: str) -> None:
     rig = in_state(state)
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     settle(rig)
     assert (rig.state("a"), rig.of("a").stopped) == (S.STOPPED, True)
     rig.wait(10_000)
@@ -267,7 +267,7 @@ def test_stop_in_every_state_ends_stopped(state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_shutdown_in_every_state_ends_at_rest(state: str) -> None:
     rig = in_state(state)
-    rig.send(e.ShutdownAsked())
+    rig.send(e.ShutdownRequested())
     settle(rig)
     assert len(rig.take(c.Finished)) == 1
     assert rig.state("a") not in {S.STARTING, S.READY, S.STOPPING, S.BACKOFF}
@@ -277,7 +277,7 @@ def test_stop_during_a_crash_prevents_the_restart() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
     rig.exits("a")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     rig.empty("a")
     assert (rig.state("a"), rig.of("a").reason) == (S.STOPPED, "stopped by an operator")
 
@@ -285,11 +285,11 @@ def test_stop_during_a_crash_prevents_the_restart() -> None:
 def test_drain_and_undrain() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
-    rig.send(e.DrainAsked("a"))
+    rig.send(e.DrainRequested("a"))
     assert rig.state("a") is S.DRAINING
     refused = rig.ask("a")
     assert rig.rejects()[refused] == "draining"
-    rig.send(e.DrainAsked("a", drain=False))
+    rig.send(e.DrainRequested("a", drain=False))
     assert rig.ask("a") in rig.granted()
 
 
@@ -297,9 +297,9 @@ def test_stop_of_a_drained_process_has_full_drain_time() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
     rig.ask("a")
-    rig.send(e.DrainAsked("a"))
+    rig.send(e.DrainRequested("a"))
     rig.wait(500.0)
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     rig.wait(29.0)
     assert rig.state("a") is S.DRAINING
     rig.wait(1.1)
@@ -310,7 +310,7 @@ def test_stop_waits_for_requests_in_flight() -> None:
     rig = Rig(owners("a"))
     rig.warm("a")
     request = rig.ask("a")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     assert rig.state("a") is S.DRAINING
     assert not rig.take(c.Stop)
     rig.finish(request)
@@ -320,11 +320,11 @@ def test_stop_waits_for_requests_in_flight() -> None:
 def test_operator_starts_an_on_demand_server_without_need() -> None:
     rig = Rig(fleet_spec([server("s", on_demand=True)], [model("m", "s")]))
     assert not rig.take(c.Spawn)
-    rig.send(e.StartAsked("s"))
+    rig.send(e.StartRequested("s"))
     rig.spawned("s")
     rig.wait(10_000)
     assert rig.state("s") is S.READY
-    rig.send(e.StopAsked("s"))
+    rig.send(e.StopRequested("s"))
     assert rig.state("s") is S.STOPPING
 
 
@@ -342,7 +342,7 @@ def test_survivors_keep_their_memory_and_prevent_a_start() -> None:
     refused = rig.ask("a")
     assert refused in rig.rejects()
     rig.clear()
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     assert [type(command) for command in rig.seen if not isinstance(command, c.Persist)] == [c.Sweep]
     rig.empty("a")
     assert rig.fleet.ledger.reserved_bytes("gpu0") in (0, G)
@@ -388,7 +388,7 @@ def test_dependency_conditions(condition: DependencyCondition) -> None:
 
 def test_wait_for_a_dependency_can_be_cancelled() -> None:
     rig = chain(DependencyCondition.READY)
-    rig.send(e.StopAsked("b"))
+    rig.send(e.StopRequested("b"))
     assert rig.state("b") is S.STOPPED
     ready(rig)
     assert rig.state("b") is S.STOPPED
@@ -398,7 +398,7 @@ def test_dependency_is_judged_by_its_current_generation() -> None:
     rig = chain(DependencyCondition.READY)
     rig.spawned("a")
     rig.probe("a", ProbeKind.STARTUP)
-    rig.send(e.RestartAsked("a"))
+    rig.send(e.RestartRequested("a"))
     rig.empty("a")
     rig.send(e.ProbeResult("a", 1, ProbeKind.READINESS, True))
     assert rig.state("b") is S.BLOCKED
@@ -414,7 +414,7 @@ def test_impossible_dependency_fails_and_recovers(how: str) -> None:
         rig = chain(DependencyCondition.READY)
         rig.spawned("a")
         if how == "stopped":
-            rig.send(e.StopAsked("a"))
+            rig.send(e.StopRequested("a"))
             rig.empty("a")
         else:
             rig.dies("a", 0 if how == "ended" else 1, ExitKind.BAD_CONFIG if how == "failed" else ExitKind.CRASH)
@@ -424,7 +424,7 @@ def test_impossible_dependency_fails_and_recovers(how: str) -> None:
         rig.send(e.SpecChanged(fleet_spec([process("a"), process("b", depends_on=(Dependency("a"),))])))
         rig.spawned("a")
     else:
-        rig.send(e.StartAsked("a"))
+        rig.send(e.StartRequested("a"))
         assert rig.state("b") is S.BLOCKED
         ready(rig)
     assert rig.state("b") is S.STARTING
@@ -434,11 +434,11 @@ def test_on_demand_model_recovers_with_its_dependency() -> None:
     spec = fleet_spec([process("a"), own("m", depends_on=(Dependency("a"),))], [model("m")])
     rig = Rig(spec)
     rig.spawned("a")
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     rig.empty("a")
     refused = rig.ask("m")
     assert rig.rejects()[refused] == "model_blocked"
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     rig.spawned("a")
     waiting = rig.ask("m")
     rig.spawned("m")
@@ -462,7 +462,7 @@ def test_starts_and_stops_on_a_lane_take_turns() -> None:
     rig.probe("a", ProbeKind.STARTUP)
     assert [command.name for command in rig.take(c.Spawn)] == ["a", "b"]
     rig.finish(1)
-    rig.send(e.StopAsked("a"))
+    rig.send(e.StopRequested("a"))
     assert rig.state("a") is S.DRAINING
     rig.spawned("b")
     rig.probe("b", ProbeKind.STARTUP)
@@ -492,7 +492,7 @@ def test_loads_wait_while_a_measuring_engine_starts() -> None:
     rig.ask("v")
     rig.spawned("v")
     rig.ask("n")
-    rig.send(e.UnloadAsked("m"))
+    rig.send(e.UnloadRequested("m"))
     assert not rig.take(c.Load)
     assert not rig.take(c.Unload)
     assert LaneWait("n", "waiting for its turn on gpu0: v is STARTING") in rig.fleet.journal.notes_on("n")
@@ -711,7 +711,7 @@ def test_failed_process_stays_failed_after_daemon_restart() -> None:
     rig = Rig(fleet_spec([process("a")]), remembered={"a": Remembered(failed="crash loop", restarts=4, generation=5)})
     assert (rig.state("a"), rig.of("a").reason, rig.of("a").restarts) == (S.FAILED, "crash loop", 4)
     assert not rig.take(c.Spawn)
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     assert rig.take(c.Spawn)[0].generation == 6
 
 
@@ -791,13 +791,13 @@ def test_scaling_leaves_other_replicas_alone() -> None:
 def test_new_replica_of_a_stopped_entry_is_stopped() -> None:
     rig = Rig(fleet_spec([process("w", base="w")]))
     rig.spawned("w")
-    rig.send(e.StopAsked("w"))
+    rig.send(e.StopRequested("w"))
     rig.empty("w")
     rig.clear()
     rig.send(e.SpecChanged(fleet_spec([process(f"w-{number}", base="w") for number in (1, 2)])))
     assert not rig.take(c.Spawn)
     assert {kept.name for kept in rig.take(c.Persist) if kept.remembered.stopped} == {"w-1", "w-2"}
-    rig.send(e.StartAsked("w-1"))
+    rig.send(e.StartRequested("w-1"))
     rig.send(e.SpecChanged(fleet_spec([process(f"w-{number}", base="w") for number in (1, 2, 3)])))
     assert [command.name for command in rig.take(c.Spawn)] == ["w-1", "w-3"], "one of them runs: so does another"
 
@@ -890,7 +890,7 @@ def test_shutdown_stops_in_reverse_dependency_order() -> None:
     rig = Rig(fleet_spec([process("db"), process("web", depends_on=(Dependency("db"),))]))
     rig.spawned("db")
     rig.spawned("web")
-    rig.send(e.ShutdownAsked())
+    rig.send(e.ShutdownRequested())
     assert [command.name for command in rig.take(c.Stop)] == ["web"]
     rig.empty("web")
     assert [command.name for command in rig.take(c.Stop)] == ["web", "db"]
@@ -906,16 +906,16 @@ def test_forced_shutdown_has_no_grace() -> None:
     rig.warm("a")
     rig.ask("a")
     rig.warm("b")
-    rig.send(e.ShutdownAsked())
+    rig.send(e.ShutdownRequested())
     rig.clear()
-    rig.send(e.ShutdownAsked(force=True))
+    rig.send(e.ShutdownRequested(force=True))
     assert {(command.name, command.force) for command in rig.take(c.Stop)} == {("a", True), ("b", True)}
 
 
 def test_shutdown_rejects_waiting_and_new_requests() -> None:
     rig = Rig(owners("a"))
     waiting = rig.ask("a")
-    rig.send(e.ShutdownAsked())
+    rig.send(e.ShutdownRequested())
     late = rig.ask("a")
     assert rig.rejects() == {waiting: "draining", late: "draining"}
     rig.spawned("a")
@@ -929,7 +929,7 @@ def test_loads_wait_until_adopted_servers_are_observed() -> None:
     waiting = rig.ask("x")
     assert not rig.take(c.Load)
     assert not rig.take(c.Spawn)
-    assert "checking which models s has" in rig.fleet.state.queue[waiting].why
+    assert "checking which models s has" in rig.fleet.state.queue[waiting].reason
     rig.send(e.ResidentsObserved("s", 2, {"m": {"gpu0": G}}))
     assert [command.model for command in rig.take(c.Unload)] == ["m"], "it takes the room: it is evicted, not forgotten"
     blind = Rig(spec, remembered={"s": Remembered(generation=2)}, adopted=(e.Adopted("s", 2, 1),))
@@ -948,7 +948,7 @@ def test_start_with_a_final_failure_fails_at_once() -> None:
     rig.empty("a")
     assert rig.state("a") is S.FAILED
     assert "version 1 is too old (a retry cannot help)" in rig.of("a").reason
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     assert rig.state("a") is S.STARTING
 
 

@@ -198,12 +198,12 @@ def test_crash_loop_fails_until_an_operator_acts() -> None:
     assert rig.fleet.next_deadline() is None
     rig.wait(10_000)
     assert rig.state("a") is ProcessState.FAILED
-    rig.send(e.StartAsked("a"))
+    rig.send(e.StartRequested("a"))
     assert rig.state("a") is ProcessState.STARTING
     assert rig.of("a").record.deaths == 0
 
 
-@pytest.mark.parametrize("order", [e.StopAsked("a"), e.RestartAsked("a"), e.RestartDue("a", "schedule")])
+@pytest.mark.parametrize("order", [e.StopRequested("a"), e.RestartRequested("a"), e.RestartDue("a", "schedule")])
 def test_requested_stop_is_not_a_death(order: e.Event) -> None:
     rig = crashing()
     rig.send(order)
@@ -211,7 +211,7 @@ def test_requested_stop_is_not_a_death(order: e.Event) -> None:
     rig.exits("a", None)
     rig.empty("a")
     assert rig.of("a").record.deaths == 0
-    assert rig.state("a") is (ProcessState.STOPPED if isinstance(order, e.StopAsked) else ProcessState.STARTING)
+    assert rig.state("a") is (ProcessState.STOPPED if isinstance(order, e.StopRequested) else ProcessState.STARTING)
 
 
 def test_failed_spawn_is_a_death_and_a_final_one_fails() -> None:

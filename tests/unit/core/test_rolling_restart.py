@@ -93,7 +93,7 @@ def test_removed_replica_delays_nothing(how: str) -> None:
     rig = replicas()
     due(rig, *NAMES)
     if how == "stopped":
-        rig.send(e.StopAsked("a-1"))
+        rig.send(e.StopRequested("a-1"))
     elif how == "removed":
         rig.send(e.SpecChanged(fleet_spec([process(name, base="a", probes=STARTUP) for name in NAMES[1:]])))
     else:
@@ -118,7 +118,7 @@ def test_other_names_and_reasons_do_not_wait() -> None:
 
 def test_replica_that_does_not_run_is_not_restarted() -> None:
     rig = replicas()
-    rig.send(e.StopAsked("a-2"))
+    rig.send(e.StopRequested("a-2"))
     rig.empty("a-2")
     due(rig, *NAMES)
     back(rig, "a-1")

@@ -150,7 +150,7 @@ def test_pin_cancels_a_sleep_not_yet_ordered() -> None:
     rig.ask("b")
     assert not rig.take(c.Sleep), "its lane is taken by a start"
     assert rig.fleet.models["a"].placements["a"].step is SleepStep.SLEEP
-    rig.send(e.PinAsked("a", True))
+    rig.send(e.PinRequested("a", True))
     rig.spawned("x")
     rig.wait(1.0)
     assert not rig.take(c.Sleep)
@@ -161,14 +161,14 @@ def test_pin_cancels_a_sleep_not_yet_ordered() -> None:
 
 def test_operator_unload_ends_sleepers() -> None:
     rig, _ = swapped()
-    rig.send(e.UnloadAsked("a"))
+    rig.send(e.UnloadRequested("a"))
     assert [stop.name for stop in rig.take(c.Stop)] == ["a"]
     rig.empty("a")
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {})
     rig.clear()
     rig.ask("a")
     assert [order.model for order in rig.take(c.Sleep)] == ["b"]
-    rig.send(e.UnloadAsked("b"))
+    rig.send(e.UnloadRequested("b"))
     assert [stop.name for stop in rig.take(c.Stop)] == ["b"]
     rig.answers("b", ASLEEP)
     assert rig.residency("b") is R.UNLOADING, "an answer that comes too late"
@@ -183,7 +183,7 @@ def test_idle_sleeper_is_unloaded_at_its_ttl() -> None:
 def test_preloaded_sleeper_is_woken_when_there_is_room() -> None:
     rig, _ = swapped(preload=True, ttl_s=0.0)
     assert not rig.take(c.Wake)
-    rig.send(e.UnloadAsked("b"))
+    rig.send(e.UnloadRequested("b"))
     rig.empty("b")
     assert [wake.model for wake in rig.take(c.Wake)] == ["a"]
 
@@ -223,7 +223,7 @@ def test_nothing_starts_or_stops_during_a_sleep(kind: str) -> None:
         assert not rig.take(c.Spawn)
         assert "a is ordered to sleep" in rig.of("x").reason
     else:
-        rig.send(e.StopAsked("x"))
+        rig.send(e.StopRequested("x"))
         assert not rig.take(c.Stop)
     rig.answers("a", ASLEEP)
     assert [stop.name for stop in rig.take(c.Stop)] == (["x"] if kind == "a stop" else [])
@@ -354,11 +354,11 @@ def test_probe_during_sleep_or_wake_kills_nothing() -> None:
 
 def test_restarted_sleeper_returns_when_there_is_room() -> None:
     rig, _ = swapped()
-    rig.send(e.RestartAsked("a"))
+    rig.send(e.RestartRequested("a"))
     assert [stop.name for stop in rig.take(c.Stop)] == ["a"]
     rig.empty("a")
     assert not rig.take(c.Spawn)
-    rig.send(e.UnloadAsked("b"))
+    rig.send(e.UnloadRequested("b"))
     rig.empty("b")
     assert [spawn.name for spawn in rig.take(c.Spawn)] == ["a"]
 
@@ -384,7 +384,7 @@ def adopted(*states: SleepState) -> Rig:
     """Start a daemon that adopts `a` and `b` and learns the state of each."""
     found = tuple(e.Adopted(name, 3, 50 + number) for number, name in enumerate("ab"[: len(states)]))
     rig = Rig(spec(), adopted=found, remembered={one.name: Remembered(generation=3) for one in found})
-    assert {look.model for look in rig.take(c.LookAsleep)} == {one.name for one in found}
+    assert {look.model for look in rig.take(c.CheckSleep)} == {one.name for one in found}
     for one, state in zip(found, states, strict=True):
         rig.answers(one.name, state, "no answer")
     return rig
@@ -420,7 +420,7 @@ def test_adopted_engine_without_an_answer_is_killed() -> None:
     rig = adopted(FAILED)
     (stop,) = rig.take(c.Stop)
     assert stop.force
-    assert "look failed: no answer" in stop.reason
+    assert "check failed: no answer" in stop.reason
     rig.empty("a")
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "whether it has room to start cold is to be seen"
 
@@ -428,7 +428,7 @@ def test_adopted_engine_without_an_answer_is_killed() -> None:
 def test_adopted_engine_dead_before_its_answer_stays_down() -> None:
     found = (e.Adopted("a", 3, 50),)
     rig = Rig(spec(), adopted=found, remembered={"a": Remembered(generation=3)})
-    assert rig.take(c.LookAsleep)
+    assert rig.take(c.CheckSleep)
     rig.dies("a")
     assert (rig.residency("a"), held(rig, "a")) == (R.ABSENT, {}), "it may have been asleep, and held far less"
     assert not rig.fleet.state.unobserved
@@ -500,5 +500,5 @@ def test_sleeper_over_the_budget_is_unloaded() -> None:
 
 def test_process_without_sleep_is_not_asked() -> None:
     rig = Rig(fleet_spec([process("s")]), adopted=(e.Adopted("s", 2, 9),), remembered={"s": Remembered(generation=2)})
-    assert not rig.take(c.LookAsleep)
+    assert not rig.take(c.CheckSleep)
     assert rig.state("s") is S.READY

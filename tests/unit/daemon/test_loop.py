@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fleetd.core.data.commands import Command, Finished, Spawn
-from fleetd.core.data.events import Event, StartAsked, Tick
+from fleetd.core.data.events import Event, StartRequested, Tick
 from fleetd.daemon.loop import FleetLoop
 
 
@@ -44,17 +44,17 @@ class Recorder:
 
 def test_event_of_a_command_is_handled_after_its_step() -> None:
     def answer(event: Event) -> list[Command]:
-        return [Spawn(event.name, 1, "asked"), Spawn(event.name, 2, "asked")] if event == StartAsked("a") else []
+        return [Spawn(event.name, 1, "asked"), Spawn(event.name, 2, "asked")] if event == StartRequested("a") else []
 
     fleet, executor = ScriptedFleet(answer), Recorder()
     loop = FleetLoop(fleet, executor)
-    executor.hook = lambda command: loop.dispatch(StartAsked(f"from-{command.generation}"))
+    executor.hook = lambda command: loop.dispatch(StartRequested(f"from-{command.generation}"))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("a"), StartAsked("from-1"), StartAsked("from-2")]
+    assert fleet.seen == [StartRequested("a"), StartRequested("from-1"), StartRequested("from-2")]
     assert [command.generation for command in executor.commands] == [1, 2]
 
 
@@ -73,11 +73,11 @@ def test_deadline_becomes_one_tick() -> None:
         fleet.answer = answer
         loop = FleetLoop(fleet, Recorder(), clock=asyncio.get_running_loop().time)
         fleet.deadline = asyncio.get_running_loop().time() + 0.02
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
         await asyncio.wait_for(ticked.wait(), 5)
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("a"), Tick()]
+    assert fleet.seen == [StartRequested("a"), Tick()]
 
 
 def test_nearer_deadline_moves_the_timer_until_close() -> None:
@@ -87,24 +87,24 @@ def test_nearer_deadline_moves_the_timer_until_close() -> None:
         clock = asyncio.get_running_loop().time
         loop = FleetLoop(fleet, Recorder(), clock=clock)
         fleet.deadline = clock() + 3600
-        loop.dispatch(StartAsked("far"))
+        loop.dispatch(StartRequested("far"))
         fleet.deadline = clock() + 0.01
         ticked = asyncio.Event()
         fleet.answer = lambda event: [ticked.set() or Finished("done")] if isinstance(event, Tick) else []
-        loop.dispatch(StartAsked("near"))
+        loop.dispatch(StartRequested("near"))
         await asyncio.wait_for(ticked.wait(), 5)
         loop.close()
         fleet.deadline = clock()
-        loop.dispatch(StartAsked("late"))
+        loop.dispatch(StartRequested("late"))
         await asyncio.sleep(0)
-        assert fleet.seen[-1] == StartAsked("late")
+        assert fleet.seen[-1] == StartRequested("late")
 
     asyncio.run(body())
 
 
 def test_fleet_bug_is_reported_and_the_loop_continues() -> None:
     def answer(event: Event) -> list[Command]:
-        if event == StartAsked("bad"):
+        if event == StartRequested("bad"):
             raise ValueError("impossible")
         return []
 
@@ -113,25 +113,25 @@ def test_fleet_bug_is_reported_and_the_loop_continues() -> None:
     loop = FleetLoop(fleet, Recorder(), fault=lambda event, error: faults.append((event, error)))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("bad"))
-        loop.dispatch(StartAsked("good"))
+        loop.dispatch(StartRequested("bad"))
+        loop.dispatch(StartRequested("good"))
 
     asyncio.run(body())
-    assert [(event, str(error)) for event, error in faults] == [(StartAsked("bad"), "impossible")]
-    assert fleet.seen[-1] == StartAsked("good")
+    assert [(event, str(error)) for event, error in faults] == [(StartRequested("bad"), "impossible")]
+    assert fleet.seen[-1] == StartRequested("good")
 
 
 def test_fleet_bug_without_fault_handler_is_raised() -> None:
-    fleet = ScriptedFleet(lambda event: 1 / 0 if event == StartAsked("bad") else [])
+    fleet = ScriptedFleet(lambda event: 1 / 0 if event == StartRequested("bad") else [])
     loop = FleetLoop(fleet, Recorder())
 
     async def body() -> None:
         with pytest.raises(ZeroDivisionError):
-            loop.dispatch(StartAsked("bad"))
-        loop.dispatch(StartAsked("good"))
+            loop.dispatch(StartRequested("bad"))
+        loop.dispatch(StartRequested("good"))
 
     asyncio.run(body())
-    assert fleet.seen == [StartAsked("bad"), StartAsked("good")]
+    assert fleet.seen == [StartRequested("bad"), StartRequested("good")]
 
 
 def test_subscribers_are_called_in_order_after_the_commands() -> None:
@@ -144,10 +144,10 @@ def test_subscribers_are_called_in_order_after_the_commands() -> None:
     )
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-    assert steps == [(name, StartAsked("a"), [Spawn("a", 1, "r")]) for name in ("first", "second")]
+    assert steps == [(name, StartRequested("a"), [Spawn("a", 1, "r")]) for name in ("first", "second")]
 
 
 def test_announcement_comes_before_the_commands_start() -> None:
@@ -159,7 +159,7 @@ def test_announcement_comes_before_the_commands_start() -> None:
     loop.subscribe(lambda _: order.append("subscriber"))
 
     async def body() -> None:
-        loop.dispatch(StartAsked("a"))
+        loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
     assert order == ["announce", "command", "subscriber"]
