@@ -69,9 +69,9 @@ def cli() -> None:
 def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     """Run the daemon in the foreground."""
     path = (config or default_config(os.environ)).absolute()
-    from fleetd.daemon.own_memory import thrifty
+    from fleetd.daemon.own_memory import use_one_heap
 
-    thrifty()
+    use_one_heap()
     from fleetd.daemon.reload.prefetch import begin_reading
 
     try:

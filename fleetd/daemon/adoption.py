@@ -1,10 +1,10 @@
-"""Taking over what an earlier daemon left running.
+"""Take over the processes that an earlier daemon left running.
 
-The rules of this file
-- What is proven to be ours and still in fleet.yaml goes on as it is; its deaths in the meantime are noticed.
-- What is proven but no longer in fleet.yaml, and what a dead leader left behind, is ended: it carries our token.
-- What cannot be proven is left alone and said.
-- A container outlives its client: one that no adopted client belongs to is found by its label, and removed.
+Invariants:
+- A process that is proven to be ours and still in fleet.yaml continues; its exit in the meantime is reported.
+- A proven process that is no longer in fleet.yaml, and what a dead leader left behind, is stopped: it has our token.
+- A process that cannot be proven is left alone and reported.
+- A container may outlive its client: one without an adopted client is found by its label and removed.
 """
 
 from __future__ import annotations
@@ -15,77 +15,77 @@ from dataclasses import dataclass, field, replace
 from fleetd.core.data.events import Adopted, Exited
 from fleetd.core.data.specs import ExitKind, ExitReport, Remembered
 from fleetd.daemon.effects.containers import remove_by, remove_orphans
-from fleetd.daemon.effects.machine import HostMachine
 from fleetd.daemon.effects.processes import Processes
+from fleetd.daemon.reload.active import ActiveConfiguration
 from fleetd.errors import HostError
+from fleetd.host.host import Host
 from fleetd.host.types import HandleRecord
-from fleetd.resolver.launch_plan import REMOVAL, RESTARTS, LaunchPlan
+from fleetd.resolver.launch_plan import REMOVAL, RESTARTS
+
+Report = Callable[[str, str], None]  # name, sentence
 
 
 @dataclass(slots=True)
 class Adoption:
-    """What was taken over. `died` ended while nobody watched; `changed` names those that fleet.yaml now wants to run
-    differently; `restarts` is what the records count, which are written before a start, and so never too late."""
+    """The result of taking over.
+
+    `died` exited while no daemon ran; `changed` names processes that fleet.yaml now starts differently; `restarts` are
+    the counts of the records, which are written before a start and so are never too low.
+    """
 
     adopted: list[Adopted] = field(default_factory=list)
     died: list[Exited] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     restarts: dict[str, int] = field(default_factory=dict)
 
-    def raised(self, remembered: Mapping[str, Remembered]) -> dict[str, Remembered]:
-        """Return what is remembered, with no count below that of a record."""
-        kept = dict(remembered)
+    def with_restarts(self, remembered: Mapping[str, Remembered]) -> dict[str, Remembered]:
+        """Return `remembered` with every restart count raised to that of its record."""
+        result = dict(remembered)
         for name, count in self.restarts.items():
-            if count > kept.setdefault(name, Remembered()).restarts:
-                kept[name] = replace(kept[name], restarts=count)
-        return kept
+            if count > result.setdefault(name, Remembered()).restarts:
+                result[name] = replace(result[name], restarts=count)
+        return result
 
 
 async def adopt_all(
-    machine: HostMachine,
-    processes: Processes,
-    plans: Mapping[str, LaunchPlan],
-    tell: Callable[[str, str], None],
-    records: Iterable[HandleRecord],
+    host: Host, processes: Processes, config: ActiveConfiguration, report: Report, records: Iterable[HandleRecord]
 ) -> Adoption:
-    """Go through `records`; `tell(name, sentence)` hears of each."""
-    found = Adoption()
+    """Adopt or stop the process of each record, and report it."""
+    result = Adoption()
     for record in records:
-        plan = plans.get(record.name)
+        plan = config.plans.get(record.name)
         if plan is None or plan.external:
-            await _end(machine, record, "no longer in fleet.yaml", tell)
+            await _stop(host, config, record, "no longer in fleet.yaml", report)
             continue
-        counted = record.extra.get(RESTARTS)
-        found.restarts[record.name] = counted if isinstance(counted, int) else 0
-        run = processes.adopt(plan, record)
+        restarts = record.extra.get(RESTARTS)
+        result.restarts[record.name] = restarts if isinstance(restarts, int) else 0
         try:
-            handle = await machine.adopt(record, processes.exit_seen(run))
+            event = await processes.adopt(plan, record)
         except HostError as error:
-            gone = await machine.host.gone(record)
-            survivors = await _end(machine, record, str(error), tell)
+            gone = await host.gone(record)
+            survivors = await _stop(host, config, record, str(error), report)
             if gone and not survivors:
-                report = ExitReport(None, kind=ExitKind.UNKNOWN, reason="it exited while no daemon ran")
-                found.died.append(Exited(record.name, record.generation, report))
+                exit_report = ExitReport(None, kind=ExitKind.UNKNOWN, reason="it exited while no daemon ran")
+                result.died.append(Exited(record.name, record.generation, exit_report))
             continue
-        event = processes.adopted(run, handle)
-        found.adopted.append(event)
+        result.adopted.append(event)
         if record.extra.get("launch_hash") != plan.launch_hash():
-            found.changed.append(record.name)
-        tell(record.name, f"adopted: pid {event.pid}, generation {event.generation}")
-    live = {event.name for event in found.adopted}
-    for name, sentence in await remove_orphans(machine, plans.values(), live, machine.parent_env):
-        tell(name, sentence)
-    return found
+            result.changed.append(record.name)
+        report(record.name, f"adopted: pid {event.pid}, generation {event.generation}")
+    live = {event.name for event in result.adopted}
+    for name, sentence in await remove_orphans(host, config.plans.values(), live, config.parent_env):
+        report(name, sentence)
+    return result
 
 
-async def _end(
-    machine: HostMachine, record: HandleRecord, why: str, tell: Callable[[str, str], None]
+async def _stop(
+    host: Host, config: ActiveConfiguration, record: HandleRecord, reason: str, report: Report
 ) -> tuple[int, ...]:
     removal = record.extra.get(REMOVAL)
     if isinstance(removal, list) and removal and all(isinstance(word, str) for word in removal):
-        failed = await remove_by(machine, removal, machine.parent_env)
-        why += f"; its container: {failed or 'removed'}"
-    survivors = await machine.host.sweep_record(record)
+        failed = await remove_by(host, removal, config.parent_env)
+        reason += f"; its container: {failed or 'removed'}"
+    survivors = await host.sweep_record(record)
     left = f"; cannot be killed: {', '.join(map(str, survivors))}" if survivors else ""
-    tell(record.name, f"not adopted: {why}{left}")
+    report(record.name, f"not adopted: {reason}{left}")
     return survivors

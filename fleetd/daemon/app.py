@@ -1,8 +1,8 @@
-"""The daemon's life: start, run, shut down. The composition root.
+"""The daemon's life: start, run, shut down or re-execute. The composition root.
 
-The rules of this file
-- Start: read the file, take the locks, look at the machine, take over what runs, listen, and only then decide anything.
-- A start that fails leaves nothing behind: what was opened is closed in reverse order.
+Invariants:
+- Start order: read the file, take the locks, inspect the machine, adopt what runs, listen; decisions begin only then.
+- A failed start leaves nothing behind: what was opened is closed in reverse order.
 - The run ends with Finished, or with an execv into a new program.
 """
 
@@ -25,19 +25,20 @@ from fleetd.control.event_codes import EventCode
 from fleetd.core.data.events import RestartRequested, ShutdownRequested, SpecChanged
 from fleetd.daemon import reexec, signals
 from fleetd.daemon.adoption import adopt_all
-from fleetd.daemon.api.control import DaemonControlPort
+from fleetd.daemon.api.control import DaemonControlPort, Inspected, Lifecycle
+from fleetd.daemon.api.event_log import EventLog
 from fleetd.daemon.api.library import Libraries
 from fleetd.daemon.api.log_stream import LogSource
-from fleetd.daemon.api.status import DaemonFacts
+from fleetd.daemon.api.status import DaemonState
+from fleetd.daemon.context import Reporter
 from fleetd.daemon.effects.startup_log import PREFIX
-from fleetd.daemon.own_memory import settled
-from fleetd.daemon.reload.active import Configuration
-from fleetd.daemon.reload.apply import Operations
-from fleetd.daemon.reload.messages import Circumstances
+from fleetd.daemon.own_memory import freeze
+from fleetd.daemon.reload.active import ActiveConfiguration
+from fleetd.daemon.reload.messages import ReadInputs
 from fleetd.daemon.reload.worker_client import FileReading
-from fleetd.daemon.sources.triggers import Outside
-from fleetd.daemon.wiring import Daemon
-from fleetd.errors import HostError
+from fleetd.daemon.sources.triggers import Triggers
+from fleetd.daemon.wiring import Daemon, Resources
+from fleetd.errors import ApiError, HostError
 from fleetd.host.host import Host
 from fleetd.host.lock import DaemonLocks
 from fleetd.host.notify import Notifier
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from fleetd.control.server import ControlServer
     from fleetd.control.wire import FleetEvent
     from fleetd.daemon.daemon_log import LogSink
-    from fleetd.gateway.listener import Gateway
     from fleetd.host.process.worker import WorkerProcess
 
 _DRAIN_S = 5.0
@@ -62,11 +62,12 @@ _UNDO_S = 20.0
 _BACKLOG = 1024
 _PAST_OF_EACH, _PAST_IN_ALL = 64, 1000  # events of earlier daemons that are shown
 _CLOCK_STEP_S = 0.02  # file times are taken from a clock that ticks in steps
+_REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` reads it since before this module was loaded."""
+    """`config` is absolute; `reading` is the worker that reads it since before this module was imported."""
 
     config: Path
     reading: WorkerProcess
@@ -79,247 +80,183 @@ class App:
         self._options = options
         self._log = log
         self._sink = sink
+        self._state = DaemonState()
         self._done = asyncio.Event()
         self._settling = self._reexecuting = False
         self._up = False
-        self._early: list[Callable[[], None]] = []  # what was asked before the start was done
-        self._began = time.monotonic()
+        self._deferred: list[Callable[[], None]] = []  # requests that came before the start was done
         self._notifier = Notifier()
-        self._recorded: set[str] | None = None  # until this daemon knows better
-        self._learned: dict[str, dict[str, int]] = {}
-        self._devices = Devices()
         self._daemon: Daemon
-        self._operations: Operations
-        self._gateway: Gateway
+        self._triggers: Triggers
         self._control: ControlServer
         self._locks: DaemonLocks
 
     async def run(self) -> int:
-        """Start, serve until told to stop, and clean up. Returns the exit code; raises FleetError when it cannot start."""
+        """Start, serve until a shutdown, and clean up. Returns the exit code; raises FleetError when the start fails."""
         async with AsyncExitStack() as stack:
             async with FileReading(self._options.reading) as reading:
                 await self._start(stack, reading)
-            settled()
+            freeze()
             await self._done.wait()
             if self._reexecuting:
-                self._notifier.reloading()  # not stopping: systemd would wait for the end of this very PID
+                self._notifier.reloading()  # not stopping: systemd would wait for this very PID to exit
                 await self._leave_for_reexec(stack)
-            await self._gateway.close(_DRAIN_S)
-        self._log.info("stopped", uptime_s=round(time.monotonic() - self._began, 1))
+            await self._daemon.gateway.close(_DRAIN_S)
+        self._log.info("stopped", uptime_s=round(time.monotonic() - self._state.started, 1))
         return 0
 
     # -- start ----------------------------------------------------------------------------------------------------------
 
     async def _start(self, stack: AsyncExitStack, reading: FileReading) -> None:
-        self._heed_signals(stack)
-        taken = reexec.taken_over()
+        self._install_signals(stack)
+        handover = reexec.handover()
+        carried = handover.records if handover is not None else []
         places = await reading.places()
         paths = HostPaths(places.state, places.run, places.logs)
-        if taken is None:
-            self._locks = DaemonLocks.acquire(paths.run, paths.state)
-        else:
-            self._locks = DaemonLocks.inherit(paths.run, paths.state, taken.lock_fds)
-        stack.callback(self._locks.release)
-        host = Host(paths)
-        carried = taken.records if taken is not None else []
+        self._lock(stack, paths, handover)
+        store = StateStore(paths.state)
+        reporter = Reporter(self._log, EventLog(store.record))
+        host = Host(paths, report_lost_log=reporter.warn)
         host.expect(carried)
         await host.start()
         stack.push_async_callback(host.close)
-        store = StateStore(paths.state)
-        _, samples = await asyncio.gather(store.open(), asyncio.to_thread(self._devices.sample))
-        left, unreadable = await host.thread(host.load_records, carried)
-        self._recorded = {record.name for record in left}
+        devices = Devices()
+        _, samples = await asyncio.gather(store.open(), asyncio.to_thread(devices.sample))
+        records, unreadable = await host.thread(host.load_records, carried)
         stack.push_async_callback(store.close)
-        self._learned = await store.learned()
-        around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, self._learned)
-        circumstances = Circumstances(around, frozenset(self._running()), socket.gethostname())
-        past = store.last_of_each(_PAST_OF_EACH, _PAST_IN_ALL)
-        read, told = await asyncio.gather(reading.finish(circumstances), past)
-        await asyncio.to_thread(keep_ports, paths.state, read.assembly.ports)
+        learned = await store.learned()
+        around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, learned)
+        inputs = ReadInputs(around, frozenset(record.name for record in records), socket.gethostname())
+        read, past = await asyncio.gather(reading.finish(inputs), store.last_of_each(_PAST_OF_EACH, _PAST_IN_ALL))
         assembly = read.assembly
-        configuration = Configuration(self._options.config, read, self._around, self._running)
-        facts = DaemonFacts(str(self._options.config))
-        self._daemon = daemon = Daemon(
-            host, store, self._devices, configuration, inherited(os.environ), self._log, facts, self._done.set
-        )
-        daemon.sampling.devices = {sample.name: sample for sample in samples}
-        daemon.starts.know(await store.facts(PREFIX))
-        daemon.event_log.restore([cast("FleetEvent", entry.data) for entry in told])
-        stack.push_async_callback(self._close_daemon)
-        listener = listening(assembly)  # bound, and not accepted from before there is a fleet to ask
+        await asyncio.to_thread(keep_ports, paths.state, assembly.ports)
+        config = ActiveConfiguration(self._options.config, read, inherited(os.environ))
+        reporter.events.restore([cast("FleetEvent", entry.data) for entry in past])
+        resources = Resources(host, store, devices, samples, learned, await store.facts(PREFIX))
+        self._daemon = daemon = Daemon(resources, config, reporter, self._state, self._done.set)
+        stack.push_async_callback(daemon.close)
+        listener = listening(assembly)  # bound now, but not accepted from before the fleet is ready to answer
         stack.callback(listener.close)
         await self._watch(stack, assembly)
         for place in unreadable:
-            self._told_of_adoption(place.name, f"an unreadable record was set aside: {place}")
+            reporter.adoption(place.name, f"an unreadable record was set aside: {place}")
         for place in store.quarantined:
-            self._log.warning("a damaged file was set aside: what it held is lost", path=str(place))
-            daemon.event_log.report(
-                "daemon",
-                None,
-                EventCode.STATE_FILE_DAMAGED,
-                f"a damaged file was set aside as {place}: what it held is lost",
-            )
-        await self._take_over(assembly, left, taken.wishes if taken is not None else reexec.Wishes())
-        self._recorded = None
+            reporter.damaged_file(str(place))
+        orders = handover.orders if handover is not None else reexec.PendingOrders()
+        await self._take_over(assembly, records, orders)
         try:
-            await self._listen(stack, assembly, paths, listener)
+            await self._listen(stack, paths, listener)
         except BaseException:
             await self._undo()
             raise
-        self._look_around()
-        self._ready(assembly)
+        self._start_background()
+        self._report_ready(assembly)
         self._up = True
-        if taken is not None and taken.wishes.stop:
-            self._stop(False, "asked while the daemon executed itself anew")
+        if orders.stop:
+            self._stop(False, "ordered during the re-execution")
         self._catch_up(assembly)
 
+    def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
+        if handover is None:
+            self._locks = DaemonLocks.acquire(paths.run, paths.state)
+        else:
+            self._locks = DaemonLocks.inherit(paths.run, paths.state, handover.lock_fds)
+        stack.callback(self._locks.release)
+
     def _catch_up(self, assembly: Assembly) -> None:
-        """Do what was asked, and apply what was saved, since the start began."""
+        """Apply what was saved, and do what was requested, during the start."""
         if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
-            self._early.append(self._file_saved)
-        for call in self._early:
+            self._deferred.append(self._file_saved)
+        for call in self._deferred:
             call()
 
-    def _running(self) -> set[str]:
-        """Return the names of processes that hold their ports now: ours, or those of the daemon before."""
-        return set(self._daemon.processes.runs) if self._recorded is None else self._recorded
-
-    def _around(self) -> Surroundings:
-        devices = machine_devices(list(self._daemon.sampling.devices.values()))
-        return Surroundings(tuple(devices), dict(os.environ), {}, self._learned)
-
-    async def _close_daemon(self) -> None:
-        daemon = self._daemon
-        daemon.loop.close()
-        daemon.probing.close()
-        await daemon.configuration.close()
-        await daemon.background.close()
-        await daemon.tasks.close(grace_s=0.5)
-        await daemon.close_http()
-
-    async def _listen(
-        self, stack: AsyncExitStack, assembly: Assembly, paths: HostPaths, listener: socket.socket
-    ) -> None:
+    async def _listen(self, stack: AsyncExitStack, paths: HostPaths, listener: socket.socket) -> None:
         from fleetd.control import socket as control_socket
         from fleetd.control.server import ControlServer
         from fleetd.daemon.api.metrics import render
-        from fleetd.gateway.listener import Gateway
-        from fleetd.gateway.options import GatewayOptions
 
         daemon = self._daemon
-        keys = assembly.gateway
-        options = GatewayOptions(
-            host=keys.host,
-            port=keys.port,
-            allowed_hosts=keys.allowed_hosts,
-            max_body_bytes=keys.max_body_bytes,
-            retry_attempts=keys.retry_attempts,
-        )
-        self._gateway = gateway = Gateway(daemon.port, options)
-        daemon.port.heard_s = gateway.last_answer_s
-        addresses = await gateway.start([listener])
-        stack.push_async_callback(gateway.close)
+        addresses = await daemon.gateway.start([listener])
+        stack.push_async_callback(daemon.gateway.close)
         host, port = addresses[0]
-        daemon.facts.gateway = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._operations = Operations(daemon, self._applied, self._stop, self._reexec)
-        control = DaemonControlPort(
-            daemon.fleet.queries,
-            daemon.view,
-            daemon.event_log,
-            daemon.actions,
-            daemon.configuration,
-            daemon.processes,
-            daemon.probing,
-            daemon.requirements,
-            LogSource(daemon.host.logs, daemon.host.table),
-            self._operations,
-            daemon.preparation,
-        )
+        self._state.gateway = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        logs = LogSource(daemon.host.logs, daemon.host.table)
+        inspected = Inspected(daemon.view, daemon.processes, daemon.probes, daemon.prerequisites, daemon.builds, logs)
+        lifecycle = Lifecycle(self._stop, self._order_reexec)
+        control = DaemonControlPort(daemon.context, inspected, daemon.actions, daemon.applier, lifecycle)
 
         async def metrics() -> bytes:
-            return await asyncio.to_thread(render, await daemon.view.status(), gateway.stats())
+            return await asyncio.to_thread(render, await daemon.view.status(), daemon.gateway.stats())
 
-        library = Libraries(daemon.fleet.queries, daemon.preparation, daemon.requirements, daemon.http, daemon.tasks)
+        library = Libraries(daemon.context, daemon.builds, daemon.prerequisites)
         self._control = ControlServer(control, paths.run / control_socket.NAME, metrics=metrics, library=library)
         await self._control.start()
         stack.push_async_callback(self._control.close)
 
     async def _undo(self) -> None:
-        """Stop what was begun: a start that fails leaves nothing running."""
-        self._daemon.dispatch(ShutdownRequested(force=True))
+        """Stop what was started: a failed start leaves nothing running."""
+        self._daemon.loop.dispatch(ShutdownRequested(force=True))
         try:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
         except TimeoutError:
             self._log.error("not everything could be stopped")
 
-    def _told_of_adoption(self, name: str, sentence: str) -> None:
-        self._log.info("adoption", name=name, reason=sentence)
-        self._daemon.event_log.report("process", name, EventCode.ADOPTION, sentence)
-
-    async def _take_over(self, assembly: Assembly, left: list[HandleRecord], wishes: reexec.Wishes) -> None:
-        """Adopt what runs, then tell the fleet everything at once."""
+    async def _take_over(self, assembly: Assembly, records: list[HandleRecord], orders: reexec.PendingOrders) -> None:
+        """Adopt what runs, then report everything to the fleet in one event."""
         daemon = self._daemon
-        adoption = await adopt_all(daemon.machine, daemon.processes, assembly.plans, self._told_of_adoption, left)
-        absent = await daemon.requirements.look(assembly.plans)
-        daemon.requirements.accept(absent)
+        dispatch = daemon.loop.dispatch
+        adoption = await adopt_all(daemon.host, daemon.processes, daemon.config, daemon.reporter.adoption, records)
+        missing = await daemon.prerequisites.check(assembly.plans)
+        daemon.prerequisites.accept(missing)
         adopted, died = tuple(adoption.adopted), tuple(adoption.died)
-        daemon.dispatch(
-            SpecChanged(
-                assembly.spec,
-                adoption.raised(daemon.store.remembered),
-                adopted,
-                absent.processes,
-                absent.models,
-                died=died,
-            )
-        )
-        daemon.processes.entered()
-        daemon.port.spec_changed()
+        remembered = adoption.with_restarts(daemon.store.remembered)
+        dispatch(SpecChanged(assembly.spec, remembered, adopted, missing.processes, missing.models, died=died))
+        daemon.processes.adopted()
         for name in adoption.changed:
-            daemon.dispatch(RestartRequested(name))
-        for event in wishes.events([event.name for event in adopted]):
-            daemon.dispatch(event)
+            dispatch(RestartRequested(name))
+        for event in orders.events([event.name for event in adopted]):
+            dispatch(event)
 
     async def _watch(self, stack: AsyncExitStack, assembly: Assembly) -> None:
-        """Watch files before anything starts: what changes after a program read it is a reason to start it again."""
-        self._world = Outside(self._daemon, self._file_saved)
-        stack.push_async_callback(self._world.close)
-        self._world.follow(assembly)
-        await asyncio.sleep(0)  # a watch takes hold with the first step of its task
+        """Watch files before anything starts: a change after a program has read them restarts it."""
+        self._triggers = Triggers(self._daemon.context, self._daemon.background, self._file_saved)
+        stack.push_async_callback(self._triggers.close)
+        self._triggers.follow(assembly)
+        self._daemon.config.subscribe(self._triggers.follow)
+        await asyncio.sleep(0)  # a watch begins with the first step of its task
 
-    def _heed_signals(self, stack: AsyncExitStack) -> None:
-        """From now on no signal ends the daemon by itself: it would leave what was begun."""
+    def _install_signals(self, stack: AsyncExitStack) -> None:
+        """Handle signals from now on: their default would exit without undoing the start."""
         actions = signals.SignalActions(stop=self._stop, reload=self._reload, reopen=self._sink.reopen)
         stack.callback(signals.install(asyncio.get_running_loop(), actions))
 
-    def _look_around(self) -> None:
-        """Begin to look at the machine, again and again."""
+    def _start_background(self) -> None:
         daemon = self._daemon
-        daemon.background.start(daemon.sampling.run(), "sampling")
-        daemon.background.start(daemon.requirements.run(), "requirements")
+        daemon.background.start(daemon.sampler.run(), "sampling")
+        daemon.background.start(daemon.prerequisites.run(), "prerequisites")
         if self._notifier.watchdog_interval_s is not None:
             daemon.background.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
 
     async def _feed_watchdog(self, period_s: float) -> None:
-        """Tell systemd that the loop turns: it is the loop that says so."""
+        """Report to systemd from the event loop, so that a blocked loop is detected."""
         while True:
             self._notifier.watchdog()
             await asyncio.sleep(period_s)
 
-    def _ready(self, assembly: Assembly) -> None:
+    def _report_ready(self, assembly: Assembly) -> None:
         spec = assembly.spec
-        took = time.monotonic() - self._began
+        took_s = time.monotonic() - self._state.started
         self._log.info(
             "fleetd is up",
             version=__version__,
             name=assembly.name,
             config=str(self._options.config),
-            gateway=self._daemon.facts.gateway,
+            gateway=self._state.gateway,
             socket=str(self._control.path),
             processes=len(spec.processes),
             models=len(spec.models),
-            took_ms=round(took * 1000),
+            took_ms=round(took_s * 1000),
         )
         for warning in assembly.warnings:
             self._log.warning("configuration", problem=str(warning))
@@ -327,77 +264,82 @@ class App:
 
     # -- while it runs --------------------------------------------------------------------------------------------------
 
-    def _applied(self, assembly: Assembly) -> None:
-        self._world.follow(assembly)
-
     def _file_saved(self) -> None:
         if not self._up:
-            self._early.append(self._file_saved)
+            self._deferred.append(self._file_saved)
             return
-        self._daemon.tasks.start(self._operations.file_saved(), "apply a saved file")
+        self._daemon.tasks.start(self._daemon.applier.file_saved(), "apply a saved file")
 
     def _reload(self) -> None:
         async def reload() -> None:
             self._notifier.reloading()
             try:
-                await self._operations.file_saved()
+                await self._daemon.applier.file_saved()
             finally:
                 self._notifier.ready()
 
         if not self._up:
-            self._early.append(self._reload)
+            self._deferred.append(self._reload)
             return
         self._daemon.tasks.start(reload(), "reload")
 
-    def _stop(self, force: bool, why: str) -> None:
+    def _stop(self, force: bool, reason: str) -> None:
         if not self._up:
-            self._early.append(partial(self._stop, force, why))
+            self._deferred.append(partial(self._stop, force, reason))
             return
         if self._done.is_set() and not self._reexecuting:
             return
         daemon = self._daemon
-        force = force or daemon.facts.stopping
-        self._log.info("shutting down", why=why, forced=force)
-        daemon.facts.stopping = True
-        self._notifier.stopping(f"shutting down: {why}")
-        daemon.event_log.report("daemon", None, EventCode.SHUTDOWN, f"shutting down: {why}")
-        daemon.dispatch(ShutdownRequested(force=force))
+        force = force or self._state.stopping
+        self._log.info("shutting down", why=reason, forced=force)
+        self._state.stopping = True
+        self._notifier.stopping(f"shutting down: {reason}")
+        daemon.reporter.events.report("daemon", None, EventCode.SHUTDOWN, f"shutting down: {reason}")
+        daemon.loop.dispatch(ShutdownRequested(force=force))
 
-    def _reexec(self) -> None:
+    # -- re-execution ---------------------------------------------------------------------------------------------------
+
+    async def _order_reexec(self) -> None:
+        """Begin a re-execution. Raises ConfigError or ApiError when the new program could not start."""
+        if self._state.stopping:
+            raise ApiError(409, "locked", "The daemon is shutting down.")
+        await self._daemon.applier.check_restart()
+        asyncio.get_running_loop().call_later(_REEXEC_DELAY_S, self._begin_reexec)
+
+    def _begin_reexec(self) -> None:
         if not self._settling:
             self._settling = True
             self._daemon.tasks.start(self._settle_for_reexec(), "settle for a re-execution")
 
     async def _settle_for_reexec(self) -> None:
-        """Let everybody have what they were promised, as far as that is soon; a shutdown that comes meanwhile wins."""
-        await reexec.settled(self._daemon)
-        if not self._daemon.facts.stopping:
+        """Let starts and stops complete, as far as that is soon; a shutdown in the meantime takes precedence."""
+        await reexec.settle(self._daemon)
+        if not self._state.stopping:
             self._reexecuting = True
             self._done.set()
 
     async def _leave_for_reexec(self, stack: AsyncExitStack) -> None:
-        """Hand everything over to a new program in this very process. Does not return when it works.
+        """Pass everything to a new program in this process. Does not return when it works.
 
-        Orders end first, then starts; then nothing is decided any more, and no death is taken note of: all that is between
-        the last two is left to the new program.
+        First orders and then starts cease; then nothing is decided any more, and no exit is recorded: the new program
+        handles what happens in between.
         """
         daemon = self._daemon
-        self._log.info("executing itself anew", program=sys.executable)
-        daemon.event_log.report("daemon", None, EventCode.REEXEC, "fleetd replaces its program")
-        await self._world.close()
-        await self._gateway.close(1.0)
+        self._log.info("re-executing", program=sys.executable)
+        daemon.reporter.events.report("daemon", None, EventCode.REEXEC, "fleetd replaces its program")
+        await self._triggers.close()
+        await daemon.gateway.close(1.0)
         await self._control.close()
-        async with daemon.configuration.applying:  # never given back
+        async with daemon.config.applying:  # never released
             await daemon.processes.rest(reexec.REST_S)
             daemon.loop.hold()
             records = await daemon.host.prepare_exec()
             lock_fds = self._locks.keep_over_exec()
             await daemon.store.flush()
-            await daemon.configuration.close()
+            await daemon.reader.close()
             await signals.hold()
-            wishes = reexec.wishes_of(daemon.fleet.queries, daemon.facts.stopping)
-            environ, config = self._notifier.environment, daemon.configuration.path
-            reexec.execute(lock_fds, records, wishes, environ, config, stack)
+            orders = reexec.pending_orders(daemon.fleet.queries, self._state.stopping)
+            reexec.execute(lock_fds, records, orders, self._notifier.environment, daemon.config.path, stack)
 
 
 def changed_since(file: Path, moment_s: float) -> bool:
@@ -421,7 +363,7 @@ def listening(assembly: Assembly) -> socket.socket:
         found.close()
         raise HostError(
             f"the gateway cannot listen on {address.host}:{address.port}: {error.strerror or error}",
-            hint="stop the program that holds it, or set gateway.listen in fleet.yaml to another address",
+            hint="stop the program that uses it, or set gateway.listen in fleet.yaml to another address",
             recoverable=False,
         ) from error
     return found

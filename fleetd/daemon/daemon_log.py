@@ -1,9 +1,9 @@
-"""The daemon's own log: one event per line, JSON unless a person looks at a terminal.
+"""The daemon's own log: one event per line, as JSON, or readable text on a terminal.
 
-The rules of this file
-- The log goes to stderr, or to a file that SIGUSR1 opens again (after logrotate moved it away).
+Invariants:
+- The log goes to stderr, or to a file that SIGUSR1 reopens (after logrotate has moved it).
 - A full disk or a closed pipe never stops the daemon: the line is lost, and counted.
-- What libraries say through `logging` comes out in the same form, from WARNING up.
+- Records of the standard `logging` module are written in the same form, from WARNING up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 class LogSink:
-    """One descriptor that lines are written to, whole. `path` None means stderr."""
+    """Write whole lines to one descriptor. `path` None means stderr."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class LogSink:
             self.lost += 1
 
     def reopen(self) -> None:
-        """Open the file again. The old descriptor stays in use when that fails."""
+        """Reopen the file. The old descriptor stays in use when that fails."""
         if self.path is None:
             return
         fd = self._open(self.path)
@@ -68,7 +68,7 @@ class LogSink:
 
 
 class _LibraryHandler(logging.Handler):
-    """Passes records of the standard logging module on."""
+    """Pass records of the standard logging module to structlog."""
 
     def __init__(self, log: FilteringBoundLogger) -> None:
         super().__init__(logging.WARNING)
@@ -76,8 +76,8 @@ class _LibraryHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            say = self._log.error if record.levelno >= logging.ERROR else self._log.warning
-            say(record.getMessage(), logger=record.name, exc_info=record.exc_info)
+            log = self._log.error if record.levelno >= logging.ERROR else self._log.warning
+            log(record.getMessage(), logger=record.name, exc_info=record.exc_info)
         except Exception:  # noqa: BLE001 - logging must not raise
             self.handleError(record)
 

@@ -1,13 +1,13 @@
-"""The single writer: every event enters the fleet here, every command leaves it here.
+"""The single writer of the fleet: every event enters here, and every command leaves here.
 
-The rules of this file
-- `dispatch` is synchronous and may be called from anywhere on the event loop, also from inside a command: a second call
-  while the inbox drains only appends. So the fleet never sees an event while it handles another.
-- Nothing is awaited between an event and the start of its commands. What is slow is a task of the executor, and its result
-  is the next event.
-- A warm request takes `take` and `give` past the inbox: only while nothing is being handled, so that the order stays.
-- One timer exists, for `fleet.next_deadline()`. It is set again only when the deadline moved to an earlier moment, or passed.
-- An exception out of the fleet is a bug: it is reported with the event that showed it, and the daemon goes on.
+Invariants:
+- `dispatch` is synchronous and may be called from anywhere on the event loop, also from inside a command: a nested call
+  only appends to the inbox. The fleet never receives an event while it handles another.
+- Nothing is awaited between an event and the start of its commands. A slow command runs as a task, and its result is
+  the next event.
+- A warm request bypasses the inbox with `take` and `give`, but only while no event is being handled: the order holds.
+- One timer serves `fleet.next_deadline()`. It is moved only when the deadline moved to an earlier moment or has passed.
+- An exception out of the fleet is a bug: it is reported with its event, and the daemon continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fleetd.core.data.commands import Command
 from fleetd.core.data.events import Event, Tick
 from fleetd.core.data.state import Placement
 
-# A deadline further away than this is looked at again anyway: call_later of some loops does not take weeks.
+# Check again after this time even without a nearer deadline: call_later of some loops does not take weeks.
 _LONGEST_SLEEP_S = 3600.0
 
 
@@ -44,40 +44,38 @@ class Starter(Protocol):
     def start(self, command: Command) -> None: ...
 
 
-Observer = Callable[[Event, list[Command], float], None]
+Subscriber = Callable[[Event], None]
 
 
 class FleetLoop:
-    """Feeds events to a fleet and starts its commands, in order.
-
-    `announce(event, commands, now)` gets each step before its commands are started, `observe` afterwards;
-    `fault(event, error)` reports bugs.
-    """
+    """Pass events to a fleet and start the resulting commands, in order. `fault(event, error)` receives bugs."""
 
     def __init__(
         self,
         fleet: Decider,
         executor: Starter,
         *,
-        announce: Observer | None = None,
-        observe: Observer | None = None,
         fault: Callable[[Event, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._executor = executor
-        self._announce = announce
-        self._observe = observe
         self._fault = fault
         self._clock = clock
+        self._before: list[Subscriber] = []
+        self._after: list[Subscriber] = []
         self._inbox: deque[Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closed = self._held = False
 
+    def subscribe(self, *subscribers: Subscriber, before_commands: bool = False) -> None:
+        """Call each subscriber at every step, after the commands of the event are started or before."""
+        (self._before if before_commands else self._after).extend(subscribers)
+
     def dispatch(self, event: Event) -> None:
-        """Hand one event to the fleet, now, or after the event that is being handled."""
+        """Pass one event to the fleet, now or after the event that is being handled."""
         self._inbox.append(event)
         if self._draining or self._held:
             return
@@ -90,11 +88,11 @@ class FleetLoop:
         self._set_timer()
 
     def take(self, request_id: int, model: str) -> Placement | None:
-        """Ask the fleet for a model that is in memory; None: it is not that simple, dispatch RequestArrived."""
+        """Grant a loaded model with a free slot at once; None: dispatch RequestArrived instead."""
         return None if self._draining or self._held else self._fleet.take(request_id, model, self._clock())
 
     def give(self, request_id: int) -> bool:
-        """Give back what was granted; False: it is not that simple, dispatch RequestFinished."""
+        """Return a granted slot at once; False: dispatch RequestFinished instead."""
         if self._draining or self._held or not self._fleet.give(request_id, self._clock()):
             return False
         deadline = self._fleet.next_deadline()
@@ -103,20 +101,19 @@ class FleetLoop:
         return True
 
     def _step(self, event: Event) -> None:
-        now = self._clock()
         try:
-            commands = list(self._fleet.handle(event, now))
+            commands = list(self._fleet.handle(event, self._clock()))
         except Exception as error:
             if self._fault is None:
                 raise
             self._fault(event, error)
             return
-        if self._announce is not None:
-            self._announce(event, commands, now)
+        for subscriber in self._before:
+            subscriber(event)
         for command in commands:
             self._executor.start(command)
-        if self._observe is not None:
-            self._observe(event, commands, now)
+        for subscriber in self._after:
+            subscriber(event)
 
     def _set_timer(self) -> None:
         if self._closed:
@@ -143,7 +140,7 @@ class FleetLoop:
         self.dispatch(Tick())
 
     def hold(self) -> None:
-        """Decide nothing any more: what the fleet holds now is what the program after this one begins with."""
+        """Handle no further event: the program after an execv starts from the state of now."""
         self._held = True
         self.close()
 

@@ -1,8 +1,8 @@
-"""Keeping the daemon itself small: a supervisor should not be seen in the list of what uses memory.
+"""Keep the memory of the daemon small.
 
-The rules of this file
-- Nothing here changes what the daemon does; a system without glibc loses nothing but the saving.
-- `thrifty` comes before the first thread, `settled` once after the start.
+Invariants:
+- Nothing here changes what the daemon does; without glibc only the saving is lost.
+- `use_one_heap` runs before the first thread, `freeze` once after the start.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import sys
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
 
-def thrifty() -> None:
-    """Let all threads share one heap: by default glibc gives each its own, and keeps what they freed."""
+def use_one_heap() -> None:
+    """Let all threads share one heap: by default glibc keeps one for each of them."""
     library = _glibc()
     if library is not None:
         library.mallopt(_M_ARENA_MAX, 1)
 
 
-def settled() -> None:
-    """Give back what only the start needed, and spare the collector the objects that live for ever."""
+def freeze() -> None:
+    """Return what only the start needed, and exclude long-lived objects from collection."""
     gc.collect()
     gc.freeze()
-    give_back()
+    trim()
 
 
-def give_back() -> None:
-    """Return freed memory to the system: after a change of fleet.yaml, that of the assembly before. Blocks a few milliseconds."""
+def trim() -> None:
+    """Return freed memory to the system, such as a replaced configuration. Blocks a few milliseconds."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
 
 
 def without_rich() -> None:
-    """Keep structlog from loading rich, which it does whenever it can; only its console renderer has use for it."""
+    """Keep structlog from importing rich: only its console renderer needs it."""
     sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 
 

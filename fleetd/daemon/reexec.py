@@ -1,11 +1,11 @@
-"""Replacing the daemon's program in place: same PID, same children, same locks.
+"""Replace the daemon's program in place: same PID, same children, same locks.
 
-The rules of this file
-- What the new program needs crosses in two files without a name; the environment says which descriptors they are. All descriptors
-  keep their numbers.
-- The new program starts from the same command line, with the file that is the daemon's now; where that fails, systemd or the
-  operator sees an exit as any other.
-- What is being started or stopped is waited for, within bounds; a restart that is under way even then is a wish passed on.
+Invariants:
+- The state for the new program is passed in two unnamed files, whose descriptors an environment variable names. All
+  descriptors keep their numbers.
+- The new program gets the same command line, with the active configuration file; when it fails, systemd or the operator
+  sees an ordinary exit.
+- Starts and stops in progress are waited for, within bounds; a restart that is not done by then is passed on.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from fleetd.daemon.wiring import Daemon
 
 VARIABLE = "FLEETD_TAKE_OVER"
-SETTLE_S = 20.0  # shorter than the patience of `fleetctl daemon-reexec`
+SETTLE_S = 20.0  # shorter than the timeout of `fleetctl daemon-reexec`
 REST_S = 3.0  # for what begins while the listeners are closed
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What was begun and is not done: `restarts` and `turns` are reasons by name; `stop`: the daemon was told to end."""
+class PendingOrders:
+    """Restarts that are not done, with their reasons by name (`turns`: of rolling restarts), and an ordered shutdown."""
 
     restarts: Mapping[str, str] = field(default_factory=dict)
     turns: Mapping[str, str] = field(default_factory=dict)
     stop: bool = False
 
     def events(self, names: Collection[str]) -> Iterator[RestartDue]:
-        """Yield the restarts of those that were adopted: whatever else there was has ended, and starts anew anyway."""
+        """Yield the restarts of adopted processes: any other process has exited, and starts again anyway."""
         for name in names:
             if name in self.restarts:
                 yield RestartDue(name, self.restarts[name])
@@ -52,16 +52,16 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class TakenOver:
-    """What the program before left to this one."""
+class Handover:
+    """The state that the former program passed to this one."""
 
     lock_fds: list[int]
     records: list[HandleRecord]
-    wishes: Wishes
+    orders: PendingOrders
 
 
-def taken_over() -> TakenOver | None:
-    """Return what the program before this one left; None for an ordinary start."""
+def handover() -> Handover | None:
+    """Return the state that the former program passed on; None for an ordinary start."""
     text = os.environ.pop(VARIABLE, None)
     if text is None:
         return None
@@ -69,39 +69,42 @@ def taken_over() -> TakenOver | None:
     with open(content["records_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
         records = decode_records(file.read())
     fds = content["lock_fds"] if "lock_fds" in content else [content["lock_fd"]]  # of a version with one lock
-    wishes = content.get("wishes", {})  # of a version that had few, or none
+    orders = content.get("wishes", {})  # of a version that had few, or none
     if "wishes_fd" in content:
         with open(content["wishes_fd"], "rb") as file:  # noqa: PTH123 - a descriptor
-            wishes = json.load(file)
-    return TakenOver(
+            orders = json.load(file)
+    return Handover(
         [int(fd) for fd in fds],
         records,
-        Wishes(wishes.get("restarts", {}), wishes.get("turns", {}), bool(wishes.get("stop"))),
+        PendingOrders(orders.get("restarts", {}), orders.get("turns", {}), bool(orders.get("stop"))),
     )
 
 
-def under_way(process: Process) -> bool:
-    """Return whether a start, a stop or a restart of this process is ordered and not done."""
+def in_progress(process: Process) -> bool:
+    """Return whether a start, a stop or a restart of this process is in progress."""
     starting = process.state is ProcessState.STARTING and not process.spawned
     return starting or process.state is ProcessState.STOPPING or process.restart_wanted is not None
 
 
-def wishes_of(queries: FleetQueries, stop: bool) -> Wishes:
-    """Return what the fleet has begun. What is being stopped may run on a while: it is stopped again, and then starts anew."""
-    return Wishes(queries.pending_restarts(), queries.rolling_restarts(), stop)
+def pending_orders(queries: FleetQueries, stop: bool) -> PendingOrders:
+    """Return the restarts in progress.
+
+    A process that is being stopped may live on for a while: the new program stops it again, and then starts it.
+    """
+    return PendingOrders(queries.pending_restarts(), queries.rolling_restarts(), stop)
 
 
-async def settled(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
-    """Return once nothing is under way, or the daemon is told to stop, or when the time is over."""
+async def settle(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
+    """Wait until nothing is in progress, a shutdown is ordered, or `timeout_s` is over."""
 
-    def look() -> bool | None:
-        return daemon.facts.stopping or not any(map(under_way, daemon.fleet.queries.processes())) or None
+    def settled() -> bool | None:
+        return daemon.state.stopping or not any(map(in_progress, daemon.fleet.queries.processes())) or None
 
-    await daemon.changes.wait_for(look, timeout_s)
+    await daemon.changes.wait_for(settled, timeout_s)
 
 
 def command_line(words: Sequence[str], config: Path) -> list[str]:
-    """Return the words of a `fleetd run` with another file."""
+    """Return the words of a `fleetd run` command with another file."""
     at = words.index("run") + 1 if "run" in words else len(words)
     kept, rest = list(words[:at]), list(words[at:])
     while rest:
@@ -116,16 +119,19 @@ def command_line(words: Sequence[str], config: Path) -> list[str]:
 def execute(
     lock_fds: Sequence[int],
     records: Sequence[HandleRecord],
-    wishes: Wishes,
+    orders: PendingOrders,
     environ: Mapping[str, str],
     config: Path,
     stack: AsyncExitStack,
 ) -> NoReturn:
-    """Execute this program anew. Raises OSError when the kernel refuses."""
-    del stack  # nothing on it may run: children, locks and pipes go on
-    records_fd = _handed_on(encode_records(list(records)))
-    wishes_fd = _handed_on(json.dumps(asdict(wishes)).encode())
-    content = {"lock_fds": list(lock_fds), "records_fd": records_fd, "wishes_fd": wishes_fd}
+    """Execute this program again. Raises OSError when the kernel refuses.
+
+    Nothing on `stack` may be closed: children, locks and pipes continue.
+    """
+    del stack
+    records_fd = _unnamed_file(encode_records(list(records)))
+    orders_fd = _unnamed_file(json.dumps(asdict(orders)).encode())
+    content = {"lock_fds": list(lock_fds), "records_fd": records_fd, "wishes_fd": orders_fd}
     env = {**os.environ, **environ, VARIABLE: json.dumps(content)}
     argv = [sys.executable, *command_line(sys.orig_argv[1:], config)]
     sys.stdout.flush()
@@ -133,8 +139,8 @@ def execute(
     os.execve(sys.executable, argv, env)
 
 
-def _handed_on(content: bytes) -> int:
-    """Return the descriptor of a file without a name that the next program can read."""
+def _unnamed_file(content: bytes) -> int:
+    """Return the descriptor of an unnamed file that the next program can read."""
     fd, name = tempfile.mkstemp(prefix="fleetd-")
     Path(name).unlink()
     with open(fd, "wb", closefd=False) as file:

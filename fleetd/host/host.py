@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,12 @@ class Host:
     """One daemon's hold on the machine."""
 
     def __init__(
-        self, paths: HostPaths, *, table: ProcessTable | None = None, logs_total_bytes: int | None = None
+        self,
+        paths: HostPaths,
+        *,
+        table: ProcessTable | None = None,
+        logs_total_bytes: int | None = None,
+        report_lost_log: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
         self.paths = paths
         self.table = table or system_table()
@@ -77,7 +82,13 @@ class Host:
         self._oom = OomWatch()
         self._chores: asyncio.Task[None] | None = None
         self._closed = self._leaving = False
-        self.logs = LogRegistry(paths.logs, self._pool, total_bytes=logs_total_bytes, hand_path=self.records.hand_path)
+        self.logs = LogRegistry(
+            paths.logs,
+            self._pool,
+            total_bytes=logs_total_bytes,
+            hand_path=self.records.hand_path,
+            report_lost=report_lost_log,
+        )
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -266,6 +277,15 @@ class Host:
     async def command(self, program: Program, timeout_s: float) -> CommandResult:
         """Run a short program with a time limit. Raises HostError when it cannot be started."""
         return await run_command(program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._hunt)
+
+    async def run(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, timeout_s: float
+    ) -> tuple[bool, str]:
+        """Run a short program; return whether it succeeded, and the end of its output. Raises HostError."""
+        result = await self.command(Program(argv=tuple(argv), env=env, cwd=cwd), timeout_s)
+        if result.timed_out:
+            return False, f"{argv[0]} was killed after {timeout_s:g} s"
+        return result.ok, result.output
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
         """Do the same for a probe: should this daemon be killed meanwhile, the next one ends what is left of it."""

@@ -17,10 +17,10 @@ import pytest
 
 from fleetd.config.load import load
 from fleetd.daemon.reload import worker_client
-from fleetd.daemon.reload.messages import Circumstances, Places, Reading, pack, unpack
+from fleetd.daemon.reload.messages import Places, Reading, ReadInputs, pack, unpack
 from fleetd.daemon.reload.prefetch import begin_reading
 from fleetd.daemon.reload.worker import read
-from fleetd.daemon.reload.worker_client import FileReading, Reader
+from fleetd.daemon.reload.worker_client import FileReading, WorkerClient
 from fleetd.errors import ConfigError, HostError
 from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import Surroundings
@@ -28,7 +28,7 @@ from tests.support.daemon import fake, fleetd
 from tests.support.waiting import until
 
 SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
-NOW = Circumstances(Surroundings(), frozenset(), "box")
+NOW = ReadInputs(Surroundings(), frozenset(), "box")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -91,7 +91,7 @@ def test_worker_reports_every_problem_with_its_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("message", [b"", b"nonsense", pack("a text"), b"\x80\x05."])
 def test_invalid_worker_response_is_one_clear_error(message: bytes) -> None:
-    with pytest.raises(HostError, match="nonsense"):
+    with pytest.raises(HostError, match="invalid response"):
         unpack(message, Places)
 
 
@@ -102,14 +102,14 @@ def test_worker_is_reused_and_exits_on_close(tmp_path: Path, own_readers: OwnRea
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> None:
-        several = Reader()
+        several = WorkerClient()
         first = await several.read(path, NOW)
         (child,) = own_readers()
         with pytest.raises(ConfigError):
             await several.read(written(tmp_path, "nonsense: 1\n"), NOW)
         assert own_readers() == [child], "a refusal is an answer like any other"
         written(tmp_path, SLEEPERS.replace("s1:", "other:"))
-        after = await several.read(path, Circumstances(Surroundings(), frozenset(), "box", first.kept))
+        after = await several.read(path, ReadInputs(Surroundings(), frozenset(), "box", first.kept))
         assert [(edit.action, edit.name) for edit in after.edits] == [("add", "other"), ("remove", "s1")]
         assert own_readers() == [child]
         await several.close()
@@ -122,7 +122,7 @@ def test_killed_idle_worker_is_replaced(tmp_path: Path, own_readers: OwnReaders)
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> None:
-        several = Reader()
+        several = WorkerClient()
         await several.read(path, NOW)
         (child,) = own_readers()
         child.kill()
@@ -136,7 +136,7 @@ def test_two_reads_at_once_do_not_wait_for_each_other(tmp_path: Path, own_reader
     path = written(tmp_path, SLEEPERS)
 
     async def body() -> list[Reading]:
-        several = Reader()
+        several = WorkerClient()
         found = await asyncio.gather(*(several.read(path, NOW) for _ in range(2)))
         await several.close()
         return list(found)
@@ -193,7 +193,7 @@ def test_worker_output_without_frames_is_rejected(tmp_path: Path, monkeypatch: p
     (tmp_path / "babbler.py").write_text("def main():\n    print('hello, I am not a reader at all')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     companion = WorkerProcess("babbler")
-    with pytest.raises(HostError, match="nonsense"):
+    with pytest.raises(HostError, match="invalid response"):
         companion.receive(time.monotonic() + 30)
     companion.close()
 
@@ -224,7 +224,7 @@ def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkey
         with pytest.raises(
             HostError, match="the configuration could not be read: the companion process was ended by SIGKILL"
         ):
-            await Reader().read(written(tmp_path, SLEEPERS), NOW)
+            await WorkerClient().read(written(tmp_path, SLEEPERS), NOW)
 
     asyncio.run(body())
 

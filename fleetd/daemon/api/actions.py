@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, ActionResult, ResultCode
@@ -18,12 +17,10 @@ from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.state import RUNNING, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
+from fleetd.daemon.async_tools import ChangeSignal
+from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
-from fleetd.daemon.waiting import Changes
 from fleetd.errors import ApiError, HostError
-
-if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
 
 SAVED_WITHIN_S = 2.0
 _PERSISTED = frozenset({"start", "stop"})
@@ -47,17 +44,16 @@ class Actions:
 
     def __init__(
         self,
-        queries: FleetQueries,
-        dispatch: Callable[[e.Event], None],
-        changes: Changes,
+        context: DaemonContext,
+        changes: ChangeSignal,
         processes: Processes,
         port: DaemonFleetPort,
         saved: Callable[[], Awaitable[str | None]],
     ) -> None:
         """`saved` returns once everything is on disk; otherwise why it is not."""
         self._saved = saved
-        self._queries = queries
-        self._dispatch = dispatch
+        self._queries = context.queries
+        self._dispatch = context.dispatch
         self._changes = changes
         self._processes = processes
         self._port = port
@@ -183,7 +179,7 @@ class Actions:
 
         def reject(command: Reject) -> None:
             rejections.append(command.reason)
-            self._changes.happened()
+            self._changes.notify()
 
         request_id = self._port.wish(reject)
         self._dispatch(e.LoadRequested(name, request_id))

@@ -9,52 +9,54 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from fleetd.control.port import ActOptions, ApplyOptions, Names
+from fleetd.control.port import ApplyOptions, Names
 from fleetd.control.wire import (
-    ActionResult,
     Applied,
-    DeviceStatus,
     FleetEvent,
-    FleetStatus,
     LogLine,
     ModelDetail,
-    Plan,
     ProcessDetail,
     rfc3339,
 )
 from fleetd.core.data.specs import ProbeKind
 from fleetd.daemon.api.actions import Actions
-from fleetd.daemon.api.event_log import EventLog
 from fleetd.daemon.api.event_text import dump_lines
 from fleetd.daemon.api.explain import explain
 from fleetd.daemon.api.log_stream import LogSource, read_logs
 from fleetd.daemon.api.status import StatusView
-from fleetd.daemon.effects.model_builds import Preparation
-from fleetd.daemon.effects.probes import Probing
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_builds import ModelBuilds
+from fleetd.daemon.effects.probes import ProbeRunner
 from fleetd.daemon.effects.processes import Processes
-from fleetd.daemon.reload.active import Configuration
-from fleetd.daemon.sources.prerequisites import Requirements, is_about
+from fleetd.daemon.reload.apply import ConfigApplier
+from fleetd.daemon.sources.prerequisites import Prerequisites, is_about
 from fleetd.errors import ApiError
-
-if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
 
 _LAST = 10
 
 
-class Operations(Protocol):
-    """What only the whole daemon can do."""
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """The end of the daemon's run: `stop(force, reason)`, and `reexec()`, which raises when it is not possible."""
 
-    async def plan(self, path: str | None, text: str | None) -> Plan: ...
+    stop: Callable[[bool, str], None]
+    reexec: Callable[[], Awaitable[None]]
 
-    async def apply(self, path: str | None, options: ApplyOptions) -> Applied: ...
 
-    async def reexec(self) -> None: ...
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """The parts that the control API reads."""
 
-    def stop(self, force: bool, why: str) -> None: ...
+    status: StatusView
+    processes: Processes
+    probes: ProbeRunner
+    prerequisites: Prerequisites
+    builds: ModelBuilds
+    logs: LogSource
 
 
 class DaemonControlPort:
@@ -62,37 +64,29 @@ class DaemonControlPort:
 
     def __init__(
         self,
-        queries: FleetQueries,
-        view: StatusView,
-        event_log: EventLog,
+        context: DaemonContext,
+        inspected: Inspected,
         actions: Actions,
-        configuration: Configuration,
-        processes: Processes,
-        probing: Probing,
-        requirements: Requirements,
-        logs: LogSource,
-        operations: Operations,
-        preparation: Preparation,
+        applier: ConfigApplier,
+        lifecycle: Lifecycle,
     ) -> None:
-        self._preparation = preparation
-        self._queries = queries
-        self._view = view
-        self._event_log = event_log
-        self._actions = actions
-        self._configuration = configuration
-        self._processes = processes
-        self._probing = probing
-        self._requirements = requirements
-        self._logs = logs
-        self._operations = operations
+        self._config = context.config
+        self._events = context.reporter.events
+        self._queries = context.queries
+        self._builds = inspected.builds
+        self._logs = inspected.logs
+        self._prerequisites = inspected.prerequisites
+        self._probes = inspected.probes
+        self._processes = inspected.processes
+        self._view = inspected.status
+        self._lifecycle = lifecycle
+        self.act = actions.act
+        self.apply = applier.apply
+        self.devices = self._view.devices
+        self.plan = applier.plan
+        self.status = self._view.status
 
     # -- looking --------------------------------------------------------------------------------------------------------
-
-    async def status(self) -> FleetStatus:
-        return await self._view.status()
-
-    def devices(self) -> Sequence[DeviceStatus]:
-        return self._view.devices()
 
     def names(self) -> Names:
         models = self._queries.models()
@@ -107,29 +101,29 @@ class DaemonControlPort:
         if process is None:
             raise unknown(name)
         now = time.monotonic()
-        plan = self._configuration.assembly.plans.get(name)
+        plan = self._config.plans.get(name)
         detail: ProcessDetail = {
             "process": self._view.process(process, now),
             "models": [self._view.model(model, now, self._queries.queued()) for model in self._queries.models_of(name)],
-            "events": self._event_log.of(name, _LAST),
+            "events": self._events.of(name, _LAST),
             "log": [LogLine(name=name, at=at, line=line, stream=None) for at, line in self._logs.last(name, _LAST)],
             "log_path": self._logs.path(name),
             "depends_on": {dependency.name: str(dependency.condition) for dependency in process.spec.depends_on},
-            "probes": self._probes(name),
+            "probes": self._probe_answers(name),
             "tree": self._tree(name),
         }
         if plan is not None:
-            missing = set(self._requirements.missing.get(name, ()))
+            missing = set(self._prerequisites.reported.processes.get(name, ()))
             detail["command"] = plan.shown_argv()
             detail["cwd"] = plan.execution.cwd
             detail["source"] = f"{plan.source[0]}:{plan.source[1]}"
             detail["requires"] = {path: not any(is_about(one, path) for one in missing) for path in plan.requires}
         return detail
 
-    def _probes(self, name: str) -> dict[str, Any]:
+    def _probe_answers(self, name: str) -> dict[str, Any]:
         found = {}
         for kind in ProbeKind:
-            answer = self._probing.answers.get((name, kind))
+            answer = self._probes.answers.get((name, kind))
             if answer is not None:
                 found[str(kind)] = {"ok": answer[1].ok, "at": rfc3339(answer[0]), "detail": answer[1].detail}
         return found
@@ -142,11 +136,11 @@ class DaemonControlPort:
         model = self._queries.find_model(name)
         if model is None:
             raise unknown(name)
-        file, line = self._configuration.assembly.sources.get(("model", model.name), ("", 0))
+        file, line = self._config.assembly.sources.get(("model", model.name), ("", 0))
         holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
         return {
             "model": self._view.model(model, time.monotonic(), self._queries.queued()),
-            "events": self._event_log.of(model.name, _LAST),
+            "events": self._events.of(model.name, _LAST),
             "log": [LogLine(name=holder, at=at, line=line, stream=None) for at, line in self._logs.last(holder, _LAST)]
             if holder
             else [],
@@ -156,7 +150,7 @@ class DaemonControlPort:
 
     def events(self, since_s: float | None, after: int | None, follow: bool) -> AsyncIterator[FleetEvent]:
         since = time.time() - since_s if since_s is not None else None
-        return self._event_log.follow(since, after, follow)
+        return self._events.follow(since, after, follow)
 
     def logs(
         self, names: Sequence[str], lines: int, since_s: float | None, grep: str | None, follow: bool
@@ -171,13 +165,13 @@ class DaemonControlPort:
         known = self._queries.canonical_name(name) or name
         if self._queries.process(known) is None and self._queries.model(known) is None:
             raise unknown(name)
-        return self._event_log.of(known)
+        return self._events.of(known)
 
     def explain(self, model: str) -> Mapping[str, Any]:
         found = self._queries.find_model(model)
         if found is None:
             raise unknown(model)
-        note = self._preparation.notes.get(found.name)
+        note = self._builds.notes.get(found.name)
         return explain(self._queries, found, time.monotonic(), note.document() if note is not None else None)
 
     async def dump(self) -> Mapping[str, Any]:
@@ -187,36 +181,26 @@ class DaemonControlPort:
             "status": await self.status(),
             "config": self.config(),
             "journal": journal,
-            "events": self._event_log.recent(0.0, None),
+            "events": self._events.recent(0.0, None),
         }
 
     def config(self) -> Mapping[str, Any]:
-        configuration = self._configuration
         return {
-            "file": str(configuration.path),
-            "config_hash": configuration.assembly.config_hash,
-            "config": configuration.shown(),
+            "file": str(self._config.path),
+            "config_hash": self._config.assembly.config_hash,
+            "config": self._config.shown(),
         }
 
     # -- changing -------------------------------------------------------------------------------------------------------
 
-    async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> Sequence[ActionResult]:
-        return await self._actions.act(verb, names, options)
-
-    async def plan(self, path: str | None, text: str | None) -> Plan:
-        return await self._operations.plan(path, text)
-
-    async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
-        return await self._operations.apply(path, options)
-
     async def reload(self) -> Applied:
-        return await self._operations.apply(None, ApplyOptions(wait=False))
+        return await self.apply(None, ApplyOptions(wait=False))
 
     async def reexec(self) -> None:
-        await self._operations.reexec()
+        await self._lifecycle.reexec()
 
     async def shutdown(self, force: bool) -> None:
-        self._operations.stop(force, "asked by an operator")
+        self._lifecycle.stop(force, "asked by an operator")
 
 
 def unknown(name: str) -> ApiError:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.control.wire import FleetEvent, rfc3339
-from fleetd.core.data.journal import JournalEntry
+from fleetd.core.queries import FleetQueries
 from fleetd.daemon.api.event_text import EventLine, lines_of
 
 _IN_ALL = 5000
@@ -27,10 +27,11 @@ _RECENT = 100
 
 
 class EventLog:
-    """The stream: `publish` adds a journal entry, `report` anything else. `keep(kind, name, event)` stores each event."""
+    """The stream: `publish_new` adds journal entries, `report` anything else. `keep(kind, name, event)` stores each event."""
 
     def __init__(self, keep: Callable[[str, str, FleetEvent], None]) -> None:
         self.seq = 0
+        self._serial = 0  # of the last published journal entry
         self._all: deque[FleetEvent] = deque(maxlen=_IN_ALL)
         self._by_name: dict[str, deque[FleetEvent]] = {}
         self._readers: set[_EventReader] = set()
@@ -43,10 +44,12 @@ class EventLog:
                 self._enter(event)
             self.seq = max(self.seq, event["seq"])
 
-    def publish(self, entry: JournalEntry) -> None:
-        """Add the shown parts of one journal entry."""
-        for line in lines_of(entry):
-            self._add(line)
+    def publish_new(self, queries: FleetQueries) -> None:
+        """Publish the journal entries since the last call."""
+        for entry in queries.journal_after(self._serial):
+            self._serial = entry.serial
+            for line in lines_of(entry):
+                self._add(line)
 
     def report(self, kind: str, name: str | None, code: EventCode, reason: str, **data: Any) -> None:
         """Add an event that is not in the core's journal."""

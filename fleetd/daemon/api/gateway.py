@@ -11,11 +11,13 @@ The rules of this file
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from fleetd.core.data.commands import Grant, Reject
-from fleetd.core.data.events import Event, RequestArrived, RequestCancelled, RequestFinished
+from fleetd.core.data.events import Event, RequestArrived, RequestCancelled, RequestFinished, SpecChanged
+from fleetd.daemon.api.status import Readiness
+from fleetd.daemon.context import DaemonContext
 from fleetd.engines.base import Api
 from fleetd.gateway.port import ModelEntry, OnGrant, OnReject
 from fleetd.gateway.target import ModelTarget, Upstream
@@ -23,7 +25,6 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
     from fleetd.core.data.state import Placement
-    from fleetd.core.queries import FleetQueries
 
 _APIS: Mapping[Api, frozenset[str]] = {
     Api.OPENAI: frozenset({"openai"}),
@@ -43,22 +44,14 @@ class Warm(Protocol):
 class DaemonFleetPort:
     """Implements gateway.port.FleetPort on a fleet and the current plans."""
 
-    def __init__(
-        self,
-        queries: FleetQueries,
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        ready: Callable[[], tuple[bool, Sequence[str]]],
-        fault: Callable[[str, Exception], None],
-    ) -> None:
-        """`warm` is set to the loop before the first request comes."""
-        self._queries = queries
-        self._dispatch = dispatch
-        self._plans = plans
-        self._ready = ready
-        self._fault = fault
-        self.warm: Warm
-        self._next = 0
+    def __init__(self, context: DaemonContext, loop: Warm, request_ids: Iterator[int], readiness: Readiness) -> None:
+        self._queries = context.queries
+        self._dispatch = context.dispatch
+        self._config = context.config
+        self._reporter = context.reporter
+        self._loop = loop
+        self._request_ids = request_ids
+        self.ready = readiness.report
         self._waiting: dict[int, tuple[OnGrant, OnReject]] = {}
         self._granted: dict[int, str] = {}  # request to process
         self._upstreams: dict[str, Upstream] = {}
@@ -66,13 +59,12 @@ class DaemonFleetPort:
         self._names: dict[str, str] = {}
         self._created = int(time.time())
         self._given: dict[str, float] = {}  # process to its last grant, monotonic
-        self.heard_s: Callable[[str], float] = lambda _: 0.0  # the gateway's, once there is one
 
     # -- the gateway's side -------------------------------------------------------------------------------------------
 
     def take(self, model: str) -> tuple[int, ModelTarget] | None:
-        self._next = request_id = self._next + 1
-        placement = self.warm.take(request_id, model)
+        request_id = next(self._request_ids)
+        placement = self._loop.take(request_id, model)
         if placement is None:
             return None
         process = placement.process
@@ -95,7 +87,7 @@ class DaemonFleetPort:
         return target
 
     def admit(self, model: str, on_grant: OnGrant, on_reject: OnReject, avoid: tuple[str, ...] = ()) -> int:
-        self._next = request_id = self._next + 1
+        request_id = next(self._request_ids)
         self._waiting[request_id] = (on_grant, on_reject)
         self._dispatch(RequestArrived(request_id, model, avoid))
         return request_id
@@ -106,18 +98,18 @@ class DaemonFleetPort:
 
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         process = self._granted.pop(request_id, None)
-        if process is None or (not failed and self.warm.give(request_id)):
+        if process is None or (not failed and self._loop.give(request_id)):
             return
         self._dispatch(RequestFinished(request_id, failed, refused))
 
     def _upstream(self, process: str) -> Upstream:
         found = self._upstreams.get(process)
         if found is None:
-            found = self._upstreams[process] = upstream_of(self._plans()[process])
+            found = self._upstreams[process] = upstream_of(self._config.plans[process])
         return found
 
     def _served_name(self, model: str, process: str) -> str:
-        held = self._plans()[process].held.get(model)
+        held = self._config.plans[process].held.get(model)
         if held is not None:
             return held.served_as
         found = self._queries.model(model)
@@ -131,9 +123,6 @@ class DaemonFleetPort:
     def names(self) -> Mapping[str, str]:
         return self._names
 
-    def ready(self) -> tuple[bool, Sequence[str]]:
-        return self._ready()
-
     def _entry(self, alias: str, name: str) -> ModelEntry:
         model = self._queries.model(name)
         if model is None:
@@ -141,7 +130,7 @@ class DaemonFleetPort:
         if model.spec.routes:
             return ModelEntry(alias, "ROUTE", created=self._created)
         placed = next(iter(model.placements), None)
-        plan = self._plans().get(model.spec.holders[0]) if model.spec.holders else None
+        plan = self._config.plans.get(model.spec.holders[0]) if model.spec.holders else None
         return ModelEntry(
             id=alias,
             state=str(model.state),
@@ -164,12 +153,12 @@ class DaemonFleetPort:
         try:
             callbacks[0](command)
         except Exception as error:  # noqa: BLE001 - the gateway's bug must not keep the slot
-            self._fault("a grant could not be delivered", error)
+            self._reporter.delivery_fault("a grant could not be delivered", error)
             self.finish(command.request_id, failed=True)
 
     def wish(self, on_reject: OnReject) -> int:
         """Return a request id for an operator's wish to load a model; its rejection, if there is one, comes back."""
-        self._next = request_id = self._next + 1
+        request_id = next(self._request_ids)
         self._waiting[request_id] = (lambda _: None, on_reject)
         return request_id
 
@@ -185,11 +174,13 @@ class DaemonFleetPort:
         try:
             callbacks[1](command)
         except Exception as error:  # noqa: BLE001
-            self._fault("a rejection could not be delivered", error)
+            self._reporter.delivery_fault("a rejection could not be delivered", error)
 
-    def spec_changed(self) -> None:
-        """Forget what was remembered of the plans before, but keep objects that did not change."""
-        plans = self._plans()
+    def observe(self, event: Event) -> None:
+        """After a new configuration, drop the cached targets of the old plans; keep objects that did not change."""
+        if not isinstance(event, SpecChanged):
+            return
+        plans = self._config.plans
         self._targets.clear()
         for name, old in list(self._upstreams.items()):
             plan = plans.get(name)

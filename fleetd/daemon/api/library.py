@@ -9,23 +9,18 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fleetd.daemon.async_tools import Tasks
-from fleetd.daemon.effects.model_builds import Note, Preparation
-from fleetd.daemon.effects.model_stores import Store
-from fleetd.daemon.sources.prerequisites import Requirements
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_builds import ModelBuilds, Note
+from fleetd.daemon.effects.model_stores import SharedStore
+from fleetd.daemon.sources.prerequisites import Prerequisites
 from fleetd.errors import ApiError, EngineError, FleetError
 from fleetd.models.ollama.sync import Library, Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
-
-    from fleetd.core.queries import FleetQueries
 
 _KEPT = 8  # syncs whose story can still be read
 _ITEMS = 5000
@@ -48,38 +43,32 @@ class Sync:
 class Libraries:
     """Everything that is asked of the stores by hand. `http()` gives the shared client."""
 
-    def __init__(
-        self,
-        queries: FleetQueries,
-        preparation: Preparation,
-        requirements: Requirements,
-        http: Callable[[], ClientSession],
-        tasks: Tasks,
-    ) -> None:
-        self._queries = queries
-        self._preparation = preparation
-        self._requirements = requirements
-        self._http = http
-        self._tasks = tasks
+    def __init__(self, context: DaemonContext, builds: ModelBuilds, prerequisites: Prerequisites) -> None:
+        self._config = context.config
+        self._http = context.http
+        self._queries = context.queries
+        self._tasks = context.tasks
+        self._builds = builds
+        self._prerequisites = prerequisites
         self._syncs: dict[int, Sync] = {}
         self._last = 0
 
     # -- looking --------------------------------------------------------------------------------------------------------
 
     async def diff(self) -> Mapping[str, Any]:
-        stores = [await self._compared(store) for store in self._preparation.stores().values() if store.models]
+        stores = [await self._compared(store) for store in self._builds.stores().values() if store.models]
         todo = sum(step["change"] not in ("none", "foreign") for one in stores for step in one["steps"])
         return {"stores": stores, "differences": todo}
 
-    async def _compared(self, store: Store) -> dict[str, Any]:
+    async def _compared(self, store: SharedStore) -> dict[str, Any]:
         found: dict[str, Any] = {"store": store.key, "instances": store.instances, "error": None, "steps": []}
         try:
-            steps = await self._preparation.steps(store, self._ready(store))
+            steps = await self._builds.steps(store, self._ready(store))
         except FleetError as error:
             return {**found, "error": str(error)}
-        found["steps"] = [_shown(step, self._requirements.missing_models) for step in steps]
+        found["steps"] = [_shown(step, self._prerequisites.reported.models) for step in steps]
         for name in store.models:
-            note = self._preparation.notes.get(name)
+            note = self._builds.notes.get(name)
             if note is not None and note.state == "failed":
                 rows = [
                     row for row in found["steps"] if row["name"] == name and row["change"] not in ("none", "foreign")
@@ -88,8 +77,8 @@ class Libraries:
                     row["failure"] = note.detail
         return found
 
-    def _ready(self, store: Store) -> LaunchPlan:
-        plan = self._preparation.serving(store)
+    def _ready(self, store: SharedStore) -> LaunchPlan:
+        plan = self._builds.serving(store)
         if plan is not None:
             return plan
         said = [
@@ -103,12 +92,12 @@ class Libraries:
         model = self._queries.find_model(name)
         if model is None:
             raise ApiError(404, "unknown_name", f"There is no model named {name!r}.")
-        for store in self._preparation.stores().values():
+        for store in self._builds.stores().values():
             if model.name in store.models:
                 plan, held = store.models[model.name]
                 library = self._library(store, plan)
                 facts = await asyncio.to_thread(_facts, store, plan, model.name, library)
-                note = self._preparation.notes.get(model.name)
+                note = self._builds.notes.get(model.name)
                 where = [{"process": name, "state": str(one.state)} for name, one in model.placements.items()]
                 return {
                     "model": model.name,
@@ -123,9 +112,10 @@ class Libraries:
             409, "not_held", f"{model.name} is not held by a server with a store: there is nothing to make it from."
         )
 
-    def _library(self, store: Store, plan: LaunchPlan) -> Library:
+    def _library(self, store: SharedStore, plan: LaunchPlan) -> Library:
         assert plan.endpoint is not None
-        return store.engine.library(self._http(), plan.endpoint, plan.context, self._preparation.state_dir())
+        found: Library = store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
+        return found
 
     # -- changing -------------------------------------------------------------------------------------------------------
 
@@ -145,17 +135,17 @@ class Libraries:
     async def _sync(self, sync: Sync, names: Collection[str]) -> None:
         count = dict.fromkeys(("unchanged", "made", "failed"), 0)
         try:
-            for store in self._preparation.stores().values():
+            for store in self._builds.stores().values():
                 if store.models:
                     await self._sync_store(sync, store, names, count)
         finally:
             sync.over = True
             sync.add(what="done", **count)
 
-    async def _sync_store(self, sync: Sync, store: Store, names: Collection[str], count: dict[str, int]) -> None:
+    async def _sync_store(self, sync: Sync, store: SharedStore, names: Collection[str], count: dict[str, int]) -> None:
         try:
             plan = self._ready(store)
-            steps = await self._preparation.steps(store, plan)
+            steps = await self._builds.steps(store, plan)
         except FleetError as error:
             count["failed"] += 1
             sync.add(what="failed", name=None, store=store.key, detail=str(error))
@@ -167,17 +157,19 @@ class Libraries:
                 count["unchanged"] += 1
             elif step.change is StoreChange.MISSING:
                 count["failed"] += 1
-                blocked = self._requirements.missing_models.get(step.name)
+                blocked = self._prerequisites.reported.models.get(step.name)
                 sync.add(what="failed", name=step.name, store=store.key, detail=", ".join(blocked or (step.reason,)))
             else:
                 await self._sync_model(sync, store, plan, step, count)
 
-    async def _sync_model(self, sync: Sync, store: Store, plan: LaunchPlan, step: Step, count: dict[str, int]) -> None:
+    async def _sync_model(
+        self, sync: Sync, store: SharedStore, plan: LaunchPlan, step: Step, count: dict[str, int]
+    ) -> None:
         def tell(note: Note) -> None:
             if note.state == "making":
                 sync.add(what="making", name=step.name, store=store.key, **_without(note.document(), "state"))
 
-        note = await self._preparation.make_alone(store, plan, step, tell)
+        note = await self._builds.make_alone(store, plan, step, tell)
         what = "failed" if note.state == "failed" else "made"
         count[what] += 1
         sync.add(what=what, name=step.name, store=store.key, detail=note.detail)
@@ -199,10 +191,10 @@ class Libraries:
 
     async def prune(self, dry_run: bool) -> Mapping[str, Any]:
         found: list[dict[str, Any]] = []
-        for store in self._preparation.stores().values():
+        for store in self._builds.stores().values():
             try:
                 plan = self._ready(store)
-                steps = await self._preparation.steps(store, plan)
+                steps = await self._builds.steps(store, plan)
             except FleetError as error:
                 found.append({"store": store.key, "name": None, "result": "failed", "reason": str(error)})
                 continue
@@ -210,7 +202,7 @@ class Libraries:
             found += [await self._delete(store, plan, step, dry_run) for step in doomed]
         return {"results": found} if not dry_run else {"doomed": found}
 
-    async def _delete(self, store: Store, plan: LaunchPlan, step: Step, dry_run: bool) -> dict[str, Any]:
+    async def _delete(self, store: SharedStore, plan: LaunchPlan, step: Step, dry_run: bool) -> dict[str, Any]:
         row = {"store": store.key, "name": step.served_as, "result": "ok", "reason": step.reason}
         if dry_run:
             return row
@@ -226,14 +218,14 @@ class Libraries:
 
     def volumes(self) -> Mapping[str, Any]:
         """Return the volumes that something of the fleet is on."""
-        known = self._requirements.volumes.known
-        needed = self._requirements.needed_by()
+        known = self._prerequisites.volumes.known
+        needed = self._prerequisites.needed_by()
         return {
             "volumes": [
                 {
                     "path": path,
                     "identity": known.get(path) or None,
-                    "problem": self._requirements.why(path),
+                    "problem": self._prerequisites.why(path),
                     "needed_by": names,
                 }
                 for path, names in sorted(needed.items())
@@ -241,7 +233,7 @@ class Libraries:
         }
 
     def accept_volume(self, path: str) -> Mapping[str, Any]:
-        if not self._requirements.forget(path):
+        if not self._prerequisites.forget(path):
             raise ApiError(
                 404, "unknown_name", f"No volume at {path} was seen yet.", hint="fleetctl volumes lists them"
             )
@@ -265,7 +257,7 @@ def _entry_of(made: Mapping[str, Mapping[str, Any]], served_as: str) -> dict[str
     return dict(entry) if entry is not None else None
 
 
-def _facts(store: Store, plan: LaunchPlan, name: str, library: Library) -> dict[str, Any]:
+def _facts(store: SharedStore, plan: LaunchPlan, name: str, library: Library) -> dict[str, Any]:
     """Read the entry, the record and the file. Blocks."""
     held = store.models[name][1]
     found: dict[str, Any] = {

@@ -27,12 +27,15 @@ from fleetd.control.wire import (
     rfc3339,
 )
 from fleetd.core.data.state import RUNNING, Model, Process, ProcessState, Residency
-from fleetd.daemon.effects.model_builds import Preparation
-from fleetd.daemon.effects.processes import Processes, Run
-from fleetd.daemon.sources.sampler import Sampling
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_builds import ModelBuilds
+from fleetd.daemon.effects.model_loads import ModelLoads
+from fleetd.daemon.effects.processes import Processes
+from fleetd.daemon.effects.run import Run
+from fleetd.daemon.sources.sampler import Sampler
+from fleetd.host.state_store import StateStore
 from fleetd.host.system.load import machine_load, own_rss_bytes
 from fleetd.resolver.launch_plan import LaunchPlan
-from fleetd.resolver.resolved import Assembly
 
 if TYPE_CHECKING:
     from fleetd.core.queries import FleetQueries
@@ -45,57 +48,23 @@ _SLICE = 200  # entries: a few milliseconds
 
 
 @dataclass(slots=True)
-class DaemonFacts:
-    """What the daemon knows of itself, beside the fleet."""
+class DaemonState:
+    """The daemon's own state: its start (monotonic), the address of its gateway, and whether it shuts down."""
 
-    config_path: str
     started: float = field(default_factory=time.monotonic)
-    config_error: str | None = None
-    restart_needed: tuple[str, ...] = ()
     gateway: str | None = None
     stopping: bool = False
 
 
-class StatusView:
-    """Renders status from the fleet, the newest assembly and the last samples."""
+class Readiness:
+    """Compares the fleet with what fleet.yaml asks for."""
 
-    def __init__(
-        self,
-        queries: FleetQueries,
-        assembly: Callable[[], Assembly],
-        processes: Processes,
-        sampling: Sampling,
-        facts: DaemonFacts,
-        preparation: Preparation,
-        store_problem: Callable[[], str | None],
-    ) -> None:
-        """`store_problem` says why what is to be remembered is not on the disk."""
-        self._store_problem = store_problem
-        self._preparation = preparation
+    def __init__(self, queries: FleetQueries, state: DaemonState) -> None:
         self._queries = queries
-        self._assembly = assembly
-        self._processes = processes
-        self._sampling = sampling
-        self.facts = facts
+        self._state = state
 
-    async def status(self) -> FleetStatus:
-        """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
-        now = time.monotonic()
-        self._sampling.asked()
-        ready, _ = self.ready()
-        queued = self._queries.queued()
-        return {
-            "name": self._assembly().name,
-            "ready": ready,
-            "daemon": self._daemon(now),
-            "devices": self.devices(),
-            "processes": await _in_slices(lambda process: self.process(process, now), self._in_order()),
-            "models": await _in_slices(lambda model: self.model(model, now, queued), self._models_in_order()),
-            "host": self._host(),
-        }
-
-    def ready(self) -> tuple[bool, Sequence[str]]:
-        """Return whether the fleet is what fleet.yaml asks for, and a sentence for everything that is not."""
+    def report(self) -> tuple[bool, Sequence[str]]:
+        """Return whether the fleet is as fleet.yaml asks for, and a sentence for everything that is not."""
         reasons = []
         for process in self._queries.processes():
             spec = process.spec
@@ -108,32 +77,73 @@ class StatusView:
             for model in self._queries.models()
             if model.spec.preload and model.state is not Residency.LOADED
         ]
-        if self.facts.stopping:
+        if self._state.stopping:
             reasons.append("the fleet is shutting down")
         return not reasons, reasons
 
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The parts that measure the fleet or keep what the core does not: runs, samples, contexts, stores, state on disk."""
+
+    processes: Processes
+    sampler: Sampler
+    loads: ModelLoads
+    builds: ModelBuilds
+    store: StateStore
+
+
+class StatusView:
+    """Renders status from the fleet, the newest assembly and the last samples."""
+
+    def __init__(self, context: DaemonContext, measured: Measured, state: DaemonState, readiness: Readiness) -> None:
+        self._config = context.config
+        self._queries = context.queries
+        self._builds = measured.builds
+        self._loads = measured.loads
+        self._processes = measured.processes
+        self._sampler = measured.sampler
+        self._store = measured.store
+        self._state = state
+        self._readiness = readiness
+
+    async def status(self) -> FleetStatus:
+        """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
+        now = time.monotonic()
+        self._sampler.requested()
+        ready, _ = self._readiness.report()
+        queued = self._queries.queued()
+        return {
+            "name": self._config.assembly.name,
+            "ready": ready,
+            "daemon": self._daemon(now),
+            "devices": self.devices(),
+            "processes": await _in_slices(lambda process: self.process(process, now), self._in_order()),
+            "models": await _in_slices(lambda model: self.model(model, now, queued), self._models_in_order()),
+            "host": self._host(),
+        }
+
     def _in_order(self) -> list[Process]:
-        order = {name: index for index, name in enumerate(self._assembly().spec.processes)}
+        order = {name: index for index, name in enumerate(self._config.assembly.spec.processes)}
         return sorted(self._queries.processes(), key=lambda process: order.get(process.name, len(order)))
 
     def _models_in_order(self) -> list[Model]:
-        order = {name: index for index, name in enumerate(self._assembly().spec.models)}
+        order = {name: index for index, name in enumerate(self._config.assembly.spec.models)}
         return sorted(self._queries.models(), key=lambda model: order.get(model.name, len(order)))
 
     def _daemon(self, now: float) -> DaemonStatus:
-        facts = self.facts
         return {
             "pid": os.getpid(),
             "version": __version__,
-            "uptime_s": round(now - facts.started, 3),
-            "config": facts.config_path,
-            "config_hash": self._assembly().config_hash,
+            "uptime_s": round(now - self._state.started, 3),
+            "config": str(self._config.path),
+            "config_hash": self._config.assembly.config_hash,
             "rss_bytes": own_rss_bytes(),
-            "config_error": facts.config_error,
-            "restart_needed": list(facts.restart_needed),
-            "gateway": facts.gateway,
-            "store_problem": self._store_problem(),
-            "stopping": facts.stopping,
+            "config_error": self._config.error,
+            "restart_needed": list(self._config.restart_needed),
+            "gateway": self._state.gateway,
+            "store_problem": self._store.problem,
+            "stopping": self._state.stopping,
         }
 
     def _host(self) -> HostStatus:
@@ -156,11 +166,11 @@ class StatusView:
                 "total_bytes": spec.total_bytes,
                 "budget_bytes": spec.budget_bytes,
                 "reserved_bytes": use(name).reserved_bytes,
-                "used_bytes": sample.used_bytes if (sample := self._sampling.devices.get(name)) is not None else None,
+                "used_bytes": sample.used_bytes if (sample := self._sampler.devices.get(name)) is not None else None,
                 "utilization": sample.utilization if sample is not None else None,
                 "temperature_c": sample.temperature_c if sample is not None else None,
             }
-            for name, spec in self._assembly().spec.devices.items()
+            for name, spec in self._config.assembly.spec.devices.items()
         ]
 
     def process(self, process: Process, now: float) -> ProcessStatus:
@@ -206,7 +216,7 @@ class StatusView:
 
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
-        plans = self._assembly().plans
+        plans = self._config.assembly.plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
         status: ModelStatus = {
             "name": model.name,
@@ -235,7 +245,7 @@ class StatusView:
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
         }
-        note = self._preparation.notes.get(model.name)
+        note = self._builds.notes.get(model.name)
         if note is not None:
             status["store"] = note.document()
             if not model.placements and not model.failure and note.state in ("making", "failed"):
@@ -245,7 +255,7 @@ class StatusView:
     def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
         """Return what a server that holds it says; else the default of its entry."""
         for name, placement in model.placements.items():
-            said = self._sampling.context_length(model.name, name) if placement.state is Residency.LOADED else None
+            said = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
             if said is not None:
                 return said
         return plan.context_length if plan is not None else None

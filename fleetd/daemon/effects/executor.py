@@ -1,45 +1,22 @@
-"""Commands to deeds: one row per command of the core.
+"""Dispatch each core command to its handler.
 
-The rules of this file
-- `start` never waits: what takes time is a task, and its result comes back as an event.
-- Grant and Reject are the hot path: a dictionary look-up and a call, no task, no log line.
-- An exception out of a row is a bug of the shell; it is reported and costs that command only.
+Invariants:
+- `start` never waits: a slow handler starts a task, and the result returns as an event.
+- Grant is the hot path: a dictionary look-up and a call, no task, no log line.
+- An exception out of a handler is a bug: it is reported, and the other commands are still started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from fleetd.control.event_codes import code_of
 from fleetd.core.data import commands as c
+from fleetd.daemon.context import Reporter
 
-
-class Executor:
-    """Carries out commands by a table from their type. `say(command)` is told of each that is not a request's own."""
-
-    def __init__(
-        self,
-        table: dict[type[c.Command], Callable[[Any], None]],
-        say: Callable[[c.Command], None],
-        fault: Callable[[c.Command, Exception], None],
-    ) -> None:
-        missing = [kind.__name__ for kind in COMMANDS if kind not in table]
-        if missing:
-            raise TypeError(f"no row for {', '.join(missing)}")
-        self._table = table
-        self._say = say
-        self._fault = fault
-
-    def start(self, command: c.Command) -> None:
-        """Begin to carry out one command."""
-        kind = type(command)
-        try:
-            self._table[kind](command)
-        except Exception as error:  # noqa: BLE001 - the other commands of this step must still be started
-            self._fault(command, error)
-        if kind is not c.Grant:
-            self._say(command)
-
+_LOGGED_FIELDS = ("name", "model", "process", "generation", "request_id", "code", "reason")
+_DEBUG_ONLY = frozenset({c.Persist, c.StartProbe, c.StopProbes, c.ReadAhead})  # another line of the log covers them
 
 COMMANDS: tuple[type[c.Command], ...] = (
     c.Spawn,
@@ -59,3 +36,34 @@ COMMANDS: tuple[type[c.Command], ...] = (
     c.LearnFootprint,
     c.Finished,
 )
+
+
+class Executor:
+    """Start commands by a table from their type, and log them."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._handlers: Mapping[type[c.Command], Callable[[Any], None]] = {}
+
+    def register(self, handlers: Mapping[type[c.Command], Callable[[Any], None]]) -> None:
+        """Set the handler of every command, before the first event. Raises TypeError when one is missing."""
+        missing = [kind.__name__ for kind in COMMANDS if kind not in handlers]
+        if missing:
+            raise TypeError(f"no handler for {', '.join(missing)}")
+        self._handlers = handlers
+
+    def start(self, command: c.Command) -> None:
+        """Start one command."""
+        kind = type(command)
+        try:
+            self._handlers[kind](command)
+        except Exception as error:  # noqa: BLE001 - the other commands of this step must still be started
+            self._reporter.command_fault(command, error)
+        if kind is not c.Grant:
+            self._log(command)
+
+    def _log(self, command: c.Command) -> None:
+        kind = type(command)
+        log = self._reporter.log.debug if kind in _DEBUG_ONLY else self._reporter.log.info
+        fields = {key: value for key in _LOGGED_FIELDS if (value := getattr(command, key, None)) not in (None, "")}
+        log(str(code_of(command)), **fields)

@@ -12,37 +12,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.core.data.commands import Load
-from fleetd.core.data.events import Event, LoadProgress
+from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelRequirementsChanged, UnloadRequested
 from fleetd.core.data.state import ProcessState, Residency
-from fleetd.daemon.async_tools import Tasks
-from fleetd.daemon.effects.model_stores import Store, stores_of
-from fleetd.daemon.sources.prerequisites import Requirements
+from fleetd.daemon.async_tools import ChangeSignal
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_stores import SharedStore, stores_of
+from fleetd.daemon.sources.prerequisites import Prerequisites
 from fleetd.engines.base import ServedModel
 from fleetd.errors import EngineError, FleetError
 from fleetd.models.ollama.sync import Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
 
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
-
-    from fleetd.core.queries import FleetQueries
-
 TELL_S = 1.0
 _PASS_AGE_S = 10.0
+_UNLOAD_S = 60.0
 _DONE = {
     StoreChange.NONE: "unchanged",
     StoreChange.FOREIGN: "foreign",
     StoreChange.CREATE: "made",
     StoreChange.UPDATE: "made",
 }
-Told = Callable[[str, EventCode, str], None]  # model, code, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,41 +57,24 @@ class Note:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Doing:
-    """What preparation asks of the rest of the daemon: take a model out of memory, and back in."""
-
-    unload: Callable[[str], Awaitable[None]]
-    load: Callable[[str], Awaitable[None]]
-
-
-class Preparation:
-    """`notes` by model, for the status. `say` tells the event stream."""
+class ModelBuilds:
+    """Compare stores with fleet.yaml and build what differs. `notes` by model are for the status."""
 
     def __init__(
-        self,
-        http: Callable[[], ClientSession],
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        queries: FleetQueries,
-        requirements: Requirements,
-        state_dir: Callable[[], Path],
-        tasks: Tasks,
-        say: Told,
-        doing: Doing,
+        self, context: DaemonContext, prerequisites: Prerequisites, changes: ChangeSignal, request_ids: Iterator[int]
     ) -> None:
-        self._http = http
-        self._dispatch = dispatch
-        self._plans = plans
-        self._queries = queries
-        self._requirements = requirements
-        self.state_dir = state_dir
-        self._tasks = tasks
-        self._say = say
-        self._doing = doing
+        self._config = context.config
+        self._dispatch = context.dispatch
+        self._queries = context.queries
+        self._http = context.http
+        self._reporter = context.reporter
+        self._tasks = context.tasks
+        self._prerequisites = prerequisites
+        self._changes = changes
+        self._request_ids = request_ids
         self._one = asyncio.Lock()
         self._for: object = None
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[str, SharedStore] = {}
         self._due: set[str] = set()
         self._passing: set[str] = set()
         self._passed: dict[str, float] = {}
@@ -105,9 +84,9 @@ class Preparation:
 
     # -- stores ---------------------------------------------------------------------------------------------------------
 
-    def stores(self) -> dict[str, Store]:
+    def stores(self) -> dict[str, SharedStore]:
         """Return the stores of the plans that count now."""
-        plans = self._plans()
+        plans = self._config.plans
         if plans is not self._for:
             self._for, self._stores = plans, stores_of(plans)
             wanted = {name for store in self._stores.values() for name in store.models}
@@ -116,7 +95,7 @@ class Preparation:
             self._verified.clear()
         return self._stores
 
-    def serving(self, store: Store) -> LaunchPlan | None:
+    def serving(self, store: SharedStore) -> LaunchPlan | None:
         """Return a server of the store that answers now."""
         for plan in store.plans:
             process = self._queries.process(plan.name)
@@ -126,8 +105,14 @@ class Preparation:
 
     # -- in the background ----------------------------------------------------------------------------------------------
 
-    def happened(self) -> None:
-        """Something of the fleet changed: begin what is due on servers that are ready now."""
+    def observe(self, event: Event) -> None:
+        """Begin what is due after a step of the fleet; compare a store again when the file of a model is back."""
+        if isinstance(event, ModelRequirementsChanged) and not event.missing:
+            self._due |= {key for key, store in self.stores().items() if event.model in store.models}
+        self._begin_due()
+
+    def _begin_due(self) -> None:
+        """Compare the stores that are due and have a ready server."""
         for key, store in self.stores().items():
             if not store.has_recipes:
                 continue
@@ -144,27 +129,20 @@ class Preparation:
                     self._passing.add(key)
                     self._tasks.start(self._pass(store), f"compare {key} with fleet.yaml")
 
-    def volume_back(self, model: str) -> None:
-        """What a model is made from is there again: look at its store once more."""
-        for key, store in self.stores().items():
-            if model in store.models:
-                self._due.add(key)
-        self.happened()
-
-    async def _pass(self, store: Store) -> None:
+    async def _pass(self, store: SharedStore) -> None:
         try:
             plan = self.serving(store)
             if plan is not None:
                 for step in await self.steps(store, plan):
                     await self._step(store, plan, step)
         except FleetError as error:
-            self._say(store.instances[0], EventCode.STORE_NOT_COMPARED, str(error))
+            self._reporter.model(store.instances[0], EventCode.STORE_NOT_COMPARED, str(error))
         finally:
             self._passed[store.key] = time.monotonic()
             self._passing.discard(store.key)
-            self.happened()
+            self._begin_due()
 
-    async def steps(self, store: Store, plan: LaunchPlan) -> list[Step]:
+    async def steps(self, store: SharedStore, plan: LaunchPlan) -> list[Step]:
         """Return what differs between fleet.yaml and a store; entries that cannot be read are failures. Raises EngineError."""
         assert plan.endpoint is not None
         recipes = []
@@ -173,25 +151,25 @@ class Preparation:
                 recipes.append(store.engine.recipe(owner.context, held))
             except EngineError as error:
                 self._failed(name, error)
-        library = store.engine.library(self._http(), plan.endpoint, plan.context, self.state_dir())
+        library = store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
         return await library.plan(recipes)
 
-    async def _step(self, store: Store, plan: LaunchPlan, step: Step) -> None:
+    async def _step(self, store: SharedStore, plan: LaunchPlan, step: Step) -> None:
         name = step.name
         if step.recipe is None or name not in store.models:
             return
         if step.change in (StoreChange.NONE, StoreChange.FOREIGN):
             await self._right(store, step)
         elif step.change is StoreChange.MISSING:
-            blocked = name in self._requirements.missing_models
+            blocked = name in self._prerequisites.reported.models
             self.notes[name] = Note("blocked" if blocked else "missing", step.reason)
         else:
             async with self._one:
-                if self._plans() is self._for and self.serving(store) is plan:
+                if self._config.plans is self._for and self.serving(store) is plan:
                     await self.make(store, plan, step)
 
     async def make(
-        self, store: Store, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
+        self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
     ) -> Note:
         """Make one model, taking it out of memory first where it is loaded; its failure is a note."""
         name = step.name
@@ -199,27 +177,42 @@ class Preparation:
         was_loaded = step.change is StoreChange.UPDATE and self._in_memory(name)
         try:
             if was_loaded:
-                await self._doing.unload(name)
+                await self._unload(name)
             await self._prepare(plan, held, progress)
             await self._right(store, step)
         except FleetError as error:
             self._failed(name, error)
         finally:
             if was_loaded:
-                await self._doing.load(name)
+                self._load_again(name)
         progress(self.notes[name])
         return self.notes[name]
 
-    async def make_alone(self, store: Store, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]) -> Note:
+    async def make_alone(
+        self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]
+    ) -> Note:
         """Make one model when no other is being made."""
         async with self._one:
             return await self.make(store, plan, step, progress)
+
+    async def _unload(self, name: str) -> None:
+        """Unload a model before it is built; continue after a while even when it stays."""
+        self._dispatch(UnloadRequested(name))
+        await self._changes.wait_for(lambda: None if self._is_placed(name) else True, _UNLOAD_S)
+
+    def _load_again(self, name: str) -> None:
+        if self._queries.model(name) is not None:
+            self._dispatch(LoadRequested(name, next(self._request_ids)))
+
+    def _is_placed(self, name: str) -> bool:
+        model = self._queries.model(name)
+        return model is not None and bool(model.placements)
 
     def _in_memory(self, name: str) -> bool:
         model = self._queries.model(name)
         return model is not None and model.state in (Residency.LOADED, Residency.LOADING)
 
-    async def _right(self, store: Store, step: Step) -> None:
+    async def _right(self, store: SharedStore, step: Step) -> None:
         """The store has the model as wanted, for all of its servers."""
         held = store.models[step.name][1]
         known = self.notes.get(step.name)
@@ -234,7 +227,7 @@ class Preparation:
         text = (f"models.{name}: " if not said.startswith("models.") else "") + said
         if self.notes.get(name) != Note("failed", text):
             self.notes[name] = Note("failed", text)
-            self._say(name, EventCode.MODEL_NOT_MADE, text)
+            self._reporter.model(name, EventCode.MODEL_NOT_MADE, text)
 
     # -- before a load --------------------------------------------------------------------------------------------------
 
@@ -242,7 +235,7 @@ class Preparation:
         """Make what a load needs; the fleet hears of progress. False when it was known to be right. Raises EngineError."""
         if held.source is None or plan.engine.store is None:
             return False
-        missing = await self._requirements.fresh_model(command.model)
+        missing = await self._prerequisites.fresh_model(command.model)
         if missing:
             raise EngineError(f"requires {', '.join(missing)}, absent now")
         stamp = await asyncio.to_thread(_stamp, held)
@@ -286,7 +279,7 @@ class Preparation:
             self.notes[name] = note
             progress(note)
             if phase != told and not told:
-                self._say(name, EventCode.MODEL_MAKING, f"making {held.served_as} from {held.source}")
+                self._reporter.model(name, EventCode.MODEL_MAKING, f"making {held.served_as} from {held.source}")
             told = phase
 
         before = self.notes.get(name)
@@ -294,7 +287,12 @@ class Preparation:
             assert plan.engine.store is not None
             assert plan.endpoint is not None
             said = await plan.engine.store.build(
-                self._http(), plan.endpoint, plan.context, held, state_dir=self.state_dir(), progress=tell
+                self._http.session,
+                plan.endpoint,
+                plan.context,
+                held,
+                state_dir=self._config.state_dir,
+                progress=tell,
             )
         except BaseException:
             if self.notes.get(name, Note("", "")).state == "making":
@@ -303,7 +301,7 @@ class Preparation:
         if said is not None:
             took_s = time.monotonic() - began
             self.notes[name] = Note("made", said)
-            self._say(name, EventCode.MODEL_MADE, f"{said} ({took_s:.1f} s)")
+            self._reporter.model(name, EventCode.MODEL_MADE, f"{said} ({took_s:.1f} s)")
         elif before is not None and before.state != "making":
             self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
 

@@ -10,44 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fleetd.core.data.commands import Load, ReadAhead, Unload
-from fleetd.core.data.events import Event, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
-from fleetd.core.data.specs import ModelSpec
-from fleetd.daemon.async_tools import Tasks
-from fleetd.daemon.effects.model_builds import Preparation
+from fleetd.core.data.events import Event, Exited, Loaded, LoadFailed, ResidentsObserved, Unloaded, UnloadFailed
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_builds import ModelBuilds
 from fleetd.engines.base import Endpoint, ModelServer, Resident, ServedModel
 from fleetd.errors import EngineError, FleetError
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
 
 _UNLOAD_TIMEOUT_S = 60.0
 _CHUNK_BYTES = 64 * 1024 * 1024
 
 
-class Residency:
-    """Loads and unloads. `http()` gives the shared client, `specs()` the models of the fleet."""
+class ModelLoads:
+    """Carry out loads and unloads, and report what a server holds."""
 
-    def __init__(
-        self,
-        http: Callable[[], ClientSession],
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        specs: Callable[[], Mapping[str, ModelSpec]],
-        tasks: Tasks,
-        preparation: Preparation,
-    ) -> None:
-        self._preparation = preparation
-        self._http = http
-        self._dispatch = dispatch
-        self._plans = plans
-        self._specs = specs
-        self._tasks = tasks
+    def __init__(self, context: DaemonContext, builds: ModelBuilds) -> None:
+        self._builds = builds
+        self._config = context.config
+        self._dispatch = context.dispatch
+        self._http = context.http
+        self._tasks = context.tasks
         self._calls: dict[str, set[asyncio.Task[None]]] = {}
         self._changes: dict[str, int] = {}  # loads and unloads begun or ended, per process
         self._reading: set[str] = set()
@@ -59,10 +45,11 @@ class Residency:
     def unload(self, command: Unload) -> None:
         self.call(command.process, self._unload(command), f"unload {command.model} from {command.process}")
 
-    def process_died(self, name: str) -> None:
-        """End the calls to a process that is gone."""
-        for task in self._calls.get(name, set()).copy():
-            task.cancel()
+    def cancel_calls(self, event: Event) -> None:
+        """Cancel the calls to a process that exited."""
+        if isinstance(event, Exited):
+            for task in self._calls.get(event.name, set()).copy():
+                task.cancel()
 
     def call(self, process: str, work: Awaitable[None], title: str) -> None:
         """Carry out a call that ends with the process."""
@@ -80,7 +67,7 @@ class Residency:
         calls.add(task)
 
     def _target(self, model: str, process: str) -> tuple[LaunchPlan, ModelServer, Endpoint, ServedModel]:
-        plan = self._plans().get(process)
+        plan = self._config.plans.get(process)
         held = plan.held.get(model) if plan is not None else None
         if plan is None or plan.endpoint is None or held is None:
             raise EngineError(f"{model} is no longer placed on {process} by fleet.yaml", recoverable=False)
@@ -90,19 +77,19 @@ class Residency:
 
     async def _load(self, command: Load) -> None:
         model, process, generation = command.model, command.process, command.generation
-        spec = self._specs().get(model)
+        spec = self._config.model_specs.get(model)
         timeout_s = spec.load_timeout_s if spec is not None else 300.0
         try:
             plan, server, endpoint, held = self._target(model, process)
-            looked = await self._preparation.before_load(command, plan, held)
+            looked = await self._builds.before_load(command, plan, held)
             try:
-                measured = await server.load(self._http(), endpoint, held, timeout_s)
+                measured = await server.load(self._http.session, endpoint, held, timeout_s)
             except EngineError:
-                if looked or not self._preparation.doubt(process, model):
+                if looked or not self._builds.doubt(process, model):
                     raise
-                if not await self._preparation.before_load(command, plan, held):
+                if not await self._builds.before_load(command, plan, held):
                     raise
-                measured = await server.load(self._http(), endpoint, held, timeout_s)
+                measured = await server.load(self._http.session, endpoint, held, timeout_s)
         except FleetError as error:
             self._dispatch(
                 LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
@@ -123,7 +110,7 @@ class Residency:
         model, process, generation = command.model, command.process, command.generation
         try:
             _, server, endpoint, held = self._target(model, process)
-            await server.unload(self._http(), endpoint, held, _UNLOAD_TIMEOUT_S)
+            await server.unload(self._http.session, endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
             self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
         except asyncio.CancelledError:
@@ -137,12 +124,12 @@ class Residency:
             self._dispatch(Unloaded(model, process, generation))
 
     def _told(self, process: str, error: FleetError) -> str:
-        plan = self._plans().get(process)
+        plan = self._config.plans.get(process)
         return plan.told(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
         """Ask a many-model server what it holds, and tell the fleet."""
-        plan = self._plans().get(process)
+        plan = self._config.plans.get(process)
         if plan is None or plan.endpoint is None or plan.model_server is None:
             return
         before = self._changes.get(process, 0)
@@ -157,7 +144,7 @@ class Residency:
     ) -> Mapping[str, Resident] | None:
         """Return the models of the fleet that a server says it holds; None: its probes say what is wrong with it."""
         try:
-            residents = await server.loaded(self._http(), endpoint)
+            residents = await server.loaded(self._http.session, endpoint)
         except FleetError:
             return None
         names = {server.canonical_name(held.served_as): name for name, held in plan.held.items()}
@@ -189,9 +176,9 @@ class Residency:
             self._reading.discard(path)
 
     def _source_of(self, model: str) -> str | None:
-        spec = self._specs().get(model)
+        spec = self._config.model_specs.get(model)
         for name in spec.holders if spec is not None else ():
-            plan = self._plans().get(name)
+            plan = self._config.plans.get(name)
             if plan is None:
                 continue
             held = plan.held.get(model) or plan.own_model

@@ -15,7 +15,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 
 @dataclass(slots=True)
-class Store:
+class SharedStore:
     """`plans` are the servers over it, in the order of fleet.yaml; `models` what they are asked to hold."""
 
     key: str
@@ -33,15 +33,15 @@ class Store:
         return any(held.source is not None for _, held in self.models.values())
 
 
-def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, Store]:
+def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, SharedStore]:
     """Return the stores by key. Blocks for a moment: a store's folder is looked at."""
-    found: dict[str, Store] = {}
+    found: dict[str, SharedStore] = {}
     for plan in plans.values():
         of_engine = plan.engine.store
         if of_engine is None or plan.endpoint is None:
             continue
         key = of_engine.key(plan.context, plan.endpoint)
-        store = found.setdefault(key, Store(key, of_engine))
+        store = found.setdefault(key, SharedStore(key, of_engine))
         store.plans.append(plan)
         for name, held in plan.held.items():
             store.models.setdefault(name, (plan, held))

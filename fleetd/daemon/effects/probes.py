@@ -1,12 +1,12 @@
-"""Probes: begun and ended by command; every answer is an event. The host asks, the core judges.
+"""Run probes on command and report every answer as an event. The core judges the answers.
 
-The rules of this file
-- One probe per process and kind; a new StartProbe of the same kind replaces it, StopProbes and death end it, and a startup
-  probe ends with its first success.
-- A completion probe is spared while real answers arrive: a good answer, or a piece of one, within the period is the better
-  proof; one that comes while the probe waits makes it good after all.
-- A server that sleeps answers no completion, and is well; but one that nobody put to sleep would let requests wait for ever.
-- A server with all slots taken may leave the probe waiting: that is no failure, for `_BUSY_S` after the last sign of life.
+Invariants:
+- One probe per process and kind: a new StartProbe of that kind replaces it, StopProbes stops it, and a startup probe
+  stops at its first success.
+- A completion probe is skipped while real answers arrive: a good answer, or a part of one, within the period counts as a
+  success; one that arrives during the probe turns its failure into a success.
+- A sleeping server passes its completion probe only if fleetd put it to sleep: otherwise requests would wait for ever.
+- While all slots are taken, a failed probe counts as a success for `_BUSY_S` after the last sign of life.
 """
 
 from __future__ import annotations
@@ -15,67 +15,54 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 from fleetd.core.data.commands import StartProbe, StopProbes
-from fleetd.core.data.events import Event, ProbeResult
+from fleetd.core.data.events import ProbeResult
 from fleetd.core.data.specs import ProbeKind, ProbeSpec
-from fleetd.daemon.effects.machine import Machine, Probe
+from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import FleetError
-from fleetd.host.probe import Answer, Completion
+from fleetd.host.host import Host
+from fleetd.host.probe import Answer, Completion, Prober, Target
+from fleetd.host.process.handle import ProcessHandle
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
 
 _REFUSED = re.compile(r"GET \S+: (401|403)\b")
 _KEY = "options.api_key"
 _BUSY_S = 600.0
-_BEFORE_THE_PROBER = 0.95  # of the timeout: the prober's own would cut the excuse off
+_BEFORE_THE_PROBER = 0.95  # of the timeout: the prober's own would come before `_excuse`
 
 
-class Traffic(Protocol):
-    """What real requests showed. Times are monotonic seconds."""
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What real requests show of a process, in monotonic seconds.
 
-    @property
-    def heard_s(self) -> Callable[[str], float]:
-        """When a good answer of a process, or a piece of one, last came; 0: never."""
-        ...
+    `last_answer_s` returns when the last good answer, or a part of one, arrived (0: never); `full_since_s` since when all
+    slots of a model are taken (None: one is free).
+    """
 
-    def full_since(self, process: str) -> float | None:
-        """Since when all slots of a model on a process are taken; None: one is free."""
-        ...
+    last_answer_s: Callable[[str], float]
+    full_since_s: Callable[[str], float | None]
 
 
-class Probing:
-    """The probes of all processes. `traffic` tells what real requests showed of a process."""
+class ProbeRunner:
+    """The running probes of all processes, and their last answers."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        http: Callable[[], ClientSession],
-        dispatch: Callable[[Event], None],
-        processes: Processes,
-        plan_of: Callable[[str], LaunchPlan | None],
-        traffic: Traffic,
-        may_sleep: Callable[[str], bool] = lambda _: False,
-    ) -> None:
-        self._may_sleep = may_sleep
-        self._machine = machine
-        self._http = http
-        self._dispatch = dispatch
+    def __init__(self, context: DaemonContext, host: Host, processes: Processes, traffic: Traffic) -> None:
+        self._context = context
+        self._host = host
         self._processes = processes
-        self._plan_of = plan_of
         self._traffic = traffic
-        self._running: dict[tuple[str, ProbeKind], Probe] = {}
-        self.answers: dict[tuple[str, ProbeKind], tuple[float, Answer]] = {}  # the last one, with its wall-clock time
+        self._running: dict[tuple[str, ProbeKind], Prober] = {}
+        self.answers: dict[tuple[str, ProbeKind], tuple[float, Answer]] = {}  # with wall-clock time
 
     def start(self, command: StartProbe) -> None:
-        plan = self._plan_of(command.name)
+        plan = self._context.config.plans.get(command.name)
         spec: ProbeSpec | None = getattr(plan.probes, command.probe) if plan is not None else None
         if plan is None or spec is None:
-            self._dispatch(ProbeResult(command.name, command.generation, command.probe, True, "no probe"))
+            self._context.dispatch(ProbeResult(command.name, command.generation, command.probe, True, "no probe"))
             return
         key = (command.name, command.probe)
         self._end(key)
@@ -85,26 +72,48 @@ class Probing:
             self.answers[key] = (time.time(), answer)
             if answer.ok and command.probe is ProbeKind.STARTUP:
                 self._end(key)
-            said = answer.detail if answer.ok or not _REFUSED.match(answer.detail) else plan.about(answer.detail, _KEY)
-            result = ProbeResult(command.name, command.generation, command.probe, answer.ok, said, answer.final)
-            self._dispatch(result)
+            refused = not answer.ok and _REFUSED.match(answer.detail)
+            detail = plan.about(answer.detail, _KEY) if refused else answer.detail
+            result = ProbeResult(command.name, command.generation, command.probe, answer.ok, detail, answer.final)
+            self._context.dispatch(result)
 
         completion = self._completion(command.name, plan, spec) if spec.completion else None
         handle = run.handle if run is not None else None
-        self._running[key] = self._machine.probe(
-            plan, handle, command.generation, command.probe, spec, answered, completion
+        target, spec = self._target(plan, spec, command.generation, handle)
+        self._running[key] = Prober(self._host, target, command.probe, spec, answered, completion)
+
+    def _target(
+        self, plan: LaunchPlan, spec: ProbeSpec, generation: int, handle: ProcessHandle | None
+    ) -> tuple[Target, ProbeSpec]:
+        """Return whom to ask, and the probe with the path of an external endpoint."""
+        headers = {}
+        if plan.endpoint is not None and plan.endpoint.api_key:
+            headers["Authorization"] = f"Bearer {plan.endpoint.api_key}"
+        target = Target(
+            name=plan.name,
+            generation=generation,
+            host=plan.context.host,
+            port=plan.context.port,
+            env=self._context.config.environment(plan) if spec.exec else {},
+            cwd=plan.execution.cwd,
+            headers=headers,
+            own_listener=not plan.external and plan.recipe is None,  # a container's listener is no child of ours
+            handle=handle,
         )
+        if plan.external and plan.endpoint is not None:
+            url = urlsplit(plan.endpoint.base_url)
+            tls = url.scheme == "https"
+            target = replace(target, host=url.hostname or "127.0.0.1", port=url.port or (443 if tls else 80), tls=tls)
+            spec = replace(spec, http=url.path.rstrip("/") + spec.http) if spec.http else spec
+        return target, spec
 
     def stop(self, command: StopProbes) -> None:
-        self.process_died(command.name)
-
-    def process_died(self, name: str) -> None:
-        """End all probes of a process."""
+        """Stop all probes of a process."""
         for kind in ProbeKind:
-            self._end((name, kind))
+            self._end((command.name, kind))
 
     def close(self) -> None:
-        """End all probes."""
+        """Stop all probes."""
         for key in list(self._running):
             self._end(key)
 
@@ -113,12 +122,12 @@ class Probing:
         if probe is not None:
             probe.close()
 
-    def _excused(self, name: str, began: float, answer: Answer) -> Answer:
-        """Return a failed answer as a good one where real requests show that the server only had no time for it."""
-        heard = self._traffic.heard_s(name)
+    def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
+        """Turn a failure into a success where real requests show that the server is only busy."""
+        heard = self._traffic.last_answer_s(name)
         if heard >= began:
             return Answer(True, "busy: it answers real requests meanwhile")
-        full = self._traffic.full_since(name)
+        full = self._traffic.full_since_s(name)
         if full is not None and time.monotonic() - max(full, heard) < _BUSY_S:
             return Answer(True, "busy: all its slots are taken")
         return answer
@@ -126,20 +135,21 @@ class Probing:
     def _completion(self, name: str, plan: LaunchPlan, spec: ProbeSpec) -> Completion:
         async def ask(timeout_s: float) -> Answer:
             began = time.monotonic()
-            if began - self._traffic.heard_s(name) < spec.period_s:
+            if began - self._traffic.last_answer_s(name) < spec.period_s:
                 return Answer(True, "it answers real requests")
             if plan.endpoint is None:
                 return Answer(False, "it has no port to ask")
             try:
                 async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
-                    outcome = await plan.engine.alive(self._http(), plan.endpoint, plan.own_model, timeout_s)
+                    session = self._context.http.session
+                    outcome = await plan.engine.alive(session, plan.endpoint, plan.own_model, timeout_s)
                 answer = Answer(outcome.ok, plan.about(outcome.detail, outcome.key), outcome.final)
-                if outcome.asleep and not self._may_sleep(name):
+                if outcome.asleep and not self._context.queries.may_be_asleep(name):
                     return Answer(False, "it sleeps, and fleetd did not put it to sleep")
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
                 answer = Answer(False, plan.told(error))
-            return answer if answer.ok else self._excused(name, began, answer)
+            return answer if answer.ok else self._excuse(name, began, answer)
 
         return ask

@@ -1,91 +1,54 @@
-"""Runs of processes: Spawn, Stop and Sweep carried out on the host, and every death reported with its last words.
+"""Carry out Spawn, Stop and Sweep on the host, and report every exit with the last log lines.
 
-The rules of this file
-- A run is one generation of one process. It keeps the plan that started it, whatever fleet.yaml says by now; only its stop
-  policy is taken from the newest plan.
-- Each command is answered by exactly one event, whatever goes wrong: an unexpected error is an answer too.
-- Two stops of one run are one: the second only takes the grace away, if that is what it says.
-- The death of a leader is reported with the log lines of its own run, classified by its engine; it comes before SetEmpty.
+Invariants:
+- A run keeps the plan that started it; only the stop policy comes from the newest plan.
+- Every command is answered by exactly one event, also after an unexpected error.
+- A second Stop of one run shares the answer of the first; it can only end the grace period.
+- Exited carries the log lines of that run, classified by its engine, and is dispatched before SetEmpty.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from functools import partial
 
+from fleetd.control.event_codes import EventCode, code_of
 from fleetd.core.data.commands import Spawn, Stop, Sweep
 from fleetd.core.data.events import Adopted, Event, Exited, SetEmpty, Spawned, SpawnFailed
-from fleetd.core.data.specs import ExitKind, ExitReport
-from fleetd.daemon.async_tools import Tasks
+from fleetd.core.data.specs import describe_exit
+from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects import containers
 from fleetd.daemon.effects.hooks import Hooks
-from fleetd.daemon.effects.machine import Handle, Machine
-from fleetd.daemon.effects.startup_log import Starts
-from fleetd.engines.base import ExitVerdict
-from fleetd.engines.container import CANNOT_START, client_verdict, inner_signal
+from fleetd.daemon.effects.run import Run, exit_report, with_launch
+from fleetd.daemon.effects.startup_log import StartupLogs
+from fleetd.daemon.sources.prerequisites import Prerequisites
+from fleetd.engines.container import CANNOT_START
 from fleetd.errors import EngineError, FleetError, HostError
-from fleetd.host.types import HandleRecord, RawExit, Usage
+from fleetd.host.host import Host
+from fleetd.host.process.handle import ProcessHandle
+from fleetd.host.types import HandleRecord, RawExit
 from fleetd.resolver.launch_plan import LaunchPlan
 
-_TAIL_LINES = 30  # kept with the report
 _VERDICT_LINES = 400  # an engine of several processes writes the cause first, then a traceback for each of them
-_LAST_WORDS_S = 2.0
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One generation of one process. `ended` is set once the leader's death was reported."""
-
-    name: str
-    generation: int
-    plan: LaunchPlan
-    restarts: int = 0
-    handle: Handle | None = None
-    starting: asyncio.Task[None] | None = None
-    emptying: bool = False
-    told_of_command: bool = False
-    entering: bool = False  # adopted, and the fleet has not been told of it yet
-    early_exit: RawExit | None = None
-    dead: bool = False
-    reporting: asyncio.Task[None] | None = None
-    looked_inside: bool = False  # where its container's first process is was asked
-    inner_pid: int | None = None
-    usage: Usage = field(default_factory=Usage)
-    cpu_percent: float | None = None
-    sampled_at: float = 0.0
+_TAIL_TIMEOUT_S = 2.0
 
 
 class Processes:
-    """The live runs by name. `plans()` gives the newest plans, `parent_env` what children
-    inherit from; `complain(name, sentence)` hears of what failed without changing anything,
-    `tell(name, sentence)` of hooks that did their work; `unwanted(name)` says whether nobody wants it started any more;
-    `absent(name)` looks once more, right before a start, at what the process requires; `starts` reads along."""
+    """The live runs by name."""
 
     def __init__(
-        self,
-        machine: Machine,
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        tasks: Tasks,
-        parent_env: Mapping[str, str],
-        complain: Callable[[str, str], None] = lambda *_: None,
-        tell: Callable[[str, str], None] = lambda *_: None,
-        unwanted: Callable[[str], bool] = lambda _: False,
-        absent: Callable[[str], Awaitable[tuple[str, ...]]] | None = None,
-        starts: Starts | None = None,
+        self, context: DaemonContext, host: Host, hooks: Hooks, prerequisites: Prerequisites, startup: StartupLogs
     ) -> None:
-        self._starts = starts
-        self._absent = absent
-        self._machine = machine
-        self._dispatch = dispatch
-        self._plans = plans
-        self._tasks = tasks
-        self._parent_env = parent_env
-        self._complain, self._tell = complain, tell
-        self._half_made: set[str] = set()  # names whose container may exist although its client could not start it
-        self.hooks = Hooks(machine, tasks, parent_env, tell, unwanted)
+        self._context = context
+        self._config = context.config
+        self._dispatch = context.dispatch
+        self._tasks = context.tasks
+        self._host = host
+        self._hooks = hooks
+        self._prerequisites = prerequisites
+        self._startup = startup
+        self._leftover_containers: set[str] = set()  # names whose container may exist although its client failed
         self.runs: dict[str, Run] = {}
         self._emptying: set[asyncio.Task[None]] = set()
         self._resting = False
@@ -103,25 +66,26 @@ class Processes:
         run = self.runs.get(name)
         if run is None or run.handle is None or run.dead:
             return False
-        return await self._machine.signal(run.handle, signal)
+        return await self._host.signal(run.handle, signal)
 
     async def inner_pid(self, plan: LaunchPlan) -> int | None:
-        """Return the pid of the first process in a plan's container, as this machine sees it; None: not to be seen."""
+        """Return the pid of the first process in a plan's container on this machine; None: not visible here."""
         if plan.contained is None:
             return None
-        return await containers.first_pid(self._machine, plan.contained, plan.environment(self._parent_env))
+        return await containers.first_pid(self._host, plan.contained, self._config.environment(plan))
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def spawn(self, command: Spawn) -> None:
         if self._resting:
             return
-        plan = self._plans().get(command.name)
+        plan = self._config.plans.get(command.name)
         if plan is None:
             self._dispatch(
                 SpawnFailed(command.name, command.generation, "it is no longer in fleet.yaml", recoverable=False)
             )
             return
+        self._host.logs.set_policy(command.name, plan.execution.logs)
         run = self.runs[command.name] = Run(command.name, command.generation, plan, command.restarts)
         run.starting = self._tasks.start(self._spawn(run), f"spawn {command.name}")
 
@@ -131,61 +95,61 @@ class Processes:
     def sweep(self, command: Sweep) -> None:
         self._begin_emptying(command, None, f"sweep {command.name}")
 
-    def _begin_emptying(self, command: Stop | Sweep, force: bool | None, what: str) -> None:
-        task = self._tasks.start(self._empty(command.name, command.generation, force), what)
+    def _begin_emptying(self, command: Stop | Sweep, force: bool | None, title: str) -> None:
+        task = self._tasks.start(self._empty(command.name, command.generation, force), title)
         self._emptying.add(task)
         task.add_done_callback(self._emptying.discard)
 
     async def rest(self, timeout_s: float) -> None:
-        """Begin no start any more, break off what only leads to one, and wait until nothing is under way.
+        """Begin no further start, cancel pre_start hooks, and wait until no start or stop is in progress.
 
-        A start that comes too late has no answer: it is left to the program that takes over.
+        A start that takes longer is not answered: the program that takes over handles it.
         """
         self._resting = True
-        self.hooks.break_off_all()
+        self._hooks.cancel_pre_start()
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
-        while (tasks := self._under_way()) and (left := end - loop.time()) > 0:
+        while (tasks := self._in_progress()) and (left := end - loop.time()) > 0:
             await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
 
-    def _under_way(self) -> set[asyncio.Task[None]]:
+    def _in_progress(self) -> set[asyncio.Task[None]]:
         known = {task for run in self.runs.values() for task in (run.starting, run.reporting) if task is not None}
         return {task for task in known | self._emptying if not task.done()}
 
-    def adopt(self, plan: LaunchPlan, record: HandleRecord) -> Run:
-        """Make the run that an adopted process will belong to; `adopted` completes it."""
-        return Run(record.name, record.generation, plan)
+    # -- adoption -----------------------------------------------------------------------------------------------------
 
-    def adopted(self, run: Run, handle: Handle) -> Adopted:
-        """Enter a run whose process was proven to be ours. Its death is told after `entered`: until then nobody knows it."""
-        run.handle, run.entering = handle, True
+    async def adopt(self, plan: LaunchPlan, record: HandleRecord) -> Adopted:
+        """Take over a process of an earlier daemon. Raises HostError when it cannot be proven to be ours.
+
+        Its exit is reported after `adopted`: until then the fleet does not know the run.
+        """
+        run = Run(record.name, record.generation, plan)
+        run.handle = await self._host.adopt(record, partial(self._on_exit, run))
+        run.adopting = True
         self.runs[run.name] = run
-        return Adopted(run.name, run.generation, handle.pid, max(0.0, handle.uptime_s))
+        return Adopted(run.name, run.generation, run.handle.pid, max(0.0, run.handle.uptime_s))
 
-    def entered(self) -> None:
-        """The fleet knows the adopted runs now: tell it of those that have died since."""
+    def adopted(self) -> None:
+        """Report the adopted runs that exited before the fleet knew them."""
         for run in list(self.runs.values()):
-            if run.entering:
-                run.entering = False
+            if run.adopting:
+                run.adopting = False
                 if run.early_exit is not None:
                     self._on_exit(run, run.early_exit)
-
-    def exit_seen(self, run: Run) -> Callable[[RawExit], None]:
-        """Return the callback for the host: it may fire before the spawn has returned."""
-        return partial(self._on_exit, run)
 
     # -- spawn --------------------------------------------------------------------------------------------------------
 
     async def _spawn(self, run: Run) -> None:
         try:
-            await self._look_again(run.name)
-            plan = run.plan = self._starts.informed(written(run.plan)) if self._starts else written(run.plan)
-            await self._clear_place(plan)
-            await self.hooks.pre_start(plan)
+            await self._check_prerequisites(run.name)
+            plan = with_launch(run.plan) if run.plan.missing_program is not None else run.plan
+            plan = run.plan = self._startup.with_learned(plan)
+            await self._remove_leftover_container(plan)
+            await self._hooks.pre_start(plan)
             if self._resting:
                 return
-            request = plan.request(run.generation, self._parent_env, run.restarts)
-            handle = await self._machine.spawn(request, self.exit_seen(run))
+            request = plan.request(run.generation, self._config.parent_env, run.restarts)
+            handle = await self._host.spawn(request, partial(self._on_exit, run))
         except (HostError, EngineError) as error:
             if self._resting and run.handle is None:
                 return
@@ -196,14 +160,13 @@ class Processes:
             return
         run.handle = handle
         self._dispatch(Spawned(run.name, run.generation, handle.pid))
-        if self._starts is not None:
-            self._starts.began(run)
+        self._startup.follow(run, handle)
         if run.early_exit is not None:
             self._on_exit(run, run.early_exit)
 
-    async def _look_again(self, name: str) -> None:
-        """Raise HostError when what the process requires has gone since the last look: a server would make an empty folder."""
-        missing = await self._absent(name) if self._absent is not None else ()
+    async def _check_prerequisites(self, name: str) -> None:
+        """Raise HostError when a prerequisite has gone since the last look: a server would create an empty folder."""
+        missing = await self._prerequisites.fresh(name)
         if missing:
             raise HostError(f"requires {', '.join(missing)}, absent now")
 
@@ -212,33 +175,54 @@ class Processes:
             del self.runs[run.name]
         self._dispatch(SpawnFailed(run.name, run.generation, message, recoverable=recoverable))
 
-    # -- death --------------------------------------------------------------------------------------------------------
+    # -- exit ---------------------------------------------------------------------------------------------------------
 
     def _on_exit(self, run: Run, raw: RawExit) -> None:
-        if run.handle is None or run.entering:
+        if run.handle is None or run.adopting:
             run.early_exit = raw
             return
         run.dead = True
         if run.plan.contained is not None and raw.code == CANNOT_START:
-            self._half_made.add(run.name)
-        run.reporting = self._tasks.start(self._report(run, raw), f"last words of {run.name}")
+            self._leftover_containers.add(run.name)
+        run.reporting = self._tasks.start(self._report_exit(run, run.handle, raw), f"report the exit of {run.name}")
 
-    async def _report(self, run: Run, raw: RawExit) -> None:
+    async def _report_exit(self, run: Run, handle: ProcessHandle, raw: RawExit) -> None:
         try:
-            async with asyncio.timeout(_LAST_WORDS_S):
-                tail = await self._machine.last_words(run.handle, _VERDICT_LINES) if run.handle else ()
+            async with asyncio.timeout(_TAIL_TIMEOUT_S):
+                lines = await self._host.logs.run_tail(handle, _VERDICT_LINES)
         except (TimeoutError, OSError, FleetError):
-            tail = ()
-        self._dispatch(Exited(run.name, run.generation, report_of(run.plan, raw, tail)))
+            lines = []
+        report = exit_report(run.plan, raw, tuple(line.text for line in lines))
+        self._dispatch(Exited(run.name, run.generation, report))
+
+    def log_exit(self, event: Event) -> None:
+        """Write the exit of a process to the daemon's log, as a warning when no stop was ordered."""
+        if not isinstance(event, Exited):
+            return
+        report = event.report
+        if not (report.log_tail or report.code or report.signal):
+            return
+        process = self._context.queries.process(event.name)
+        ordered = process is not None and process.outcome is None
+        log = self._context.reporter.log.info if ordered else self._context.reporter.log.warning
+        log(
+            str(code_of(event)),
+            name=event.name,
+            generation=event.generation,
+            code=report.code,
+            signal=report.signal,
+            reason=describe_exit(report),
+            last_lines=list(report.log_tail[-5:]),
+        )
 
     # -- stop and sweep -----------------------------------------------------------------------------------------------
 
     async def _empty(self, name: str, generation: int, force: bool | None) -> None:
-        """Empty the process set of a generation and say so. `force` None: the leader is dead already."""
+        """Empty the process set of a generation and report it. `force` None: the leader is dead already."""
         run = self.run_of(name, generation)
         survivors: tuple[int, ...] = ()
         if run is not None and run.emptying:
-            await self._hurry(run, force)
+            await self._end_grace(run, force)
             return
         try:
             if run is not None:
@@ -256,98 +240,65 @@ class Processes:
             await asyncio.wait({run.starting})
         if run.handle is None:
             return ()
-        plan = self._plans().get(run.name, run.plan)
-        survivors = await self._end_client(run, plan, force)
+        plan = self._config.plans.get(run.name, run.plan)
+        survivors = await self._stop_set(run, run.handle, plan, force)
         if run.reporting is not None:
             await asyncio.wait({run.reporting})
         if not survivors and plan.execution.post_stop:
             try:
-                await self.hooks.post_stop(plan)
+                await self._hooks.post_stop(plan)
             except HostError as error:
-                self._complain(run.name, error.sentence)
+                self._context.reporter.warn(run.name, error.sentence)
         return survivors
 
-    async def _hurry(self, run: Run, force: bool | None) -> None:
-        """A stop is under way, and its answer serves for this one too: only its grace may end."""
+    async def _end_grace(self, run: Run, force: bool | None) -> None:
+        """Force a stop in progress; its answer serves for both commands."""
         if not force:
             return
-        self.hooks.hurry(run.name)
+        self._hooks.cancel_post_stop(run.name)
         if run.handle is not None:
-            await self._end_client(run, self._plans().get(run.name, run.plan), True)
+            await self._stop_set(run, run.handle, self._config.plans.get(run.name, run.plan), True)
 
-    async def _end_client(self, run: Run, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
-        """End the process set; where it is a container's client, the container too: first, when nobody can ask it any more."""
-        assert run.handle is not None
-        why = None
+    async def _stop_set(self, run: Run, handle: ProcessHandle, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
+        """Stop the process set, and a container before its client when the client cannot be asked any more."""
+        problem = None
         if force is not False:
-            why = await self._end_container(run, plan.stop.timeout_s if force is None else None)
+            problem = await self._end_container(run, plan.stop.timeout_s if force is None else None)
         if force is None:
-            survivors = await self._machine.sweep(run.handle, plan.stop.kill)
+            survivors = await self._host.sweep(handle, plan.stop.kill)
         else:
-            survivors = await self._machine.stop(run.handle, plan.stop, force)
-            self._tell_of_command(run)
+            survivors = await self._host.stop(handle, plan.stop, force)
+            self._report_stop_command(run, handle)
         if force is False:
-            why = await self._end_container(run, None)
-        if why is not None:
-            self._complain(run.name, why)
-            return survivors or (run.handle.pid,)
+            problem = await self._end_container(run, None)
+        if problem is not None:
+            self._context.reporter.warn(run.name, problem)
+            return survivors or (handle.pid,)
         return survivors
 
-    def _tell_of_command(self, run: Run) -> None:
-        """Say once how its stop.command went."""
-        said = run.handle.stop_command if run.handle is not None else None
-        if said is None or run.told_of_command:
+    def _report_stop_command(self, run: Run, handle: ProcessHandle) -> None:
+        """Report the result of the stop.command once."""
+        result = handle.stop_command
+        if result is None or run.stop_command_reported:
             return
-        run.told_of_command = True
-        if said.ok:
-            self._tell(run.name, f"its stop.command ended well after {said.took_s:.1f} s: {said.text}")
+        run.stop_command_reported = True
+        if result.ok:
+            text = f"its stop.command ended well after {result.took_s:.1f} s: {result.text}"
+            self._context.reporter.events.report("process", run.name, EventCode.HOOK, text)
         else:
-            self._complain(run.name, f"its stop.command failed: {said.text}")
+            self._context.reporter.warn(run.name, f"its stop.command failed: {result.text}")
 
     async def _end_container(self, run: Run, stop_s: float | None) -> str | None:
         contained = run.plan.contained
         if contained is None:
             return None
-        return await containers.end(self._machine, contained, run.plan.environment(self._parent_env), stop_s)
+        return await containers.end(self._host, contained, self._config.environment(run.plan), stop_s)
 
-    async def _clear_place(self, plan: LaunchPlan) -> None:
-        """Remove a container that a start before left half made. Raises HostError."""
-        if plan.contained is None or plan.name not in self._half_made:
+    async def _remove_leftover_container(self, plan: LaunchPlan) -> None:
+        """Remove a container that an earlier failed start left. Raises HostError."""
+        if plan.contained is None or plan.name not in self._leftover_containers:
             return
-        why = await containers.end(self._machine, plan.contained, plan.environment(self._parent_env), None)
-        if why is not None:
-            raise HostError(why)
-        self._half_made.discard(plan.name)
-
-
-def written(plan: LaunchPlan) -> LaunchPlan:
-    """Return the plan with a command line. Raises EngineError when its program still cannot be found."""
-    if plan.missing_program is None:
-        return plan
-    if plan.recipe is not None:
-        contained = plan.recipe.contain(plan.engine, plan.context)
-        return replace(plan, launch=contained.launch, contained=contained, missing_program=None)
-    return replace(plan, launch=plan.engine.launch(plan.context), missing_program=None)
-
-
-def report_of(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitReport:
-    """Turn a death into what the restart policy reads, with the engine's own opinion of it."""
-    if raw.code is None and raw.signal is None:
-        return ExitReport(None, None, raw.oom, ExitKind.UNKNOWN, "", tail[-_TAIL_LINES:])
-    verdict = _verdict(plan, raw, tail)
-    kind = ExitKind.OOM if raw.oom else verdict.kind
-    reason = "" if raw.oom else verdict.reason
-    return ExitReport(raw.code, raw.signal, raw.oom, kind, reason, tail[-_TAIL_LINES:])
-
-
-def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdict:
-    """Ask the engine; for a container first whether it was the client that failed, and what became of the program inside."""
-    if plan.contained is None:
-        return plan.engine.classify_exit(raw.code, raw.signal, tail)
-    if raw.signal is not None:
-        return ExitVerdict(ExitKind.CRASH, f"{plan.contained.remove[0]} itself was killed")
-    own = client_verdict(raw.code, tail, plan.context.command[0] if plan.context.command else "")
-    if own is not None:
-        return own
-    inner = inner_signal(raw.code)
-    return plan.engine.classify_exit(raw.code if inner is None else None, inner, tail)
+        problem = await containers.end(self._host, plan.contained, self._config.environment(plan), None)
+        if problem is not None:
+            raise HostError(problem)
+        self._leftover_containers.discard(plan.name)

@@ -11,50 +11,33 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from fleetd.core.data.commands import CheckSleep, Sleep, Wake
-from fleetd.core.data.events import Event, SleepSeen
+from fleetd.core.data.events import SleepSeen
 from fleetd.core.data.specs import ModelSpec, SleepState
-from fleetd.daemon.effects.startup_log import Facts
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.model_loads import ModelLoads
 from fleetd.engines.base import Endpoint, Sleeper, SleepRecord
 from fleetd.errors import EngineError, FleetError
+from fleetd.host.state_store import StateStore
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
 
 LOOK_TIMEOUT_S = 10.0
 PREFIX = "asleep:"
 C = TypeVar("C", Sleep, Wake, CheckSleep)
 
 
-class KeptFacts(Facts, Protocol):
-    """Where small facts outlive the daemon: written, and read again."""
-
-    async def get(self, key: str, default: Any = None) -> Any: ...
-    async def flush(self) -> None: ...
-
-
 class Sleepers:
-    """`call` carries out a call that ends with its process."""
+    """Carry out Sleep, Wake and CheckSleep as calls that are cancelled when their process exits."""
 
-    def __init__(
-        self,
-        http: Callable[[], ClientSession],
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        specs: Callable[[], Mapping[str, ModelSpec]],
-        call: Callable[[str, Awaitable[None], str], None],
-        store: KeptFacts,
-    ) -> None:
+    def __init__(self, context: DaemonContext, loads: ModelLoads, store: StateStore) -> None:
         self._store = store
-        self._http = http
-        self._dispatch = dispatch
-        self._plans = plans
-        self._specs = specs
-        self._call = call
+        self._http = context.http
+        self._dispatch = context.dispatch
+        self._config = context.config
+        self._loads = loads
         self._known: dict[str, tuple[int, SleepRecord]] = {}  # process to generation and what its last sleep returned
 
     def sleep(self, command: Sleep) -> None:
@@ -67,11 +50,11 @@ class Sleepers:
         self._carry_out(command, self._look, LOOK_TIMEOUT_S)
 
     def _spec(self, model: str) -> ModelSpec:
-        return self._specs().get(model) or ModelSpec(model)
+        return self._config.model_specs.get(model) or ModelSpec(model)
 
     def _carry_out(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
         title = f"{type(command).__name__.lower()} {command.model} on {command.process}"
-        self._call(command.process, self._answered(command, work, timeout_s), title)
+        self._loads.call(command.process, self._answered(command, work, timeout_s), title)
 
     async def _answered(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
         state, said = SleepState.FAILED, ""
@@ -93,7 +76,7 @@ class Sleepers:
         self._dispatch(SleepSeen(command.model, command.process, command.generation, state, said))
 
     def _target(self, process: str) -> tuple[LaunchPlan, Endpoint, Sleeper]:
-        plan = self._plans().get(process)
+        plan = self._config.plans.get(process)
         if plan is None or plan.endpoint is None:
             raise EngineError(f"{process} is no longer in fleet.yaml", recoverable=False)
         if plan.engine.sleep is None:
@@ -113,7 +96,7 @@ class Sleepers:
     async def _sleep(self, command: Sleep, timeout_s: float) -> SleepState:
         plan, endpoint, engine = self._target(command.process)
         before = self._known_of(command.process, command.generation)
-        found = await engine.sleep(self._http(), endpoint, plan.context.options, before, timeout_s)
+        found = await engine.sleep(self._http.session, endpoint, plan.context.options, before, timeout_s)
         await self._keep(command.process, command.generation, found, sleeps=True)
         return SleepState.ASLEEP
 
@@ -123,12 +106,12 @@ class Sleepers:
         if before is None:
             raise EngineError(f"nobody knows how deep {command.model} sleeps")
         await self._keep(command.process, command.generation, before, sleeps=False)
-        await engine.wake(self._http(), endpoint, before, timeout_s)
+        await engine.wake(self._http.session, endpoint, before, timeout_s)
         return SleepState.AWAKE
 
     async def _look(self, command: CheckSleep, timeout_s: float) -> SleepState:
         _, endpoint, engine = self._target(command.process)
-        sleeps = await engine.is_asleep(self._http(), endpoint, timeout_s)
+        sleeps = await engine.is_asleep(self._http.session, endpoint, timeout_s)
         kept = await self._store.get(PREFIX + command.process)
         known = kept if isinstance(kept, dict) and kept.get("generation") == command.generation else {}
         if isinstance(known.get("level"), int):

@@ -9,80 +9,53 @@ The rules of this file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
 
-from fleetd.core.data.events import Event, StartProgress
-from fleetd.core.data.specs import ModelSpec
+from fleetd.core.data.events import StartProgress
 from fleetd.core.data.state import ProcessState
-from fleetd.daemon.async_tools import Tasks
-from fleetd.daemon.effects.machine import Machine
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.effects.run import Run, with_launch
 from fleetd.engines.container import pull_phase
+from fleetd.host.logs.registry import LogRegistry
+from fleetd.host.process.handle import ProcessHandle
+from fleetd.host.state_store import StateStore
 from fleetd.resolver.launch_plan import LaunchPlan
-
-if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
-    from fleetd.daemon.effects.processes import Run
 
 PREFIX = "start:"
 PERIOD_S = 0.3
 _KEPT_LINES = 4000
 
 
-class Facts(Protocol):
-    """Where small facts are kept."""
-
-    def put(self, key: str, value: Any) -> None: ...
-
-
-class Starts:
-    """Follows starts. `learned` holds what earlier starts found out, by footprint hash."""
+class StartupLogs:
+    """Follow the logs of starting processes. `facts` are those of earlier daemons under PREFIX."""
 
     def __init__(
-        self,
-        machine: Machine,
-        queries: FleetQueries,
-        dispatch: Callable[[Event], None],
-        specs: Callable[[], Mapping[str, ModelSpec]],
-        store: Facts,
-        tasks: Tasks,
-        say: Callable[[str, str], None],
+        self, context: DaemonContext, logs: LogRegistry, store: StateStore, facts: Mapping[str, object]
     ) -> None:
-        self._machine = machine
-        self._queries = queries
-        self._dispatch = dispatch
-        self._specs = specs
+        self._context = context
+        self._queries = context.queries
+        self._logs = logs
         self._store = store
-        self._tasks = tasks
-        self._say = say
-        self.learned: dict[str, dict[str, int]] = {}
-
-    def know(self, facts: Mapping[str, Any]) -> None:
-        """Take over what earlier daemons kept; what cannot be read is not known."""
+        self._learned: dict[str, dict[str, int]] = {}  # by footprint hash
         for key, value in facts.items():
             if isinstance(value, dict) and value and all(isinstance(one, int) for one in value.values()):
-                self.learned[key.removeprefix(PREFIX)] = value
+                self._learned[key.removeprefix(PREFIX)] = value
 
-    def informed(self, plan: LaunchPlan) -> LaunchPlan:
+    def with_learned(self, plan: LaunchPlan) -> LaunchPlan:
         """Return the plan with what earlier starts of the same entry found out. Raises EngineError like a launch."""
-        known = self.learned.get(self._key(plan))
+        known = self._learned.get(self._key(plan))
         if not known or plan.missing_program is not None or plan.engine.startup is None:
             return plan
-        context = replace(plan.context, learned=known)
-        kept = plan.launch_hash()
-        if plan.recipe is not None:
-            contained = plan.recipe.contain(plan.engine, context)
-            return replace(plan, context=context, launch=contained.launch, contained=contained, kept_hash=kept)
-        return replace(plan, context=context, launch=plan.engine.launch(context), kept_hash=kept)
+        return with_launch(replace(plan, context=replace(plan.context, learned=known), kept_hash=plan.launch_hash()))
 
-    def began(self, run: Run) -> None:
+    def follow(self, run: Run, handle: ProcessHandle) -> None:
         """Read along, where the engine has anything to say of its start."""
         if run.plan.engine.startup is not None or run.plan.contained is not None:
-            self._tasks.start(self._follow(run), f"start of {run.name}")
+            self._context.tasks.start(self._follow(run, handle), f"start of {run.name}")
 
-    async def _follow(self, run: Run) -> None:
-        new_lines = self._machine.new_lines(run.handle)
+    async def _follow(self, run: Run, handle: ProcessHandle) -> None:
+        new_lines = self._logs.reader(handle).new_lines
         lines: list[str] = []
         phase = ""
         while True:
@@ -92,7 +65,7 @@ class Starts:
                 found = self._phase(run.plan, line)
                 if found is not None and found != phase and starting:
                     phase = found
-                    self._dispatch(StartProgress(run.name, run.generation, phase))
+                    self._context.dispatch(StartProgress(run.name, run.generation, phase))
             del lines[:-_KEPT_LINES]
             if not starting:
                 break
@@ -118,18 +91,20 @@ class Starts:
         process = self._queries.process(run.name)
         served = process is not None and process.generation == run.generation and process.ready_s is not None
         if not served:
-            if run.plan.context.learned and self.learned.pop(key, None) is not None:
+            if run.plan.context.learned and self._learned.pop(key, None) is not None:
                 self._store.put(PREFIX + key, {})
-                self._say(run.name, "what an earlier start had found out is forgotten: this one failed with it")
+                self._context.reporter.warn(
+                    run.name, "what an earlier start had found out is forgotten: this one failed with it"
+                )
             return
         found = dict(startup.learned(run.plan.context, lines))
-        if found and not run.plan.context.learned and found != self.learned.get(key):
-            self.learned[key] = found
+        if found and not run.plan.context.learned and found != self._learned.get(key):
+            self._learned[key] = found
             self._store.put(PREFIX + key, found)
             said = ", ".join(f"{name} {value}" for name, value in found.items())
-            self._say(run.name, f"found out at its start, given to the next one: {said}")
+            self._context.reporter.warn(run.name, f"found out at its start, given to the next one: {said}")
 
     def _key(self, plan: LaunchPlan) -> str:
         model = plan.own_model
-        spec = self._specs().get(model.name) if model is not None else None
+        spec = self._context.config.model_specs.get(model.name) if model is not None else None
         return spec.footprint_hash if spec is not None else ""

@@ -1,106 +1,96 @@
-"""The configuration of a running daemon: read, compared, applied; a bad file changes nothing and is shown until it is mended.
+"""The configuration that the daemon runs, and what is wrong with the file on disk.
 
-The rules of this file
-- Reading, assembling and comparing happen in a process of their own (`reader`): 5,000 models must not stop the requests of the
-  others, and what it takes to read them does not stay in memory.
-- One apply at a time. What is applied is exactly what was read: nobody looks at the file twice.
-- Ports that were assigned are on disk before a process starts on one.
+Invariants:
+- An accepted reading is exactly what was read: the file is not read a second time.
+- Assigned ports are on disk before a process starts on one.
+- A rejected file changes nothing; its first problem is shown until a valid file is applied.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fleetd.daemon.reload.messages import Circumstances, Reading
-from fleetd.daemon.reload.worker_client import Reader
-from fleetd.errors import ConfigError, FleetError, HostError
+from fleetd.core.data.specs import ModelSpec
+from fleetd.daemon.reload.messages import Reading
+from fleetd.errors import ConfigError, FleetError
 from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.port_assignment import keep_ports
-from fleetd.resolver.resolved import Assembly, Surroundings
-
-STANDARD_INPUT = "-"  # as the client names the text that it sends
+from fleetd.resolver.resolved import Assembly
 
 
-class Configuration:
-    """What runs, what lies on disk, and the way from one to the other.
+class ActiveConfiguration:
+    """The newest accepted reading. `parent_env` is the environment that children inherit from.
 
-    `around()` is what an assembly may know of the machine; `running()` the names of processes that hold their ports now.
+    Hold `applying` while the configuration is changed.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        reading: Reading,
-        around: Callable[[], Surroundings],
-        running: Callable[[], Collection[str]],
-    ) -> None:
+    def __init__(self, path: Path, reading: Reading, parent_env: Mapping[str, str]) -> None:
         self.path = path
-        self._reading = reading
-        self._around = around
-        self._running = running
-        self._reader = Reader()
+        self.parent_env = parent_env
         self.applying = asyncio.Lock()
-        self.to_mend: tuple[Path, ...] = ()  # the files of a configuration that was refused
-        self._plans = 0
+        self.error: str | None = None  # the first problem of a rejected file
+        self.files_to_fix: tuple[Path, ...] = ()  # the files of a rejected configuration
+        self.restart_needed: tuple[str, ...] = ()  # changed keys that need a restart of the daemon
+        self._reading = reading
+        self._subscribers: list[Callable[[Assembly], None]] = []
 
     @property
     def assembly(self) -> Assembly:
         return self._reading.assembly
 
+    @property
+    def plans(self) -> Mapping[str, LaunchPlan]:
+        return self._reading.assembly.plans
+
+    @property
+    def model_specs(self) -> Mapping[str, ModelSpec]:
+        return self._reading.assembly.spec.models
+
+    @property
+    def state_dir(self) -> Path:
+        return self._reading.assembly.paths.state
+
+    @property
+    def baseline(self) -> bytes:
+        """The configuration as its worker process needs it to compare the next one."""
+        return self._reading.kept
+
+    def environment(self, plan: LaunchPlan) -> dict[str, str]:
+        """Return the whole environment of a process."""
+        return plan.environment(self.parent_env)
+
+    def subscribe(self, subscriber: Callable[[Assembly], None]) -> None:
+        """Call `subscriber` with the active assembly after every change and every rejected file."""
+        self._subscribers.append(subscriber)
+
     def shown(self) -> Any:
-        """Return what the running configuration says beyond the defaults, secrets hidden."""
+        """Return the running configuration without the defaults, secrets hidden."""
         return json.loads(zlib.decompress(self._reading.shown))
 
-    async def read(self, path: Path | None = None, text: str | None = None) -> Reading:
-        """Read a file (the daemon's own: None), or a text as if it stood in the daemon's own. Raises ConfigError, HostError."""
-        if text is not None:
-            return await self._read_text(text)
-        return await self._reader.read(path or self.path, self._circumstances())
-
-    def _circumstances(self) -> Circumstances:
-        around = replace(self._around(), ports=dict(self.assembly.ports))
-        return Circumstances(around, frozenset(self._running()), socket.gethostname(), self._reading.kept)
-
-    async def _read_text(self, text: str) -> Reading:
-        """Relative paths and includes of the text are meant from the folder of the daemon's own file."""
-        self._plans += 1
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}-{self._plans}.plan.yaml")
-        try:
-            await asyncio.to_thread(beside.write_text, text, "utf-8")
-            return await self._reader.read(beside, self._circumstances())
-        except ConfigError as error:
-            names = str(beside), STANDARD_INPUT
-            shown = [
-                replace(problem, file=problem.file.replace(*names), message=problem.message.replace(*names))
-                for problem in error.problems
-            ]
-            raise ConfigError(shown, hint=error.hint) from None
-        except OSError as error:
-            raise HostError(f"{beside.parent} cannot be written to: {error.strerror}", recoverable=False) from error
-        finally:
-            beside.unlink(missing_ok=True)
-
     async def accept(self, reading: Reading, path: Path | None) -> None:
-        """Make what was read the configuration that runs. The caller tells the fleet."""
-        await asyncio.to_thread(keep_ports, self.assembly.paths.state, reading.assembly.ports)
+        """Activate a reading. The caller passes its spec to the fleet."""
+        await asyncio.to_thread(keep_ports, self.state_dir, reading.assembly.ports)
         running = self.assembly  # its folders and its listener are those of the start
         self._reading = replace(
             reading, assembly=replace(reading.assembly, paths=running.paths, gateway=running.gateway)
         )
         if path is not None:
             self.path = path
-        self.to_mend = ()
+        self.error, self.files_to_fix = None, ()
+
+    def publish(self) -> None:
+        """Call the subscribers."""
+        for subscriber in self._subscribers:
+            subscriber(self.assembly)
 
     def amend(self, plan: LaunchPlan) -> None:
-        """Put a plan that was completed in the place of the one that was read. The caller tells the fleet."""
+        """Replace one plan by its completed form. The caller passes the new spec to the fleet."""
         assembly = self.assembly
         spec = replace(assembly.spec.processes[plan.name], launch_hash=plan.launch_hash())
         self._reading = replace(
@@ -112,15 +102,12 @@ class Configuration:
             ),
         )
 
-    async def close(self) -> None:
-        """Let go of the process that reads."""
-        await self._reader.close()
-
-    def refused(self, error: FleetError) -> str:
-        """Remember that the file on disk cannot be used; return its first problem."""
+    def reject(self, error: FleetError) -> str:
+        """Record that the file on disk cannot be used; return its first problem."""
         problems = error.problems if isinstance(error, ConfigError) else ()
         files = error.files if isinstance(error, ConfigError) else ()
-        self.to_mend = tuple(dict.fromkeys([*files, *(Path(problem.file) for problem in problems)]))
+        self.files_to_fix = tuple(dict.fromkeys([*files, *(Path(problem.file) for problem in problems)]))
         first = str(problems[0]) if problems else str(error)
         more = len(problems) - 1
-        return first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")
+        self.error = first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")
+        return self.error

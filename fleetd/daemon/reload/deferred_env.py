@@ -1,70 +1,70 @@
-"""The env files of a process that was BLOCKED, read again before it may start.
+"""Read the env files of a BLOCKED process again before it may start.
 
-The rules of this file
-- What is read becomes part of the configuration that runs, and the fleet is told of it while the process is still BLOCKED: the
-  next plan finds nothing changed, and nothing starts twice.
-- A file that is there and wrong keeps its process BLOCKED, with what is wrong: in itself, or for the engine beside its options.
+Invariants:
+- The result becomes part of the active configuration, and the fleet receives it while the process is still BLOCKED: the
+  next plan shows no change, and nothing starts twice.
+- An invalid file keeps its process BLOCKED, with the problem: of the file itself, or of the engine with its options.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fleetd.core.data.events import Event, SpecChanged
-from fleetd.daemon.effects.processes import written
-from fleetd.daemon.reload.active import Configuration
+from fleetd.daemon.effects.run import with_launch
+from fleetd.daemon.reload.active import ActiveConfiguration
 from fleetd.engines.base import OptionProblem
 from fleetd.errors import EngineError
 from fleetd.resolver.environment import EnvSource, Variables, read_env_file
 from fleetd.resolver.launch_plan import LaunchPlan
 
 Missing = tuple[str, ...]
-PATIENCE_S = 5.0  # for a change of the configuration that is under way
+LOCK_WAIT_S = 5.0  # for a change of the configuration in progress
 
 
-class LateEnvironment:
-    """`missing()` and `missing_models()` are what the fleet was told to be absent."""
+@dataclass(slots=True)
+class MissingPrerequisites:
+    """What is missing, by process and by held model; names that miss nothing are left out."""
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        dispatch: Callable[[Event], None],
-        missing: Callable[[], tuple[Mapping[str, Missing], Mapping[str, Missing]]],
-    ) -> None:
-        self._configuration = configuration
+    processes: dict[str, Missing] = field(default_factory=dict)
+    models: dict[str, Missing] = field(default_factory=dict)
+
+
+class DeferredEnvironment:
+    """Read env files that were missing when the configuration was read."""
+
+    def __init__(self, config: ActiveConfiguration, dispatch: Callable[[Event], None]) -> None:
+        self._config = config
         self._dispatch = dispatch
-        self._missing = missing
 
-    async def read(self, name: str) -> Missing | None:
-        """Read the files of a process; return what keeps it from starting, None: ask again."""
-        configuration = self._configuration
-        plan = configuration.assembly.plans.get(name)
+    async def read(self, name: str, reported: MissingPrerequisites) -> Missing | None:
+        """Read the files of a process; return what still blocks it, None: ask again.
+
+        `reported` is what the fleet knows to be missing; it is repeated with the new spec.
+        """
+        config = self._config
+        plan = config.plans.get(name)
         if plan is None or plan.env_source is None:
             return ()
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                await configuration.applying.acquire()
+            async with asyncio.timeout(LOCK_WAIT_S):
+                await config.applying.acquire()
         except TimeoutError:
             return None
         try:
-            if configuration.assembly.plans.get(name) is not plan:
+            if config.plans.get(name) is not plan:
                 return None
-            env, wrong = await asyncio.to_thread(_read, plan, plan.env_source)
-            if not wrong:
-                self._complete(plan, env)
-            return wrong
+            env, problems = await asyncio.to_thread(_read, plan, plan.env_source)
+            if not problems and (env != plan.own_env or plan.unread):
+                config.amend(with_environment(plan, env))
+                spec = config.assembly.spec
+                self._dispatch(SpecChanged(spec, missing=reported.processes, missing_models=reported.models))
+            return problems
         finally:
-            configuration.applying.release()
-
-    def _complete(self, plan: LaunchPlan, env: dict[str, str]) -> None:
-        if env == plan.own_env and not plan.unread:
-            return
-        self._configuration.amend(with_environment(plan, env))
-        missing, models = self._missing()
-        self._dispatch(SpecChanged(self._configuration.assembly.spec, missing=missing, missing_models=models))
+            config.applying.release()
 
 
 def with_environment(plan: LaunchPlan, env: dict[str, str]) -> LaunchPlan:
@@ -76,29 +76,29 @@ def with_environment(plan: LaunchPlan, env: dict[str, str]) -> LaunchPlan:
     if plan.external:
         return plan
     try:
-        return written(replace(plan, missing_program=plan.missing_program or "written anew"))
+        return with_launch(plan)
     except EngineError as error:
         return replace(plan, missing_program=error.sentence)
 
 
 def _read(plan: LaunchPlan, source: EnvSource) -> tuple[dict[str, str], Missing]:
-    """Return the environment that the files make, and what is wrong or absent. Blocks."""
+    """Return the environment of the files, and what is invalid or missing. Blocks."""
     contents: list[Variables] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     for path, key in source.files.items():
         found = read_env_file(Path(path))
         if found is None:
-            wrong.append(f"{key}: {path} (it does not exist)")
+            problems.append(f"{key}: {path} (it does not exist)")
             continue
         contents.append(found[0])
         mistakes = found[1]
-        said = [f"line {line}: {message}" for line, message in mistakes.lines[:1]]
-        wrong += [f"{key}: {one}" for one in [mistakes.general, *(f"{path} ({text})" for text in said)] if one]
+        lines = [f"line {line}: {message}" for line, message in mistakes.lines[:1]]
+        problems += [f"{key}: {one}" for one in [mistakes.general, *(f"{path} ({text})" for text in lines)] if one]
     env = source.made(contents)
-    judged = plan.engine.validate(replace(plan.context, env=env)) if not wrong else ()
-    wrong += [f"{plan.place}.{'.'.join(map(str, one.path))}: {one.message}" for one in judged if _refuses(one)]
-    return env, tuple(wrong)
+    judged = plan.engine.validate(replace(plan.context, env=env)) if not problems else ()
+    problems += [f"{plan.place}.{'.'.join(map(str, one.path))}: {one.message}" for one in judged if _blocks(one)]
+    return env, tuple(problems)
 
 
-def _refuses(found: OptionProblem) -> bool:
+def _blocks(found: OptionProblem) -> bool:
     return found.path[:1] == ("env",) and not found.warning

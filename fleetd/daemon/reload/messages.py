@@ -1,10 +1,10 @@
-"""What passes between the daemon and the process that reads fleet.yaml for it.
+"""The messages between the daemon and the worker process that reads fleet.yaml.
 
-The rules of this file
-- The daemon never loads pydantic, YAML or the schema for a configuration: all that it gets are plain dataclasses. What it keeps
-  of the configuration itself is opaque to it, and handed back for the next comparison.
-- An engine travels as its name; options that are only values travel as such.
-- Both ends are the same program of the same user; a message is pickled, and anything unexpected in it is one clear error.
+Invariants:
+- The daemon never imports pydantic, YAML or the schema for a configuration: it receives plain dataclasses. The
+  configuration itself is opaque to it, and is returned to the worker for the next comparison.
+- An engine is sent as its name, and options that are only values as values.
+- Both ends are the same program of the same user: messages are pickled, and an invalid one is a HostError.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The first answer: where the fleet lives, so that the rest can be looked up there."""
+    """The first answer: the folders of the fleet, which hold inputs of the second half."""
 
     paths: FleetPaths
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What the second half of a reading needs. `running` are the processes that hold their ports now, `before` is `kept` of the
-    configuration that runs (None: nothing runs yet)."""
+class ReadInputs:
+    """The inputs of the second half of a reading.
+
+    `running` are the processes that hold their ports now, `before` is `kept` of the active configuration (None: none).
+    """
 
     around: Surroundings
     running: frozenset[str]
@@ -44,8 +46,11 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a file amounts to. `edits` lead from what runs to it; `kept` is for the next comparison; `shown` is the normalised
-    configuration, secrets hidden, as compressed JSON."""
+    """The result of reading a file.
+
+    `edits` are the differences from the active configuration; `kept` is the input of the next comparison; `shown` is the
+    normalised configuration, secrets hidden, as compressed JSON.
+    """
 
     assembly: Assembly
     edits: tuple[Edit, ...]
@@ -55,7 +60,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The file cannot be used: every problem, and all files that it is made of."""
+    """The file cannot be used: every problem, and all files that it consists of."""
 
     problems: tuple[Problem, ...]
     hint: str | None
@@ -64,13 +69,13 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something else went wrong, in one sentence."""
+    """Another failure, in one sentence."""
 
     message: str
 
 
 def pack(value: Any) -> bytes:
-    """Return a message."""
+    """Return a value as a message."""
     own: dict[type, Any] = {**copyreg.dispatch_table}
     if isinstance(value, Reading):
         for plan in value.assembly.plans.values():
@@ -85,19 +90,20 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(message: bytes, kind: type[T]) -> T:
-    """Return what a message holds. Raises ConfigError for a refusal, HostError for a failure and for anything unexpected."""
+    """Return the value of a message.
+
+    Raises ConfigError for a refusal, HostError for a failure and for an invalid message.
+    """
     try:
         found = pickle.loads(message)  # noqa: S301 - from our own child, over a pipe of our own
     except Exception as error:
-        raise HostError(
-            f"the reader of the configuration answered nonsense: {type(error).__name__}: {error}"
-        ) from error
+        raise HostError(f"config worker sent an invalid response: {type(error).__name__}: {error}") from error
     if isinstance(found, Refusal):
         raise ConfigError(found.problems, hint=found.hint, files=found.files)
     if isinstance(found, Failure):
         raise HostError(found.message)
     if not isinstance(found, kind):
-        raise HostError(f"the reader of the configuration answered nonsense: {type(found).__name__}")
+        raise HostError(f"config worker sent an invalid response: {type(found).__name__}")
     return found
 
 

@@ -1,7 +1,7 @@
-"""What begins before the daemon's own modules are loaded: the reading of fleet.yaml, on another core.
+"""Start reading fleet.yaml in a worker process before the daemon's own modules are imported.
 
-The rules of this file
-- It imports next to nothing; that is what it is for.
+Invariants:
+- Keep imports minimal: this module runs before everything else is loaded.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fleetd.host.process.worker import WorkerProcess
 
-LIMIT_S = 120.0  # for one reading: thousands of model files' headers from a cold, slow disk
+LIMIT_S = 120.0  # for one reading: headers of thousands of model files on a slow disk with a cold cache
 
 
 def begin_reading(path: Path) -> WorkerProcess:
-    """Have a file read; its places come as the first message. Raises HostError."""
+    """Start a worker on a file; its first answer is the fleet's folders. Raises HostError."""
     companion = WorkerProcess("fleetd.daemon.reload.worker")
     try:
         ask_to_read(companion, path)
@@ -29,5 +29,5 @@ def begin_reading(path: Path) -> WorkerProcess:
 
 
 def ask_to_read(companion: WorkerProcess, path: Path) -> None:
-    """Have a file read by a companion that has nothing else to do. Raises HostError."""
+    """Send a file to an idle worker. Raises HostError."""
     companion.send(pickle.dumps((str(path), dict(os.environ))), time.monotonic() + LIMIT_S)

@@ -1,10 +1,10 @@
-"""The process that reads fleet.yaml for the daemon: read, check, assemble, compare, answer.
+"""The worker process that reads fleet.yaml for the daemon: read, check, assemble, compare, answer.
 
-The rules of this file
-- Two messages in, two out (`readings`): the file and its environment for the places; then the circumstances for the rest. After
-  that, or after a refusal, the next file may come; the end of the pipe is the end.
-- Whatever goes wrong is an answer. Nothing else is written to the pipe: what a library prints goes to stderr.
-- When the daemon is gone, so is this, without a word.
+Invariants:
+- Two messages in, two out: the file and its environment for the folders of the fleet, then ReadInputs for the Reading.
+  After that, or after a Refusal, the next file may come; the worker exits when the pipe is closed.
+- Every failure is an answer. Nothing else is written to the pipe: output of libraries goes to stderr.
+- When the daemon is gone, the worker exits silently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema.change_effects import DAEMON_KEYS
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.secrets import redact
-from fleetd.daemon.reload.messages import Circumstances, Failure, Places, Reading, Refusal, pack, unpack
+from fleetd.daemon.reload.messages import Failure, Places, Reading, ReadInputs, Refusal, pack, unpack
 from fleetd.errors import ConfigError, FleetError
 from fleetd.host.system.ports import is_free
 from fleetd.resolver import check
@@ -35,8 +35,8 @@ _HEAD_BYTES = 8
 _FASTEST = 1
 
 
-def read(loaded: LoadedConfig, given: Circumstances) -> Reading:
-    """Assemble what was loaded, and compare it with what runs. Raises ConfigError with every problem."""
+def read(loaded: LoadedConfig, given: ReadInputs) -> Reading:
+    """Assemble a loaded file and compare it with the active one. Raises ConfigError with every problem."""
     ports = {**kept_ports(paths_of(loaded).state), **given.around.ports}
 
     def usable(name: str, port: int) -> bool:
@@ -54,7 +54,10 @@ def read(loaded: LoadedConfig, given: Circumstances) -> Reading:
 
 
 def applicable(before: FleetConfig, config: FleetConfig) -> FleetConfig:
-    """Return a configuration with the keys of the one before that a daemon obeys only from its start: until then they differ."""
+    """Return a configuration with the former values of the keys that need a restart of the daemon.
+
+    So every comparison shows them as changed until the daemon restarts.
+    """
     found = config
     for key, _, below in (path.partition(".") for path in DAEMON_KEYS):
         old = getattr(before, key)
@@ -65,17 +68,17 @@ def applicable(before: FleetConfig, config: FleetConfig) -> FleetConfig:
 
 
 def _kept(content: bytes) -> FleetConfig:
-    config: FleetConfig = pickle.loads(zlib.decompress(content))  # noqa: S301 - what a reading of ours gave to the daemon
+    config: FleetConfig = pickle.loads(zlib.decompress(content))  # noqa: S301 - from an earlier Reading of a worker
     return config
 
 
 def shown(config: FleetConfig) -> Any:
-    """Return what a configuration says beyond the defaults, fit to be shown."""
+    """Return a configuration without the defaults, secrets hidden."""
     return redact(config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
 
 
 def edits(old: FleetConfig, new: FleetConfig) -> tuple[Edit, ...]:
-    """Return what differs, in the words of the control plane."""
+    """Return the differences in the terms of the control API."""
     return tuple(
         Edit(
             change.kind,
@@ -96,7 +99,7 @@ def edits(old: FleetConfig, new: FleetConfig) -> tuple[Edit, ...]:
 
 
 def main() -> None:
-    """Serve readings over stdin and stdout."""
+    """Read files on request, over stdin and stdout."""
     answers = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -104,7 +107,7 @@ def main() -> None:
             _serve(answers)
     except (BrokenPipeError, EOFError, KeyboardInterrupt):
         sys.stderr.flush()
-        os._exit(0)  # the memory of thousands of entries is the kernel's to free
+        os._exit(0)  # let the kernel free the memory of thousands of entries
 
 
 def _serve(answers: int) -> None:
@@ -112,18 +115,18 @@ def _serve(answers: int) -> None:
         path, env = pickle.loads(_message())  # noqa: S301 - from the daemon that started us
         loaded = load(Path(path), env, check.finder(env))
         _answer(answers, Places(paths_of(loaded)))
-        _answer(answers, read(loaded, unpack(_message(), Circumstances)))
+        _answer(answers, read(loaded, unpack(_message(), ReadInputs)))
     except (BrokenPipeError, EOFError):
         raise
     except ConfigError as error:
         _answer(answers, Refusal(error.problems, error.hint, error.files))
     except FleetError as error:
         _answer(answers, Failure(str(error)))
-    except Exception as error:  # noqa: BLE001 - an answer, so that the daemon can say what it was
-        _answer(answers, Failure(f"the configuration could not be read, please report it: {_told(error)}"))
+    except Exception as error:  # noqa: BLE001 - an answer, so that the daemon can report it
+        _answer(answers, Failure(f"the configuration could not be read, please report it: {_located(error)}"))
 
 
-def _told(error: Exception) -> str:
+def _located(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,11 +1,11 @@
-"""When a schedule is due, by a wall clock that may sleep, jump and change its offset.
+"""Due times of a cron schedule, for a wall clock that may sleep, jump and change its UTC offset.
 
-The rules of this file
-- Pure: now is an argument, in UTC. Differences are taken in UTC alone: two times of one zone differ by their wall clocks
-  in Python, which is an hour wrong over a change of its offset.
-- What was missed, however often, while the machine slept is due once, as soon as it is seen.
-- A time that a change of the offset skips is due right after it; one that it repeats is due once.
-- A clock that is set back makes nothing due twice; one that was wrong by far is believed anew.
+Invariants:
+- Pure: now is an argument, in UTC. Differences are taken in UTC only: Python subtracts two times of one zone by their
+  wall clocks, which is an hour wrong across an offset change.
+- Any number of due times missed during sleep of the machine is due once, at the next check.
+- A local time that an offset change skips is due right after the change; a repeated one is due once.
+- A clock that is set back makes nothing due twice; after a jump back of more than `_SET_BACK` the schedule starts over.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SET_BACK = timedelta(hours=2)
 
 
 def next_due(cron: str, zone: tzinfo, after: datetime) -> datetime:
-    """Return the first time after `after` that five fields of cron name in a zone, in UTC."""
+    """Return the first time after `after` that a five-field cron expression names in a zone, in UTC."""
     found: datetime = next(CronSim(cron, after.astimezone(zone)))
     return found.astimezone(UTC)
 
 
-class Timetable:
+class CronSchedule:
     """One schedule, followed from `now` on."""
 
     def __init__(self, cron: str, zone: tzinfo, now: datetime) -> None:
@@ -32,8 +32,8 @@ class Timetable:
         self._seen = now
         self.due = next_due(cron, zone, now)
 
-    def look(self, now: datetime) -> bool:
-        """Return whether it is due now; if so, the next time is the first one after this."""
+    def is_due(self, now: datetime) -> bool:
+        """Return whether it is due now; if so, advance to the first time after `now`."""
         if now < self._seen - _SET_BACK:
             self.due = next_due(self._cron, self._zone, now)
         self._seen = now
@@ -43,5 +43,5 @@ class Timetable:
         return True
 
     def wait_s(self, now: datetime) -> float:
-        """Return how long to wait before looking again."""
+        """Return the seconds until the next check."""
         return min(_SLEEP_S, max(0.0, (self.due - now).total_seconds()))

@@ -1,13 +1,13 @@
-"""What processes and models require to be there: looked at before anything starts, and again and again while the daemon runs.
+"""Check the paths and volumes that processes and models require: before a start, and periodically.
 
-The rules of this file
-- Every two seconds the mounts are looked at, and some of the paths; when a mount came or went, and for what is absent, all of
-  them at once. A look that hangs is given up after a few seconds, and what was not answered counts as absent.
-- What runs is stopped when what it requires is gone at two looks in a row: files that are mapped from a pulled drive would end
-  it anyhow, later and worse. A path that merely does not answer stops nothing.
-- A held model needs its file only as long as the server's store has no copy of it.
-- An answer is about the plans that were asked about: what was looked at while others came is not told, and looked at again.
-- Only a changed answer is an event. Volumes that were seen are kept over a restart, so that a swapped one is noticed.
+Invariants:
+- Every two seconds the mounts and a part of the paths are checked; missing paths, and after a mount change all paths, at
+  once. A check that hangs is abandoned after a few seconds, and its path counts as missing.
+- A running process is stopped when a prerequisite is gone at two checks in a row: files mapped from an unplugged drive
+  would crash it later. A path that only does not answer stops nothing.
+- A held model needs its file only while the server's store has no copy of it.
+- A result counts only for the plans that it was computed for; after a change the check is repeated.
+- Only a changed result is an event. Seen volumes survive a restart, so that a swapped one is detected.
 """
 
 from __future__ import annotations
@@ -16,45 +16,35 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetd.core.data.events import Event, ModelRequirementsChanged, RequirementsChanged, RestartDue
+from fleetd.core.data.events import ModelRequirementsChanged, RequirementsChanged, RestartDue
 from fleetd.core.data.state import SERVING, ProcessState, Residency
+from fleetd.daemon.context import DaemonContext
+from fleetd.daemon.reload.deferred_env import DeferredEnvironment, Missing, MissingPrerequisites
 from fleetd.errors import EngineError
 from fleetd.host.system.volumes import Look, Volumes
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from fleetd.core.queries import FleetQueries
     from fleetd.engines.base import ServedModel
 
 PERIOD_S = 2.0
 SUSPECTED_S = 0.5
 _LIMIT_S = 3.0
 _PATHS_PER_S = 2000
-_ALONE_S = 30.0
+_COPY_CHECK_S = 30.0
 _SLICE = 400
 _RUNNING = SERVING | {ProcessState.STARTING}
 _IN_MEMORY = (Residency.LOADED, Residency.LOADING)
 
-Missing = tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Absent:
-    """What is absent, by process and by held model. Names without anything absent are left out."""
-
-    processes: Mapping[str, Missing]
-    models: Mapping[str, Missing]
-
 
 class _Required:
-    """What some plans require. Never changed: a thread may be at work on it."""
+    """The prerequisites of some plans. Immutable: a thread may read it."""
 
     def __init__(self, plans: Mapping[str, LaunchPlan]) -> None:
         self.plans = plans
@@ -74,56 +64,46 @@ class _Required:
         return list(dict.fromkeys([*paths, *(source_path(held) for _, held in self.sources.values())]))
 
 
-class Requirements:
-    """The last answer for every process and held model that requires something.
+class Prerequisites:
+    """The last result for every process and held model that requires something: `reported`, as the fleet knows it."""
 
-    `state_dir` keeps which volumes were seen; None keeps nothing. `queries` tells what runs.
-    """
-
-    def __init__(
-        self,
-        dispatch: Callable[[Event], None],
-        plans: Callable[[], Mapping[str, LaunchPlan]],
-        queries: FleetQueries,
-        state_dir: Path | None = None,
-    ) -> None:
-        self._dispatch = dispatch
-        self._plans = plans
-        self._queries = queries
-        self._state_dir = state_dir
-        self._record = state_dir / "volumes.json" if state_dir is not None else None
+    def __init__(self, context: DaemonContext, deferred_env: DeferredEnvironment) -> None:
+        self._config = context.config
+        self._dispatch = context.dispatch
+        self._queries = context.queries
+        self._deferred_env = deferred_env
+        self._record = context.config.state_dir / "volumes.json"
         self.volumes = Volumes(known=read_known(self._record))
-        self._kept = dict(self.volumes.known)
+        self._saved = dict(self.volumes.known)
         self._looks: dict[Path, Look] = {}
         self._table: object = None
         self._next = 0
         self._required = _Required({})
         self._suspected: dict[tuple[str, str], Missing] = {}
-        self._alone: dict[str, tuple[bool, float]] = {}
-        self._news = asyncio.Event()
-        self.missing: dict[str, Missing] = {}
-        self.missing_models: dict[str, Missing] = {}
-        self.read_again: Callable[[str], Awaitable[Missing | None]] | None = None
+        self._copies: dict[str, tuple[bool, float]] = {}  # held model to whether its store has a copy, and when checked
+        self._check_now = asyncio.Event()
+        self.reported = MissingPrerequisites()
 
-    # -- looking --------------------------------------------------------------------------------------------------------
+    # -- checks -------------------------------------------------------------------------------------------------------
 
-    async def look(self, plans: Mapping[str, LaunchPlan]) -> Absent:
-        """Return everything that is absent now, for these plans."""
+    async def check(self, plans: Mapping[str, LaunchPlan]) -> MissingPrerequisites:
+        """Return everything that is missing now, for these plans."""
         required = self._learn(plans)
         looks = await self._look_at(required.all())
-        absent = await asyncio.to_thread(self._absent, required, looks)
+        missing = await asyncio.to_thread(self._evaluate, required, looks)
         unread = {name: _unread(plan) for name, plan in plans.items() if plan.unread}
-        return Absent({**unread, **absent.processes}, absent.models)
+        return MissingPrerequisites({**unread, **missing.processes}, missing.models)
 
-    def accept(self, absent: Absent) -> None:
-        """Take an answer that the fleet was told already; what is there again it is told by the next look."""
-        self.missing, self.missing_models = {**self.missing, **absent.processes}, dict(absent.models)
+    def accept(self, missing: MissingPrerequisites) -> None:
+        """Record a result that the fleet receives with a new spec; the next check reports what is back."""
+        self.reported.processes |= missing.processes
+        self.reported.models = dict(missing.models)
         self._suspected.clear()
-        self._news.set()
+        self._check_now.set()
 
     async def fresh(self, name: str) -> Missing:
-        """Look once more at what one process requires, right before it starts, and tell the fleet if that changed."""
-        plan = self._plans().get(name)
+        """Check one process right before it starts, and report a changed result."""
+        plan = self._config.plans.get(name)
         paths = [Path(path) for path in plan.requires] if plan is not None else []
         if not paths:
             return ()
@@ -131,33 +111,33 @@ class Requirements:
         missing = _missing(looks, paths, plan.required_by if plan is not None else {})
         if plan is not None and plan.unread and not missing:
             missing = _unread(plan)
-        if missing != self.missing.get(name, ()):
-            self.missing[name] = missing
+        if missing != self.reported.processes.get(name, ()):
+            self.reported.processes[name] = missing
             self._dispatch(RequirementsChanged(name, missing))
         return missing
 
     async def fresh_model(self, name: str) -> Missing:
-        """The same for the file of a held model."""
-        required = self._learn(self._plans())
+        """Check the file of one held model, and report a changed result."""
+        required = self._learn(self._config.plans)
         entry = required.sources.get(name)
         if entry is None:
             return ()
         looks = await self._look_at([source_path(entry[1])])
         missing = await asyncio.to_thread(self._missing_of, name, required, looks)
-        if missing != self.missing_models.get(name, ()):
-            self.missing_models[name] = missing
+        if missing != self.reported.models.get(name, ()):
+            self.reported.models[name] = missing
             self._dispatch(ModelRequirementsChanged(name, missing))
         return missing
 
-    def look_soon(self) -> None:
-        """Look again now: something changed."""
+    def recheck(self) -> None:
+        """Check everything again now."""
         self._table = None
-        self._alone.clear()
-        self._news.set()
+        self._copies.clear()
+        self._check_now.set()
 
     def needed_by(self) -> dict[str, list[str]]:
-        """Return, for every volume that something is on, the names that need it."""
-        required = self._learn(self._plans())
+        """Return the names that need each volume."""
+        required = self._learn(self._config.plans)
         found: dict[str, list[str]] = {}
         paths = [(name, path) for name, several in required.paths.items() for path in several]
         paths += [(name, source_path(held)) for name, (_, held) in required.sources.items()]
@@ -170,7 +150,7 @@ class Requirements:
         return found
 
     def why(self, mount: str) -> str | None:
-        """Return why the volume cannot be used now; None: it can."""
+        """Return why the volume cannot be used now; None: it can be."""
         for path, look in self._looks.items():
             if look.missing is not None and str(look.mount) == mount:
                 return look.missing.removeprefix(str(path)).strip(" ()")
@@ -179,13 +159,13 @@ class Requirements:
     def _learn(self, plans: Mapping[str, LaunchPlan]) -> _Required:
         if plans is not self._required.plans:
             self._required = _Required(plans)
-            self._alone.clear()
+            self._copies.clear()
             wanted = set(self._required.all())
             self._looks = {path: look for path, look in self._looks.items() if path in wanted}
         return self._required
 
     async def _look_at(self, paths: Sequence[Path]) -> Mapping[Path, Look]:
-        """Look, and return it with what else is known of before."""
+        """Check paths; return their results and the earlier ones of all other paths."""
         if not paths:
             return self._looks
         try:
@@ -195,118 +175,120 @@ class Requirements:
             looks = await asyncio.gather(*(self.volumes.limited(path) for path in paths[:_SLICE]))
             found = dict(zip(paths, looks, strict=False))
         self._looks = known = {**self._looks, **found}
-        await self._keep()
+        await self._save()
         return known
 
     async def _look_again(self, required: _Required) -> None:
-        """Look at everything when the mounts changed, else at what is absent and at the next few."""
+        """Check all paths after a mount change, otherwise the missing ones and the next part."""
         table = await asyncio.to_thread(self.volumes.table)
         paths = required.all()
         if table is not None and table == self._table and len(paths) > _SLICE:
-            absent = [path for path in paths if self._looks.get(path, Look()).missing is not None]
+            missing = [path for path in paths if self._looks.get(path, Look()).missing is not None]
             turn = list(islice(paths, self._next, self._next + _SLICE))
             self._next = self._next + _SLICE if len(turn) == _SLICE else 0
-            paths = [*absent[:_SLICE], *turn]
+            paths = [*missing[:_SLICE], *turn]
         if table != self._table:
-            self._alone.clear()
+            self._copies.clear()
         self._table = table
         await self._look_at(paths)
 
-    def _absent(self, required: _Required, looks: Mapping[Path, Look]) -> Absent:
-        """Return what these looks say. Blocks."""
+    def _evaluate(self, required: _Required, looks: Mapping[Path, Look]) -> MissingPrerequisites:
+        """Return what is missing according to `looks`. Blocks."""
         processes = {name: _missing(looks, paths, required.keys[name]) for name, paths in required.paths.items()}
         models = {name: self._missing_of(name, required, looks) for name in required.sources}
-        return Absent(
+        return MissingPrerequisites(
             {name: missing for name, missing in processes.items() if missing},
             {name: missing for name, missing in models.items() if missing},
         )
 
     def _missing_of(self, name: str, required: _Required, looks: Mapping[Path, Look]) -> Missing:
-        """Return what a held model lacks; nothing when its server's store has what it needs. Blocks."""
+        """Return what a held model misses; nothing when its server's store has a copy. Blocks."""
         plan, held = required.sources[name]
-        said = looks.get(source_path(held), Look()).missing
-        if said is None:
+        missing = looks.get(source_path(held), Look()).missing
+        if missing is None:
             return ()
-        return () if self._stands_alone(name, plan, held) else (f"models.{name}.from: {said}",)
+        return () if self._has_copy(name, plan, held) else (f"models.{name}.from: {missing}",)
 
-    def _stands_alone(self, name: str, plan: LaunchPlan, held: ServedModel) -> bool:
-        """Return whether the store has a copy; asked again after half a minute."""
+    def _has_copy(self, name: str, plan: LaunchPlan, held: ServedModel) -> bool:
+        """Return whether the store has a copy; a result counts for half a minute."""
         store, now = plan.engine.store, time.monotonic()
-        if store is None or self._state_dir is None:
+        if store is None:
             return False
-        known = self._alone.get(name)
-        if known is None or now - known[1] > _ALONE_S:
+        known = self._copies.get(name)
+        if known is None or now - known[1] > _COPY_CHECK_S:
             try:
-                known = store.has_copy(plan.context, plan.endpoint, held, self._state_dir), now
+                known = store.has_copy(plan.context, plan.endpoint, held, self._config.state_dir), now
             except (EngineError, OSError, ValueError):
                 known = False, now
-            self._alone[name] = known
+            self._copies[name] = known
         return known[0]
 
-    # -- telling --------------------------------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Check for ever."""
         while True:
-            self._news.clear()
-            self._learn(self._plans())
+            self._check_now.clear()
+            self._learn(self._config.plans)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._period_s()):
-                    await self._news.wait()
-            required = self._learn(self._plans())
+                    await self._check_now.wait()
+            required = self._learn(self._config.plans)
             await self._look_again(required)
-            now = await asyncio.to_thread(self._absent, required, self._looks)
+            now = await asyncio.to_thread(self._evaluate, required, self._looks)
             if self._required is not required:
                 continue
-            hindered = {name: await self._hindrance(name) for name in set(self.missing) - set(now.processes)}
-            for name in {**self.missing, **now.processes}:
-                self._tell_process(name, now.processes.get(name) or hindered.get(name, ()))
-            for name in {**self.missing_models, **now.models}:
-                self._tell_model(name, now.models.get(name, ()))
+            unread = {
+                name: await self._read_deferred_env(name) for name in set(self.reported.processes) - set(now.processes)
+            }
+            for name in {**self.reported.processes, **now.processes}:
+                self._report_process(name, now.processes.get(name) or unread.get(name, ()))
+            for name in {**self.reported.models, **now.models}:
+                self._report_model(name, now.models.get(name, ()))
 
     def _period_s(self) -> float | None:
-        """Return when to look again; None: nothing requires anything, until the plans change."""
-        if not self._required.paths and not self._required.sources and not self.missing:
+        """Return the seconds until the next check; None: nothing requires anything until the plans change."""
+        if not self._required.paths and not self._required.sources and not self.reported.processes:
             return None
         return SUSPECTED_S if self._suspected else PERIOD_S
 
-    async def _hindrance(self, name: str) -> Missing:
-        """Return what keeps a process from starting although all that it requires is there: its files have to be read first."""
-        told = self.missing.get(name, ())
-        if not told or self.read_again is None:
+    async def _read_deferred_env(self, name: str) -> Missing:
+        """Return what still blocks a process whose prerequisites are back: its env files have to be read first."""
+        reported = self.reported.processes.get(name, ())
+        if not reported:
             return ()
-        found = await self.read_again(name)
-        return told if found is None else found
+        found = await self._deferred_env.read(name, self.reported)
+        return reported if found is None else found
 
-    def _tell_process(self, name: str, missing: Missing) -> None:
+    def _report_process(self, name: str, missing: Missing) -> None:
         process = self._queries.process(name)
         running = process is not None and process.state in _RUNNING
-        if missing != self.missing.get(name, ()):
+        if missing != self.reported.processes.get(name, ()):
             if running and missing and not self._sure("process", name, missing):
                 return
-            self.missing[name] = missing
+            self.reported.processes[name] = missing
             self._dispatch(RequirementsChanged(name, missing))
         if not missing:
-            self.missing.pop(name, None)
+            self.reported.processes.pop(name, None)
             self._suspected.pop(("process", name), None)
         elif running and process is not None and process.restart_wanted is None and self._certain(missing):
             self._dispatch(RestartDue(name, f"requires {', '.join(missing)}, absent now"))
 
-    def _tell_model(self, name: str, missing: Missing) -> None:
+    def _report_model(self, name: str, missing: Missing) -> None:
         model = self._queries.model(name)
         if not missing:
             self._suspected.pop(("model", name), None)
-        if missing == self.missing_models.get(name, ()):
+        if missing == self.reported.models.get(name, ()):
             return
         if missing and model is not None and model.state in _IN_MEMORY and not self._sure("model", name, missing):
             return
-        self.missing_models[name] = missing
+        self.reported.models[name] = missing
         if not missing:
-            self.missing_models.pop(name, None)
+            self.reported.models.pop(name, None)
         self._dispatch(ModelRequirementsChanged(name, missing))
 
     def _sure(self, kind: str, name: str, missing: Missing) -> bool:
-        """Return whether what is in use is really gone: seen twice, and never for want of an answer."""
+        """Return whether something in use is gone: missing at two checks in a row, and not only without an answer."""
         if not self._certain(missing):
             return False
         twice = self._suspected.get((kind, name)) == missing
@@ -320,20 +302,20 @@ class Requirements:
     def _certain(missing: Missing) -> bool:
         return all(Look(one).certain for one in missing)
 
-    # -- volumes that were seen -----------------------------------------------------------------------------------------
+    # -- seen volumes -------------------------------------------------------------------------------------------------
 
     def forget(self, mount: str) -> bool:
-        """Take whatever is mounted there as the right volume from now on. False when nothing was known of it."""
+        """Accept whatever is mounted there as the right volume. False: none was seen there."""
         known = self.volumes.forget(mount)
-        self.look_soon()
+        self.recheck()
         return known
 
-    async def _keep(self) -> None:
-        if self._record is None or self.volumes.known == self._kept:
+    async def _save(self) -> None:
+        if self.volumes.known == self._saved:
             return
-        self._kept = dict(self.volumes.known)
+        self._saved = dict(self.volumes.known)
         with suppress(OSError):  # it is known for the life of this daemon all the same
-            await asyncio.to_thread(write_known, self._record, self._kept)
+            await asyncio.to_thread(write_known, self._record, self._saved)
 
 
 def _unread(plan: LaunchPlan) -> Missing:
@@ -341,15 +323,15 @@ def _unread(plan: LaunchPlan) -> Missing:
 
 
 def source_path(held: ServedModel) -> Path:
-    """Return the file a held model is made from; only for those that have one."""
+    """Return the file that a held model is built from; only for those that have one."""
     assert held.source is not None
     return Path(held.source)
 
 
-def read_known(record: Path | None) -> dict[str, str]:
-    """Return the volumes that an earlier daemon saw; a damaged record counts as empty."""
+def read_known(record: Path) -> dict[str, str]:
+    """Return the volumes that an earlier daemon saw; a missing or damaged record counts as empty."""
     try:
-        data = json.loads(record.read_bytes()) if record is not None else {}
+        data = json.loads(record.read_bytes())
     except (OSError, ValueError):
         return {}
     volumes = data.get("volumes") if isinstance(data, dict) else None
@@ -366,14 +348,14 @@ def write_known(record: Path, known: Mapping[str, str]) -> None:
     part.replace(record)
 
 
-def is_about(said: str, path: str) -> bool:
-    """Say whether what is told as absent is this path."""
-    return said.startswith(f"{path} (") or f": {path} (" in said
+def is_about(entry: str, path: str) -> bool:
+    """Return whether an entry of a Missing is about this path."""
+    return entry.startswith(f"{path} (") or f": {path} (" in entry
 
 
 def _missing(looks: Mapping[Path, Look], paths: Iterable[Path], keys: Mapping[str, str]) -> Missing:
-    """Return "PATH (why)" of what is absent, behind the key of fleet.yaml that names it where one does."""
-    absent = ((path, looks.get(path, Look()).missing) for path in paths)
+    """Return "PATH (why)" of each missing path, after its key in fleet.yaml where there is one."""
+    found = ((path, looks.get(path, Look()).missing) for path in paths)
     return tuple(
-        f"{keys[str(path)]}: {said}" if str(path) in keys else said for path, said in absent if said is not None
+        f"{keys[str(path)]}: {entry}" if str(path) in keys else entry for path, entry in found if entry is not None
     )

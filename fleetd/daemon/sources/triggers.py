@@ -1,72 +1,96 @@
-"""What comes from outside by itself: saved files, changed sources, clocks.
+"""External triggers: config changes, watched trees, cron schedules.
 
-The rules of this file
-- One watch for the configuration's own files, and for those that have to be mended before it is one; one per process that has
-  `watch`; one task per `schedule`.
-- What did not change keeps its watch over a change of the configuration.
-- A changed file starts again what gave up, ended or waits for its next try; a schedule only what runs, its replicas one after
-  the other.
+Invariants:
+- One watch serves the files of the configuration and those that have to be fixed before it is valid; one watch serves
+  each process with `watch`; one task serves each `schedule`.
+- A watch or schedule that a new configuration does not change is kept.
+- A changed file also starts processes that are FAILED, EXITED or in BACKOFF; a schedule restarts only running processes,
+  the replicas of a name one after the other.
+- `FLAP_COUNT` restarts within `FLAP_WINDOW_S` pass; a further change waits until the files are quiet for `QUIET_S`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.core.data.events import RestartDue
-from fleetd.daemon.sources.flapping import COUNT, QUIET_S, WINDOW_S, FlapGuard
+from fleetd.daemon.async_tools import Tasks
+from fleetd.daemon.context import DaemonContext
 from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan
 from fleetd.resolver.resolved import Assembly
 
 if TYPE_CHECKING:
-    from fleetd.daemon.wiring import Daemon
     from fleetd.host.watch.watcher import FileWatch, TreeWatch
 
-FLAPPING = f"its files changed more than {COUNT} times within {WINDOW_S:g} s: it restarts when they were quiet for {QUIET_S:g} s"
+FLAP_COUNT = 10
+FLAP_WINDOW_S = 60.0
+QUIET_S = 10.0
+FLAPPING = (
+    f"its files changed more than {FLAP_COUNT} times within {FLAP_WINDOW_S:g} s: "
+    f"it restarts when they were quiet for {QUIET_S:g} s"
+)
 
 
-class Outside:
-    """The watches and clocks of a running daemon."""
+class FlapGuard:
+    """Limits the restarts of one process by its watched files, which the process or a build may change for ever."""
 
-    def __init__(self, daemon: Daemon, saved: Callable[[], None]) -> None:
-        self._daemon = daemon
+    def __init__(self, count: int = FLAP_COUNT, window_s: float = FLAP_WINDOW_S) -> None:
+        self._times: deque[float] = deque(maxlen=count)
+        self._window_s = window_s
+
+    def passes(self, now: float) -> bool:
+        """Return whether a restart may happen at `now` (monotonic seconds), and count it."""
+        if len(self._times) == self._times.maxlen and now - self._times[0] < self._window_s:
+            return False
+        self._times.append(now)
+        return True
+
+
+class Triggers:
+    """The watches and schedules of the active configuration. `saved` is called when its files change."""
+
+    def __init__(self, context: DaemonContext, background: Tasks, saved: Callable[[], None]) -> None:
+        self._context = context
+        self._background = background
         self._saved = saved
         self._files: FileWatch | None = None
         self._trees: dict[str, tuple[WatchPlan, TreeWatch]] = {}
-        self._quiet: dict[str, asyncio.TimerHandle] = {}  # restarts that wait until their files are quiet
+        self._delayed: dict[str, asyncio.TimerHandle] = {}  # restarts that wait until their files are quiet
         self._clocks: dict[str, tuple[Schedule, asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def follow(self, assembly: Assembly) -> None:
-        """Watch what this assembly asks for, and no more."""
+        """Watch what a configuration asks for, and no more."""
         self._follow_files(assembly)
-        for name in [name for name, (plan, _) in self._trees.items() if _plan(assembly, name, "watch") != plan]:
+        watches = {name: plan.watch for name, plan in assembly.plans.items() if plan.watch is not None}
+        schedules = {name: plan.schedule for name, plan in assembly.plans.items() if plan.schedule is not None}
+        for name in [name for name, (watch, _) in self._trees.items() if watches.get(name) != watch]:
             self._drop_tree(name)
-        for name in [
-            name for name, (schedule, _) in self._clocks.items() if _plan(assembly, name, "schedule") != schedule
-        ]:
+        for name in [name for name, (schedule, _) in self._clocks.items() if schedules.get(name) != schedule]:
             self._clocks.pop(name)[1].cancel()
-        for name, plan in assembly.plans.items():
-            if plan.watch is not None and name not in self._trees:
-                self._trees[name] = (plan.watch, self._tree(plan, plan.watch))
-            if plan.schedule is not None and name not in self._clocks:
-                task = self._daemon.background.start(self._clock(name, plan.schedule), f"schedule of {name}")
-                self._clocks[name] = (plan.schedule, task)
+        for name, watch in watches.items():
+            if name not in self._trees:
+                self._trees[name] = (watch, self._tree(assembly.plans[name], watch))
+        for name, schedule in schedules.items():
+            if name not in self._clocks:
+                task = self._background.start(self._clock(name, schedule), f"schedule of {name}")
+                self._clocks[name] = (schedule, task)
 
     def _follow_files(self, assembly: Assembly) -> None:
-        wanted = assembly.watch
-        if not wanted:
+        if not assembly.watch:
             if self._files is not None:
-                self._later(self._files.close())
+                self._close_later(self._files.close())
                 self._files = None
             return
         from fleetd.host.watch.watcher import FileWatch, WatchPattern
 
-        files = [*assembly.files, *self._daemon.configuration.to_mend]
+        files = [*assembly.files, *self._context.config.files_to_fix]
         patterns = [WatchPattern(folder, text) for folder, text in assembly.patterns]
         if self._files is not None:
             self._files.update(files, patterns)
@@ -80,48 +104,48 @@ class Outside:
         loop = asyncio.get_running_loop()
 
         def restart(names: str) -> None:
-            self._quiet.pop(plan.name, None)
-            self._daemon.dispatch(RestartDue(plan.name, f"changed: {names}", revive=True))
+            self._delayed.pop(plan.name, None)
+            self._context.dispatch(RestartDue(plan.name, f"changed: {names}", revive=True))
 
         def changed(paths: list[Path]) -> None:
             names = ", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else "")
-            waiting = self._quiet.pop(plan.name, None)
-            if waiting is not None:
-                waiting.cancel()
+            delayed = self._delayed.pop(plan.name, None)
+            if delayed is not None:
+                delayed.cancel()
             elif guard.passes(loop.time()):
                 restart(names)
                 return
             else:
-                self._daemon.event_log.report("process", plan.name, EventCode.WATCH_PAUSED, FLAPPING)
-            self._quiet[plan.name] = loop.call_later(QUIET_S, restart, names)
+                self._context.reporter.events.report("process", plan.name, EventCode.WATCH_PAUSED, FLAPPING)
+            self._delayed[plan.name] = loop.call_later(QUIET_S, restart, names)
 
-        ours = self._daemon.configuration.assembly.paths  # what fleetd writes itself is nobody's source
+        ours = self._context.config.assembly.paths  # fleetd's own writes trigger nothing
         never = (ours.state, ours.run, ours.logs)
         return TreeWatch(watch.paths, changed, ignore=watch.ignore, never=never, debounce_s=watch.debounce_s)
 
     def _drop_tree(self, name: str) -> None:
         _, watch = self._trees.pop(name)
-        waiting = self._quiet.pop(name, None)
-        if waiting is not None:
-            waiting.cancel()
-        self._later(watch.close())
+        delayed = self._delayed.pop(name, None)
+        if delayed is not None:
+            delayed.cancel()
+        self._close_later(watch.close())
 
     async def _clock(self, name: str, schedule: Schedule) -> None:
-        from fleetd.daemon.sources.cron import Timetable
+        from fleetd.daemon.sources.cron import CronSchedule
 
-        timetable = Timetable(schedule.cron, time_zone(schedule.timezone), datetime.now(UTC))
+        cron = CronSchedule(schedule.cron, time_zone(schedule.timezone), datetime.now(UTC))
         while True:
-            await asyncio.sleep(timetable.wait_s(datetime.now(UTC)))
-            if timetable.look(datetime.now(UTC)):
-                self._daemon.dispatch(RestartDue(name, f"schedule {schedule.cron}", in_turn=True))
+            await asyncio.sleep(cron.wait_s(datetime.now(UTC)))
+            if cron.is_due(datetime.now(UTC)):
+                self._context.dispatch(RestartDue(name, f"schedule {schedule.cron}", in_turn=True))
 
-    def _later(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _close_later(self, closing: Coroutine[Any, Any, None]) -> None:
+        task = self._context.tasks.start(closing, "close a watch")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Stop every watch and schedule."""
         if self._files is not None:
             await self._files.close()
             self._files = None
@@ -131,11 +155,6 @@ class Outside:
             task.cancel()
         self._clocks.clear()
         await asyncio.gather(*self._closing, return_exceptions=True)
-
-
-def _plan(assembly: Assembly, name: str, what: str) -> object:
-    plan = assembly.plans.get(name)
-    return getattr(plan, what) if plan is not None else None
 
 
 def time_zone(name: str | None) -> tzinfo:

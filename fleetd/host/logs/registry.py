@@ -127,7 +127,10 @@ class LogRegistry:
         *,
         total_bytes: int | None = None,
         hand_path: Callable[[str], Path | None] = lambda _token: None,
+        report_lost: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
+        """`report_lost(name, sentence)` is called when the log of a running process was deleted."""
+        self._report_lost = report_lost
         self._hand_path = hand_path
         self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
         self._archiver = ThreadPoolExecutor(1, thread_name_prefix="fleetd-archive")
@@ -140,7 +143,6 @@ class LogRegistry:
         self._can_punch = True
         self._written: dict[str, int] = {}  # inode of the file that a run writes into by itself
         self._lost: dict[str, str] = {}
-        self.tell_lost: Callable[[str, str], None] = lambda _name, _sentence: None
         self.problems: dict[str, str] = {}
         self.grew = True  # between the last two looks
 
@@ -375,7 +377,7 @@ class LogRegistry:
         known = set(self._lost)
         found = await loop.run_in_executor(self._pool, self.look)
         for name in set(self._lost) - known:
-            self.tell_lost(name, self._lost[name])
+            self._report_lost(name, self._lost[name])
         for name in found:
             if name not in self._rotating:
                 self._rotating.add(name)

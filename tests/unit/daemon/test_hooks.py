@@ -1,4 +1,4 @@
-"""Hooks beside a stop: whichever comes first, no hook goes on that nobody waits for."""
+"""A pre_start hook and a stop, in either order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 
+from fleetd.core.data.events import Tick
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.effects.hooks import Hooks
 from fleetd.errors import HostError
 
 
 def plan(name: str) -> Any:
-    return SimpleNamespace(
-        name=name, execution=SimpleNamespace(pre_start=("slow",), post_stop=(), cwd=None), environment=lambda _: {}
-    )
+    return SimpleNamespace(name=name, execution=SimpleNamespace(pre_start=("slow",), post_stop=(), cwd=None))
 
 
-class Endless:
-    """A machine on which no program ends by itself."""
+class EndlessCommands:
+    """Commands that never exit by themselves."""
 
     def __init__(self) -> None:
         self.running = asyncio.Event()
@@ -32,22 +31,27 @@ class Endless:
 
 
 async def refused(order: str) -> str:
-    machine, stopped = Endless(), False
-    hooks = Hooks(machine, Tasks(lambda *_: None), {}, lambda *_: None, lambda _: stopped)  # type: ignore[arg-type]
+    commands, stopped = EndlessCommands(), False
+    context: Any = SimpleNamespace(
+        queries=SimpleNamespace(process=lambda _: "a process", is_wanted=lambda _: not stopped),
+        tasks=Tasks(lambda *_: None),
+        config=SimpleNamespace(environment=lambda _: {}),
+    )
+    hooks = Hooks(context, commands)
     if order == "the stop first":
         stopped = True
-        hooks.break_off()
+        hooks.cancel_unwanted(Tick())
     hook = asyncio.ensure_future(hooks.pre_start(plan("a")))
     if order == "the hook first":
-        await machine.running.wait()
+        await commands.running.wait()
         stopped = True
-        hooks.break_off()
+        hooks.cancel_unwanted(Tick())
     with pytest.raises(HostError) as caught:
         await asyncio.wait_for(hook, 10)
-    assert machine.running.is_set() == (order == "the hook first")
+    assert commands.running.is_set() == (order == "the hook first")
     return str(caught.value)
 
 
 @pytest.mark.parametrize("order", ["the hook first", "the stop first"])
-def test_a_stop_and_a_hook_in_either_order(order: str) -> None:
+def test_hook_fails_when_a_stop_comes_before_or_after(order: str) -> None:
     assert "its pre_start hook failed: a stop" in asyncio.run(refused(order))

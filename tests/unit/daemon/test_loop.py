@@ -1,4 +1,4 @@
-"""The single writer: order, re-entrance, the timer, and what happens to a bug."""
+"""The fleet loop: order, re-entrance, the timer, subscribers, and bugs of the fleet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fleetd.daemon.loop import FleetLoop
 
 
 class ScriptedFleet:
-    """Answers each event with what a function says, and remembers what it saw."""
+    """Answer each event by a function, and record the events."""
 
     def __init__(self, answer: Callable[[Event], list[Command]] = lambda event: []) -> None:
         self.answer, self.seen, self.deadline = answer, [], None
@@ -42,7 +42,7 @@ class Recorder:
         self.hook(command)
 
 
-def test_a_command_that_dispatches_is_handled_after_its_event() -> None:
+def test_event_of_a_command_is_handled_after_its_step() -> None:
     def answer(event: Event) -> list[Command]:
         return [Spawn(event.name, 1, "asked"), Spawn(event.name, 2, "asked")] if event == StartRequested("a") else []
 
@@ -58,7 +58,7 @@ def test_a_command_that_dispatches_is_handled_after_its_event() -> None:
     assert [command.generation for command in executor.commands] == [1, 2]
 
 
-def test_the_deadline_becomes_one_tick() -> None:
+def test_deadline_becomes_one_tick() -> None:
     fleet = ScriptedFleet()
 
     async def body() -> None:
@@ -80,7 +80,7 @@ def test_the_deadline_becomes_one_tick() -> None:
     assert fleet.seen == [StartRequested("a"), Tick()]
 
 
-def test_a_nearer_deadline_moves_the_timer_and_a_closed_loop_has_none() -> None:
+def test_nearer_deadline_moves_the_timer_until_close() -> None:
     fleet = ScriptedFleet()
 
     async def body() -> None:
@@ -102,26 +102,26 @@ def test_a_nearer_deadline_moves_the_timer_and_a_closed_loop_has_none() -> None:
     asyncio.run(body())
 
 
-def test_a_bug_in_the_fleet_is_told_and_the_next_event_is_handled() -> None:
+def test_fleet_bug_is_reported_and_the_loop_continues() -> None:
     def answer(event: Event) -> list[Command]:
         if event == StartRequested("bad"):
             raise ValueError("impossible")
         return []
 
-    told: list[tuple[Event, Exception]] = []
+    faults: list[tuple[Event, Exception]] = []
     fleet = ScriptedFleet(answer)
-    loop = FleetLoop(fleet, Recorder(), fault=lambda event, error: told.append((event, error)))
+    loop = FleetLoop(fleet, Recorder(), fault=lambda event, error: faults.append((event, error)))
 
     async def body() -> None:
         loop.dispatch(StartRequested("bad"))
         loop.dispatch(StartRequested("good"))
 
     asyncio.run(body())
-    assert [(event, str(error)) for event, error in told] == [(StartRequested("bad"), "impossible")]
+    assert [(event, str(error)) for event, error in faults] == [(StartRequested("bad"), "impossible")]
     assert fleet.seen[-1] == StartRequested("good")
 
 
-def test_without_a_listener_a_bug_is_raised_and_the_loop_still_works() -> None:
+def test_fleet_bug_without_fault_handler_is_raised() -> None:
     fleet = ScriptedFleet(lambda event: 1 / 0 if event == StartRequested("bad") else [])
     loop = FleetLoop(fleet, Recorder())
 
@@ -134,28 +134,29 @@ def test_without_a_listener_a_bug_is_raised_and_the_loop_still_works() -> None:
     assert fleet.seen == [StartRequested("bad"), StartRequested("good")]
 
 
-def test_the_observer_sees_every_step_in_order() -> None:
-    steps: list[tuple[Event, list[Command]]] = []
-    fleet = ScriptedFleet(lambda event: [Spawn("a", 1, "r")])
-    loop = FleetLoop(fleet, Recorder(), observe=lambda event, commands, now: steps.append((event, commands)))
+def test_subscribers_are_called_in_order_after_the_commands() -> None:
+    steps: list[tuple[str, Event, list[Command]]] = []
+    fleet, executor = ScriptedFleet(lambda event: [Spawn("a", 1, "r")]), Recorder()
+    loop = FleetLoop(fleet, executor)
+    loop.subscribe(
+        lambda event: steps.append(("first", event, list(executor.commands))),
+        lambda event: steps.append(("second", event, list(executor.commands))),
+    )
 
     async def body() -> None:
         loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-    assert steps == [(StartRequested("a"), [Spawn("a", 1, "r")])]
+    assert steps == [(name, StartRequested("a"), [Spawn("a", 1, "r")]) for name in ("first", "second")]
 
 
 def test_loop_announces_an_event_before_its_commands_start() -> None:
     order: list[str] = []
     executor = Recorder()
     executor.hook = lambda _: order.append("command")
-    loop = FleetLoop(
-        ScriptedFleet(lambda _: [Spawn("a", 1, "r")]),
-        executor,
-        announce=lambda *_: order.append("announce"),
-        observe=lambda *_: order.append("observe"),
-    )
+    loop = FleetLoop(ScriptedFleet(lambda _: [Spawn("a", 1, "r")]), executor)
+    loop.subscribe(lambda _: order.append("announce"), before_commands=True)
+    loop.subscribe(lambda _: order.append("observe"))
 
     async def body() -> None:
         loop.dispatch(StartRequested("a"))

@@ -1,4 +1,4 @@
-"""What crosses a re-execution, without one."""
+"""The command line and the pending orders of a re-execution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.core.data.events import RestartDue
-from fleetd.daemon.reexec import Wishes, command_line
+from fleetd.daemon.reexec import PendingOrders, command_line
 
 NEW = Path("/etc/n.yaml")
 
@@ -22,19 +22,19 @@ NEW = Path("/etc/n.yaml")
         ["-m", "fleetd", "run", "-cfleet.yaml"],
     ],
 )
-def test_the_new_program_is_given_the_file_of_now(words: list[str]) -> None:
+def test_command_line_names_the_active_file(words: list[str]) -> None:
     assert command_line(words, NEW) == ["-m", "fleetd", "run", "--config", "/etc/n.yaml"]
 
 
-def test_all_else_of_the_command_line_stays() -> None:
+def test_command_line_keeps_all_other_options() -> None:
     words = ["-X", "dev", "/usr/bin/fleetd", "run", "--log-file", "x.log", "--config", "a", "--log-level", "debug"]
     kept = ["-X", "dev", "/usr/bin/fleetd", "run", "--log-file", "x.log", "--log-level", "debug"]
     assert command_line(words, NEW) == [*kept, "--config", "/etc/n.yaml"]
 
 
-def test_only_what_was_adopted_is_restarted_again() -> None:
-    wishes = Wishes({"a": "an operator", "gone": "an operator"}, {"b": "a schedule"})
-    assert list(wishes.events(["a", "b", "c"])) == [
+def test_pending_orders_restart_only_adopted_processes() -> None:
+    orders = PendingOrders({"a": "an operator", "gone": "an operator"}, {"b": "a schedule"})
+    assert list(orders.events(["a", "b", "c"])) == [
         RestartDue("a", "an operator"),
         RestartDue("b", "a schedule", in_turn=True),
     ]

@@ -11,7 +11,7 @@ import pytest
 from fleetd.config.load import load
 from fleetd.control.wire import Plan
 from fleetd.core.data.specs import FootprintSource, ProcessKind
-from fleetd.daemon.reload.messages import Circumstances, Reading, pack, unpack
+from fleetd.daemon.reload.messages import Reading, ReadInputs, pack, unpack
 from fleetd.daemon.reload.worker import read
 from fleetd.errors import ConfigError
 from fleetd.resolver import check
@@ -41,7 +41,7 @@ def planned(
     for fleet in fleets:
         path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
         around = Surroundings((HOST,), env={"PATH": "/bin", "HOME": "/root"}, ports=ports)
-        reading = read(load(path, {}), Circumstances(around, frozenset(), "box", kept))
+        reading = read(load(path, {}), ReadInputs(around, frozenset(), "box", kept))
         found.append(unpack(pack(reading), Reading))
         kept, ports = found[-1].kept, found[-1].assembly.ports
         between()
