@@ -181,7 +181,7 @@ class Actions:
             rejections.append(command.reason)
             self._changes.notify()
 
-        request_id = self._port.wish(reject)
+        request_id = self._port.watch_load(reject)
         self._dispatch(e.LoadRequested(name, request_id))
 
         def check() -> Finding | None:
@@ -197,7 +197,7 @@ class Actions:
             elif not model.placements and not model.waiting:
                 found = ResultCode.FAILED, model.failure or self._reason_left(name)
             if found is not None:
-                self._port.forget_wish(request_id)
+                self._port.unwatch_load(request_id)
             return found
 
         return check
