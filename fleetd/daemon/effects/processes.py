@@ -168,7 +168,7 @@ class Processes:
         """Raise HostError when a prerequisite has gone since the last look: a server would create an empty folder."""
         missing = await self._prerequisites.fresh(name)
         if missing:
-            raise HostError(f"requires {', '.join(missing)}, absent now")
+            raise HostError(f"missing: {', '.join(missing)}")
 
     def _failed(self, run: Run, message: str, recoverable: bool) -> None:
         if self.runs.get(run.name) is run:
