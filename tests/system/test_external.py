@@ -165,7 +165,7 @@ def test_missing_file_is_reported_with_its_key(tmp_path: Path) -> None:
     where = f"models.m.options.mmproj: {tmp_path / 'projector.gguf'}"
     with fleetd(tmp_path, fleet).start() as daemon:
         blocked = daemon.until_state("m", "BLOCKED")
-        assert f"requires {where}" in blocked["reason"]
+        assert f"missing: {where}" in blocked["reason"]
         answer = daemon.chat("m")
         assert answer.status == 503
         assert where in answer.json["error"]["message"]

@@ -21,7 +21,10 @@ from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import ApiError, HostError
+<<<<<<< HEAD
 from fleetd.host.host import Host
+=======
+>>>>>>> trunk
 
 SAVED_WITHIN_S = 2.0
 _PERSISTED = frozenset({"start", "stop"})
@@ -47,7 +50,10 @@ class Actions:
         self,
         context: DaemonContext,
         changes: ChangeSignal,
+<<<<<<< HEAD
         host: Host,
+=======
+>>>>>>> trunk
         processes: Processes,
         port: DaemonFleetPort,
         saved: Callable[[], Awaitable[str | None]],
@@ -184,7 +190,7 @@ class Actions:
             rejections.append(command.reason)
             self._changes.notify()
 
-        request_id = self._port.wish(reject)
+        request_id = self._port.watch_load(reject)
         self._dispatch(e.LoadRequested(name, request_id))
 
         def check() -> Finding | None:
@@ -200,7 +206,7 @@ class Actions:
             elif not model.placements and not model.waiting:
                 found = ResultCode.FAILED, model.failure or self._reason_left(name)
             if found is not None:
-                self._port.forget_wish(request_id)
+                self._port.unwatch_load(request_id)
             return found
 
         return check

@@ -17,7 +17,10 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.control.wire import FleetEvent, rfc3339
+<<<<<<< HEAD
 from fleetd.core.data.journal import JournalEntry
+=======
+>>>>>>> trunk
 from fleetd.core.queries import FleetQueries
 from fleetd.daemon.api.event_text import EventLine, lines_of
 
@@ -28,7 +31,7 @@ _RECENT = 100
 
 
 class EventLog:
-    """The stream: `publish` adds a journal entry, `report` anything else. `keep(kind, name, event)` stores each event."""
+    """The stream: `publish_new` adds journal entries, `report` anything else. `keep(kind, name, event)` stores each event."""
 
     def __init__(self, keep: Callable[[str, str, FleetEvent], None]) -> None:
         self.seq = 0
@@ -46,6 +49,7 @@ class EventLog:
             self.seq = max(self.seq, event["seq"])
 
     def publish_new(self, queries: FleetQueries) -> None:
+<<<<<<< HEAD
         """Add the journal entries since the last call."""
         for entry in queries.journal_after(self._serial):
             self._serial = entry.serial
@@ -55,6 +59,13 @@ class EventLog:
         """Add the shown parts of one journal entry."""
         for line in lines_of(entry):
             self._add(line)
+=======
+        """Publish the journal entries since the last call."""
+        for entry in queries.journal_after(self._serial):
+            self._serial = entry.serial
+            for line in lines_of(entry):
+                self._add(line)
+>>>>>>> trunk
 
     def report(self, kind: str, name: str | None, code: EventCode, reason: str, **data: Any) -> None:
         """Add an event that is not in the core's journal."""

@@ -34,7 +34,7 @@ def explain(
             sentence, victims = _if_wanted(queries, forecast, now)
             text.append(sentence)
     if model.missing:
-        text.append(f"It is blocked: it requires {', '.join(model.missing)}, absent now. It comes back by itself.")
+        text.append(f"It is blocked; missing: {', '.join(model.missing)}. It is unblocked when they are back.")
     if store is not None:
         text.append(f"In its store it is {store['state']}: {store['detail']}.")
     if model.failure:

@@ -1,7 +1,7 @@
-"""The fleet as the gateway sees it: every request passes here twice, so everything is a dictionary away.
+"""The fleet as the gateway sees it: every request passes here twice, so every step is a dictionary look-up.
 
-The rules of this file
-- `take` and `finish` go past the inbox where the fleet need not think; the target they lead to is cached.
+Invariants:
+- `take` and `finish` bypass the inbox for warm requests; the target they lead to is cached.
 - `admit` dispatches one event; the core's Grant or Reject comes back through `granted` and `rejected`, often before `admit`
   has returned. No task, no future, no copy.
 - What a process answers on is remembered until the plans change, as the same object: the gateway compares by identity.
@@ -156,14 +156,19 @@ class DaemonFleetPort:
             self._reporter.delivery_fault("a grant could not be delivered", error)
             self.finish(command.request_id, failed=True)
 
+<<<<<<< HEAD
     def wish(self, on_reject: OnReject) -> int:
         """Return a request id for an operator's wish to load a model; its rejection, if there is one, comes back."""
+=======
+    def watch_load(self, on_reject: OnReject) -> int:
+        """Return a request id for an operator's load; `on_reject` is called if it is rejected."""
+>>>>>>> trunk
         request_id = next(self._request_ids)
         self._waiting[request_id] = (lambda _: None, on_reject)
         return request_id
 
-    def forget_wish(self, request_id: int) -> None:
-        """Nobody waits for this wish any more; it stays a wish."""
+    def unwatch_load(self, request_id: int) -> None:
+        """Drop the callback of an operator's load; the load continues."""
         self._waiting.pop(request_id, None)
 
     def rejected(self, command: Reject) -> None:

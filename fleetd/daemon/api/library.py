@@ -114,7 +114,12 @@ class Libraries:
 
     def _library(self, store: SharedStore, plan: LaunchPlan) -> Library:
         assert plan.endpoint is not None
+<<<<<<< HEAD
         return store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
+=======
+        found: Library = store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
+        return found
+>>>>>>> trunk
 
     # -- changing -------------------------------------------------------------------------------------------------------
 
@@ -174,7 +179,7 @@ class Libraries:
         sync.add(what=what, name=step.name, store=store.key, detail=note.detail)
 
     async def progress(self, number: int) -> AsyncIterator[Mapping[str, Any]]:
-        """Yield what a sync said and says, until it is over."""
+        """Yield the past and coming steps of a sync until it is over."""
         sync = self._syncs.get(number)
         if sync is None:
             raise ApiError(404, "unknown_name", f"There is no sync {number}.")

@@ -1,9 +1,9 @@
-"""The logs of processes, as `fleetctl logs` and the status screens read them.
+"""Read and follow the logs of processes for `fleetctl logs` and the status screens.
 
-The rules of this file
-- Several logs come merged: what is there is sorted where lines have times, what comes is passed on as it comes.
-- A reader that leaves closes every follower; a log that does not exist yet is empty, not a mistake. One that was deleted
-  under its process is said.
+Invariants:
+- Several logs are read one after the other and followed together.
+- A reader that disconnects closes every follower. A log that does not exist yet is empty; the loss of a log that was
+  deleted while its process writes is reported.
 """
 
 from __future__ import annotations

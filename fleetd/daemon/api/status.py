@@ -282,7 +282,7 @@ async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -
 def reason_of(model: Model) -> str:
     """Return why a model is where it is, as one sentence."""
     if model.missing:
-        return f"blocked: requires {', '.join(model.missing)}, absent now"
+        return f"blocked: missing: {', '.join(model.missing)}"
     return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
 
 

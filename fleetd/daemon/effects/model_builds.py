@@ -1,11 +1,11 @@
-"""Models as code: what fleet.yaml gives a `from` for is made in its server's store before it is loaded.
+"""Models as code: build each model with a `from` in its server's store before it is loaded.
 
-The rules of this file
-- When a server is ready, its store is compared with fleet.yaml once, and what differs is made, one model at a time in the whole
-  daemon. A load makes what it needs by itself; whoever comes second finds it made.
-- Servers that share a store share the work. Nothing is made anew when nothing changed, nothing is deleted here.
-- A model that is in memory leaves it before it is made anew, and comes back after.
-- A failure is a sentence with the key of fleet.yaml; it is tried again when its file, its volume or fleet.yaml changes.
+Invariants:
+- When a server is ready, its store is compared with fleet.yaml once, and differences are built, one model at a time in
+  the whole daemon. A load builds what it needs; a second one finds it built.
+- Servers that share a store share the work. Unchanged models are not rebuilt; nothing is deleted here.
+- A loaded model is unloaded before it is rebuilt, and loaded again afterwards.
+- A failure names the key of fleet.yaml; it is retried when its file, its volume or fleet.yaml changes.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class ModelBuilds:
             return False
         missing = await self._prerequisites.fresh_model(command.model)
         if missing:
-            raise EngineError(f"requires {', '.join(missing)}, absent now")
+            raise EngineError(f"missing: {', '.join(missing)}")
         stamp = await asyncio.to_thread(_stamp, held)
         if self._verified.get((plan.name, command.model)) == (held, stamp):
             return False

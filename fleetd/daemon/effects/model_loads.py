@@ -37,7 +37,9 @@ class ModelLoads:
         self._calls: dict[str, set[asyncio.Task[None]]] = {}
         self._changes: dict[str, int] = {}  # loads and unloads begun or ended, per process
         self._reading: set[str] = set()
-        self._lengths: dict[str, dict[str, int]] = {}  # of the context, by process and model, as the server last said
+        self._lengths: dict[
+            str, dict[str, int]
+        ] = {}  # context length by process and model, as the server last reported
 
     def load(self, command: Load) -> None:
         self.call(command.process, self._load(command), f"load {command.model} on {command.process}")

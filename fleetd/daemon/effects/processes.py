@@ -61,6 +61,16 @@ class Processes:
         run = self.runs.get(name)
         return run if run is not None and run.generation == generation else None
 
+<<<<<<< HEAD
+=======
+    async def signal(self, name: str, signal: str) -> bool:
+        """Send a signal to the leader of a process; False if it does not run. Raises HostError for an unknown signal."""
+        run = self.runs.get(name)
+        if run is None or run.handle is None or run.dead:
+            return False
+        return await self._host.signal(run.handle, signal)
+
+>>>>>>> trunk
     async def inner_pid(self, plan: LaunchPlan) -> int | None:
         """Return the pid of the first process in a plan's container on this machine; None: not visible here."""
         if plan.contained is None:
@@ -161,7 +171,7 @@ class Processes:
         """Raise HostError when a prerequisite has gone since the last look: a server would create an empty folder."""
         missing = await self._prerequisites.fresh(name)
         if missing:
-            raise HostError(f"requires {', '.join(missing)}, absent now")
+            raise HostError(f"missing: {', '.join(missing)}")
 
     def _failed(self, run: Run, message: str, recoverable: bool) -> None:
         if self.runs.get(run.name) is run:

@@ -1,10 +1,10 @@
 """Sleep, Wake and CheckSleep carried out by engines that can sleep.
 
-The rules of this file
-- Every command is answered by one SleepSeen, also when the process dies on the way. Whatever goes wrong is FAILED: the core then
-  kills the process, since nobody knows what its memory holds.
-- What a sleeper's waking has to know (how deep it sleeps, what it said before) is kept per run of its process, and on the disk before
-  the sleep is told. Before a wake begins that is taken back: an adopted engine that sleeps without it was left half-way, and failed.
+Invariants:
+- Every command is answered by one SleepSeen, also when the process exits on the way. Every error is FAILED: the core then
+  kills the process, because the content of its memory is unknown.
+- What a wake needs (the sleep level, the earlier answer) is kept per run of the process, and is on disk before the sleep
+  is reported. It is withdrawn before a wake begins: an adopted engine that sleeps without it has failed half-way.
 - The calls go straight to the engine's own port, which is on loopback; the gateway has no route that leads to them.
 """
 
@@ -104,7 +104,7 @@ class Sleepers:
         _, endpoint, engine = self._target(command.process)
         before = self._known_of(command.process, command.generation)
         if before is None:
-            raise EngineError(f"nobody knows how deep {command.model} sleeps")
+            raise EngineError(f"the sleep level of {command.model} is unknown")
         await self._keep(command.process, command.generation, before, sleeps=False)
         await engine.wake(self._http.session, endpoint, before, timeout_s)
         return SleepState.AWAKE

@@ -272,7 +272,7 @@ class Prerequisites:
             self.reported.processes.pop(name, None)
             self._suspected.pop(("process", name), None)
         elif running and process is not None and process.restart_wanted is None and self._certain(missing):
-            self._dispatch(RestartDue(name, f"requires {', '.join(missing)}, absent now"))
+            self._dispatch(RestartDue(name, f"missing: {', '.join(missing)}"))
 
     def _report_model(self, name: str, missing: Missing) -> None:
         model = self._queries.model(name)

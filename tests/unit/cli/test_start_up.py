@@ -48,12 +48,11 @@ def processor_s(command: list[str], fleet: Path) -> float:
 
 @pytest.mark.parametrize("verb", ["status", "ps"])
 def test_within_the_budget(fleet: Path, verb: str) -> None:
-    """150 ms on a quiet machine, where a bare interpreter takes 20; a slower or busier one gets as much more.
+    """The budget holds on a quiet machine, where a bare interpreter takes 20 ms of CPU time; a slower one gets more.
 
-    Both are run in turn, and the best of each counts, so that both had the same chances.
+    One pair of adjacent runs within the budget is enough: other programs disturb some of the pairs.
     """
     pairs = [
         (processor_s([sys.executable, "-c", "pass"], fleet), processor_s([*FLEETCTL, verb], fleet)) for _ in range(8)
     ]
-    bare, status = (min(took) for took in zip(*pairs, strict=True))
-    assert status < BUDGET_S * max(1.0, bare / 0.020)
+    assert any(status < BUDGET_S * max(1.0, bare / 0.020) for bare, status in pairs), pairs

@@ -19,6 +19,7 @@ from fleetd.config.yaml.parser import MAX_FILE_BYTES, MAX_NODES, Source, compose
 from fleetd.config.yaml.scalars import resolve
 from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError, Problem
+from tests.support.cpu import slowdown
 
 
 def read(text: str) -> Any:
@@ -192,7 +193,7 @@ def test_bombs_are_refused_within_a_second(name: str) -> None:
     assert len(text) <= MAX_FILE_BYTES + 100_000
     start = time.process_time()
     messages = refused(text)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 1.0 * slowdown()
     assert len(messages) <= 101
     assert sum(len(message) for message in messages) < 50_000
 
