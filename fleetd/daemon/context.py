@@ -6,11 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
-from fleetd.control.event_codes import SHOWN, EventCode, code_of
-=======
 from fleetd.control.event_codes import SHOWN, EventCode
->>>>>>> trunk
 from fleetd.core.data.commands import Command
 from fleetd.core.data.events import Event
 from fleetd.daemon.api.event_log import EventLog
@@ -32,45 +28,26 @@ class Reporter:
         self.events = events
 
     def warn(self, name: str, sentence: str) -> None:
-<<<<<<< HEAD
-        """Report a failure that does not change the state of a process."""
-=======
         """Report what failed for a process without changing its state."""
->>>>>>> trunk
         self.log.warning(str(EventCode.WARNING), name=name, reason=sentence)
         self.events.report("process", name, EventCode.WARNING, sentence)
 
     def adoption(self, name: str, sentence: str) -> None:
-<<<<<<< HEAD
-        """Report the result for a process that an earlier daemon left running."""
-        self.log.info(str(EventCode.ADOPTION), name=name, reason=sentence)
-        self.events.report("process", name, EventCode.ADOPTION, sentence)
-
-    def model(self, name: str, code: EventCode, sentence: str) -> None:
-        """Report a change of a model in its store."""
-=======
         """Report what became of a process that an earlier daemon left running."""
         self.log.info("adoption", name=name, reason=sentence)
         self.events.report("process", name, EventCode.ADOPTION, sentence)
 
     def model(self, name: str, code: EventCode, sentence: str) -> None:
         """Report what happened to a model in its store."""
->>>>>>> trunk
         log = self.log.warning if SHOWN[code].warning else self.log.info
         log(str(code), model=name, reason=sentence)
         self.events.report("model", name, code, sentence)
 
     def damaged_file(self, path: str) -> None:
         """Report a state file that could not be read and was moved away."""
-<<<<<<< HEAD
-        self.log.warning(str(EventCode.STATE_FILE_DAMAGED), path=path)
-        reason = f"a damaged file was set aside as {path}: its contents are lost"
-        self.events.report("daemon", None, EventCode.STATE_FILE_DAMAGED, reason)
-=======
         self.log.warning("a damaged file was set aside: what it held is lost", path=path)
         text = f"a damaged file was set aside as {path}: what it held is lost"
         self.events.report("daemon", None, EventCode.STATE_FILE_DAMAGED, text)
->>>>>>> trunk
 
     def task_fault(self, task: str, error: BaseException) -> None:
         self.log.error("a task failed", task=task, exc_info=error)
@@ -83,11 +60,7 @@ class Reporter:
 
     def fleet_fault(self, event: Event, error: Exception) -> None:
         self.log.error("the fleet could not handle an event", event_seen=repr(event), exc_info=error)
-<<<<<<< HEAD
-        self.events.report("daemon", None, EventCode.INTERNAL_ERROR, f"{code_of(event)}: {error}")
-=======
         self.events.report("daemon", None, EventCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
->>>>>>> trunk
 
 
 class HttpClient:

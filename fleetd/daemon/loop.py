@@ -62,32 +62,17 @@ class FleetLoop:
         self._executor = executor
         self._fault = fault
         self._clock = clock
-<<<<<<< HEAD
-        self._announcers: list[Subscriber] = []
-        self._subscribers: list[Subscriber] = []
-=======
         self._before: list[Subscriber] = []
         self._after: list[Subscriber] = []
->>>>>>> trunk
         self._inbox: deque[Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closed = self._held = False
 
-<<<<<<< HEAD
-    def subscribe(self, *subscribers: Subscriber) -> None:
-        """Call each subscriber after every step, once the commands of the event are started."""
-        self._subscribers += subscribers
-
-    def announce_to(self, *subscribers: Subscriber) -> None:
-        """Call each subscriber with every handled event, before the commands of the event are started."""
-        self._announcers += subscribers
-=======
     def subscribe(self, *subscribers: Subscriber, before_commands: bool = False) -> None:
         """Call each subscriber at every step, after the commands of the event are started or before."""
         (self._before if before_commands else self._after).extend(subscribers)
->>>>>>> trunk
 
     def dispatch(self, event: Event) -> None:
         """Pass one event to the fleet, now or after the event that is being handled."""
@@ -123,19 +108,11 @@ class FleetLoop:
                 raise
             self._fault(event, error)
             return
-<<<<<<< HEAD
-        for announce in self._announcers:
-            announce(event)
-        for command in commands:
-            self._executor.start(command)
-        for subscriber in self._subscribers:
-=======
         for subscriber in self._before:
             subscriber(event)
         for command in commands:
             self._executor.start(command)
         for subscriber in self._after:
->>>>>>> trunk
             subscriber(event)
 
     def _set_timer(self) -> None:

@@ -94,19 +94,11 @@ class Daemon:
         self.probes = ProbeRunner(
             context, host, self.processes, Traffic(self.gateway.last_answer_s, self.port.full_since)
         )
-<<<<<<< HEAD
-        self.actions = Actions(context, self.changes, host, self.processes, self.port, store.kept)
-        self.reader = ConfigReader(config, self.processes, self.sampler, resources.learned)
-        self.applier = ConfigApplier(context, self.reader, self.prerequisites, self.actions, host.logs, store)
-        self._executor.register(self._handlers(finished))
-        self.loop.announce_to(self.processes.log_exit)
-=======
         self.actions = Actions(context, self.changes, self.processes, self.port, store.kept)
         self.reader = ConfigReader(config, self.processes, self.sampler, resources.learned)
         self.applier = ConfigApplier(context, self.reader, self.prerequisites, self.actions, host.logs, store)
         self._executor.register(self._handlers(finished))
         self.loop.subscribe(self.processes.log_exit, before_commands=True)
->>>>>>> trunk
         self.loop.subscribe(
             lambda _: reporter.events.publish_new(self.fleet.queries),
             self.port.observe,

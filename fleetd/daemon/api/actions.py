@@ -21,10 +21,6 @@ from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import ApiError, HostError
-<<<<<<< HEAD
-from fleetd.host.host import Host
-=======
->>>>>>> trunk
 
 SAVED_WITHIN_S = 2.0
 _PERSISTED = frozenset({"start", "stop"})
@@ -50,10 +46,6 @@ class Actions:
         self,
         context: DaemonContext,
         changes: ChangeSignal,
-<<<<<<< HEAD
-        host: Host,
-=======
->>>>>>> trunk
         processes: Processes,
         port: DaemonFleetPort,
         saved: Callable[[], Awaitable[str | None]],
@@ -64,7 +56,6 @@ class Actions:
         self._dispatch = context.dispatch
         self._changes = changes
         self._processes = processes
-        self._host = host
         self._port = port
 
     async def act(self, verb: str, names: Sequence[str], options: ActOptions) -> list[ActionResult]:
@@ -229,11 +220,8 @@ class Actions:
     # -- signals and order ---------------------------------------------------------------------------------------------------------
 
     async def _signal(self, name: str, signal: str) -> ActionResult:
-        run = self._processes.runs.get(name)
-        if run is None or run.handle is None or run.dead:
-            return self._result(name, ResultCode.FAILED, "not running")
         try:
-            sent = await self._host.signal(run.handle, signal)
+            sent = await self._processes.signal(name, signal)
         except HostError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
         if sent:

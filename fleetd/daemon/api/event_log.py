@@ -17,10 +17,6 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.control.wire import FleetEvent, rfc3339
-<<<<<<< HEAD
-from fleetd.core.data.journal import JournalEntry
-=======
->>>>>>> trunk
 from fleetd.core.queries import FleetQueries
 from fleetd.daemon.api.event_text import EventLine, lines_of
 
@@ -49,23 +45,11 @@ class EventLog:
             self.seq = max(self.seq, event["seq"])
 
     def publish_new(self, queries: FleetQueries) -> None:
-<<<<<<< HEAD
-        """Add the journal entries since the last call."""
-        for entry in queries.journal_after(self._serial):
-            self._serial = entry.serial
-            self.publish(entry)
-
-    def publish(self, entry: JournalEntry) -> None:
-        """Add the shown parts of one journal entry."""
-        for line in lines_of(entry):
-            self._add(line)
-=======
         """Publish the journal entries since the last call."""
         for entry in queries.journal_after(self._serial):
             self._serial = entry.serial
             for line in lines_of(entry):
                 self._add(line)
->>>>>>> trunk
 
     def report(self, kind: str, name: str | None, code: EventCode, reason: str, **data: Any) -> None:
         """Add an event that is not in the core's journal."""

@@ -156,13 +156,8 @@ class DaemonFleetPort:
             self._reporter.delivery_fault("a grant could not be delivered", error)
             self.finish(command.request_id, failed=True)
 
-<<<<<<< HEAD
-    def wish(self, on_reject: OnReject) -> int:
-        """Return a request id for an operator's wish to load a model; its rejection, if there is one, comes back."""
-=======
     def watch_load(self, on_reject: OnReject) -> int:
         """Return a request id for an operator's load; `on_reject` is called if it is rejected."""
->>>>>>> trunk
         request_id = next(self._request_ids)
         self._waiting[request_id] = (lambda _: None, on_reject)
         return request_id

@@ -114,12 +114,8 @@ class Libraries:
 
     def _library(self, store: SharedStore, plan: LaunchPlan) -> Library:
         assert plan.endpoint is not None
-<<<<<<< HEAD
-        return store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
-=======
         found: Library = store.engine.library(self._http.session, plan.endpoint, plan.context, self._config.state_dir)
         return found
->>>>>>> trunk
 
     # -- changing -------------------------------------------------------------------------------------------------------
 

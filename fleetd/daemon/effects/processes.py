@@ -61,8 +61,6 @@ class Processes:
         run = self.runs.get(name)
         return run if run is not None and run.generation == generation else None
 
-<<<<<<< HEAD
-=======
     async def signal(self, name: str, signal: str) -> bool:
         """Send a signal to the leader of a process; False if it does not run. Raises HostError for an unknown signal."""
         run = self.runs.get(name)
@@ -70,7 +68,6 @@ class Processes:
             return False
         return await self._host.signal(run.handle, signal)
 
->>>>>>> trunk
     async def inner_pid(self, plan: LaunchPlan) -> int | None:
         """Return the pid of the first process in a plan's container on this machine; None: not visible here."""
         if plan.contained is None:

@@ -150,29 +150,16 @@ def test_subscribers_are_called_in_order_after_the_commands() -> None:
     assert steps == [(name, StartRequested("a"), [Spawn("a", 1, "r")]) for name in ("first", "second")]
 
 
-<<<<<<< HEAD
-def test_announcement_comes_before_the_commands_start() -> None:
-=======
 def test_loop_announces_an_event_before_its_commands_start() -> None:
->>>>>>> trunk
     order: list[str] = []
     executor = Recorder()
     executor.hook = lambda _: order.append("command")
     loop = FleetLoop(ScriptedFleet(lambda _: [Spawn("a", 1, "r")]), executor)
-<<<<<<< HEAD
-    loop.announce_to(lambda _: order.append("announce"))
-    loop.subscribe(lambda _: order.append("subscriber"))
-=======
     loop.subscribe(lambda _: order.append("announce"), before_commands=True)
     loop.subscribe(lambda _: order.append("observe"))
->>>>>>> trunk
 
     async def body() -> None:
         loop.dispatch(StartRequested("a"))
 
     asyncio.run(body())
-<<<<<<< HEAD
-    assert order == ["announce", "command", "subscriber"]
-=======
     assert order == ["announce", "command", "observe"]
->>>>>>> trunk
