@@ -258,7 +258,7 @@ def _surroundings(screen: Screen, detail: Row) -> None:
     if detail.get("depends_on"):
         _field(screen, "After", clean(", ".join(f"{name} {word}" for name, word in detail["depends_on"].items())))
     for path, there in (detail.get("requires") or {}).items():
-        _field(screen, "Requires", clean(path) + ("" if there else screen.paint(" (absent)", RED)))
+        _field(screen, "Requires", clean(path) + ("" if there else screen.paint(" (missing)", RED)))
     for kind, probe in (detail.get("probes") or {}).items():
         verdict = screen.paint("ok", GREEN) if probe.get("ok") else screen.paint("failed", RED)
         text = f" {clean(probe['detail'])}" if probe.get("detail") else ""

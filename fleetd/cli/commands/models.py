@@ -128,7 +128,7 @@ def show(session: Session, name: str) -> int:
 def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     source = str(found.get("from") or "as in the store")
     if "size_bytes" in found:
-        source += f" ({size(found['size_bytes'])})" if found["size_bytes"] is not None else " (absent)"
+        source += f" ({size(found['size_bytes'])})" if found["size_bytes"] is not None else " (missing)"
     rows = [("from", source)]
     if found.get("digest"):
         how = f"in place, a link to {found['link_to']}" if found.get("link_to") else size(found.get("stored_bytes"))

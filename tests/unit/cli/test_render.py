@@ -171,7 +171,7 @@ def test_a_process_tells_why_it_does_not_run() -> None:
     }
     views.one_process(on, detail)
     text = out.getvalue()
-    for words in ("SIGKILL, out of memory", "/Volumes/B (absent)", "db ready", "Readiness: failed 503", "and 8 more"):
+    for words in ("SIGKILL, out of memory", "/Volumes/B (missing)", "db ready", "Readiness: failed 503", "and 8 more"):
         assert words in text
 
 

@@ -83,7 +83,7 @@ def test_the_unit_finds_the_daemons_socket(tmp_path: Path) -> None:
     moved = reload_line("version: 1\npaths: {run: ./run, state: ./s, logs: ./l}\n")
     assert moved.endswith(f"fleetctl --socket {tmp_path}/run/fleetd.sock reload")
     assert reload_line("version: [\n").endswith("fleetctl reload"), (
-        "a bad file is said, and does not stop the installation"
+        "an invalid file is reported and does not stop the installation"
     )
 
 

@@ -214,7 +214,7 @@ def test_ends_of_streams(short: Path, tail: bytes, code: int) -> None:
 
 
 def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:
-    """Its lock is held and nobody listens yet; one whose lock is free is not waited for."""
+    """fleetctl waits for a daemon that holds its lock, and not for one with a free lock."""
     path = short / "fleetd.sock"
     answer = answering(http(b'{"schema": "fleetctl/v1", "processes": [], "models": []}'))
     with path.with_name("fleetd.lock").open("w") as lock:
