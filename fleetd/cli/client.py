@@ -28,7 +28,7 @@ LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
 # For a daemon that holds its lock and does not listen. A re-execution takes a second, and ten on a busy machine.
-RETURN_S, RETRY_S = 15.0, 0.05
+RETURN_S, RETRY_S = 5.0, 0.05
 SILENCE_S = 45.0  # the server sends a comment every ten seconds
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING = 0, 1, 2, 3
@@ -136,18 +136,16 @@ class Client:
         *,
         connect_s: float = CONNECT_S,
         answer_s: float = ANSWER_S,
-        return_s: float = RETURN_S,
     ) -> None:
         self.candidates = candidates
         self.connect_s = connect_s
         self.answer_s = answer_s
-        self.return_s = return_s
 
     # -- connecting -----------------------------------------------------------------------------------------------------
 
     def connect(self) -> tuple[socket.socket, Path]:
         """Return a connected socket and its path, from the first candidate that accepts. Raises Unreachable."""
-        deadline = time.monotonic() + self.return_s
+        deadline = time.monotonic() + RETURN_S
         while True:
             try:
                 return self._connect()
