@@ -55,7 +55,7 @@ def test_parts_and_report_are_apart(source: Path, capsys: pytest.CaptureFixture[
     assert shown.err == "watch: not carried over\n"
 
 
-def test_a_new_file_is_written_and_an_old_one_kept(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_writes_new_files_and_keeps_old_ones(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = source.with_name("parts.yaml")
     assert run("one", str(source), "-o", str(out)) == 0
     assert out.read_text() == "services: {}\n"
@@ -66,7 +66,7 @@ def test_a_new_file_is_written_and_an_old_one_kept(source: Path, capsys: pytest.
     assert out.read_text() == "mine"
 
 
-def test_what_cannot_be_read(source: Path) -> None:
+def test_unreadable_input_is_an_error(source: Path) -> None:
     with pytest.raises(CliError, match="No such file") as caught:
         run("one", str(source.with_name("absent")))
     assert caught.value.exit_code == 2
@@ -83,13 +83,13 @@ def test_what_cannot_be_read(source: Path) -> None:
         run("supervisord", str(source))
 
 
-def test_an_option_of_another_kind(source: Path) -> None:
+def test_option_of_another_kind_is_a_usage_error(source: Path) -> None:
     for option in ("--instance", "--env"):
         with pytest.raises(click.UsageError, match="does not apply"):
             run("one", str(source), option, "x")
 
 
-def test_an_importer_that_wants_the_file_itself(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_importer_can_take_the_path(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("other", str(source), "--env", "production") == 0
     assert capsys.readouterr().out == "path: ecosystem.json, profile: production\n"
     with pytest.raises(CliError):
@@ -128,7 +128,7 @@ def god(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.sock
         yield listener
 
 
-def test_an_app_that_pm2_still_runs_is_told(
+def test_import_warns_about_an_app_that_pm2_runs(
     god: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "apps.json"

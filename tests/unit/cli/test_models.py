@@ -41,11 +41,11 @@ from tests.support.cli import fleetctl
         ("let n = 114340", []),
     ],
 )
-def test_what_counts_as_a_reference(line: str, kinds: list[str]) -> None:
+def test_audit_references_table(line: str, kinds: list[str]) -> None:
     assert [one.kind for one in references_in(line, "f")] == kinds
 
 
-def test_an_audit_counts_by_kind_and_file_and_leaves_out_what_is_not_ours(tmp_path: Path) -> None:
+def test_audit_counts_by_kind_and_file(tmp_path: Path) -> None:
     (tmp_path / "node_modules" / "x").mkdir(parents=True)
     (tmp_path / "node_modules" / "x" / "a.js").write_text("ollama serve")
     (tmp_path / "a.ts").write_text("// x\nconst h = 'http://localhost:11434'\nfetch(h + '/api/chat')\n")
@@ -87,7 +87,7 @@ def test_where_the_safetensors_of_a_gguf_are(keys: dict[str, Any], source: str |
     assert (found[0] if found else None) == source
 
 
-def test_a_known_source_becomes_a_route_over_both_engines_and_an_unknown_one_is_said() -> None:
+def test_migrate_routes_known_and_reports_unknown_sources() -> None:
     known = stored("coder:7b", **{"source.url": "https://huggingface.co/q/c"})
     proposal = propose([known, stored("odd:latest")], {"coder:7b": "coder"}, vllm_weight=25, device="gpu0")
     assert proposal.models["coder"] == {
@@ -115,7 +115,7 @@ def store_with(folder: Path, name: str) -> None:
     manifest.write_text(json.dumps({"schemaVersion": 2, "layers": [layer]}))
 
 
-def test_a_store_folder_is_imported_migrated_and_scanned_without_a_daemon(tmp_path: Path) -> None:
+def test_store_folder_works_without_a_daemon(tmp_path: Path) -> None:
     store_with(tmp_path / "store", "tiny")
     (tmp_path / "store" / "manifests" / "registry.ollama.ai" / "library" / "bad").mkdir()
     (tmp_path / "store" / "manifests" / "registry.ollama.ai" / "library" / "bad" / "latest").write_text("{")

@@ -35,7 +35,7 @@ def test_clean_text_steers_nothing(text: str) -> None:
 
 
 @given(ANY_TEXT)
-def test_a_coloured_line_keeps_nothing_but_colours(text: str) -> None:
+def test_coloured_line_keeps_only_colours(text: str) -> None:
     kept = re.sub(r"\x1b\[[0-9;:]*m", "", render.keep_colour(text + "\x1b[31mx\x1b[2J" + text))
     assert not STEERING.search(kept.replace("\n", ""))
 
@@ -62,7 +62,7 @@ def test_tables_fit(rows: list[tuple[str, str, str]], columns: int, unicode: boo
 
 @settings(max_examples=60)
 @given(st.lists(st.dictionaries(ANY_TEXT.filter(lambda key: key != "schema"), JSON, max_size=4), max_size=4))
-def test_a_stream_arrives_as_it_was_sent(documents: list[dict[str, Any]]) -> None:
+def test_stream_arrives_unchanged(documents: list[dict[str, Any]]) -> None:
     raw = b": fleetctl/v1\n\n"
     for number, document in enumerate(documents):
         raw += sse._frame("event", wire.document(document), number) + b": ping\n\n"

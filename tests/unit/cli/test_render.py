@@ -73,7 +73,7 @@ def test_nothing_from_outside_steers_the_terminal(raw: str, safe: str) -> None:
     assert render.clean(raw) == safe
 
 
-def test_a_log_line_keeps_colours_only() -> None:
+def test_log_line_keeps_only_colours() -> None:
     assert render.keep_colour("\x1b[1;31mred\x1b[0m \x1b[2Jx\r\x1b]0;t\x07y") == "\x1b[1;31mred\x1b[0m xy"
 
 
@@ -102,7 +102,7 @@ def screen(columns: int | None = None, unicode: bool = True, colour: bool = Fals
 COLUMNS = [Column("NAME", shrink=True), Column("LEAST", 1), Column("N", 5, right=True)]
 
 
-def test_a_table_in_a_pipe_is_whole() -> None:
+def test_table_in_a_pipe_is_complete() -> None:
     on, out = screen()
     render.table(on, COLUMNS, [["a" * 60, "x", "1"], [Cell("b", "31"), "日本", "22"]])
     lines = out.getvalue().splitlines()
@@ -110,7 +110,7 @@ def test_a_table_in_a_pipe_is_whole() -> None:
     assert lines[2] == "b" + " " * 59 + "  日本   22"
 
 
-def test_a_narrow_table_drops_the_least_then_cuts() -> None:
+def test_narrow_table_drops_columns_then_cuts() -> None:
     on, out = screen(columns=24)
     render.table(on, COLUMNS, [["a" * 20, "something", "1"]])
     assert "LEAST" not in out.getvalue()
@@ -154,7 +154,7 @@ def test_warnings(daemon: dict[str, Any], words: str) -> None:
     assert "no processes and no models" in nothing.getvalue()
 
 
-def test_a_process_tells_why_it_does_not_run() -> None:
+def test_process_view_shows_why_it_does_not_run() -> None:
     row = {"name": "web", "state": "BACKOFF", "reason": "exit code 1", "next_start_s": 3.2, "kind": "service"}
     assert views.note_of(row) == "starts in 3.2s: exit code 1"
     on, out = screen()
@@ -175,7 +175,7 @@ def test_a_process_tells_why_it_does_not_run() -> None:
         assert words in text
 
 
-def test_a_route_and_a_pinned_model() -> None:
+def test_view_of_a_route_and_a_pinned_model() -> None:
     on, out = screen()
     rows = [
         {"name": "chat", "state": "ABSENT", "routes": [{"to": "coder", "weight": 90}, {"to": "u", "weight": 10}]},

@@ -25,7 +25,7 @@ ODD = ServiceSettings(
 )
 
 
-def test_a_unit_quotes_what_it_must() -> None:
+def test_unit_quotes_special_words() -> None:
     file = systemd(ODD)
     assert file.destination == Path("/home/me/.config/systemd/user/fleetd.service")
     unit = configparser.ConfigParser(interpolation=None, strict=False)
@@ -38,14 +38,14 @@ def test_a_unit_quotes_what_it_must() -> None:
     assert unit["Install"]["WantedBy"] == "default.target"
 
 
-def test_a_system_unit_has_a_user() -> None:
+def test_system_unit_has_a_user() -> None:
     file = systemd(ServiceSettings(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": "fleet"}))
     assert file.destination == Path("/etc/systemd/system/fleetd.service")
     assert "User=fleet\n" in file.text
     assert "WantedBy=multi-user.target" in file.text
 
 
-def test_a_system_unit_is_hardened_and_lets_engines_be() -> None:
+def test_system_unit_is_hardened_as_far_as_engines_allow() -> None:
     def unit(user: str | None) -> configparser.SectionProxy:
         parsed = configparser.ConfigParser(interpolation=None, strict=False)
         parsed.optionxform = str  # type: ignore[assignment,method-assign]
@@ -65,12 +65,12 @@ def test_a_system_unit_is_hardened_and_lets_engines_be() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(examples()))
-def test_the_examples_in_the_repository_are_what_the_templates_give(name: str) -> None:
+def test_service_examples_match_the_templates(name: str) -> None:
     said = "run: python -m fleetd.cli.service_files ."
     assert (REPOSITORY / name).read_text("utf-8") == examples()[name], said
 
 
-def test_the_unit_finds_the_daemons_socket(tmp_path: Path) -> None:
+def test_unit_names_the_daemons_socket(tmp_path: Path) -> None:
     config = tmp_path / "fleet.yaml"
 
     def reload_line(text: str) -> str:
@@ -97,7 +97,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("user", [None, "fleet"])
-def test_a_property_list_is_one(user: str | None) -> None:
+def test_property_list_is_valid(user: str | None) -> None:
     file = launchd(ServiceSettings(**{name: getattr(ODD, name) for name in ODD.__slots__} | {"user": user}))
     parsed = plistlib.loads(file.text.encode())
     assert parsed["ProgramArguments"] == ["/opt/my tools/fleetd", "run", "--config", "/etc/fleet & co/50%.yaml"]
@@ -202,7 +202,7 @@ def test_completion_does_not_wait_for_a_daemon_that_hangs(short: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shells_accept_their_script(shell: str, tmp_path: Path) -> None:
+def test_shells_accept_their_completion_script(shell: str, tmp_path: Path) -> None:
     script = tmp_path / "completion"
     script.write_text(fleetctl("completion", shell).out)
     program = shutil.which(shell)
@@ -223,12 +223,12 @@ def page(**env: str) -> str:
     return done.stdout.decode()
 
 
-def test_the_page_is_current() -> None:
+def test_cli_page_is_current() -> None:
     assert (REPOSITORY / "docs/reference/cli.md").read_text("utf-8") == page(), (
         "run: python -m fleetd.cli.docgen > docs/reference/cli.md"
     )
 
 
-def test_the_page_does_not_depend_on_the_terminal() -> None:
+def test_cli_page_does_not_depend_on_the_terminal() -> None:
     assert page(COLUMNS="30") == page()
     assert os.environ.get("HOME", "/nonexistent") not in page()

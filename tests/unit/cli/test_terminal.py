@@ -32,7 +32,7 @@ def test_no_line_is_wider_than_the_terminal(fleet: Path, arguments: list[str], c
     assert re.search(r"(?m)^(web|uly)", out)
 
 
-def test_a_narrow_terminal_keeps_what_counts(fleet: Path) -> None:
+def test_narrow_terminal_keeps_important_columns(fleet: Path) -> None:
     out = shown(fleet, "status", columns=40, NO_COLOR="1").out
     head = out.splitlines()[0]
     assert head.startswith("NAME")
@@ -68,7 +68,7 @@ def test_several_logs_have_prefixes_of_their_colours(fleet: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["status"], ["logs", "web", "-n", "1000"], ["events", "-f"], ["logs", "web", "-f"]]
 )
-def test_a_reader_that_leaves_is_no_error(fleet: Path, arguments: list[str]) -> None:
+def test_closed_reader_is_no_error(fleet: Path, arguments: list[str]) -> None:
     with subprocess.Popen(
         [*FLEETCTL, *arguments],
         stdout=subprocess.PIPE,
@@ -83,7 +83,7 @@ def test_a_reader_that_leaves_is_no_error(fleet: Path, arguments: list[str]) -> 
         assert started.stderr.read() == b""
 
 
-def test_a_full_disk_is_said_plainly(fleet: Path) -> None:
+def test_full_disk_is_reported_plainly(fleet: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
@@ -147,7 +147,7 @@ def test_interruption_of_a_wait(fleet: Path) -> None:
         assert b"Traceback" not in started.stderr.read()
 
 
-def test_a_question_is_asked_on_a_terminal(fleet: Path, tmp_path: Path) -> None:
+def test_confirmation_is_requested_on_a_terminal(fleet: Path, tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text("other")
     no = shown(fleet, "apply", str(file), typed="n\n")

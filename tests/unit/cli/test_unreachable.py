@@ -53,7 +53,7 @@ def test_no_daemon(short: Path, verb: list[str]) -> None:
     assert "fleetd run" in ran.err
 
 
-def test_the_usual_places_are_named(short: Path) -> None:
+def test_default_sockets_are_named(short: Path) -> None:
     err = fleetctl("status", HOME=str(short)).err
     assert f"{short}/.fleetd/run/fleetd.sock or /run/fleetd/fleetd.sock" in err
 
@@ -73,7 +73,7 @@ def test_version_and_completion_need_no_daemon(short: Path) -> None:
     assert fleetctl("--socket", path, "completion", "bash").code == 0
 
 
-def test_a_path_that_is_no_socket_or_too_long(short: Path) -> None:
+def test_socket_path_invalid_or_too_long_is_an_error(short: Path) -> None:
     file = short / "file"
     file.write_text("")
     for path in (str(file), str(short), "/" + "x" * 300):
@@ -81,7 +81,7 @@ def test_a_path_that_is_no_socket_or_too_long(short: Path) -> None:
         assert (ran.code, len(ran.err.splitlines())) == (5, 1)
 
 
-def test_a_socket_that_is_closed_to_us(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socket_without_permission_is_an_error(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -132,14 +132,14 @@ def test_garbage(short: Path, raw: bytes) -> None:
 @pytest.mark.parametrize(
     "verb", [["status"], ["ps"], ["start", "x"], ["story", "x"], ["diff"], ["explain", "x"], ["reload"]]
 )
-def test_a_document_without_its_keys(short: Path, verb: list[str]) -> None:
+def test_document_without_keys_is_an_error(short: Path, verb: list[str]) -> None:
     with raw_server(short / "s", answering(http(b'{"schema": "fleetctl/v1"}'))) as path:
         ran = fleetctl("--socket", str(path), *verb)
         assert ran.code in (0, 1)
         assert len(ran.err.splitlines()) <= 2
 
 
-def test_an_error_page_without_a_message(short: Path) -> None:
+def test_error_page_without_a_message_is_an_error(short: Path) -> None:
     body = json.dumps({"schema": "fleetctl/v1", "error": "strange"}).encode()
     with raw_server(short / "s", answering(http(body, "500 Oops"))) as path:
         ran = fleetctl("--socket", str(path), "status")
@@ -155,7 +155,7 @@ def test_names_cannot_steer_the_terminal(short: Path) -> None:
         assert not any(character in ran.out for character in "\x1b\x07\r\u202e")
 
 
-def test_a_server_that_hangs(short: Path) -> None:
+def test_hanging_server_is_a_timeout(short: Path) -> None:
     def hang(connection: socket.socket) -> None:
         connection.settimeout(5)
         while connection.recv(65536):
@@ -171,7 +171,7 @@ def test_a_server_that_hangs(short: Path) -> None:
         assert time.monotonic() - started < 4
 
 
-def test_a_server_that_drips(short: Path) -> None:
+def test_dripping_server_is_a_timeout(short: Path) -> None:
     def drip(connection: socket.socket) -> None:
         connection.recv(65536)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
@@ -189,7 +189,7 @@ EVENT = (
 )
 
 
-def test_a_stream_that_is_cut(short: Path) -> None:
+def test_cut_stream_is_an_error(short: Path) -> None:
     with raw_server(short / "s", answering(STREAM + EVENT)) as path:
         ran = fleetctl("--socket", str(path), "events", "-f")
         assert ran.code == 5
@@ -213,7 +213,7 @@ def test_ends_of_streams(short: Path, tail: bytes, code: int) -> None:
         assert "spawn" in ran.out
 
 
-def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:
+def test_client_waits_for_a_reexecuting_daemon(short: Path) -> None:
     """fleetctl waits for a daemon that holds its lock, and not for one with a free lock."""
     path = short / "fleetd.sock"
     answer = answering(http(b'{"schema": "fleetctl/v1", "processes": [], "models": []}'))
@@ -237,7 +237,7 @@ def test_a_daemon_that_replaces_itself_is_waited_for(short: Path) -> None:
     assert time.monotonic() - began < 1
 
 
-def test_a_question_is_asked_again_when_the_daemon_hung_up_to_replace_itself(short: Path) -> None:
+def test_request_is_repeated_after_a_reexec_hang_up(short: Path) -> None:
     answers = iter([b"", http(b'{"schema": "fleetctl/v1", "n": 2}')])
     with raw_server(short / "fleetd.sock", lambda connection: answering(next(answers))(connection)) as path:
         with path.with_name("fleetd.lock").open("w") as lock:

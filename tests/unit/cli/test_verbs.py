@@ -111,7 +111,7 @@ def on(fleet: Path, *arguments: str) -> Ran:
         (["start", "broken"], "broken: exit code 1"),
     ],
 )
-def test_what_goes_wrong_is_explained(fleet: Path, typed: list[str], hint: str) -> None:
+def test_problem_is_explained_in_the_view(fleet: Path, typed: list[str], hint: str) -> None:
     assert hint in on(fleet, *typed).err
 
 
@@ -145,7 +145,7 @@ def test_documents(fleet: Path, arguments: list[str], keys: set[str]) -> None:
         assert yaml.safe_load(on(fleet, *arguments, "-o", "yaml").out).keys() == from_json.keys()
 
 
-def test_the_status_document_is_the_contract(fleet: Path) -> None:
+def test_status_document_matches_the_contract(fleet: Path) -> None:
     document = json.loads(on(fleet, "status", "-o", "json").out)
     for process in document["processes"]:
         assert {"name", "kind", "engine", "state", "desired", "reason", "pid", "generation", "port", "restarts"} <= set(
@@ -163,7 +163,7 @@ def test_streams_are_json_lines(fleet: Path) -> None:
         assert all(line["schema"] == "fleetctl/v1" for line in lines)
 
 
-def test_a_failed_action_is_a_document_too(fleet: Path) -> None:
+def test_failed_action_is_a_document(fleet: Path) -> None:
     ran = on(fleet, "start", "broken", "web", "-o", "json")
     assert ran.code == 1
     assert [row["result"] for row in json.loads(ran.out)["results"]] == ["failed", "ok"]
