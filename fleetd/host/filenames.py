@@ -1,6 +1,6 @@
 """Process names as file names, and back.
 
-The rules of this file
+Invariants:
 - A name of letters, digits, `-`, `_`, `.` (not first) is its own file name; every other byte becomes %XX.
 - The mapping is one to one and never leaves its folder. A name too long for a file name ends in a hash and cannot be read back.
 """

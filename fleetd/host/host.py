@@ -1,6 +1,6 @@
 """The machine, as the executor sees it: spawn, death, stop, sweep, adopt, usage.
 
-The rules of this file
+Invariants:
 - Made and used on one event loop; whatever may block runs in the host's own threads.
 - `on_exit` is called on the loop once per handle, within milliseconds of the leader's death, after spawn has returned.
 - A handle's record leaves the disk when its set is seen to be empty, not before.

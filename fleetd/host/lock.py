@@ -1,6 +1,6 @@
 """One daemon per run folder and per state folder, and a folder that nobody else can reach into.
 
-The rules of this file
+Invariants:
 - A lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.
 - Both folders are locked: two daemons with one state would adopt the same processes, and end them for each other.
 - The run folder is ours, 0700, and no symbolic link: it holds the control socket.

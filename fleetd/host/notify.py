@@ -1,6 +1,6 @@
 """Telling systemd how we are (sd_notify), and nothing of it to our children.
 
-The rules of this file
+Invariants:
 - The variables are taken out of the environment when the notifier is made; `environment` gives them back for an execv.
 - Sending never blocks and never fails: without systemd every call is a no-op.
 """

@@ -1,6 +1,6 @@
 """Asking a process whether it works: http, tcp, exec, a log line, or a question of its engine's own.
 
-The rules of this file
+Invariants:
 - One question at a time per probe, each with its timeout. The core judges; here is only what was seen.
 - A startup probe asks every few milliseconds at first, since a small server is up in 80 ms, and at its period later on.
   Its failures are reported when they change, and once per period; every other probe reports each answer.

@@ -1,6 +1,6 @@
 """What the daemon knows for longer than it lives.
 
-The rules of this file
+Invariants:
 - `remembered.json` (durable stops, restart counters) is small and written by rename with fsync: it decides what runs. A
   boot of the machine leaves only the stops and the counts: what had given up, or ended, gets a new chance.
 - `fleetd.db` (sqlite, WAL) holds learned footprints, history and small facts; losing it costs knowledge, never correctness.

@@ -1,6 +1,6 @@
 """The values that the host takes and gives. Frozen data, no behaviour.
 
-The rules of this file
+Invariants:
 - Durations are seconds, memory is bytes; wall-clock times are UNIX seconds, the rest is monotonic.
 - An *identity* is (pid, start time): a bare pid is never signalled, since the kernel gives pids out again.
 """

@@ -1,6 +1,6 @@
 """Captured output that outlives its collector: a named pipe whose reading end the child holds as well.
 
-The rules of this file
+Invariants:
 - The child's output is opened for reading and writing, so a daemon that dies takes no reader away: the child gets no
   SIGPIPE, what it writes waits in the pipe, and the next daemon opens the same pipe by its path.
 - Nobody reads while no daemon runs: a child that has filled the pipe waits there until one does.

@@ -1,6 +1,6 @@
 """Where the logs of a process are, and what is kept about them.
 
-The rules of this file
+Invariants:
 - NAME.log is the live file; NAME.log.1 is the youngest archive, .gz when compressed; NAME.log.json says where the live
   lines begin. Names are escaped.
 - In a live file everything before `start` is archived and freed; what is freed reads as NUL bytes. Offsets only grow.

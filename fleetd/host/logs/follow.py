@@ -1,6 +1,6 @@
 """Following a log as it grows, by (inode, offset), across rotations.
 
-The rules of this file
+Invariants:
 - The file is held open: what the pump renames away is read to its end before the new file is begun.
 - What rotation frees before it was shown is reported as a gap, in one line.
 - One step reads at most 1 MiB and the next one waits until its lines were taken: a slow reader costs nothing.

@@ -1,6 +1,6 @@
 """Reading along: a regular expression on what a run has written since its start, or all of its new lines.
 
-The rules of this file
+Invariants:
 - Only new bytes are read, in a thread, at most 8 MiB per step; a line longer than 64 KiB is matched on its first 64 KiB.
 - What was matched once stays matched: rotation cannot undo it.
 """

@@ -1,6 +1,6 @@
 """Capture by pipe: one thread reads what children say and writes it as JSON lines with times.
 
-The rules of this file
+Invariants:
 - A line is `{"t": seconds since 1970, "line": "…"}`. Lines read together share a time. Bytes that are no UTF-8 are replaced.
 - The thread never waits for anything but its pipes and the disk. What a full disk refuses is dropped and counted, so that
   the child goes on; when the disk takes lines again, one line says how many were lost.

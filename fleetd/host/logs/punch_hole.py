@@ -1,6 +1,6 @@
 """Freeing the head of a file that somebody is still writing to.
 
-The rules of this file
+Invariants:
 - The file keeps its length and its offsets; the freed part reads as NUL bytes and costs no disk.
 - Linux: fallocate with PUNCH_HOLE. macOS: fcntl F_PUNCHHOLE, whole blocks only. Elsewhere: OSError EOPNOTSUPP.
 """

@@ -1,6 +1,6 @@
 """All logs of a daemon: opened for children, marked at their end, read, followed and rotated.
 
-The rules of this file
+Invariants:
 - What touches the disk runs in a thread. A log that cannot be written or read never stops a process.
 - The mark of a death is written before `settle` returns, so before the next generation writes.
 """

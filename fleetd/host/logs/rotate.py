@@ -1,6 +1,6 @@
 """Rotation that loses no line and cuts none, while the child keeps writing into its own file.
 
-The rules of this file
+Invariants:
 - Whole lines are copied to an archive and synced, the new beginning is noted on disk, the archive takes its place, and only
   then is the copied part freed. A crash between any two steps neither loses nor doubles a line (`recover`).
 - A full disk ends a rotation before anything was freed. Memory is one block, however long the lines are.

@@ -1,6 +1,6 @@
 """What was taken out of a pipe and is not in its log yet, where it outlives a killed daemon.
 
-The rules of this file
+Invariants:
 - Bytes are read straight into a mapped file: they are in the kernel's hands before anybody could be killed over them.
 - The head says what of it is still to be written, and of a write under way how large the log was and will be. So the next
   daemon knows whether that write happened, and writes every line once.

@@ -1,6 +1,6 @@
 """The last lines of a log, read from its end.
 
-The rules of this file
+Invariants:
 - Blocks are read backwards until enough lines are there; a hole (what rotation freed) is skipped, archives come next.
 - Archives are those of one moment, whatever a rotation does meanwhile.
 - Memory is bounded: a line longer than 64 KiB keeps its first and last 32 KiB, and the whole answer stops at 16 MiB.

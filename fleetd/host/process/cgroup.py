@@ -1,6 +1,6 @@
 """cgroup v2 leaves: the one kind of process set that nothing can leave by forking.
 
-The rules of this file
+Invariants:
 - Used only where a cgroup v2 tree is ours: delegated by systemd (user.delegate), or writable on a machine without systemd.
 - Everything here may fail at any time, and then the set is known by the other means; no caller sees an error.
 - Moving a process costs about 10 ms in the kernel, so it happens after the spawn is reported.

@@ -1,6 +1,6 @@
 """Short programs: exec probes and stop commands. Run, timed, and killed with everything they started.
 
-The rules of this file
+Invariants:
 - The end of the leader ends the command; whatever of its group still lives is killed then, while the pid is still ours.
 - At the timeout the whole set is killed. At most 16 KiB of output is kept: its end.
 """

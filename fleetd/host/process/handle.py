@@ -1,6 +1,6 @@
 """A live process in the daemon's hands, and its record on disk.
 
-The rules of this file
+Invariants:
 - A record is written before the spawn (without a pid) and again after it, by rename; it goes when the set is empty.
 - Records matter only until the next boot, so they are not fsynced beyond what rename gives; torn ones are set aside.
 - What cannot be read is moved to *.corrupt, never deleted, and kills nobody.

@@ -1,6 +1,6 @@
 """The channel a Node program expects of whoever started it: `process.send('ready')`, `process.on('message')`.
 
-The rules of this file
+Invariants:
 - A socket pair; the child's end is named by NODE_CHANNEL_FD; messages are JSON, one per line.
 - A child that never reads or writes it costs nothing. A line longer than 1 MiB closes the channel.
 """

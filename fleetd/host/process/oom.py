@@ -1,6 +1,6 @@
 """Was it the kernel's out-of-memory killer? A count of its kills, compared around a death.
 
-The rules of this file
+Invariants:
 - The count is the machine's; a SIGKILL that we did not send, with a kill counted in the last seconds, is taken for one.
 """
 

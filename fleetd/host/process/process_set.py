@@ -1,6 +1,6 @@
 """Which processes belong to one run of one service, however far they fled.
 
-The rules of this file
+Invariants:
 - The set is cgroup ∪ process group ∪ session ∪ descendants ∪ carriers of the run's token ∪ members seen before.
 - A member is (pid, start time). Nothing older than the leader is a member; a recycled leader pid voids group and session.
 - `members` is pure: a snapshot in, identities out. It runs off the loop.

@@ -1,6 +1,6 @@
 """One start from beginning to end: port, log, record, program, record again. Blocks: runs in a thread.
 
-The rules of this file
+Invariants:
 - The record is on disk before the program runs, so that a daemon that dies in between can find it by its token.
 - Whatever fails leaves nothing behind: no descriptor, no record, no process.
 """

@@ -1,6 +1,6 @@
 """Ending a process set, to the last member.
 
-The rules of this file
+Invariants:
 - Stopped means: nothing of the set lives and its port is free. A dead leader alone proves nothing.
 - The leader is asked first (signal, command or message) and woken (SIGCONT), since engines end their own workers best.
   What outlives the leader is asked once itself, then killed at the deadline.

@@ -1,6 +1,6 @@
 """Every process of the machine in one pass, and signals that cannot hit the wrong one.
 
-The rules of this file
+Invariants:
 - One pass reads only `stat` files (about 10 microseconds each); environments are read for candidates alone.
 - A process is named by (pid, start time). A signal goes through a pidfd whose identity was checked after it was opened.
 - Where there is no /proc (macOS), psutil gives the same table; start times are then hundredths of a second.

@@ -1,6 +1,6 @@
 """A short-lived program of our own, spoken to over two pipes: for work that shall leave nothing behind in the daemon's memory.
 
-The rules of this file
+Invariants:
 - Nothing is imported that the interpreter has not loaded anyway: a companion is begun before the daemon's own modules are.
 - Messages are frames: eight bytes of length, then the content. Everything blocks, up to its deadline: use it in a thread.
 - It has a process group of its own, so that a Ctrl-C of the terminal is the daemon's alone; it stays in our session, which tells

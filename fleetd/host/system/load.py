@@ -1,6 +1,6 @@
 """How busy the machine is, and how large this process: for the status line alone.
 
-The rules of this file
+Invariants:
 - Each look costs microseconds and reads no process but our own.
 """
 

@@ -1,6 +1,6 @@
 """The machine's pools of memory: host, gpu0…, or one unified pool.
 
-The rules of this file
+Invariants:
 - `total_bytes` is what we may use at most: the machine's, or less where a cgroup limits us.
 - Apple silicon has one pool, `unified`; `limit_bytes` is what the system lets the GPU wire down.
 - Sampling blocks for milliseconds and happens in a thread.

@@ -1,6 +1,6 @@
 """What is mounted where, and which volume it is.
 
-The rules of this file
+Invariants:
 - On Linux the kernel's own table is read: bind mounts count, and a name with spaces or of any depth is told apart.
 - A volume is known by what is the same wherever it is plugged in: the file system's UUID, or a share's address. Where nothing
   of that kind can be read (tmpfs, FAT without udev), there is no identity, and any volume of that name will do.

@@ -1,6 +1,6 @@
 """Who listens where: from the kernel's tables, never by guessing.
 
-The rules of this file
+Invariants:
 - A port is free when it can be bound. Its owner is found by the listening socket's inode in /proc/*/fd.
 - Everything here but `check_free` may walk /proc: call it in a thread.
 """

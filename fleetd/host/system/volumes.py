@@ -1,6 +1,6 @@
 """What a process requires to be there: files, folders, and the volumes that they are on.
 
-The rules of this file
+Invariants:
 - A path on a removable, listed or known volume is there only while that volume is mounted: an empty mount point is not the
   volume, and what somebody wrote into the mount point is not it either.
 - Looking may hang (a dead network share): each look has a thread and a limit, and what does not answer is missing.

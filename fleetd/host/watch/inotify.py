@@ -1,6 +1,6 @@
 """Changes in folders, told by the kernel itself (Linux): nothing runs until something happens.
 
-The rules of this file
+Invariants:
 - Folders alone, not what is below them; a change of one is reported as the path of its entry.
 - An overflow of the kernel's queue is reported as a change of every folder.
 """

@@ -1,6 +1,6 @@
 """Noticing saved files, whatever way the editor saves them.
 
-The rules of this file
+Invariants:
 - Folders are watched, never inodes: a rename over the file, a swapped symbolic link and a new folder are all seen.
 - What is reported is a saved file (configuration; a touch is a save) or a changed name in a tree (watch.paths), after a quiet
   moment. What a pattern matches is watched as what is named, and so are the folders in which more may come.
