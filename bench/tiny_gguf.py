@@ -2,7 +2,7 @@
 
     python -m bench.tiny_gguf models/tiny.gguf --layers 2 --embedding 64 --seed 1
 
-The rules of this file
+Invariants:
 - The file is a true model: llama.cpp loads it, chats and embeds with it. Its words are noise, its costs are real.
 - Equal arguments give equal bytes. `TinyModel.weight_bytes` says the tensor bytes without writing.
 - Weights are drawn one tensor at a time, so a large model needs no more memory than its largest tensor, doubled.

@@ -1,6 +1,6 @@
 """Durations, sizes, percentages and home folders as people write them, and back.
 
-The rules of this file
+Invariants:
 - Pure text and numbers. Every mistake is a `ValueError` whose text is one sentence a person can act on.
 - Durations are seconds (float), sizes are bytes (int), percentages are fractions of one (float).
 - A unit is never guessed: a bare number other than 0 is not a duration, and `10G` is neither 10GiB nor 10GB.

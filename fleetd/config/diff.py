@@ -1,6 +1,6 @@
 """What an edit of fleet.yaml changes: the plan that `fleetctl diff` prints and `apply` carries out.
 
-The rules of this file
+Invariants:
 - Pure: two configurations in, a list of changes out, in the order of the new file; removals last.
 - Meaning is compared, not text: `7m` and `420s` are equal. Entries that are equal are not in the plan.
 - No secret leaves this file: values under secret names are hidden.
@@ -41,7 +41,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """One key that differs. `old` and `new` are texts fit to be shown; None: the key is not said there."""
+    """One changed key. `old` and `new` are texts with secrets redacted; None: the key is not set there."""
 
     path: str
     old: str | None

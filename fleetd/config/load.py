@@ -1,6 +1,6 @@
 """fleet.yaml to a checked configuration, or to every mistake in it.
 
-The rules of this file
+Invariants:
 - Reading has no effect: no file is written, nothing is started, the environment is an argument.
 - All problems of all files are reported at once, in the order of the files; a problem of one place is reported once.
 - What others find later, in a configuration that is read, they also look for in what is right of a wrong one.
@@ -59,7 +59,7 @@ Beside = Callable[[Any, Marks, LoadedConfig | None], list[Problem]]
 def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> LoadedConfig:
     """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found.
 
-    Where there is one, `beside` is asked for those that others know of in a wrong one, so that all are told at once.
+    `beside`, when given, finds the mistakes that only other modules know, so that all are reported at once.
     """
     reader = IncludeReader(env)
     root = reader.read(Path.cwd() / path, str(path))

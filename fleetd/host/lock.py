@@ -1,9 +1,9 @@
-"""One daemon per run folder and per state folder, and a folder that nobody else can reach into.
+"""One daemon per run folder and per state folder, and a private run folder.
 
 Invariants:
-- A lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.
-- Both folders are locked: two daemons with one state would adopt the same processes, and end them for each other.
-- The run folder is ours, 0700, and no symbolic link: it holds the control socket.
+- A lock is a flock held for the daemon's whole life, over an execv too. The kernel releases it when the process exits.
+- Both folders are locked: two daemons with one state would adopt and kill each other's processes.
+- The run folder belongs to the daemon's user, has mode 0700 and is no symbolic link: it contains the control socket.
 """
 
 from __future__ import annotations

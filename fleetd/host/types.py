@@ -29,7 +29,7 @@ class Capture(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogPolicy:
-    """Limits of one process' log. `keep` counts archives beside the live file; `max_age_s` starts a new archive by age."""
+    """Limits of one process' log. `keep` counts archives in addition to the live file; `max_age_s` starts a new archive by age."""
 
     max_size_bytes: int = 50 * 1024 * 1024
     keep: int = 5
@@ -55,7 +55,7 @@ class StopPolicy:
 
 @dataclass(frozen=True, slots=True)
 class CommandSaid:
-    """How a stop command went: `text` is the last line of what it said, or how it failed."""
+    """The result of a stop command: `text` is its last output line, or how it failed."""
 
     ok: bool
     text: str
@@ -89,7 +89,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True, slots=True)
 class RawExit:
-    """One death as the kernel tells it. `code` and `signal` are both None when nobody could see the status."""
+    """One death as the kernel reports it. `code` and `signal` are both None when the status is unknown."""
 
     name: str
     generation: int

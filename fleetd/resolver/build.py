@@ -1,6 +1,6 @@
 """From a checked fleet.yaml to a fleet: processes with exact command lines, models with footprints, devices with budgets.
 
-The rules of this file
+Invariants:
 - Nothing is started, written or opened here but the headers of model files, by the engines.
 - Every problem is collected with its place; a caller gets all of them, together with whatever could be assembled.
 - Assembling 5,000 models takes less than two seconds: engines are asked once per entry, nothing is asked twice.
@@ -369,7 +369,7 @@ class Assembler:
         )
 
     def _named(self, entry: ConfigEntry, launch: Launch) -> dict[str, str]:
-        """Return which key names which required path, and warn of what is absent now: that is BLOCKED, no mistake."""
+        """Return the key that names each required path, and warn of missing ones: these block, they are no mistake."""
         keys: dict[str, str] = {}
         for path, option in launch.named.items():
             where = (*entry.path, "options", *_parts(option))

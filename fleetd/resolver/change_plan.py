@@ -1,6 +1,6 @@
 """What applying a file would do, in the words of the control plane.
 
-The rules of this file
+Invariants:
 - Keys come from the comparison of the configurations; what happens to a process comes from its launch hash, the only thing
   that the core goes by. So the plan says what will be, not what the key usually means: a restart is in it whatever asks for
   it, and processes that change their names with the number of replicas are stopped and started.

@@ -1,6 +1,6 @@
 """Devices: what the machine has, what fleet.yaml says of it, and where an entry lives that does not say.
 
-The rules of this file
+Invariants:
 - Without a stated budget the host keeps a fifth of its memory for everything else, a GPU a tenth.
 - A stated device that this machine does not have is a warning: the same file is checked on other machines.
 """

@@ -1,8 +1,8 @@
-"""What is wrong with the options of engines, in the words and at the places of fleet.yaml.
+"""Find mistakes in engine options, with the places of fleet.yaml.
 
-The rules of this file
-- Each engine types its own options; the configuration knows them as raw mappings.
-- `find` works on plain data that may be wrong anywhere: what makes no sense there is told elsewhere.
+Invariants:
+- Each engine types its own options; the configuration has them as raw mappings.
+- `find` works on plain data that may be wrong anywhere; other checks report what it skips.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The entries of fleet.yaml that are processes, one by one for every replica.
 
-The rules of this file
+Invariants:
 - `replicas: n` gives NAME-1 … NAME-n, on consecutive ports where a port is stated; without replicas the name is the key.
 - An entry that needs a port and states none is listed in `portless`: the daemon assigns one and keeps it.
 """

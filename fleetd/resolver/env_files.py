@@ -1,7 +1,7 @@
-"""The env files of a configuration: what each entry sets by them, and what is wrong with them.
+"""Env files: the variables of each entry, and the mistakes in the files.
 
-The rules of this file
-- An absent file is no mistake of fleet.yaml: its process is BLOCKED until the file is there. What is there and cannot be read is one.
+Invariants:
+- A missing file is no mistake of fleet.yaml: its process is BLOCKED until the file exists. An unreadable file is one.
 """
 
 from __future__ import annotations

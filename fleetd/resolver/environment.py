@@ -1,11 +1,11 @@
-"""The environment of a process: what it inherits, what its files and entry say, and which values are secret.
+"""The environment of a process: inherited variables, env files, the entry, and which values are secret.
 
-The rules of this file
-- A process inherits the daemon's own environment, less what speaks to the daemon alone: systemd's sockets and watchdog,
+Invariants:
+- A process inherits the daemon's environment without the variables for the daemon alone: systemd's sockets and watchdog,
   and everything that begins with FLEETD_.
-- Later wins: inherited, engine, env_file, env, and last what fleetd says of the process (PORT, FLEETD_NAME, FLEETD_REPLICA).
-- `{port} {host} {name} {replica}` stand for the process' own; every other brace stays as it is.
-- A value whose name looks like a secret is never shown, whoever set it.
+- Later wins: inherited, engine, env_file, env, and last fleetd's own (PORT, FLEETD_NAME, FLEETD_REPLICA).
+- `{port} {host} {name} {replica}` are replaced by the process' own; every other brace stays as it is.
+- A value whose name looks like a secret is never shown, wherever it was set.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How each process is started, reached and stopped: the shell's half of an entry, beside the core's ProcessSpec.
+"""Launch plans: how each process is started, reached and stopped, next to the core's ProcessSpec.
 
-The rules of this file
-- A plan is a value, replaced with every change of fleet.yaml; a running process keeps the one it was started by.
-- The launch hash covers all that only a restart can change. What the daemon inherits from its own environment is not in
-  it: a daemon started from another terminal must not restart the fleet.
+Invariants:
+- A plan is a value, replaced with every change of fleet.yaml; a running process keeps the plan that started it.
+- The launch hash covers everything that only a restart can change. It excludes the daemon's inherited environment: a daemon
+  started from another terminal must not restart the fleet.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class WatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What the operating system is told of a process."""
+    """The operating-system settings of a process."""
 
     cwd: str | None = None
     user: str | None = None

@@ -1,6 +1,6 @@
 """Models of fleet.yaml to ModelSpecs: holders, footprints, limits, routes.
 
-The rules of this file
+Invariants:
 - A footprint is declared (more, where more was measured), or learned, or estimated, in this order; a model of which nothing
   is known costs nothing, and a warning says so.
 - The footprint hash covers what changes a model's memory: engine, options, source, and the device it lives on.

@@ -1,7 +1,7 @@
-"""From the keys of fleet.yaml to the policies of core and host: one small translation each.
+"""Translate keys of fleet.yaml to policies of the core and the host.
 
-The rules of this file
-- Pure. A key that is absent takes the documented default; a probe takes it from its engine, then from its kind.
+Invariants:
+- Pure. A missing key takes the documented default; a probe takes it from its engine, then from its kind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ports of processes that do not state one: assigned once, and kept.
 
-The rules of this file
+Invariants:
 - A name keeps its port over edits of fleet.yaml, restarts of the daemon, and the removal of other names.
 - A new name starts its search at a place that depends on the name and the fleet alone: even a lost file gives the same ports
   again, and two fleets of equal names on one machine keep out of each other's way.
@@ -31,7 +31,7 @@ def assign(
     usable: Callable[[str, int], bool] = lambda *_: True,
     fleet: str = "",
 ) -> dict[str, int]:
-    """Return a port for each of `names` of a fleet, which is told from others by the text `fleet`.
+    """Return a port for each of `names` of the fleet that the text `fleet` identifies.
 
     `kept` is what earlier runs assigned, `taken` the ports that fleet.yaml states; `usable(name, port)` says whether a port
     is free on this machine or held by that process of ours. Raises NoPortLeftError.
@@ -75,7 +75,7 @@ def remember(kept: Mapping[str, int], assigned: Mapping[str, int]) -> dict[str, 
 
 
 def kept_ports(state: Path) -> dict[str, int]:
-    """Return the assignments of earlier runs; an absent or torn file gives none."""
+    """Return the assignments of earlier runs; none for a missing or torn file."""
     try:
         content = json.loads((state / FILE).read_bytes())
         return {str(name): int(port) for name, port in content["ports"].items()}

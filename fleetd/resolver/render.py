@@ -1,6 +1,6 @@
 """The normalised configuration, and what would be started, exactly; fit to be shown to anybody.
 
-The rules of this file
+Invariants:
 - Secrets are hidden before anything else happens; what is inherited from the daemon's own environment is not listed.
 """
 

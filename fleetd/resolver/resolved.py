@@ -61,7 +61,7 @@ class FleetPaths:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """What the gateway is told when it starts."""
+    """The settings of the gateway at its start."""
 
     host: str
     port: int

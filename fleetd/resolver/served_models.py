@@ -1,6 +1,6 @@
 """The models of fleet.yaml as engines see them: ServedModel values for servers, and for the one model a process is.
 
-The rules of this file
+Invariants:
 - A `from` that looks like a path is made absolute, from the folder of the file that says it; anything else is a name that the
   server understands, and stays.
 """

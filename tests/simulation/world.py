@@ -1,6 +1,6 @@
 """A simulated machine: processes that run, crash, hang and use memory, and a daemon that executes the commands of the core.
 
-The rules of this file
+Invariants:
 - Time is virtual and moves only in `advance`. Everything that happens comes out of one seeded random source.
 - The world knows what really is: who lives, who holds which memory, which request is where. `checks.py` compares it with the core.
 - The shell keeps the contract of `core/commands.py`: every slow command has one answer, sooner or later, in any order.

@@ -318,7 +318,7 @@ def test_hooks_run_before_and_after_in_the_process_env(tmp_path: Path) -> None:
         assert not (tmp_path / "made").exists()
         assert (tmp_path / "over").read_text() == "over\n"
         assert re.search(r"its pre_start hook ended well after [0-9.]+ s: two", story(daemon, "a"))
-        assert re.search(r"its post_stop hook ended well after [0-9.]+ s: it said nothing", story(daemon, "a"))
+        assert re.search(r"its post_stop hook ended well after [0-9.]+ s: it printed nothing", story(daemon, "a"))
 
 
 def test_case_35_failing_pre_start_aborts_and_counts_as_failure(tmp_path: Path) -> None:

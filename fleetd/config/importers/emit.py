@@ -1,6 +1,6 @@
 """Plain data to YAML that the loader reads back as the same data.
 
-The rules of this file
+Invariants:
 - A string is quoted whenever YAML would read it as anything else; `$` is doubled, so that nothing is interpolated.
 - Short lists and mappings stand on one line, everything else in blocks; the order of the data is kept.
 """
@@ -20,7 +20,7 @@ _LITERAL = re.compile(r"[^\x00-\x09\x0b-\x1f\x7f-\xa0\u2028\u2029\ud800-\udfff\u
 
 
 class Variable(str):
-    """A text such as ${HF_TOKEN} that fleetd is to interpolate; every other `$` stands for itself."""
+    """A text such as ${HF_TOKEN} that fleetd interpolates; every other `$` is literal."""
 
     __slots__ = ()
 

@@ -1,6 +1,6 @@
 """A list of model entities (config-aientities.json and its like) to models of a fleet.
 
-The rules of this file
+Invariants:
 - Field names are a mapping, not a schema: `FIELDS` says which paths mean what, and a caller may add his own.
 - What was not understood is in the report, by field, with the number of entities that have it.
 """
@@ -145,7 +145,7 @@ class _EntityReader:
                 self._unknown[path] += 1
         name = _slug(str(said.get("name") or f"entity-{number + 1}"))
         if name in models:
-            self.report.refused(name, "", "is there twice: the first one stands")
+            self.report.refused(name, "", "is there twice: the first one is used")
             return
         if said.get("enabled") is False:
             self.left_out.append(name)

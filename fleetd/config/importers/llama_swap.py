@@ -1,9 +1,9 @@
-"""A llama-swap configuration to models with an engine of their own.
+"""Convert a llama-swap configuration to models with an engine of their own.
 
-The rules of this file
-- Every command stays what it is, under the engine `process`: a server with a port. What a typed engine would do better is
-  said in the report, not guessed.
-- Groups and the matrix say by hand what fits together; fleetd counts bytes instead, so memory has to be declared or learned.
+Invariants:
+- Every command is kept, under the engine `process`: a server with a port. The report names commands for which a typed engine is
+  better; nothing is guessed.
+- Groups and the matrix state by hand which models fit together; fleetd counts bytes, so memory must be declared or learned.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Asks Node what a JavaScript configuration exports. The file is the user's own program and is run as such.
+"""Evaluate a JavaScript configuration with Node. The file is the user's own program, and Node executes it.
 
-The rules of this file
-- JavaScript is never read by patterns: without Node the import is refused, with what to do instead.
-- Only what the file and its modules read of the environment is told: Node's own modules look at variables, too.
-- What the file prints itself comes before a marker and is not taken for its value; it has ten seconds and 16 MiB. One that never
-  ends is ended by the kernel even when nobody waits for it any more.
+Invariants:
+- JavaScript is never parsed by patterns: without Node the import is rejected with an alternative.
+- Only environment variables that the file and its modules read are reported, not those that Node itself reads.
+- The file's own output comes before a marker and is not taken for its value. The file has ten seconds and 16 MiB; the kernel
+  kills it after that, also when the importer is gone.
 """
 
 from __future__ import annotations

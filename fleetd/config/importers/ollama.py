@@ -1,8 +1,8 @@
-"""What an Ollama server already has (`ollama list`, or `GET /api/tags`) to models of a fleet.
+"""Convert the models of an Ollama server (`ollama list`, or `GET /api/tags`) to models of a fleet.
 
-The rules of this file
-- Nothing is downloaded or made: each name is served as it is. Sizes on disk are not memory, so none is declared.
-- Models that run on Ollama's own servers are left out, and said.
+Invariants:
+- Nothing is downloaded or created: each name is served as it is. Sizes on disk are not memory, so none is declared.
+- Models that run on Ollama's cloud are skipped and reported.
 """
 
 from __future__ import annotations

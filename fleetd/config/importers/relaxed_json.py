@@ -1,6 +1,6 @@
 """JSON as people write it for JavaScript programs: comments, trailing commas, unquoted keys, single quotes.
 
-The rules of this file
+Invariants:
 - Each token is put into strict JSON, then the standard library reads it. Nothing is evaluated.
 """
 

@@ -1,8 +1,8 @@
-"""What an import did with every field it found.
+"""The result of an import for every field.
 
-The rules of this file
-- Nothing is lost in silence: a field is mapped, approximated (and the difference said), refused, or a warning is given.
-- The report holds no secret values; it may be printed.
+Invariants:
+- No field is dropped silently: it is mapped, approximated (with the difference), refused, or a warning.
+- The report contains no secret values; it may be printed.
 """
 
 from __future__ import annotations

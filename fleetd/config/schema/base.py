@@ -1,8 +1,8 @@
-"""The base of every mapping in fleet.yaml, and the names of the common value types.
+"""The base of every mapping in fleet.yaml, and the common value types.
 
-The rules of this file
-- Closed and frozen: an unknown key is a mistake, a loaded configuration never changes.
-- An empty value (`stop:` with nothing after it) means "not said": the default stands.
+Invariants:
+- Closed and frozen: an unknown key is a mistake; a loaded configuration never changes.
+- An empty value (`stop:` with nothing after it) means "not set": the default applies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Block(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_absent(cls, data: Any) -> Any:
+    def _drop_empty_values(cls, data: Any) -> Any:
         if data is None:
             return {}
         if isinstance(data, dict) and None in data.values():

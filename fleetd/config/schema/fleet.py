@@ -1,7 +1,7 @@
-"""The whole of fleet.yaml.
+"""The schema of the whole fleet.yaml.
 
-The rules of this file
-- One frozen model per mapping; nothing here looks beyond one mapping: what depends on two places is in `checks.py`.
+Invariants:
+- One frozen model per mapping; checks across mappings are in `config/validate/`.
 - Defaults are the documented ones. Paths are text as written; `LoadedConfig.resolve` makes them absolute.
 """
 
@@ -118,7 +118,7 @@ class FleetConfig(Block):
     def _one_pool(cls, devices: dict[str, DeviceKeys]) -> dict[str, DeviceKeys]:
         if "unified" in devices and len(devices) > 1:
             others = ", ".join(sorted(name for name in devices if name != "unified"))
-            raise ValueError(f"unified is the only pool of a machine that has it: {others} cannot stand beside it")
+            raise ValueError(f"unified is the only pool of a machine that has it: {others} cannot be used with it")
         return devices
 
     def processes(self) -> dict[str, Service | Instance | EngineModel]:

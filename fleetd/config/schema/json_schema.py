@@ -1,8 +1,8 @@
-"""The JSON Schema of fleet.yaml, for editors and for `fleetd schema`. Generated from the same models that check the file.
+"""The JSON Schema of fleet.yaml, for editors and for `fleetd schema`, generated from the models that check the file.
 
-The rules of this file
+Invariants:
 - Every shorthand that the loader accepts is in it: durations, sizes, strings for lists, variables, empty values.
-- It may accept more than the loader (references, cycles and ports cannot be said in it), never less.
+- It may accept more than the loader (it cannot express references, cycles and ports), never less.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What fleet.yaml says about one model: held by a server, with an engine of its own, or a name that routes to others.
+"""The schema of one model: held by a server, with an engine of its own, or a name that routes to others.
 
-The rules of this file
-- The form follows from the key that is there: `instance`, `engine` or `route`; exactly one of them.
-- `ModelKeys` is what may also stand in `defaults.model`.
+Invariants:
+- The form follows from exactly one of the keys `instance`, `engine` and `route`.
+- `ModelKeys` are the keys that `defaults.model` may contain.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ModelQueueKeys(Block):
 
 
 class RequestKeys(Block):
-    """What is changed in a request's body: `set` always, `default` where absent, `strip` removed."""
+    """Changes to a request's body: `set` always, `default` where missing, `strip` removed."""
 
     set: dict[str, Any] = Field(default_factory=dict)
     default: dict[str, Any] = Field(default_factory=dict)
@@ -43,7 +43,7 @@ class RequestKeys(Block):
 
 
 class ModelKeys(Block):
-    """What every model that can be in memory may say, and `defaults.model` too."""
+    """The keys of every model that can be in memory, and of `defaults.model`."""
 
     memory: Annotated[Literal["auto"] | int | dict[str, int], MemoryType()] = "auto"
     preload: Bool = False

@@ -1,8 +1,8 @@
-"""What fleet.yaml says about one process: services, engine servers, and what they share.
+"""The schema of one process: services, engine servers, and their common keys.
 
-The rules of this file
-- Field names are the keys of the file; durations are seconds, sizes bytes, `None` means "not said".
-- `ProcessKeys` is what may also stand in `defaults.process`; `Service` and `Instance` add their own.
+Invariants:
+- Field names are the keys of the file; durations are seconds, sizes bytes, `None` means "not set".
+- `ProcessKeys` are the keys that `defaults.process` may contain; `Service` and `Instance` add their own.
 - An engine's `options` stay a raw mapping: the engine types them.
 """
 
@@ -218,7 +218,7 @@ class HooksKeys(Block):
 
 
 class ProcessKeys(Block):
-    """What every process may say, and `defaults.process` too."""
+    """The keys of every process, and of `defaults.process`."""
 
     cwd: PathText | None = None
     env: Annotated[dict[str, str], Environment()] = Field(default_factory=dict)
@@ -263,7 +263,7 @@ class DependsOn(FieldType):
 
 
 class PlacedKeys(ProcessKeys):
-    """What a service, an engine server and a model with an engine have in common."""
+    """The common keys of a service, an engine server and a model with an engine."""
 
     args: Annotated[tuple[str, ...], Arguments()] = ()
     replicas: Annotated[int, Whole(1, 256)] = 1
@@ -307,7 +307,7 @@ class RuntimeKeys(Block):
 
 
 class EngineKeys(PlacedKeys):
-    """What a process of an engine may say: instances, and models with an engine."""
+    """The keys of an engine's process: instances, and models with an engine."""
 
     engine: Annotated[str, Text(64, pattern=r"[a-z][a-z0-9_-]*", what="the name of an engine")]
     command: Argv | None = None
@@ -336,7 +336,7 @@ class EngineKeys(PlacedKeys):
             said = [key for key in ours if key in self.model_fields_set]
             if said:
                 raise ValueError(
-                    f"an external server is not ours to start: {', '.join(said)} cannot stand beside external"
+                    f"fleetd does not start an external server: {', '.join(said)} cannot be used with external"
                 )
         return self
 

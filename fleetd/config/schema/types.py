@@ -1,6 +1,6 @@
 """The types of single values in fleet.yaml: how each is read, printed and described to an editor.
 
-The rules of this file
+Invariants:
 - Each type is one object put into `Annotated[...]`: `parse` (any YAML value to Python, ValueError with a sentence),
   `dump` (back to what a person would write) and `json_schema` (every shorthand that `parse` accepts).
 - A number or a boolean may come as a string, because `${PORT}` stays a string; nothing else is converted by guess.

@@ -1,8 +1,7 @@
-"""The one list of keys that are valid but do nothing yet. A configuration that uses one is refused, never half obeyed.
+"""The list of keys that are valid but have no effect yet. A configuration that uses one is rejected.
 
-The rules of this file
-- A pattern is a path; `*` stands for any name or index. The reason completes "not supported yet: ".
-- Take an entry out in the change that makes the key act.
+Invariants:
+- A pattern is a path; `*` matches any name or index. The reason completes "not supported yet: ".
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ UNSUPPORTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("models", "*", "route", "*", "shadow"), "every request goes to one model"),
     (("defaults", "model", "request"), "requests are passed on as they are"),
 )
-# Saying the default out loud asks for nothing.
+# Writing the default value requests nothing.
 HARMLESS: dict[tuple[str, ...], tuple[object, ...]] = {("admin", "listen"): ("127.0.0.1:8485", "localhost:8485")}
 
 
 def is_unsupported(pattern: tuple[str, ...]) -> bool:
-    """Return whether a path pattern stands in the list."""
+    """Return whether a path pattern is in the list."""
     return any(pattern == listed for listed, _ in UNSUPPORTED)
 
 
 def find_unsupported(data: Any, marks: Marks) -> list[Problem]:
-    """Return a problem for every value of plain data that stands at an unsupported path. Empty and false values do not count."""
+    """Return a problem for every value of plain data at an unsupported path. Empty and false values do not count."""
     found = []
     for pattern, reason in UNSUPPORTED:
         for path, value in _at(data, pattern, ()):

@@ -1,6 +1,6 @@
 """Mistakes that only show when two places are looked at together: names, ports, listeners.
 
-The rules of this file
+Invariants:
 - Each check takes the index and returns problems; none stops another. References are in `references.py`.
 - Replica ranges count port by port. A disabled process and an external server take no port.
 """

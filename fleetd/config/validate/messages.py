@@ -1,6 +1,6 @@
 """From pydantic's errors to sentences for the author of fleet.yaml.
 
-The rules of this file
+Invariants:
 - One problem per mistake, at the value that is wrong, or at the key where the key is wrong or something is missing.
 - An unknown key names the nearest known one, or where the key belongs.
 """
@@ -75,7 +75,7 @@ class Messages:
         if form is not None and len(location) == 3:
             others = [other for other in FORMS if other != form and key in _known_keys(location[:-1], other)]
             if key in FORMS:
-                return f"cannot stand beside {form}: a model has exactly one of instance, engine and route"
+                return f"cannot be used with {form}: a model has exactly one of instance, engine and route"
             if others:
                 return f"is not a key of a model with {form}: it belongs to a model with {' or '.join(others)}"
         near = self.nearest(key, known)

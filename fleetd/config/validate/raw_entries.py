@@ -1,7 +1,7 @@
-"""What the checks across entries look at: every entry of the raw configuration, read as far as it makes sense.
+"""Every entry of the raw configuration, for the checks across entries, read as far as it is valid.
 
-The rules of this file
-- It works on plain data that may be wrong anywhere: a value of the wrong type counts as absent, its mistake is told elsewhere.
+Invariants:
+- It works on plain data that may be wrong anywhere: a value of the wrong type counts as missing; another check reports it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ProcessEntry:
     enabled: bool
 
     def may_have(self, name: str) -> bool:
-        """Say whether a name may be one of its replicas': what it says of their number is wrong, so nobody knows."""
+        """Return whether a name may be one of its replicas, when its number of replicas is invalid and so unknown."""
         said = self.data.get("replicas")
         return said is not None and read(_REPLICAS, said) is None and name in process_names(self.key, _MOST_REPLICAS)
 
@@ -50,7 +50,7 @@ class Index:
 
 
 def build_index(data: Any) -> Index:
-    """Return the index of plain data. The first of two equal names stands."""
+    """Return the index of plain data. The first of two equal names counts."""
     index = Index()
     for section in ("services", "instances", "models"):
         for key, entry in mapping(mapping(data).get(section)).items():
@@ -89,7 +89,7 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def read(kind: FieldType, value: Any) -> Any:
-    """Return a parsed value, or None where it is absent or wrong."""
+    """Return a parsed value, or None where it is missing or invalid."""
     if value is None:
         return None
     try:

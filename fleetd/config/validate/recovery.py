@@ -1,6 +1,6 @@
 """What is right of a configuration that its types refuse, so that one mistake does not hide those which only show later.
 
-The rules of this file
+Invariants:
 - A key that nothing else is judged by is left out of its entry; else the whole entry is, and of other sections the whole section.
 - An instance that is left out leaves a stand-in of the same engine behind: there is more to say of the models that it holds.
 """
@@ -55,7 +55,7 @@ def _wrong_keys(errors: list[Any]) -> dict[Path_, set[Any]]:
         if location[0] not in ENTRY_SECTIONS:
             found.setdefault(location[:1], set())
             continue
-        rest = location[3:] if location[0] == "models" else location[2:]  # the form of a model stands between
+        rest = location[3:] if location[0] == "models" else location[2:]  # the form of a model is in between
         found.setdefault(location[:2], set()).add(rest[0] if rest else "")
     return found
 

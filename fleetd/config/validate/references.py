@@ -1,9 +1,9 @@
-"""Mistakes in what entries say about each other: dependencies, holders, routes, fallbacks, aliases.
+"""Check the references between entries: dependencies, holders, routes, fallbacks, aliases.
 
-The rules of this file
-- Every unknown name gets the nearest known one.
+Invariants:
+- Every unknown name gets the nearest known one as a hint.
 - A cycle is reported once, as the path of names that closes it.
-- Where `replicas` is wrong nobody knows the names: one that may be a replica's is no second mistake.
+- With an invalid `replicas` the names are unknown: a name that may be a replica's is not a second mistake.
 """
 
 from __future__ import annotations

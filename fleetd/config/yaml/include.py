@@ -1,6 +1,6 @@
 """Reads fleet.yaml and what it includes into one tree.
 
-The rules of this file
+Invariants:
 - A pattern is relative to the file that has it. A plain name must exist; a pattern with `*`, `?` or `[` may match nothing.
 - A file is read once. A file that includes itself, directly or not, is refused with the whole chain.
 - A mistake in one file does not hide the mistakes of the others.
@@ -26,8 +26,8 @@ MAX_ALL_NODES = 500_000
 
 @dataclass(slots=True)
 class IncludeReader:
-    """One reading of a configuration. `files` are all files that were read, or are absent, the first one first; `patterns` are
-    (folder, pattern) of those that may match more, or less, another time."""
+    """One read of a configuration. `files` are all files that were read or are missing, the first one first; `patterns` are
+    (folder, pattern) pairs that may match other files later."""
 
     env: Mapping[str, str]
     problems: list[Problem] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """`${VAR}`, `${VAR:-default}`, `${VAR:?message}` and `$$` in scalars.
 
-The rules of this file
+Invariants:
 - Pure: the environment is an argument. A value that was put in is never read again for `${`.
 - `:-` and `:?` also act on an empty variable, `-` and `?` only on an unset one, as in a shell.
 - No message holds the value of a variable. A `$` before anything but `{` or `$` stays as it is.

@@ -1,6 +1,6 @@
 """One YAML file to a tree of nodes, each with its place.
 
-The rules of this file
+Invariants:
 - A file is refused by its size before it is read, and by depth, nodes and alias expansion while it is parsed: the
   tree is built from parser events, one after another, so nothing recurses and nothing is built beyond a limit.
 - Keys keep their text; two equal keys are a mistake that names both places. No tags, no complex keys, one document.
@@ -359,7 +359,7 @@ class _Composer:
             self._note(node.key_line, node.key_column, f"the key {key[:60]!r} is defined twice: first at {first_place}")
             if (
                 type(first.value) is dict and type(node.value) is dict
-            ):  # what stands in either is known to the rest of the file
+            ):  # the rest of the file knows the contents of both
                 both = top.node.value[key] = first.copy()
                 both.value = {**node.value, **first.value}
             return

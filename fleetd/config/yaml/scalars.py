@@ -1,6 +1,6 @@
 """What an unquoted scalar means: the core schema of YAML 1.2.
 
-The rules of this file
+Invariants:
 - `no`, `on`, `off`, `yes`, `22:22` and `0x_1` are strings; `012` is twelve; `1e3` is a float.
 - Only unquoted scalars are resolved; a quoted one is always a string.
 """

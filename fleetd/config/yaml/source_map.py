@@ -1,6 +1,6 @@
 """From a path in the merged configuration back to its file, line and column.
 
-The rules of this file
+Invariants:
 - The merged configuration is itself a tree of nodes, so an inherited value points to where it was written.
 - A path that the tree does not hold falls back to its nearest parent.
 - A value that came out of a variable never appears in a message.
@@ -51,7 +51,7 @@ class Marks:
         return node, len(path)
 
     def problem(self, path: Path_, message: str, *, at_key: bool = False) -> Problem:
-        """Return a problem at the value of a path, or at its key. An absent value points to the key of its parent."""
+        """Return a problem at the value of a path, or at its key. A missing value points to the key of its parent."""
         node, depth = self.find(path)
         for value, raw in _interpolated(node):
             message = message.replace(shown(value), shown(raw))
@@ -66,7 +66,7 @@ class Marks:
         return self.find(path)[0].source.folder
 
     def order_of(self, file: str) -> int:
-        """Return where a file stands in the order of reading; unknown files come last."""
+        """Return the position of a file in the order of reading; unknown files come last."""
         return self._orders.get(file, 1 << 30)
 
     @cached_property

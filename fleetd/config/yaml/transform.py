@@ -1,6 +1,6 @@
 """Work on whole node trees: put variables in, join files, lay defaults under entries, and make plain values.
 
-The rules of this file
+Invariants:
 - A mapping that several places share (anchors) is never changed in place once it was read.
 - `env`, `command`, `args` and their like keep the text that was written: `args: [--port, 08]` gives "08".
 - `options`, `modelfile` and `request` are handed on as they are.

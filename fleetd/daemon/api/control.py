@@ -1,6 +1,6 @@
 """The daemon as the control plane sees it: implements control.port.ControlPort.
 
-The rules of this file
+Invariants:
 - Reading is reading memory. Changing is an event to the fleet, or the daemon's own `Operations` (apply, reload, shutdown).
 - Every mistake is a FleetError with a sentence; secrets leave this file redacted.
 """

@@ -1,6 +1,6 @@
 """Why a model is where it is, and what would happen if somebody asked for it now: numbers first, then sentences.
 
-The rules of this file
+Invariants:
 - Read from the facts alone, with the core's own planner: what it says is what would be decided.
 """
 

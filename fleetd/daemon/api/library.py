@@ -1,6 +1,6 @@
 """`fleetctl models` and `fleetctl volumes` on the daemon's side: implements control.port.LibraryPort.
 
-The rules of this file
+Invariants:
 - A difference is asked of the servers themselves; a store none of whose servers is ready has an error instead.
 - A sync goes on when who asked for it leaves; it changes only what differs, and says each step.
 - Only what fleetd made is deleted, and only what no model of fleet.yaml names any more.

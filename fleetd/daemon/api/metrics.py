@@ -1,6 +1,6 @@
 """The fleet for Prometheus, as text: one look at the status, one page.
 
-The rules of this file
+Invariants:
 - Rendered in a thread, from values: it never touches the fleet.
 - Names end in their unit; a label is a name of the fleet, never anything a client sent.
 """

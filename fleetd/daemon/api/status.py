@@ -1,6 +1,6 @@
 """The whole fleet as JSON: what `GET /v1/status` answers. Read from memory, never from the machine.
 
-The rules of this file
+Invariants:
 - Status is advisory: nothing decides by it.
 - Times of the core are monotonic; here they become UTC.
 """
@@ -176,7 +176,7 @@ class StatusView:
     def process(self, process: Process, now: float) -> ProcessStatus:
         spec = process.spec
         run = self._processes.run_of(process.name, process.generation)
-        ended = run is not None and run.dead  # the fleet is told once its last lines are read
+        ended = run is not None and run.dead  # the fleet gets the exit once its last lines are read
         running = process.state in RUNNING and process.spawned and not ended
         state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
         status: ProcessStatus = {

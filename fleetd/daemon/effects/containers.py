@@ -46,7 +46,7 @@ async def _remove(machine: Commands, argv: Sequence[str], env: Mapping[str, str]
     ok, output = await machine.run(argv, env, None, REMOVE_S)
     if ok or no_such_container(output):
         return None
-    last = output.strip().splitlines()[-1:] or ["it said nothing"]
+    last = output.strip().splitlines()[-1:] or ["it printed nothing"]
     return f"{' '.join(argv)} failed: {last[0][:300]}"
 
 

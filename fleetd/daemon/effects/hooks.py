@@ -85,7 +85,7 @@ class Hooks:
             ok, output = await self._commands.run(argv, env, plan.execution.cwd, LIMIT_S)
         except HostError as error:
             return error.sentence
-        last = (output.strip().splitlines()[-1:] or ["it said nothing"])[0][:300]
+        last = (output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:300]
         if not ok:
             return last
         text = f"its {which} hook ended well after {time.monotonic() - began:.1f} s: {last}"

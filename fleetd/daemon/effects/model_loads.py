@@ -1,6 +1,6 @@
 """Models on servers: Load, Unload and ReadAhead carried out by engines, and a look now and then at what a server holds.
 
-The rules of this file
+Invariants:
 - Every Load is answered by Loaded or LoadFailed, every Unload by Unloaded or UnloadFailed, also when the server dies on the way:
   the death of a process ends its calls at once, not at their timeout.
 - What a server says it holds is passed on only if no load or unload ran on it meanwhile: the answer would be out of date.

@@ -1,6 +1,6 @@
 """The stores of the fleet: which servers share one, and what fleet.yaml wants in it.
 
-The rules of this file
+Invariants:
 - A store is known by its engine's key; replicas over one folder are one store, and their models are wanted once.
 - Values only: nothing is asked of a server here.
 """

@@ -1,6 +1,6 @@
 """Long starts, seen: the phases that an engine's log shows, and what one start teaches the next.
 
-The rules of this file
+Invariants:
 - A run is read along from its spawn until it is ready or dead; a new phase is an event, which also gives the start more time.
 - What was learned is filed under the model's footprint hash, as its memory is, and is given to the next start only: a running
   process is never restarted for it. A start that fails with it forgets it.

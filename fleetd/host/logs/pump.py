@@ -1,13 +1,13 @@
-"""Capture by pipe: one thread reads what children say and writes it as JSON lines with times.
+"""Capture by pipe: one thread reads the output of children and writes it as JSON lines with times.
 
 Invariants:
 - A line is `{"t": seconds since 1970, "line": "…"}`. Lines read together share a time. Bytes that are no UTF-8 are replaced.
-- The thread never waits for anything but its pipes and the disk. What a full disk refuses is dropped and counted, so that
-  the child goes on; when the disk takes lines again, one line says how many were lost.
-- What was read is kept in a mapped file until it is written (`inhand.py`): a kill of the daemon loses and doubles no line.
+- The thread waits only for its pipes and the disk. Lines that a full disk rejects are dropped and counted, so that the child
+  continues; once the disk accepts lines again, one line reports how many were lost.
+- Read bytes are kept in a mapped file until they are written (`spool.py`): a killed daemon loses and doubles no line.
 - Memory is bounded: 256 KiB per read, and a line is cut into pieces of 1 MiB.
-- The pump is the only writer of these files: it rotates by rename, between two lines. A file that is deleted under it is
-  made anew.
+- The pump is the only writer of these files: it rotates by rename, between two lines. A deleted file is
+  created again.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def punch(fd: int, start: int, end: int) -> None:
 
 
 def can_punch(folder: Path) -> bool:
-    """Try it on a file that nobody sees."""
+    """Try it on an unlinked file."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x" * 16384)

@@ -1,12 +1,12 @@
-"""What was taken out of a pipe and is not in its log yet, where it outlives a killed daemon.
+"""The spool: bytes read from a pipe and not yet in its log, kept where they outlive a killed daemon.
 
 Invariants:
-- Bytes are read straight into a mapped file: they are in the kernel's hands before anybody could be killed over them.
-- The head says what of it is still to be written, and of a write under way how large the log was and will be. So the next
-  daemon knows whether that write happened, and writes every line once.
-- How much a read brought is known only after it, so it goes onto zeros: what is none was read. (NULs at its very end are not told.)
-- Blocks are taken at the start: a full disk refuses the file, and never a page of it. Without the file a pipe is read as well,
-  and a kill between a read and its write loses that read. So does a power cut.
+- Bytes are read directly into a mapped file, so the kernel has them before the daemon can be killed.
+- The header records the unwritten range, and for a write in progress the log's size before and after. The next daemon can tell
+  whether that write happened, and writes every line once.
+- The length of a read is known only after it, so it goes onto zeros: other bytes were read. (Trailing NULs are lost.)
+- Blocks are allocated at the start: a full disk rejects the file, never a page of it. Without the file a pipe is still read,
+  and a kill between a read and its write loses that read. A power cut does too.
 """
 
 from __future__ import annotations

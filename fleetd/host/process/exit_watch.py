@@ -1,8 +1,8 @@
-"""Deaths, seen by the event loop the moment they happen, and statuses collected exactly once.
+"""Report exits to the event loop as they happen, and collect each status exactly once.
 
 Invariants:
-- Linux: a pidfd becomes readable when the whole thread group is dead, whoever still holds its stdout. macOS: kqueue.
-- Nobody else waits for our children: no SIGCHLD handler, no asyncio child watcher, no Popen polling.
+- Linux: a pidfd becomes readable when the whole thread group is dead, even if another process holds its stdout. macOS: kqueue.
+- No other code waits for children: no SIGCHLD handler, no asyncio child watcher, no Popen polling.
 - As subreaper the daemon inherits orphans; their statuses are collected here too, never one of a spawn still under way.
 """
 

@@ -1,8 +1,8 @@
-"""Graphics cards, asked for their memory, load and temperature.
+"""Memory, load and temperature of GPUs.
 
 Invariants:
-- A source is asked in a thread and never raises: a card that does not answer is left out, a value it lacks is None.
-- NVIDIA through NVML, loaded at the first question; after an error it is begun anew at most every 30 s.
+- A source is queried in a thread and never raises: a card that does not answer is skipped, a missing value is None.
+- NVIDIA through NVML, loaded at the first query; after an error it is initialised again at most every 30 s.
 - AMD through sysfs.
 """
 

@@ -80,7 +80,7 @@ def _existing(folder: Path) -> Path:
 
 
 def mark_of(file: Path) -> str:
-    """Return what changes when a file is saved; an absent or unreadable one has a mark of its own."""
+    """Return a mark that changes when a file is saved; a missing or unreadable file has its own mark."""
     try:
         with file.open("rb") as source:
             return f"{os.fstat(source.fileno()).st_mtime_ns} {hashlib.sha256(source.read(_LARGEST)).hexdigest()}"
@@ -129,7 +129,7 @@ class FileWatch:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
 
     def update(self, files: Iterable[Path], patterns: Iterable[WatchPattern] = ()) -> None:
-        """Watch these from now on. What is new counts as seen, but a match that is not among the files: nobody has read it."""
+        """Watch these from now on. New files count as seen, except a match that is not among the files: it was not read yet."""
         self._patterns = tuple(patterns)
         told = [match for match in self._matches() if match in self._marks]
         self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *told]}
@@ -236,7 +236,7 @@ class TreeWatch:
         return True
 
     def _matters(self, path: Path) -> bool:
-        """Say whether a change here may be news. What never rests (the logs beside the code) must not keep the rest waiting."""
+        """Return whether a change here may be relevant. Files that always change (logs next to the code) must not delay the rest."""
         return not self.ignored(path) or any(root.is_relative_to(path) for root in self._paths)
 
     async def _run(self) -> None:

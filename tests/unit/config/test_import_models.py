@@ -1,4 +1,4 @@
-"""Imports from llama-swap and Ollama: what they become, what is said, and that the result loads."""
+"""Imports from llama-swap and Ollama: the result, the report, and that the result loads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ models:
   far:
     proxy: http://10.0.0.5:8080/
 groups: {g: {members: [fixed]}}
-hooks: {on_startup: {preload: [fixed, nobody]}}
+hooks: {on_startup: {preload: [fixed, missing]}}
 """
 
 

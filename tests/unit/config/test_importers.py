@@ -1,4 +1,4 @@
-"""Imports: what PM2 and entity files become, what is said about the rest, and that the result loads."""
+"""Imports of PM2 and entity files: the result, the report, and that the result loads."""
 
 from __future__ import annotations
 

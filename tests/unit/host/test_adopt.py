@@ -204,7 +204,7 @@ def test_what_an_unconfirmed_start_said_is_in_its_log(tmp_path: Path) -> None:
         async with host_in(tmp_path) as host:
             argv = python(source, str(go), str(written))
             handle = await spawn(host, argv, logs=LogPolicy(capture="pipe"))
-            (kept,) = await host.prepare_exec()  # nobody reads any more, as after a crash
+            (kept,) = await host.prepare_exec()  # no reader any more, as after a crash
             assert kept.pipe_fd is not None
             os.close(kept.pipe_fd)
             go.touch()

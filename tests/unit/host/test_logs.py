@@ -331,7 +331,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
                     exits,
                     logs=LogPolicy(capture="pipe", max_size_bytes=600 * KIB),
                 )
-                ended = await exits.next()  # it went on though nobody could keep what it said
+                ended = await exits.next()  # it continued although its output could not be kept
                 await host.sweep(handle)
                 return ended.code
 

@@ -99,7 +99,7 @@ def test_another_user_gets_its_groups_and_home(tmp_path: Path) -> None:
     import pwd
 
     entry = pwd.getpwnam("nobody")
-    assert asyncio.run(run()) == f"who {entry.pw_uid} {entry.pw_dir} nobody"
+    assert asyncio.run(run()) == f"who {entry.pw_uid} {entry.pw_dir} {entry.pw_name}"
 
 
 def make_file(path: Path, text: str, mode: int) -> str:

@@ -68,7 +68,7 @@ def test_only_what_was_saved_is_told_and_a_touch_is_a_save(tmp_path: Path) -> No
     async def run() -> None:
         seen: list[list[Path]] = []
         watch = FileWatch([path, other], seen.append, debounce_s=0.02)
-        (tmp_path / "third.yaml").write_text("beside them")
+        (tmp_path / "third.yaml").write_text("next to them")
         by_rename(other, "new")
         await until(lambda: seen)
         assert seen == [[other]]
@@ -91,32 +91,32 @@ def test_what_a_pattern_matches_comes_goes_and_is_swapped(tmp_path: Path) -> Non
         patterns = [WatchPattern(tmp_path, "inc/*.yaml"), WatchPattern(tmp_path, "later/*/x.yaml")]
         watch = FileWatch([read], seen.extend, patterns=patterns, debounce_s=0.02)
 
-        async def told(*paths: Path) -> None:
+        async def reported(*paths: Path) -> None:
             await until(lambda: set(paths) <= set(seen), str(paths), 2)  # sooner than the slow look
             seen.clear()
 
         new = tmp_path / "inc" / "new.yaml"
         new.write_text("n")
-        await told(new)
+        await reported(new)
         new.write_text("mended")
-        await told(new)
+        await reported(new)
         watch.update([read, new], patterns)
         (tmp_path / "inc").rename(tmp_path / "away")
-        await told(read, new)
+        await reported(read, new)
         watch.update([], patterns)
         (tmp_path / "away").rename(tmp_path / "inc")
-        await told(read, new)
+        await reported(read, new)
         watch.update([read, new], patterns)
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "b.yaml").write_text("b")
         (tmp_path / "inc").rename(tmp_path / "away")
         (tmp_path / "other").rename(tmp_path / "inc")
-        await told(read, new, tmp_path / "inc" / "b.yaml")
+        await reported(read, new, tmp_path / "inc" / "b.yaml")
         (tmp_path / "inc" / "c.yaml").write_text("in the folder that took the name")
-        await told(tmp_path / "inc" / "c.yaml")
+        await reported(tmp_path / "inc" / "c.yaml")
         (tmp_path / "later" / "1").mkdir(parents=True)
         (tmp_path / "later" / "1" / "x.yaml").write_text("x")
-        await told(tmp_path / "later" / "1" / "x.yaml")
+        await reported(tmp_path / "later" / "1" / "x.yaml")
         await watch.close()
 
     asyncio.run(run())
@@ -163,17 +163,17 @@ def test_a_file_in_a_folder_that_comes_later(tmp_path: Path) -> None:
 
 
 async def until_watched(tree: Path, seen: list[list[Path]]) -> None:
-    """Return once changes in a tree are told: the library says nothing of when it begins to look."""
+    """Return once changes in a tree are reported: the library does not report when it starts to watch."""
     heard, written = len(seen), 0.0
 
-    def told() -> bool:
+    def reported() -> bool:
         nonlocal written
-        if time.monotonic() > written + 1:  # not without a rest: what never is quiet is never told
+        if time.monotonic() > written + 1:  # with a pause: constant changes are never reported
             (tree / "first.txt").write_text(str(written))
             written = time.monotonic()
         return len(seen) > heard
 
-    await until(told, "the tree is watched")
+    await until(reported, "the tree is watched")
 
 
 def all_paths(seen: list[list[Path]]) -> set[Path]:
@@ -232,9 +232,9 @@ def test_what_is_ignored_and_never_rests_keeps_no_change_waiting(tmp_path: Path)
         talking = asyncio.ensure_future(chatter())
         await until_watched(tree, seen)
         (tree / "a.js").write_text("x")
-        await until(lambda: tree / "a.js" in all_paths(seen), "a.js told", 15)
+        await until(lambda: tree / "a.js" in all_paths(seen), "a.js reported", 15)
         (tmp_path / ".env").write_text("x")
-        await until(lambda: tmp_path / ".env" in all_paths(seen), ".env told", 15)
+        await until(lambda: tmp_path / ".env" in all_paths(seen), ".env reported", 15)
         assert all_paths(seen) <= {tree / "first.txt", tree / "a.js", tmp_path / ".env"}
         talking.cancel()
         await watch.close()

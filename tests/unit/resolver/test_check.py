@@ -76,7 +76,7 @@ def test_a_key_that_no_engine_looks_at_hides_nothing_of_its_own_entry(tmp_path: 
 
 @pytest.mark.parametrize("mistake", ["external: nowhere", "external: 'http://h:1', port: 80", "nope: 1", "env: 5"])
 def test_the_models_of_a_wrong_instance_are_judged(mistake: str, tmp_path: Path) -> None:
-    """Nothing is said of the instance itself: its key may mean something for a server elsewhere."""
+    """No problem of the instance itself is reported: its key may be valid for an external server."""
     found = places(
         tmp_path,
         f"""
@@ -89,7 +89,7 @@ def test_the_models_of_a_wrong_instance_are_judged(mistake: str, tmp_path: Path)
 
 
 def test_wrong_options_hide_neither_variables_nor_models(tmp_path: Path) -> None:
-    """Of the options themselves nothing more is said: one that is right may depend on one that is wrong."""
+    """No further problem of the options is reported: a valid one may depend on an invalid one."""
     assert places(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""What a child sees of the world, and what nobody is shown."""
+"""The environment of a child, and redaction of secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `check` says of the file that a held model is made from: where it is absent, and where it is no model."""
+"""Warnings of `check` about the file of a held model: missing, or not a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One app of PM2 to one service: every field PM2 knows, and what becomes of it.
+"""Convert one PM2 app to one service: every field that PM2 knows.
 
-The rules of this file
+Invariants:
 - A field is read once and reported once. A field that PM2 itself does not know is reported as such.
-- Where fleetd does better than PM2 (the whole process set, real windows), the difference is said, not hidden.
+- A difference between fleetd and PM2 is reported, also where fleetd does more (whole process sets, moving windows).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Pm2App:
             self.mapped("cwd", self.entry["cwd"])
         elif self.folder is not None and not self.is_instance:
             self.entry["cwd"] = str(self.folder)
-            self.differs("cwd", f"not said: PM2 used the folder it was started in; here it is {self.folder}")
+            self.differs("cwd", f"not set: PM2 used the folder it was started in; here it is {self.folder}")
 
     # -- environment and ports -------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ _REFUSED = {
 
 def _replicas(app: Pm2App) -> None:
     mode, count = app.take("exec_mode"), app.take("instances")
-    # PM2 takes what Node runs for a cluster as soon as a number of instances is said.
+    # PM2 runs a Node script as a cluster as soon as a number of instances is set.
     cluster = str(mode).startswith("cluster") if mode is not None else count is not None and _is_node(app)
     number = _instances(count)
     if count is not None and number is None:
@@ -240,9 +240,7 @@ def _replicas(app: Pm2App) -> None:
         app.entry["replicas"] = number
         app.mapped("instances", f"replicas: {number}")
         if "port" in app.entry and not counted:
-            app.report.warn(
-                app.name, "instances", "each replica gets the next port; under PM2 all were told the same one"
-            )
+            app.report.warn(app.name, "instances", "each replica gets the next port; under PM2 all had the same one")
 
 
 def _is_node(app: Pm2App) -> bool:
@@ -325,7 +323,7 @@ def _stop(app: Pm2App) -> None:
         stop["timeout"] = duration(timeout)
         app.mapped("kill_timeout", f"stop.timeout: {stop['timeout']}")
     elif not app.is_instance:
-        app.differs("kill_timeout", "not said: PM2 kills after 1.6 s, fleetd after 10 s")
+        app.differs("kill_timeout", "not set: PM2 kills after 1.6 s, fleetd after 10 s")
     if app.take("shutdown_with_message") in (True, "true"):
         _message(app, stop)
     if app.take("treekill") is False:

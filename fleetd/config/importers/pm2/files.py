@@ -1,6 +1,6 @@
 """PM2's files to fleet.yaml: ecosystem files in all their forms, `~/.pm2/dump.pm2`, and the output of `pm2 jlist`.
 
-The rules of this file
+Invariants:
 - Fields are in `pm2_fields.py`; here are the forms of files, names, and what concerns several apps.
 - A dump holds the whole environment of the shell that started PM2. Only what the app seems to need is kept, and a
   secret becomes a reference to a variable instead of a value in a file.
@@ -41,7 +41,7 @@ _DUMPED = {
     "shutdown_with_message": "shutdown_with_message",
     "log_date_format": "log_date_format", "namespace": "namespace",
 }  # fmt: skip
-# What PM2 writes into every dump, whether anybody said it or not.
+# Values that PM2 writes into every dump, set by the user or not.
 _DUMP_DEFAULTS: Mapping[str, Any] = {
     "autorestart": True, "watch": False, "treekill": True, "wait_ready": False,
     "shutdown_with_message": False, "namespace": "default", "node_args": [],
@@ -60,9 +60,7 @@ def import_pm2(path: Path, *, profile: str | None = None, evaluate: Evaluate = n
             raise ConfigError([Problem(str(path), 0, 0, "", "there is no such file")])
         document, read = evaluate(path)
         for name in read:
-            report.warn(
-                "", f"process.env.{name}", "was read while importing: its value of now is what stands in the result"
-            )
+            report.warn("", f"process.env.{name}", "was read during the import: the result contains its current value")
     else:
         source = read_source(path, str(path))
         document = _parse(path, source)

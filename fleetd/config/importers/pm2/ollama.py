@@ -1,8 +1,8 @@
-"""`ollama serve` under PM2 to an instance with typed options.
+"""Convert `ollama serve` under PM2 to an instance with typed options.
 
-The rules of this file
-- A variable that an option of the engine stands for becomes that option; any other stays in `env`.
-- What fleetd decides itself (how long a model stays) is left out, and said.
+Invariants:
+- A variable with a typed option becomes that option; any other stays in `env`.
+- A variable that fleetd decides itself (how long a model stays) is skipped and reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_ollama(words: list[str]) -> bool:
 
 
 def to_instance(name: str, words: list[str], env: Mapping[str, str], report: Report) -> dict[str, Any]:
-    """Return the keys of the instance; what else PM2 said of it is added by the caller."""
+    """Return the keys of the instance; the caller adds the other PM2 fields."""
     rest = dict(env)
     entry: dict[str, Any] = {"engine": "ollama"}
     if words != ["ollama", "serve"]:

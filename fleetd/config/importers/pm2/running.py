@@ -1,7 +1,7 @@
-"""What a PM2 beside us runs, and what of it would run twice.
+"""Find apps that a running PM2 supervises and that would run twice.
 
-The rules of this file
-- PM2 is asked only where its daemon listens: its command line would start one otherwise.
+Invariants:
+- PM2 is queried only when its daemon listens: its command line would start one otherwise.
 """
 
 from __future__ import annotations

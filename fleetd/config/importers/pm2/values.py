@@ -1,7 +1,7 @@
-"""Values as PM2's documents write them: words, variables, times, sizes, regular expressions.
+"""Values in PM2's documents: words, variables, times, sizes, regular expressions.
 
-The rules of this file
-- What cannot be understood is None, or the text that it is: what that means is said by who reads the field.
+Invariants:
+- An unknown form is None or the unchanged text; the reader of the field reports it.
 """
 
 from __future__ import annotations
