@@ -90,7 +90,7 @@ def test_an_ecosystem_file_becomes_a_fleet_that_loads(tmp_path: Path) -> None:
     assert (bot.probes.startup.message, bot.probes.startup.deadline) == ("ready", 30)
     assert "profile production" in report["bot.env_production", "warning"]
     assert ("deploy", "refused") in report
-    assert "value of now" in report["process.env.FLEETD_TEST_ENV", "warning"]
+    assert "current value" in report["process.env.FLEETD_TEST_ENV", "warning"]
 
 
 @needs_node
