@@ -159,7 +159,7 @@ class Host:
         return handle
 
     def _abandon(self, starting: asyncio.Future[Started]) -> None:
-        """Undo a start that nobody waits for any more."""
+        """Undo a start whose caller was cancelled."""
         if not starting.cancelled() and starting.exception() is None:
             self._spawner.abandon(starting.result())
             self._hunt(starting.result().lineage)
@@ -194,7 +194,7 @@ class Host:
         if handle.exit is not None or self._closed or self._leaving:
             return
         status = CHILDREN.collect(handle.pid) if handle.child else ExitStatus()
-        if status is None:  # told of the death before the status could be taken: kqueue is that early
+        if status is None:  # kqueue reports the exit before the status can be read
             asyncio.get_running_loop().call_later(0.001, self._died, handle)
             return
         leaf = handle.lineage.cgroup
@@ -315,7 +315,7 @@ class Host:
     def load_records(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
         """Return the records that an earlier daemon left, and where unreadable ones were moved to.
 
-        `carried` came over an execv: each stands for its copy on disk. What lies there beside them began too late for it.
+        `carried` came over an execv: each replaces its copy on disk. Other records there began after the execv was prepared.
         """
         found, moved = self.records.load(carried)
         known = {record.token for record in carried}
@@ -324,7 +324,7 @@ class Host:
         return [*records, *self._strays(known)], moved
 
     def _strays(self, known: Collection[str]) -> Iterator[HandleRecord]:
-        """Yield records that stand for what was lost with a record: they prove nobody, but the token finds the set, to end it."""
+        """Yield a record for each run whose record was lost: it proves no leader, but its token finds the set to stop."""
         for token, tag in strays(self.table, self.records.place, known).items():
             name, _, generation = tag.rpartition(":")
             if name and generation.isdecimal():
@@ -379,7 +379,7 @@ class Host:
     def _doubt(self, record: HandleRecord) -> str | None:
         """Return why this record does not prove a live process; None when it does."""
         if record.boot_id != self._boot_id:
-            return "the machine was started anew since"
+            return "the machine was rebooted since"
         if record.pid is None:
             return "its start was never confirmed" if record.spawned_at else "its record was lost"
         entry = self.table.entry(record.pid)
@@ -472,7 +472,7 @@ class Host:
         return results
 
     async def port_owner(self, port: int) -> PortOwner | None:
-        """Return who listens on a port of this machine; None when nobody does."""
+        """Return the owner of a port of this machine; None when no process listens."""
         return await self.thread(ports.owner, port)
 
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""One daemon per run folder and per state folder, and a folder that nobody else can reach into.
+"""One daemon per run folder and per state folder, and a folder that no other user can enter.
 
 Invariants:
 - A lock is a flock held for the daemon's whole life, over an execv too. It ends with the process, however that ends.

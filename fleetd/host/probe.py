@@ -157,7 +157,7 @@ class Prober:
             self._owned = True
             return answer
         owner = await self._host.port_owner(port)
-        who = str(owner) if owner is not None else "nobody any more"
+        who = str(owner) if owner is not None else "no process any more"
         return Answer(False, f"port {port} is answered by {who}, not by {self.target.name}")
 
     async def _ask_exec(self) -> Answer:
@@ -193,12 +193,12 @@ class Prober:
 
 
 def heard(message: str, handle: ProcessHandle | None) -> Answer:
-    """Say whether a program has sent a message over its channel. What it said to an earlier daemon is taken as said."""
+    """Say whether a program has sent a message over its channel. A message sent to an earlier daemon counts as sent."""
     channel = handle.channel if handle is not None else None
     if channel is None or channel.adopted:
         return Answer(True, "its channel is older than this daemon")
     if message in channel.heard:
-        return Answer(True, f"it said {message!r}")
+        return Answer(True, f"it sent {message!r}")
     return Answer(False, f"it did not say {message!r} yet" if channel.open else "it closed its channel")
 
 

@@ -6,7 +6,7 @@ Invariants:
 - `fleetd.db` (sqlite, WAL) holds learned footprints, history and small facts; losing it costs knowledge, never correctness.
 - One thread does all writing and reading, in order. Writers never wait; at most 10 000 writes may be pending, older
   history is dropped then. A full disk is a `problem` that goes away by itself.
-- What is corrupt is moved to *.corrupt-TIME and begun anew.
+- What is corrupt is moved to *.corrupt-TIME and started empty.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class StateStore:
             self._problems.pop("remembered", None)
 
     def _try_again(self) -> None:
-        """What decides what runs is written as soon as the disk takes it: nobody may ask for anything more until then."""
+        """Write what decides what runs as soon as the disk accepts it; requests wait until then."""
         if self._closing:
             return
         if self._again is not None:
@@ -287,7 +287,7 @@ class StateStore:
         self._execute("INSERT INTO history (at, kind, subject, data) VALUES (?, ?, ?, ?)", rows)
 
     async def last_of_each(self, of_each: int, in_all: int) -> list[HistoryEntry]:
-        """Return the newest entries, oldest first: no more than `of_each` of one subject, lest one hides all others."""
+        """Return the newest entries, oldest first: at most `of_each` of one subject, so that one does not hide all others."""
         return _entries(await self._ask(lambda: self._rows(_LAST_OF_EACH, (_LOOKED_THROUGH, of_each, in_all))))
 
     async def history(self, subject: str | None = None, *, limit: int = 100, since: float = 0.0) -> list[HistoryEntry]:

@@ -29,7 +29,7 @@ class Capture(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogPolicy:
-    """Limits of one process' log. `keep` counts archives beside the live file; `max_age_s` starts a new archive by age."""
+    """Limits of one process' log. `keep` counts archives next to the live file; `max_age_s` starts a new archive by age."""
 
     max_size_bytes: int = 50 * 1024 * 1024
     keep: int = 5
@@ -55,7 +55,7 @@ class StopPolicy:
 
 @dataclass(frozen=True, slots=True)
 class CommandSaid:
-    """How a stop command went: `text` is the last line of what it said, or how it failed."""
+    """How a stop command went: `text` is its last output line, or how it failed."""
 
     ok: bool
     text: str
@@ -89,7 +89,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True, slots=True)
 class RawExit:
-    """One death as the kernel tells it. `code` and `signal` are both None when nobody could see the status."""
+    """One exit as the kernel reports it. `code` and `signal` are both None when the status could not be read."""
 
     name: str
     generation: int

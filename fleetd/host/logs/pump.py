@@ -7,7 +7,7 @@ Invariants:
 - What was read is kept in a mapped file until it is written (`inhand.py`): a kill of the daemon loses and doubles no line.
 - Memory is bounded: 256 KiB per read, and a line is cut into pieces of 1 MiB.
 - The pump is the only writer of these files: it rotates by rename, between two lines. A file that is deleted under it is
-  made anew.
+  created again.
 """
 
 from __future__ import annotations

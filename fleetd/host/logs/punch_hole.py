@@ -1,4 +1,4 @@
-"""Freeing the head of a file that somebody is still writing to.
+"""Frees the head of a file that a process is still writing to.
 
 Invariants:
 - The file keeps its length and its offsets; the freed part reads as NUL bytes and costs no disk.
@@ -43,7 +43,7 @@ def punch(fd: int, start: int, end: int) -> None:
 
 
 def can_punch(folder: Path) -> bool:
-    """Try it on a file that nobody sees."""
+    """Try it on an unlinked temporary file."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x" * 16384)

@@ -181,7 +181,7 @@ class LogRegistry:
         self._policies[name] = policy
         fd = self.files(name).open_for_append()
         try:
-            if os.fstat(fd).st_size > _LONGEST_FILE:  # offsets come to an end: nobody writes now, so begin a new file
+            if os.fstat(fd).st_size > _LONGEST_FILE:  # offsets run out: no process writes now, so start a new file
                 rotate(self.files(name), replace(policy, max_size_bytes=_LONGEST_FILE), force=True)
                 self.files(name).live.unlink(missing_ok=True)
                 os.close(fd)
@@ -217,7 +217,7 @@ class LogRegistry:
             self._watch(handle, self._pump.add(stream))
 
     def salvage(self, record: HandleRecord, pipe: int) -> Callable[[], Awaitable[None]]:
-        """Begin to read what a run that nobody takes over still says; call what is returned once it has ended."""
+        """Start to read the output of a run that is not adopted; call the result once the run has exited."""
         if self._pump is None:
             self._pump = Pump(self._pump_rotated)
         pump = self._pump
@@ -232,7 +232,7 @@ class LogRegistry:
         return finished
 
     def ended(self, handle: ProcessHandle) -> None:
-        """The leader is dead: close its output with a mark, after all that it said."""
+        """Close the output of a dead leader with a mark, after all of its lines."""
         if handle.exit is None:
             return
         text, stream = exit_mark(handle.exit), self._streams.get(handle.lineage.token)
@@ -250,7 +250,7 @@ class LogRegistry:
         work.add_done_callback(handle.background.discard)
 
     async def written(self, handle: ProcessHandle) -> None:
-        """Return when all that the leader said, and the mark of its end, are in the file."""
+        """Return when all output of the leader, and its exit mark, are in the file."""
         if handle.background:
             await asyncio.gather(*handle.background, return_exceptions=True)
 

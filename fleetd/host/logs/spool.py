@@ -4,7 +4,7 @@ Invariants:
 - Bytes are read straight into a mapped file: they are in the kernel's hands before anybody could be killed over them.
 - The head says what of it is still to be written, and of a write under way how large the log was and will be. So the next
   daemon knows whether that write happened, and writes every line once.
-- How much a read brought is known only after it, so it goes onto zeros: what is none was read. (NULs at its very end are not told.)
+- The size of a read is known only after it, so it is read onto zeros: any other byte was read. (NULs at its end are not counted.)
 - Blocks are taken at the start: a full disk refuses the file, and never a page of it. Without the file a pipe is read as well,
   and a kill between a read and its write loses that read. So does a power cut.
 """

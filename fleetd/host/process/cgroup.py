@@ -6,7 +6,7 @@ Invariants:
 - Moving a process costs about 10 ms in the kernel, so it happens after the spawn is reported.
 - Counting OOM kills needs the memory controller, which is switched on only when nothing else lives in our own cgroup. systemd starts
   the next daemon in that very cgroup, and the kernel takes no process into one that hands controllers on: so not under systemd,
-  unless it was told `DelegateSubgroup=fleetd.daemon` (systemd 254).
+  unless it was configured with `DelegateSubgroup=fleetd.daemon` (systemd 254).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class CommandResult:
 
 
 class _Output:
-    """The end of what a pipe said, read as it comes so that the writer never blocks."""
+    """The last output of a pipe, read as it arrives so that the writer never blocks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self._loop, self._fd, self._data = loop, fd, b""
@@ -59,7 +59,7 @@ class _Output:
         self._data = (self._data + data)[-_KEPT_BYTES:]
 
     def text(self) -> str:
-        """Return the end of what was said, with what is in the pipe now: somebody may still be writing."""
+        """Return the last output, with what is in the pipe now: a descendant may still be writing."""
         for _ in range(16):
             before = self._data
             self._read()
@@ -133,7 +133,7 @@ async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
 
 def said(result: CommandResult, took_s: float) -> CommandSaid:
     """Return how a stop command went, in one line."""
-    last = (result.output.strip().splitlines()[-1:] or ["it said nothing"])[0][:_SAID_CHARS]
+    last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SAID_CHARS]
     if result.ok:
         return CommandSaid(True, last, took_s)
     how = f"exit code {result.status.code}" if result.status.code is not None else f"killed by {result.status.signal}"
@@ -180,7 +180,7 @@ def kill_and_forget(pid: int) -> None:
 def _abandon(
     starting: asyncio.Future[int], token: str, end_lineage: Callable[[Lineage], asyncio.Future[tuple[int, ...]]]
 ) -> None:
-    """Undo a start that nobody waits for any more."""
+    """Undo a start whose caller was cancelled."""
     if not starting.cancelled() and starting.exception() is None:
         kill_and_forget(starting.result())
         end_lineage(Lineage(-1, 0, token))

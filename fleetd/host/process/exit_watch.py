@@ -1,7 +1,7 @@
 """Deaths, seen by the event loop the moment they happen, and statuses collected exactly once.
 
 Invariants:
-- Linux: a pidfd becomes readable when the whole thread group is dead, whoever still holds its stdout. macOS: kqueue.
+- Linux: a pidfd becomes readable when the whole thread group is dead, even if its stdout is still open. macOS: kqueue.
 - Nobody else waits for our children: no SIGCHLD handler, no asyncio child watcher, no Popen polling.
 - As subreaper the daemon inherits orphans; their statuses are collected here too, never one of a spawn still under way.
 """

@@ -3,7 +3,7 @@
 Invariants:
 - A record is written before the spawn (without a pid) and again after it, by rename; it goes when the set is empty.
 - Records matter only until the next boot, so they are not fsynced beyond what rename gives; torn ones are set aside.
-- What cannot be read is moved to *.corrupt, never deleted, and kills nobody.
+- What cannot be read is moved to *.corrupt, never deleted, and no process is killed for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OnExit = Callable[[RawExit], None]
 
 @dataclass(slots=True, eq=False)
 class ProcessHandle:
-    """One run of one process. Made by Host.spawn and Host.adopt; good until stop or sweep said that its set is empty."""
+    """One run of one process. Created by Host.spawn and Host.adopt; valid until stop or sweep reports that its set is empty."""
 
     record: HandleRecord
     lineage: Lineage
@@ -64,7 +64,7 @@ class ProcessHandle:
 
     @property
     def alive(self) -> bool:
-        """The leader lives, as far as the loop has been told."""
+        """Return whether the leader lives, as far as the loop knows."""
         return self.exit is None
 
     @property

@@ -1,4 +1,4 @@
-"""The channel a Node program expects of whoever started it: `process.send('ready')`, `process.on('message')`.
+"""The channel a Node program expects of its parent: `process.send('ready')`, `process.on('message')`.
 
 Invariants:
 - A socket pair; the child's end is named by NODE_CHANNEL_FD; messages are JSON, one per line.
@@ -33,7 +33,7 @@ class NodeChannel:
         self._open = True
         self.ready = asyncio.Event()  # the child has sent "ready"
         self.heard: set[str] = set()  # the messages of the child that are texts
-        self.adopted = False  # what the child said before is not known
+        self.adopted = False  # what the child sent before is not known
         self.on_message = on_message
         end.setblocking(False)
         loop.add_reader(end.fileno(), self._readable)
@@ -91,7 +91,7 @@ class NodeChannel:
             self._socket.close()
 
     def detach(self) -> int:
-        """Give up the descriptor, for a daemon that executes itself anew and opens the channel again."""
+        """Give up the descriptor, for a daemon that executes itself again and opens the channel again."""
         self._open = False
         self._loop.remove_reader(self._socket.fileno())
         return self._socket.detach()  # the number stays open; only this object lets go of it

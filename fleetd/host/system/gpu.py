@@ -2,7 +2,7 @@
 
 Invariants:
 - A source is asked in a thread and never raises: a card that does not answer is left out, a value it lacks is None.
-- NVIDIA through NVML, loaded at the first question; after an error it is begun anew at most every 30 s.
+- NVIDIA through NVML, loaded at the first query; after an error it is initialised again at most every 30 s.
 - AMD through sysfs.
 """
 

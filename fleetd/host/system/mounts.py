@@ -1,7 +1,7 @@
 """What is mounted where, and which volume it is.
 
 Invariants:
-- On Linux the kernel's own table is read: bind mounts count, and a name with spaces or of any depth is told apart.
+- On Linux the kernel's own table is read: bind mounts count, and a name with spaces or of any depth is recognised.
 - A volume is known by what is the same wherever it is plugged in: the file system's UUID, or a share's address. Where nothing
   of that kind can be read (tmpfs, FAT without udev), there is no identity, and any volume of that name will do.
 """

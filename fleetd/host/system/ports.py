@@ -103,7 +103,7 @@ def _listens(pid: int, port: int) -> bool:
 
 
 def owner(port: int) -> PortOwner | None:
-    """Return who listens on the port; None when nobody does. An owner that cannot be seen has pid None."""
+    """Return the owner of the port; None when no process listens. An owner that cannot be seen has pid None."""
     if not LINUX:
         return next((PortOwner(port, pid, command_of(pid)) for pid in psutil.pids() if _listens(pid, port)), None)
     inodes = listening_inodes(port)

@@ -141,7 +141,7 @@ class Volumes:
         return {path: self.look(path, table) for path in paths}
 
     def table(self) -> object:
-        """Return something that differs when anything was mounted or unmounted; None where that cannot be told."""
+        """Return something that differs when anything was mounted or unmounted; None where that cannot be detected."""
         points = self._mounts().points
         return dict(points) or None
 
@@ -174,7 +174,7 @@ class Volumes:
 
 
 def _is_bare(folder: Path) -> bool:
-    """True for an empty or absent folder: a mount point that waits for its volume."""
+    """Return whether a folder is empty or missing: a mount point that waits for its volume."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None

@@ -1,4 +1,4 @@
-"""Changes in folders, told by the kernel itself (Linux): nothing runs until something happens.
+"""Changes in folders, reported by the kernel itself (Linux): nothing runs until something happens.
 
 Invariants:
 - Folders alone, not what is below them; a change of one is reported as the path of its entry.

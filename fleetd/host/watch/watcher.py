@@ -80,7 +80,7 @@ def _existing(folder: Path) -> Path:
 
 
 def mark_of(file: Path) -> str:
-    """Return what changes when a file is saved; an absent or unreadable one has a mark of its own."""
+    """Return what changes when a file is saved; a missing or unreadable one has a mark of its own."""
     try:
         with file.open("rb") as source:
             return f"{os.fstat(source.fileno()).st_mtime_ns} {hashlib.sha256(source.read(_LARGEST)).hexdigest()}"
@@ -129,7 +129,7 @@ class FileWatch:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
 
     def update(self, files: Iterable[Path], patterns: Iterable[WatchPattern] = ()) -> None:
-        """Watch these from now on. What is new counts as seen, but a match that is not among the files: nobody has read it."""
+        """Watch these from now on. What is new counts as seen, except a match that is not among the files: it was never read."""
         self._patterns = tuple(patterns)
         told = [match for match in self._matches() if match in self._marks]
         self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *told]}
@@ -236,7 +236,7 @@ class TreeWatch:
         return True
 
     def _matters(self, path: Path) -> bool:
-        """Say whether a change here may be news. What never rests (the logs beside the code) must not keep the rest waiting."""
+        """Say whether a change here may be news. What never rests (logs next to the code) must not keep the rest waiting."""
         return not self.ignored(path) or any(root.is_relative_to(path) for root in self._paths)
 
     async def _run(self) -> None:

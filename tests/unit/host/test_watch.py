@@ -60,7 +60,7 @@ def test_every_way_of_saving_is_seen_twice_in_a_row(save: Callable[[Path, str], 
     asyncio.run(run())
 
 
-def test_only_what_was_saved_is_told_and_a_touch_is_a_save(tmp_path: Path) -> None:
+def test_only_saved_files_are_reported_and_touch_counts(tmp_path: Path) -> None:
     path, other = tmp_path / "fleet.yaml", tmp_path / "other.yaml"
     for file in (path, other):
         file.write_text("same")
@@ -68,7 +68,7 @@ def test_only_what_was_saved_is_told_and_a_touch_is_a_save(tmp_path: Path) -> No
     async def run() -> None:
         seen: list[list[Path]] = []
         watch = FileWatch([path, other], seen.append, debounce_s=0.02)
-        (tmp_path / "third.yaml").write_text("beside them")
+        (tmp_path / "third.yaml").write_text("next to them")
         by_rename(other, "new")
         await until(lambda: seen)
         assert seen == [[other]]
@@ -163,12 +163,12 @@ def test_a_file_in_a_folder_that_comes_later(tmp_path: Path) -> None:
 
 
 async def until_watched(tree: Path, seen: list[list[Path]]) -> None:
-    """Return once changes in a tree are told: the library says nothing of when it begins to look."""
+    """Return once changes in a tree are reported: the library does not report when it starts to watch."""
     heard, written = len(seen), 0.0
 
     def told() -> bool:
         nonlocal written
-        if time.monotonic() > written + 1:  # not without a rest: what never is quiet is never told
+        if time.monotonic() > written + 1:  # not without a rest: a tree that never rests is never reported
             (tree / "first.txt").write_text(str(written))
             written = time.monotonic()
         return len(seen) > heard
@@ -180,7 +180,7 @@ def all_paths(seen: list[list[Path]]) -> set[Path]:
     return {path for paths in seen for path in paths}
 
 
-def test_a_burst_in_a_tree_is_one_change_and_ignored_names_are_none(tmp_path: Path) -> None:
+def test_burst_in_tree_is_one_change_without_ignored_names(tmp_path: Path) -> None:
     tree = tmp_path / "dist"
     tree.mkdir()
 
@@ -232,9 +232,9 @@ def test_what_is_ignored_and_never_rests_keeps_no_change_waiting(tmp_path: Path)
         talking = asyncio.ensure_future(chatter())
         await until_watched(tree, seen)
         (tree / "a.js").write_text("x")
-        await until(lambda: tree / "a.js" in all_paths(seen), "a.js told", 15)
+        await until(lambda: tree / "a.js" in all_paths(seen), "a.js reported", 15)
         (tmp_path / ".env").write_text("x")
-        await until(lambda: tmp_path / ".env" in all_paths(seen), ".env told", 15)
+        await until(lambda: tmp_path / ".env" in all_paths(seen), ".env reported", 15)
         assert all_paths(seen) <= {tree / "first.txt", tree / "a.js", tmp_path / ".env"}
         talking.cancel()
         await watch.close()
