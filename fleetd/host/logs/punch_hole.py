@@ -1,4 +1,4 @@
-"""Freeing the head of a file that somebody is still writing to.
+"""Frees the head of a file that a process is still writing to.
 
 Invariants:
 - The file keeps its length and its offsets; the freed part reads as NUL bytes and costs no disk.

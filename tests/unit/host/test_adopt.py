@@ -94,7 +94,7 @@ def test_after_a_crash_the_process_is_adopted_and_its_death_seen(tmp_path: Path)
     asyncio.run(run())
 
 
-def test_an_adopted_process_is_stopped_with_all_that_descends_from_it(tmp_path: Path) -> None:
+def test_stop_of_adopted_process_stops_its_descendants(tmp_path: Path) -> None:
     program = """
         import os, time
         if os.fork() == 0:
@@ -124,7 +124,7 @@ def test_an_adopted_process_is_stopped_with_all_that_descends_from_it(tmp_path: 
     asyncio.run(run())
 
 
-def test_a_leader_that_died_unwatched_leaves_orphans_that_are_swept(tmp_path: Path) -> None:
+def test_adopt_dead_leader_sweeps_its_orphans(tmp_path: Path) -> None:
     program = """
         import os, time
         if os.fork() == 0:
@@ -190,7 +190,7 @@ def test_an_unconfirmed_start_is_found_by_its_token(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_an_unconfirmed_start_said_is_in_its_log(tmp_path: Path) -> None:
+def test_unconfirmed_start_output_is_in_its_log(tmp_path: Path) -> None:
     source = """
         import os, sys, time
         while not os.path.exists(sys.argv[1]): time.sleep(0.01)
@@ -278,7 +278,7 @@ def test_an_execv_keeps_children_pipes_and_exit_codes(tmp_path: Path) -> None:
     assert done.stdout.startswith("42 before|after|--- exited code=42 "), done.stdout + done.stderr
 
 
-def test_a_child_that_died_during_the_execv_is_reported_with_its_code(tmp_path: Path) -> None:
+def test_child_exit_during_execv_is_reported_with_code(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as first:
             handle = await spawn(first, ("/bin/sh", "-c", "read x < /proc/self/fd/9 2>/dev/null; sleep 0.05; exit 9"))
@@ -342,7 +342,7 @@ def test_broken_records_are_set_aside(case: str, tmp_path: Path) -> None:
         parse_record(BROKEN[case])
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem_not_an_error(tmp_path: Path) -> None:
+def test_unwritable_folder_is_a_problem_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file where the folder should be")
     records = Records(paths_in(tmp_path).handles)
     records.write(RECORD)

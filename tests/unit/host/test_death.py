@@ -78,7 +78,7 @@ def test_exact_status(source: str, code: int | None, name: str | None, tmp_path:
     asyncio.run(run())
 
 
-def test_every_one_of_many_deaths_is_reported_once_with_its_own_code(tmp_path: Path) -> None:
+def test_many_exits_are_each_reported_once_with_their_code(tmp_path: Path) -> None:
     count = 60
 
     async def run() -> list[tuple[int, int | None]]:

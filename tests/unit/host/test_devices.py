@@ -85,7 +85,7 @@ def test_a_value_that_a_card_lacks_is_none(broken: str) -> None:
     assert [card.utilization, card.temperature_c, card.uuid, card.pid_bytes or None].count(None) == 1
 
 
-def test_nvml_that_is_lost_is_begun_anew() -> None:
+def test_nvml_lost_is_initialised_again() -> None:
     library, now = FakeNvml(1), [0.0]
     source = NvmlSource(library, clock=lambda: now[0])
     assert len(source.sample()) == 1

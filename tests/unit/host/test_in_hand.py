@@ -98,7 +98,7 @@ def test_lost_lines_are_known_to_the_next_daemon(ends: tuple[int, int, int], tmp
     assert second.lost == 7
 
 
-def test_many_reads_find_room_and_a_rest_that_is_too_long_is_let_go(ends: tuple[int, int, int], tmp_path: Path) -> None:
+def test_spool_many_reads_fit_and_too_long_rest_is_dropped(ends: tuple[int, int, int], tmp_path: Path) -> None:
     source, end, log = ends
     one = Spool(tmp_path / "hand")
     one.take_up(log)
@@ -113,7 +113,7 @@ def test_many_reads_find_room_and_a_rest_that_is_too_long_is_let_go(ends: tuple[
         assert Spool(tmp_path / "hand").take_up(log) == expected
 
 
-def test_without_room_or_with_garbage_it_begins_anew(ends: tuple[int, int, int], tmp_path: Path) -> None:
+def test_spool_without_room_or_with_garbage_starts_empty(ends: tuple[int, int, int], tmp_path: Path) -> None:
     _, _, log = ends
     assert hand(None) is None
     assert hand(tmp_path / "absent" / "hand") is None
@@ -167,6 +167,6 @@ def after_kills(folder: Path, *, protected: bool) -> list[int]:
     return [int(line[:8]) for line in lines]
 
 
-def test_a_pump_that_is_killed_again_and_again_writes_every_line_once(tmp_path: Path) -> None:
+def test_pump_killed_repeatedly_writes_every_line_once(tmp_path: Path) -> None:
     numbers = after_kills(tmp_path, protected=True)
     assert numbers == list(range(1, len(numbers) + 1))

@@ -28,7 +28,7 @@ time.sleep(600)
 """
 
 
-def test_a_second_daemon_is_told_who_has_it(tmp_path: Path) -> None:
+def test_lock_second_daemon_gets_name_of_holder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, cwd=REPOSITORY) as holder:
         assert holder.stdout is not None

@@ -126,7 +126,7 @@ def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
-def test_a_long_line_of_the_pump_is_followed_as_text_with_its_time(tmp_path: Path, said: str) -> None:
+def test_follow_long_pump_line_gives_text_and_time(tmp_path: Path, said: str) -> None:
     files = files_with(tmp_path / "logs", b"")
     follower, shown = LogFollower(files, lambda: 0), []
     data = as_json_lines(["before", said, "after"], 1795442609.763)
@@ -281,9 +281,7 @@ def test_a_full_disk_loses_no_live_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert everything(files) == data
 
 
-def test_lines_that_a_full_disk_refused_at_the_end_of_a_run_are_told_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_lost_to_full_disk_are_reported_by_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             with monkeypatch.context() as patched:
@@ -450,7 +448,7 @@ NASTY = st.text(alphabet=st.sampled_from("\",\\'{}[]:ab\t\0ü€😀\r"), max_si
 @example(['",'], 0.0)
 @example([",", "a", ",", '","'], 0.0)
 @given(st.lists(NASTY | st.text(max_size=20), min_size=1, max_size=8), st.floats(0, 4e9))
-def test_json_lines_say_what_was_said(lines: list[str], at: float) -> None:
+def test_json_lines_contain_the_output(lines: list[str], at: float) -> None:
     clean = [line.encode("utf-8", "replace").decode() for line in lines]
     objects = [json.loads(row) for row in as_json_lines(clean, at).split(b"\n")[:-1]]
     assert [entry["line"] for entry in objects] == clean
@@ -626,7 +624,7 @@ def test_since_for_lines_without_times(tmp_path: Path) -> None:
     assert [index.offset_at(since) for since in (9.0, 10.5, 11.0, 12.5, 20.0)] == [None, 0, 100, 100, 250]
 
 
-def test_the_index_of_times_is_bounded_and_never_leaves_out_what_is_new() -> None:
+def test_time_index_is_bounded_and_keeps_new_lines() -> None:
     index = book_module.TimeIndex()
     for second in range(100_000):
         for part in (0.0, 0.1, 0.2):  # deaths in quick succession

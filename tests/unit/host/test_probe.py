@@ -223,7 +223,7 @@ async def until_dead(note: Path, count: int) -> None:
     await until(lambda: not any(alive(pid) for pid in pids), "both dead")
 
 
-def test_an_exec_that_outlives_its_daemon_is_ended_by_the_next_one(tmp_path: Path) -> None:
+def test_exec_left_by_dead_daemon_is_killed_by_next_daemon(tmp_path: Path) -> None:
     note = tmp_path / "pids"
     script = f"(setsid sh -c 'echo $$ >> {note}; exec sleep 600' &) ; echo $$ >> {note}; sleep 600"
 

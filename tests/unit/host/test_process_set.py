@@ -86,7 +86,7 @@ def test_scopes() -> None:
         st.integers(2, 40), st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(900, 1100), st.booleans())
     )
 )
-def test_never_a_dead_one_never_an_older_root_always_closed_under_children(
+def test_members_exclude_dead_and_older_include_children(
     rows: dict[int, tuple[int, int, int, bool]],
 ) -> None:
     table = {pid: TableEntry(pid, ppid, pgid, pgid, start, dead) for pid, (ppid, pgid, start, dead) in rows.items()}
@@ -125,7 +125,7 @@ class FakeTable:
         return True
 
 
-def test_a_scan_reads_tokens_remembers_members_and_signals_identities() -> None:
+def test_scan_reads_tokens_and_signals_identities() -> None:
     table = FakeTable([LEADER, entry(101)], {101: b"A=1\0FLEETD_SPAWN=mine\0B=2\0"})
     scanner, lineage = SetScanner(table), Lineage(100, 1000, "mine")
     targets = scanner.scan(lineage)

@@ -48,7 +48,7 @@ def report(tmp_path: Path, **fields: object) -> dict[str, object]:
     return asyncio.run(run())
 
 
-def test_a_child_leads_its_session_and_holds_no_descriptor_of_ours(tmp_path: Path) -> None:
+def test_child_leads_session_and_inherits_no_descriptor(tmp_path: Path) -> None:
     seen = report(tmp_path, name="web", generation=7)
     assert seen["sid"] == seen["pgid"] == seen["pid"]
     assert seen["fds"] == [0, 1, 2]
@@ -277,7 +277,7 @@ def test_names_never_collide(tmp_path: Path) -> None:
     assert all(unescape(escape(name)) == name for name in names if len(name) < 100)
 
 
-def test_a_start_that_nobody_waits_for_is_undone(tmp_path: Path) -> None:
+def test_start_with_cancelled_caller_is_undone(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             task = asyncio.ensure_future(spawn(host, ("sleep", "60"), name="gone"))

@@ -99,7 +99,7 @@ def test_nobody_is_left(program: str, cgroups: bool, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_daemon_that_cleaned_its_environment_is_found_in_its_cgroup(tmp_path: Path) -> None:
+def test_process_without_token_is_found_in_its_cgroup(tmp_path: Path) -> None:
     async def run() -> None:
         async with host_in(tmp_path) as host:
             if host._cgroups is None:
@@ -160,7 +160,7 @@ LEADER_DIES = """
 
 
 @pytest.mark.parametrize("manner", ["polite", "deaf"])
-def test_a_leader_killed_by_itself_leaves_a_worker_with_port_and_stdout(manner: str, tmp_path: Path) -> None:
+def test_leader_killed_alone_leaves_worker_with_port_and_stdout(manner: str, tmp_path: Path) -> None:
     port = free_port()
 
     async def run() -> None:

@@ -135,7 +135,7 @@ def test_a_database_that_breaks_while_open(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_happened_last_to_each_is_not_hidden_by_one_that_is_loud(tmp_path: Path) -> None:
+def test_last_events_of_each_subject_survive_a_noisy_subject(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             assert await store.last_of_each(3, 10) == []

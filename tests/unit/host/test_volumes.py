@@ -49,7 +49,7 @@ def test_where_the_volume_of_a_path_may_be_mounted(path: str, points: list[str])
         ("/srv/nope/a.gguf", [], "does not exist"),
     ],
 )
-def test_what_is_absent_is_said_with_its_volume(path: str, mounted: list[str], said: str) -> None:
+def test_missing_path_is_reported_with_its_volume(path: str, mounted: list[str], said: str) -> None:
     volumes = Volumes(listed=[], mounts=lambda: table(*mounted))
     assert volumes.look(Path(path)).missing == f"{path} ({said})"
 
@@ -90,7 +90,7 @@ def test_a_volume_that_is_unplugged_replaced_and_plugged_in(tmp_path: Path) -> N
     assert volumes.look(wanted).missing == f"{wanted} (does not exist)"
 
 
-def test_a_volume_that_was_seen_before_must_be_mounted_though_its_folder_is_full(tmp_path: Path) -> None:
+def test_known_volume_must_be_mounted_even_if_folder_has_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     known = {str(tmp_path): ""}
     look = Volumes(listed=[], mounts=table, known=known).look(tmp_path / "a")
@@ -130,7 +130,7 @@ def test_fstab(tmp_path: Path) -> None:
     assert fstab_mounts(tmp_path / "none") == []
 
 
-def test_the_kernel_table_is_read_with_spaces_and_later_mounts_on_top(tmp_path: Path) -> None:
+def test_mount_table_handles_spaces_and_stacked_mounts(tmp_path: Path) -> None:
     listed = tmp_path / "mountinfo"
     listed.write_text(
         "36 35 98:0 / /mnt/My\\040Disk rw,noatime master:1 - ext3 /dev/root rw\n"
@@ -180,7 +180,7 @@ def point(tmp_path: Path) -> Iterator[Path]:
 
 
 @needs_mounts
-def test_a_real_drive_is_told_from_another_of_the_same_name(tmp_path: Path, point: Path) -> None:
+def test_real_drive_differs_from_another_of_same_name(tmp_path: Path, point: Path) -> None:
     first, second = Drive(tmp_path / "1.img", point), Drive(tmp_path / "2.img", point)
     volumes = Volumes(listed=[point])
     assert volumes.look(point).missing == f"{point} (the volume {point} is not mounted)"
@@ -200,7 +200,7 @@ def test_a_real_drive_is_told_from_another_of_the_same_name(tmp_path: Path, poin
 
 
 @needs_mounts
-def test_a_real_bind_mount_is_a_mount_and_a_real_tmpfs_has_no_identity(tmp_path: Path, point: Path) -> None:
+def test_bind_mount_is_a_mount_and_tmpfs_has_no_identity(tmp_path: Path, point: Path) -> None:
     (tmp_path / "there").mkdir()
     point.mkdir()
     volumes = Volumes(listed=[point])

@@ -60,7 +60,7 @@ def test_every_way_of_saving_is_seen_twice_in_a_row(save: Callable[[Path, str], 
     asyncio.run(run())
 
 
-def test_only_what_was_saved_is_told_and_a_touch_is_a_save(tmp_path: Path) -> None:
+def test_only_saved_files_are_reported_and_touch_counts(tmp_path: Path) -> None:
     path, other = tmp_path / "fleet.yaml", tmp_path / "other.yaml"
     for file in (path, other):
         file.write_text("same")
@@ -180,7 +180,7 @@ def all_paths(seen: list[list[Path]]) -> set[Path]:
     return {path for paths in seen for path in paths}
 
 
-def test_a_burst_in_a_tree_is_one_change_and_ignored_names_are_none(tmp_path: Path) -> None:
+def test_burst_in_tree_is_one_change_without_ignored_names(tmp_path: Path) -> None:
     tree = tmp_path / "dist"
     tree.mkdir()
 
