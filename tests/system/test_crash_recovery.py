@@ -247,14 +247,11 @@ def test_case_31_linked_record_is_not_followed(tmp_path: Path) -> None:
 
 def test_case_05_supervisor_crash_during_a_start_leaves_no_copy(tmp_path: Path) -> None:
     port = free_port()
-    slow = (
-        json.loads(fake("--bind-after", "2"))
-        if "--bind-after" in fake_flags()
-        else json.loads(fake("--load-time", "2"))
-    )
+    slow = json.loads(fake("--load-time", "2"))
     services = {"a": {"command": slow, "port": port, "probes": {"startup": {"http": "/health"}}}}
     with fleetd(tmp_path, fleet(services)) as daemon:
-        daemon.start()
+        daemon.start(wait=False)
+        until(daemon.is_up, "the daemon is up")
         until(lambda: daemon.process_row("a")["pid"], "it was spawned")
         pid = daemon.process_row("a")["pid"]
         assert daemon.process_row("a")["state"] == "STARTING"
@@ -262,12 +259,6 @@ def test_case_05_supervisor_crash_during_a_start_leaves_no_copy(tmp_path: Path) 
         daemon.start()
         assert ready(daemon, "a") == pid
         assert len(daemon.children()) == 1
-
-
-def fake_flags() -> str:
-    from tests.support.daemon import FAKE
-
-    return FAKE.read_text()
 
 
 def test_case_04_exit_of_adopted_process_is_marked_in_its_log(tmp_path: Path) -> None:
