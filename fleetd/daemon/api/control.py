@@ -1,8 +1,8 @@
-"""The daemon as the control plane sees it: implements control.port.ControlPort.
+"""The control API's access to the daemon: implements control.port.ControlPort.
 
 Invariants:
-- Reading is reading memory. Changing is an event to the fleet, or the daemon's own `Operations` (apply, reload, shutdown).
-- Every mistake is a FleetError with a sentence; secrets leave this file redacted.
+- A query reads memory only. A change is an event to the fleet, an apply, or a shutdown.
+- Every error is a FleetError with a sentence; secrets are redacted here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LAST = 10
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """The end of the daemon's run: `stop(force, reason)`, and `reexec()`, which raises when it is not possible."""
+    """Stop and re-execution of the daemon: `stop(force, reason)`, and `reexec()`, which raises when it is impossible."""
 
     stop: Callable[[bool, str], None]
     reexec: Callable[[], Awaitable[None]]
@@ -60,7 +60,7 @@ class Inspected:
 
 
 class DaemonControlPort:
-    """Everything that `fleetctl` asks."""
+    """Answer the requests of `fleetctl`."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Why a model is where it is, and what would happen if somebody asked for it now: numbers first, then sentences.
+"""Explain the state of a model, and what a request for it would do now.
 
 Invariants:
-- Read from the facts alone, with the core's own planner: what it says is what would be decided.
+- The core's own planner computes the forecast, so it is what the core would decide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fleetd.units import show_size
 def explain(
     queries: FleetQueries, model: Model, now: float, store: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Return the answer of `fleetctl explain MODEL`. `store` is what is known of it in its server's store."""
+    """Return the document of `fleetctl explain MODEL`. `store` is its state in its server's store."""
     footprint = model.footprint
     text = [_where(model)]
     victims: list[dict[str, str]] = []

@@ -1,10 +1,10 @@
-"""The fleet as the gateway sees it: every request passes here twice, so every step is a dictionary look-up.
+"""The gateway's access to the fleet. Every request passes here twice, so every step is a dictionary look-up.
 
 Invariants:
 - `take` and `finish` bypass the inbox for warm requests; the target they lead to is cached.
 - `admit` dispatches one event; the core's Grant or Reject comes back through `granted` and `rejected`, often before `admit`
   has returned. No task, no future, no copy.
-- What a process answers on is remembered until the plans change, as the same object: the gateway compares by identity.
+- The address of a process is cached as one object until the plans change: the gateway compares by identity.
 - A callback that raises costs its own request: the slot is given back at once.
 """
 
@@ -143,7 +143,7 @@ class DaemonFleetPort:
     # -- the daemon's side --------------------------------------------------------------------------------------------
 
     def granted(self, command: Grant) -> None:
-        """Tell the waiting request that it may go."""
+        """Grant a waiting request."""
         callbacks = self._waiting.pop(command.request_id, None)
         if callbacks is None:
             self._dispatch(RequestFinished(command.request_id))
@@ -167,7 +167,7 @@ class DaemonFleetPort:
         self._waiting.pop(request_id, None)
 
     def rejected(self, command: Reject) -> None:
-        """Tell the waiting request that it may not."""
+        """Reject a waiting request."""
         callbacks = self._waiting.pop(command.request_id, None)
         if callbacks is None:
             return
@@ -206,7 +206,7 @@ class DaemonFleetPort:
 
 
 def upstream_of(plan: LaunchPlan) -> Upstream:
-    """Return where a process listens and what it speaks. Raises KeyError for one without a port."""
+    """Return the address and dialect of a process. Raises KeyError for one without a port."""
     if plan.endpoint is None:
         raise KeyError(plan.name)
     from urllib.parse import urlsplit

@@ -1,9 +1,9 @@
 """`fleetctl models` and `fleetctl volumes` on the daemon's side: implements control.port.LibraryPort.
 
 Invariants:
-- A difference is asked of the servers themselves; a store none of whose servers is ready has an error instead.
-- A sync goes on when who asked for it leaves; it changes only what differs, and says each step.
-- Only what fleetd made is deleted, and only what no model of fleet.yaml names any more.
+- The servers themselves report differences; a store without a ready server has an error instead.
+- A sync continues when its client leaves; it changes only differences and reports each step.
+- Only models that fleetd created and that fleet.yaml no longer names are deleted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fleetd.errors import ApiError, EngineError, FleetError
 from fleetd.models.ollama.sync import Library, Step, StoreChange
 from fleetd.resolver.launch_plan import LaunchPlan
 
-_KEPT = 8  # syncs whose story can still be read
+_KEPT = 8  # syncs whose steps can still be read
 _ITEMS = 5000
 
 
 @dataclass(slots=True)
 class Sync:
-    """One run: what happened so far, and whether it is over."""
+    """One sync: its steps so far, and whether it is finished."""
 
     items: list[dict[str, Any]] = field(default_factory=list)
     over: bool = False
@@ -41,7 +41,7 @@ class Sync:
 
 
 class Libraries:
-    """Everything that is asked of the stores by hand. `http()` gives the shared client."""
+    """Store operations for `fleetctl models` and `fleetctl volumes`."""
 
     def __init__(self, context: DaemonContext, builds: ModelBuilds, prerequisites: Prerequisites) -> None:
         self._config = context.config
@@ -120,7 +120,7 @@ class Libraries:
     # -- changing -------------------------------------------------------------------------------------------------------
 
     def sync(self, names: Sequence[str]) -> int:
-        """Begin to make what differs; return the number under which its progress can be read."""
+        """Start a sync; return the number under which its progress can be read."""
         known = {name: self._queries.canonical_name(name) for name in names}
         for name, model in known.items():
             if model is None:
@@ -175,7 +175,7 @@ class Libraries:
         sync.add(what=what, name=step.name, store=store.key, detail=note.detail)
 
     async def progress(self, number: int) -> AsyncIterator[Mapping[str, Any]]:
-        """Yield the past and coming steps of a sync until it is over."""
+        """Yield the past and coming steps of a sync until it is finished."""
         sync = self._syncs.get(number)
         if sync is None:
             raise ApiError(404, "unknown_name", f"There is no sync {number}.")
@@ -217,7 +217,7 @@ class Libraries:
     # -- volumes --------------------------------------------------------------------------------------------------------
 
     def volumes(self) -> Mapping[str, Any]:
-        """Return the volumes that something of the fleet is on."""
+        """Return the volumes that the fleet needs."""
         known = self._prerequisites.volumes.known
         needed = self._prerequisites.needed_by()
         return {

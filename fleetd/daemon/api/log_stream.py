@@ -23,7 +23,7 @@ _AT_ONCE = 1000
 
 
 class LogSource:
-    """The log book of the host, and the process table for the tree of a set."""
+    """Logs of the host, and the process table for the tree of a process set."""
 
     def __init__(self, book: LogRegistry, table: ProcessTable) -> None:
         self.book = book
@@ -42,7 +42,7 @@ class LogSource:
         return [(rfc3339(line.at) if line.at is not None else None, line.text) for line in found]
 
     def tree(self, pids: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the members of a process set that live now."""
+        """Return the living members of a process set."""
         entries = [entry for pid in pids if (entry := self._table.entry(pid)) is not None]
         return [
             {"pid": one.pid, "ppid": one.ppid, "command": command_of(one.pid), "rss_bytes": one.rss_bytes}
@@ -58,7 +58,7 @@ async def read_logs(
     grep: re.Pattern[str] | None,
     follow: bool,
 ) -> AsyncIterator[LogLine]:
-    """Yield the last lines of each log, then, with `follow`, what comes."""
+    """Yield the last lines of each log, then, with `follow`, new ones."""
     since = time.time() - since_s if since_s is not None else None
     if not follow:
         for name in names:

@@ -1,8 +1,8 @@
-"""The fleet for Prometheus, as text: one look at the status, one page.
+"""Render the status of the fleet as Prometheus text.
 
 Invariants:
-- Rendered in a thread, from values: it never touches the fleet.
-- Names end in their unit; a label is a name of the fleet, never anything a client sent.
+- Rendered in a thread from values, without access to the fleet.
+- Names end in their unit; a label is a name of the fleet, never data from a client.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The whole fleet as JSON: what `GET /v1/status` answers. Read from memory, never from the machine.
+"""The whole fleet as JSON for `GET /v1/status`, read from memory, never from the machine.
 
 Invariants:
-- Status is advisory: nothing decides by it.
+- Status is advisory: no decision depends on it.
 - Times of the core are monotonic; here they become UTC.
 """
 
@@ -57,7 +57,7 @@ class DaemonState:
 
 
 class Readiness:
-    """Compares the fleet with what fleet.yaml asks for."""
+    """Compare the fleet with fleet.yaml."""
 
     def __init__(self, queries: FleetQueries, state: DaemonState) -> None:
         self._queries = queries
@@ -94,7 +94,7 @@ class Measured:
 
 
 class StatusView:
-    """Renders status from the fleet, the newest assembly and the last samples."""
+    """Render the status from the fleet, the active configuration and the last samples."""
 
     def __init__(self, context: DaemonContext, measured: Measured, state: DaemonState, readiness: Readiness) -> None:
         self._config = context.config
@@ -108,7 +108,7 @@ class StatusView:
         self._readiness = readiness
 
     async def status(self) -> FleetStatus:
-        """Return the whole fleet. Thousands of entries are rendered in slices, requests go on between them."""
+        """Return the whole fleet. Thousands of entries are rendered in slices, with requests served in between."""
         now = time.monotonic()
         self._sampler.requested()
         ready, _ = self._readiness.report()
@@ -207,7 +207,7 @@ class StatusView:
         return status
 
     def _reason(self, process: Process) -> str:
-        """Return why it is what it is; of a start how far it has come, of a server that is not ours what it answers."""
+        """Return the reason of a state; for a start its phase, for an external server its answer."""
         external = not process.spec.capabilities.owns_process
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:
@@ -253,7 +253,7 @@ class StatusView:
         return status
 
     def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
-        """Return what a server that holds it says; else the default of its entry."""
+        """Return the value that its server reports; else the default of its entry."""
         for name, placement in model.placements.items():
             said = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
             if said is not None:
@@ -266,7 +266,7 @@ class StatusView:
 
 
 def _age_s(process: Process, run: Run | None, now: float) -> float:
-    """Return how long its process lives: what came before it, such as a hook, does not count."""
+    """Return the age of its process; hooks before it do not count."""
     return run.handle.uptime_s if run is not None and run.handle is not None else now - process.started_s
 
 
@@ -280,7 +280,7 @@ async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -
 
 
 def reason_of(model: Model) -> str:
-    """Return why a model is where it is, as one sentence."""
+    """Return the reason of a model's state as one sentence."""
     if model.missing:
         return f"blocked: missing: {', '.join(model.missing)}"
     return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
@@ -292,7 +292,7 @@ def wall(moment_s: float | None, now: float) -> str | None:
 
 
 def last_exit(process: Process, now: float) -> LastExit | None:
-    """Return how the process ended last."""
+    """Return the last exit of the process."""
     report = process.last_exit
     if report is None:
         return None

@@ -33,7 +33,7 @@ class Commands(Protocol):
 
 
 async def end(machine: Commands, contained: Contained, env: Mapping[str, str], stop_s: float | None) -> str | None:
-    """Stop a container gently (`stop_s` None: at once) and remove it; return why it could not be, None: it is gone."""
+    """Stop a container (`stop_s` None: kill it) and remove it; return the error, None when it is gone."""
     try:
         if stop_s is not None:
             await machine.run(contained.stop, env, None, stop_s + _GRACE_S)
@@ -51,7 +51,7 @@ async def _remove(machine: Commands, argv: Sequence[str], env: Mapping[str, str]
 
 
 async def remove_by(machine: Commands, argv: Sequence[str], env: Mapping[str, str]) -> str | None:
-    """Run a removal that a record kept; return why it failed."""
+    """Run the removal command of a record; return the error."""
     try:
         return await _remove(machine, argv, env)
     except HostError as error:
@@ -61,7 +61,7 @@ async def remove_by(machine: Commands, argv: Sequence[str], env: Mapping[str, st
 async def remove_orphans(
     machine: Commands, plans: Iterable[LaunchPlan], live: Collection[str], env: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """Remove this fleet's containers that belong to no instance of `live`; return (instance, what was done) for each."""
+    """Remove this fleet's containers that belong to no instance of `live`; return (instance, result) for each."""
     told: list[tuple[str, str]] = []
     asked: set[tuple[str, str]] = set()
     for plan in plans:
@@ -89,7 +89,7 @@ async def remove_orphans(
 
 
 async def first_pid(machine: Commands, contained: Contained, env: Mapping[str, str]) -> int | None:
-    """Return the pid of the container's first process on this machine; None where it is not to be seen from here.
+    """Return the pid of the container's first process on this machine; None where it is not visible here.
 
     A client may speak to another machine, or to a virtual one: a pid counts only if its control group names the container.
     """

@@ -43,7 +43,7 @@ _DONE = {
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is known of a model in its store: unchanged | made | making | failed | blocked | missing | foreign | changed."""
+    """The state of a model in its store: unchanged | made | making | failed | blocked | missing | foreign | changed."""
 
     state: str
     detail: str
@@ -58,7 +58,7 @@ class Note:
 
 
 class ModelBuilds:
-    """Compare stores with fleet.yaml and build what differs. `notes` by model are for the status."""
+    """Compare stores with fleet.yaml and build the differences. `notes`, by model, are for the status."""
 
     def __init__(
         self, context: DaemonContext, prerequisites: Prerequisites, changes: ChangeSignal, request_ids: Iterator[int]
@@ -85,7 +85,7 @@ class ModelBuilds:
     # -- stores ---------------------------------------------------------------------------------------------------------
 
     def stores(self) -> dict[str, SharedStore]:
-        """Return the stores of the plans that count now."""
+        """Return the stores of the current plans."""
         plans = self._config.plans
         if plans is not self._for:
             self._for, self._stores = plans, stores_of(plans)
@@ -96,7 +96,7 @@ class ModelBuilds:
         return self._stores
 
     def serving(self, store: SharedStore) -> LaunchPlan | None:
-        """Return a server of the store that answers now."""
+        """Return a ready server of the store."""
         for plan in store.plans:
             process = self._queries.process(plan.name)
             if process is not None and process.state in (ProcessState.READY, ProcessState.DRAINING):
@@ -106,7 +106,7 @@ class ModelBuilds:
     # -- in the background ----------------------------------------------------------------------------------------------
 
     def observe(self, event: Event) -> None:
-        """Begin what is due after a step of the fleet; compare a store again when the file of a model is back."""
+        """Start due builds after a step of the fleet; compare a store again when a model's file returns."""
         if isinstance(event, ModelRequirementsChanged) and not event.missing:
             self._due |= {key for key, store in self.stores().items() if event.model in store.models}
         self._begin_due()
@@ -143,7 +143,7 @@ class ModelBuilds:
             self._begin_due()
 
     async def steps(self, store: SharedStore, plan: LaunchPlan) -> list[Step]:
-        """Return what differs between fleet.yaml and a store; entries that cannot be read are failures. Raises EngineError."""
+        """Return the differences between fleet.yaml and a store; unreadable entries are failures. Raises EngineError."""
         assert plan.endpoint is not None
         recipes = []
         for name, (owner, held) in store.models.items():
@@ -171,7 +171,7 @@ class ModelBuilds:
     async def make(
         self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
     ) -> Note:
-        """Make one model, taking it out of memory first where it is loaded; its failure is a note."""
+        """Build one model, after unloading it where it is loaded; a failure becomes a note."""
         name = step.name
         held = store.models[name][1]
         was_loaded = step.change is StoreChange.UPDATE and self._in_memory(name)
@@ -191,7 +191,7 @@ class ModelBuilds:
     async def make_alone(
         self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None]
     ) -> Note:
-        """Make one model when no other is being made."""
+        """Build one model when no other build runs."""
         async with self._one:
             return await self.make(store, plan, step, progress)
 
@@ -213,7 +213,7 @@ class ModelBuilds:
         return model is not None and model.state in (Residency.LOADED, Residency.LOADING)
 
     async def _right(self, store: SharedStore, step: Step) -> None:
-        """The store has the model as wanted, for all of its servers."""
+        """Record that the store has the model as fleet.yaml asks, for all of its servers."""
         held = store.models[step.name][1]
         known = self.notes.get(step.name)
         if known is None or known.state != "made":
@@ -232,7 +232,7 @@ class ModelBuilds:
     # -- before a load --------------------------------------------------------------------------------------------------
 
     async def before_load(self, command: Load, plan: LaunchPlan, held: ServedModel) -> bool:
-        """Make what a load needs; the fleet hears of progress. False when it was known to be right. Raises EngineError."""
+        """Build the model that a load needs, reporting progress. False if it was up to date. Raises EngineError."""
         if held.source is None or plan.engine.store is None:
             return False
         missing = await self._prerequisites.fresh_model(command.model)
@@ -262,7 +262,7 @@ class ModelBuilds:
         return True
 
     def doubt(self, process: str, model: str) -> bool:
-        """A load failed of what was thought to be right; return whether it is worth a look."""
+        """Return whether to compare a store again after a load of an up-to-date model failed."""
         return self._verified.pop((process, model), None) is not None
 
     async def _prepare(
@@ -305,7 +305,7 @@ class ModelBuilds:
 
 
 def _stamp(held: ServedModel) -> object:
-    """Return what changes when a file that the model is made from does; None where there is none. Blocks."""
+    """Return a mark that changes with the model's source file; None without one. Blocks."""
     found = []
     for path in _files(held):
         try:

@@ -1,9 +1,9 @@
-"""Models on servers: Load, Unload and ReadAhead carried out by engines, and a look now and then at what a server holds.
+"""Load and unload models on servers, read files ahead, and observe what a server holds.
 
 Invariants:
-- Every Load is answered by Loaded or LoadFailed, every Unload by Unloaded or UnloadFailed, also when the server dies on the way:
-  the death of a process ends its calls at once, not at their timeout.
-- What a server says it holds is passed on only if no load or unload ran on it meanwhile: the answer would be out of date.
+- Every Load is answered by Loaded or LoadFailed, every Unload by Unloaded or UnloadFailed, also when the server dies meanwhile: the
+  death of a process cancels its calls at once, not at their timeout.
+- A server's list of models is used only if no load or unload ran on it during the request: it would be out of date.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ModelLoads:
         self._http = context.http
         self._tasks = context.tasks
         self._calls: dict[str, set[asyncio.Task[None]]] = {}
-        self._changes: dict[str, int] = {}  # loads and unloads begun or ended, per process
+        self._changes: dict[str, int] = {}  # loads and unloads started or finished, per process
         self._reading: set[str] = set()
         self._lengths: dict[
             str, dict[str, int]
@@ -54,7 +54,7 @@ class ModelLoads:
                 task.cancel()
 
     def call(self, process: str, work: Awaitable[None], title: str) -> None:
-        """Carry out a call that ends with the process."""
+        """Run a call that is cancelled when the process exits."""
 
         async def counted() -> None:
             self._changes[process] = self._changes.get(process, 0) + 1
@@ -99,7 +99,7 @@ class ModelLoads:
         except asyncio.CancelledError:
             self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
             raise
-        except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the model
+        except Exception as error:  # noqa: BLE001 - a command without a result would block the model for ever
             self._dispatch(
                 LoadFailed(model, process, generation, f"unexpected failure: {type(error).__name__}: {error}")
             )
@@ -130,7 +130,7 @@ class ModelLoads:
         return plan.told(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
-        """Ask a many-model server what it holds, and tell the fleet."""
+        """Query the models of a many-model server and report them to the fleet."""
         plan = self._config.plans.get(process)
         if plan is None or plan.endpoint is None or plan.model_server is None:
             return
@@ -144,7 +144,7 @@ class ModelLoads:
     async def _residents(
         self, plan: LaunchPlan, server: ModelServer, endpoint: Endpoint
     ) -> Mapping[str, Resident] | None:
-        """Return the models of the fleet that a server says it holds; None: its probes say what is wrong with it."""
+        """Return the fleet's models that a server holds; None on an error, which its probes report."""
         try:
             residents = await server.loaded(self._http.session, endpoint)
         except FleetError:
@@ -157,7 +157,7 @@ class ModelLoads:
         return found
 
     def context_length(self, model: str, process: str) -> int | None:
-        """Return the context that a server says it loaded a model with; None: it does not say."""
+        """Return the context length that a server reports for a model; None when it reports none."""
         return self._lengths.get(process, {}).get(model)
 
     # -- reading ahead ------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class ModelLoads:
         try:
             await asyncio.to_thread(advise_will_need, path)
         except OSError:
-            pass  # the load itself will say what is wrong with the file
+            pass  # the load itself reports an error of the file
         finally:
             self._reading.discard(path)
 

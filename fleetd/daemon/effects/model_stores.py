@@ -1,8 +1,8 @@
-"""The stores of the fleet: which servers share one, and what fleet.yaml wants in it.
+"""The model stores of the fleet: the servers that share one, and the models that fleet.yaml asks for.
 
 Invariants:
-- A store is known by its engine's key; replicas over one folder are one store, and their models are wanted once.
-- Values only: nothing is asked of a server here.
+- A store is identified by its engine's key; replicas over one folder are one store with each model once.
+- Values only: no server is queried here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 @dataclass(slots=True)
 class SharedStore:
-    """`plans` are the servers over it, in the order of fleet.yaml; `models` what they are asked to hold."""
+    """One store. `plans` are its servers in the order of fleet.yaml; `models` are the models that they hold."""
 
     key: str
     engine: ModelStore
@@ -29,12 +29,12 @@ class SharedStore:
 
     @property
     def has_recipes(self) -> bool:
-        """True when fleet.yaml says of any of its models how it is made."""
+        """Return whether fleet.yaml defines how any of its models is built."""
         return any(held.source is not None for _, held in self.models.values())
 
 
 def stores_of(plans: Mapping[str, LaunchPlan]) -> dict[str, SharedStore]:
-    """Return the stores by key. Blocks for a moment: a store's folder is looked at."""
+    """Return the stores by key. Blocks for a moment on the store's folder."""
     found: dict[str, SharedStore] = {}
     for plan in plans.values():
         of_engine = plan.engine.store

@@ -1,9 +1,9 @@
-"""Long starts, seen: the phases that an engine's log shows, and what one start teaches the next.
+"""Follow the log of a start: report its phases, and keep what the next start can use.
 
 Invariants:
-- A run is read along from its spawn until it is ready or dead; a new phase is an event, which also gives the start more time.
-- What was learned is filed under the model's footprint hash, as its memory is, and is given to the next start only: a running
-  process is never restarted for it. A start that fails with it forgets it.
+- A log is followed from the spawn until the process is ready or dead; a new phase is an event and extends the deadline.
+- Learned values are stored by the model's footprint hash, as its memory is, and given to the next start only: they never
+  restart a running process. A start that fails with them drops them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class StartupLogs:
                 self._learned[key.removeprefix(PREFIX)] = value
 
     def with_learned(self, plan: LaunchPlan) -> LaunchPlan:
-        """Return the plan with what earlier starts of the same entry found out. Raises EngineError like a launch."""
+        """Return the plan with the values that earlier starts of the entry learned. Raises EngineError like a launch."""
         known = self._learned.get(self._key(plan))
         if not known or plan.missing_program is not None or plan.engine.startup is None:
             return plan
         return with_launch(replace(plan, context=replace(plan.context, learned=known), kept_hash=plan.launch_hash()))
 
     def follow(self, run: Run, handle: ProcessHandle) -> None:
-        """Read along, where the engine has anything to say of its start."""
+        """Follow the log of a start, if the engine reports phases or learns from it."""
         if run.plan.engine.startup is not None or run.plan.contained is not None:
             self._context.tasks.start(self._follow(run, handle), f"start of {run.name}")
 
