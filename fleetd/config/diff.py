@@ -1,9 +1,9 @@
-"""What an edit of fleet.yaml changes: the plan that `fleetctl diff` prints and `apply` carries out.
+"""Compare two configurations: the changes behind `fleetctl diff` and `apply`.
 
 Invariants:
 - Pure: two configurations in, a list of changes out, in the order of the new file; removals last.
 - Meaning is compared, not text: `7m` and `420s` are equal. Entries that are equal are not in the plan.
-- No secret leaves this file: values under secret names are hidden.
+- Values under secret names are redacted here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS: tuple[tuple[type[Block], str], ...] = (
     (Service, "service"),
 )
 _SECTIONS = ("services", "instances", "models")
-# What `defaults` say is already laid under the entries; which files were read is not a change of the fleet.
+# `defaults` are already merged into the entries; the list of files is not a change of the fleet.
 _NOT_COMPARED = frozenset({*_SECTIONS, "defaults", "include"})
 
 
@@ -61,7 +61,7 @@ class ConfigChange:
 
 
 def diff(old: FleetConfig | None, new: FleetConfig) -> tuple[ConfigChange, ...]:
-    """Return the changes from the old configuration (None: nothing runs yet) to the new one."""
+    """Return the changes from the old configuration (None: nothing is running) to the new one."""
     before = old if old is not None else FleetConfig()
     return (*_fleet(before, new), *_entries(before, new))
 

@@ -1,9 +1,9 @@
-"""fleet.yaml to a checked configuration, or to every mistake in it.
+"""Load fleet.yaml to a checked configuration, or report every mistake in it.
 
 Invariants:
 - Reading has no effect: no file is written, nothing is started, the environment is an argument.
 - All problems of all files are reported at once, in the order of the files; a problem of one place is reported once.
-- What others find later, in a configuration that is read, they also look for in what is right of a wrong one.
+- Checks of other modules also run on the valid part of an invalid configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fleetd.units import expand_home
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration without mistakes. `files` are all files that were read; a change of one is a change of all.
+    """A configuration without mistakes. `files` are all files that were read.
 
     `stand_ins` are instances with mistakes of their own, of which only the engine is known: there is more to say of the models
     that they hold, and nothing of them.
@@ -52,7 +52,7 @@ class LoadedConfig:
         return Path(os.path.normpath(self.folder_of(path) / expand_home(text)))
 
 
-# Plain data with mistakes in it, its marks, and what is right of it (None: not even that can be read) → what others know of.
+# Invalid plain data, its marks, and its valid part (None: there is none) → further problems.
 Beside = Callable[[Any, Marks, LoadedConfig | None], list[Problem]]
 
 
@@ -69,7 +69,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
     marks = Marks(merged)
     data = plain(merged)
     config, errors, problems = _validate(data, marks)
-    # What could not be read or interpolated is reported once: its text says nothing about its type.
+    # A value that could not be read or interpolated is reported once: its type is unknown.
     places = {(problem.file, problem.line, problem.column) for problem in reader.problems}
     later = [problem for problem in problems if (problem.file, problem.line, problem.column) not in places]
     problems = [*reader.problems, *later]
@@ -83,7 +83,7 @@ def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> Lo
 
 
 def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Any], list[Problem]]:
-    """Return the configuration, or what its types found wrong, and all problems."""
+    """Return the configuration, or the type errors, and all problems."""
     messages = Messages(marks)
     problems = find_unsupported(data, marks)
     config, errors = typed(data)
@@ -94,7 +94,7 @@ def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Any], l
 def _right_of(
     data: Any, config: FleetConfig | None, errors: list[Any], marks: Marks, files: list[Path]
 ) -> LoadedConfig | None:
-    """Return what is right of a configuration, None where not even a part of it can be read."""
+    """Return the valid part of a configuration; None if there is none."""
     part, stand_ins = (config, frozenset[Path_]()) if config is not None else right_part(data, errors)
     return LoadedConfig(part, marks, tuple(files), "", stand_ins) if part is not None else None
 

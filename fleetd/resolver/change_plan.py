@@ -1,9 +1,9 @@
-"""What applying a file would do, in the words of the control plane.
+"""Plan the effects of applying a file, as the control API reports them.
 
 Invariants:
-- Keys come from the comparison of the configurations; what happens to a process comes from its launch hash, the only thing
-  that the core goes by. So the plan says what will be, not what the key usually means: a restart is in it whatever asks for
-  it, and processes that change their names with the number of replicas are stopped and started.
+- Keys come from the comparison of the configurations; effects on a process come from its launch hash, as in the core. So the plan
+  states what will happen, not what a key usually means: every restart is in it, and processes whose names change with the
+  number of replicas are stopped and started.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def plan_of(old: Assembly, new: Assembly, edits: Sequence[Edit], file: str | Non
 
 @dataclass(slots=True)
 class _Moves:
-    """What becomes of the processes of one entry. `causes` are the differences of one that restarts."""
+    """The effects on the processes of one entry. `causes` are the differences of a restarting one."""
 
     stays: bool = False
     starts: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def _moves(old: Assembly, new: Assembly, restarted: Collection[str]) -> dict[tup
 
 
 def _causes(old: LaunchPlan, new: LaunchPlan) -> list[KeyChange]:
-    """Return what differs between two launches of a process: an env file, or a program of the machine, says so on no key."""
+    """Return the differences between two launches of a process that no key shows: an env file, or a program of the machine."""
     unread = [
         path for path in dict.fromkeys([*old.unread, *new.unread]) if (path in old.unread) != (path in new.unread)
     ]

@@ -28,7 +28,7 @@ _EVERYWHERE = "0.0.0.0"
 
 @dataclass(frozen=True, slots=True)
 class ContainerRecipe:
-    """How one entry's container is made. `fleet` tells this fleet's containers from those of others on the machine."""
+    """The recipe of one entry's container. `fleet` labels this fleet's containers among others on the machine."""
 
     runtime: DockerRuntime
     fleet: str
@@ -37,7 +37,7 @@ class ContainerRecipe:
     own_env: Mapping[str, str]
 
     def contain(self, engine: Engine, context: LaunchContext) -> Contained:
-        """Return the client's command line. Raises EngineError: no client, or something that cannot be contained."""
+        """Return the client's command line. Raises EngineError without a client, or if a container cannot run it."""
         inside = replace(context, host="0.0.0.0") if self.runtime.network != "host" else context
         return contain(
             engine.launch(inside),
@@ -54,7 +54,7 @@ class ContainerRecipe:
 def runtime_of(
     keys: DockerKeys, device: str, uuid: str | None, cpus: Sequence[int], nofile: int | None
 ) -> DockerRuntime:
-    """Return what fleet.yaml says; without `gpus`, an entry that lives on a GPU is given that one."""
+    """Return the runtime of fleet.yaml; without `gpus`, an entry on a GPU gets that one."""
     gpus = keys.gpus
     if not gpus and device.startswith("gpu"):
         gpus = (uuid,) if uuid else ("all",)
@@ -65,7 +65,7 @@ def runtime_of(
 
 
 def inner_host(keys: EngineKeys | None) -> str:
-    """Return where a server has to listen: in a network of its own on all of its addresses, which is published on loopback."""
+    """Return the address to listen on: all addresses in a bridged network, which is published on loopback."""
     bridged = keys is not None and keys.runtime is not None and keys.runtime.docker.network != "host"
     return _EVERYWHERE if bridged else "127.0.0.1"
 

@@ -1,4 +1,4 @@
-"""Devices: what the machine has, what fleet.yaml says of it, and where an entry lives that does not say.
+"""Devices of the machine and of fleet.yaml, and the default device of an entry.
 
 Invariants:
 - Without a stated budget the host keeps a fifth of its memory for everything else, a GPU a tenth.
@@ -58,7 +58,7 @@ def _named(loaded: LoadedConfig, present: Sequence[MachineDevice]) -> list[Machi
 
 
 def default_device(engine: str | None, devices: dict[str, DeviceSpec]) -> str:
-    """Return where an entry lives that names no device."""
+    """Return the device of an entry that names none."""
     if "unified" in devices:
         return "unified"
     if engine not in (None, "process", "external") and "gpu0" in devices and devices["gpu0"].kind == "gpu":

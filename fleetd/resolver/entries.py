@@ -1,8 +1,8 @@
-"""The entries of fleet.yaml that are processes, one by one for every replica.
+"""The entries of fleet.yaml that are processes, one for each replica.
 
 Invariants:
 - `replicas: n` gives NAME-1 … NAME-n, on consecutive ports where a port is stated; without replicas the name is the key.
-- An entry that needs a port and states none is listed in `portless`: the daemon assigns one and keeps it.
+- An entry that needs a port and states none gets one from `port_assignment`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def entries(config: FleetConfig) -> Iterator[ConfigEntry]:
 
 
 def needs_assigned_port(entry: ConfigEntry) -> bool:
-    """Return whether fleetd has to find a port for it."""
+    """Return whether fleetd assigns its port."""
     if entry.port is not None or entry.external is not None:
         return False
     if entry.kind is ProcessKind.INSTANCE:

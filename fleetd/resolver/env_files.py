@@ -19,7 +19,7 @@ from fleetd.resolver.environment import EnvSource, Variables, read_env_file
 
 @dataclass(frozen=True, slots=True)
 class OwnEnvironment:
-    """What an entry sets. `source` is None where no file is named; `absent` are the files that could not be read yet."""
+    """The variables that an entry sets. `source` is None without files; `absent` are the files that do not exist yet."""
 
     values: dict[str, str]
     source: EnvSource | None = None
@@ -27,7 +27,7 @@ class OwnEnvironment:
 
 
 class EnvFiles:
-    """The files of one configuration, each read once. `problem` and `warn` take a place of fleet.yaml and what is to say."""
+    """The files of one configuration, each read once. `problem` and `warn` take a place of fleet.yaml and a sentence."""
 
     def __init__(
         self,

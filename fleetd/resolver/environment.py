@@ -32,24 +32,24 @@ Variables = Mapping[str, str]
 
 
 def inherited(parent: Mapping[str, str]) -> dict[str, str]:
-    """Return what a child may see of the daemon's own environment."""
+    """Return the part of the daemon's environment that a child inherits."""
     return {key: value for key, value in parent.items() if key not in _DAEMONS_OWN and not key.startswith("FLEETD_")}
 
 
 def substitute(text: str, places: Mapping[str, object]) -> str:
-    """Replace `{port}` and its kind; a place without a value stays as it is."""
+    """Replace `{port}` and the other placeholders; one without a value stays as it is."""
     if "{" not in text:
         return text
     return _PLACE.sub(lambda match: str(places[match[1]]) if places.get(match[1]) is not None else match[0], text)
 
 
 def mentions_port(texts: Sequence[str]) -> bool:
-    """Return whether any text asks for the process' own port."""
+    """Return whether any text contains the placeholder of the process' port."""
     return any("{port}" in text for text in texts)
 
 
 def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[str, str]:
-    """Return `env` fit to be shown."""
+    """Return `env` with secrets redacted."""
     return {
         key: HIDDEN if value and (key in secret or is_secret(key)) else _CREDENTIAL_URL.sub(HIDDEN, value)
         for key, value in env.items()
@@ -57,7 +57,7 @@ def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[s
 
 
 def redacted_argv(argv: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
-    """Return `argv` fit to be shown: values of flags named like secrets, known secret values, and passwords in URLs hidden."""
+    """Return `argv` with secrets redacted: values of flags named like secrets, known secret values, and passwords in URLs."""
     shown: list[str] = []
     hide_next = False
     for word in argv:
@@ -77,7 +77,7 @@ def _is_secret_flag(word: str) -> bool:
 
 
 def parse_env_file(text: str) -> tuple[dict[str, str], list[tuple[int, str]]]:
-    """Read `KEY=value` lines; return the variables, and (line, what is wrong) for the lines that cannot be read.
+    """Read `KEY=value` lines; return the variables, and (line, problem) for invalid lines.
 
     Comments, `export`, single quotes (taken literally), double quotes (with backslash escapes, over several lines).
     Nothing is expanded.
@@ -135,7 +135,7 @@ def _closing(body: str, quote: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class EnvSource:
-    """What an environment with files is made from, so that it can be made again. `files`: absolute path → key of fleet.yaml."""
+    """The sources of an environment with files, so that it can be built again. `files`: absolute path → key of fleet.yaml."""
 
     files: Mapping[str, str]
     env: Variables
@@ -143,7 +143,7 @@ class EnvSource:
     numbered: bool
 
     def made(self, contents: Iterable[Variables]) -> dict[str, str]:
-        """Return the environment, given what the files say."""
+        """Return the environment for the given contents of the files."""
         env: dict[str, str] = {}
         for content in contents:
             env |= content
@@ -159,14 +159,14 @@ class EnvSource:
 
 @dataclass(frozen=True, slots=True)
 class Mistakes:
-    """What is wrong with a file that is there: in general, or of its lines."""
+    """The problems of an existing file: of the file, or of its lines."""
 
     general: str | None = None
     lines: tuple[tuple[int, str], ...] = ()
 
 
 def read_env_file(path: Path) -> tuple[Variables, Mistakes] | None:
-    """Return what a file says, and what is wrong with it; None where there is none. Blocks."""
+    """Return the variables and problems of a file; None if it does not exist. Blocks."""
     try:
         data = path.read_bytes()
         if len(data) > _LIMIT_BYTES:

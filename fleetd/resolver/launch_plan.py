@@ -80,8 +80,8 @@ class LaunchPlan:
     external: bool = False
     missing_program: str | None = None
     own_env: Mapping[str, str] = field(default_factory=dict)
-    env_source: EnvSource | None = None  # where files are named that it comes from
-    unread: tuple[str, ...] = ()  # those of them that were not there; `requires` has them
+    env_source: EnvSource | None = None  # set if it has env files
+    unread: tuple[str, ...] = ()  # env files that did not exist; they are in `requires` too
     execution: Execution = Execution()
     stop: StopPolicy = StopPolicy()
     probes: Probes = Probes()
@@ -95,13 +95,13 @@ class LaunchPlan:
     watch: WatchPlan | None = None
     recipe: ContainerRecipe | None = None  # where it runs in a container
     contained: Contained | None = None  # the container, once its client is there
-    kept_hash: str | None = None  # of the plan that this one was made from: what an earlier start taught is in no hash
+    kept_hash: str | None = None  # hash of the original plan: values learned by an earlier start are in no hash
     source: tuple[str, int] = ("", 0)
     place: str = ""  # its entry in fleet.yaml: `models.tiny`
 
     @property
     def model_server(self) -> ModelServer | None:
-        """How models are loaded: by the engine, or for an external server of one model, by a look at its list; None: never."""
+        """The object that loads models: the engine's, or for an external server of one model a check of its list; None: none."""
         return self.engine.server or (LISTED_MODELS if self.external else None)
 
     def about(self, said: str, key: str | None) -> str:
@@ -122,19 +122,19 @@ class LaunchPlan:
         return env | self.set_env()
 
     def set_env(self) -> dict[str, str]:
-        """Return what is set beyond the inherited part: the engine's, then the entry's."""
+        """Return the variables beyond the inherited part: the engine's, then the entry's."""
         env = {**self.launch.env, **self.own_env}
         on_command_line = self.contained.on_command_line if self.contained is not None else ()
         return {key: value for key, value in env.items() if key not in on_command_line} if on_command_line else env
 
     @property
     def has_channel(self) -> bool:
-        """Say whether it is given the channel of Node programs: somebody has to say, or hear, something over it."""
+        """Return whether the process gets the Node IPC channel: a stop message or a ready message uses it."""
         startup = self.probes.startup
         return self.stop.message is not None or (startup is not None and startup.message is not None)
 
     def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
-        """Return what the host needs to start it, and what a later daemon has to know of this run."""
+        """Return the host's request to start it, with the data that a later daemon needs about this run."""
         run = self.execution
         return SpawnRequest(
             name=self.name,
@@ -155,7 +155,7 @@ class LaunchPlan:
         )
 
     def _kept_of_container(self) -> dict[str, list[str]]:
-        """Return what a later daemon needs to remove the container, whatever fleet.yaml says by then."""
+        """Return the removal command of the container for a later daemon, independent of fleet.yaml."""
         return {REMOVAL: list(self.contained.remove)} if self.contained is not None else {}
 
     def launch_hash(self) -> str:
@@ -173,12 +173,12 @@ class LaunchPlan:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def shown_argv(self) -> list[str]:
-        """Return the command line, fit to be shown."""
+        """Return the command line with secrets redacted."""
         secrets = {value for key, value in self.set_env().items() if key in self.launch.secret_env and len(value) >= 4}
         return redacted_argv(self.launch.argv, secrets)
 
     def shown_env(self) -> dict[str, str]:
-        """Return what is set beyond the inherited part, fit to be shown."""
+        """Return the variables beyond the inherited part, with secrets redacted."""
         return redacted_env(self.set_env(), self.launch.secret_env)
 
 
@@ -195,7 +195,7 @@ _JSON_TYPES = frozenset({str, int, float, bool, type(None)})
 
 
 def plain(value: Any) -> Any:
-    """Return a value of the configuration as JSON types, for hashes and for showing."""
+    """Return a value of the configuration as JSON types, for hashes and output."""
     if type(value) in _JSON_TYPES:
         return value
     if isinstance(value, Mapping):

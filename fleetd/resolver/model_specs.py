@@ -1,8 +1,8 @@
-"""Models of fleet.yaml to ModelSpecs: holders, footprints, limits, routes.
+"""Build ModelSpecs from the models of fleet.yaml: holders, footprints, limits, routes.
 
 Invariants:
-- A footprint is declared (more, where more was measured), or learned, or estimated, in this order; a model of which nothing
-  is known costs nothing, and a warning says so.
+- A footprint is declared (or the larger measured one), or learned, or estimated, in this order; an unknown footprint counts as
+  0 with a warning.
 - The footprint hash covers what changes a model's memory: engine, options, source, and the device it lives on.
 """
 

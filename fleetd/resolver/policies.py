@@ -38,7 +38,7 @@ def log_policy(keys: LogsKeys) -> LogPolicy:
 
 
 def probe(keys: ProbeKeys | None, default: ProbeSpec | None, kind: ProbeSpec) -> ProbeSpec | None:
-    """Return what fleet.yaml says, filled up from the engine's own probe, then from the kind's documented defaults."""
+    """Return the probe of fleet.yaml, completed from the engine's probe, then from the kind's defaults."""
     if keys is None:
         return default
     base = default or kind
@@ -67,7 +67,7 @@ def probes(keys: ProcessKeys, engine: Probes) -> Probes:
 
 
 def _startup(keys: ProcessKeys, engine: Probes) -> ProbeSpec | None:
-    """Return the startup probe. What loads a model by starting has as long as its load has, where fleet.yaml says how long."""
+    """Return the startup probe. A process that loads its model at the start has `load_timeout` as its deadline, if set."""
     spec = probe(keys.probes.startup, engine.startup, STARTUP)
     if spec is None or not isinstance(keys, EngineModel) or "load_timeout" not in keys.model_fields_set:
         return spec

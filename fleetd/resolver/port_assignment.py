@@ -2,9 +2,9 @@
 
 Invariants:
 - A name keeps its port over edits of fleet.yaml, restarts of the daemon, and the removal of other names.
-- A new name starts its search at a place that depends on the name and the fleet alone: even a lost file gives the same ports
-  again, and two fleets of equal names on one machine keep out of each other's way.
-- Assigned ports lie below the ephemeral range of every system (Linux 32768, macOS 49152), where an outgoing connection of
+- The search for a new name starts at a port that depends only on the name and the fleet: even a lost file gives the same ports
+  again, and two fleets with equal names on one machine get different ports.
+- Assigned ports are below the ephemeral range of every system (Linux 32768, macOS 49152), where an outgoing connection of
   some other program could take them while a process restarts.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 FIRST, LAST = 20000, 32767
 FILE = "ports.json"
-_REMEMBERED = 4096  # names that are gone keep their port as long as this many do
+_REMEMBERED = 4096  # this many removed names keep their ports
 
 
 class NoPortLeftError(LookupError):
@@ -44,7 +44,7 @@ def assign(
         if port is not None and FIRST <= port <= LAST and port not in used and usable(name, port):
             result[name] = port
             used.add(port)
-    # What a name that is away at the moment had stays its own, as long as there is room.
+    # A removed name keeps its port as long as there is room.
     reserved = set(kept.values())
     for name in names:
         if name not in result:
@@ -66,7 +66,7 @@ def _search(name: str, fleet: str, used: set[int], reserved: set[int], usable: C
 
 
 def remember(kept: Mapping[str, int], assigned: Mapping[str, int]) -> dict[str, int]:
-    """Return what to keep: the new assignments, and as many of the old ones as do not clash, the latest last."""
+    """Return the assignments to keep: the new ones, and old ones that do not clash, the latest last."""
     ports = set(assigned.values())
     old = {name: port for name, port in kept.items() if name not in assigned and port not in ports}
     for name in list(old)[: max(0, len(old) - _REMEMBERED)]:

@@ -1,7 +1,7 @@
-"""The normalised configuration, and what would be started, exactly; fit to be shown to anybody.
+"""Render the normalised configuration and the exact command line of every process, with secrets redacted.
 
 Invariants:
-- Secrets are hidden before anything else happens; what is inherited from the daemon's own environment is not listed.
+- Secrets are redacted first; variables inherited from the daemon's environment are not listed.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def machine_devices(samples: Iterable[DeviceSample]) -> list[MachineDevice]:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the assembly may know of the machine and of earlier runs. All values; nothing is looked up later.
+    """The machine and the results of earlier runs, as values; nothing is looked up later.
 
     `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is in
     `Assembler`, since only a running daemon may ask.
@@ -72,7 +72,7 @@ class GatewaySettings:
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """Everything that follows from one configuration on one machine. `files` are all that were read, `patterns` the (folder,
+    """The result of one configuration on one machine. `files` are all that were read, `patterns` the (folder,
     pattern) that brought some of them; `watch`: read them again when they are saved, come or go."""
 
     config_hash: str
@@ -94,7 +94,7 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One entry of fleet.yaml that was added, changed or removed; its values are fit to be shown."""
+    """One entry of fleet.yaml that was added, changed or removed; secrets in its values are redacted."""
 
     kind: str
     name: str

@@ -1,8 +1,7 @@
-"""The models of fleet.yaml as engines see them: ServedModel values for servers, and for the one model a process is.
+"""Models of fleet.yaml as the engines' ServedModel values, for servers and for processes of one model.
 
 Invariants:
-- A `from` that looks like a path is made absolute, from the folder of the file that says it; anything else is a name that the
-  server understands, and stays.
+- A `from` that looks like a path becomes absolute, from the folder of its file; any other is a name for the server and is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from fleetd.resolver.entries import ConfigEntry
 
 
 def held_models(loaded: LoadedConfig, names: Iterable[str]) -> Iterable[ServedModel]:
-    """Yield what a server will be asked to hold, in the order of the file."""
+    """Yield the models of a server, in the order of the file."""
     for name in names:
         keys = loaded.config.models[name]
         if isinstance(keys, HeldModel):
@@ -39,7 +38,7 @@ def held_model(loaded: LoadedConfig, name: str, keys: HeldModel) -> ServedModel:
 
 
 def own_held(entry: ConfigEntry, context: LaunchContext) -> ServedModel | None:
-    """Return the model that a process is, as its engine's probes see it."""
+    """Return the one model of a process, for its engine's probes."""
     if entry.own_model is None:
         return None
     options = context.options.shared()

@@ -1,1 +1,1 @@
-"""Readers of other programs' files: each gives parts of fleet.yaml and a report of what could not be carried over."""
+"""Importers of other programs' files: each returns parts of fleet.yaml and a report of lost fields."""

@@ -1,8 +1,8 @@
-"""Plain data to YAML that the loader reads back as the same data.
+"""Write plain data as YAML that the loader reads back unchanged.
 
 Invariants:
 - A string is quoted whenever YAML would read it as anything else; `$` is doubled, so that nothing is interpolated.
-- Short lists and mappings stand on one line, everything else in blocks; the order of the data is kept.
+- Short lists and mappings are on one line, everything else in blocks; the order of the data is kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Variable(str):
 
 
 def to_yaml(data: Mapping[str, Any], comments: Mapping[str, list[str]] | None = None) -> str:
-    """Return the text; `comments` are lines to stand above `section` or `section.name`, and above all under ""."""
+    """Return the text; `comments` are lines above `section` or `section.name`; those of "" come first."""
     said = comments or {}
     lines = [f"# {line}".rstrip() for line in said.get("", ())]
     for section, value in data.items():
@@ -46,7 +46,7 @@ def to_yaml(data: Mapping[str, Any], comments: Mapping[str, list[str]] | None = 
 def _block(key: str, value: Any, indent: int) -> list[str]:
     head = " " * indent + _key(key) + ":"
     flow = _flow(value)
-    # Entries read best one key to a line, even where they would fit on one.
+    # Entries are readable with one key per line, even if they would fit on one.
     short = len(head) + 1 + len(flow) <= _WIDTH and not (indent == 2 and isinstance(value, Mapping) and len(value) > 2)
     if isinstance(value, str) and "\n" in value:
         return _literal(head, value, indent + 2) or [f"{head} {flow}"]
@@ -58,7 +58,7 @@ def _block(key: str, value: Any, indent: int) -> list[str]:
 
 
 def _literal(head: str, value: str, indent: int) -> list[str]:
-    """Return a block of lines, or nothing where that would not give back the same text."""
+    """Return a block scalar, or None if it would not read back as the same text."""
     text = value.replace("$", "$$")
     if not _LITERAL.fullmatch(text) or text.startswith((" ", "\n")) or text.endswith("\n\n") or text.strip() == "":
         return []
@@ -88,6 +88,6 @@ def _string(value: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a double-quoted scalar: JSON's escapes are YAML's too; what YAML does not print is escaped."""
+    """Return a double-quoted scalar: JSON's escapes are valid YAML; unprintable characters are escaped."""
     quoted = json.dumps(text, ensure_ascii=False)
     return re.sub(r"[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]", lambda char: f"\\u{ord(char[0]):04x}", quoted)

@@ -1,8 +1,8 @@
-"""A list of model entities (config-aientities.json and its like) to models of a fleet.
+"""Convert a list of model entities (such as config-aientities.json) to models of a fleet.
 
 Invariants:
-- Field names are a mapping, not a schema: `FIELDS` says which paths mean what, and a caller may add his own.
-- What was not understood is in the report, by field, with the number of entities that have it.
+- Field names are a mapping, not a schema: `FIELDS` lists the paths of each meaning, and a caller may add more.
+- Unknown fields are in the report, with the number of entities that have them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fleetd.config.importers.emit import to_yaml
 from fleetd.config.importers.report import Imported, Report
 from fleetd.errors import ConfigError, Problem
 
-# What a model of the fleet wants to know → the paths under which files are known to say it; the first that is there counts.
+# Property of a model → the paths under which files have it; the first existing path counts.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "name": ("id", "name", "key", "slug"),
     "title": ("displayName", "display_name", "title", "label"),
@@ -31,7 +31,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "aliases": ("aliases", "alias"),
     "served_as": ("model.name", "ollamaModel", "ollama_model", "tag"),
 }
-# Parameters that a Modelfile has; anything else would be dropped by the server in silence.
+# Parameters of a Modelfile; the server would drop others silently.
 PARAMETERS = frozenset({
     "temperature", "top_p", "top_k", "min_p", "typical_p", "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu",
     "num_thread", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "seed", "stop", "use_mmap", "numa",
@@ -40,7 +40,7 @@ PARAMETERS = frozenset({
 _SERVERS = ("lmStudioServers", "lm_studio_servers", "lmstudio")
 _LISTS = ("entities", "models", "aiEntities", "items")
 _VOLUME = re.compile(r"(/Volumes/[^/]+|/mnt/[^/]+|/media/[^/]+/[^/]+)/")
-_QUANTIZE = ("q8_0", "q4_K_M", "q4_K_S", "f16", "f32")  # what Ollama makes of a file
+_QUANTIZE = ("q8_0", "q4_K_M", "q4_K_S", "f16", "f32")  # the quantisations that Ollama can create
 
 
 def import_entities(

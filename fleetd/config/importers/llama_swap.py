@@ -97,7 +97,7 @@ class _LlamaSwapReader:
         return entry
 
     def _text(self, text: Any, macros: Mapping[str, str]) -> str:
-        """Return a text with its macros put in; `${env.X}` becomes a variable of fleet.yaml."""
+        """Return a text with its macros replaced; `${env.X}` becomes a variable of fleet.yaml."""
         value = str(text)
         for _ in range(10):
             put = _MACRO.sub(lambda found: macros.get(found[1], found[0]), value)

@@ -53,12 +53,12 @@ load.then(async found => {
 
 
 def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
-    """Return what a file exports, and the names of the variables it read. Raises ConfigError."""
+    """Return the exports of a file, and the names of the variables that it read. Raises ConfigError."""
     node = shutil.which("node")
     if node is None:
         hint = "install Node, or export the list with `pm2 jlist > apps.json` and import that"
         raise ConfigError([Problem(str(path), 0, 0, "", f"is JavaScript and needs Node, which is not on PATH: {hint}")])
-    limited = ("/bin/sh", "-c", f'ulimit -t {math.ceil(timeout_s * 3)}; exec "$0" "$@"')  # seconds of processor
+    limited = ("/bin/sh", "-c", f'ulimit -t {math.ceil(timeout_s * 3)}; exec "$0" "$@"')  # seconds of CPU time
     words = (*limited, node, "-e", _SCRIPT % (json.dumps(REGEXP), json.dumps(_MARKER)), str(path.resolve()))
     code, output, errors = asyncio.run(run(words, timeout_s, path.resolve().parent))
     if code is None:
@@ -72,7 +72,7 @@ def evaluate(path: Path, timeout_s: float = TIMEOUT_S) -> tuple[Any, list[str]]:
 
 
 async def run(words: Sequence[str], timeout_s: float, cwd: Path | None = None) -> tuple[int | None, str, str]:
-    """Run a program to its end; return its exit code (None: it took too long and was killed), its output and its errors. Raises OSError."""
+    """Run a program; return its exit code (None: killed at the time limit), its output and its errors. Raises OSError."""
     process = await asyncio.create_subprocess_exec(
         *words, cwd=cwd, limit=_LONGEST, start_new_session=True,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,

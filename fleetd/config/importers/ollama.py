@@ -26,7 +26,7 @@ def import_ollama(
     text: str, *, shown: str = "ollama list", instance: Sequence[str] = (), models_dir: str = ""
 ) -> Imported:
     """Return a model for every name. Without `instance` an Ollama server is added for them, on the store `models_dir`
-    where that is not the one that Ollama takes by itself. Raises ConfigError."""
+    where that is not Ollama's default. Raises ConfigError."""
     report = Report()
     holders = list(instance) or ["ollama"]
     models: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""JSON as people write it for JavaScript programs: comments, trailing commas, unquoted keys, single quotes.
+"""Relaxed JSON as JavaScript programs accept it: comments, trailing commas, unquoted keys, single quotes.
 
 Invariants:
-- Each token is put into strict JSON, then the standard library reads it. Nothing is evaluated.
+- Each token is rewritten as strict JSON, which the standard library parses. Nothing is evaluated.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class FieldOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReportEntry:
-    """One field of one subject. `detail` says where it went, how it differs, or why it was left out."""
+    """One field of one subject. `detail` is its new place, the difference, or the reason for leaving it out."""
 
     outcome: FieldOutcome
     subject: str
@@ -56,7 +56,7 @@ class Report:
         return (entry for entry in self.entries if entry.outcome is outcome)
 
     def lines(self) -> list[str]:
-        """Return the report for a person: warnings and losses first, then a count of what was carried over."""
+        """Return the report as lines: warnings and losses first, then the number of converted fields."""
         order = (FieldOutcome.WARNING, FieldOutcome.REFUSED, FieldOutcome.APPROXIMATED, FieldOutcome.MAPPED)
         return [str(entry) for outcome in order for entry in self.of(outcome)]
 

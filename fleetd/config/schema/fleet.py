@@ -91,7 +91,7 @@ class DeviceKeys(Block):
 
 
 class DefaultsKeys(Block):
-    """Merged under every process and every model before they are read."""
+    """Defaults that are merged into every process and model before they are checked."""
 
     process: ProcessKeys = ProcessKeys()
     model: ModelKeys = ModelKeys()

@@ -82,7 +82,7 @@ class HeldModel(ModelKeys):
 
 
 class EngineModel(EngineKeys, ModelKeys):
-    """A model that is a process of its own."""
+    """A model with a process of its own."""
 
     served_as: Annotated[str, Text(512, pattern=r"\S(.*\S)?", what="a name")] | None = None
     aliases: _Names = ()

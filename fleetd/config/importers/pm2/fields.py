@@ -30,7 +30,7 @@ _BY_SUFFIX = {
     ".js": "node", ".mjs": "node", ".cjs": "node", ".py": "python3", ".sh": "bash", ".rb": "ruby", ".php": "php", ".pl": "perl",
     ".ts": "bun", ".tsx": "bun", ".coffee": "coffee", ".ls": "lsc",
 }  # fmt: skip
-_PATTERNS = frozenset({"watch", "ignore_watch"})  # where a regular expression is more than its text
+_PATTERNS = frozenset({"watch", "ignore_watch"})  # characters that make a regular expression more than its text
 _COSMETIC = frozenset({
     "force", "execute_command", "windows_hide", "write", "vizion", "pmx", "automation", "trace", "disable_trace", "v8",
     "event_loop_inspector", "deep_monitoring", "io", "install_url", "post_update", "instance_var", "name_prefix",
@@ -45,7 +45,7 @@ def snake(key: str) -> str:
 
 
 class Pm2App:
-    """One app on its way. `take(field)` reads a field once; what is never taken is reported at the end."""
+    """One app during its conversion. `take(field)` reads a field once; fields that are never taken are reported at the end."""
 
     def __init__(
         self, raw: dict[str, Any], folder: Path | None, profile: str | None, timezone: str | None, report: Report
@@ -249,7 +249,7 @@ def _is_node(app: Pm2App) -> bool:
 
 
 def _counted(app: Pm2App, instances: int) -> bool:
-    """Say whether PM2 gives each instance the next port."""
+    """Return whether PM2 gives each instance the next port."""
     variable = app.take("increment_var")
     if variable is None:
         return False
@@ -334,7 +334,7 @@ def _stop(app: Pm2App) -> None:
 
 
 def _message(app: Pm2App, stop: dict[str, Any]) -> None:
-    """Where PM2 sends a message instead of a signal, so does fleetd, over the same channel."""
+    """Convert a stop by message: fleetd sends it over the same channel as PM2."""
     if app.is_instance:
         app.refused("shutdown_with_message", "Ollama ends at a signal")
         return
@@ -415,7 +415,7 @@ def _watch(app: Pm2App) -> None:
 
 
 def _glob(app: Pm2App, ignored: str) -> str | None:
-    """Return the pattern of something ignored; a regular expression only where a pattern says the same."""
+    """Return the pattern of an ignored path; a regular expression only where a pattern is equivalent."""
     if not ignored.startswith(REGEXP):
         return ignored
     shown = unmarked(ignored)

@@ -1,9 +1,9 @@
-"""PM2's files to fleet.yaml: ecosystem files in all their forms, `~/.pm2/dump.pm2`, and the output of `pm2 jlist`.
+"""Convert PM2's files to fleet.yaml: ecosystem files in all forms, `~/.pm2/dump.pm2`, and the output of `pm2 jlist`.
 
 Invariants:
-- Fields are in `pm2_fields.py`; here are the forms of files, names, and what concerns several apps.
-- A dump holds the whole environment of the shell that started PM2. Only what the app seems to need is kept, and a
-  secret becomes a reference to a variable instead of a value in a file.
+- Fields are in `fields.py`; this module has the forms of files, names, and checks across apps.
+- A dump contains the whole environment of the shell that started PM2. Only variables that the app seems to need are kept, and
+  a secret becomes a reference to a variable instead of a value in a file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _DUMP_DEFAULTS: Mapping[str, Any] = {
 def import_pm2(path: Path, *, profile: str | None = None, evaluate: Evaluate = nodejs.evaluate) -> Imported:
     """Return the fleet of a PM2 file: .js .cjs .mjs (by Node), .json, .yaml, dump.pm2 or jlist output. Raises ConfigError.
 
-    `profile` is what `pm2 start --env PROFILE` would have chosen.
+    `profile` is the PROFILE of `pm2 start --env PROFILE`.
     """
     report = Report()
     if path.suffix in _SCRIPTS:
@@ -86,7 +86,7 @@ def import_document(
     report: Report | None = None,
     timezone: str | None = None,
 ) -> Imported:
-    """Return the fleet of a document that was read already, such as the parsed output of `pm2 jlist`."""
+    """Return the fleet of a parsed document, such as the output of `pm2 jlist`."""
     report = report if report is not None else Report()
     apps = _apps(document, shown, report)
     sections: dict[str, dict[str, Any]] = {"services": {}, "instances": {}}
@@ -189,7 +189,7 @@ def _free(name: str, taken: set[str], report: Report) -> str:
 
 
 def _across(sections: Mapping[str, Mapping[str, Any]], report: Report) -> None:
-    """Warn where two apps cannot run as they stand: one port for two, or replicas that reach into another's range."""
+    """Warn about apps that cannot run together: one port for two, or overlapping ranges of replicas."""
     owners: dict[int, str] = {}
     for entries in sections.values():
         for name, entry in entries.items():
@@ -199,7 +199,7 @@ def _across(sections: Mapping[str, Mapping[str, Any]], report: Report) -> None:
 
 
 def local_timezone() -> str | None:
-    """Return the IANA name of this machine's time zone, where it says one."""
+    """Return the IANA name of this machine's time zone, if it has one."""
     if re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z_+-]+)+|UTC", os.environ.get("TZ", "")):
         return os.environ["TZ"]
     target = os.path.realpath("/etc/localtime")

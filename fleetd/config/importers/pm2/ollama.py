@@ -28,7 +28,7 @@ _VOLUME = re.compile(r"(/Volumes/[^/]+)(?:/|$)")
 
 
 def volume_of(path: str) -> str | None:
-    """Return the external drive of a Mac that a path lies on."""
+    """Return the external drive of a Mac that a path is on."""
     found = _VOLUME.match(path)
     return found[1] if found else None
 

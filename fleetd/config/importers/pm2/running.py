@@ -23,7 +23,7 @@ _CONNECT_S = 1.0
 
 
 def running() -> Any:
-    """Return what `pm2 jlist` says; None where no PM2 of this user runs, or none answers."""
+    """Return the output of `pm2 jlist`; None if no PM2 of this user runs or answers."""
     program = shutil.which("pm2")
     home = Path(expand_home(os.environ.get("PM2_HOME") or "~/.pm2"))
     if program is None or not _listens(home / "rpc.sock"):
@@ -46,7 +46,7 @@ def _listens(path: Path) -> bool:
 
 
 def still_running(jlist: Any, data: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for every app that PM2 runs and the fleet would run too: a bot must not run twice.
+    """Return a warning for every app that PM2 runs and the fleet would run too: a bot must not run twice.
 
     `jlist` is the parsed output of `pm2 jlist`; `data` is a fleet as plain data (`Imported.data`, or a parsed fleet.yaml).
     """

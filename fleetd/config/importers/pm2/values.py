@@ -40,7 +40,7 @@ def words_of(value: Any) -> list[str]:
 
 
 def env_texts(values: Any) -> dict[str, str]:
-    """Return the variables of a mapping, less those that no process can have."""
+    """Return the variables of a mapping, without those that no process can have."""
     items = values.items() if isinstance(values, dict) else ()
     return {str(key): env_text(value) for key, value in items if re.fullmatch(r"[^=\x00\s]{1,200}", str(key))}
 
@@ -61,7 +61,7 @@ def milliseconds(value: Any) -> int | None:
 
 
 def duration(ms: int) -> str:
-    """Return milliseconds as fleet.yaml says them."""
+    """Return milliseconds as a duration of fleet.yaml."""
     return format_duration(ms / 1000)
 
 
