@@ -1,10 +1,10 @@
-"""The machine, as the executor sees it: spawn, death, stop, sweep, adopt, usage.
+"""The machine's processes: spawn, exit, stop, sweep, adopt, usage.
 
 Invariants:
-- Made and used on one event loop; whatever may block runs in the host's own threads.
+- Created and used on one event loop; blocking work runs in the host's own threads.
 - `on_exit` is called on the loop once per handle, within milliseconds of the leader's death, after spawn has returned.
 - A handle's record leaves the disk when its set is seen to be empty, not before.
-- `close` lets go of everything and kills nothing: processes outlive the daemon unless they were stopped.
+- `close` releases everything and kills nothing: processes outlive the daemon unless they were stopped.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HOUSEKEEPING_S, _QUIET_S = 0.5, 1.0  # while logs grow, and while none does
 
 
 class Host:
-    """One daemon's hold on the machine."""
+    """The processes, logs and records of one daemon."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Host:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Become subreaper, and begin housekeeping (orphans, rotation). Needed once, before anything else."""
+        """Become subreaper and start housekeeping (orphans, rotation). Call once, before anything else."""
         become_subreaper()
         await self.thread(end_marked, self.table, PROBE_VARIABLE, self.records.place)
         await self.thread(self.logs.recover)
@@ -103,7 +103,7 @@ class Host:
         self._chores = asyncio.get_running_loop().create_task(self._housekeeping(), name="host-housekeeping")
 
     async def close(self) -> None:
-        """Let go: no process is touched."""
+        """Release everything; no process is touched."""
         self._closed = True
         if self._chores is not None:
             self._chores.cancel()
@@ -139,7 +139,7 @@ class Host:
     # -- spawn and death ------------------------------------------------------------------------------------------
 
     async def spawn(self, request: SpawnRequest, on_exit: OnExit) -> ProcessHandle:
-        """Start a process. Raises HostError: nothing runs then.
+        """Start a process. Raises HostError when nothing was started.
 
         `on_exit` is called on the loop when the leader dies, never before this returns.
         """
@@ -165,7 +165,7 @@ class Host:
             self._hunt(starting.result().lineage)
 
     def _enter_cgroup(self, handle: ProcessHandle) -> None:
-        """Begin to move the process into its leaf, after the spawn was reported: the kernel takes some 10 ms for it."""
+        """Start to move the process into its cgroup leaf after the spawn was reported: the kernel takes about 10 ms."""
         if self._cgroups is None:
             return
         leaf = self._cgroups.leaf(handle.name, handle.generation)
@@ -221,9 +221,9 @@ class Host:
     # -- stop and sweep --------------------------------------------------------------------------------------------
 
     async def stop(self, handle: ProcessHandle, policy: StopPolicy, force: bool = False) -> tuple[int, ...]:
-        """End the whole set; returns the pids that even SIGKILL did not end (empty: all gone, port free).
+        """Stop the whole set; return the pids that survived SIGKILL (empty: all gone, port free).
 
-        `force` skips the grace. A second call while the first runs escalates it, and both get the same answer.
+        `force` skips the grace. A second call during the first escalates it; both return the same result.
         """
         if handle.stopping is not None and not handle.stopping.done():
             handle.force.set()
@@ -236,7 +236,7 @@ class Host:
         return await self._settle(handle, survivors)
 
     async def sweep(self, handle: ProcessHandle, scope: str = KillScope.SET) -> tuple[int, ...]:
-        """End what the leader left behind; same answer as stop. A few milliseconds when nothing is left."""
+        """Kill what a dead leader left behind; same result as stop. A few milliseconds when nothing is left."""
         if handle.stopping is not None and not handle.stopping.done():
             return await asyncio.shield(handle.stopping)
         if handle.sweeping is None or handle.sweeping.done():
@@ -288,7 +288,7 @@ class Host:
         return result.ok, result.output
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
-        """Do the same for a probe: should this daemon be killed meanwhile, the next one ends what is left of it."""
+        """Do the same for a probe: if this daemon is killed meanwhile, the next one kills what is left."""
         return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self.records.place}), timeout_s)
 
     def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
@@ -338,11 +338,11 @@ class Host:
                 CHILDREN.claim(entry.pid)
 
     def leave_deaths(self) -> None:
-        """From now on take no child's status: the program after an execv does."""
+        """Collect no more statuses of children: the program after an execv does."""
         self._leaving = True
 
     async def adopt(self, record: HandleRecord, on_exit: OnExit) -> ProcessHandle:
-        """Take over a live process of an earlier daemon. Raises HostError saying why it cannot be proven to be ours.
+        """Adopt a live process of an earlier daemon. Raises HostError with the reason when its identity is not proven.
 
         A process that is no longer our child dies with an unknown exit code.
         """
@@ -399,7 +399,7 @@ class Host:
         return f"pid {record.pid} carries neither our token nor our program"
 
     async def gone(self, record: HandleRecord) -> bool:
-        """Say whether the run of a record is proven to have ended since this boot of the machine."""
+        """Return whether the run of a record has provably exited since this boot of the machine."""
         return await self.thread(self._gone, record)
 
     def _gone(self, record: HandleRecord) -> bool:
@@ -409,7 +409,7 @@ class Host:
         return entry is None or entry.dead or entry.start != record.start_ticks
 
     async def prepare_exec(self) -> list[HandleRecord]:
-        """Make pipes and channels survive an execv of this process and return the records to `adopt` after it.
+        """Keep pipes and channels over an execv of this process; return the records to `adopt` after it.
 
         From here on no output is read and no death is reported: close the host and exec, at once. `encode_records` and
         `decode_records` carry the list over.
@@ -426,7 +426,7 @@ class Host:
         return records
 
     async def sweep_record(self, record: HandleRecord) -> tuple[int, ...]:
-        """End what is left of a run whose leader is gone: only processes that carry its token or sit in its cgroup.
+        """Kill what is left of a run without a leader: only processes with its token or in its cgroup.
 
         Returns survivors. The record is removed when there are none.
         """
@@ -447,7 +447,7 @@ class Host:
     # -- looking ---------------------------------------------------------------------------------------------------
 
     async def usage(self, handle: ProcessHandle) -> Usage:
-        """Return what the whole set uses now."""
+        """Return the present usage of the whole set."""
         return (await self.usage_all([handle]))[0]
 
     async def usage_all(self, handles: Iterable[ProcessHandle]) -> list[Usage]:
@@ -476,11 +476,11 @@ class Host:
         return await self.thread(ports.owner, port)
 
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool:
-        """Say whether the listener on this port belongs to our process set."""
+        """Return whether the listener on this port belongs to our process set."""
         return await self.thread(self._answers_on, handle, port)
 
     def log_scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
-        """Return what looks for a line in the output of this run, from its beginning on."""
+        """Return a scanner for a line in the output of this run, from its start."""
         return self.logs.scanner(handle, pattern)
 
     def _answers_on(self, handle: ProcessHandle, port: int) -> bool:

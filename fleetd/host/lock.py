@@ -21,7 +21,7 @@ LOCK_NAME = "fleetd.lock"
 
 
 def prepare_private_folder(folder: Path) -> None:
-    """Make a folder that only we can enter, or check that it is one. Raises HostError."""
+    """Create a folder that only this user can enter, or check an existing one. Raises HostError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
@@ -45,7 +45,7 @@ def prepare_private_folder(folder: Path) -> None:
 
 
 class DaemonLock:
-    """The lock, held. Made by `acquire`, or by `inherit` after an execv."""
+    """A held lock, created by `acquire`, or by `inherit` after an execv."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self._fd = path, fd
@@ -83,7 +83,7 @@ class DaemonLock:
 
     @classmethod
     def inherit(cls, folder: Path, fd: int) -> DaemonLock:
-        """Take the lock over from before an execv. Raises HostError when this descriptor is not it."""
+        """Take over the lock after an execv. Raises HostError when the descriptor is not the lock."""
         path = folder / LOCK_NAME
         if not _same_file(fd, path):
             raise HostError(f"descriptor {fd} is not the lock {path}", recoverable=False)
@@ -92,12 +92,12 @@ class DaemonLock:
         return cls(path, fd)
 
     def keep_over_exec(self) -> int:
-        """Make the lock survive an execv and return its descriptor for `inherit`."""
+        """Keep the lock over an execv and return its descriptor for `inherit`."""
         os.set_inheritable(self._fd, True)
         return self._fd
 
     def release(self) -> None:
-        """Let another daemon start. The file stays: removing it would let two daemons lock two files of one name."""
+        """Release the lock. The file stays: removing it would let two daemons lock two files of one name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -105,7 +105,7 @@ class DaemonLock:
 
 @dataclass(frozen=True, slots=True)
 class DaemonLocks:
-    """The locks of both folders, held: the run's, then the state's, unless they are one folder."""
+    """The held locks of both folders: the run folder's, then the state's, unless they are one folder."""
 
     locks: tuple[DaemonLock, ...]
 
@@ -123,17 +123,17 @@ class DaemonLocks:
 
     @classmethod
     def inherit(cls, run: Path, state: Path, fds: Sequence[int]) -> DaemonLocks:
-        """Take the locks over from before an execv. A program before may have held none of the state: it is taken now.
+        """Take over the locks after an execv. An older program may have had no lock of the state: it is locked now.
         Raises HostError when a descriptor is not its lock."""
         held = [DaemonLock.inherit(folder, fd) for folder, fd in zip((run, state), fds, strict=False)]
         return cls((*held, *(_of_state(run, state) if len(held) == 1 else ())))
 
     def keep_over_exec(self) -> list[int]:
-        """Make the locks survive an execv and return their descriptors for `inherit`."""
+        """Keep the locks over an execv and return their descriptors for `inherit`."""
         return [lock.keep_over_exec() for lock in self.locks]
 
     def release(self) -> None:
-        """Let another daemon start: who waits for the run's lock finds the state's free."""
+        """Release the locks, the state's first: a daemon that waits for the run's lock then finds it free."""
         for lock in reversed(self.locks):
             lock.release()
 
@@ -143,7 +143,7 @@ def _of_state(run: Path, state: Path) -> list[DaemonLock]:
 
 
 def _make(folder: Path) -> None:
-    """Make the state's folder: whose it is, and whether a link leads to it, is its owner's to say."""
+    """Create the state folder; its owner may choose the user and use a symbolic link."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

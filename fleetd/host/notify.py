@@ -1,7 +1,7 @@
-"""Telling systemd how we are (sd_notify), and nothing of it to our children.
+"""Notify systemd of the daemon's state (sd_notify); children do not inherit the variables.
 
 Invariants:
-- The variables are taken out of the environment when the notifier is made; `environment` gives them back for an execv.
+- The notifier removes the variables from the environment; `environment` returns them for an execv.
 - Sending never blocks and never fails: without systemd every call is a no-op.
 """
 
@@ -43,11 +43,11 @@ class Notifier:
         return microseconds / 2_000_000
 
     def ready(self, status: str = "") -> None:
-        """Say that start-up or a reload is complete."""
+        """Report that start-up or a reload is complete."""
         self._send("READY=1", *_status(status))
 
     def reloading(self) -> None:
-        """Say that a reload begins; `ready` ends it."""
+        """Report the start of a reload; `ready` reports its end."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str = "") -> None:
@@ -58,7 +58,7 @@ class Notifier:
         self._send(*_status(text))
 
     def watchdog(self) -> None:
-        """Say that the loop still turns. Call it from the loop, after checking on itself."""
+        """Feed the watchdog. Call it from the loop."""
         self._send("WATCHDOG=1")
 
     def extend(self, seconds: float) -> None:

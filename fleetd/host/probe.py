@@ -1,9 +1,9 @@
-"""Asking a process whether it works: http, tcp, exec, a log line, or a question of its engine's own.
+"""Probe a process: http, tcp, exec, a log line, or a request of its engine.
 
 Invariants:
-- One question at a time per probe, each with its timeout. The core judges; here is only what was seen.
-- A startup probe asks every few milliseconds at first, since a small server is up in 80 ms, and at its period later on.
-  Its failures are reported when they change, and once per period; every other probe reports each answer.
+- One check at a time per probe, each with its timeout. This module reports results; the core decides.
+- A startup probe checks every few milliseconds at first, since a small server is up in 80 ms, and at its period later.
+  Its failures are reported when they change, and once per period; every other probe reports each result.
 - A first success counts only when the listener belongs to our own process set: another server on the port is a failure.
 """
 
@@ -34,7 +34,7 @@ _DETAIL_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one question brought. `detail` is a sentence for people, above all when `ok` is False."""
+    """The result of one check. `detail` is a sentence, above all when `ok` is False."""
 
     ok: bool
     detail: str = ""
@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is probed. `own_listener` False: the port is held by somebody else on purpose (a container's proxy)."""
+    """The probed process. `own_listener` False: another process holds the port on purpose (a container's proxy)."""
 
     name: str
     generation: int
@@ -58,7 +58,7 @@ class Target:
 
 
 class ProbeHost(Protocol):
-    """What a probe needs of the host."""
+    """The part of the host that a probe needs."""
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult: ...
 
@@ -73,7 +73,7 @@ Completion = Callable[[float], Awaitable[Answer]]
 
 
 class Prober:
-    """One probe of one run, asking until it is closed."""
+    """One probe of one run, which checks until it is closed."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Prober:
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"probe-{target.name}-{kind}")
 
     def close(self) -> None:
-        """Stop asking; nothing is reported any more."""
+        """Stop the checks; no result is reported afterwards."""
         self._task.cancel()
 
     async def wait_closed(self) -> None:
@@ -122,7 +122,7 @@ class Prober:
                 self._scanner.close()
 
     async def ask(self) -> Answer:
-        """Ask once, within the timeout; the first success of a startup probe is checked to come from our process."""
+        """Check once, within the timeout; verify that the first success of a startup probe comes from our process."""
         # An exec has a limit of its own, at which it is killed with its family.
         limit_s = None if self.spec.exec else self.spec.timeout_s
         try:
@@ -203,7 +203,7 @@ def heard(message: str, handle: ProcessHandle | None) -> Answer:
 
 
 async def ask_tcp(target: Target) -> Answer:
-    """Say whether something accepts connections."""
+    """Check whether a port accepts connections."""
     if target.port is None:
         return Answer(False, "there is no port to connect to")
     try:
@@ -221,7 +221,7 @@ def _refusal(error: OSError, port: int) -> str:
 
 
 async def ask_http(path: str, target: Target) -> Answer:
-    """GET a path (or a whole http URL) and say what came back: 200 to 399 is well."""
+    """GET a path (or a whole http URL); a status of 200 to 399 is success."""
     url = urlsplit(path) if path.startswith("http://") else None
     host = url.hostname or target.host if url else target.host
     port = (url.port or 80) if url else target.port
@@ -254,7 +254,7 @@ async def ask_http(path: str, target: Target) -> Answer:
 
 
 async def _some_body(reader: asyncio.StreamReader) -> str:
-    """Return the beginning of a body, waiting a moment at most: it only explains."""
+    """Return the start of a body for the message, waiting a moment at most."""
     try:
         async with asyncio.timeout(0.05):
             data = await reader.read(1024)

@@ -1,9 +1,9 @@
-"""Captured output that outlives its collector: a named pipe whose reading end the child holds as well.
+"""Captured output that outlives its collector: a named pipe whose reading end the child also holds.
 
 Invariants:
-- The child's output is opened for reading and writing, so a daemon that dies takes no reader away: the child gets no
-  SIGPIPE, what it writes waits in the pipe, and the next daemon opens the same pipe by its path.
-- Nobody reads while no daemon runs: a child that has filled the pipe waits there until one does.
+- The child's output is opened for reading and writing, so the pipe keeps a reader when the daemon dies: the child gets no
+  SIGPIPE, its output waits in the pipe, and the next daemon opens the same pipe by its path.
+- While no daemon runs, a child that has filled the pipe waits for the next one.
 - When the last writer is gone the reader sees the end, as with any pipe.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def open_pair(path: Path) -> tuple[int, int]:
-    """Return our reading end and the child's end. Where no named pipe can be made, an ordinary one; raises OSError."""
+    """Return our reading end and the child's end. An ordinary pipe where no named one is possible. Raises OSError."""
     reader = -1
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def open_pair(path: Path) -> tuple[int, int]:
 
 
 def reopen(path: Path) -> int | None:
-    """Return a reading end of a pipe that an earlier daemon made; None when it is gone."""
+    """Return a reading end of an earlier daemon's pipe; None when it is gone."""
     try:
         if not path.is_fifo():
             return None

@@ -1,9 +1,9 @@
-"""Where the logs of a process are, and what is kept about them.
+"""The log files of a process, and the state that is kept about them.
 
 Invariants:
-- NAME.log is the live file; NAME.log.1 is the youngest archive, .gz when compressed; NAME.log.json says where the live
-  lines begin. Names are escaped.
-- In a live file everything before `start` is archived and freed; what is freed reads as NUL bytes. Offsets only grow.
+- NAME.log is the live file; NAME.log.1 is the youngest archive, .gz when compressed; NAME.log.json has the offset of the live
+  lines. Names are escaped.
+- In a live file everything before `start` is archived and freed; freed bytes read as NUL. Offsets only grow.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LogFiles:
         return [path for _, path in sorted(found)]
 
     def read_state(self) -> LogState:
-        """Return the state; a missing, torn or foreign one counts as none, and nothing is lost by that."""
+        """Return the state; a missing, torn or foreign one counts as none, which loses no line."""
         try:
             content = json.loads(self.state_path.read_bytes())
             state = LogState(
@@ -79,7 +79,7 @@ class LogFiles:
         write_atomically(self.state_path, json.dumps(asdict(state)).encode(), durable=durable)
 
     def open_for_append(self) -> int:
-        """Open the live file for a child or the pump to write. Raises HostError in full sentences."""
+        """Open the live file for writing by a child or the pump. Raises HostError."""
         path = self.live
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Following a log as it grows, by (inode, offset), across rotations.
+"""Follow a growing log by (inode, offset), across rotations.
 
 Invariants:
-- The file is held open: what the pump renames away is read to its end before the new file is begun.
-- What rotation frees before it was shown is reported as a gap, in one line.
-- One step reads at most 1 MiB and the next one waits until its lines were taken: a slow reader costs nothing.
+- The file stays open: a file that the pump renames is read to its end before the new file.
+- Lines that rotation frees before they were read are reported as a gap, in one line.
+- One step reads at most 1 MiB, and the next waits until its lines were taken: a slow reader costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TRIES = 10
 
 
 class LogFollower:
-    """Reads what is appended after the moment it was made."""
+    """Reads the lines that are appended after its creation."""
 
     def __init__(self, files: LogFiles, start_of: Callable[[], int]) -> None:
         self._files, self._start_of = files, start_of
@@ -46,7 +46,7 @@ class LogFollower:
         return True
 
     def _line_start(self, end: int) -> int:
-        """Return the beginning of an unfinished last line, when it is near: it will be shown once it is whole."""
+        """Return the start of a nearby unfinished last line, which is shown once it is complete."""
         back = max(0, end - _LONGEST_LINE)
         data = os.pread(self._fd, end - back, back)
         found = data.rfind(b"\n")
@@ -72,7 +72,7 @@ class LogFollower:
             return []
 
     def _next_file(self) -> bool:
-        """Go on with the file that was begun after ours: the live one, or an archive when there were several rotations."""
+        """Continue with the next file: the live one, or an archive after several rotations."""
         for _ in range(_TRIES):
             following, inode = self._following()
             fd = os.open(following, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ class LogFollower:
         return False
 
     def _following(self) -> tuple[Path, int]:
-        """Return the path and inode of the file after ours. Raises OSError where it was renamed in this very moment."""
+        """Return the path and inode of the next file. Raises OSError when it is renamed at this moment."""
         live = self._files.live
         following = (live, live.stat().st_ino)
         for path in self._files.archives():
@@ -132,7 +132,7 @@ class LogFollower:
 
 
 async def follow(pool: Executor, follower: LogFollower) -> AsyncGenerator[list[LogEntry], None]:
-    """Yield lists of new lines for ever. Close the generator to stop."""
+    """Yield lists of new lines until the generator is closed."""
     loop, pause = asyncio.get_running_loop(), _SHORTEST_S
     try:
         while True:

@@ -1,8 +1,8 @@
-"""Reading along: a regular expression on what a run has written since its start, or all of its new lines.
+"""Match a regular expression on the output of a run, or return its new lines.
 
 Invariants:
 - Only new bytes are read, in a thread, at most 8 MiB per step; a line longer than 64 KiB is matched on its first 64 KiB.
-- What was matched once stays matched: rotation cannot undo it.
+- A match is kept: rotation cannot undo it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEVER = re.compile(rb"(?!)")
 
 
 class LogScanner:
-    """Looks for the first line that matches, from an offset of a live log file on.
+    """Search for the first matching line from an offset of a live log file.
 
     `start_of` says where the live lines begin now: what rotation has freed meanwhile is passed over.
     """
@@ -38,13 +38,13 @@ class LogScanner:
         self._found: str | None = None
 
     async def advance(self) -> str | None:
-        """Read what is new. Returns the first matching line, None while there is none."""
+        """Read new lines. Return the first matching line, None if there is none yet."""
         if self._found is None:
             self._found = await asyncio.get_running_loop().run_in_executor(self._pool, self._step)
         return self._found
 
     def close(self) -> None:
-        """Nothing is held open between steps."""
+        """Release the scanner; no file is open between steps."""
 
     def _step(self) -> str | None:
         try:
@@ -83,14 +83,14 @@ class LogScanner:
 
 
 class LineReader(LogScanner):
-    """Gives every line once, as it comes; what overwrites itself on a terminal (a bar of progress) counts as lines."""
+    """Return every line once; output that overwrites itself on a terminal (a progress bar) counts as lines."""
 
     def __init__(self, pool: Executor, path: str, offset: int, start_of: Callable[[], int]) -> None:
         super().__init__(pool, path, offset, _NEVER, start_of)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     async def new_lines(self) -> list[str]:
-        """Read what is new; of a flood, the last lines of it."""
+        """Read new lines; of a flood only the last ones."""
         await self.advance()
         found = list(self._lines)
         self._lines.clear()

@@ -38,7 +38,7 @@ _LOOK_S = 0.5
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One run's pipe and file. Touched by the pump's thread alone, once it is added."""
+    """The pipe and file of one run. Only the pump's thread uses it once it is added."""
 
     fd: int
     files: LogFiles
@@ -56,7 +56,7 @@ class Stream:
 
 
 class Pump:
-    """The thread and its streams. `on_rotated(files, policy)` is called in the thread after a file was put away."""
+    """The thread and its streams. `on_rotated(files, policy)` is called in the thread after a rotation."""
 
     def __init__(self, on_rotated: Callable[[LogFiles, LogPolicy], None]) -> None:
         self._on_rotated = on_rotated
@@ -69,7 +69,7 @@ class Pump:
         self._streams: set[Stream] = set()
         self._untold: dict[
             Path, int
-        ] = {}  # lines that the disk refused at the end of a run: the next run's log says so
+        ] = {}  # lines that the disk rejected at the end of a run; the next run's log reports them
         self._running = True
         self._thread = threading.Thread(target=self._run, name="fleetd-pump", daemon=True)
         self._thread.start()
@@ -77,23 +77,23 @@ class Pump:
     # -- called from the loop --------------------------------------------------------------------------------------
 
     def add(self, stream: Stream) -> Future[None]:
-        """Begin to read a pipe."""
+        """Start to read a pipe."""
         return self._order(lambda: self._add(stream))
 
     def mark(self, stream: Stream, text: str) -> Future[None]:
-        """Write all that is in the pipe now, the unfinished line included, and then a line of our own."""
+        """Write everything in the pipe, the unfinished line included, and then one more line."""
         return self._order(lambda: self._mark(stream, text))
 
     def finish(self, stream: Stream) -> Future[None]:
-        """Write what is left in the pipe and close it."""
+        """Write the rest of the pipe and close it."""
         return self._order(lambda: self._finish(stream))
 
     def release(self, stream: Stream) -> Future[None]:
-        """Write what is there and let go of the pipe without closing it, for an execv."""
+        """Write the rest and release the pipe without closing it, for an execv."""
         return self._order(lambda: self._release(stream))
 
     def close(self) -> None:
-        """Finish every stream and end the thread."""
+        """Finish every stream and stop the thread."""
 
         def stop() -> None:
             for stream in list(self._streams):
@@ -173,7 +173,7 @@ class Pump:
                 stream.size, stream.since = os.fstat(stream.out).st_size, time.time()
 
     def _read(self, stream: Stream) -> bool:
-        """Read once; False when there is nothing more now."""
+        """Read once; False when there is nothing more."""
         try:
             data = os.read(stream.fd, READ) if stream.hand is None else stream.hand.read(stream.fd)
         except BlockingIOError:
@@ -231,7 +231,7 @@ class Pump:
         return _write_whole(stream.out, text, before)
 
     def _find_again(self, stream: Stream) -> None:
-        """Let go of a file that somebody deleted or moved away: what comes belongs into a new one."""
+        """Close a deleted or moved file: new lines go into a new one."""
         now = time.monotonic()
         if stream.out < 0 or now - stream.looked < _LOOK_S:
             return
@@ -318,7 +318,7 @@ def as_json_lines(lines: list[str], at: float) -> bytes:
 
 
 def _write_whole(fd: int, text: bytes, before: int) -> bool:
-    """Write all of it or nothing to a file of `before` bytes: a torn end is taken back. False when the disk refuses."""
+    """Write all or nothing to a file of `before` bytes: a torn end is truncated. False when the disk rejects it."""
     view = memoryview(text)
     try:
         while view:
@@ -335,7 +335,7 @@ def _write_whole(fd: int, text: bytes, before: int) -> bool:
 
 
 def _widen(fd: int) -> None:
-    """Give the pipe more room, so that a busy moment of ours does not hold up the child (Linux)."""
+    """Enlarge the pipe, so that a busy daemon does not delay the child (Linux)."""
     import fcntl
 
     try:

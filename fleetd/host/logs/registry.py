@@ -1,7 +1,7 @@
-"""All logs of a daemon: opened for children, marked at their end, read, followed and rotated.
+"""All logs of a daemon: opened for children, marked at an exit, read, followed and rotated.
 
 Invariants:
-- What touches the disk runs in a thread. A log that cannot be written or read never stops a process.
+- Disk access runs in a thread. A log that cannot be written or read never stops a process.
 - The mark of a death is written before `settle` returns, so before the next generation writes.
 """
 
@@ -44,7 +44,7 @@ def exit_mark(ended: RawExit) -> str:
 
 
 def append_mark(path: Path, mark: str) -> None:
-    """Append a line of ours to a child's file, after closing its last line. A disk that refuses loses the mark only."""
+    """Append a mark to a child's file, after completing its last line. A full disk loses only the mark."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except OSError:
@@ -152,7 +152,7 @@ class LogRegistry:
     # -- life ------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Finish what an earlier daemon left half done. Blocks."""
+        """Finish rotations that an earlier daemon left incomplete. Blocks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -168,7 +168,7 @@ class LogRegistry:
             recover(self.files(unescape(path.name.removesuffix(".log.json"))), can_punch=self._can_punch)
 
     async def close(self) -> None:
-        """Let go of everything: pipes are read to what is in them now, rotations under way end."""
+        """Release everything: drain the pipes, and finish running rotations."""
         if self._pump is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._pump.close)
             self._pump = None
@@ -202,7 +202,7 @@ class LogRegistry:
                 stream.policy = policy
 
     def attach(self, handle: ProcessHandle, pipe: int | None) -> None:
-        """Begin with the output of one run."""
+        """Start with the output of one run."""
         self._policies.setdefault(handle.name, handle.record.logs)
         if handle.record.logs.capture == Capture.FILE and handle.name not in self._written:
             inode = inode_written(handle.pid, handle.record.log_path)
@@ -257,7 +257,7 @@ class LogRegistry:
             await asyncio.gather(*handle.background, return_exceptions=True)
 
     async def settle(self, handle: ProcessHandle) -> None:
-        """The set is empty: close its output."""
+        """Close the output of an empty set."""
         self._written.pop(handle.name, None)
         self._lost.pop(handle.name, None)
         stream = self._streams.pop(handle.lineage.token, None)
@@ -266,7 +266,7 @@ class LogRegistry:
         await self.written(handle)
 
     def release_pipes(self) -> dict[str, int]:
-        """Stop reading every pipe and make it survive an execv; returns descriptors by the token of the run. Blocks."""
+        """Stop reading every pipe and keep it over an execv; return descriptors by the token of the run. Blocks."""
         if self._pump is None:
             return {}
         pipes = {}
@@ -289,7 +289,7 @@ class LogRegistry:
         return await self._read(name, Wanted(lines, begin, None, since, grep))
 
     async def run_tail(self, handle: ProcessHandle, lines: int = 30) -> list[LogEntry]:
-        """Return the last lines of this run alone, the mark of its end left out."""
+        """Return the last lines of this run alone, without its exit mark."""
         await self.written(handle)
         begin = None if self._is_piped(handle.name) else handle.record.log_start
         since = handle.record.spawned_at - 0.01 if begin is None else None
@@ -333,12 +333,12 @@ class LogRegistry:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     def scanner(self, handle: ProcessHandle, pattern: re.Pattern[bytes]) -> LogScanner:
-        """Return what looks for a line in the output of this run, from its beginning on."""
+        """Return a scanner for a line in the output of this run, from its start."""
         record, name = handle.record, handle.name
         return LogScanner(self._pool, record.log_path, record.log_start, pattern, lambda: self.start_of(name))
 
     def reader(self, handle: ProcessHandle) -> LineReader:
-        """Return what gives the lines of this run as they come, from its beginning on."""
+        """Return a reader of the lines of this run, from its start."""
         record, name = handle.record, handle.name
         return LineReader(self._pool, record.log_path, record.log_start, lambda: self.start_of(name))
 
@@ -389,7 +389,7 @@ class LogRegistry:
             loop.run_in_executor(self._archiver, self._bound)
 
     async def lost(self, name: str) -> str | None:
-        """Return why what a process writes now is in no log, as a sentence; None: it is."""
+        """Return the reason why the output of a process is in no log; None if it is in one."""
         return await self._in_thread(lambda: self._lost_now(name))
 
     def _lost_now(self, name: str) -> str | None:
@@ -414,7 +414,7 @@ class LogRegistry:
             self._lost[name] = why
 
     async def rotate(self, name: str) -> Rotation:
-        """Archive what is there now, due or not."""
+        """Archive the present lines, due or not."""
         return await asyncio.get_running_loop().run_in_executor(self._archiver, self._rotate, name, True)
 
     def _rotate(self, name: str, force: bool) -> Rotation:

@@ -1,4 +1,4 @@
-"""Rotation that loses no line and cuts none, while the child keeps writing into its own file.
+"""Rotate without losing or cutting a line, while the child keeps writing into its own file.
 
 Invariants:
 - Whole lines are copied to an archive and synced, the new beginning is noted on disk, the archive takes its place, and only
@@ -30,13 +30,13 @@ from fleetd.host.types import LogPolicy
 _BLOCK = 1024 * 1024
 _LEAST_UNBROKEN = 128 * 1024 * 1024
 
-# One lock per live file: who renames archives, or puts a compressed one in the place of a plain one, holds it.
+# One lock per live file, held while archives are renamed or replaced by compressed ones.
 _LOCKS: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """What one look did. `problem` is a sentence for people when it could not do what it should."""
+    """The result of one check. `problem` is a sentence when a rotation failed."""
 
     archived: int = 0
     problem: str | None = None
@@ -78,14 +78,14 @@ def current_state(files: LogFiles) -> LogState:
 
 
 def due(size: int, state: LogState, policy: LogPolicy) -> bool:
-    """Say whether the live part is too large or too old."""
+    """Return whether the live part is too large or too old."""
     live = size - state.start
     old = policy.max_age_s is not None and live > 0 and time.time() - state.since >= policy.max_age_s
     return live >= policy.max_size_bytes or old
 
 
 def rotate(files: LogFiles, policy: LogPolicy, *, force: bool = False, can_punch: bool = True) -> Rotation:
-    """Archive what is due of one live file. Blocks. Never raises for what a disk can do."""
+    """Archive the due part of one live file. Blocks. Never raises for an error of the disk."""
     archived = 0
     try:
         fd = os.open(files.live, os.O_RDWR | os.O_CLOEXEC)
@@ -115,7 +115,7 @@ def rotate(files: LogFiles, policy: LogPolicy, *, force: bool = False, can_punch
 
 
 def _skip_doomed(fd: int, files: LogFiles, state: LogState, size: int, policy: LogPolicy) -> LogState:
-    """After a flood: free at once what would only be archived to be deleted."""
+    """After a flood, free at once the lines that would be archived only to be deleted."""
     keep_bytes = (policy.keep + 1) * policy.max_size_bytes
     if size - state.start <= keep_bytes:
         return state
@@ -164,7 +164,7 @@ def _archive(fd: int, files: LogFiles, state: LogState, cut: int, policy: LogPol
 
 
 def _empty(fd: int, files: LogFiles, state: LogState, cut: int, pending: Path, policy: LogPolicy) -> LogState:
-    """Without holes: empty the file if it ends where the archive ends; try again later if not."""
+    """Without hole punching, empty the file if it ends where the archive ends; otherwise retry later."""
     if os.fstat(fd).st_size != cut:
         pending.unlink(missing_ok=True)
         raise OSError(
@@ -179,7 +179,7 @@ def _empty(fd: int, files: LogFiles, state: LogState, cut: int, pending: Path, p
 
 
 def _copy(fd: int, target: Path, start: int, end: int) -> None:
-    """Copy a range into a new file and sync it. Who may not read the log may not read its archive."""
+    """Copy a range into a new file with the log's mode and sync it."""
     out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         _same_mode(fd, out)
@@ -213,7 +213,7 @@ def shift(files: LogFiles, newest: Path) -> None:
 
 
 def recover(files: LogFiles, *, can_punch: bool = True) -> None:
-    """Finish a rotation that a crash interrupted. Nothing is lost or doubled whichever step it was."""
+    """Finish a rotation that a crash interrupted, at any step, without losing or doubling a line."""
     leftover = files.folder / f"{files.live.name}.pending"
     try:
         state = files.read_state()
@@ -267,7 +267,7 @@ def _same_mode(source: int, target: int) -> None:
 
 
 def _put_in_place(files: LogFiles, inode: int, packed: Path) -> None:
-    """Replace the archive with this inode, whatever its number is by now."""
+    """Replace the archive with this inode, under its present number."""
     for path in files.archives():
         status = path.stat()
         if status.st_ino == inode:

@@ -24,7 +24,7 @@ _SIZE = _HEAD.size + _ROOM
 
 
 class Spool:
-    """The mapped file of one pipe. Raises OSError where it cannot be made."""
+    """The mapped file of one pipe. Raises OSError when it cannot be created."""
 
     def __init__(self, path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -39,10 +39,10 @@ class Spool:
             os.close(fd)
         self._view = memoryview(self._map)
         self._start = self._end = self.lost = 0
-        self._used = _ROOM  # what lies behind the end is zeros from here on
+        self._used = _ROOM  # the bytes after the end are zeros from here on
 
     def take_up(self, fd: int) -> bytes:
-        """Return what an earlier daemon had read and not written to the log that is open as `fd`; a torn write is taken back."""
+        """Return bytes that an earlier daemon read and did not write to the log `fd`; truncate a torn write."""
         start, end, reading, after, inode, before, goal, lost = _HEAD.unpack_from(self._map)
         if not (start <= after <= end <= _ROOM and before <= goal):
             start = end = reading = after = goal = lost = 0
@@ -78,7 +78,7 @@ class Spool:
         return bytes(self._view[at : at + count])
 
     def writing(self, inode: int, before: int, goal: int, rest: int) -> None:
-        """A write begins that takes the log from one size to another; the last `rest` bytes are no part of it."""
+        """Record the start of a write from one log size to another, without the last `rest` bytes."""
         after = max(self._start, self._end - rest)
         _HEAD.pack_into(self._map, 0, self._start, self._end, 0, after, inode, before, goal, self.lost)
 
@@ -98,7 +98,7 @@ class Spool:
 
 
 def hand(path: Path | None) -> Spool | None:
-    """Return the file at `path`; None where there is none to be had."""
+    """Return the file at `path`; None if it cannot be created."""
     try:
         return Spool(path) if path is not None else None
     except OSError:

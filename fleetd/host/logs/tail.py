@@ -1,4 +1,4 @@
-"""The last lines of a log, read from its end.
+"""Read the last lines of a log, from its end.
 
 Invariants:
 - Blocks are read backwards until enough lines are there; a hole (what rotation freed) is skipped, archives come next.
@@ -118,7 +118,7 @@ class Wanted:
 
 
 def read_tail(files: LogFiles, wanted: Wanted) -> list[LogEntry]:
-    """Return the last lines that are wanted, oldest first, from the live file and then its archives."""
+    """Return the requested last lines, oldest first, from the live file and then its archives."""
     found: list[LogEntry] = []
     total, looked = 0, 0
     for raw in _all_backwards(files, wanted):

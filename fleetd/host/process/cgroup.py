@@ -1,8 +1,8 @@
-"""cgroup v2 leaves: the one kind of process set that nothing can leave by forking.
+"""cgroup v2 leaves: process sets that no process can leave by forking.
 
 Invariants:
 - Used only where a cgroup v2 tree is ours: delegated by systemd (user.delegate), or writable on a machine without systemd.
-- Everything here may fail at any time, and then the set is known by the other means; no caller sees an error.
+- Every operation may fail at any time; then other means find the set, and no caller sees an error.
 - Moving a process costs about 10 ms in the kernel, so it happens after the spawn is reported.
 - Counting OOM kills needs the memory controller, which is switched on only when nothing else lives in our own cgroup. systemd starts
   the next daemon in that very cgroup, and the kernel takes no process into one that hands controllers on: so not under systemd,
@@ -36,12 +36,12 @@ def _write(path: Path, text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """One leaf, holding one process set."""
+    """One leaf with one process set."""
 
     path: Path
 
     def enter(self, pid: int) -> bool:
-        """Make the leaf and move the process into it. False, and no leaf, when the kernel refuses."""
+        """Create the leaf and move the process into it. False, without a leaf, when the kernel refuses."""
         try:
             self.path.mkdir(exist_ok=True)
         except OSError:
@@ -80,7 +80,7 @@ class Cgroup:
 
 @dataclass(frozen=True, slots=True)
 class CgroupTree:
-    """The folder under which this daemon may make leaves."""
+    """The folder in which this daemon may create leaves."""
 
     root: Path
     prefix: str
@@ -90,7 +90,7 @@ class CgroupTree:
         return Cgroup(self.root / f"{self.prefix}.{escape(name)[:150]}.{generation}")
 
     def purge(self) -> None:
-        """Remove the empty leaves of earlier daemons of this state folder; the kernel refuses those that hold somebody."""
+        """Remove the empty leaves of earlier daemons of this state folder; the kernel keeps those with processes."""
         for path in self.root.glob(f"{self.prefix}.*"):
             Cgroup(path).remove()
 
@@ -138,7 +138,7 @@ def _enable_memory(folder: Path, own: Path, top: bool) -> None:
 
 
 def detect(prefix: str) -> CgroupTree | None:
-    """Find the tree that is ours, None where there is none. `prefix` keeps several daemons apart."""
+    """Return the tree that this daemon may use; None if there is none. `prefix` keeps several daemons apart."""
     if not hasattr(os, "getxattr"):
         return None
     try:

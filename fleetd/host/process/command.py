@@ -1,7 +1,7 @@
-"""Short programs: exec probes and stop commands. Run, timed, and killed with everything they started.
+"""Run short programs (exec probes, stop commands) with a timeout, and kill everything that they started.
 
 Invariants:
-- The end of the leader ends the command; whatever of its group still lives is killed then, while the pid is still ours.
+- The exit of the leader ends the command; the rest of its group is killed then, while the pid is still ours.
 - At the timeout the whole set is killed. At most 16 KiB of output is kept: its end.
 """
 
@@ -28,7 +28,7 @@ _HUNTS = 20
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """How it ended. `output` is the end of stdout and stderr together."""
+    """The result of a command. `output` is the end of stdout and stderr together."""
 
     status: ExitStatus
     output: str = ""
@@ -122,7 +122,7 @@ async def run_command(
 
 
 async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
-    """Return True when the time is over first."""
+    """Return True at a timeout."""
     try:
         async with asyncio.timeout(timeout_s):
             await ended.wait()
@@ -132,7 +132,7 @@ async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
 
 
 def said(result: CommandResult, took_s: float) -> CommandSaid:
-    """Return how a stop command went, in one line."""
+    """Return the result of a stop command in one line."""
     last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SAID_CHARS]
     if result.ok:
         return CommandSaid(True, last, took_s)
@@ -143,7 +143,7 @@ def said(result: CommandResult, took_s: float) -> CommandSaid:
 
 
 def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
-    """Kill what carries a mark in its environment, and what that starts meanwhile; return the pids. Blocks."""
+    """Kill processes with a mark in their environment, and those that they start meanwhile; return the pids. Blocks."""
     killed: list[int] = []
     for _ in range(_HUNTS):
         found = [entry for entry, _ in carriers(table, variable, mark) if entry.pid != os.getpid()]
@@ -156,7 +156,7 @@ def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
 
 
 def _kill_group(pid: int) -> None:
-    """Kill what is left of the group. Safe only before the leader's status is taken: until then the number is ours."""
+    """Kill the rest of the group. Safe only before the leader's status is collected: until then its pid is not reused."""
     try:
         os.killpg(pid, signals.SIGKILL)
     except OSError:
@@ -165,7 +165,7 @@ def _kill_group(pid: int) -> None:
 
 def _collect(pid: int) -> ExitStatus:
     status = CHILDREN.collect(pid)
-    if status is None:  # it hangs in the kernel: reaped like an orphan, some day
+    if status is None:  # it hangs in the kernel: it is reaped later, like an orphan
         CHILDREN.disown(pid)
         return ExitStatus()
     return status

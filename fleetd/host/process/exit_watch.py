@@ -27,7 +27,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
-    """How a child ended: exactly one of `code` and `signal`, or neither when it was not ours to see."""
+    """The exit status of a child: exactly one of `code` and `signal`, or neither when it is unknown."""
 
     code: int | None = None
     signal: str | None = None
@@ -61,7 +61,7 @@ def signal_number(name: str | int) -> int:
 
 
 def become_subreaper() -> bool:
-    """Have orphans of our children become our own children instead of init's. False where the system cannot."""
+    """Become the parent of our children's orphans instead of init. False where the system cannot."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -69,7 +69,7 @@ def become_subreaper() -> bool:
 
 
 class Children:
-    """Whose statuses are collected by whom. One per operating-system process, since waiting is per process."""
+    """The owners of child statuses. One per operating-system process, since waiting is per process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,12 +88,12 @@ class Children:
                 self._spawning -= 1
 
     def claim(self, pid: int) -> None:
-        """From now on only `collect(pid)` takes this child's status."""
+        """Reserve this child's status for `collect(pid)`."""
         with self._lock:
             self._known.add(pid)
 
     def collect(self, pid: int) -> ExitStatus | None:
-        """Take the status of a dead child; None while it lives. A child that is not ours has an empty ExitStatus."""
+        """Collect the status of a dead child; None while it lives. A child that is not ours has an empty ExitStatus."""
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError:
@@ -105,12 +105,12 @@ class Children:
         return ExitStatus() if status == -1 else decode_status(status)
 
     def disown(self, pid: int) -> None:
-        """Nobody waits for this child any more: it is reaped like an orphan."""
+        """Release a child: it is reaped like an orphan."""
         with self._lock:
             self._known.discard(pid)
 
     def reap_unknown(self) -> list[int]:
-        """Take the statuses of dead orphans. Children in our own session are left: somebody else started those."""
+        """Collect the statuses of dead orphans. Children in our own session are left: other code started them."""
         reaped: list[int] = []
         if not hasattr(os, "waitid"):
             return reaped
@@ -127,7 +127,7 @@ class Children:
                 if not self._is_orphan(info.si_pid):
                     break
                 self._take(info.si_pid, reaped)
-        # The kernel names only this one, again and again, for as long as its owner leaves it: look behind it.
+        # The kernel reports only this child until its owner collects it: search for others.
         for pid in _dead_children():
             with self._lock:
                 self._take_orphan(pid, reaped)
@@ -164,7 +164,7 @@ CHILDREN = Children()
 
 
 class ExitWatch:
-    """Calls back once, on the loop, when a process has ended; child or not."""
+    """Call back once, on the loop, when a process has exited; child or not."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, callback: Callable[[], None]) -> None:
         """Raises ProcessLookupError when there is no such process."""
@@ -193,7 +193,7 @@ class ExitWatch:
 
 
 def _kqueue_for(pid: int) -> Any:
-    """Return a kqueue that becomes readable when pid ends (macOS and the BSDs)."""
+    """Return a kqueue that becomes readable when pid exits (macOS and the BSDs)."""
     api: Any = select
     queue = api.kqueue()
     event = api.kevent(pid, filter=api.KQ_FILTER_PROC, flags=api.KQ_EV_ADD | api.KQ_EV_ONESHOT, fflags=api.KQ_NOTE_EXIT)
