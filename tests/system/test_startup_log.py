@@ -37,7 +37,8 @@ def started_with(daemon: Fleetd) -> list[str]:
 def test_start_phase_is_shown_while_it_lasts(tmp_path: Path) -> None:
     script = 'echo Starting to load model m; sleep 2; echo torch.compile took 9 s; sleep 2; exec "$@"'
     slow = fleet(more="preload: true").replace("command: [", f"command: [sh, -c, {json.dumps(script)}, sh, ")
-    with fleetd(tmp_path, slow).start() as daemon:
+    with fleetd(tmp_path, slow).start(wait=False) as daemon:
+        until(daemon.is_up, "the daemon is up")
         seen: list[str] = []
 
         def ready() -> bool:
