@@ -194,7 +194,7 @@ class Assembler:
             self._validate(entry, engine, context, whole=whole)
         recipe = self._recipe(entry, engine, context)
         own_probes = engine.probes(options) if entry.engine_keys is not None else Probes()
-        probes = policies.probes(entry.keys, own_probes)
+        probes = policies.with_places(policies.probes(entry.keys, own_probes), places)
         port_probe = policies.needs_port(probes)
         if port_probe is not None and entry.port is None and entry.external is None:
             self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port: state one")
@@ -336,6 +336,7 @@ class Assembler:
         requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
         service = entry.engine_keys is None
         options, shared = context.options, context.options.shared()
+        places = {"port": context.port, "host": context.host, "name": context.name, "replica": context.replica}
         return LaunchPlan(
             name=entry.name,
             base=entry.base,
@@ -351,8 +352,8 @@ class Assembler:
             own_env=own_env.values,
             env_source=own_env.source,
             unread=tuple(own_env.absent),
-            execution=self._execution(entry),
-            stop=policies.stop_policy(keys.stop),
+            execution=self._execution(entry, places),
+            stop=policies.stop_policy(keys.stop, places),
             probes=probes,
             requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.absent])),
             required_by={**self._named(entry, launch), **own_env.absent},
@@ -378,7 +379,7 @@ class Assembler:
                 self.warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
         return keys
 
-    def _execution(self, entry: ConfigEntry) -> Execution:
+    def _execution(self, entry: ConfigEntry, places: Mapping[str, object]) -> Execution:
         keys, path = entry.keys, entry.path
         contained = entry.engine_keys is not None and entry.engine_keys.runtime is not None
         limits = keys.limits
@@ -391,8 +392,8 @@ class Assembler:
             cpu=(limits.cpu or ()) if not contained else (),
             nofile=limits.nofile if not contained else None,
             logs=policies.log_policy(keys.logs),
-            pre_start=keys.hooks.pre_start or (),
-            post_stop=keys.hooks.post_stop or (),
+            pre_start=tuple(substitute(word, places) for word in keys.hooks.pre_start or ()),
+            post_stop=tuple(substitute(word, places) for word in keys.hooks.post_stop or ()),
         )
 
     def _watch(self, entry: ConfigEntry) -> WatchPlan | None:

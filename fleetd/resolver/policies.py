@@ -6,12 +6,14 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fleetd.config.schema.model import EngineModel
 from fleetd.config.schema.process import LogsKeys, ProbeKeys, ProcessKeys, RestartKeys, StopKeys
 from fleetd.core.data.specs import Backoff, CrashLoop, Probes, ProbeSpec, RestartMode, RestartPolicy
 from fleetd.host.types import LogPolicy, StopPolicy
+from fleetd.resolver.environment import substitute
 
 STARTUP = ProbeSpec(period_s=0.1, timeout_s=2.0, failures=1, deadline_s=300.0)
 READINESS = ProbeSpec(period_s=2.0, timeout_s=2.0, failures=3)
@@ -29,8 +31,9 @@ def restart_policy(keys: RestartKeys) -> RestartPolicy:
     )
 
 
-def stop_policy(keys: StopKeys) -> StopPolicy:
-    return StopPolicy(keys.signal, keys.timeout, keys.kill, keys.command or (), keys.message)
+def stop_policy(keys: StopKeys, places: Mapping[str, object]) -> StopPolicy:
+    command = tuple(substitute(word, places) for word in keys.command or ())
+    return StopPolicy(keys.signal, keys.timeout, keys.kill, command, keys.message)
 
 
 def log_policy(keys: LogsKeys) -> LogPolicy:
@@ -64,6 +67,17 @@ def probes(keys: ProcessKeys, engine: Probes) -> Probes:
         readiness=probe(keys.probes.readiness, engine.readiness, READINESS),
         liveness=probe(keys.probes.liveness, engine.liveness, LIVENESS),
     )
+
+
+def with_places(wanted: Probes, places: Mapping[str, object]) -> Probes:
+    """Return the probes with the placeholders of their commands replaced."""
+
+    def filled(spec: ProbeSpec | None) -> ProbeSpec | None:
+        if spec is None or not spec.exec:
+            return spec
+        return replace(spec, exec=tuple(substitute(word, places) for word in spec.exec))
+
+    return Probes(filled(wanted.startup), filled(wanted.readiness), filled(wanted.liveness))
 
 
 def _startup(keys: ProcessKeys, engine: Probes) -> ProbeSpec | None:

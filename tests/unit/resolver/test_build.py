@@ -49,6 +49,27 @@ def planned(
     return old.assembly, new.assembly, plan_of(old.assembly, new.assembly, new.edits, None)
 
 
+def test_commands_around_a_process_get_its_port(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path,
+        """
+        services:
+          w:
+            command: [x, "{port}"]
+            replicas: 2
+            port: 3000
+            stop: {command: [docker, stop, "w-{port}"]}
+            hooks: {pre_start: [mk, "{name}"], post_stop: [rm, "{replica}", "{other}"]}
+            probes: {readiness: {exec: [check, "{host}:{port}"]}}
+        """,
+    )
+    plan = found.plans["w-2"]
+    assert plan.stop.command == ("docker", "stop", "w-3001")
+    assert (plan.execution.pre_start, plan.execution.post_stop) == (("mk", "w-2"), ("rm", "2", "{other}"))
+    assert plan.probes.readiness is not None
+    assert plan.probes.readiness.exec == ("check", "127.0.0.1:3001")
+
+
 def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
     found = assembled(
         tmp_path, 'services: {w: {command: [x, "{port}", "{replica}", "{other}"], replicas: 3, port: 3000}}'
