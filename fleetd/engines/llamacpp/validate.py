@@ -75,7 +75,8 @@ def _exclusions(context: LaunchContext, options: LlamaCppOptions) -> Iterator[Op
         gpu = {"gpu_layers": options.gpu_layers, "main_gpu": options.main_gpu, "tensor_split": options.tensor_split}
         for field, value in gpu.items():
             if value not in ("auto", 0, None, ()):
-                yield OptionProblem((field,), "conflicts with device: host, where no GPU is visible")
+                # a warning, since the same file must load on a machine without a GPU
+                yield OptionProblem((field,), "has no effect on device: host, where no GPU is visible", warning=True)
     if options.tensor_split and not sum(options.tensor_split):
         yield OptionProblem(("tensor_split",), "the shares add up to 0")
     if options.cache_ram and options.cache_ram < 2**20:
