@@ -28,7 +28,7 @@ FILE_MAX_BYTES = 64 * 1024 * 1024
 # The module of each kind; it has a function `import_KIND`.
 MODULES = {
     "entities": f"{PACKAGE}.entities",
-    "llama-swap": f"{PACKAGE}.llama_swap",
+    "llama-swap": f"{PACKAGE}.llama_swap.files",
     "ollama": f"{PACKAGE}.ollama",
     "pm2": f"{PACKAGE}.pm2.files",
 }
@@ -46,13 +46,18 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
     Writes parts of a fleet.yaml and reports on standard error what could not be converted.
     """
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
-    content = _store_list(file) if store else _read(file)
+    several = kind == "llama-swap" and Path(expand_home(file)).is_dir()
+    content = _store_list(file) if store else "" if several else _read(file)
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(MODULES[kind]), f"import_{name}")
     accepted = inspect.signature(convert).parameters
     options: dict[str, Any] = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
     if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)
+    if several:
+        file, content, options["more"] = _folder(Path(expand_home(file)))
+    if "trained_context" in accepted:
+        options["trained_context"] = _trained_context
     for name, option in (("instance", "--instance"), ("profile", "--env")):
         if name in options and name not in accepted:
             raise click.UsageError(f"{option} does not apply to {kind}")
@@ -102,6 +107,27 @@ def _store_list(file: str) -> str:
         for model in found.models
     ]
     return json.dumps({"models": models})
+
+
+def _folder(path: Path) -> tuple[str, str, list[tuple[str, str]]]:
+    """Return the first YAML file of a folder, its text, and the others. Raises CliError (exit 2)."""
+    found = sorted(one for one in path.iterdir() if one.suffix in (".yaml", ".yml") and one.is_file())
+    if not found:
+        raise CliError(f"{path}: has no .yaml or .yml file", EXIT_USAGE)
+    texts = [(str(one), _read(str(one))) for one in found]
+    return texts[0][0], texts[0][1], texts[1:]
+
+
+def _trained_context(path: str) -> int | None:
+    """Return the context length in a GGUF file's header; None if it cannot be read."""
+    import os
+
+    from fleetd.models.formats import gguf
+
+    try:
+        return gguf.read(Path(expand_home(os.path.expandvars(path)))).number("context_length")
+    except (FleetError, OSError, ValueError):
+        return None
 
 
 def _read(file: str) -> str:

@@ -1,0 +1,1 @@
+"""The importer of llama-swap's configuration."""
