@@ -1,7 +1,8 @@
 """Models of fleet.yaml as the engines' ServedModel values, for servers and for processes of one model.
 
 Invariants:
-- A `from` that looks like a path becomes absolute, from the folder of its file; any other is a name for the server and is kept.
+- A `from` that looks like a path becomes absolute, from the folder of its file, as do the files of `modelfile`; any other
+  `from` is a name for the server and is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ def held_model(loaded: LoadedConfig, name: str, keys: HeldModel) -> ServedModel:
     modelfile = (
         keys.modelfile.model_dump(exclude_none=True, exclude_defaults=True) if keys.modelfile is not None else {}
     )
+    for key in ("adapter", "projector"):
+        if key in modelfile:
+            modelfile[key] = str(loaded.resolve(("models", name, "modelfile"), modelfile[key]))
+    if "adapters" in modelfile:
+        modelfile["adapters"] = tuple(
+            str(loaded.resolve(("models", name, "modelfile"), text)) for text in modelfile["adapters"]
+        )
     return ServedModel(
         name=name,
         served_as=keys.served_as or name,

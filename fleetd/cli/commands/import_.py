@@ -38,9 +38,12 @@ MODULES = {
 @click.argument("kind", type=click.Choice(list(MODULES)))
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to a new file, not stdout.")
-@click.option("--instance", multiple=True, metavar="NAME", help="entities: servers for the models.")
+@click.option("--instance", multiple=True, metavar="NAME", help="entities, ollama: servers of the models.")
+@click.option("--name", metavar="NAME", help="ollama: name of a Modelfile's model.")
 @click.option("--env", metavar="PROFILE", help="pm2: environment profile to use.")
-def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
+def import_(
+    kind: str, file: str, output: str | None, instance: tuple[str, ...], name: str | None, env: str | None
+) -> int:
     """Convert another program's file.
 
     Writes parts of a fleet.yaml and reports on standard error what could not be converted.
@@ -48,18 +51,18 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     several = kind == "llama-swap" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else "" if several else _read(file)
-    name = kind.replace("-", "_")
-    convert = getattr(importlib.import_module(MODULES[kind]), f"import_{name}")
+    convert = getattr(importlib.import_module(MODULES[kind]), f"import_{kind.replace('-', '_')}")
     accepted = inspect.signature(convert).parameters
-    options: dict[str, Any] = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
+    stated = (("instance", "--instance", instance), ("name", "--name", name), ("profile", "--env", env))
+    options: dict[str, Any] = {key: value for key, _, value in stated if value}
     if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)
     if several:
         file, content, options["more"] = _folder(Path(expand_home(file)))
     if "trained_context" in accepted:
         options["trained_context"] = _trained_context
-    for name, option in (("instance", "--instance"), ("profile", "--env")):
-        if name in options and name not in accepted:
+    for key, option, _ in stated:
+        if key in options and key not in accepted:
             raise click.UsageError(f"{option} does not apply to {kind}")
     try:
         if "path" in accepted:

@@ -1,4 +1,4 @@
-"""Convert the models of an Ollama server (`ollama list`, or `GET /api/tags`) to models of a fleet.
+"""Convert the models of an Ollama server (`ollama list`, or `GET /api/tags`), or a Modelfile, to models of a fleet.
 
 Invariants:
 - Nothing is downloaded or created: each name is served as it is. Sizes on disk are not memory, so none is declared.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fleetd.config.importers.emit import to_yaml
+from fleetd.config.importers.modelfile import is_modelfile, read_modelfile
 from fleetd.config.importers.pm2.ollama import volume_of
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.schema.base import MODEL_NAME
@@ -23,10 +24,14 @@ _NAME = re.compile(MODEL_NAME)
 
 
 def import_ollama(
-    text: str, *, shown: str = "ollama list", instance: Sequence[str] = (), models_dir: str = ""
+    text: str, *, shown: str = "ollama list", instance: Sequence[str] = (), models_dir: str = "", name: str = ""
 ) -> Imported:
-    """Return a model for every name. Without `instance` an Ollama server is added for them, on the store `models_dir`
-    where that is not Ollama's default. Raises ConfigError."""
+    """Return a model for every name, or that of a Modelfile, called `name`. Raises ConfigError.
+
+    Without `instance` an Ollama server is added for them, on the store `models_dir` where that is not Ollama's default.
+    """
+    if is_modelfile(text):
+        return read_modelfile(text, shown=shown, instance=instance, name=name)
     report = Report()
     holders = list(instance) or ["ollama"]
     models: dict[str, Any] = {}
@@ -79,5 +84,5 @@ def _listed(text: str, shown: str) -> list[tuple[str, dict[str, Any]]]:
     lines = [line.split() for line in text.splitlines() if line.strip()]
     if lines and lines[0][0].upper() == "NAME":
         return [(words[0], {}) for words in lines[1:]]
-    message = "is neither the output of `ollama list` nor of GET /api/tags"
+    message = "is neither the output of `ollama list` or GET /api/tags, nor a Modelfile"
     raise ConfigError([Problem(shown, 0, 0, "", message)])

@@ -58,12 +58,30 @@ class ModelKeys(Block):
     fallback: _Names = ()
 
 
+_LongText = Text(1_000_000)
+
+
+class MessageKeys(Block):
+    role: Annotated[Literal["system", "user", "assistant"], Choice("system", "user", "assistant")]
+    content: Annotated[str, _LongText]
+
+
 class ModelfileKeys(Block):
-    template: Annotated[str, Text(1_000_000)] | None = None
-    system: Annotated[str, Text(1_000_000)] | None = None
+    """What a Modelfile says besides FROM. `adapter` and `adapters` are added together."""
+
+    template: Annotated[str, _LongText] | None = None
+    system: Annotated[str, _LongText] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+    messages: tuple[MessageKeys, ...] = ()
     adapter: PathText | None = None
-    license: Annotated[str, Text(1_000_000)] | None = None
+    adapters: Annotated[tuple[str, ...], Strings(Text(what="a path"))] = ()
+    projector: PathText | None = None
+    license: Annotated[tuple[str, ...], Strings(_LongText)] = ()
+    renderer: Word | None = None
+    parser: Word | None = None
+    requires: Annotated[str, Text(64, pattern=r"v?\d+\.\d+\.\d+([-+].+)?", what="a version such as 0.14.0")] | None = (
+        None
+    )
 
 
 class HeldModel(ModelKeys):

@@ -319,7 +319,7 @@ def _stamp(held: ServedModel) -> object:
 def _files(held: ServedModel) -> Iterable[Path]:
     if held.source is not None and held.source.startswith("/"):
         yield Path(held.source)
-    for key in ("adapter", "projector"):
-        text = held.modelfile.get(key)
+    said = held.modelfile
+    for text in (said.get("adapter"), said.get("projector"), *(said.get("adapters") or ())):
         if isinstance(text, str) and text.startswith("/"):
             yield Path(text)

@@ -510,3 +510,28 @@ def test_a_bridged_container_listens_on_all_of_its_own_addresses(tmp_path: Path)
     assert "127.0.0.1:21999:21999" in plan.launch.argv
     assert plan.endpoint is not None
     assert plan.endpoint.base_url == "http://127.0.0.1:21999"
+
+
+def test_whole_modelfile_reaches_the_model(tmp_path: Path) -> None:
+    found = assembled(
+        tmp_path,
+        """
+        instances: {ollama: {engine: ollama}}
+        models:
+          toronto:
+            instance: ollama
+            from: llama3.2
+            modelfile:
+              messages: [{role: user, content: "Is Toronto in Canada?"}, {role: assistant, content: "yes"}]
+              adapters: [./one.gguf, /two.gguf]
+              license: [first, second]
+              renderer: r
+              parser: p
+              requires: 0.14.0
+        """,
+    )
+    assert found.problems == ()
+    modelfile = found.plans["ollama"].held["toronto"].modelfile
+    assert modelfile["adapters"] == (str(tmp_path / "one.gguf"), "/two.gguf")
+    assert modelfile["messages"][1] == {"role": "assistant", "content": "yes"}
+    assert (modelfile["license"], modelfile["requires"]) == (("first", "second"), "0.14.0")
