@@ -26,6 +26,7 @@ LABEL = "fleetd.instance"
 FLEET_LABEL = "fleetd.fleet"
 CANNOT_START = 125  # the client's exit code when it could not start the container, which may exist nevertheless
 _NAME = re.compile(r"[^A-Za-z0-9_.-]")
+_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # flags that `runtime.docker.args` must not contain, since they would break the invariants
 _OWNED = (
     "--name",
@@ -68,6 +69,7 @@ class DockerRuntime:
     pull: str = "missing"
     args: tuple[str, ...] = ()
     network: str = "host"
+    container_port: int | None = None  # where the program listens in a bridged network; None: the entry's port
     program: str = "docker"  # or podman, or a path to one of them
     user: str | None = None  # UID:GID inside
     cpus: tuple[int, ...] = ()
@@ -105,13 +107,14 @@ def contain(
     host: str = "127.0.0.1",
     own_env: Mapping[str, str] | None = None,
     stop_timeout_s: float = 10.0,
+    own_program: bool = False,
 ) -> Contained:
     """Return the launch of the container for an engine's launch; `own_env` are the variables of the entry.
 
-    The first word of the engine's command line becomes the entry point: a program of the image. Raises EngineError for an
-    invalid mount and for an argument that fleetd sets.
+    The first word of the engine's command line becomes the entry point: a program of the image. With `own_program` the image's
+    own entry point gets the command line as arguments. Raises EngineError for an invalid mount and for an argument that fleetd sets.
     """
-    if not launch.argv:
+    if not launch.argv and not own_program:
         raise EngineError(f"{instance}: no command to run in the container", recoverable=False)
     refused = next((word for word in runtime.args if word.split("=")[0] in _OWNED), None)
     if refused is not None:
@@ -131,7 +134,10 @@ def contain(
     env = {**launch.env, **(own_env or {})}
     for key, value in sorted(env.items()):
         argv += ["--env", f"{key}={value}" if key in CLIENT_VARIABLES else key]
-    argv += [*runtime.args, "--entrypoint", launch.argv[0], runtime.image, *launch.argv[1:]]
+    if own_program:
+        argv += [*runtime.args, runtime.image, *launch.argv]
+    else:
+        argv += [*runtime.args, "--entrypoint", launch.argv[0], runtime.image, *launch.argv[1:]]
     return Contained(
         launch=Launch(
             tuple(argv),
@@ -256,7 +262,7 @@ def _network(runtime: DockerRuntime, host: str, port: int | None) -> list[str]:
     words = ["--network", runtime.network]
     if port is not None:
         address = f"[{host}]" if ":" in host else host
-        words += ["--publish", f"{address}:{port}:{port}"]
+        words += ["--publish", f"{address}:{port}:{runtime.container_port or port}"]
     return words
 
 
@@ -272,7 +278,7 @@ def _gpus(runtime: DockerRuntime) -> list[str]:
 
 
 def _mount(instance: str, text: str) -> str:
-    """Return the bind mount for `/a:/b:ro`. Unlike --volume it does not create a missing path, such as an unplugged drive."""
+    """Return the mount for `/a:/b:ro` or `volume:/b`. Unlike --volume it does not create a missing path, such as an unplugged drive."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
         raise EngineError(
@@ -281,6 +287,11 @@ def _mount(instance: str, text: str) -> str:
     if "," in text:
         raise EngineError(f"{instance}: {text!r}: a path in a mount must not contain a comma", recoverable=False)
     return _bind(parts[0], parts[1], readonly=parts[2:] == ["ro"])
+
+
+def is_volume(source: str) -> bool:
+    """Return whether the source of a mount is the name of a volume of docker or podman, not a path."""
+    return _VOLUME.fullmatch(source) is not None
 
 
 def _required_mounts(launch: Launch, runtime: DockerRuntime) -> list[str]:
@@ -296,18 +307,19 @@ def _required_mounts(launch: Launch, runtime: DockerRuntime) -> list[str]:
 
 
 def _required_sources(launch: Launch, runtime: DockerRuntime) -> tuple[str, ...]:
-    """Return the required paths on this machine: of a path that a mount covers, the source."""
+    """Return the required paths on this machine: of a path that a mount covers, the source. A volume's content is unknown here."""
     mounts = [text.split(":")[:2] for text in runtime.mounts]
-    found = [source for source, _ in mounts]
+    found = [source for source, _ in mounts if not is_volume(source)]
     for path in launch.requires:
         inside = PurePosixPath(path)
-        for source, target in mounts:
-            if inside.is_relative_to(target):
-                path = str(PurePosixPath(source) / inside.relative_to(target))
-                break
-        found.append(path)
+        covering = next((mount for mount in mounts if inside.is_relative_to(mount[1])), None)
+        if covering is None:
+            found.append(path)
+        elif not is_volume(covering[0]):
+            found.append(str(PurePosixPath(covering[0]) / inside.relative_to(covering[1])))
     return tuple(dict.fromkeys(found))
 
 
 def _bind(source: str, target: str, *, readonly: bool) -> str:
-    return f"type=bind,source={source},target={target}" + (",readonly" if readonly else "")
+    kind = "volume" if is_volume(source) else "bind"
+    return f"type={kind},source={source},target={target}" + (",readonly" if readonly else "")

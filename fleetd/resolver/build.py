@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fleetd.config.load import LoadedConfig
@@ -36,7 +37,14 @@ from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import ConfigError, EngineError, Problem
 from fleetd.resolver import policies
-from fleetd.resolver.containers import IN_IMAGE, ContainerRecipe, inner_host, runtime_of, user_ids
+from fleetd.resolver.containers import (
+    IN_IMAGE,
+    ContainerRecipe,
+    inner_address,
+    runs_image_program,
+    runtime_of,
+    user_ids,
+)
 from fleetd.resolver.devices import default_device, device_specs
 from fleetd.resolver.engine_options import read_options
 from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
@@ -185,8 +193,8 @@ class Assembler:
         if options is None:
             return
         device = self._device(entry)
-        host = inner_host(entry.engine_keys)
-        places = {"port": entry.port, "host": host, "name": entry.name, "replica": entry.replica}
+        host, port = inner_address(entry.keys, entry.port)
+        places = {"port": port, "host": host, "name": entry.name, "replica": entry.replica}
         own_env = self.env_files.environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env.values)
         before = len(self.problems)
@@ -300,18 +308,18 @@ class Assembler:
 
     def _recipe(self, entry: ConfigEntry, engine: Engine, context: LaunchContext) -> ContainerRecipe | None:
         """Return the container recipe of the entry, if it has one."""
-        keys = entry.engine_keys
-        if keys is None or keys.runtime is None:
+        keys = entry.keys
+        if keys.runtime is None:
             return None
         where = (*entry.path, "runtime")
-        if not context.command:
+        if not context.command and not runs_image_program(engine.name, context.command):
             self.problem(where, f"say which program of the image it is: command, for the engine {engine.name}")
         for key, said in (("umask", keys.umask), ("limits", keys.limits.nice)):
             if said is not None:
                 self.warn((*entry.path, key), "umask and nice have no effect inside a container")
-        runtime = runtime_of(
-            keys.runtime.docker, context.device or "", context.device_uuid, keys.limits.cpu or (), keys.limits.nofile
-        )
+        limits = (keys.limits.cpu or (), keys.limits.nofile)
+        resolve = partial(self.loaded.resolve, where)
+        runtime = runtime_of(keys.runtime.docker, context.device or "", context.device_uuid, limits, resolve)
         if keys.user is not None:
             try:
                 runtime = replace(runtime, user=user_ids(keys.user))
@@ -381,7 +389,7 @@ class Assembler:
 
     def _execution(self, entry: ConfigEntry, places: Mapping[str, object]) -> Execution:
         keys, path = entry.keys, entry.path
-        contained = entry.engine_keys is not None and entry.engine_keys.runtime is not None
+        contained = keys.runtime is not None
         limits = keys.limits
         cwd = self.loaded.resolve((*path, "cwd"), keys.cwd) if keys.cwd is not None else self.loaded.folder_of(path)
         return Execution(

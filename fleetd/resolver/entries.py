@@ -72,7 +72,7 @@ def needs_assigned_port(entry: ConfigEntry) -> bool:
         return True
     keys = entry.keys
     assert isinstance(keys, Service)
-    return mentions_port((*keys.command, *keys.args, *keys.env.values()))
+    return mentions_port((*(keys.command or ()), *keys.args, *keys.env.values()))
 
 
 def holders(config: FleetConfig) -> dict[str, list[str]]:

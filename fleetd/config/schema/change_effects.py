@@ -43,7 +43,7 @@ _HELD: dict[str, Effect] = {
 }  # fmt: skip
 
 EFFECTS: Mapping[str, Mapping[str, Effect]] = {
-    "service": _PROCESS,
+    "service": {**_PROCESS, "runtime": _RESTART},
     "instance": {**_PROCESS, **_ENGINE},
     "held model": {**_MODEL, **_HELD},
     "engine model": {**_PROCESS, **_ENGINE, **_MODEL, "served_as": _RESTART},

@@ -75,7 +75,10 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "port": "Port it listens on; fleetd assigns and keeps one when it is not given.",
         "depends_on": "Processes that must be started, ready or completed first.",
     },
-    "Service": {"command": "Program and arguments: a list, or a string split like a shell splits words."},
+    "Service": {
+        "command": "Program and arguments: a list, or a string split like a shell splits words; in a container, default: the image's own.",
+        "runtime": "Run it in a container.",
+    },
     "EngineKeys": {
         "engine": "ollama, vllm, llamacpp, lmstudio, process, or an engine of a plug-in.",
         "command": "Program and arguments; default: the engine's own, found on PATH.",
@@ -89,10 +92,11 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "DockerKeys": {
         "image": "Image with its tag.",
         "gpus": "all, or the numbers of GPUs.",
-        "mounts": "Mounts, as /host:/container[:ro].",
+        "mounts": "Mounts, as /host:/container[:ro] or VOLUME:/container; ~ and relative paths are this machine's.",
         "pull": "missing, always or never.",
         "args": "More arguments for docker run.",
         "network": "host, or bridge with a port published on loopback.",
+        "container_port": "Port that the program listens on inside a bridge; default: the entry's port.",
         "program": "docker, podman, or a path to one of them.",
     },
     "ModelKeys": {

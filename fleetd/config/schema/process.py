@@ -271,12 +271,6 @@ class PlacedKeys(ProcessKeys):
     depends_on: Annotated[dict[str, str], DependsOn()] = Field(default_factory=dict)
 
 
-class Service(PlacedKeys):
-    """A plain process."""
-
-    command: Argv
-
-
 class GpuName(Text):
     """all, the number of a GPU, or its UUID."""
 
@@ -294,16 +288,39 @@ class DockerKeys(Block):
     image: Annotated[str, Text(512, pattern=r"[^\s]+", what="the name of an image")]
     gpus: Annotated[tuple[str, ...], Strings(GpuName())] = ()
     mounts: Annotated[
-        tuple[str, ...], Strings(Text(pattern=r"[^:]+:[^:]+(:(ro|rw))?", what="a mount such as /a:/b:ro"))
+        tuple[str, ...],
+        Strings(Text(pattern=r"[^:,]+:/[^:,]*(:(ro|rw))?", what="a mount such as /a:/b:ro, or volume:/b")),
     ] = ()
     pull: Annotated[Literal["missing", "always", "never"], Choice("missing", "always", "never")] = "missing"
     args: Annotated[tuple[str, ...], Arguments()] = ()
     network: Annotated[Literal["host", "bridge"], Choice("host", "bridge")] = "host"
+    container_port: Port | None = None  # None: the entry's own
     program: PathText = "docker"
+
+    @model_validator(mode="after")
+    def _port_inside_a_bridge(self) -> DockerKeys:
+        if self.container_port is not None and self.network == "host":
+            raise ValueError(
+                "has container_port, which needs network: bridge: on the host's network the port is its own"
+            )
+        return self
 
 
 class RuntimeKeys(Block):
     docker: DockerKeys
+
+
+class Service(PlacedKeys):
+    """A plain process. In a container, `command` may be the image's own."""
+
+    command: Argv | None = None
+    runtime: RuntimeKeys | None = None
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> Service:
+        if self.command is None and self.runtime is None:
+            raise ValueError("needs a command, or an image in runtime.docker")
+        return self
 
 
 class EngineKeys(PlacedKeys):
