@@ -34,6 +34,7 @@ PACKAGE = "fleetd.config.importers"
 FILE_MAX_BYTES = 64 * 1024 * 1024
 # The module of each kind; it has a function `import_KIND`.
 MODULES = {
+    "compose": f"{PACKAGE}.compose.files",
     "entities": f"{PACKAGE}.entities",
     "llama-swap": f"{PACKAGE}.llama_swap.files",
     "ollama": f"{PACKAGE}.ollama",
@@ -105,7 +106,7 @@ def _check(text: str, path: Path, report: Report) -> None:
     except FleetError as error:
         report.checked([error.sentence], ())
     else:
-        report.checked((), assembly.warnings)
+        report.checked((), [str(replace(warning, excerpt="")) for warning in assembly.warnings])
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:

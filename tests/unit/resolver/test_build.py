@@ -535,3 +535,69 @@ def test_whole_modelfile_reaches_the_model(tmp_path: Path) -> None:
     assert modelfile["adapters"] == (str(tmp_path / "one.gguf"), "/two.gguf")
     assert modelfile["messages"][1] == {"role": "assistant", "content": "yes"}
     assert (modelfile["license"], modelfile["requires"]) == (("first", "second"), "0.14.0")
+
+
+def test_mounts_are_paths_of_this_machine_or_volumes(tmp_path: Path) -> None:
+    client = tmp_path / "docker"
+    client.write_text("#!/bin/sh\n")
+    client.chmod(0o755)
+    fleet = """
+    models:
+      a:
+        engine: process
+        command: [server, --port, "{port}"]
+        port: 9000
+        runtime:
+          docker:
+            program: CLIENT
+            image: x
+            mounts: ["./models:/models:ro", "~/hf:/hf", "cache:/cache", "/a:/b"]
+    """
+    plan = assembled(tmp_path, fleet.replace("CLIENT", str(client))).plans["a"]
+    words = [word for before, word in zip(plan.launch.argv, plan.launch.argv[1:], strict=False) if before == "--mount"]
+    home = Path.home()
+    assert words == [
+        f"type=bind,source={tmp_path}/models,target=/models,readonly",
+        f"type=bind,source={home}/hf,target=/hf",
+        "type=volume,source=cache,target=/cache",
+        "type=bind,source=/a,target=/b",
+    ]
+    assert plan.requires == (f"{tmp_path}/models", f"{home}/hf", "/a")
+
+
+def test_service_in_a_container_runs_the_program_of_its_image(tmp_path: Path) -> None:
+    client = tmp_path / "docker"
+    client.write_text("#!/bin/sh\n")
+    client.chmod(0o755)
+    fleet = """
+    services:
+      web:
+        args: [--port, "{port}"]
+        port: 3000
+        env: {A: b}
+        runtime: {docker: {program: CLIENT, image: web, network: bridge, container_port: 8080}}
+      job: {command: [run, it], runtime: {docker: {program: CLIENT, image: job}}}
+    """
+    found = assembled(tmp_path, fleet.replace("CLIENT", str(client)))
+    web, job = found.plans["web"], found.plans["job"]
+    assert web.launch.argv[-3:] == ("web", "--port", "8080")
+    assert "--entrypoint" not in web.launch.argv
+    assert "127.0.0.1:3000:8080" in web.launch.argv
+    assert (web.own_env["PORT"], web.endpoint and web.endpoint.base_url) == ("8080", "http://127.0.0.1:3000")
+    assert job.launch.argv[-4:] == ("--entrypoint", "run", "job", "it")
+    assert web.contained is not None
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("service", "message"),
+    [
+        ("{port: 1}", "needs a command, or an image in runtime.docker"),
+        ("{runtime: {docker: {image: x, container_port: 80}}}", "needs network: bridge"),
+        ("{runtime: {docker: {image: x, mounts: ['/a:b']}}}", "a mount such as"),
+        ("{runtime: {docker: {image: x, mounts: ['/a,b:/c']}}}", "a mount such as"),
+    ],
+)
+def test_service_that_runs_nothing_is_refused(service: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        assembled(tmp_path, f"services: {{a: {service}}}")
