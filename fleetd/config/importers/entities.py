@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fleetd.config.importers.emit import to_yaml
+from fleetd.config.importers.ollama_parameters import parameter
 from fleetd.config.importers.report import Imported, Report
 from fleetd.errors import ConfigError, Problem
 
@@ -31,16 +32,12 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "aliases": ("aliases", "alias"),
     "served_as": ("model.name", "ollamaModel", "ollama_model", "tag"),
 }
-# Parameters of a Modelfile; the server would drop others silently.
-PARAMETERS = frozenset({
-    "temperature", "top_p", "top_k", "min_p", "typical_p", "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu",
-    "num_thread", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "seed", "stop", "use_mmap", "numa",
-    "tfs_z", "mirostat", "mirostat_eta", "mirostat_tau", "penalize_newline", "draft_num_predict",
-})  # fmt: skip
 _SERVERS = ("lmStudioServers", "lm_studio_servers", "lmstudio")
 _LISTS = ("entities", "models", "aiEntities", "items")
 _VOLUME = re.compile(r"(/Volumes/[^/]+|/mnt/[^/]+|/media/[^/]+/[^/]+)/")
 _QUANTIZE = ("q8_0", "q4_K_M", "q4_K_S", "f16", "f32")  # the quantisations that Ollama can create
+_WHOLE_TYPES = frozenset({"f16", "f32", "bf16"})  # that Ollama can quantise
+QuantizationOf = Callable[[str], str | None]
 
 
 def import_entities(
@@ -49,11 +46,18 @@ def import_entities(
     instance: Sequence[str] = (),
     fields: Mapping[str, Sequence[str]] | None = None,
     shown: str = "entities",
+    quantize: str = "",
+    quantization_of: QuantizationOf | None = None,
 ) -> Imported:
     """Return models for every entity. Without `instance` an Ollama server is added for them. Raises ConfigError.
 
-    `fields` adds paths to `FIELDS`, tried first: {"from": ["weights.file"]}.
+    `fields` adds paths to `FIELDS`, tried first: {"from": ["weights.file"]}. `quantize` is the quantisation to create of every f16 and
+    f32 file; `quantization_of` returns the one in a GGUF file's header, None if it cannot be read.
     """
+    if quantize and quantize.lower() not in {one.lower() for one in _QUANTIZE}:
+        raise ConfigError(
+            [Problem("--quantize", 0, 0, "", f"{quantize!r} is none that Ollama creates: {', '.join(_QUANTIZE)}")]
+        )
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -62,7 +66,7 @@ def import_entities(
     report = Report()
     entities = _entities(document, report, shown)
     known = {name: (*(fields or {}).get(name, ()), *paths) for name, paths in FIELDS.items()}
-    reader = _EntityReader(known, report, tuple(instance) or ("ollama",))
+    reader = _EntityReader(known, report, tuple(instance) or ("ollama",), quantize, quantization_of)
     models: dict[str, Any] = {}
     for number, entity in enumerate(entities):
         reader.read(entity, number, models)
@@ -126,7 +130,15 @@ def _fleet(
 
 
 class _EntityReader:
-    def __init__(self, known: Mapping[str, tuple[str, ...]], report: Report, instance: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        known: Mapping[str, tuple[str, ...]],
+        report: Report,
+        instance: tuple[str, ...],
+        quantize: str,
+        quantization_of: QuantizationOf | None,
+    ) -> None:
+        self.quantize, self.quantization_of = quantize, quantization_of
         self.known = known
         self.report = report
         self.instance = instance
@@ -192,23 +204,36 @@ class _EntityReader:
         return model
 
     def _quantize(self, name: str, said: dict[str, Any], model: dict[str, Any]) -> None:
-        wanted, source = said.get("quantization"), str(said.get("from", "")).lower()
+        wanted, source = self.quantize or said.get("quantization"), str(said.get("from", ""))
         form = said.get("format")
         if form not in (None, "gguf", "safetensors"):
             self.report.warn(name, "format", f"{form} is not a format that a held model can have")
-        if not isinstance(wanted, str) or wanted.lower() in source.rsplit("/", 1)[-1]:
+        if not isinstance(wanted, str) or not wanted:
+            return
+        has = self._quantization(source, wanted)
+        if has == wanted.lower():
+            return
+        if has not in _WHOLE_TYPES:
+            if not self.quantize:
+                what = f"the file is {has}" if has else "the file has another one"
+                self.report.refused(name, "quantization", f"{wanted}: {what}, which only an f16 or f32 file can change")
             return
         match = next((one for one in _QUANTIZE if one.lower() == wanted.lower()), None)
-        if "f16" not in source.rsplit("/", 1)[-1] and "f32" not in source.rsplit("/", 1)[-1]:
-            self.report.refused(
-                name, "quantization", f"{wanted}: the file has another one, which only an f16 or f32 file can change"
-            )
-            return
         if match is None:
             self.report.refused(name, "quantization", f"{wanted}: Ollama makes {', '.join(_QUANTIZE)} only")
             return
         model["quantize"] = match
         self.report.mapped(name, "quantization", f"quantize: {match} on import")
+
+    def _quantization(self, source: str, wanted: str) -> str | None:
+        """Return the quantisation of a file in lower case, by its header, else by its name."""
+        found = self.quantization_of(source) if self.quantization_of is not None and source else None
+        if found is not None:
+            return found.lower()
+        name = source.lower().rsplit("/", 1)[-1]
+        if wanted.lower() in name:
+            return wanted.lower()
+        return next((one for one in ("bf16", "f16", "f32") if one in name), None)
 
     def _parameters(self, name: str, parameters: Any) -> dict[str, Any]:
         if parameters is None:
@@ -216,10 +241,15 @@ class _EntityReader:
         if not isinstance(parameters, dict):
             self.report.refused(name, "parameters", "is not a mapping")
             return {}
-        for key in parameters:
-            if key not in PARAMETERS:
-                self.report.refused(name, f"parameters.{key}", "is no parameter of a Modelfile")
-        return {key: value for key, value in parameters.items() if key in PARAMETERS and value is not None}
+        found: dict[str, Any] = {}
+        for key, value in parameters.items():
+            if value is None:
+                continue
+            try:
+                found[key] = parameter(key, value)
+            except ValueError as error:
+                self.report.refused(name, f"parameters.{key}", str(error))
+        return found
 
     def report_unknown(self, count: int) -> None:
         for path, times in sorted(self._unknown.items()):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from fleetd.config.schema.base import Argv, Block, Bool, Bytes, PathText, Port, Seconds, SecondsOrZero, Word, Words
 from fleetd.config.schema.types import (
@@ -312,6 +312,8 @@ class RuntimeKeys(Block):
 
 class Service(PlacedKeys):
     """A plain process. In a container, `command` may be the image's own."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["command"]}, {"required": ["runtime"]}]})
 
     command: Argv | None = None
     runtime: RuntimeKeys | None = None

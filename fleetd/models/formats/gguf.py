@@ -39,6 +39,13 @@ BLOCKS: dict[int, tuple[int, int]] = {
     26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36),
     41: (128, 18),
 }  # fmt: skip
+# general.file_type -> name
+_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L",
+    14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
+    23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M",
+    32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE",
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 # value type -> struct code, for types of a fixed size
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -105,6 +112,12 @@ class Header:
         """Return the number of `{architecture}.key`; None if missing or per layer."""
         values = self.numbers(key)
         return values[0] if len(values) == 1 else None
+
+    @property
+    def quantization(self) -> str | None:
+        """The name of `general.file_type`, such as Q4_K_M; None if missing or unknown."""
+        kind = self.keys.get("general.file_type")
+        return _FILE_TYPES.get(kind) if isinstance(kind, int) else None
 
     @property
     def vocabulary(self) -> int:

@@ -28,6 +28,7 @@ from fleetd.config.yaml.interpolate import interpolate
 from fleetd.config.yaml.parser import Source, compose
 from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError
+from fleetd.models.ollama.modelfile import modelfile_problems
 from tests.support.fleet_files import alive
 from tests.support.waiting import until
 
@@ -460,6 +461,54 @@ def test_entities_become_models_that_load(tmp_path: Path) -> None:
     assert report["entities[6]", "refused"] == "is not a mapping"
     assert report["lmStudioServers[1]", "refused"] == "has no ip"
     assert "# Ulysses" in imported.text
+
+
+def test_entity_parameters_are_those_that_check_accepts(tmp_path: Path) -> None:
+    old = {"mirostat": 2, "tfs_z": 1.0, "numa": True, "penalize_newline": True, "num_gqa": 8}
+    stated = {
+        "temperature": "0.5",
+        "num_ctx": 4096.0,
+        "use_mmap": "false",
+        "stop": "x",
+        "top_k": "many",
+        "seed": None,
+        **old,
+    }
+    imported = import_entities(json.dumps([{"id": "x", "path": "/m/x.gguf", "parameters": stated}]))
+    found = imported.data["models"]["x"]["modelfile"]["parameters"]
+    assert found == {"temperature": 0.5, "num_ctx": 4096, "use_mmap": False, "stop": ["x"]}
+    assert isinstance(found["num_ctx"], int)
+    assert modelfile_problems({"parameters": found}) == []
+    report = said(imported)
+    assert "no longer has this parameter" in report["x.parameters.tfs_z", "refused"]
+    assert report["x.parameters.top_k", "refused"] == "'many' is not a whole number"
+    loads(imported, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "path", "stated", "option", "quantize"),
+    [
+        ("F16", "/m/x.gguf", "q8_0", "", "q8_0"),
+        ("Q8_0", "/m/x_f16.gguf", "q8_0", "", None),
+        ("Q4_0", "/m/x_f16.gguf", "q8_0", "", None),
+        ("BF16", "/m/x.gguf", None, "Q4_K_M", "q4_K_M"),
+        ("F32", "/m/x.gguf", "q8_0", "q4_K_S", "q4_K_S"),
+        ("Q4_0", "/m/x.gguf", None, "q8_0", None),
+        (None, "/m/x_f16.gguf", "q8_0", "", "q8_0"),
+        (None, "/m/x.gguf", None, "q8_0", None),
+    ],
+)
+def test_quantisation_is_judged_by_the_header(
+    header: str | None, path: str, stated: str | None, option: str, quantize: str | None
+) -> None:
+    text = json.dumps([{"id": "x", "path": path, "quantization": stated}])
+    imported = import_entities(text, quantize=option, quantization_of=lambda _: header)
+    assert imported.data["models"]["x"].get("quantize") == quantize
+
+
+def test_quantize_option_takes_what_ollama_creates() -> None:
+    with pytest.raises(ConfigError, match="'q5_1' is none that Ollama creates"):
+        import_entities('[{"id": "x"}]', quantize="q5_1")
 
 
 def test_entities_with_other_field_names_and_given_instances() -> None:
