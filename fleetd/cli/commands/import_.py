@@ -28,6 +28,7 @@ from fleetd.units import expand_home
 
 if TYPE_CHECKING:
     from fleetd.config.importers.report import Report
+    from fleetd.models.formats.gguf import Header
 
 STDOUT_FILE = "fleet.yaml"  # the name that problems have without -o
 PACKAGE = "fleetd.config.importers"
@@ -36,9 +37,12 @@ FILE_MAX_BYTES = 64 * 1024 * 1024
 MODULES = {
     "compose": f"{PACKAGE}.compose.files",
     "entities": f"{PACKAGE}.entities",
+    "litellm": f"{PACKAGE}.litellm",
     "llama-swap": f"{PACKAGE}.llama_swap.files",
     "ollama": f"{PACKAGE}.ollama",
     "pm2": f"{PACKAGE}.pm2.files",
+    "supervisord": f"{PACKAGE}.supervisord",
+    "systemd": f"{PACKAGE}.systemd",
 }
 
 
@@ -48,9 +52,16 @@ MODULES = {
 @click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to a new file, not stdout.")
 @click.option("--instance", multiple=True, metavar="NAME", help="entities, ollama: servers of the models.")
 @click.option("--name", metavar="NAME", help="ollama: name of a Modelfile's model.")
+@click.option("--quantize", metavar="TYPE", help="entities: quantise f16 and f32 files to TYPE.")
 @click.option("--env", metavar="PROFILE", help="pm2: environment profile to use.")
 def import_(
-    kind: str, file: str, output: str | None, instance: tuple[str, ...], name: str | None, env: str | None
+    kind: str,
+    file: str,
+    output: str | None,
+    instance: tuple[str, ...],
+    name: str | None,
+    quantize: str | None,
+    env: str | None,
 ) -> int:
     """Convert another program's file.
 
@@ -62,14 +73,16 @@ def import_(
     content = _store_list(file) if store else "" if several else _read(file)
     convert = getattr(importlib.import_module(MODULES[kind]), f"import_{kind.replace('-', '_')}")
     accepted = inspect.signature(convert).parameters
-    stated = (("instance", "--instance", instance), ("name", "--name", name), ("profile", "--env", env))
+    stated = (
+        ("instance", "--instance", instance), ("name", "--name", name), ("quantize", "--quantize", quantize), ("profile", "--env", env),
+    )  # fmt: skip
     options: dict[str, Any] = {key: value for key, _, value in stated if value}
     if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)
     if several:
         file, content, options["more"] = _folder(Path(expand_home(file)))
-    if "trained_context" in accepted:
-        options["trained_context"] = _trained_context
+    looks = {"trained_context": _trained_context, "quantization_of": _quantization_of}
+    options |= {key: look for key, look in looks.items() if key in accepted}
     for key, option, _ in stated:
         if key in options and key not in accepted:
             raise click.UsageError(f"{option} does not apply to {kind}")
@@ -147,12 +160,21 @@ def _folder(path: Path) -> tuple[str, str, list[tuple[str, str]]]:
 
 def _trained_context(path: str) -> int | None:
     """Return the context length in a GGUF file's header; None if it cannot be read."""
-    import os
+    header = _header(path)
+    return header.number("context_length") if header is not None else None
 
+
+def _quantization_of(path: str) -> str | None:
+    """Return the quantisation in a GGUF file's header; None if it cannot be read."""
+    header = _header(path)
+    return header.quantization if header is not None else None
+
+
+def _header(path: str) -> Header | None:
     from fleetd.models.formats import gguf
 
     try:
-        return gguf.read(Path(expand_home(os.path.expandvars(path)))).number("context_length")
+        return gguf.read(Path(expand_home(os.path.expandvars(path))))
     except (FleetError, OSError, ValueError):
         return None
 

@@ -94,7 +94,7 @@ def _services(found: dict[str, Any], values: ComposeValues, report: Report) -> d
 
 
 def _dotenv(path: Path) -> dict[str, str]:
-    """Return the variables of the file `.env` beside a compose file; empty if there is none."""
+    """Return the variables of the file `.env` next to a compose file; empty if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

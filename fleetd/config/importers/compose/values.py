@@ -2,7 +2,7 @@
 
 Invariants:
 - A variable stays one where fleet.yaml can hold it, since its value may be secret; a number or a path that the importer must know is
-  read from the file `.env` beside the compose file, or from its default.
+  read from the file `.env` next to the compose file, or from its default.
 """
 
 from __future__ import annotations
