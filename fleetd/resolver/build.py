@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from fleetd.config.load import LoadedConfig
+from fleetd.config.placeholders import substitute
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.yaml.source_map import path_text
 from fleetd.control import socket as control_socket
@@ -49,7 +50,6 @@ from fleetd.resolver.devices import default_device, device_specs
 from fleetd.resolver.engine_options import read_options
 from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
-from fleetd.resolver.environment import substitute
 from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.resolver.model_specs import ModelAssembler
 from fleetd.resolver.port_assignment import NoPortLeftError, assign
@@ -194,7 +194,7 @@ class Assembler:
             return
         device = self._device(entry)
         host, port = inner_address(entry.keys, entry.port)
-        places = {"port": port, "host": host, "name": entry.name, "replica": entry.replica}
+        places = {"port": port, "host": host, "name": entry.name, "replica": entry.replica, "index": entry.replica - 1}
         own_env = self.env_files.environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env.values)
         before = len(self.problems)
@@ -344,7 +344,14 @@ class Assembler:
         requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
         service = entry.engine_keys is None
         options, shared = context.options, context.options.shared()
-        places = {"port": context.port, "host": context.host, "name": context.name, "replica": context.replica}
+        number = context.replica
+        places = {
+            "port": context.port,
+            "host": context.host,
+            "name": context.name,
+            "replica": number,
+            "index": number - 1,
+        }
         return LaunchPlan(
             name=entry.name,
             base=entry.base,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fleetd.config.placeholders import substitute
 from fleetd.config.schema.model import EngineModel
 from fleetd.config.schema.process import LogsKeys, ProbeKeys, ProcessKeys, RestartKeys, StopKeys
 from fleetd.core.data.specs import Backoff, CrashLoop, Probes, ProbeSpec, RestartMode, RestartPolicy
 from fleetd.host.types import LogPolicy, StopPolicy
-from fleetd.resolver.environment import substitute
 
 STARTUP = ProbeSpec(period_s=0.1, timeout_s=2.0, failures=1, deadline_s=300.0)
 READINESS = ProbeSpec(period_s=2.0, timeout_s=2.0, failures=3)

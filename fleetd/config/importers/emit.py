@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fleetd.config.placeholders import escaped
 from fleetd.config.yaml.scalars import resolve
 
 _SIMPLE = re.compile(r"[A-Za-z0-9_./~+][A-Za-z0-9_./~+=@%-]*(?: [A-Za-z0-9_./~+=@%-]+)*")
@@ -23,6 +24,11 @@ class Variable(str):
     """A text such as ${HF_TOKEN} that fleetd interpolates; every other `$` is literal."""
 
     __slots__ = ()
+
+
+def literal(text: str) -> str:
+    """Return a text for a command or `env`, in which braces around names of placeholders mean themselves."""
+    return type(text)(escaped(text))
 
 
 def to_yaml(data: Mapping[str, Any], comments: Mapping[str, list[str]] | None = None) -> str:

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fleetd.config.importers.emit import Variable, to_yaml
+from fleetd.config.importers.emit import Variable, literal, to_yaml
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.importers.servers import server_entry
 from fleetd.errors import ConfigError, Problem
@@ -67,7 +67,7 @@ class _ProgramReader:
         self.name, self.settings, self.path, self.report = name, settings, path, report
 
     def _text(self, text: str) -> str:
-        variable = False
+        variable, text = False, literal(text)
 
         def put(found: re.Match[str]) -> str:
             nonlocal variable
@@ -80,7 +80,7 @@ class _ProgramReader:
             values = {
                 "program_name": self.name,
                 "group_name": self.name,
-                "process_num": "{replica}",
+                "process_num": "{index}",
                 "here": str(self.path.absolute().parent),
                 "numprocs": self.settings.get("numprocs", "1"),
             }
@@ -105,8 +105,6 @@ class _ProgramReader:
         count = _whole(self.settings.get("numprocs")) or 1
         if count > 1:
             entry["replicas"] = min(count, 256)
-            if "process_num" in command:
-                self.report.approximated(self.name, "numprocs", "{replica} counts from 1, supervisord from 0")
         self._supervision(entry)
         if self.settings.get("autostart", "true").lower() in ("false", "0", "no", "off"):
             entry["enabled"] = False

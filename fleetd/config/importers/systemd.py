@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fleetd.config.importers.emit import Variable, to_yaml
+from fleetd.config.importers.emit import Variable, literal, to_yaml
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.importers.servers import server_entry
 from fleetd.errors import ConfigError, Problem
@@ -86,7 +86,8 @@ class _UnitReader:
         starts = self.settings["ExecStart"]
         if len(starts) > 1:
             self.report.refused(self.name, "ExecStart", "only the first of several commands is converted")
-        section, entry = server_entry(self.name, self._command("ExecStart", starts[0]), self.env, self.report)
+        env = {variable: literal(value) for variable, value in self.env.items()}
+        section, entry = server_entry(self.name, self._command("ExecStart", starts[0]), env, self.report)
         self._places(entry)
         self._supervision(entry)
         for key in self.settings:
@@ -111,9 +112,10 @@ class _UnitReader:
         for word in self._split(key, line.lstrip("-@:+!|")):
             bare = re.fullmatch(r"\$([A-Za-z_][A-Za-z0-9_]*)", word)
             if bare is not None and bare[1] in self.env:  # systemd splits this form into words
-                words += self.env[bare[1]].split()
+                words += [literal(part) for part in self.env[bare[1]].split()]
                 continue
             known = _VARIABLE.sub(lambda found: self.env.get(found[1] or found[2], found[0]), word).replace("$$", "$")
+            known = literal(known)
             missing = _VARIABLE.search(known)
             put = _VARIABLE.sub(lambda found: f"${{{found[1] or found[2]}:-}}", known)
             words.append(Variable(put) if missing is not None else known)

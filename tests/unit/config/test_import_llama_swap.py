@@ -373,3 +373,15 @@ def test_flag_table_covers_what_the_engine_owns() -> None:
         option for option in VALUED.values() if option not in ("host", "port", "alias", "context", "lora-scaled")
     }
     assert options <= set(LlamaCppOptions.model_fields)
+
+
+def test_literal_braces_of_a_command_stay_text(tmp_path: Path) -> None:
+    text = """
+    models:
+      a: {cmd: "srv --port ${PORT} --path /x/{name} --json '{\\"name\\": 1}'", env: ["A={port}"], cmdStop: "stop {host} ${PORT}"}
+      b: {cmd: "llama-server -m b.gguf -c 9 --x {name}"}
+    """
+    found = model(tmp_path, text)
+    assert found.command == ("srv", "--port", "{port}", "--path", "/x/{{name}}", "--json", '{"name": 1}')
+    assert (found.env, found.stop.command) == ({"A": "{{port}}"}, ("stop", "{{host}}", "{port}"))
+    assert model(tmp_path, text, "b").options["extra_args"] == ["--x", "{name}"]

@@ -110,7 +110,7 @@ def test_supervisord_programs_become_entries(tmp_path: Path) -> None:
     imported = import_supervisord(SUPERVISOR, shown=str(tmp_path / "s.conf"))
     loads(imported, tmp_path, {"KEY": "k"})
     assert imported.data["services"]["web"] == {
-        "command": ["/usr/bin/python3", "app.py", "--port", "80{replica}", "--key", "${KEY:-}"],
+        "command": ["/usr/bin/python3", "app.py", "--port", "80{index}", "--key", "${KEY:-}"],
         "env": {"A": "1,2", "B": "x", "C": "${C:-}"}, "cwd": str(tmp_path), "replicas": 2,
         "restart": {"stable_after": "5s", "crash_loop": {"count": 4}}, "stop": {"signal": "SIGQUIT", "timeout": "20s"},
     }  # fmt: skip
@@ -181,3 +181,12 @@ def test_litellm_models_become_external_ones(tmp_path: Path) -> None:
 def test_file_of_another_program_is_refused(convert: Callable[..., Imported], text: str) -> None:
     with pytest.raises(ConfigError):
         convert(text)
+
+
+def test_literal_braces_of_other_managers_stay_text() -> None:
+    unit = import_systemd("[Service]\nEnvironment=A={port}\nExecStart=/x --n {name} $A ${A}\n", shown="x.service").data[
+        "services"
+    ]["x"]
+    assert (unit["command"], unit["env"]) == (["/x", "--n", "{{name}}", "{{port}}", "{{port}}"], {"A": "{{port}}"})
+    program = import_supervisord("[program:x]\ncommand=/x {name} %(process_num)d\n").data["services"]["x"]
+    assert program["command"] == ["/x", "{{name}}", "{index}"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleetd.config.importers.compose.values import ComposeValues
+from fleetd.config.importers.emit import literal
 from fleetd.config.importers.llama_server import LlamaServer, read_llama_server
 from fleetd.config.importers.pm2.ollama import to_instance
 from fleetd.config.importers.report import Report
@@ -83,7 +84,8 @@ class ServiceReader:
             docker["args"] = arguments
         if raw.get("pull_policy") in ("always", "never", "missing"):
             docker["pull"] = raw["pull_policy"]
-        env = self._references(one, values.environment(raw.get("environment")))
+        stated = {key: literal(value) for key, value in values.environment(raw.get("environment")).items()}
+        env = self._references(one, stated)
         command = values.words(raw.get("command"))
         if one.engine is not None and not raw.get("entrypoint") and self._engine(one, command, env, mounts):
             pass
@@ -210,7 +212,8 @@ class ServiceReader:
 
     def _service(self, one: ComposeService, command: list[str], env: dict[str, str], docker: dict[str, Any]) -> None:
         entry: dict[str, Any] = {}
-        entrypoint = self.values.words(one.raw.get("entrypoint"))
+        entrypoint = [literal(word) for word in self.values.words(one.raw.get("entrypoint"))]
+        command = [literal(word) for word in command]
         if entrypoint:
             entry["command"] = [*entrypoint, *command]
         elif command:

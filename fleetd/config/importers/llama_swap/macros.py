@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fleetd.config.importers.emit import Variable
+from fleetd.config.placeholders import escaped
 from fleetd.errors import ConfigError, Problem
 
 PORT = "\U0010fff2"
@@ -52,6 +53,11 @@ def written(text: str) -> str:
     if _OPEN not in text:
         return text
     return Variable(_MARKED.sub(lambda found: f"${{{found[1]}}}", text.replace("$", "$$")))
+
+
+def written_word(text: str) -> str:
+    """Return a word of a command or a value of `env`: literal braces around names of placeholders are doubled."""
+    return written(escaped(text))
 
 
 def shown(text: str) -> str:

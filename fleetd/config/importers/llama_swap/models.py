@@ -16,7 +16,15 @@ from typing import Any
 
 from fleetd.config.importers.llama_server import LlamaServer, program_at, read_llama_server
 from fleetd.config.importers.llama_swap.commands import ProxyAddress, address, split, stated_port, with_assigned_port
-from fleetd.config.importers.llama_swap.macros import PORT, has_variable, shown, unknown, variables, written
+from fleetd.config.importers.llama_swap.macros import (
+    PORT,
+    has_variable,
+    shown,
+    unknown,
+    variables,
+    written,
+    written_word,
+)
 from fleetd.config.importers.llama_swap.names import SwapNames
 from fleetd.config.importers.report import Report
 from fleetd.config.schema.unsupported import is_unsupported
@@ -144,9 +152,9 @@ class ModelReader:
         if isinstance(typed, LlamaServer):
             self._typed(model, typed, entry)
         else:
-            entry["command"] = [written(word) for word in model.words]
+            entry["command"] = [written_word(word) for word in model.words]
             if model.env:
-                entry["env"] = {variable: written(value) for variable, value in model.env.items()}
+                entry["env"] = {variable: written_word(value) for variable, value in model.env.items()}
             if typed is not None:
                 self.report.warn(model.name, "cmd", f"stays a command of the engine process: it {typed}")
             else:
@@ -160,7 +168,7 @@ class ModelReader:
 
     def _typed(self, model: SwapModel, typed: LlamaServer, entry: dict[str, Any]) -> None:
         entry["engine"] = "llamacpp"
-        entry["command"] = [written(word) for word in typed.program]
+        entry["command"] = [written_word(word) for word in typed.program]
         options = {option: _written(value) for option, value in typed.options.items()}
         if "context_length" not in options:
             trained = self.trained_context(str(options["model"])) if self.trained_context is not None else None
@@ -174,7 +182,7 @@ class ModelReader:
                 self.report.warn(model.name, "cmd", detail)
         entry["options"] = options
         if typed.env:
-            entry["env"] = {variable: written(value) for variable, value in typed.env.items()}
+            entry["env"] = {variable: written_word(value) for variable, value in typed.env.items()}
         if typed.alias:
             entry["served_as"] = written(typed.alias)
         if typed.host not in (None, "127.0.0.1", "localhost"):
@@ -215,7 +223,7 @@ class ModelReader:
             port = model.at.port
             if port is not None and "port" not in entry:
                 words = with_assigned_port(words, port)
-            stop["command"] = [written(word) for word in words]
+            stop["command"] = [written_word(word) for word in words]
         seconds = _whole(raw.get("unloadTimeout")) or _whole(self.document.get("unloadTimeout")) or _UNLOAD_TIMEOUT_S
         if seconds != _UNLOAD_TIMEOUT_S:
             stop["timeout"] = f"{min(seconds, 86_400)}s"
