@@ -56,12 +56,13 @@ class LoadedConfig:
 Beside = Callable[[Any, Marks, LoadedConfig | None], list[Problem]]
 
 
-def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> LoadedConfig:
+def load(path: Path, env: Mapping[str, str], beside: Beside | None = None, text: str | None = None) -> LoadedConfig:
     """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found.
 
     `beside`, when given, finds the mistakes that only other modules know, so that all are reported at once.
+    `text` is the content of a file that need not exist yet.
     """
-    reader = IncludeReader(env)
+    reader = IncludeReader(env, text)
     root = reader.read(Path.cwd() / path, str(path))
     if root is None:
         raise ConfigError(_sorted(reader.problems, reader.order), files=reader.files)

@@ -26,9 +26,9 @@ from fleetd.resolver.port_assignment import kept_ports
 from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
 
 
-def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:
-    """Load and resolve a file. Raises ConfigError with every problem."""
-    loaded = load(path, env, finder(env))
+def assembled(path: Path, env: Mapping[str, str], text: str | None = None) -> tuple[LoadedConfig, Assembly]:
+    """Load and resolve a file, or the text that it will contain. Raises ConfigError with every problem."""
+    loaded = load(path, env, finder(env), text)
     state = paths_of(loaded).state
     devices = tuple(machine_devices(Devices().sample()))
     around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))

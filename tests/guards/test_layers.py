@@ -36,6 +36,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fleetd.cli": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.control.wire", "fleetd.models", "fleetd.cli",
     ),
+    "fleetd.cli.commands.import_": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.resolver", "fleetd.models", "fleetd.cli",
+    ),
     "fleetd.cli.fleetd": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.resolver", "fleetd.daemon", "fleetd.cli",
     ),

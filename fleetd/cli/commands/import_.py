@@ -4,25 +4,32 @@ Invariants:
 - An importer is a function `import_KIND(path, …)` or `import_KIND(text, shown=…)`, where `shown` is the file's name in
   messages; it returns the text of a fleet.yaml and a report.
 - The parts go to standard output or a new file, the report to standard error. Nothing is overwritten; no daemon is needed.
+- Every result is checked as `fleetd check` would: the report contains the findings, and the exit code is 1 where it is rejected.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
 from fleetd.cli.context import say
 from fleetd.cli.render import clean
-from fleetd.errors import FleetError
+from fleetd.errors import ConfigError, FleetError
 from fleetd.units import expand_home
 
+if TYPE_CHECKING:
+    from fleetd.config.importers.report import Report
+
+STDOUT_FILE = "fleet.yaml"  # the name that problems have without -o
 PACKAGE = "fleetd.config.importers"
 FILE_MAX_BYTES = 64 * 1024 * 1024
 # The module of each kind; it has a function `import_KIND`.
@@ -43,7 +50,8 @@ MODULES = {
 def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
     """Convert another program's file.
 
-    Writes parts of a fleet.yaml and reports on standard error what could not be converted.
+    Writes parts of a fleet.yaml and reports on standard error what could not be converted, and what `fleetd check` finds in
+    the result. The exit code is 1 if the check rejects it.
     """
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else _read(file)
@@ -70,11 +78,26 @@ def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...],
         click.echo(text, nl=not text.endswith("\n"))
     else:
         _write_new(Path(expand_home(output)), text)
+    _check(text, Path(expand_home(output or STDOUT_FILE)), imported.report)
     for line in imported.report.lines():
         say(clean(line))
     if kind == "pm2":
         _warn_of_pm2(imported.data)
-    return EXIT_OK
+    return EXIT_OK if imported.report.accepted else EXIT_FAILED
+
+
+def _check(text: str, path: Path, report: Report) -> None:
+    """Add to the report what `fleetd check` finds in a text, as the content of `path`."""
+    from fleetd.resolver.check import assembled
+
+    try:
+        _, assembly = assembled(path, os.environ, text)
+    except ConfigError as error:
+        report.checked([str(replace(problem, excerpt="")) for problem in error.problems], ())
+    except FleetError as error:
+        report.checked([error.sentence], ())
+    else:
+        report.checked((), assembly.warnings)
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:

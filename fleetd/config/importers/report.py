@@ -2,18 +2,20 @@
 
 Invariants:
 - No field is dropped silently: it is mapped, approximated (with the difference), refused, or a warning.
+- What `fleetd check` rejects in the result is a problem, and comes first.
 - The report contains no secret values; it may be printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 
 class FieldOutcome(StrEnum):
+    PROBLEM = "problem"
     MAPPED = "mapped"
     APPROXIMATED = "approximated"
     REFUSED = "refused"
@@ -31,7 +33,7 @@ class ReportEntry:
 
     def __str__(self) -> str:
         where = ".".join(part for part in (self.subject, self.field) if part)
-        return f"{self.outcome:<12} {where}: {self.detail}"
+        return f"{self.outcome:<12} {where}: {self.detail}" if where else f"{self.outcome:<12} {self.detail}"
 
 
 @dataclass(slots=True)
@@ -52,12 +54,28 @@ class Report:
     def warn(self, subject: str, name: str, detail: str) -> None:
         self.entries.append(ReportEntry(FieldOutcome.WARNING, subject, name, detail))
 
+    def checked(self, problems: Iterable[str], warnings: Iterable[str]) -> None:
+        """Add what a check of the result found."""
+        self.entries += [ReportEntry(FieldOutcome.PROBLEM, "", "", text) for text in problems]
+        self.entries += [ReportEntry(FieldOutcome.WARNING, "", "", text) for text in warnings]
+
+    @property
+    def accepted(self) -> bool:
+        """Return whether the check of the result found no problem."""
+        return not any(self.of(FieldOutcome.PROBLEM))
+
     def of(self, outcome: FieldOutcome) -> Iterator[ReportEntry]:
         return (entry for entry in self.entries if entry.outcome is outcome)
 
     def lines(self) -> list[str]:
-        """Return the report as lines: warnings and losses first, then the number of converted fields."""
-        order = (FieldOutcome.WARNING, FieldOutcome.REFUSED, FieldOutcome.APPROXIMATED, FieldOutcome.MAPPED)
+        """Return the report as lines: problems, warnings and losses first, then what was converted."""
+        order = (
+            FieldOutcome.PROBLEM,
+            FieldOutcome.WARNING,
+            FieldOutcome.REFUSED,
+            FieldOutcome.APPROXIMATED,
+            FieldOutcome.MAPPED,
+        )
         return [str(entry) for outcome in order for entry in self.of(outcome)]
 
 

@@ -27,9 +27,10 @@ MAX_ALL_NODES = 500_000
 @dataclass(slots=True)
 class IncludeReader:
     """One read of a configuration. `files` are all files that were read or are missing, the first one first; `patterns` are
-    (folder, pattern) pairs that may match other files later."""
+    (folder, pattern) pairs that may match other files later; `text` replaces the content of the first file."""
 
     env: Mapping[str, str]
+    text: str | None = None
     problems: list[Problem] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     patterns: list[tuple[Path, str]] = field(default_factory=list)
@@ -44,7 +45,8 @@ class IncludeReader:
         self.files.append(path)
         self.order.setdefault(shown, len(self.order))
         try:
-            root = compose(read_source(path, shown, self.order[shown]), self.problems.extend)
+            text = None if chain else self.text
+            root = compose(read_source(path, shown, self.order[shown], text), self.problems.extend)
         except ConfigError as error:
             self.problems.extend(error.problems)
             return None

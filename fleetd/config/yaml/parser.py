@@ -112,9 +112,13 @@ class Node:
         return self.source.problem(self.line, self.column, message, path)
 
 
-def read_source(path: Path, shown: str, order: int = 0) -> Source:
-    """Read a file as UTF-8 text, bounded. Raises ConfigError."""
+def read_source(path: Path, shown: str, order: int = 0, text: str | None = None) -> Source:
+    """Read a file as UTF-8 text, bounded; `text` is what it will contain. Raises ConfigError."""
     source = Source(shown, path, order)
+    if text is not None:
+        source.text = text
+        _check_characters(source)
+        return source
     try:
         raw = _read_bounded(path)
     except FileNotFoundError:

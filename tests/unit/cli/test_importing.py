@@ -19,7 +19,18 @@ import pytest
 from fleetd.cli.client import CliError
 from fleetd.cli.commands import import_
 from fleetd.config import importers
+from fleetd.config.importers.report import Report
 from fleetd.errors import ConfigError, Problem
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: SimpleNamespace) -> None:
+    """Let `module` stand for the modules of the kinds "one" and "other"."""
+    real = importlib.import_module
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name, *rest, **more: module if name in ("one", "other") else real(name, *rest, **more),
+    )
 
 
 @pytest.fixture
@@ -27,18 +38,18 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def convert(text: str, *, shown: str) -> Any:
         if "bad" in text:
             raise ConfigError([Problem(shown, 3, 1, "", "cannot be read")])
-        report = SimpleNamespace(lines=lambda: ["watch: not carried\x1b[2J over"])
+        report = Report()
+        report.refused("watch", "", "not carried\x1b[2J over")
         return SimpleNamespace(text="services: {}", report=report)
 
     def from_path(path: Path, *, profile: str | None = None) -> Any:
-        report = SimpleNamespace(lines=list)
-        return SimpleNamespace(text=f"path: {path.name}, profile: {profile}", report=report)
+        return SimpleNamespace(text=f"# path: {path.name}, profile: {profile}\nversion: 1", report=Report())
 
     found = SimpleNamespace(import_one=convert, import_other=from_path)
     monkeypatch.setattr(import_.import_.params[0], "type", click.Choice(["one", "other"]))
     for kind in ("one", "other"):
         monkeypatch.setitem(import_.MODULES, kind, kind)
-    monkeypatch.setattr(importlib, "import_module", lambda _name: found)
+    stand_in(monkeypatch, found)
     path = tmp_path / "ecosystem.json"
     path.write_text("{}")
     return path
@@ -52,7 +63,7 @@ def test_parts_and_report_are_apart(source: Path, capsys: pytest.CaptureFixture[
     assert run("one", str(source)) == 0
     shown = capsys.readouterr()
     assert shown.out == "services: {}\n"
-    assert shown.err == "watch: not carried over\n"
+    assert shown.err == "refused      watch: not carried over\n"
 
 
 def test_import_writes_new_files_and_keeps_old_ones(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +102,7 @@ def test_option_of_another_kind_is_a_usage_error(source: Path) -> None:
 
 def test_importer_can_take_the_path(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("other", str(source), "--env", "production") == 0
-    assert capsys.readouterr().out == "path: ecosystem.json, profile: production\n"
+    assert capsys.readouterr().out == "# path: ecosystem.json, profile: production\nversion: 1\n"
     with pytest.raises(CliError):
         run("other", str(source.with_name("absent")))
 
@@ -104,6 +115,23 @@ def test_import_kinds_name_every_importer() -> None:
         name for path in sources for name in re.findall(r"^def import_(\w+)\(", path.read_text("utf-8"), re.MULTILINE)
     }
     assert found - {"document"} == {kind.replace("-", "_") for kind in import_.MODULES}
+
+
+def test_import_of_a_rejected_result_reports_and_fails(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "services:\n  a: {command: [x], colour: blue}\n  b: {command: [x]}\n"
+
+    def convert(text_of_file: str, *, shown: str) -> Any:
+        return SimpleNamespace(text=text, report=Report())
+
+    stand_in(monkeypatch, SimpleNamespace(import_one=convert))
+    out = source.with_name("out.yaml")
+    assert run("one", str(source), "-o", str(out)) == 1
+    assert out.read_text() == text
+    assert capsys.readouterr().err.startswith(f"problem      {out}:2:")
+    assert run("one", str(source)) == 1
+    assert capsys.readouterr().err.startswith("problem      fleet.yaml:2:")
 
 
 @pytest.fixture
