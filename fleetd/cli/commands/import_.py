@@ -97,7 +97,7 @@ def _check(text: str, path: Path, report: Report) -> None:
     except FleetError as error:
         report.checked([error.sentence], ())
     else:
-        report.checked((), assembly.warnings)
+        report.checked((), [str(replace(warning, excerpt="")) for warning in assembly.warnings])
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:
