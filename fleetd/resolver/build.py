@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fleetd.config.load import LoadedConfig
+from fleetd.config.placeholders import substitute
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.schema.process import ProcessKeys
 from fleetd.config.yaml.source_map import path_text
@@ -42,7 +43,6 @@ from fleetd.resolver.devices import default_device, device_specs
 from fleetd.resolver.engine_options import read_options
 from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
-from fleetd.resolver.environment import substitute
 from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.resolver.model_specs import ModelAssembler
 from fleetd.resolver.port_assignment import NoPortLeftError, assign
@@ -187,7 +187,13 @@ class Assembler:
             return
         device = self._device(entry)
         host = inner_host(entry.engine_keys)
-        places = {"port": entry.port, "host": host, "name": entry.name, "replica": entry.replica}
+        places = {
+            "port": entry.port,
+            "host": host,
+            "name": entry.name,
+            "replica": entry.replica,
+            "index": entry.replica - 1,
+        }
         own_env = self.env_files.environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env.values)
         before = len(self.problems)

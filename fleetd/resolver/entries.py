@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fleetd.config.placeholders import mentions_port
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.schema.model import EngineModel, HeldModel
 from fleetd.config.schema.process import EngineKeys, Service
 from fleetd.core.data.specs import ProcessKind
-from fleetd.resolver.environment import mentions_port
 
 Path_ = tuple[str | int, ...]
 

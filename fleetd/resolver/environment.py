@@ -4,7 +4,7 @@ Invariants:
 - A process inherits the daemon's environment without the variables for the daemon alone: systemd's sockets and watchdog,
   and everything that begins with FLEETD_.
 - Later wins: inherited, engine, env_file, env, and last fleetd's own (PORT, FLEETD_NAME, FLEETD_REPLICA).
-- `{port} {host} {name} {replica}` are replaced by the process' own; every other brace stays as it is.
+- Placeholders such as {port} are replaced by the process' own; see config/placeholders.py.
 - A value whose name looks like a secret is never shown, wherever it was set.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleetd.config.placeholders import substitute
 from fleetd.config.secrets import HIDDEN, is_secret
 
 _DAEMONS_OWN = frozenset({
@@ -23,7 +24,6 @@ _DAEMONS_OWN = frozenset({
     "MEMORY_PRESSURE_WRITE",
 })  # fmt: skip
 _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
-_PLACE = re.compile(r"\{(port|host|name|replica)\}")
 _LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "$": "$", "`": "`"}
 _LIMIT_BYTES = 1024 * 1024
@@ -34,18 +34,6 @@ Variables = Mapping[str, str]
 def inherited(parent: Mapping[str, str]) -> dict[str, str]:
     """Return the part of the daemon's environment that a child inherits."""
     return {key: value for key, value in parent.items() if key not in _DAEMONS_OWN and not key.startswith("FLEETD_")}
-
-
-def substitute(text: str, places: Mapping[str, object]) -> str:
-    """Replace `{port}` and the other placeholders; one without a value stays as it is."""
-    if "{" not in text:
-        return text
-    return _PLACE.sub(lambda match: str(places[match[1]]) if places.get(match[1]) is not None else match[0], text)
-
-
-def mentions_port(texts: Sequence[str]) -> bool:
-    """Return whether any text contains the placeholder of the process' port."""
-    return any("{port}" in text for text in texts)
 
 
 def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[str, str]:

@@ -155,8 +155,8 @@ Every key with its type, its default, its meaning, and the effect of changing it
 
 Values: a *duration* is `250ms`, `10s`, `5m`, `1h30m` or `7d`; a *size* is `512MiB`, `14GiB`, `16GB` (decimal) or integer
 bytes; a *command* is a list, or a string that is split like a shell splits words. `${{VAR}}`, `${{VAR:-default}}`, `${{VAR:?message}}` and
-`$$` work in every value. In `command`, `args` and `env` of a process with a port, `{{port}}`, `{{host}}`, `{{name}}` and
-`{{replica}}` are replaced.
+`$$` work in every value. In `command`, `args` and `env` of a process with a port, `{{port}}`, `{{host}}`, `{{name}}`,
+`{{replica}}` (from 1) and `{{index}}` (from 0) are replaced; `{{{{name}}}}` is the text `{{name}}`, and all other braces stay as they are.
 
 `fleetd check` reports all mistakes at once. The rules that span several keys are in [lifecycle rules](lifecycle.md).
 """

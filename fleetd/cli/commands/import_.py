@@ -47,21 +47,27 @@ MODULES = {
 @click.option("-o", "--output", type=click.Path(), metavar="OUT", help="Write to a new file, not stdout.")
 @click.option("--instance", multiple=True, metavar="NAME", help="entities: servers for the models.")
 @click.option("--env", metavar="PROFILE", help="pm2: environment profile to use.")
-def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
+@click.option("--secrets", is_flag=True, help="pm2: let the file read secrets.")
+def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None, secrets: bool) -> int:
     """Convert another program's file.
 
     Writes parts of a fleet.yaml and reports on standard error what could not be converted, and what `fleetd check` finds in
     the result. The exit code is 1 if the check rejects it.
+
+    pm2: a JavaScript FILE is a program, and Node executes it. Import only a file that you trust. It sees no secrets of the
+    environment; the result refers to them as ${NAME}.
     """
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else _read(file)
     name = kind.replace("-", "_")
     convert = getattr(importlib.import_module(MODULES[kind]), f"import_{name}")
     accepted = inspect.signature(convert).parameters
-    options: dict[str, Any] = {name: value for name, value in (("instance", instance), ("profile", env)) if value}
+    options: dict[str, Any] = {
+        name: value for name, value in (("instance", instance), ("profile", env), ("secrets", secrets)) if value
+    }
     if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)
-    for name, option in (("instance", "--instance"), ("profile", "--env")):
+    for name, option in (("instance", "--instance"), ("profile", "--env"), ("secrets", "--secrets")):
         if name in options and name not in accepted:
             raise click.UsageError(f"{option} does not apply to {kind}")
     try:

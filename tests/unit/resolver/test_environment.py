@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetd.config.placeholders import escaped, mentions_port, substitute
 from fleetd.resolver.environment import (
     HIDDEN,
     inherited,
@@ -13,7 +14,6 @@ from fleetd.resolver.environment import (
     parse_env_file,
     redacted_argv,
     redacted_env,
-    substitute,
 )
 
 
@@ -34,13 +34,16 @@ def test_children_do_not_inherit_what_speaks_to_the_daemon() -> None:
     [
         ("--port={port}", "--port=8080"),
         ("{host}:{port}/{name}/{replica}", "127.0.0.1:8080/web-2/2"),
-        ("{other} {} {{port}}", "{other} {} {8080}"),
+        ("{other} {} {{other}}", "{other} {} {{other}}"),
+        ("{{port}} {{{port}}} {{{{port}}}}", "{port} {8080} {{port}}"),
+        ('{"listen":{"port":{port}}}', '{"listen":{"port":8080}}'),
+        ("worker {index}", "worker 1"),
         ('{"json": 1}', '{"json": 1}'),
         ("plain", "plain"),
     ],
 )
 def test_substitution(text: str, expected: str) -> None:
-    assert substitute(text, {"port": 8080, "host": "127.0.0.1", "name": "web-2", "replica": 2}) == expected
+    assert substitute(text, {"port": 8080, "host": "127.0.0.1", "name": "web-2", "replica": 2, "index": 1}) == expected
 
 
 def test_a_place_without_a_value_stays() -> None:
@@ -102,3 +105,18 @@ def test_redaction() -> None:
     assert redacted_argv(["x", "--api-key", "abc", "--key=def", "--port", "1", "abc"], {"abc"}) == [
         "x", "--api-key", HIDDEN, f"--key={HIDDEN}", "--port", "1", HIDDEN,
     ]  # fmt: skip
+
+
+@given(
+    st.text(alphabet="{}$ a", max_size=6),
+    st.sampled_from(["port", "name", "index", "other"]),
+    st.text("{}", max_size=5),
+)
+def test_escaped_text_is_substituted_to_itself(before: str, name: str, after: str) -> None:
+    text = before + name + after
+    assert substitute(escaped(text), {"port": 1, "name": "x", "index": 0}) == text
+
+
+def test_port_in_escaped_braces_is_no_mention() -> None:
+    assert mentions_port(["-p", "{port}"])
+    assert not mentions_port(["{{port}}", "port", "{host}"])
