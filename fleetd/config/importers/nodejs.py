@@ -56,6 +56,11 @@ load.then(async found => {
 """
 
 
+def secret_mark(name: str) -> str:
+    """Return the value that the program sees for a variable that holds a secret."""
+    return f"\ue000{name}\ue001"
+
+
 def named_secrets(text: str) -> str:
     """Return a text with references such as ${TOKEN} in place of the marks of secrets."""
     return _SECRET.sub(r"${\1}", text)
@@ -63,7 +68,7 @@ def named_secrets(text: str) -> str:
 
 def _without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with marks in place of secrets."""
-    return {key: f"\ue000{key}\ue001" if value and holds_secret(key, value) else value for key, value in env.items()}
+    return {key: secret_mark(key) if value and holds_secret(key, value) else value for key, value in env.items()}
 
 
 def evaluate(path: Path, timeout_s: float = TIMEOUT_S, *, secrets: bool = False) -> tuple[Any, list[str]]:

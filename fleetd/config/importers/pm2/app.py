@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fleetd.config.importers.emit import Variable
-from fleetd.config.importers.nodejs import named_secrets
+from fleetd.config.importers.nodejs import named_secrets, secret_mark
 from fleetd.config.importers.pm2.ollama import is_ollama, to_instance
 from fleetd.config.importers.pm2.program import BY_SUFFIX, command_of, head_of, main_file, starts_node
 from fleetd.config.importers.pm2.values import env_texts, literal, unmarked, words_of
@@ -180,9 +181,20 @@ class Pm2App:
             else:
                 detail = f"not applied, as by `pm2 start` without --env: import with the profile {profile} to use it"
                 self.warn(f"env_{profile}", detail)
+        self._drop_inherited(env)
         if env:
             self.mapped("env", ", ".join(env))
         return env
+
+    def _drop_inherited(self, env: dict[str, str]) -> None:
+        """Leave out what `...process.env` copied: a process inherits the environment anyway."""
+        own = {key for key, value in env.items() if value in (os.environ.get(key), secret_mark(key))}
+        if not own & {"PATH", "HOME"}:
+            return
+        own |= env.keys() & {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell that runs Node sets them
+        for key in own:
+            del env[key]
+        self.differs("env", f"{len(own)} variables of this shell were left out: a process inherits those of fleetd")
 
     def _port(self, env: dict[str, str]) -> None:
         port, field = self.take("port"), "port"

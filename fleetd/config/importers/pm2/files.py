@@ -21,6 +21,7 @@ from fleetd.config.importers.pm2.app import Pm2App
 from fleetd.config.importers.pm2.fields import convert
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported, Report
+from fleetd.config.schema.fleet import DEFAULT_ADMIN, DEFAULT_LISTEN
 from fleetd.config.secrets import holds_secret
 from fleetd.config.yaml.parser import Source, compose, read_source
 from fleetd.config.yaml.transform import plain
@@ -116,12 +117,16 @@ def import_document(
     if not chosen:
         report.warn("", f"env_{profile}", "no app has it: every environment is that of env alone")
     _across(sections, report)
-    data = {"version": 1, **{section: entries for section, entries in sections.items() if entries}}
+    data = {
+        "version": 1,
+        **_gateway(sections, report),
+        **{section: entries for section, entries in sections.items() if entries},
+    }
     head = [f"From PM2's {shown}. The report of the import says what could not be carried over."]
     if sections["instances"]:
         head += [
-            "Clients of an Ollama port may go on using it. Requests through the gateway, http://127.0.0.1:8484/v1, are routed, and are",
-            "counted when memory is needed.",
+            "Clients of an Ollama port may go on using it. Requests through the gateway, at /v1, are routed, and counted when memory",
+            "is needed.",
         ]
     return Imported(to_yaml(data, {"": head}), data, report)
 
@@ -224,6 +229,18 @@ def _across(sections: Mapping[str, Mapping[str, Any]], report: Report) -> None:
             entry["env"] = {"PORT": str(first), **entry.get("env", {})}
             detail = f"{taken} is also the port of {owners[taken]}: it stays the variable PORT here; change one if both listen"
             report.warn(name, "port", detail)
+
+
+def _gateway(sections: Mapping[str, Mapping[str, Any]], report: Report) -> dict[str, Any]:
+    """Return another port for the gateway if an app has its default one."""
+    entries = [entry for section in sections.values() for entry in section.values() if "port" in entry]
+    ports = {entry["port"] + number for entry in entries for number in range(entry.get("replicas", 1))}
+    if DEFAULT_LISTEN.port not in ports:
+        return {}
+    ports.add(DEFAULT_ADMIN.port)
+    free = next(port for port in range(DEFAULT_LISTEN.port, 65536) if port not in ports)
+    report.warn("gateway", "listen", f"an app has port {DEFAULT_LISTEN.port}, its default: {free} is written")
+    return {"gateway": {"listen": f"{DEFAULT_LISTEN.host}:{free}"}}
 
 
 def local_timezone() -> str | None:

@@ -168,7 +168,9 @@ def schedule(app: Pm2App) -> None:
     if not isinstance(cron, str) or cron in ("0", "false"):
         return
     fields = _NICKNAMES.get(cron.strip().lower(), cron).split()
-    if len(fields) == 6 and fields[0] == "0":
+    if len(fields) == 6 and fields[0].isdigit():
+        if int(fields[0]):
+            app.differs("cron_restart", f"{cron!r}: at second 0 instead of {fields[0]}")
         fields = fields[1:]
     if len(fields) != 5:
         app.refused("cron_restart", f"{cron!r}: five fields are needed, without seconds")
