@@ -50,7 +50,6 @@ MUTANTS = (
     Mutant("starts before the set is empty", "processes/termination", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))", "        self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))\n        self.set_empty(process, (), now)"),
     Mutant("starts next to survivors", "processes/termination", "        process.survivors = survivors\n", "        survivors = ()\n"),
     Mutant("forgets to reset the backoff", "processes/reconcile", "process.record.stable()", "pass"),
-    Mutant("a schedule starts what an operator stopped", "handlers", "if process.stopped or process.state not in", "process.stopped = False\n        if process.state not in"),
     Mutant("never gives up", "processes/restart_policy", "recent >= loop.count or", ""),
     Mutant("no start deadline", "processes/reconcile", "return process.progress_s + startup.deadline_s", "return None"),
     Mutant("no end of BACKOFF", "processes/reconcile", "            yield process.next_start_s", "            yield from ()"),
