@@ -20,6 +20,11 @@ def is_secret(name: str) -> bool:
     return lower not in _HARMLESS and _SECRET.search(lower) is not None
 
 
+def holds_secret(name: str, value: str) -> bool:
+    """Return whether a variable holds a secret, by its name or as a URL with a password."""
+    return is_secret(name) or _CREDENTIAL_URL.search(value) is not None
+
+
 def redact(value: Any, name: str = "") -> Any:
     """Return a plain value in which everything under a secret name is hidden, words after a secret flag included."""
     if isinstance(value, dict):

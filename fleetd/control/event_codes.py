@@ -48,6 +48,7 @@ class EventCode(StrEnum):
     PROBE_RESULT = "probe_result"
     MEMORY_SAMPLED = "memory_sampled"
     RESTART_DUE = "restart_due"
+    START_DUE = "start_due"
     LOADED = "loaded"
     LOAD_PROGRESS = "load_progress"
     UNLOADED = "unloaded"
@@ -131,6 +132,7 @@ CODES: Mapping[type[e.Event | c.Command | j.JournalNote], EventCode] = {
     e.RequirementsChanged: EventCode.PREREQUISITES_CHANGED,
     e.MemorySampled: EventCode.MEMORY_SAMPLED,
     e.RestartDue: EventCode.RESTART_DUE,
+    e.StartDue: EventCode.START_DUE,
     e.Loaded: EventCode.LOADED,
     e.LoadFailed: EventCode.LOAD_FAILED,
     e.LoadProgress: EventCode.LOAD_PROGRESS,
@@ -211,6 +213,7 @@ SHOWN: Mapping[EventCode, CodeInfo] = {
     EventCode.EXITED: CodeInfo("a process exited", ("code", "signal", "oom", "log", "generation")),
     EventCode.SET_EMPTY: CodeInfo("processes of a set survived SIGKILL", ("survivors", "generation")),
     EventCode.RESTART_DUE: CodeInfo("a schedule, a watched file or a missing prerequisite requests a restart"),
+    EventCode.START_DUE: CodeInfo("a schedule requests a start"),
     EventCode.START_REQUESTED: CodeInfo("an operator requested a start"),
     EventCode.STOP_REQUESTED: CodeInfo("an operator requested a stop"),
     EventCode.RESTART_REQUESTED: CodeInfo("an operator requested a restart"),

@@ -52,6 +52,7 @@ class EventHandlers:
             e.RequirementsChanged: self.requirements_changed,
             e.MemorySampled: self.memory_sampled,
             e.RestartDue: self.restart_due,
+            e.StartDue: self.start_due,
             e.Loaded: self.loaded,
             e.LoadFailed: self.load_failed,
             e.LoadProgress: self.load_progress,
@@ -174,13 +175,29 @@ class EventHandlers:
                 self.state.rolling.setdefault(event.name, event.reason)
             else:
                 process.request_restart(event.reason)
-        elif event.revive and not process.stopped:
-            process.record.reset()
-            if process.state in (ProcessState.FAILED, ProcessState.EXITED):
-                self.supervisor.termination.revive(process, now, event.reason)
-            elif process.state is ProcessState.BACKOFF:
-                process.next_start_s = now
+        elif event.revive:
+            self._start_again(process, now, event.reason)
         self.state.wake(event.name)
+
+    def start_due(self, event: e.StartDue, now: float) -> None:
+        process = self.state.processes.get(event.name)
+        if process is None:
+            return
+        if process.state is ProcessState.STOPPING and process.outcome is not None and process.spec.enabled:
+            self.supervisor.termination.restart_after_stop(process, event.reason)  # it has ended: its set is swept
+        else:
+            self._start_again(process, now, event.reason)
+        self.state.wake(event.name)
+
+    def _start_again(self, process: Process, now: float, reason: str) -> None:
+        """Start a process that has ended, unless an operator stopped it."""
+        if process.stopped or process.state not in (ProcessState.FAILED, ProcessState.EXITED, ProcessState.BACKOFF):
+            return
+        process.record.reset()
+        if process.state is ProcessState.BACKOFF:
+            process.next_start_s = now
+        else:
+            self.supervisor.termination.revive(process, now, reason)
 
     # -- models -----------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from fleetd.config.load import LoadedConfig
 from fleetd.config.placeholders import substitute
 from fleetd.config.schema.fleet import FleetConfig
+from fleetd.config.schema.process import ProcessKeys
 from fleetd.config.yaml.source_map import path_text
 from fleetd.control import socket as control_socket
 from fleetd.core.data.specs import (
@@ -378,7 +379,7 @@ class Assembler:
             context_length=shared.context_length,
             recipe=recipe,
             contained=contained,
-            schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
+            schedule=_schedule(keys),
             watch=self._watch(entry),
             source=self._source(path),
             place=path_text(path),
@@ -484,3 +485,8 @@ def _endpoint(entry: ConfigEntry, key: str | None) -> Endpoint | None:
 
 
 __all__ = ["Assembler", "assemble", "checked"]
+
+
+def _schedule(keys: ProcessKeys) -> Schedule | None:
+    said = keys.schedule
+    return Schedule(said.start, said.restart, said.timezone) if said is not None else None

@@ -30,10 +30,11 @@ RESTARTS = "restarts"
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A restart by the clock: five cron fields and a time zone name (None: the machine's own)."""
+    """Starts and restarts by the clock: five cron fields each (None: none), in one time zone."""
 
-    cron: str
-    timezone: str | None = None
+    start: str | None
+    restart: str | None
+    timezone: str = "UTC"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def restart_policy(keys: RestartKeys) -> RestartPolicy:
         success_codes=keys.success_codes,
         backoff=Backoff(backoff.initial, backoff.factor, backoff.max, backoff.jitter),
         stable_after_s=keys.stable_after,
-        crash_loop=CrashLoop(loop.count, loop.window, loop.then, loop.every),
+        crash_loop=CrashLoop(loop.count, loop.window, loop.then, loop.every, loop.min_uptime),
     )
 
 

@@ -92,6 +92,13 @@ def restart_due(world: World, rng: Random) -> None:
     world.deliver(e.RestartDue(process_name(world, rng), "schedule", in_turn=rng.random() < 0.5))
 
 
+def start_due(world: World, rng: Random) -> None:
+    name = process_name(world, rng)
+    if not world.fleet.state.processes[name].stopped:
+        world.forgive(name)
+    world.deliver(e.StartDue(name, "schedule"))
+
+
 def drain(world: World, rng: Random) -> None:
     name = process_name(world, rng)
     away = rng.random() < 0.5
@@ -331,7 +338,8 @@ def reexec(world: World, _rng: Random) -> None:
 
 ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
     (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (wish, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
-    (restart_due, 1), (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
+    (restart_due, 1), (start_due, 1),
+    (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
     (ghost, 8), (busy_neighbour, 2), (take_turns, 3), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.support.daemon import ROOT, fleetd
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 APP = """
@@ -32,7 +33,7 @@ note('up');
 node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 
 
-def imported(folder: Path, *apps: dict[str, Any]) -> str:
+def imported(folder: Path, *apps: dict[str, Any], **env: str) -> str:
     """Return the services that `fleetctl import pm2` writes for an ecosystem file."""
     (folder / "app.js").write_text(APP)
     (folder / "ecosystem.config.js").write_text(f"module.exports = {json.dumps({'apps': apps})};\n")
@@ -40,7 +41,7 @@ def imported(folder: Path, *apps: dict[str, Any]) -> str:
     subprocess.run(
         [sys.executable, "-m", "fleetd.cli.fleetctl", "import", "pm2", "ecosystem.config.js", "-o", str(out)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         check=True,
         capture_output=True,
         timeout=60,
@@ -88,3 +89,64 @@ def test_restart_and_shutdown_send_the_stop_message(tmp_path: Path) -> None:
         )
         assert daemon.stop() == 0
         assert lines(tmp_path)[4:] == ['message "shutdown"', "saved"]
+
+
+NOTES = """
+const [name] = process.argv.slice(2, 3);
+const {NODE_APP_INSTANCE, PORT, FORMAT} = process.env;
+require('fs').appendFileSync('said.txt', JSON.stringify([name, process.argv.slice(3), NODE_APP_INSTANCE, PORT, FORMAT]) + '\\n');
+setInterval(() => {}, 1000);
+"""
+
+
+def test_scripts_are_found_and_numbered_as_under_pm2(tmp_path: Path) -> None:
+    """No file is executable; `tool` is on PATH only."""
+    for path in ("bin/www", "dist/index.js", "notes.js", "path/tool"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(NOTES)
+    (tmp_path / "path" / "tool").chmod(0o755)
+    port = str(free_port())
+    apps = [
+        {
+            "name": "www",
+            "script": "./bin/www",
+            "args": "www --fmt '{name} {port}' --json {\"x\":1}",
+            "env": {"PORT": port},
+        },
+        {"name": "twin", "script": "./dist", "args": "twin", "env": {"PORT": port, "FORMAT": "{name}: {{name}}"}},
+        {
+            "name": "many",
+            "script": "notes.js",
+            "args": ["many"],
+            "exec_mode": "fork",
+            "instances": 2,
+            "wait_ready": True,
+        },
+        {"name": "tool", "script": "tool", "args": "tool", "interpreter": "node"},
+    ]
+    text = imported(tmp_path, *apps, PATH=f"{tmp_path / 'path'}:{os.environ['PATH']}")
+    with fleetd(tmp_path, text).start():
+        until(lambda: len(lines(tmp_path)) == 5, "all apps run")
+        assert sorted(json.loads(line) for line in lines(tmp_path)) == [
+            ["many", [], "0", None, None],
+            ["many", [], "1", None, None],
+            ["tool", [], "0", None, None],
+            ["twin", [], "0", port, "{name}: {{name}}"],
+            ["www", ["--fmt", "{name} {port}", "--json", '{"x":1}'], "0", port, None],
+        ]
+
+
+test_scripts_are_found_and_numbered_as_under_pm2 = node(test_scripts_are_found_and_numbered_as_under_pm2)
+
+
+@node
+def test_a_poller_goes_on_and_a_failing_app_gives_up(tmp_path: Path) -> None:
+    common = {"script": "sh", "interpreter": "none", "restart_delay": 10, "max_restarts": 4, "min_uptime": 100}
+    apps = [
+        {"name": "poller", "args": ["-c", "sleep 0.2"], **common},
+        {"name": "failing", "args": ["-c", "exit 1"], **common},
+    ]
+    with fleetd(tmp_path, imported(tmp_path, *apps)).start() as daemon:
+        daemon.until_state("failing", "FAILED")
+        until(lambda: daemon.process_row("poller")["restarts"] >= 8, "the poller comes back")
+        assert daemon.process_row("poller")["state"] != "FAILED"

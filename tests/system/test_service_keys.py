@@ -282,20 +282,23 @@ def test_max_age_restart_counts_no_death(tmp_path: Path) -> None:
 
 
 def test_schedule_restarts_running_but_not_stopped(tmp_path: Path) -> None:
-    """The schedule fires every minute; the test waits for it."""
+    """The schedule fires every minute; the test waits for it. `job` ends at once and starts at the same moment."""
     every = {"schedule": {"restart": "* * * * *", "timezone": "Europe/Berlin"}}
     left_s = 60 - time.time() % 60
     services = {"a": {}, "b": {}, "c": {"replicas": 2}}
-    with fleetd(
-        tmp_path, fleet({name: {"command": SLEEPER, **every, **more} for name, more in services.items()})
-    ) as daemon:
+    entries: dict[str, Any] = {name: {"command": SLEEPER, **every, **more} for name, more in services.items()}
+    entries["job"] = {"command": ["true"], "restart": {"policy": "never"}, "schedule": {"start": "* * * * *"}}
+    with fleetd(tmp_path, fleet(entries)) as daemon:
         daemon.start()
+        daemon.until_state("job", "EXITED")
         ready(daemon, "a")
         ready(daemon, "b")
         generation = daemon.process_row("a")["generation"]
         assert order(daemon, "stop", "b").status == 200
         until(lambda: daemon.process_row("a")["generation"] > generation, "the minute is full", left_s + 75)
         assert "schedule * * * * *" in story(daemon, "a")
+        until(lambda: daemon.process_row("job")["generation"] == 2, "the job is started")
+        daemon.until_state("job", "EXITED")
         assert daemon.process_row("b")["state"] == "STOPPED"
         for name in ("c-1", "c-2"):
             until(lambda name=name: "its turn to restart: schedule" in story(daemon, name), f"{name} has its turn")

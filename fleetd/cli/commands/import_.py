@@ -54,6 +54,7 @@ MODULES = {
 @click.option("--name", metavar="NAME", help="ollama: name of a Modelfile's model.")
 @click.option("--quantize", metavar="TYPE", help="entities: quantise f16 and f32 files to TYPE.")
 @click.option("--env", metavar="PROFILE", help="pm2: environment profile to use.")
+@click.option("--secrets", is_flag=True, help="pm2: let the file read secrets.")
 def import_(
     kind: str,
     file: str,
@@ -62,11 +63,15 @@ def import_(
     name: str | None,
     quantize: str | None,
     env: str | None,
+    secrets: bool,
 ) -> int:
     """Convert another program's file.
 
     Writes parts of a fleet.yaml and reports on standard error what could not be converted, and what `fleetd check` finds in
     the result. The exit code is 1 if the check rejects it.
+
+    pm2: a JavaScript FILE is a program, and Node executes it. Import only a file that you trust. It sees no secrets of the
+    environment; the result refers to them as ${NAME}.
     """
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     several = kind == "llama-swap" and Path(expand_home(file)).is_dir()
@@ -74,8 +79,12 @@ def import_(
     convert = getattr(importlib.import_module(MODULES[kind]), f"import_{kind.replace('-', '_')}")
     accepted = inspect.signature(convert).parameters
     stated = (
-        ("instance", "--instance", instance), ("name", "--name", name), ("quantize", "--quantize", quantize), ("profile", "--env", env),
-    )  # fmt: skip
+        ("instance", "--instance", instance),
+        ("name", "--name", name),
+        ("quantize", "--quantize", quantize),
+        ("profile", "--env", env),
+        ("secrets", "--secrets", secrets),
+    )
     options: dict[str, Any] = {key: value for key, _, value in stated if value}
     if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
         options["models_dir"] = str(folder)

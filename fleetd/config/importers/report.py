@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+_NAMED = 6  # places that one line names
+
 
 class FieldOutcome(StrEnum):
     PROBLEM = "problem"
@@ -31,9 +33,13 @@ class ReportEntry:
     field: str
     detail: str
 
+    @property
+    def place(self) -> str:
+        """Return the subject and the field as one name; empty: the whole result."""
+        return ".".join(part for part in (self.subject, self.field) if part)
+
     def __str__(self) -> str:
-        where = ".".join(part for part in (self.subject, self.field) if part)
-        return f"{self.outcome:<12} {where}: {self.detail}" if where else f"{self.outcome:<12} {self.detail}"
+        return f"{self.outcome:<12} {self.place}: {self.detail}" if self.place else f"{self.outcome:<12} {self.detail}"
 
 
 @dataclass(slots=True)
@@ -68,15 +74,26 @@ class Report:
         return (entry for entry in self.entries if entry.outcome is outcome)
 
     def lines(self) -> list[str]:
-        """Return the report as lines: problems, warnings and losses first, then what was converted."""
-        order = (
-            FieldOutcome.PROBLEM,
-            FieldOutcome.WARNING,
-            FieldOutcome.REFUSED,
-            FieldOutcome.APPROXIMATED,
-            FieldOutcome.MAPPED,
+        """Return the report as lines: problems, warnings and losses, equal ones as one, then how much was converted."""
+        order = (FieldOutcome.PROBLEM, FieldOutcome.WARNING, FieldOutcome.REFUSED, FieldOutcome.APPROXIMATED)
+        lines = [line for outcome in order for line in _joined(self.of(outcome))]
+        converted = sum(1 for _ in self.of(FieldOutcome.MAPPED))
+        return (
+            [*lines, f"{FieldOutcome.MAPPED:<12} {converted} {'field' if converted == 1 else 'fields'}"]
+            if converted
+            else lines
         )
-        return [str(entry) for outcome in order for entry in self.of(outcome)]
+
+
+def _joined(entries: Iterable[ReportEntry]) -> Iterator[str]:
+    """Yield one line for all entries of the same detail."""
+    places: dict[tuple[FieldOutcome, str], list[str]] = {}
+    for entry in entries:
+        places.setdefault((entry.outcome, entry.detail), []).append(entry.place)
+    for (outcome, detail), where in places.items():
+        named = ", ".join(dict.fromkeys(where[:_NAMED]))
+        more = f" and {len(where) - _NAMED} more" if len(where) > _NAMED else ""
+        yield f"{outcome:<12} {named}{more}: {detail}" if named else f"{outcome:<12} {detail}"
 
 
 @dataclass(frozen=True, slots=True)

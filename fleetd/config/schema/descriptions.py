@@ -61,7 +61,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "probes": "How fleetd checks that the process is up, ready and alive.",
         "logs": "Rotation and capture of its log.",
         "limits": "Memory, open files, priority, cores.",
-        "schedule": "Restart at times of the day.",
+        "schedule": "Start or restart at times of the day.",
         "watch": "Restart when files change.",
         "max_age": "Restart after this uptime.",
         "hooks": "Commands before a start and after a stop.",
@@ -178,6 +178,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "window": "Length of the window.",
         "then": "fail: become FAILED. slow: retry once per `every`.",
         "every": "Time between slow retries.",
+        "min_uptime": "A death after a run of at least this long does not count; 0: all count.",
     },
     "StopKeys": {
         "signal": "Signal that requests the exit.",
@@ -216,7 +217,11 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "nice": "Priority, -20 to 19.",
         "cpu": "Cores it may run on.",
     },
-    "ScheduleKeys": {"restart": "Five cron fields.", "timezone": "Time zone of the schedule."},
+    "ScheduleKeys": {
+        "start": "Five cron fields: start it if it has ended; a run in progress continues.",
+        "restart": "Five cron fields: restart it if it runs.",
+        "timezone": "Time zone of the schedule.",
+    },
     "WatchKeys": {
         "paths": "Files and folders; relative to cwd.",
         "ignore": "Patterns to ignore.",

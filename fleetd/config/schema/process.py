@@ -53,6 +53,7 @@ class CrashLoopKeys(Block):
     window: Annotated[float, DurationType("100ms", "30d")] = 60.0
     then: Annotated[Literal["fail", "slow"], Choice("fail", "slow")] = "fail"
     every: Annotated[float, DurationType("100ms", "7d")] = 600.0
+    min_uptime: SecondsOrZero = 0.0
 
 
 class RestartKeys(Block):
@@ -200,8 +201,17 @@ class Cron(FieldType):
 
 
 class ScheduleKeys(Block):
-    restart: Annotated[str, Cron()]
+    """Times of the day: `start` is for processes that have ended, `restart` for those that run."""
+
+    start: Annotated[str, Cron()] | None = None
+    restart: Annotated[str, Cron()] | None = None
     timezone: Annotated[str, Timezone()] = "UTC"
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> ScheduleKeys:
+        if self.start is None and self.restart is None:
+            raise ValueError('must have start or restart, such as start: "0 4 * * *"')
+        return self
 
 
 class WatchKeys(Block):

@@ -167,6 +167,13 @@ class RestartDue(ProcessEvent):
     in_turn: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StartDue(ProcessEvent):
+    """A schedule asks for a start: a process that has ended starts now; one that runs or that an operator stopped does not."""
+
+    reason: str
+
+
 # -- models -------------------------------------------------------------------------------------------------------------
 
 

@@ -34,12 +34,16 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class CrashLoop:
-    """`count` deaths inside `window_s` give up (`then="fail"`) or go on at one try per `every_s` (`then="slow"`)."""
+    """`count` deaths inside `window_s` give up (`then="fail"`) or go on at one try per `every_s` (`then="slow"`).
+
+    A death after a run of `min_uptime_s` or longer does not count, if that is above 0.
+    """
 
     count: int = 5
     window_s: float = 60.0
     then: str = "fail"
     every_s: float = 600.0
+    min_uptime_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Invariants:
 - Pure functions: `now` and the random source are arguments.
 - The backoff grows with deaths since the last *stable* run; only a stable run resets it.
-- The crash loop counts deaths in a sliding window, independent of the backoff and of stable runs.
+- The crash loop counts deaths in a sliding window, independent of the backoff and of stable runs; with `min_uptime_s`, only
+  deaths of shorter runs.
 - Only deaths count: a requested stop or restart does not, a kill by a liveness probe does.
 """
 
@@ -97,9 +98,16 @@ def after_loss(policy: RestartPolicy, record: RestartRecord, report: ExitReport,
 
 
 def after_death(
-    policy: RestartPolicy, record: RestartRecord, report: ExitReport, *, zero_is_failure: bool, now: float, rng: Random
+    policy: RestartPolicy,
+    record: RestartRecord,
+    report: ExitReport,
+    *,
+    zero_is_failure: bool,
+    now: float,
+    rng: Random,
+    ran_s: float = 0.0,
 ) -> Decision:
-    """Count one death, and decide what follows."""
+    """Count the death of a run that lasted `ran_s`, and decide what follows."""
     how = describe_exit(report)
     if report.kind is ExitKind.BAD_CONFIG:
         if policy.crash_loop.then == "slow" and policy.mode is not RestartMode.NEVER:
@@ -110,8 +118,9 @@ def after_death(
     if policy.mode is RestartMode.NEVER or (policy.mode is RestartMode.ON_FAILURE and success):
         return Done(how) if success else GiveUp(f"{how}; the restart policy is {policy.mode}")
     record.deaths += 1
-    record.times.append(now)
     loop = policy.crash_loop
+    if not 0 < loop.min_uptime_s <= ran_s:
+        record.times.append(now)
     recent = sum(1 for time in record.times if time > now - loop.window_s)
     if recent >= loop.count or record.slow:
         if loop.then == "fail":

@@ -119,6 +119,7 @@ class Termination:
                 zero_is_failure=capabilities.exit_zero_is_failure,
                 now=now,
                 rng=self.state.rng,
+                ran_s=self._ran_s(process, now),
             )
         else:
             decision = after_loss(process.spec.restart, process.record, report, self.state.rng)
@@ -131,6 +132,13 @@ class Termination:
             self.state.move(process, ProcessState.EXITED, now, decision.reason)
         self.state.persist(process, decision.reason)
         return decision
+
+    def _ran_s(self, process: Process, now: float) -> float:
+        """Return how long the run lasted that ended, without the sweep of its set."""
+        if not process.spawned:
+            return 0.0
+        ended_s = process.last_exit_s
+        return (ended_s if ended_s is not None and ended_s >= process.started_s else now) - process.started_s
 
     def escalate(self) -> None:
         """Kill everything that is being stopped: the shutdown was forced."""

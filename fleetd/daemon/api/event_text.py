@@ -73,7 +73,7 @@ def _event_reason(event: e.Event) -> str:
             return message
         case e.Spawned(pid=pid, generation=generation) | e.Adopted(pid=pid, generation=generation):
             return f"pid {pid}, generation {generation}"
-        case e.RestartDue(reason=reason):
+        case e.RestartDue(reason=reason) | e.StartDue(reason=reason):
             return reason
         case e.SetEmpty(survivors=survivors):
             return f"cannot be killed: {', '.join(map(str, survivors))}"

@@ -4,8 +4,8 @@ Invariants:
 - One watch serves the files of the configuration and those that have to be fixed before it is valid; one watch serves
   each process with `watch`; one task serves each `schedule`.
 - A watch or schedule that a new configuration does not change is kept.
-- A changed file also starts processes that are FAILED, EXITED or in BACKOFF; a schedule restarts only running processes,
-  the replicas of a name one after the other.
+- A changed file also starts processes that are FAILED, EXITED or in BACKOFF. `schedule.restart` restarts only running
+  processes, the replicas of a name one after the other; `schedule.start` starts only those that have ended.
 - `FLAP_COUNT` restarts within `FLAP_WINDOW_S` pass; a further change waits until the files are quiet for `QUIET_S`.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetd.control.event_codes import EventCode
-from fleetd.core.data.events import RestartDue
+from fleetd.core.data.events import RestartDue, StartDue
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.context import DaemonContext
 from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan
@@ -133,11 +133,22 @@ class Triggers:
     async def _clock(self, name: str, schedule: Schedule) -> None:
         from fleetd.daemon.sources.cron import CronSchedule
 
-        cron = CronSchedule(schedule.cron, time_zone(schedule.timezone), datetime.now(UTC))
+        zone, begin = time_zone(schedule.timezone), datetime.now(UTC)
+        # A restart before a start of the same moment: what the restart ended is no process that has ended.
+        due: list[tuple[CronSchedule, RestartDue | StartDue]] = []
+        if schedule.restart is not None:
+            restart = RestartDue(name, f"schedule {schedule.restart}", in_turn=True)
+            due.append((CronSchedule(schedule.restart, zone, begin), restart))
+        if schedule.start is not None:
+            start = StartDue(name, f"schedule {schedule.start}")
+            due.append((CronSchedule(schedule.start, zone, begin), start))
         while True:
-            await asyncio.sleep(cron.wait_s(datetime.now(UTC)))
-            if cron.is_due(datetime.now(UTC)):
-                self._context.dispatch(RestartDue(name, f"schedule {schedule.cron}", in_turn=True))
+            now = datetime.now(UTC)
+            await asyncio.sleep(min(cron.wait_s(now) for cron, _ in due))
+            now = datetime.now(UTC)
+            for cron, event in due:
+                if cron.is_due(now):
+                    self._context.dispatch(event)
 
     def _close_later(self, closing: Coroutine[Any, Any, None]) -> None:
         task = self._context.tasks.start(closing, "close a watch")

@@ -35,6 +35,7 @@ from tests.support.waiting import until
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not on PATH")
 
+CRASHES = {"stable_after": "1s", "crash_loop": {"count": 16, "window": "12m", "min_uptime": "1s"}}
 ECOSYSTEM = """
 module.exports = {
   apps: [
@@ -44,7 +45,7 @@ module.exports = {
     {name: "bot", script: "./dist/index.js", cwd: "/srv/bot", max_memory_restart: "1G", exp_backoff_restart_delay: 200,
      cron_restart: "0 4 * * *", time: true, out_file: "./out.log",
      env: {NODE_ENV: process.env.FLEETD_TEST_ENV || "development", PORT: 3000},
-     env_production: {NODE_ENV: "production"}, wait_ready: true, colour: "blue"},
+     env_production: {NODE_ENV: "production"}, wait_ready: true, listen_timeout: 1000, colour: "blue"},
   ],
   deploy: {production: {}},
 };
@@ -79,16 +80,15 @@ def test_an_ecosystem_file_becomes_a_fleet_that_loads(tmp_path: Path) -> None:
     assert (ollama.command, ollama.requires, ollama.stop.timeout) == (None, ("/Volumes/X",), 8)
     assert ollama.env == {"CUDA_VISIBLE_DEVICES": "0"}
     assert bot.command == ("node", "./dist/index.js")
-    assert (bot.cwd, bot.port, bot.env) == ("/srv/bot", 3000, {"NODE_ENV": "development"})
+    assert (bot.cwd, bot.port, bot.env) == ("/srv/bot", 3000, {"NODE_ENV": "development", "NODE_APP_INSTANCE": "0"})
     assert (bot.restart.backoff.initial, bot.restart.backoff.factor, bot.restart.backoff.max) == (0.2, 1.5, 15)
     assert (bot.limits.memory, bot.stop.signal, bot.logs.capture) == (2**30, "SIGINT", "pipe")
     assert bot.schedule is not None
     report = said(imported)
     assert "ttl" in report["ollama-1.env.OLLAMA_KEEP_ALIVE", "approximated"]
     assert report["bot.colour", "refused"] == "is not a field that PM2 knows either"
-    assert "silence is a failure" in report["bot.wait_ready", "approximated"]
-    assert bot.probes.startup is not None
-    assert (bot.probes.startup.message, bot.probes.startup.deadline) == ("ready", 30)
+    assert "no process.send('ready')" in report["bot.wait_ready", "warning"]
+    assert bot.probes.startup is None
     assert "profile production" in report["bot.env_production", "warning"]
     assert ("deploy", "refused") in report
     assert "current value" in report["process.env.FLEETD_TEST_ENV", "warning"]
@@ -99,7 +99,8 @@ def test_a_profile_is_laid_over_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "ecosystem.config.cjs"
     path.write_text(ECOSYSTEM)
     assert loads(import_pm2(path, profile="production"), tmp_path).config.services["bot"].env == {
-        "NODE_ENV": "production"
+        "NODE_ENV": "production",
+        "NODE_APP_INSTANCE": "0",
     }
 
 
@@ -189,10 +190,15 @@ def test_json_as_javascript_reads_it_and_yaml(tmp_path: Path) -> None:
         ({"script": "run", "interpreter": "/opt/py/bin/python"}, "command", ["/opt/py/bin/python", "run"]),
         ({"cmd": "b.rb", "script": None}, "command", ["ruby", "b.rb"]),
         ({"autorestart": False}, "restart", {"policy": "never"}),
-        ({"stop_exit_codes": [0, "3"]}, "restart", {"policy": "on-failure", "success_codes": [0, 3]}),
-        ({"restart_delay": 3000}, "restart", {"backoff": {"initial": "3s", "factor": 1, "max": "3s", "jitter": 0}}),
-        ({"min_uptime": "10s"}, "restart", {"stable_after": "10s"}),
-        ({"max_restarts": 10}, "restart", {"crash_loop": {"count": 10, "window": "1m"}}),
+        ({"stop_exit_codes": [0, "3", 700]}, "restart", {"policy": "on-failure", "success_codes": [0, 3], **CRASHES}),
+        ({"restart_delay": 3000}, "restart",
+         {"backoff": {"initial": "3s", "factor": 1, "max": "3s", "jitter": 0}, "stable_after": "1s",
+          "crash_loop": {"count": 16, "window": "16s", "min_uptime": "1s"}}),
+        ({"min_uptime": "10s"}, "restart",
+         {"stable_after": "10s", "crash_loop": {"count": 16, "window": "14m", "min_uptime": "10s"}}),
+        ({"max_restarts": 10}, "restart",
+         {"stable_after": "1s", "crash_loop": {"count": 10, "window": "4m", "min_uptime": "1s"}}),
+        ({}, "restart", CRASHES),
         ({"kill_timeout": "5s"}, "stop", {"signal": "SIGINT", "timeout": "5s"}),
         ({"killTimeout": 5000, "treekill": False}, "stop", {"signal": "SIGINT", "timeout": "5s", "kill": "leader"}),
         ({"maxMemoryRestart": "300M"}, "limits", {"memory": "300MiB"}),
@@ -206,7 +212,26 @@ def test_json_as_javascript_reads_it_and_yaml(tmp_path: Path) -> None:
         ({"instances": 3, "exec_mode": "fork"}, "replicas", 3),
         ({"port": 8000}, "port", 8000),
         ({"env": {"A": True, "B": {"c": 1}, "D": None, "E": 1.0, "F": "$x"}}, "env",
-         {"A": "true", "B": '{"c": 1}', "D": "null", "E": "1", "F": "$x"}),
+         {"A": "true", "B": '{"c": 1}', "D": "null", "E": "1", "F": "$x", "NODE_APP_INSTANCE": "0"}),
+        ({"args": "--cfg {\"x\":1} --re \\d+ --path C:\\a\\b --say \"two words\" --a='b c' ''"}, "command",
+         ["node", "a.js", "--cfg", '{"x":1}', "--re", "\\d+", "--path", "C:\\a\\b", "--say", "two words", "--a='b c'"]),
+        ({"args": ["{name}:{port}", "{{name}}", "{x}"]}, "command",
+         ["node", "a.js", "{{name}}:{{port}}", "{{{{name}}}}", "{x}"]),
+        ({"env": {"F": "{host}"}, "interpreter": "none"}, "env", {"F": "{{host}}"}),
+        ({"autorestart": False, "cron_restart": "@daily"}, "schedule",
+         {"start": "0 0 * * *", "restart": "0 0 * * *", "timezone": "Europe/Berlin"}),
+        ({"interpreter": "/usr/bin/python3"}, "env", {"PYTHONUNBUFFERED": "1"}),
+        ({"interpreter": "./venv/bin/python", "env": {"A": "b"}}, "env", {"A": "b", "PYTHONUNBUFFERED": "1"}),
+        ({"script": "a.py"}, "env", {"PYTHONUNBUFFERED": "1"}),
+        ({"instance_var": "WORKER", "script": "a.py"}, "env", {"PYTHONUNBUFFERED": "1", "WORKER": "0"}),
+        ({"instances": 2, "exec_mode": "fork"}, "env", {"NODE_APP_INSTANCE": "{index}"}),
+        ({"instances": 2}, "env", {"NODE_APP_INSTANCE": "0"}),
+        ({"max_restarts": 1000000}, "restart",
+         {"stable_after": "1s", "crash_loop": {"count": 100000, "window": "30d", "min_uptime": "1s"}}),
+        ({"kill_timeout": 10**12, "instances": 5000, "exec_mode": "fork"}, "replicas", 256),
+        ({"kill_timeout": 10**12}, "stop", {"signal": "SIGINT", "timeout": "1d"}),
+        ({"watch": True, "watch_delay": 1}, "watch", {"paths": ["."], "ignore": ["node_modules", ".*"], "debounce": "10ms"}),
+        ({"port": 70000, "interpreter": "none"}, "env", {"PORT": "70000"}),
     ],
 )  # fmt: skip
 def test_fields(fields: dict[str, Any], key: str, value: object, tmp_path: Path) -> None:
@@ -228,7 +253,10 @@ def test_ports_that_two_apps_want_are_told() -> None:
         {"name": "a", "script": "a.js", "port": 3000, "instances": 2, "exec_mode": "fork_mode"},
         {"name": "b", "script": "b.js", "port": 3001},
     ]
-    assert said(import_document(apps))["b.port", "warning"] == "3001 is also the port of a: change one"
+    imported = import_document(apps)
+    assert said(imported)["b.port", "warning"].startswith("3001 is also the port of a: it stays the variable PORT")
+    b = imported.data["services"]["b"]
+    assert ("port" in b, b["env"]["PORT"]) == (False, "3001")
 
 
 def test_a_home_of_nobody_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +277,8 @@ def test_names_are_made_fit_and_unique() -> None:
 def report_of(**app: Any) -> tuple[dict[str, Any], str]:
     """Return the one service that an app becomes, and what was reported, less what every app has reported."""
     imported = import_document({"apps": [{"name": "a", "cwd": "/srv", "kill_timeout": 2000, **app}]})
-    said = (line for line in imported.report.lines() if "kill_timeout" not in line and ".cwd" not in line)
+    lines = map(str, imported.report.entries)
+    said = (line for line in lines if "kill_timeout" not in line and ".cwd" not in line)
     return next(iter(imported.data["services"].values())), "\n".join(said)
 
 
@@ -294,11 +323,14 @@ def test_what_is_not_carried_over_is_told(app: dict[str, Any], told: str) -> Non
     assert told in report_of(script="./a", **app)[1]
 
 
-def test_the_limit_of_a_start_is_that_of_pm2() -> None:
-    entry, said = report_of(script="a.js", wait_ready=True, listen_timeout=8000)
-    assert entry["probes"]["startup"]["deadline"] == "8s"
+def test_the_limit_of_a_start_is_that_of_pm2(tmp_path: Path) -> None:
+    (tmp_path / "a.js").write_text("server.listen(() => { if (process.send) process.send('ready'); });")
+    app = {"script": "a.js", "wait_ready": True, "cwd": str(tmp_path)}
+    entry, said = report_of(**app, listen_timeout=8000)
+    assert entry["probes"]["startup"] == {"message": "ready", "deadline": "8s"}
     assert "mapped       a.listen_timeout: probes.startup.deadline: 8s" in said
-    assert report_of(script="a.js", wait_ready=True)[0]["probes"]["startup"]["deadline"] == "30s"
+    assert "silence is a failure" in said
+    assert report_of(**app)[0]["probes"]["startup"]["deadline"] == "30s"
 
 
 def test_a_profile_that_no_app_has_is_told() -> None:
@@ -398,7 +430,7 @@ def test_jlist_and_dump_do_not_freeze_the_shell_and_its_secrets(tmp_path: Path) 
         assert list(config.services) == ["bot"]
         assert bot.command == ("node", "/srv/bot/dist/index.js", "--verbose")
         assert (bot.cwd, bot.replicas) == ("/srv/bot", 2)
-        assert bot.env == {"NODE_ENV": "production", "DISCORD_TOKEN": "t$"}
+        assert bot.env == {"NODE_ENV": "production", "DISCORD_TOKEN": "t$", "NODE_APP_INSTANCE": "{index}"}
         assert "5 variables" in said(imported)["bot.env", "approximated"]
 
 

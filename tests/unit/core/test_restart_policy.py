@@ -203,6 +203,85 @@ def test_crash_loop_fails_until_an_operator_acts() -> None:
     assert rig.of("a").record.deaths == 0
 
 
+JOB = RestartPolicy(mode=RestartMode.NEVER)
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, ProcessState.EXITED), (3, ProcessState.FAILED)])
+def test_start_due_of_an_ended_job_starts_it(code: int, state: ProcessState) -> None:
+    rig = Rig(fleet_spec([process("a", restart=JOB)]))
+    for run in range(1, 4):
+        rig.spawned("a")
+        rig.exits("a", code)
+        rig.empty("a")
+        assert rig.state("a") is state
+        rig.wait(60)
+        assert rig.state("a") is state
+        rig.send(e.StartDue("a", "schedule"))
+        assert rig.state("a") is ProcessState.STARTING
+        assert rig.of("a").generation == run + 1
+
+
+def test_start_due_of_a_running_job_leaves_it_alone() -> None:
+    rig = Rig(fleet_spec([process("a", restart=JOB)]))
+    rig.spawned("a")
+    rig.send(e.StartDue("a", "schedule"))
+    assert (rig.state("a"), rig.of("a").generation) == (ProcessState.READY, 1)
+    assert not rig.take(c.Stop)
+
+
+def test_start_due_while_the_set_is_swept_starts_after_it() -> None:
+    rig = Rig(fleet_spec([process("a", restart=JOB)]))
+    rig.spawned("a")
+    rig.exits("a", 0)
+    rig.send(e.StartDue("a", "schedule"))
+    assert rig.state("a") is ProcessState.STOPPING
+    rig.empty("a")
+    assert (rig.state("a"), rig.of("a").generation) == (ProcessState.STARTING, 2)
+
+
+def test_start_due_after_a_stop_by_hand_starts_nothing() -> None:
+    rig = Rig(fleet_spec([process("a", restart=JOB)]))
+    rig.spawned("a")
+    rig.send(e.StopRequested("a"))
+    rig.send(e.StartDue("a", "schedule"))
+    rig.exits("a", 0)
+    rig.empty("a")
+    rig.send(e.StartDue("a", "schedule"))
+    rig.send(e.StartDue("nobody", "schedule"))
+    assert rig.state("a") is ProcessState.STOPPED
+
+
+def test_restart_and_start_due_at_once_restart_once() -> None:
+    rig = Rig(fleet_spec([process("a", restart=JOB)]))
+    rig.spawned("a")
+    rig.send(e.RestartDue("a", "schedule", in_turn=True))
+    rig.send(e.StartDue("a", "schedule"))
+    rig.exits("a", None)
+    rig.empty("a")
+    assert (rig.state("a"), rig.of("a").generation) == (ProcessState.STARTING, 2)
+    rig.spawned("a")
+    assert rig.state("a") is ProcessState.READY
+
+
+@pytest.mark.parametrize(("ran_s", "state"), [(1.5, ProcessState.READY), (0.5, ProcessState.FAILED)])
+def test_crash_loop_counts_runs_below_min_uptime(ran_s: float, state: ProcessState) -> None:
+    loop = CrashLoop(count=4, window_s=600.0, min_uptime_s=1.0)
+    policy = RestartPolicy(backoff=Backoff(1.0, 1.0, 1.0, 0.0), stable_after_s=1.0, crash_loop=loop)
+    rig = Rig(fleet_spec([process("a", restart=policy)]))
+    for _ in range(30):
+        if rig.state("a") is ProcessState.FAILED:
+            break
+        rig.spawned("a")
+        rig.wait(ran_s)
+        rig.exits("a", 0)
+        rig.wait(5)  # a slow sweep is no part of the run
+        rig.empty("a")
+        rig.wait(1.1)
+    else:
+        rig.spawned("a")
+    assert rig.state("a") is state
+
+
 @pytest.mark.parametrize("order", [e.StopRequested("a"), e.RestartRequested("a"), e.RestartDue("a", "schedule")])
 def test_requested_stop_is_not_a_death(order: e.Event) -> None:
     rig = crashing()

@@ -11,19 +11,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fleetd.config.importers import nodejs
 from fleetd.config.importers.emit import Variable, to_yaml
-from fleetd.config.importers.pm2.fields import Pm2App
+from fleetd.config.importers.pm2.app import Pm2App
+from fleetd.config.importers.pm2.fields import convert
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported, Report
-from fleetd.config.secrets import is_secret
+from fleetd.config.schema.fleet import DEFAULT_ADMIN, DEFAULT_LISTEN
+from fleetd.config.secrets import holds_secret
 from fleetd.config.yaml.parser import Source, compose, read_source
 from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError, Problem
 
+_REFERRED = "is a secret: fleet.yaml refers to the variable, so set it where fleetd starts"
 Evaluate = Callable[[Path], tuple[Any, list[str]]]
 _SCRIPTS = (".js", ".cjs", ".mjs")
 _SHELL = re.compile(
@@ -49,23 +53,33 @@ _DUMP_DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def import_pm2(path: Path, *, profile: str | None = None, evaluate: Evaluate = nodejs.evaluate) -> Imported:
+def import_pm2(
+    path: Path, *, profile: str | None = None, secrets: bool = False, evaluate: Evaluate | None = None
+) -> Imported:
     """Return the fleet of a PM2 file: .js .cjs .mjs (by Node), .json, .yaml, dump.pm2 or jlist output. Raises ConfigError.
 
-    `profile` is the PROFILE of `pm2 start --env PROFILE`.
+    `profile` is the PROFILE of `pm2 start --env PROFILE`; with `secrets`, a JavaScript file sees the values of secrets.
     """
+    evaluate = evaluate or partial(nodejs.evaluate, secrets=secrets)
     report = Report()
     if path.suffix in _SCRIPTS:
         if not path.is_file():
             raise ConfigError([Problem(str(path), 0, 0, "", "there is no such file")])
         document, read = evaluate(path)
         for name in read:
-            report.warn("", f"process.env.{name}", "was read during the import: the result contains its current value")
+            _report_variable(name, report, secrets=secrets)
     else:
         source = read_source(path, str(path))
         document = _parse(path, source)
     folder = None if path.name.startswith("dump") else Path.cwd() / path.parent
     return import_document(document, shown=path.name, folder=folder, profile=profile, report=report)
+
+
+def _report_variable(name: str, report: Report, *, secrets: bool) -> None:
+    if not secrets and holds_secret(name, os.environ.get(name, "")) and os.environ.get(name):
+        report.warn("", f"process.env.{name}", _REFERRED)
+    else:
+        report.warn("", f"process.env.{name}", "was read during the import: the result contains its current value")
 
 
 def _parse(path: Path, source: Source) -> Any:
@@ -95,7 +109,7 @@ def import_document(
     for raw in apps:
         app = Pm2App(raw, folder, profile, timezone or local_timezone(), report)
         app.name = _free(app.name, taken, report)
-        entry = app.read()
+        entry = convert(app)
         chosen |= app.has_profile
         if "command" in entry or app.is_instance:
             sections["instances" if app.is_instance else "services"][app.name] = entry
@@ -103,10 +117,17 @@ def import_document(
     if not chosen:
         report.warn("", f"env_{profile}", "no app has it: every environment is that of env alone")
     _across(sections, report)
-    data = {"version": 1, **{section: entries for section, entries in sections.items() if entries}}
+    data = {
+        "version": 1,
+        **_gateway(sections, report),
+        **{section: entries for section, entries in sections.items() if entries},
+    }
     head = [f"From PM2's {shown}. The report of the import says what could not be carried over."]
     if sections["instances"]:
-        head.append("Clients that spoke to an Ollama port should speak to the gateway now: http://127.0.0.1:8484")
+        head += [
+            "Clients of an Ollama port may go on using it. Requests through the gateway, at /v1, are routed, and counted when memory",
+            "is needed.",
+        ]
     return Imported(to_yaml(data, {"": head}), data, report)
 
 
@@ -145,6 +166,8 @@ def _add_dumped(apps: list[dict[str, Any]], dumped: Any, outer: dict[str, Any], 
     )
     if twin is not None:
         twin["instances"] = twin.get("instances", 1) + 1
+        if dumped.get("status") != "stopped":
+            twin.pop("autostart", None)
         return
     app = {
         field: dumped[key]
@@ -152,6 +175,9 @@ def _add_dumped(apps: list[dict[str, Any]], dumped: Any, outer: dict[str, Any], 
         if dumped.get(key) is not None and dumped[key] != _DUMP_DEFAULTS.get(key, object())
     }
     app["name"] = name
+    if dumped.get("status") == "stopped":
+        app["autostart"] = False
+        report.approximated(str(name), "status", "is stopped in PM2: enabled: false")
     app["env"] = _own_env(str(name), dumped.get("env"), report)
     for key in ("out_file", "error_file"):
         if "/.pm2/logs/" in str(app.get(key, "")):
@@ -165,9 +191,9 @@ def _own_env(name: str, env: Any, report: Report) -> dict[str, str]:
     for key, value in env.items() if isinstance(env, dict) else ():
         if _SHELL.fullmatch(key) or isinstance(value, dict | list) or str(value) == os.environ.get(key) or key == name:
             dropped.append(key)
-        elif is_secret(key):
+        elif holds_secret(key, str(value)):
             kept[key] = Variable(f"${{{key}}}")
-            report.warn(name, f"env.{key}", f"is a secret: fleet.yaml says ${{{key}}}, so set it where fleetd starts")
+            report.warn(name, f"env.{key}", _REFERRED)
         else:
             kept[key] = str(value)
     if dropped:
@@ -189,13 +215,32 @@ def _free(name: str, taken: set[str], report: Report) -> str:
 
 
 def _across(sections: Mapping[str, Mapping[str, Any]], report: Report) -> None:
-    """Warn about apps that cannot run together: one port for two, or overlapping ranges of replicas."""
+    """Let an app whose port another one has keep PORT as a plain variable: PM2 starts both, and often one of them listens."""
     owners: dict[int, str] = {}
-    for entries in sections.values():
-        for name, entry in entries.items():
-            for port in range(entry.get("port", 0), entry.get("port", 0) + entry.get("replicas", 1)):
-                if port and owners.setdefault(port, name) != name:
-                    report.warn(name, "port", f"{port} is also the port of {owners[port]}: change one")
+    for section in ("instances", "services"):
+        for name, entry in sections[section].items():
+            first = entry.get("port")
+            ports = range(first, first + entry.get("replicas", 1)) if first else range(0)
+            taken = next((port for port in ports if port in owners), None)
+            if taken is None or section == "instances":
+                owners.update((port, name) for port in ports if port not in owners)
+                continue
+            del entry["port"]
+            entry["env"] = {"PORT": str(first), **entry.get("env", {})}
+            detail = f"{taken} is also the port of {owners[taken]}: it stays the variable PORT here; change one if both listen"
+            report.warn(name, "port", detail)
+
+
+def _gateway(sections: Mapping[str, Mapping[str, Any]], report: Report) -> dict[str, Any]:
+    """Return another port for the gateway if an app has its default one."""
+    entries = [entry for section in sections.values() for entry in section.values() if "port" in entry]
+    ports = {entry["port"] + number for entry in entries for number in range(entry.get("replicas", 1))}
+    if DEFAULT_LISTEN.port not in ports:
+        return {}
+    ports.add(DEFAULT_ADMIN.port)
+    free = next(port for port in range(DEFAULT_LISTEN.port, 65536) if port not in ports)
+    report.warn("gateway", "listen", f"an app has port {DEFAULT_LISTEN.port}, its default: {free} is written")
+    return {"gateway": {"listen": f"{DEFAULT_LISTEN.host}:{free}"}}
 
 
 def local_timezone() -> str | None:

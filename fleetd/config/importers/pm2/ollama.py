@@ -66,7 +66,10 @@ def _port(name: str, host: str | None, report: Report) -> int:
     port = int(bare[0]) if bare else int(found["port"]) if found and found["port"] else DEFAULT_PORT
     address = found["host"] if found and not bare else ""
     if address in ("0.0.0.0", "[::]", "::"):
-        detail = f"port: {port}; it listens on loopback now, and other machines go through the gateway"
+        detail = (
+            f"port: {port}, on loopback only: other machines reach it no longer. The gateway listens on loopback too; "
+            "with gateway.listen on another address and gateway.insecure: true it serves OpenAI requests to them"
+        )
         report.approximated(name, "env.OLLAMA_HOST", detail)
     else:
         report.mapped(name, "env.OLLAMA_HOST", f"port: {port}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from typing import Any
 
-from fleetd.config.importers.nodejs import REGEXP
+from fleetd.config.importers.emit import Variable
+from fleetd.config.importers.nodejs import REGEXP, named_secrets
+from fleetd.config.placeholders import escaped
 from fleetd.units import format_duration
 
 _TIMES = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_WORDS = re.compile(r"""[^\s"'=]+="[^"]*"|[^\s"'=]+='[^']*'|"[^"]*"|'[^']*'|\S+""")  # PM2's own expression
 _SIZES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
 
 
@@ -28,15 +30,29 @@ def unmarked(value: Any) -> Any:
 
 
 def words_of(value: Any) -> list[str]:
-    """Return the words of a list, or of a text as a shell splits it."""
+    """Return the words of a list, or of a text as PM2 splits it: backslashes and quotes inside a word are kept."""
     if value is None:
         return []
     if isinstance(value, list):
         return [env_text(word) for word in value]
-    try:
-        return shlex.split(str(value))
-    except ValueError:
-        return str(value).split()
+    words = (_unquoted(found[0]) for found in _WORDS.finditer(env_text(value)))
+    return [word for word in words if word.strip()]
+
+
+def _unquoted(word: str) -> str:
+    return word[1:-1] if word[0] in "\"'" and word[-1] == word[0] else word
+
+
+def literal(value: Any, *, braces: bool) -> Any:
+    """Return a value of fleet.yaml in which secrets are references, and (with `braces`) placeholders are plain text."""
+    if isinstance(value, dict):
+        return {key: literal(item, braces=braces) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item, braces=braces) for item in value]
+    if not isinstance(value, str) or isinstance(value, Variable):
+        return value
+    text = escaped(value) if braces else value
+    return Variable(named_secrets(text.replace("$", "$$"))) if named_secrets(text) != text else text
 
 
 def env_texts(values: Any) -> dict[str, str]:
