@@ -10,7 +10,6 @@ import pytest
 
 from fleetd.config.load import load
 from fleetd.errors import ConfigError, Problem
-from tests.support.cpu import slowdown
 
 TABLE = Path(__file__).with_name("bad_configs.txt")
 ENV = {"SECRET": "hunter2", "TOKEN": "sk 1234567890!"}
@@ -109,7 +108,7 @@ def test_five_thousand_models_with_a_mistake_each_are_told_in_time(tmp_path: Pat
     start = time.process_time()
     found = problems(tmp_path, text)
     assert len(found) == 15_000
-    assert time.process_time() - start < 4 * slowdown()
+    assert time.process_time() - start < 4
 
 
 def test_a_mutated_configuration_is_loaded_or_refused(tmp_path: Path) -> None:
