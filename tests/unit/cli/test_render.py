@@ -25,6 +25,8 @@ from fleetd.cli.render import Cell, Column, Screen
         (None, "-"),
         ("x", "-"),
         (True, "-"),
+        (10**400, "-"),
+        (float("inf"), "-"),
     ],
 )
 def test_size(count: object, text: str) -> None:
@@ -45,6 +47,10 @@ def test_size(count: object, text: str) -> None:
         (10_920, "3h02m"),
         (86_400 * 4 + 3600, "4d1h"),
         (-5.0, "0ms"),
+        (-1.7e308, "0ms"),
+        (10**400, "-"),
+        (float("inf"), "-"),
+        (float("nan"), "-"),
         (None, "-"),
     ],
 )
