@@ -26,6 +26,7 @@ from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import Surroundings
 from tests.support.daemon import fake, fleetd
 from tests.support.waiting import until
+from tests.support.warm_start import is_config_worker
 
 SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
 NOW = ReadInputs(Surroundings(), frozenset(), "box")
@@ -44,7 +45,7 @@ def readers(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with suppress(psutil.NoSuchProcess):  # or a zombie, which psutil reports as alive
-            if "fleetd.daemon.reload.worker" in " ".join(child.cmdline()):
+            if is_config_worker(child):
                 found.append(child)
     return found
 
@@ -203,7 +204,7 @@ def test_worker_output_without_frames_is_rejected(tmp_path: Path, monkeypatch: p
 
 def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
     with fleetd(tmp_path, SLEEPERS) as daemon:
-        daemon.start()
+        daemon.start(cold=True)
         daemon.until_state("s1", "READY")
         daemon.write(SLEEPERS.replace("s1:", "other:"))
         until(lambda: "other" in {row["name"] for row in daemon.status()["processes"]}, "the saved file is applied")

@@ -23,6 +23,19 @@ _CHUNK_BYTES = 1 << 20
 _END_S = 5.0
 
 
+def spawn(module: str, stdin: int, stdout: int) -> int:
+    """Start `module.main()` with these descriptors and return its pid. Raises OSError."""
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-P", "-c", program],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
+        setpgroup=0,
+        setsigmask=(),
+    )
+
+
 class WorkerGone(HostError):
     """It ended, or closed its pipe, before it had answered."""
 
@@ -35,18 +48,10 @@ class WorkerProcess:
 
     def __init__(self, module: str) -> None:
         """Start it; returns within a millisecond or two. Raises HostError."""
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
         theirs_in, self._writer = os.pipe()
         self._reader, theirs_out = os.pipe()
         try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-P", "-c", program],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs_in, 0), (os.POSIX_SPAWN_DUP2, theirs_out, 1)],
-                setpgroup=0,
-                setsigmask=(),
-            )
+            self.pid = spawn(module, theirs_in, theirs_out)
         except OSError as error:
             os.close(self._writer)
             os.close(self._reader)
