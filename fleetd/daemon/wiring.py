@@ -90,7 +90,7 @@ class Daemon:
         measured = Measured(self.processes, self.sampler, self.loads, self.builds, store)
         self.view = StatusView(context, measured, state, readiness)
         self.port = DaemonFleetPort(context, self.loop, request_ids, readiness)
-        self.gateway = Gateway(self.port, gateway_options(config.assembly.gateway))
+        self.gateway = Gateway(self.port, gateway_options(config.resolved.gateway))
         self.probes = ProbeRunner(
             context, host, self.processes, Traffic(self.gateway.last_answer_s, self.port.full_since)
         )

@@ -43,9 +43,9 @@ from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigne
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
 from fleetd.resolver.environment import substitute
 from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
-from fleetd.resolver.model_specs import ModelAssembler
+from fleetd.resolver.model_specs import ModelResolver
 from fleetd.resolver.port_assignment import NoPortLeftError, assign
-from fleetd.resolver.resolved import Assembly, FleetPaths, GatewaySettings, Surroundings
+from fleetd.resolver.resolved import FleetPaths, GatewaySettings, ResolvedFleet, Surroundings
 from fleetd.resolver.served_models import held_models, own_held
 from fleetd.units import expand_home
 
@@ -56,11 +56,11 @@ _BESIDE_OPTIONS = (("env",), ("args",), ("command",))
 _NAMED = 10  # of thousands of models, in one message
 
 
-def assemble(
+def resolve_fleet(
     loaded: LoadedConfig, around: Surroundings, port_usable: PortUsable = lambda *_: True, hostname: str = "fleet"
-) -> Assembly:
+) -> ResolvedFleet:
     """Return the resolved configuration with all its `problems`. Never raises for an invalid file."""
-    return Assembler(loaded, around, port_usable).assembly(hostname)
+    return FleetResolver(loaded, around, port_usable).resolve(hostname)
 
 
 def paths_of(loaded: LoadedConfig) -> FleetPaths:
@@ -82,14 +82,14 @@ def gateway_of(config: FleetConfig) -> GatewaySettings:
     )
 
 
-def checked(assembly: Assembly) -> Assembly:
-    """Return the assembly. Raises ConfigError with all of its problems."""
-    if assembly.problems:
-        raise ConfigError(assembly.problems, files=assembly.files)
-    return assembly
+def checked(resolved: ResolvedFleet) -> ResolvedFleet:
+    """Return `resolved`. Raises ConfigError with all of its problems."""
+    if resolved.problems:
+        raise ConfigError(resolved.problems, files=resolved.files)
+    return resolved
 
 
-class Assembler:
+class FleetResolver:
     """One pass over one configuration."""
 
     def __init__(self, loaded: LoadedConfig, around: Surroundings, port_usable: PortUsable) -> None:
@@ -107,12 +107,12 @@ class Assembler:
 
     def problem(self, path: Path_, message: str) -> None:
         if path[:2] not in self.loaded.stand_ins:
-            self.problems.append(self.loaded.marks.problem(path, message))
+            self.problems.append(self.loaded.source_map.problem(path, message))
 
     def warn(self, path: Path_, message: str) -> None:
-        self.warnings.append(self.loaded.marks.problem(path, message))
+        self.warnings.append(self.loaded.source_map.problem(path, message))
 
-    def assembly(self, hostname: str) -> Assembly:
+    def resolve(self, hostname: str) -> ResolvedFleet:
         ports = self._ports()
         self._check_socket()
         held_by: dict[str, list[str]] = {}
@@ -121,14 +121,14 @@ class Assembler:
                 held_by.setdefault(process, []).append(model)
         for entry in self.entries:
             self._process(replace(entry, port=entry.port or ports.get(entry.name)), held_by.get(entry.name, []))
-        models = ModelAssembler(
+        models = ModelResolver(
             self.loaded, self.around, self.plans, self.specs, self.devices, self.holders, self.problem, self.warn
         )
         queue = self.config.gateway.queue
         spec = FleetSpec(self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.max_wait))
         sources = {("process", name): plan.source for name, plan in self.plans.items()}
         sources |= {("model", name): self._source(("models", name)) for name in self.config.models}
-        return Assembly(
+        return ResolvedFleet(
             config_hash=self.loaded.config_hash,
             files=self.loaded.files,
             patterns=self.loaded.patterns,
@@ -147,17 +147,17 @@ class Assembler:
     def _sorted(self, problems: list[Problem]) -> tuple[Problem, ...]:
         """Sort by place and drop duplicates: replicas share their mistakes."""
         once = dict.fromkeys(problems)
-        order = self.loaded.marks.order_of
+        order = self.loaded.source_map.order_of
         return tuple(sorted(once, key=lambda one: (order(one.file), one.line, one.column, one.path)))
 
     def _source(self, path: Path_) -> tuple[str, int]:
-        place = self.loaded.marks.problem(path, "", at_key=True)
+        place = self.loaded.source_map.problem(path, "", at_key=True)
         return place.file, place.line
 
     def _check_socket(self) -> None:
         found = control_socket.length_problem(paths_of(self.loaded).run / control_socket.NAME)
         if found is not None:
-            self.problem(("paths", "run"), f"{found}: choose a shorter folder")
+            self.problem(("paths", "run"), f"{found} (choose a shorter folder)")
 
     def _ports(self) -> dict[str, int]:
         gateway = {self.config.gateway.listen.port, self.config.admin.listen.port}
@@ -197,7 +197,7 @@ class Assembler:
         probes = policies.probes(entry.keys, own_probes)
         port_probe = policies.needs_port(probes)
         if port_probe is not None and entry.port is None and entry.external is None:
-            self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port: state one")
+            self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port (set port)")
         own_model = self._own_model(entry, engine, models)
         if len(self.problems) > before or not whole:
             return
@@ -218,7 +218,7 @@ class Assembler:
     def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Options | None, bool]:
         """Return the valid options, None if a required one is missing; and whether all are valid."""
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
-        options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
+        options, mistakes = read_options(engine, raw, entry.path, self.loaded.source_map)
         if entry.path not in self.loaded.stand_ins:
             self.problems += mistakes
         return options, not mistakes
@@ -231,7 +231,7 @@ class Assembler:
             return default_device(keys.engine, self.devices)
         if keys.device not in self.devices:
             known = ", ".join(self.devices)
-            self.warn((*entry.path, "device"), f"this machine has no {keys.device}, only {known}")
+            self.warn((*entry.path, "device"), f"this machine has no device {keys.device!r}, only {known}")
         return keys.device
 
     def _context(
@@ -305,9 +305,9 @@ class Assembler:
             return None
         where = (*entry.path, "runtime")
         if not context.command:
-            self.problem(where, f"say which program of the image it is: command, for the engine {engine.name}")
-        for key, said in (("umask", keys.umask), ("limits", keys.limits.nice)):
-            if said is not None:
+            self.problem(where, f"the engine {engine.name!r} does not know the program of the image (set command)")
+        for key, value in (("umask", keys.umask), ("limits", keys.limits.nice)):
+            if value is not None:
                 self.warn((*entry.path, key), "umask and nice have no effect inside a container")
         runtime = runtime_of(
             keys.runtime.docker, context.device or "", context.device_uuid, keys.limits.cpu or (), keys.limits.nofile
@@ -316,7 +316,7 @@ class Assembler:
             try:
                 runtime = replace(runtime, user=user_ids(keys.user))
             except KeyError:
-                self.problem((*entry.path, "user"), f"this machine has no user {keys.user}")
+                self.problem((*entry.path, "user"), f"this machine has no user {keys.user!r}")
         state = hashlib.sha256(str(paths_of(self.loaded).state).encode()).hexdigest()[:6]
         fleet = f"{self.config.name or 'fleet'}-{state}"
         return ContainerRecipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
@@ -350,12 +350,12 @@ class Assembler:
             missing_program=missing,
             own_env=own_env.values,
             env_source=own_env.source,
-            unread=tuple(own_env.absent),
+            unread=tuple(own_env.missing),
             execution=self._execution(entry),
             stop=policies.stop_policy(keys.stop),
             probes=probes,
-            requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.absent])),
-            required_by={**self._named(entry, launch), **own_env.absent},
+            requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.missing])),
+            required_by={**self._named(entry, launch), **own_env.missing},
             device=device,
             held={held.name: held for held in context.models},
             own_model=own_held(entry, context),
@@ -375,7 +375,7 @@ class Assembler:
             where = (*entry.path, "options", *_parts(option))
             keys[path] = path_text(where)
             if not os.path.lexists(path):
-                self.warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
+                self.warn(where, f"{path} is missing: {entry.name} stays BLOCKED until it exists")
         return keys
 
     def _execution(self, entry: ConfigEntry) -> Execution:
@@ -467,4 +467,4 @@ def _endpoint(entry: ConfigEntry, key: str | None) -> Endpoint | None:
     return Endpoint(f"http://{connect_host(HOST)}:{entry.port}", key) if entry.port is not None else None
 
 
-__all__ = ["Assembler", "assemble", "checked"]
+__all__ = ["FleetResolver", "checked", "resolve_fleet"]

@@ -37,7 +37,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
     for name, keys in stated.items():
         if name in specs:
             continue
-        warn(("devices", name), f"this machine has no {name}")
+        warn(("devices", name), f"this machine has no device {name!r}")
         size = keys.budget.size_bytes if keys.budget is not None else None
         if size is not None:
             specs[name] = DeviceSpec(name, name.rstrip("0123456789"), size, size)

@@ -19,11 +19,11 @@ from fleetd.resolver.environment import EnvSource, Variables, read_env_file
 
 @dataclass(frozen=True, slots=True)
 class OwnEnvironment:
-    """The variables that an entry sets. `source` is None without files; `absent` are the files that do not exist yet."""
+    """The variables that an entry sets. `source`: None without files; `missing`: files."""
 
     values: dict[str, str]
     source: EnvSource | None = None
-    absent: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 class EnvFiles:
@@ -43,7 +43,7 @@ class EnvFiles:
     def environment(self, entry: ConfigEntry, places: Mapping[str, object]) -> OwnEnvironment:
         """Return what an entry sets for its process."""
         files: dict[str, str] = {}
-        absent: dict[str, str] = {}
+        missing: dict[str, str] = {}
         contents: list[Variables] = []
         for index, text in enumerate(entry.keys.env_file):
             path = self._loaded.resolve((*entry.path, "env_file"), text)
@@ -51,12 +51,12 @@ class EnvFiles:
             files[str(path)] = path_text((*entry.path, "env_file"))
             content = self._content(path, where)
             if content is None:
-                absent[str(path)] = files[str(path)]
-                self._warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
+                missing[str(path)] = files[str(path)]
+                self._warn(where, f"{path} is missing: {entry.name} stays BLOCKED until it exists")
             else:
                 contents.append(content)
         source = EnvSource(files, entry.keys.env, places, entry.keys.replicas > 1 or entry.port is not None)
-        return OwnEnvironment(source.made(contents), source if files else None, absent)
+        return OwnEnvironment(source.made(contents), source if files else None, missing)
 
     def _content(self, path: Path, where: Path_) -> Variables | None:
         if path not in self._read:

@@ -36,7 +36,7 @@ Say = Callable[[Path_, str], None]
 
 
 @dataclass(slots=True)
-class ModelAssembler:
+class ModelResolver:
     """One pass over the models, once the processes are known."""
 
     loaded: LoadedConfig
@@ -142,13 +142,13 @@ class ModelAssembler:
             estimated = plan.engine.estimate(plan.context, held)
         except FleetError as error:
             key = getattr(error, "key", None)
-            where, said = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
-            self.warn(where, f"{said}{error}")
+            where, prefix = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
+            self.warn(where, f"{prefix}{error}")
             return Footprint()
         if estimated is None:
             self.warn(
                 path,
-                "nothing says how much memory it takes, so it counts as nothing until it was measured; declare memory",
+                "its memory is unknown: it counts as 0 until it is measured (set memory)",
             )
             return Footprint()
         return estimated
@@ -157,7 +157,7 @@ class ModelAssembler:
         for device, size in footprint.bytes.items():
             spec = self.devices.get(device)
             if spec is None:
-                self.warn(path, f"this machine has no {device}")
+                self.warn(path, f"this machine has no device {device!r}")
             elif size > spec.budget_bytes:
-                said = f"can never fit: needs {show_size(size)} on {device}, whose budget is {show_size(spec.budget_bytes)}"
-                self.warn(path, f"{said} ({footprint.source})")
+                budget = f"{device}, whose budget is {show_size(spec.budget_bytes)}"
+                self.warn(path, f"can never fit: needs {show_size(size)} on {budget} ({footprint.source})")

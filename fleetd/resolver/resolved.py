@@ -1,7 +1,7 @@
 """The result of resolving fleet.yaml: the core's FleetSpec, the launch plans, problems and warnings.
 
 Invariants:
-- An Assembly is a value; an applied change replaces it as a whole.
+- An ResolvedFleet is a value; an applied change replaces it as a whole.
 - A problem rejects the file; a warning is reported and stops nothing.
 """
 
@@ -41,7 +41,7 @@ class Surroundings:
     """The machine and the results of earlier runs, as values; nothing is looked up later.
 
     `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is in
-    `Assembler`, since only a running daemon may ask.
+    `FleetResolver`, since only a running daemon may ask.
     """
 
     devices: tuple[MachineDevice, ...] = ()
@@ -71,7 +71,7 @@ class GatewaySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
+class ResolvedFleet:
     """The result of one configuration on one machine. `files` are all that were read, `patterns` the (folder,
     pattern) that brought some of them; `watch`: read them again when they are saved, come or go."""
 

@@ -205,7 +205,7 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
         until_said(daemon, "benv", "B is 1")
         until(lambda: running(daemon) == {"a", "benv", "p"}, "all of it runs")
         daemon.write(fleet(services, include=["parts/part.yaml", "parts/missing.yaml", "parts/other.yaml"]))
-        until(lambda: "there is no file parts/missing.yaml" in error(), "a missing file is reported")
+        until(lambda: "there is no file 'parts/missing.yaml'" in error(), "a missing file is reported")
         (tmp_path / "parts" / "other.yaml").write_text(INCLUDED % "p")
         (tmp_path / "parts" / "missing.yaml").write_text(INCLUDED % "q")
         until(lambda: "other.yaml" in error(), "then the second of two of one name")

@@ -71,14 +71,14 @@ def test_worker_result_equals_an_in_process_build(tmp_path: Path) -> None:
     path = written(tmp_path, text + "instances: {p: {engine: process, command: [x], options: {concurrency: 3}}}\n")
     there = asyncio.run(read_once(path))
     here = read(load(path, os.environ), NOW)
-    assert there.assembly.spec == here.assembly.spec
-    assert there.assembly.files == here.assembly.files
+    assert there.resolved.spec == here.resolved.spec
+    assert there.resolved.files == here.resolved.files
     assert there.shown == here.shown
-    for name, plan in here.assembly.plans.items():
-        other = there.assembly.plans[name]
+    for name, plan in here.resolved.plans.items():
+        other = there.resolved.plans[name]
         assert (other.launch, other.launch_hash(), other.engine) == (plan.launch, plan.launch_hash(), plan.engine)
-    assert there.assembly.plans["m"].context.options == here.assembly.plans["m"].context.options
-    options = there.assembly.plans["p"].context.options
+    assert there.resolved.plans["m"].context.options == here.resolved.plans["m"].context.options
+    options = there.resolved.plans["p"].context.options
     assert type(options).__name__ == "SimpleNamespace", "its engine needs only the values"
     assert (options.concurrency, options.health) == (3, None)  # type: ignore[attr-defined]
 
@@ -127,7 +127,7 @@ def test_killed_idle_worker_is_replaced(tmp_path: Path, own_readers: OwnReaders)
         await several.read(path, NOW)
         (child,) = own_readers()
         child.kill()
-        assert len((await several.read(path, NOW)).assembly.plans) == 3
+        assert len((await several.read(path, NOW)).resolved.plans) == 3
         await several.close()
 
     asyncio.run(body())
@@ -142,7 +142,7 @@ def test_two_reads_at_once_do_not_wait_for_each_other(tmp_path: Path, own_reader
         await several.close()
         return list(found)
 
-    assert [len(one.assembly.plans) for one in asyncio.run(body())] == [3, 3]
+    assert [len(one.resolved.plans) for one in asyncio.run(body())] == [3, 3]
     assert not own_readers()
 
 

@@ -118,7 +118,7 @@ class FleetConfig(Block):
     def _one_pool(cls, devices: dict[str, DeviceKeys]) -> dict[str, DeviceKeys]:
         if "unified" in devices and len(devices) > 1:
             others = ", ".join(sorted(name for name in devices if name != "unified"))
-            raise ValueError(f"unified is the only pool of a machine that has it: {others} cannot be used with it")
+            raise ValueError(f"{others} cannot be used with unified: it is the only pool of a machine that has it")
         return devices
 
     def processes(self) -> dict[str, Service | Instance | EngineModel]:

@@ -62,7 +62,7 @@ def _finish(definition: dict[str, Any], model: type[BaseModel]) -> None:
     properties = definition.get("properties", {})
     for name, field in model.model_fields.items():
         key = field.alias or name
-        value = {part: said for part, said in properties[key].items() if part not in ("title", "default")}
+        value = {part: content for part, content in properties[key].items() if part not in ("title", "default")}
         if not field.is_required() and not _takes_null(value):
             value = {"anyOf": [*(value["anyOf"] if set(value) == {"anyOf"} else [value]), {"type": "null"}]}
         properties[key] = {"description": texts[key], **value, **_default(field)}

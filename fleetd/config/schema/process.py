@@ -66,7 +66,7 @@ class RestartKeys(Block):
     @classmethod
     def _policy_alone(cls, data: Any) -> Any:
         if isinstance(data, str):
-            raise ValueError(f"must be a mapping of keys: write restart: {{policy: {data[:40]}}}")
+            raise ValueError(f"must be a mapping of keys (write restart: {{policy: {data[:40]}}})")
         return data
 
 
@@ -104,20 +104,20 @@ class ProbeKeys(Block):
     @property
     def ways(self) -> tuple[str, ...]:
         """Return the ways that are set: exactly one in a loaded configuration."""
-        said = (
+        ways = (
             ("http", self.http),
             ("tcp", self.tcp),
             ("exec", self.exec),
             ("log_line", self.log_line),
             ("message", self.message),
         )
-        return (*(name for name, value in said if value), *(("completion",) if self.completion else ()))
+        return (*(name for name, value in ways if value), *(("completion",) if self.completion else ()))
 
     @model_validator(mode="after")
     def _exactly_one_way(self) -> ProbeKeys:
         ways = self.ways
         if not ways:
-            raise ValueError("must say how: one of http, tcp, exec, log_line, completion or message")
+            raise ValueError("has no kind: set one of http, tcp, exec, log_line, completion or message")
         if len(ways) > 1:
             raise ValueError(f"has {' and '.join(ways)}: a probe has exactly one of them")
         return self
@@ -134,7 +134,7 @@ class ProbesKeys(Block):
         if probe is not None and probe.deadline is not None:
             raise ValueError("deadline belongs to the startup probe only")
         if probe is not None and probe.message is not None:
-            raise ValueError("message belongs to the startup probe only: a program says once that it is ready")
+            raise ValueError("message belongs to the startup probe only: a program sends it once, when it is ready")
         return probe
 
 
@@ -192,7 +192,7 @@ class Cron(FieldType):
         except CronSimError as error:
             raise ValueError(f"{shown(value)} is not a cron schedule: {str(error).lower()}") from None
         except StopIteration:
-            raise ValueError(f"{shown(value)} never comes") from None
+            raise ValueError(f"{shown(value)} never occurs") from None
         return value
 
     def json_schema(self) -> dict[str, Any]:
@@ -333,10 +333,10 @@ class EngineKeys(PlacedKeys):
                 "schedule",
                 "max_age",
             )
-            said = [key for key in ours if key in self.model_fields_set]
-            if said:
+            unusable = [key for key in ours if key in self.model_fields_set]
+            if unusable:
                 raise ValueError(
-                    f"fleetd does not start an external server: {', '.join(said)} cannot be used with external"
+                    f"{', '.join(unusable)} cannot be used with external: fleetd does not start an external server"
                 )
         return self
 

@@ -33,8 +33,12 @@ class ProcessEntry:
 
     def may_have(self, name: str) -> bool:
         """Return whether a name may be one of its replicas, when its number of replicas is invalid and so unknown."""
-        said = self.data.get("replicas")
-        return said is not None and read(_REPLICAS, said) is None and name in process_names(self.key, _MOST_REPLICAS)
+        replicas = self.data.get("replicas")
+        return (
+            replicas is not None
+            and read(_REPLICAS, replicas) is None
+            and name in process_names(self.key, _MOST_REPLICAS)
+        )
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ class IncludeReader:
             return sorted(glob.glob(text, root_dir=folder))  # noqa: PTH207 - Path.glob refuses absolute patterns
         if not (folder / text).exists():
             self.files.append(folder / text)
-            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value}", "include"))
+            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value!r}", "include"))
             return []
         return [text]
 

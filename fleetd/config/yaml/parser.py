@@ -154,7 +154,7 @@ def _read_bounded(path: Path) -> bytes:
 
 def _decode(raw: bytes, source: Source) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError([source.problem(1, 1, "is UTF-16: save the file as UTF-8")])
+        raise ConfigError([source.problem(1, 1, "is UTF-16 (save the file as UTF-8)")])
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.decode("utf-8")
@@ -179,7 +179,7 @@ def _check_characters(source: Source) -> None:
     directive = _DIRECTIVE.search(source.text)
     if directive is not None:
         line, column = _place(source.text, directive.start())
-        raise ConfigError([source.problem(line, column, "YAML directives are not supported: remove this line")])
+        raise ConfigError([source.problem(line, column, "YAML directives are not supported (remove this line)")])
 
 
 def compose(source: Source, report: Callable[[list[Problem]], None] | None = None) -> Node:
@@ -224,7 +224,7 @@ def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
     if "\t" in before and ("cannot start any token" in what or _TAB_INDENT.match(before)):
         message = "a tab cannot be used for indentation in YAML: use spaces"
     elif before.endswith(("${", "$")):
-        message = 'a variable inside [ ] or { } must stand in quotes: "${NAME}"'
+        message = 'a variable inside [ ] or { } must be in quotes: "${NAME}"'
     elif "mapping values are not allowed" in what:
         message = "a ': ' is not allowed here: quote the value, or look at the indentation"
     elif "could not find expected ':'" in what:
@@ -286,17 +286,17 @@ class _Composer:
     def _new(self, event: Any, value: Any, plain: bool) -> Node:
         mark = event.start_mark
         if event.tag is not None:
-            self._note(mark.line + 1, mark.column + 1, f"tags such as {event.tag[:40]} are not supported: remove it")
+            self._note(mark.line + 1, mark.column + 1, f"tags such as {event.tag[:40]} are not supported (remove it)")
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            self._fail(mark, f"the file has more than {MAX_NODES} values: split the fleet")
+            self._fail(mark, f"the file has more than {MAX_NODES} values (split the fleet)")
         return Node(value, self.source, mark.line + 1, mark.column + 1, plain)
 
     def _scalar(self, event: Any) -> None:
         top = self._stack[-1] if self._stack else None
         if top is not None and top.key is None and type(top.node.value) is dict:
             if event.tag is not None:
-                self._fail(event.start_mark, f"tags such as {event.tag[:40]} are not supported: remove it")
+                self._fail(event.start_mark, f"tags such as {event.tag[:40]} are not supported (remove it)")
             top.key, top.key_mark, top.key_plain = event.value, event.start_mark, not event.style
             if event.anchor is not None:
                 self._anchors[event.anchor] = self._new(event, event.value, top.key_plain)
@@ -381,12 +381,12 @@ class _Composer:
     def _add_merge(self, top: _Open, node: Node) -> None:
         parts = node.value if type(node.value) is list else [node]
         if top.merges:
-            self._note(node.key_line, node.key_column, "'<<' is given twice: use one list, <<: [*a, *b]")
+            self._note(node.key_line, node.key_column, "'<<' is given twice (use one list, <<: [*a, *b])")
         for part in parts:
             if type(part.value) is dict:
                 top.merges.append(part)
             else:
-                self._note(part.line, part.column, "'<<' merges mappings only: write <<: *name or <<: [*a, *b]")
+                self._note(part.line, part.column, "'<<' merges mappings only (write <<: *name or <<: [*a, *b])")
 
     def _merge(self, done: _Open) -> None:
         for part in done.merges:

@@ -31,7 +31,7 @@ def _key(part: str) -> str:
     return part or '""'
 
 
-class Marks:
+class SourceMap:
     """Places of the merged tree."""
 
     def __init__(self, root: Node) -> None:

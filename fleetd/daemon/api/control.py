@@ -136,7 +136,7 @@ class DaemonControlPort:
         model = self._queries.find_model(name)
         if model is None:
             raise unknown(name)
-        file, line = self._config.assembly.sources.get(("model", model.name), ("", 0))
+        file, line = self._config.resolved.sources.get(("model", model.name), ("", 0))
         holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
         return {
             "model": self._view.model(model, time.monotonic(), self._queries.queued()),
@@ -187,7 +187,7 @@ class DaemonControlPort:
     def config(self) -> Mapping[str, Any]:
         return {
             "file": str(self._config.path),
-            "config_hash": self._config.assembly.config_hash,
+            "config_hash": self._config.resolved.config_hash,
             "config": self._config.shown(),
         }
 

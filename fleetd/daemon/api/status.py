@@ -114,7 +114,7 @@ class StatusView:
         ready, _ = self._readiness.report()
         queued = self._queries.queued()
         return {
-            "name": self._config.assembly.name,
+            "name": self._config.resolved.name,
             "ready": ready,
             "daemon": self._daemon(now),
             "devices": self.devices(),
@@ -124,11 +124,11 @@ class StatusView:
         }
 
     def _in_order(self) -> list[Process]:
-        order = {name: index for index, name in enumerate(self._config.assembly.spec.processes)}
+        order = {name: index for index, name in enumerate(self._config.resolved.spec.processes)}
         return sorted(self._queries.processes(), key=lambda process: order.get(process.name, len(order)))
 
     def _models_in_order(self) -> list[Model]:
-        order = {name: index for index, name in enumerate(self._config.assembly.spec.models)}
+        order = {name: index for index, name in enumerate(self._config.resolved.spec.models)}
         return sorted(self._queries.models(), key=lambda model: order.get(model.name, len(order)))
 
     def _daemon(self, now: float) -> DaemonStatus:
@@ -137,7 +137,7 @@ class StatusView:
             "version": __version__,
             "uptime_s": round(now - self._state.started, 3),
             "config": str(self._config.path),
-            "config_hash": self._config.assembly.config_hash,
+            "config_hash": self._config.resolved.config_hash,
             "rss_bytes": own_rss_bytes(),
             "config_error": self._config.error,
             "restart_needed": list(self._config.restart_needed),
@@ -170,7 +170,7 @@ class StatusView:
                 "utilization": sample.utilization if sample is not None else None,
                 "temperature_c": sample.temperature_c if sample is not None else None,
             }
-            for name, spec in self._config.assembly.spec.devices.items()
+            for name, spec in self._config.resolved.spec.devices.items()
         ]
 
     def process(self, process: Process, now: float) -> ProcessStatus:
@@ -216,7 +216,7 @@ class StatusView:
 
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
-        plans = self._config.assembly.plans
+        plans = self._config.resolved.plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
         status: ModelStatus = {
             "name": model.name,

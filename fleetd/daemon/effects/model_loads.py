@@ -127,7 +127,7 @@ class ModelLoads:
 
     def _told(self, process: str, error: FleetError) -> str:
         plan = self._config.plans.get(process)
-        return plan.told(error) if plan is not None else error.sentence
+        return plan.error_text(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
         """Query the models of a many-model server and report them to the fleet."""

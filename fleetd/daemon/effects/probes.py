@@ -73,7 +73,7 @@ class ProbeRunner:
             if answer.ok and command.probe is ProbeKind.STARTUP:
                 self._end(key)
             refused = not answer.ok and _REFUSED.match(answer.detail)
-            detail = plan.about(answer.detail, _KEY) if refused else answer.detail
+            detail = plan.with_key(answer.detail, _KEY) if refused else answer.detail
             result = ProbeResult(command.name, command.generation, command.probe, answer.ok, detail, answer.final)
             self._context.dispatch(result)
 
@@ -143,13 +143,13 @@ class ProbeRunner:
                 async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
                     session = self._context.http.session
                     outcome = await plan.engine.alive(session, plan.endpoint, plan.own_model, timeout_s)
-                answer = Answer(outcome.ok, plan.about(outcome.detail, outcome.key), outcome.final)
+                answer = Answer(outcome.ok, plan.with_key(outcome.detail, outcome.key), outcome.final)
                 if outcome.asleep and not self._context.queries.may_be_asleep(name):
                     return Answer(False, "it sleeps, and fleetd did not put it to sleep")
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
-                answer = Answer(False, plan.told(error))
+                answer = Answer(False, plan.error_text(error))
             return answer if answer.ok else self._excuse(name, began, answer)
 
         return ask

@@ -53,7 +53,7 @@ class ConfigApplier:
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         reading = await self._reader.read(Path(path) if path else None, text)
-        return plan_of(self._config.assembly, reading.assembly, reading.edits, path or str(self._config.path))
+        return plan_of(self._config.resolved, reading.resolved, reading.edits, path or str(self._config.path))
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
         async with self._locked():
@@ -83,11 +83,11 @@ class ConfigApplier:
         """Change the fleet; return the plan, the processes that it affects, and their generations before."""
         config = self._config
         while True:
-            old = config.assembly
+            old = config.resolved
             reading = await self._reader.read(Path(path) if path else None)
-            if config.assembly is old:  # deferred env files may have amended it meanwhile
+            if config.resolved is old:  # deferred env files may have amended it meanwhile
                 break
-        new = reading.assembly
+        new = reading.resolved
         plan = plan_of(old, new, reading.edits, path or str(config.path))
         if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(
@@ -114,8 +114,8 @@ class ConfigApplier:
         self._config.restart_needed = keys
 
     async def _change(self, reading: Reading, path: Path | None) -> None:
-        config, new, reporter = self._config, reading.assembly, self._context.reporter
-        before = set(config.assembly.spec.processes) | set(config.assembly.spec.models)
+        config, new, reporter = self._config, reading.resolved, self._context.reporter
+        before = set(config.resolved.spec.processes) | set(config.resolved.spec.models)
         missing = await self._prerequisites.check(new.plans)
         await config.accept(reading, path)
         self._prerequisites.accept(missing)
@@ -177,7 +177,7 @@ class ConfigApplier:
     async def check_restart(self) -> None:
         """Raise ConfigError or ApiError when a re-executed daemon could not start on the file as it is now."""
         reading = await self._reader.read()
-        if reading.assembly.paths != self._config.assembly.paths:
+        if reading.resolved.paths != self._config.resolved.paths:
             message = (
                 "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
             )

@@ -60,7 +60,7 @@ class DeferredEnvironment:
             env, problems = await asyncio.to_thread(_read, plan, plan.env_source)
             if not problems and (env != plan.own_env or plan.unread):
                 config.amend(with_environment(plan, env))
-                spec = config.assembly.spec
+                spec = config.resolved.spec
                 self._dispatch(SpecChanged(spec, missing=reported.processes, missing_models=reported.models))
             return problems
         finally:

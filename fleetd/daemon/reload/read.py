@@ -50,7 +50,7 @@ class ConfigReader:
 
     def _inputs(self) -> ReadInputs:
         devices = machine_devices(list(self._sampler.devices.values()))
-        around = Surroundings(tuple(devices), dict(os.environ), dict(self._config.assembly.ports), self._learned)
+        around = Surroundings(tuple(devices), dict(os.environ), dict(self._config.resolved.ports), self._learned)
         return ReadInputs(around, frozenset(self._processes.runs), socket.gethostname(), self._config.baseline)
 
     async def _read_text(self, text: str) -> Reading:

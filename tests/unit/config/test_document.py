@@ -98,7 +98,7 @@ def test_what_is_given_twice_is_told_and_both_stand_together_for_the_rest_of_the
     root = compose(Source("f", Path("f"), text=text), told.extend)
     assert [str(one).split("\n")[0] for one in told] == [
         "f:1:21: the key 'a' is defined twice: first at f:1:10",
-        "f:2:13: tags such as !t are not supported: remove it",
+        "f:2:13: tags such as !t are not supported (remove it)",
         "f:2:23: the key 'x' is defined twice: first at f:2:17",
         "f:2:1: the key 'models' is defined twice: first at f:1:1",
     ]
@@ -128,15 +128,15 @@ BAD_YAML = {
     ),
     "quoted duplicate": ("1: a\n'1': b\n", ["2:1: the key '1' is defined twice: first at fleet.yaml:1:1"]),
     "tag": ("a: !!python/object:os.system x\n", [
-        "1:4: tags such as tag:yaml.org,2002:python/object:os.syste are not supported: remove it"]),
-    "tag on a key": ("!x a: 1\n", ["1:1: tags such as !x are not supported: remove it"]),
-    "tag on a mapping": ("a: !x {b: 1}\n", ["1:4: tags such as !x are not supported: remove it"]),
+        "1:4: tags such as tag:yaml.org,2002:python/object:os.syste are not supported (remove it)"]),
+    "tag on a key": ("!x a: 1\n", ["1:1: tags such as !x are not supported (remove it)"]),
+    "tag on a mapping": ("a: !x {b: 1}\n", ["1:4: tags such as !x are not supported (remove it)"]),
     "complex key": ("? [a]\n: 1\n", ["1:3: a key must be plain text"]),
     "alias as key": ("a: &x b\n*x : 1\n", ["2:1: a key must be plain text, not an alias"]),
     "unknown alias": ("a: *nope\n", ["1:4: the alias *nope has no anchor above it"]),
     "alias to itself": ("a: &x [*x]\n", ["1:8: the alias *x refers to itself"]),
-    "merge of a scalar": ("a: {<<: 1}\n", ["1:9: '<<' merges mappings only: write <<: *name or <<: [*a, *b]"]),
-    "two merges": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", ["2:13: '<<' is given twice: use one list, <<: [*a, *b]"]),
+    "merge of a scalar": ("a: {<<: 1}\n", ["1:9: '<<' merges mappings only (write <<: *name or <<: [*a, *b])"]),
+    "two merges": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", ["2:13: '<<' is given twice (use one list, <<: [*a, *b])"]),
     "tab": ("a:\n\tb: 1\n", ["2:1: a tab cannot be used for indentation in YAML: use spaces"]),
     "two documents": ("a: 1\n---\nb: 2\n", ["2:1: a second document starts here: one file holds one document"]),
     "empty": ("", ["0:0: is empty: a fleet needs at least one of services, instances or models"]),
@@ -145,7 +145,7 @@ BAD_YAML = {
     "two colons": ("a: b: c\n", ["1:5: a ': ' is not allowed here: quote the value, or look at the indentation"]),
     "no colon": ("a: 1\nnonsense\nb: 2\n", ["3:1: expected 'key: value' here"]),
     "variable in a flow mapping": ("a: {b: ${C}}\n", [
-        '1:9: a variable inside [ ] or { } must stand in quotes: "${NAME}"']),
+        '1:9: a variable inside [ ] or { } must be in quotes: "${NAME}"']),
     "deep": ("a: " + "[" * 100, ["1:35: nested more than 32 levels deep"]),
 }  # fmt: skip
 
@@ -233,13 +233,13 @@ BAD_FILES = {
         "a: ü".encode("latin-1"),
         "f.yaml:1:4: byte 0xfc is not valid UTF-8: save the file as UTF-8\n    a: \n       ^",
     ),
-    "UTF-16": ("a: 1".encode("utf-16"), "f.yaml:1:1: is UTF-16: save the file as UTF-8"),
+    "UTF-16": ("a: 1".encode("utf-16"), "f.yaml:1:1: is UTF-16 (save the file as UTF-8)"),
     "control character": (b"a: 1\nb: \x07\n", "f.yaml:2:4: the control character U+0007 is not allowed here"),
     "NUL": (b"\x00" * 10, "f.yaml:1:1: the control character U+0000 is not allowed here"),
     "escape": (b"a: \x1b[31m\n", "f.yaml:1:4: the control character U+001B is not allowed here"),
     "directive": (
         b"%TAG ! x\n--- a\n",
-        "f.yaml:1:1: YAML directives are not supported: remove this line\n    %TAG ! x\n    ^",
+        "f.yaml:1:1: YAML directives are not supported (remove this line)\n    %TAG ! x\n    ^",
     ),
 }
 

@@ -164,18 +164,18 @@ def test_interpolation(text: str, result: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("${N}", "the variable N is not set: set it, or write ${N:-default}"),
-        ("${port}", "the variable port is not set: for the process's own, write {port}"),
-        ("${N:?give it}", "the variable N is not set: give it"),
-        ("${E:?give it}", "the variable E is not set: give it"),
-        ("${N:?}", "the variable N is not set: it is required"),
-        ("${N:?${A} first}", "the variable N is not set: 1 first"),
-        ("${", "'${' must be followed by the name of a variable: write $${ for a plain '${'"),
-        ("${1}", "'${' must be followed by the name of a variable: write $${ for a plain '${'"),
-        ("${A", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${A:-x", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${N:-x", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${A!}", "${A… must go on with '}', ':-default' or ':?message'"),
+        ("${N}", "the variable 'N' is not set (set it, or write ${N:-default})"),
+        ("${port}", "the variable 'port' is not set (for the process's own, write {port})"),
+        ("${N:?give it}", "the variable 'N' is not set: give it"),
+        ("${E:?give it}", "the variable 'E' is not set: give it"),
+        ("${N:?}", "the variable 'N' is not set: it is required"),
+        ("${N:?${A} first}", "the variable 'N' is not set: 1 first"),
+        ("${", "'${' must be followed by the name of a variable (write $${ for a plain '${')"),
+        ("${1}", "'${' must be followed by the name of a variable (write $${ for a plain '${')"),
+        ("${A", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${A:-x", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${N:-x", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${A!}", "'${A' must be followed by '}', ':-default' or ':?message'"),
         ("${N:-" * 20 + "}" * 20, "variables are nested more than 8 levels deep"),
     ],
 )
@@ -284,22 +284,22 @@ models:
     assert isinstance(own, EngineModel)
     assert (held.ttl, held.memory) == (180, {"gpu0": 2**30})
     assert (own.ttl, own.queue.max, own.queue.timeout, own.restart.policy) == (180, 1, 9, "on-failure")
-    inherited = result.marks.problem(("services", "a", "logs", "keep"), "x")
+    inherited = result.source_map.problem(("services", "a", "logs", "keep"), "x")
     assert (inherited.line, inherited.column) == (6, 18)
 
 
 def test_marks_fall_back_to_the_nearest_parent(tmp_path: Path) -> None:
     result = loaded(tmp_path, "models:\n  m:\n    engine: vllm\n    options: {model: x}\n")
-    place = result.marks.problem(("models", "m", "options", "model"), "wrong")
+    place = result.source_map.problem(("models", "m", "options", "model"), "wrong")
     assert (place.line, place.column, place.path, place.excerpt) == (
         4,
         22,
         "models.m.options.model",
         "    options: {model: x}",
     )
-    absent = result.marks.problem(("models", "m", "options", "tensor", 0), "wrong")
+    absent = result.source_map.problem(("models", "m", "options", "tensor", 0), "wrong")
     assert (absent.line, absent.column, absent.path) == (4, 5, "models.m.options.tensor[0]")
-    assert result.marks.problem((), "wrong").line == 1
+    assert result.source_map.problem((), "wrong").line == 1
 
 
 def test_the_hash_follows_the_meaning_not_the_layout(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_mistake_is_told_at_its_place(text: str, messages: list[str], tmp_path
 def test_a_problem_prints_its_line_and_a_caret(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "models:\n  coder:\n    engine: vllm\n    memory: 10G  # too little\n")
     assert str(problem) == (
-        f"{tmp_path / 'fleet.yaml'}:4:13: models.coder.memory: '10G' is ambiguous: try 10GiB or 10GB\n"
+        f"{tmp_path / 'fleet.yaml'}:4:13: models.coder.memory: invalid size '10G': ambiguous unit (try 10GiB or 10GB)\n"
         "        memory: 10G  # too little\n"
         "                ^"
     )
@@ -81,7 +81,9 @@ def test_all_mistakes_of_all_files_come_in_the_order_of_the_files(tmp_path: Path
 
 def test_a_mistake_in_an_anchor_is_told_once(tmp_path: Path) -> None:
     text = "services:\n  a: &a {command: x, stop: {timeout: 5}}\n  b: *a\n  c: {<<: *a, port: 3000}\n"
-    assert lines(problems(tmp_path, text)) == ["2:38: services.a.stop.timeout: a duration needs a unit: try 5s or 5ms"]
+    assert lines(problems(tmp_path, text)) == [
+        "2:38: services.a.stop.timeout: invalid duration 5: no unit (try 5s or 5ms)"
+    ]
 
 
 @pytest.mark.parametrize(

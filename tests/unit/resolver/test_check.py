@@ -1,4 +1,4 @@
-"""One `check` tells all: what the types of fleet.yaml refuse does not hide what only an assembly finds."""
+"""One `check` reports all: a type error does not hide the mistakes that only resolving finds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def problems(folder: Path, fleet: str) -> list[Problem]:
     path = folder / "fleet.yaml"
     path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
     with pytest.raises(ConfigError) as caught:
-        check.assembled(path, {"PATH": "/bin", "HOME": "/root"})
+        check.load_and_resolve(path, {"PATH": "/bin", "HOME": "/root"})
     return list(caught.value.problems)
 
 
@@ -151,8 +151,8 @@ def test_half_of_a_file_is_no_reason_to_break(fleet: str, tmp_path: Path) -> Non
 def test_the_order_of_files_is_found_once_for_thousands_of_warnings(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text("version: 1\nservices: {a: {command: x}}\n", "utf-8")
-    marks = load(path, {}).marks
-    assert marks.order_of(str(path)) == 0
-    del marks.root
-    assert marks.order_of(str(path)) == 0
-    assert marks.order_of("other.yaml") > 0
+    source_map = load(path, {}).source_map
+    assert source_map.order_of(str(path)) == 0
+    del source_map.root
+    assert source_map.order_of(str(path)) == 0
+    assert source_map.order_of("other.yaml") > 0

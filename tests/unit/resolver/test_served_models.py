@@ -8,14 +8,14 @@ import pytest
 
 from bench import tiny_gguf
 from fleetd.models.formats import gguf
-from tests.unit.resolver.test_build import assembled
+from tests.unit.resolver.test_build import resolved
 
 FOLDER = "instances: {{ol: {{engine: ollama, options: {{models_dir: {folder}}}}}}}\n"
 
 
 def said(folder: Path, models: str, **around: object) -> dict[str, str]:
     """Return the warnings of models by their place."""
-    found = assembled(folder, FOLDER.format(folder=folder) + f"models: {{{models}}}\n", **around)
+    found = resolved(folder, FOLDER.format(folder=folder) + f"models: {{{models}}}\n", **around)
     assert not found.problems
     return {one.path: one.message for one in found.warnings if one.path.startswith("models.")}
 
