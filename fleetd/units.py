@@ -30,7 +30,7 @@ _SIZE_SPELLING = {unit.lower(): unit for unit in _SIZE_UNITS}
 
 
 def shown(value: object) -> str:
-    """Return a value as a message quotes it: short, on one line, containers by their kind."""
+    """Return a value as a message quotes it: short, one line, containers by kind."""
     if isinstance(value, str):
         cut = value if len(value) <= 60 else value[:57] + "..."
         return repr(cut)
@@ -101,7 +101,7 @@ def _duration_mistake(text: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return the shortest exact text that `parse_duration` reads back: 5400.0 gives 1h30m, 0.25 gives 250ms."""
+    """Return the shortest text that `parse_duration` reads back: 5400.0 gives 1h30m."""
     if seconds <= 0:
         return "0s"
     left_ms = round(seconds * 1000)
@@ -117,7 +117,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Return bytes from `14GiB`, `512MiB`, `16GB` (decimal), `10Gi` or an integer. Raises ValueError."""
+    """Return bytes from `14GiB`, `16GB` (decimal), `10Gi`, 1024. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a size such as 8GiB or 512MiB, not {shown(value)}")
     if isinstance(value, int | float):
@@ -169,7 +169,7 @@ def _checked_bytes(count: int | float, source: object) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """Return an exact text that `parse_size` reads back: 2147483648 gives 2GiB, 1000 gives 1KB, 1001 gives 1001B."""
+    """Return an exact text that `parse_size` reads back: 1000 gives 1KB."""
     if size_bytes == 0:
         return "0B"
     for units in (_BINARY, _DECIMAL):
@@ -206,7 +206,7 @@ def format_percent(fraction: float) -> str:
 
 
 def expand_home(text: str) -> str:
-    """Return a path with `~` or `~user` at its start replaced; unchanged where there is no such home."""
+    """Return a path with `~` or `~user` expanded, unchanged without such a home."""
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:

@@ -51,7 +51,7 @@ class Reply:
         return error or f"HTTP status {self.status}"
 
     def expect(self, what: str) -> Reply:
-        """Return itself if the status is 2xx. Raises EngineError otherwise: `what` failed, and why."""
+        """Return itself if the status is 2xx. Raises EngineError: `what` failed, and why."""
         if not self.ok:
             raise EngineError(f"{what} failed: HTTP {self.status} from {self.url}: {self.message}")
         return self
@@ -63,7 +63,7 @@ class Reply:
         return self.data
 
     def listing(self, key: str) -> Sequence[Mapping[str, Any]]:
-        """Return the JSON objects listed under `key`; null counts as empty. Raises EngineError for any other shape."""
+        """Return the JSON objects under `key`; null is empty. Raises EngineError."""
         value = self.mapping().get(key, ...)
         shown = self.text.strip()[:EXCERPT_CHARS]
         if value is None:
@@ -73,7 +73,7 @@ class Reply:
         return value
 
     def word(self, entry: Mapping[str, Any], *keys: str) -> str:
-        """Return the text under the first of `keys` that is set. Raises EngineError if it is no text, or empty."""
+        """Return the non-empty text under the first set key. Raises EngineError."""
         value = next((entry[key] for key in keys if entry.get(key) is not None), None)
         if not isinstance(value, str) or not value:
             raise EngineError(
@@ -82,7 +82,7 @@ class Reply:
         return value
 
     def count(self, entry: Mapping[str, Any], key: str) -> int:
-        """Return the whole number under `key`, 0 if it is missing or null. Raises EngineError for anything else."""
+        """Return the whole number under `key`, 0 if missing or null. Raises EngineError."""
         value = entry.get(key)
         if value is None:
             return 0
@@ -102,7 +102,7 @@ async def call(
     timeout_s: float,
     limit_bytes: int = ANSWER_LIMIT_BYTES,
 ) -> Reply:
-    """Send a request and read the whole answer, at most `limit_bytes`. Raises EngineError without an answer in `timeout_s`."""
+    """Send a request and read the answer, at most `limit_bytes`. Raises EngineError."""
     import aiohttp  # here, since validating options needs no HTTP client
 
     url = endpoint.base_url + path
@@ -128,7 +128,7 @@ async def call(
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON of an answer; None if it is no JSON, or has lone surrogates, which cannot be printed."""
+    """Return the JSON; None if invalid, or with lone surrogates, which cannot print."""
     try:
         data = json.loads(text)
         if "\\u" in text:
@@ -167,7 +167,7 @@ async def until(
     what: str,
     longest_s: float = 0.5,
 ) -> T:
-    """Poll `condition` until its result is true, and return that; intervals grow from `period_s` to `longest_s`.
+    """Poll until `condition` is true and return it; intervals grow to `longest_s`.
 
     Raises EngineError after `timeout_s`: `what` describes the state that did not change.
     """

@@ -59,7 +59,7 @@ _NAMED = 10  # of thousands of models, in one message
 def resolve_fleet(
     loaded: LoadedConfig, around: Surroundings, port_usable: PortUsable = lambda *_: True, hostname: str = "fleet"
 ) -> ResolvedFleet:
-    """Return the resolved configuration with all its `problems`. Never raises for an invalid file."""
+    """Return the resolved fleet with its `problems`. Never raises for an invalid file."""
     return FleetResolver(loaded, around, port_usable).resolve(hostname)
 
 
@@ -216,7 +216,7 @@ class FleetResolver:
             return None
 
     def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Options | None, bool]:
-        """Return the valid options, None if a required one is missing; and whether all are valid."""
+        """Return the valid options (None: a required one is missing), and if all are."""
         raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
         options, mistakes = read_options(engine, raw, entry.path, self.loaded.source_map)
         if entry.path not in self.loaded.stand_ins:
@@ -271,7 +271,7 @@ class FleetResolver:
         )
 
     def _validate(self, entry: ConfigEntry, engine: Engine, context: LaunchContext, *, whole: bool) -> None:
-        """Report the engine's findings; those about options only if all are valid, since one depends on another."""
+        """Report the engine's findings; on options only if all of them are valid."""
         for found in engine.validate(context):
             if found.path[:1] == ("models",):
                 path: Path_ = found.path
@@ -286,7 +286,7 @@ class FleetResolver:
     def _written(
         self, entry: ConfigEntry, engine: Engine, context: LaunchContext, recipe: ContainerRecipe | None
     ) -> tuple[Launch, Contained | None, str | None]:
-        """Return the command line, or why there is none yet: the program may be installed later."""
+        """Return the command line, or why there is none yet; a program may come later."""
         if entry.external is not None:
             return Launch(argv=()), None, None
         try:
@@ -369,7 +369,7 @@ class FleetResolver:
         )
 
     def _named(self, entry: ConfigEntry, launch: Launch) -> dict[str, str]:
-        """Return the key that names each required path, and warn of missing ones: these block, they are no mistake."""
+        """Return the key that names each required path; warn of missing ones, which block."""
         keys: dict[str, str] = {}
         for path, option in launch.named.items():
             where = (*entry.path, "options", *_parts(option))
@@ -431,7 +431,7 @@ class FleetResolver:
         )
 
     def _own_model(self, entry: ConfigEntry, engine: Engine, models: list[str]) -> str | None:
-        """Return the model of this process. Exactly one model may name a server of one model."""
+        """Return the model of this process; report several models of a one-model server."""
         if entry.own_model is not None:
             return entry.base
         if entry.kind is ProcessKind.SERVICE or engine.capabilities.many_models or entry.external is not None:
@@ -456,7 +456,7 @@ def _parts(option: str) -> Path_:
 
 
 def _image_command(entry: ConfigEntry) -> tuple[str, ...]:
-    """Return the program inside a container image for an entry that names none; this machine's PATH does not apply."""
+    """Return the default program inside an image; this machine's PATH does not apply."""
     keys = entry.engine_keys
     return IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
 

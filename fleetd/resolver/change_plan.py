@@ -20,7 +20,7 @@ _SHOWN = 200  # characters of one value
 
 
 def plan_of(old: ResolvedFleet, new: ResolvedFleet, edits: Sequence[Edit], file: str | None) -> Plan:
-    """Return the plan from the running fleet to the new one; `edits` are the changed entries of fleet.yaml."""
+    """Return the plan from the running fleet to the new one; `edits` are by entry."""
     restarted = restarting(old, new)
     touched = restarted | (set(old.spec.processes) ^ set(new.spec.processes))
     moves = _moves(old, new, restarted)
@@ -39,7 +39,7 @@ def plan_of(old: ResolvedFleet, new: ResolvedFleet, edits: Sequence[Edit], file:
 
 @dataclass(slots=True)
 class _Moves:
-    """The effects on the processes of one entry. `causes` are the differences of a restarting one."""
+    """The effects on an entry's processes; `causes` are those of a restarting one."""
 
     stays: bool = False
     starts: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def _moves(old: ResolvedFleet, new: ResolvedFleet, restarted: Collection[str]) -
 
 
 def _causes(old: LaunchPlan, new: LaunchPlan) -> list[KeyChange]:
-    """Return the differences between two launches of a process that no key shows: an env file, or a program of the machine."""
+    """Return differences between two launches that no key shows: env files, programs."""
     unread = [
         path for path in dict.fromkeys([*old.unread, *new.unread]) if (path in old.unread) != (path in new.unread)
     ]

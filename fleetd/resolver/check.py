@@ -49,7 +49,7 @@ def _find(env: Mapping[str, str], data: Any, source_map: SourceMap, valid: Loade
 
 
 def learned_footprints(state: Path) -> dict[str, dict[str, int]]:
-    """Return the footprints that a daemon measured, in bytes by device; empty when there are none or the file is unreadable."""
+    """Return measured footprints, in bytes by device; empty if there are none."""
     file = state / "fleetd.db"
     if not file.is_file():
         return {}

@@ -45,7 +45,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
 
 
 def _named(loaded: LoadedConfig, present: Sequence[MachineDevice]) -> list[MachineDevice]:
-    """Return the devices under the names that fleet.yaml gives them: a stated UUID binds a name to a card."""
+    """Return the devices by their names in fleet.yaml; a UUID binds a name to a card."""
     by_uuid = {keys.uuid: name for name, keys in loaded.config.devices.items() if keys.uuid is not None}
     bound = {device.uuid for device in present if device.uuid in by_uuid}
     result = []

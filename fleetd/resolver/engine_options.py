@@ -24,7 +24,7 @@ _SHOWN_AT_MOST = 35  # names in one sentence
 
 
 def read_options(engine: Engine, raw: Any, path: Path_, source_map: SourceMap) -> tuple[Options | None, list[Problem]]:
-    """Return the typed options of the entry at `path`, and every mistake in them, one for each value.
+    """Return the typed options of the entry at `path`, and every mistake in them.
 
     Where there are mistakes, the options are those that are right; None where one that is required is not.
     """
@@ -49,7 +49,7 @@ def _without(engine: Engine, raw: dict[str, Any], wrong: set[str | int]) -> Opti
 
 
 def find(data: Any, source_map: SourceMap) -> list[Problem]:
-    """Return the mistakes in the options of all entries of a configuration that has other mistakes."""
+    """Return the mistakes in all options of an otherwise invalid configuration."""
     found: list[Problem] = []
     for section in ("instances", "models"):
         for name, entry in mapping(mapping(data).get(section)).items():
@@ -67,7 +67,7 @@ def _of_entry(name: str, options: dict[str, Any], path: Path_, source_map: Sourc
 
 
 def _in_file(item: Any, raw: Any) -> Path_:
-    """Return the place of a mistake below `options`: pydantic adds the names of union members, which the file does not know."""
+    """Return the place of a mistake below `options`, without pydantic's union members."""
     mistake = (item.get("ctx") or {}).get("error")
     location = (*item["loc"], *getattr(mistake, "where", ()))
     where: Path_ = ()

@@ -19,7 +19,7 @@ from fleetd.resolver.environment import EnvSource, Variables, read_env_file
 
 @dataclass(frozen=True, slots=True)
 class OwnEnvironment:
-    """The variables that an entry sets. `source`: None without files; `missing`: files."""
+    """The variables of an entry. `source`: None without files; `missing`: path → key."""
 
     values: dict[str, str]
     source: EnvSource | None = None
@@ -27,7 +27,7 @@ class OwnEnvironment:
 
 
 class EnvFiles:
-    """The files of one configuration, each read once. `problem` and `warn` take a place of fleet.yaml and a sentence."""
+    """The env files of one configuration, each read once."""
 
     def __init__(
         self,

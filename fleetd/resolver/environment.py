@@ -57,7 +57,7 @@ def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[s
 
 
 def redacted_argv(argv: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
-    """Return `argv` with secrets redacted: values of flags named like secrets, known secret values, and passwords in URLs."""
+    """Return `argv` without secrets: by flag name, by known value, and in URLs."""
     shown: list[str] = []
     hide_next = False
     for word in argv:
@@ -77,7 +77,7 @@ def _is_secret_flag(word: str) -> bool:
 
 
 def parse_env_file(text: str) -> tuple[dict[str, str], list[tuple[int, str]]]:
-    """Read `KEY=value` lines; return the variables, and (line, problem) for invalid lines.
+    """Return the variables of `KEY=value` lines, and (line, problem) for invalid ones.
 
     Comments, `export`, single quotes (taken literally), double quotes (with backslash escapes, over several lines).
     Nothing is expanded.
@@ -135,7 +135,7 @@ def _closing(body: str, quote: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class EnvSource:
-    """The sources of an environment with files, so that it can be built again. `files`: absolute path → key of fleet.yaml."""
+    """The sources of an environment, to build it again; `files`: path → key."""
 
     files: Mapping[str, str]
     env: Variables

@@ -30,7 +30,7 @@ RESTARTS = "restarts"
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A restart by the clock: five cron fields and a time zone name (None: the machine's own)."""
+    """A cron schedule: five fields and a time zone (None: the machine's own)."""
 
     cron: str
     timezone: str | None = None
@@ -38,7 +38,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class WatchPlan:
-    """A restart when one of `paths` changes and then stays quiet for `debounce_s`; `ignore` holds glob patterns."""
+    """A restart when `paths` change and are then quiet; `ignore` holds globs."""
 
     paths: tuple[Path, ...]
     ignore: tuple[str, ...] = ()
@@ -101,7 +101,10 @@ class LaunchPlan:
 
     @property
     def model_server(self) -> ModelServer | None:
-        """The object that loads models: the engine's, or for an external server of one model a check of its list; None: none."""
+        """The object that loads models; None: the process is the model.
+
+        For an external server of one model it checks the list of models.
+        """
         return self.engine.server or (LISTED_MODELS if self.external else None)
 
     def with_key(self, sentence: str, key: str | None) -> str:
@@ -129,12 +132,12 @@ class LaunchPlan:
 
     @property
     def has_channel(self) -> bool:
-        """Return whether the process gets the Node IPC channel: a stop message or a ready message uses it."""
+        """Return whether it gets the Node IPC channel, for a stop or a ready message."""
         startup = self.probes.startup
         return self.stop.message is not None or (startup is not None and startup.message is not None)
 
     def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
-        """Return the host's request to start it, with the data that a later daemon needs about this run."""
+        """Return the host's request to start it, with what a later daemon needs."""
         run = self.execution
         return SpawnRequest(
             name=self.name,
@@ -155,7 +158,7 @@ class LaunchPlan:
         )
 
     def _kept_of_container(self) -> dict[str, list[str]]:
-        """Return the removal command of the container for a later daemon, independent of fleet.yaml."""
+        """Return the container's removal command, for a daemon with another fleet.yaml."""
         return {REMOVAL: list(self.contained.remove)} if self.contained is not None else {}
 
     def launch_hash(self) -> str:
@@ -183,7 +186,7 @@ class LaunchPlan:
 
 
 def connect_host(host: str) -> str:
-    """Return the address to reach a server that listens on `host` from this machine, ready for a URL."""
+    """Return the address, for a URL, to reach a local server that listens on `host`."""
     if host in ("", "0.0.0.0", "*"):
         return "127.0.0.1"
     if host == "::":

@@ -38,7 +38,7 @@ def machine_devices(samples: Iterable[DeviceSample]) -> list[MachineDevice]:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The machine and the results of earlier runs, as values; nothing is looked up later.
+    """The machine and the results of earlier runs, as values.
 
     `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is in
     `FleetResolver`, since only a running daemon may ask.
@@ -72,8 +72,11 @@ class GatewaySettings:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedFleet:
-    """The result of one configuration on one machine. `files` are all that were read, `patterns` the (folder,
-    pattern) that brought some of them; `watch`: read them again when they are saved, come or go."""
+    """The result of one configuration on one machine.
+
+    `files` are all that were read, `patterns` the (folder, pattern) pairs that matched some of them; `watch`: read them again
+    when they are saved, appear or disappear.
+    """
 
     config_hash: str
     files: tuple[Path, ...]
@@ -94,7 +97,7 @@ class ResolvedFleet:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One entry of fleet.yaml that was added, changed or removed; secrets in its values are redacted."""
+    """One entry of fleet.yaml that was added, changed or removed, secrets redacted."""
 
     kind: str
     name: str

@@ -122,7 +122,7 @@ class FleetConfig(Block):
         return devices
 
     def processes(self) -> dict[str, Service | Instance | EngineModel]:
-        """Return every entry that is a process, by its key: services, instances, then models with an engine."""
+        """Return the entries that are processes: services, instances, engine models."""
         own = {name: model for name, model in self.models.items() if isinstance(model, EngineModel)}
         return {**self.services, **self.instances, **own}
 

@@ -55,7 +55,7 @@ def _models(base: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _finish(definition: dict[str, Any], model: type[BaseModel]) -> None:
-    """Give every key its sentence and its default as it would be written; let it be empty where it may be left out."""
+    """Add descriptions and defaults; allow empty values for optional keys."""
     definition.pop("title", None)
     definition.pop("description", None)
     texts = {key: text for base in reversed(model.__mro__) for key, text in KEYS.get(base.__name__, {}).items()}

@@ -38,7 +38,7 @@ from fleetd.units import shown
 
 
 class BackoffKeys(Block):
-    """Delay before the next start: initial * factor ** (deaths - 1), at most max, +- jitter."""
+    """Delay: initial * factor ** (deaths - 1), at most max, +- jitter."""
 
     initial: Annotated[float, DurationType("1ms", "1d", zero=True)] = 0.5
     factor: Annotated[float, Real(1, 100)] = 2.0
@@ -71,7 +71,10 @@ class RestartKeys(Block):
 
 
 class StopKeys(Block):
-    """How a process set is stopped: `command`, `message` or `signal`, then after `timeout` a kill of set, group or leader."""
+    """How a process set is stopped.
+
+    `command`, `message` or `signal`; after `timeout`, a kill of the set, group or leader.
+    """
 
     signal: Annotated[str, SignalName()] = "SIGTERM"
     timeout: Annotated[float, DurationType("1ms", "1d", zero=True)] = 10.0
@@ -87,7 +90,7 @@ class StopKeys(Block):
 
 
 class ProbeKeys(Block):
-    """One probe; exactly one of http, tcp, exec, log_line, completion, message says how. None: the default of its kind."""
+    """One probe, of exactly one kind. None: the default of that kind."""
 
     http: Annotated[str, Text(2048, pattern=r"/[^\s#]*", what="a path such as /health")] | None = None
     tcp: Bool = False
@@ -146,7 +149,7 @@ class LogsKeys(Block):
 
 
 class LimitsKeys(Block):
-    """Over `memory` for two samples in a row: restart. `cpu` are the cores that the process may use."""
+    """Limits; `memory` exceeded in two samples restarts, `cpu` lists the cores."""
 
     memory: Annotated[int, Size("1MiB")] | None = None
     nofile: Annotated[int, Whole(16, 10_000_000)] | None = None
@@ -205,7 +208,7 @@ class ScheduleKeys(Block):
 
 
 class WatchKeys(Block):
-    """Paths relative to `cwd`; a change restarts the process after `debounce` of quiet."""
+    """Paths relative to `cwd`; a change restarts after `debounce` without another."""
 
     paths: Annotated[tuple[str, ...], Strings(at_least=1, what="a path")]
     ignore: Words = ()
@@ -239,7 +242,7 @@ class ProcessKeys(Block):
 
 
 class DependsOn(FieldType):
-    """`{ollama: ready}`, a list of names, or one name; a name without a condition waits for ready."""
+    """`{ollama: ready}`, a list of names, or one name; the default is ready."""
 
     conditions = ("started", "ready", "completed")
 
@@ -349,7 +352,7 @@ __all__ = ["Bytes", "EngineKeys", "Instance", "PlacedKeys", "ProcessKeys", "Serv
 
 
 def process_names(key: str, replicas: int) -> tuple[str, ...]:
-    """Return the names of an entry's processes: the key itself, or key-1 … key-N with more than one replica."""
+    """Return an entry's process names: the key, or key-1 … key-N for replicas."""
     if replicas <= 1:
         return (key,)
     return tuple(f"{key}-{replica}" for replica in range(1, replicas + 1))

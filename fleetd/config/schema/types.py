@@ -38,7 +38,7 @@ class Misplaced(ValueError):
 
 
 class FieldType:
-    """Base of the types. A subclass gives `parse` and `json_schema`, and `dump` where printing differs."""
+    """Base of the types; `dump` is overridden where printing differs."""
 
     def parse(self, value: object) -> Any:
         raise NotImplementedError
@@ -124,7 +124,7 @@ class Flag(FieldType):
 
 
 class DurationType(FieldType):
-    """Seconds, between two bounds that are written like the value. `zero` allows 0 below the lower bound."""
+    """Seconds between two bounds; `zero` allows 0 below the lower bound."""
 
     def __init__(self, minimum: str = "0", maximum: str = "3650d", *, zero: bool = False) -> None:
         self.minimum_s, self.maximum_s, self.zero = parse_duration(minimum), parse_duration(maximum), zero
@@ -171,7 +171,7 @@ class Budget(NamedTuple):
     share: float | None
 
     def of(self, total_bytes: int) -> int:
-        """Return the budget in bytes for a device of this size; never more than the device has."""
+        """Return the budget in bytes for a device of this size, at most that size."""
         wanted = int(total_bytes * self.share) if self.share is not None else self.size_bytes or 0
         return min(wanted, total_bytes)
 
@@ -222,7 +222,7 @@ class MemoryType(FieldType):
 
 
 class Text(FieldType):
-    """A string that is not empty and can be given to a process: no NUL, of bounded length."""
+    """A non-empty string without NUL, of bounded length."""
 
     def __init__(self, longest: int = 4096, *, pattern: str | None = None, what: str = "a string") -> None:
         self.longest, self.what = longest, what
@@ -267,7 +267,7 @@ def _word(index: int, word: object) -> str:
 
 
 class CommandType(FieldType):
-    """A list of words, or one string that is split like a shell splits words. Never run by a shell."""
+    """A list of words, or a string that is split like a shell does, without a shell."""
 
     def parse(self, value: object) -> tuple[str, ...]:
         if isinstance(value, str):
@@ -411,7 +411,7 @@ class Address(NamedTuple):
 
 
 class AddressType(FieldType):
-    """`127.0.0.1:8484`, `[::1]:8484` or `localhost:8484`; port 0 lets the system choose."""
+    """`127.0.0.1:8484`, `[::1]:8484` or `localhost:8484`; port 0: the system chooses."""
 
     _pattern = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]+|\*)?):([0-9]{1,5})")
 
@@ -433,7 +433,7 @@ class AddressType(FieldType):
 
 
 class HttpUrl(FieldType):
-    """http://host[:port][/path] of a server that is not ours; without a slash and without /v1 at the end."""
+    """http://host[:port][/path] of an external server, without / or /v1 at the end."""
 
     def parse(self, value: object) -> str:
         if isinstance(value, str) and len(value) <= 2048:

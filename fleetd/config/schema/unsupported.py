@@ -30,7 +30,7 @@ def is_unsupported(pattern: tuple[str, ...]) -> bool:
 
 
 def find_unsupported(data: Any, source_map: SourceMap) -> list[Problem]:
-    """Return a problem for every value of plain data at an unsupported path. Empty and false values do not count."""
+    """Return a problem for every value at an unsupported path, if not empty or false."""
     found = []
     for pattern, reason in UNSUPPORTED:
         for path, value in _at(data, pattern, ()):

@@ -1,4 +1,4 @@
-"""Mistakes that only show when two places are looked at together: names, ports, listeners.
+"""Check for conflicts between entries: names, ports, listeners.
 
 Invariants:
 - Each check takes the index and returns problems; none stops another. References are in `references.py`.
@@ -28,7 +28,7 @@ RESERVED_NAMES = frozenset({"all", "fleetd", "fleetctl"})
 
 
 def check(data: Any, source_map: SourceMap, messages: Messages) -> list[Problem]:
-    """Return the problems across entries of a configuration in plain data, which may have other mistakes too."""
+    """Return the problems across entries of plain data that may be invalid elsewhere."""
     index = build_index(data)
     return [
         *_names(index, source_map),

@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences for the author of fleet.yaml.
+"""Turn pydantic's errors into messages for the author of fleet.yaml.
 
 Invariants:
 - One problem per mistake, at the value that is wrong, or at the key where the key is wrong or something is missing.

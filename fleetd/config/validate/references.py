@@ -81,14 +81,14 @@ def _names_under(name: str, model: dict[str, Any], key: str) -> Iterator[tuple[P
 
 
 def _never_completes(name: str, condition: str, target: ProcessEntry) -> str | None:
-    """Return what is wrong with waiting for the end of a process that is always started again."""
+    """Return the problem of waiting for `completed` of a process that always restarts."""
     if condition == "completed" and mapping(target.data.get("restart")).get("policy", "always") == "always":
         return f"{name!r} never completes: its restart policy is always (set restart: {{policy: on-failure}} there)"
     return None
 
 
 def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
-    """Return each cycle once, as names from the first one back to it. Iterative: chains may be long."""
+    """Return each cycle once, from a name back to it. Iterative: chains may be long."""
     found: list[list[str]] = []
     done: set[str] = set()
     for root in graph:
@@ -176,7 +176,7 @@ def _fallback(
 
 
 def _instead_of_route(index: Index, route: str, name: str) -> str:
-    """Return what the model `name` can fall back to instead: the models behind the route."""
+    """Return what to name instead of a route: the models behind it."""
     entries = index.models[index.aliases.get(route, route)]["route"]
     targets = strings([mapping(entry).get("to") for entry in entries] if isinstance(entries, list) else [])
     others = [to for to in dict.fromkeys(targets) if to != name]

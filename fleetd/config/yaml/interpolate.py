@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def interpolate(text: str, env: Mapping[str, str]) -> str:
-    """Return the text with every variable put in. Raises ValueError naming the variable, never a value."""
+    """Return the text with its variables replaced. Raises ValueError without values."""
     if "$" not in text:
         return text
     result, end = _until(text, 0, env, closing=False, depth=0)
@@ -34,7 +34,7 @@ def interpolate(text: str, env: Mapping[str, str]) -> str:
 
 
 def _until(text: str, start: int, env: Mapping[str, str], *, closing: bool, depth: int) -> tuple[str, int]:
-    """Read on to the end of the text, or to the `}` that closes a default. Returns the result and where it ended."""
+    """Read to the end or to the `}` of a default; return the result and position."""
     parts: list[str] = []
     position = start
     while position < len(text):
@@ -106,7 +106,7 @@ def _needs_other(value: str | None, operator: str) -> bool:
 
 
 def _skip(text: str, start: int) -> int:
-    """Return the place after the `}` that closes a default that is not used: its own variables need not be set."""
+    """Return the position after an unused default; its variables need not be set."""
     depth, position = 1, start
     while position < len(text):
         if text.startswith("$$", position):

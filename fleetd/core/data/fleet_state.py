@@ -139,7 +139,7 @@ class FleetState:
         self.wake(placement.process)
 
     def move(self, process: Process, state: ProcessState, now: float, reason: str) -> None:
-        """Change the state of a process and note it. Raises InvalidTransition with the last notes on it."""
+        """Move a process and note it. Raises InvalidTransition with its last notes."""
         self.journal.note(StateChanged(process.name, Subject.PROCESS, process.state, state, reason))
         try:
             process.move(state, now, reason)
@@ -191,5 +191,5 @@ class FleetState:
 
 
 def spec_hash(spec: ProcessSpec) -> str:
-    """Return a hash of all fields of a spec; equal specs have equal hashes across runs of the program."""
+    """Return a hash of all fields of a spec, equal across runs of the program."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

@@ -66,7 +66,7 @@ class LmStudio:
         return [*load_option_problems(models, LOAD_OPTIONS, "LM Studio"), *build_key_problems(models, "LM Studio")]
 
     def launch(self, context: LaunchContext) -> Launch:
-        """Run `server_main.py`, which starts, watches and stops the server: `lms` starts it in the background."""
+        """Run `server_main.py`, which controls the server that `lms` starts."""
         options = narrow(context.options, LmStudioOptions)
         command = context.command or (_program(context),)
         argv = [sys.executable, "-I", str(SERVER_MAIN), "--host", context.host, "--port", str(context.port or 1234)]
@@ -74,7 +74,7 @@ class LmStudio:
         return Launch(argv=(*argv, *context.args, "--", *command))
 
     def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:  # noqa: ARG002
-        """Return nothing for a model: its size is learned from the first load. The server itself is not counted."""
+        """Return None for a model, which is learned at the first load; the server is free."""
         return Footprint() if model is None else None
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:

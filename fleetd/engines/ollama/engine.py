@@ -73,7 +73,7 @@ class Ollama:
         return narrow(options, OllamaOptions).num_parallel
 
     def probes(self, options: Options) -> Probes:  # noqa: ARG002
-        """Probe by requests: the port is open up to 30 s before GPUs are found. The first probe checks the version."""
+        """Probe by requests, since the port opens before the GPUs are found."""
         return Probes(
             startup=ProbeSpec(completion=True, period_s=0.05, timeout_s=2.0, failures=1, deadline_s=120.0),
             readiness=ProbeSpec(http="/api/version", period_s=2.0, timeout_s=2.0, failures=3),
@@ -97,7 +97,7 @@ class Ollama:
         )
 
     def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:
-        """Return what the GGUF header of a model says; the server itself takes some 50 MB, which are not counted."""
+        """Return the estimate from a GGUF header; the server's 50 MB are not counted."""
         return Footprint() if model is None else estimate_model(context, model)
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:

@@ -354,7 +354,7 @@ def test_missing_file_warns_at_its_key_and_blocks(name: str, tmp_path: Path) -> 
         assert resolved.plans["e"].required_by == wanted
         assert set(wanted) <= set(resolved.plans["e"].requires)
         missing = {one.path: one for one in resolved.warnings if "is missing: " in one.message}
-        assert {one.message.split(" is not")[0]: path for path, one in missing.items()} == wanted
+        assert {one.message.split(" is missing: ")[0]: path for path, one in missing.items()} == wanted
         assert all(one.line > 0 and "BLOCKED" in one.message and sensible(one) for one in missing.values())
         words = [*resolved.plans["e"].launch.argv, *resolved.plans["e"].launch.env.values()]
         assert all(any(path in word for word in words) for path in wanted), words
