@@ -51,8 +51,8 @@ def cancel(world: World, rng: Random) -> None:
         world.cancel(rng.choice(waiting))
 
 
-def wish(world: World, rng: Random) -> None:
-    world.wish(rng.choice(NAMES))
+def request_load(world: World, rng: Random) -> None:
+    world.request_load(rng.choice(NAMES))
 
 
 def unload(world: World, rng: Random) -> None:
@@ -198,7 +198,7 @@ def cut_off(world: World, rng: Random) -> None:
     """Restart, kill or unload exactly what is loading or streaming."""
     loading = [run.name for run in world.living() if run.loads]
     if not loading:
-        world.wish(rng.choice(("m1", "m2", "m3", "big")))
+        world.request_load(rng.choice(("m1", "m2", "m3", "big")))
         world.advance(0.05)
         loading = [run.name for run in world.living() if run.loads]
     streaming = [client.grant.process for client in world.clients.values() if client.grant is not None]
@@ -330,7 +330,7 @@ def reexec(world: World, _rng: Random) -> None:
 
 
 ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
-    (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (wish, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
+    (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (request_load, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
     (restart_due, 1), (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
     (ghost, 8), (busy_neighbour, 2), (take_turns, 3), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
 )  # fmt: skip

@@ -25,7 +25,7 @@ from fleetd.units import (
     [("250ms", 0.25), ("10s", 10), ("5m", 300), ("1h30m", 5400), ("7d", 604800), (0, 0), ("0", 0), ("0s", 0), ("1.5s", 1.5),
      ("1d2h3m4s5ms", 93784.005), (" 3s ", 3), (0.0, 0)],
 )  # fmt: skip
-def test_durations(text: object, seconds: float) -> None:
+def test_parse_duration_returns_seconds(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
@@ -54,7 +54,7 @@ def test_durations(text: object, seconds: float) -> None:
         ("9" * 1000 + "s", f"must be a duration such as 10s or 5m, not '{'9' * 57}...'"),
     ],
 )
-def test_durations_that_are_refused(text: object, message: str) -> None:
+def test_parse_duration_invalid_value_raises(text: object, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_duration(text)
     assert str(caught.value) == message
@@ -65,7 +65,7 @@ def test_durations_that_are_refused(text: object, message: str) -> None:
     [("14GiB", 14 * 2**30), ("512MiB", 512 * 2**20), ("16GB", 16 * 10**9), ("10Gi", 10 * 2**30), (1024, 1024), ("1024", 1024),
      ("1.5GiB", 3 * 2**29), ("0B", 0), (0, 0), ("3 GiB", 3 * 2**30), ("1KB", 1000), ("2TiB", 2**41), (1e3, 1000)],
 )  # fmt: skip
-def test_sizes(text: object, size: int) -> None:
+def test_parse_size_returns_bytes(text: object, size: int) -> None:
     assert parse_size(text) == size
 
 
@@ -93,14 +93,14 @@ def test_sizes(text: object, size: int) -> None:
         ("much", "invalid size 'much': not a number with a unit (write 14GiB, 512MiB, 16GB or whole bytes)"),
     ],
 )
-def test_sizes_that_are_refused(text: object, message: str) -> None:
+def test_parse_size_invalid_value_raises(text: object, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_size(text)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("text", "share"), [("85%", 0.85), ("100%", 1.0), ("0.5 %", 0.005), (" 7% ", 0.07)])
-def test_percentages(text: str, share: float) -> None:
+def test_parse_percent_returns_a_fraction(text: str, share: float) -> None:
     assert parse_percent(text) == pytest.approx(share)
 
 
@@ -114,30 +114,30 @@ def test_percentages(text: str, share: float) -> None:
         ("-5%", "invalid percentage '-5%': not a number with % (write 85%)"),
     ],
 )
-def test_percentages_that_are_refused(text: object, message: str) -> None:
+def test_parse_percent_invalid_value_raises(text: object, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_percent(text)
     assert str(caught.value) == message
 
 
 @given(st.integers(0, MAX_SIZE_BYTES))
-def test_a_size_survives_printing(size: int) -> None:
+def test_format_size_round_trips(size: int) -> None:
     assert parse_size(format_size(size)) == size
 
 
 @given(st.integers(0, int(MAX_DURATION_S * 1000)))
-def test_a_duration_survives_printing(milliseconds: int) -> None:
+def test_format_duration_round_trips(milliseconds: int) -> None:
     assert parse_duration(format_duration(milliseconds / 1000)) == pytest.approx(milliseconds / 1000, abs=1e-6)
 
 
 @given(st.integers(1, 100_000_000))
-def test_a_percentage_survives_printing(millionths: int) -> None:
+def test_format_percent_round_trips(millionths: int) -> None:
     share = millionths / 100_000_000
     assert parse_percent(format_percent(share)) == pytest.approx(share, abs=1e-8)
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
+def test_parse_any_text_gives_a_value_or_one_line(text: str) -> None:
     for read in (parse_duration, parse_size, parse_percent):
         message = ""
         try:
@@ -152,7 +152,7 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     ("size", "text"),
     [(3 * 2**29, "1.50 GiB"), (2**30, "1.00 GiB"), (100, "100 B"), (10 * 2**30 + 1, "10.00 GiB"), (0, "0 B")],
 )
-def test_sizes_for_people(size: int, text: str) -> None:
+def test_show_size_rounds(size: int, text: str) -> None:
     assert show_size(size) == text
 
 
@@ -167,5 +167,5 @@ def test_sizes_for_people(size: int, text: str) -> None:
         (object(), "something else"),
     ],
 )
-def test_values_as_messages_quote_them(value: object, text: str) -> None:
+def test_shown_quotes_a_value(value: object, text: str) -> None:
     assert shown(value) == text
