@@ -190,7 +190,9 @@ def load(world: World, command: c.Load) -> None:
 
 def grant(world: World, command: c.Grant) -> None:
     client = world.clients.get(command.request_id)
-    holds(world, client is not None and client.grant is None and not client.is_load, f"{command}: no request waits for it")
+    holds(
+        world, client is not None and client.grant is None and not client.is_load, f"{command}: no request waits for it"
+    )
     holds(world, command.process not in world.stopped, f"{command}: stopped by an operator")
     holds(world, command.process not in world.drained, f"{command}: drained by an operator")
     holds(world, not world.shutting_down, f"{command} while shutting down")
