@@ -21,9 +21,9 @@ from fleetd.config.yaml.source_map import SourceMap
 from fleetd.errors import Problem
 from fleetd.host.system.memory import Devices
 from fleetd.resolver import engine_options
-from fleetd.resolver.build import checked, paths_of, resolve_fleet
+from fleetd.resolver.build import checked, resolve_fleet
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import ResolvedFleet, Surroundings, machine_devices
+from fleetd.resolver.resolved import ResolvedFleet, Surroundings, machine_devices, paths_of
 
 
 def load_and_resolve(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, ResolvedFleet]:

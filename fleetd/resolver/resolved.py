@@ -1,7 +1,7 @@
 """The result of resolving fleet.yaml: the core's FleetSpec, the launch plans, problems and warnings.
 
 Invariants:
-- An ResolvedFleet is a value; an applied change replaces it as a whole.
+- A ResolvedFleet is a value; an applied change replaces it as a whole.
 - A problem rejects the file; a warning is reported and stops nothing.
 """
 
@@ -18,6 +18,7 @@ from fleetd.errors import Problem
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
+    from fleetd.config.load import LoadedConfig
     from fleetd.host.system.memory import DeviceSample
 
 
@@ -40,8 +41,8 @@ def machine_devices(samples: Iterable[DeviceSample]) -> list[MachineDevice]:
 class Surroundings:
     """The machine and the results of earlier runs, as values.
 
-    `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is in
-    `FleetResolver`, since only a running daemon may ask.
+    `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is
+    an argument of `resolve_fleet`, since only a running daemon may ask.
     """
 
     devices: tuple[MachineDevice, ...] = ()
@@ -57,6 +58,18 @@ class FleetPaths:
     state: Path
     run: Path
     logs: Path
+
+
+def paths_of(loaded: LoadedConfig) -> FleetPaths:
+    """Return the folders of a configuration's fleet."""
+    paths = loaded.config.paths
+    state, run, logs = (
+        loaded.resolve(("paths", key), getattr(paths, key))
+        if key in paths.model_fields_set
+        else Path(getattr(paths, key)).expanduser()
+        for key in ("state", "run", "logs")
+    )
+    return FleetPaths(state, run, logs)
 
 
 @dataclass(frozen=True, slots=True)

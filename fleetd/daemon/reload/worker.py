@@ -27,9 +27,9 @@ from fleetd.daemon.reload.messages import Failure, Places, Reading, ReadInputs, 
 from fleetd.errors import ConfigError, FleetError
 from fleetd.host.system.ports import is_free
 from fleetd.resolver import check
-from fleetd.resolver.build import checked, paths_of, resolve_fleet
+from fleetd.resolver.build import checked, resolve_fleet
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import Edit
+from fleetd.resolver.resolved import Edit, paths_of
 
 _HEAD_BYTES = 8
 _FASTEST = 1
