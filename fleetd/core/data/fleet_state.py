@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fleetd.core.data.commands import Command, Persist
-from fleetd.core.data.journal import Journal, ProcessForgotten, StateChanged, Subject
+from fleetd.core.data.journal import Journal, LaneWait, ProcessForgotten, StateChanged, Subject
 from fleetd.core.data.specs import FleetSpec, ProcessSpec, Remembered
 from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency
 from fleetd.core.models.ledger import Ledger
@@ -76,6 +76,13 @@ class FleetState:
 
     def emit(self, command: Command) -> None:
         self.out.append(command)
+
+    def waits_for_lane(self, placement: Placement, waits: str) -> bool:
+        """Note a new reason why a placement waits for its lane; return whether it waits."""
+        if waits and waits != placement.waits:
+            self.journal.note(LaneWait(placement.model, waits))
+        placement.waits = waits
+        return bool(waits)
 
     def wake(self, name: str) -> None:
         if name in self.processes:

@@ -194,7 +194,7 @@ class Model:
 
     spec: ModelSpec
     placements: dict[str, Placement] = field(default_factory=dict)  # by process; ABSENT ones are not kept
-    pinned_by_hand: bool | None = None
+    pinned_by_operator: bool | None = None
     missing: tuple[str, ...] = ()  # missing files or volumes that it is loaded from
     waiting: int = 0
     loads: int = 0
@@ -221,7 +221,7 @@ class Model:
 
     @property
     def pinned(self) -> bool:
-        return self.spec.pin if self.pinned_by_hand is None else self.pinned_by_hand
+        return self.spec.pin if self.pinned_by_operator is None else self.pinned_by_operator
 
     @property
     def footprint(self) -> Footprint:

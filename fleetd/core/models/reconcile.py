@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from fleetd.core.data.commands import Load, Unload
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import (
-    LaneWait,
     LoadRepeated,
     ModelLeaving,
     ModelLoadFailed,
@@ -205,11 +204,7 @@ class ModelLoader:
 
     def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
         """Note and return whether a measuring start blocks the lane for loads."""
-        waits = stop_waits(self.state, process)
-        if waits and waits != placement.waits:
-            self.state.journal.note(LaneWait(placement.model, waits))
-        placement.waits = waits
-        return bool(waits)
+        return self.state.waits_for_lane(placement, stop_waits(self.state, process))
 
     def _load_deadline(self, placement: Placement) -> float:
         return placement.ordered_s + self.state.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S

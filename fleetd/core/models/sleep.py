@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import CheckSleep, Sleep, Wake
 from fleetd.core.data.fleet_state import FleetState
-from fleetd.core.data.journal import LaneWait, SleepCancelled, SleepStepFailed
+from fleetd.core.data.journal import SleepCancelled, SleepStepFailed
 from fleetd.core.data.specs import SleepState
 from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import reservation_of
@@ -96,10 +96,7 @@ class SleepControl:
 
     def _waits(self, placement: Placement, process: Process) -> bool:
         waits = lane_waits(self.state, process) if placement.step is not SleepStep.CHECK else ""
-        if waits and waits != placement.waits:
-            self.state.journal.note(LaneWait(placement.model, waits))
-        placement.waits = waits
-        return bool(waits)
+        return self.state.waits_for_lane(placement, waits)
 
     def _deadline(self, placement: Placement) -> float:
         spec = self.state.models[placement.model].spec

@@ -8,8 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,11 +32,13 @@ from fleetd.engines.ollama.model_store import OllamaStore
 from fleetd.engines.ollama.options import OllamaOptions
 from fleetd.engines.ollama.validate import problems
 from fleetd.engines.options import Options, narrow
+from fleetd.engines.program import find_program
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+_HINT = "install Ollama, or set its path: command: [/path/to/ollama, serve]"
 PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Ollama.app/Contents/Resources")
 _PHRASES = (
     (ExitKind.PORT_IN_USE, "address already in use"),
@@ -88,7 +88,7 @@ class Ollama:
         unset = (*SCRUBBED, *(variable for variable in TYPED.values() if variable not in env))
         folder = models_dir(context)
         return Launch(
-            argv=(*(context.command or (_program(context), "serve")), *context.args),
+            argv=(*(context.command or (find_program(context, "ollama", _HINT, PLACES), "serve")), *context.args),
             env=env,
             # OLLAMA_MODELS of the daemon's own environment stays, or the user's models would seem to be lost
             unset_env=tuple(key for key in unset if key not in context.env and key != "OLLAMA_MODELS"),
@@ -117,15 +117,3 @@ class Ollama:
 
 
 ENGINE: Engine = Ollama()
-
-
-def _program(context: LaunchContext) -> str:
-    found = shutil.which("ollama", path=context.env.get("PATH"))
-    found = found or shutil.which("ollama", path=os.pathsep.join(PLACES))
-    if found is None:
-        raise EngineError(
-            f"{context.name}: no program named ollama on PATH",
-            hint="install Ollama, or set its path: command: [/path/to/ollama, serve]",
-            recoverable=False,
-        )
-    return found
