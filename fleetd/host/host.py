@@ -33,7 +33,6 @@ from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.oom import OomWatch
 from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
-from fleetd.host.process.program import Program
 from fleetd.host.process.spawn import Spawner, Started
 from fleetd.host.process.stop import Stopper
 from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
@@ -41,10 +40,12 @@ from fleetd.host.system import ports
 from fleetd.host.types import (
     Capture,
     CommandSaid,
+    Execution,
     HandleRecord,
     HostPaths,
     KillScope,
     PortOwner,
+    Program,
     RawExit,
     SpawnRequest,
     StopPolicy,
@@ -282,7 +283,7 @@ class Host:
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, timeout_s: float
     ) -> tuple[bool, str]:
         """Run a short program; return whether it succeeded, and the end of its output. Raises HostError."""
-        result = await self.command(Program(argv=tuple(argv), env=env, cwd=cwd), timeout_s)
+        result = await self.command(Program(tuple(argv), env, Execution(cwd=cwd)), timeout_s)
         if result.timed_out:
             return False, f"{argv[0]} was killed after {timeout_s:g} s"
         return result.ok, result.output

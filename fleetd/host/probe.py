@@ -22,8 +22,7 @@ from fleetd.errors import HostError
 from fleetd.host.logs.match import LogScanner
 from fleetd.host.process.command import CommandResult
 from fleetd.host.process.handle import ProcessHandle
-from fleetd.host.process.program import Program
-from fleetd.host.types import PortOwner
+from fleetd.host.types import Execution, PortOwner, Program
 
 _FIRST_DELAY_S = 0.005
 _FAST_DELAY_S = 0.025
@@ -164,7 +163,7 @@ class Prober:
         spec, target = self.spec, self.target
         try:
             result = await self._host.probe_command(
-                Program(argv=spec.exec, env=target.env, cwd=target.cwd), spec.timeout_s
+                Program(spec.exec, target.env, Execution(cwd=target.cwd)), spec.timeout_s
             )
         except HostError as error:
             return Answer(False, str(error))

@@ -13,6 +13,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+# Variables by which systemd speaks to the daemon alone. With the first group a child would report to systemd in the daemon's
+# name or take its sockets: no child gets them, even from fleet.yaml. The rest only describes the daemon's own unit.
+NEVER_PASSED = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+)
+NEVER_INHERITED = NEVER_PASSED | {
+    "JOURNAL_STREAM", "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+}  # fmt: skip
+
 
 class KillScope(StrEnum):
     """Who has to be gone before a process counts as stopped, and who is killed at the deadline."""
@@ -63,17 +73,9 @@ class CommandSaid:
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnRequest:
-    """One process to start.
+class Execution:
+    """The operating-system settings of a process."""
 
-    `env` is its whole environment; what belongs to the daemon alone is taken out of it. `port` is checked to be free on `host`
-    first. `ipc` opens a Node IPC channel. `extra` is kept in the handle's record and comes back on adoption.
-    """
-
-    name: str
-    generation: int
-    argv: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
     user: str | None = None
     umask: int | None = None
@@ -81,6 +83,29 @@ class SpawnRequest:
     cpu: tuple[int, ...] = ()
     nofile: int | None = None
     logs: LogPolicy = LogPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command line with its whole environment and settings. `pass_fds` keep their numbers in the child."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    execution: Execution = Execution()
+    pass_fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnRequest:
+    """One process to start.
+
+    Variables that belong to the daemon alone are removed from its environment. `port` is checked to be free on `host` first.
+    `ipc` opens a Node IPC channel. `extra` is kept in the handle's record and comes back on adoption.
+    """
+
+    name: str
+    generation: int
+    program: Program
     host: str = "127.0.0.1"
     port: int | None = None
     ipc: bool = False

@@ -35,6 +35,7 @@ from fleetd.engines.container import Contained
 from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import ConfigError, EngineError, Problem
+from fleetd.host.types import Execution
 from fleetd.resolver import policies
 from fleetd.resolver.containers import IN_IMAGE, ContainerRecipe, inner_host, runtime_of, user_ids
 from fleetd.resolver.devices import default_device, device_specs
@@ -42,7 +43,7 @@ from fleetd.resolver.engine_options import read_options
 from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
 from fleetd.resolver.environment import substitute
-from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
+from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.resolver.model_specs import ModelAssembler
 from fleetd.resolver.port_assignment import NoPortLeftError, assign
 from fleetd.resolver.resolved import Assembly, FleetPaths, GatewaySettings, Surroundings
@@ -352,6 +353,8 @@ class Assembler:
             env_source=own_env.source,
             unread=tuple(own_env.absent),
             execution=self._execution(entry),
+            pre_start=keys.hooks.pre_start or (),
+            post_stop=keys.hooks.post_stop or (),
             stop=policies.stop_policy(keys.stop),
             probes=probes,
             requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.absent])),
@@ -391,8 +394,6 @@ class Assembler:
             cpu=(limits.cpu or ()) if not contained else (),
             nofile=limits.nofile if not contained else None,
             logs=policies.log_policy(keys.logs),
-            pre_start=keys.hooks.pre_start or (),
-            post_stop=keys.hooks.post_stop or (),
         )
 
     def _watch(self, entry: ConfigEntry) -> WatchPlan | None:

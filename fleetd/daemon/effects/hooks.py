@@ -32,13 +32,13 @@ class Hooks:
 
     async def pre_start(self, plan: LaunchPlan) -> None:
         """Run the hook. Raises HostError when it fails, or when a stop came before it."""
-        if plan.execution.pre_start and self._unwanted(plan.name):  # `cancel_unwanted` will not be called again
+        if plan.pre_start and self._unwanted(plan.name):  # `cancel_unwanted` will not be called again
             raise HostError("its pre_start hook failed: a stop came first")
-        await self._run(self._before, plan, plan.execution.pre_start, "pre_start")
+        await self._run(self._before, plan, plan.pre_start, "pre_start")
 
     async def post_stop(self, plan: LaunchPlan) -> None:
         """Run the hook. Raises HostError when it fails."""
-        await self._run(self._after, plan, plan.execution.post_stop, "post_stop")
+        await self._run(self._after, plan, plan.post_stop, "post_stop")
 
     def cancel_unwanted(self, _: Event) -> None:
         """Cancel the pre_start hooks of processes that are no longer to start."""

@@ -244,7 +244,7 @@ class Processes:
         survivors = await self._stop_set(run, run.handle, plan, force)
         if run.reporting is not None:
             await asyncio.wait({run.reporting})
-        if not survivors and plan.execution.post_stop:
+        if not survivors and plan.post_stop:
             try:
                 await self._hooks.post_stop(plan)
             except HostError as error:

@@ -17,9 +17,9 @@ from secrets import token_hex
 
 from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch
 from fleetd.host.process.process_set import TOKEN_VARIABLE, Lineage, carriers
-from fleetd.host.process.program import Program, launch
+from fleetd.host.process.spawn import kill_and_forget, kill_group, launch
 from fleetd.host.process.table import ProcessTable
-from fleetd.host.types import CommandSaid
+from fleetd.host.types import CommandSaid, Program
 
 _KEPT_BYTES = 16 * 1024
 _SAID_CHARS = 300
@@ -110,7 +110,7 @@ async def run_command(
         if timed_out:
             table.send(lineage.pid, lineage.start, signals.SIGKILL)  # over its time: no grace
             await asyncio.shield(end_lineage(lineage))
-        _kill_group(pid)
+        kill_group(pid)
         return CommandResult(_collect(pid), output.text(), timed_out)
     except asyncio.CancelledError:
         kill_and_forget(pid)
@@ -155,26 +155,12 @@ def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
     return killed
 
 
-def _kill_group(pid: int) -> None:
-    """Kill the rest of the group. Safe only before the leader's status is collected: until then its pid is not reused."""
-    try:
-        os.killpg(pid, signals.SIGKILL)
-    except OSError:
-        pass
-
-
 def _collect(pid: int) -> ExitStatus:
     status = CHILDREN.collect(pid)
     if status is None:  # it hangs in the kernel: it is reaped later, like an orphan
         CHILDREN.disown(pid)
         return ExitStatus()
     return status
-
-
-def kill_and_forget(pid: int) -> None:
-    """Kill a child of ours with its group; the reaper takes its status whenever it is dead."""
-    _kill_group(pid)
-    CHILDREN.disown(pid)
 
 
 def _abandon(

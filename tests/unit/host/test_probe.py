@@ -17,8 +17,7 @@ import pytest
 from fleetd.core.data.specs import ProbeKind, ProbeSpec
 from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
-from fleetd.host.process.program import Program
-from fleetd.host.types import LogPolicy
+from fleetd.host.types import LogPolicy, Program
 from fleetd.resolver.environment import inherited
 from tests.support.host import DEADLINE_S, POLITE, host_in, log_says, paths_in, python, spawn
 from tests.support.ports import free_port

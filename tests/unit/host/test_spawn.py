@@ -15,7 +15,7 @@ import pytest
 
 from fleetd.errors import HostError
 from fleetd.host.logs.registry import exit_mark
-from fleetd.host.process import program as spawn_module
+from fleetd.host.process import spawn as spawn_module
 from fleetd.host.types import LogPolicy
 from fleetd.resolver.environment import inherited
 from tests.support.host import POLITE, Exits, host_in, log_says, python, spawn
