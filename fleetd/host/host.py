@@ -27,7 +27,7 @@ from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.match import LogScanner
 from fleetd.host.logs.registry import LogRegistry
 from fleetd.host.process import cgroup
-from fleetd.host.process.command import CommandResult, end_marked, run_command, said
+from fleetd.host.process.command import CommandResult, end_marked, run_command, stop_command_result
 from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch, become_subreaper, signal_number
 from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
@@ -39,7 +39,6 @@ from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, execut
 from fleetd.host.system import ports
 from fleetd.host.types import (
     Capture,
-    CommandSaid,
     Execution,
     HandleRecord,
     HostPaths,
@@ -48,6 +47,7 @@ from fleetd.host.types import (
     Program,
     RawExit,
     SpawnRequest,
+    StopCommandResult,
     StopPolicy,
     Usage,
 )
@@ -87,7 +87,7 @@ class Host:
             paths.logs,
             self._pool,
             total_bytes=logs_total_bytes,
-            hand_path=self.records.hand_path,
+            spool_path=self.records.spool_path,
             report_lost=report_lost_log,
         )
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
@@ -266,13 +266,15 @@ class Host:
         try:
             result = await self.command(Program(argv=argv, env=env), timeout_s)
         except HostError as error:
-            handle.stop_command = CommandSaid(False, error.sentence)
+            handle.stop_command = StopCommandResult(False, error.sentence)
             return False
         except asyncio.CancelledError:  # the set is empty, or its time is over
             if not handle.exited.is_set():
-                handle.stop_command = CommandSaid(False, f"it did not end within {time.monotonic() - began:.1f} s")
+                handle.stop_command = StopCommandResult(
+                    False, f"it did not end within {time.monotonic() - began:.1f} s"
+                )
             raise
-        handle.stop_command = said(result, time.monotonic() - began)
+        handle.stop_command = stop_command_result(result, time.monotonic() - began)
         return result.ok
 
     async def command(self, program: Program, timeout_s: float) -> CommandResult:

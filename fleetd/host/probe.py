@@ -98,17 +98,17 @@ class Prober:
 
     async def _run(self) -> None:
         began, delay = time.monotonic(), _FIRST_DELAY_S
-        said, said_at = "", -1e9
+        reported, reported_s = "", -1e9
         try:
             while True:
                 asked = time.monotonic()
                 answer = await self.ask()
                 now = time.monotonic()
-                if answer.ok or self.kind != ProbeKind.STARTUP or answer.detail != said:
-                    said, said_at = answer.detail, now
+                if answer.ok or self.kind != ProbeKind.STARTUP or answer.detail != reported:
+                    reported, reported_s = answer.detail, now
                     self._on_result(answer)
-                elif now - said_at >= self.spec.period_s:
-                    said_at = now
+                elif now - reported_s >= self.spec.period_s:
+                    reported_s = now
                     self._on_result(answer)
                 if self.kind == ProbeKind.STARTUP and not answer.ok and now - began < _FAST_FOR_S:
                     pause = min(delay, self.spec.period_s)
@@ -146,7 +146,7 @@ class Prober:
         if spec.log_line is not None:
             return await self._ask_log(spec.log_line)
         if spec.message is not None:
-            return heard(spec.message, target.handle)
+            return ask_message(spec.message, target.handle)
         return Answer(True, "nothing to ask")
 
     async def _check_listener(self, answer: Answer) -> Answer:
@@ -191,14 +191,14 @@ class Prober:
         return Answer(True, line[:_DETAIL_CHARS])
 
 
-def heard(message: str, handle: ProcessHandle | None) -> Answer:
+def ask_message(message: str, handle: ProcessHandle | None) -> Answer:
     """Check whether a program has sent a message over its channel. A message to an earlier daemon counts."""
     channel = handle.channel if handle is not None else None
     if channel is None or channel.adopted:
         return Answer(True, "its channel is older than this daemon")
-    if message in channel.heard:
+    if message in channel.received:
         return Answer(True, f"it sent {message!r}")
-    return Answer(False, f"it did not say {message!r} yet" if channel.open else "it closed its channel")
+    return Answer(False, f"it has not sent {message!r} yet" if channel.open else "it closed its channel")
 
 
 async def ask_tcp(target: Target) -> Answer:

@@ -64,7 +64,7 @@ class StopPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class CommandSaid:
+class StopCommandResult:
     """The result of a stop command: `text` is its last output line, or how it failed."""
 
     ok: bool

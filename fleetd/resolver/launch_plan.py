@@ -91,15 +91,15 @@ class LaunchPlan:
         """The object that loads models: the engine's, or for an external server of one model a check of its list; None: none."""
         return self.engine.server or (LISTED_MODELS if self.external else None)
 
-    def about(self, said: str, key: str | None) -> str:
+    def about(self, sentence: str, key: str | None) -> str:
         """Return a sentence with the key of fleet.yaml that it is about."""
         if key is None:
-            return said
+            return sentence
         if key.startswith("options.") and not hasattr(self.context.options, key.removeprefix("options.")):
-            return f"{said} ({self.place}: the engine {self.engine_name} has no {key})"
-        return f"{said} ({self.place}.{'external' if self.external and key == 'command' else key})"
+            return f"{sentence} ({self.place}: the engine {self.engine_name} has no {key})"
+        return f"{sentence} ({self.place}.{'external' if self.external and key == 'command' else key})"
 
-    def told(self, error: FleetError) -> str:
+    def sentence_of(self, error: FleetError) -> str:
         """Return the sentence of an error, with the key that it is about."""
         return self.about(error.sentence, getattr(error, "key", None))
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import ROOT, Fleetd, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, python, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, python, ready, sh, until_logged
 from tests.support.waiting import until
 
 
@@ -161,8 +161,8 @@ def test_case_18_percent_and_dollar_reach_the_program(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        said = until_said(daemon, "a", "\n").splitlines()[0]
-        assert said == str(["%(ENV_X)s", "100%", "%%", "$HOME", "${x}", "{x}", "a'b\"c"]) + " 50% of $5 %(x)s a"
+        printed = until_logged(daemon, "a", "\n").splitlines()[0]
+        assert printed == str(["%(ENV_X)s", "100%", "%%", "$HOME", "${x}", "{x}", "a'b\"c"]) + " 50% of $5 %(x)s a"
 
 
 def test_case_20_second_daemon_leaves_the_first_its_files(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_case_21_leaving_clients_and_garbage_cost_no_cpu(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
-        ("POST", "/v1/processes/stop", {"names": ["nobody"]}, 404),
+        ("POST", "/v1/processes/stop", {"names": ["no-such-name"]}, 404),
         ("POST", "/v1/processes/stop", {"names": "a"}, 400),
         ("POST", "/v1/processes/a/signal", {"signal": "SIGNOPE"}, 400),
         ("POST", "/v1/processes/a/stop", {"unknown": 1}, 400),

@@ -112,14 +112,14 @@ def test_failed_sleep_kills_and_starts_cold(tmp_path: Path) -> None:
         pid = daemon.process_row("a")["pid"]
         answered(daemon, "b")
         assert not alive(pid)
-        told = story(daemon, "a")
-        assert "sleep failed" in told
-        assert "freed memory is negative" in told
+        events = story(daemon, "a")
+        assert "sleep failed" in events
+        assert "freed memory is negative" in events
         assert answered(daemon, "a") == text
         assert daemon.process_row("a")["generation"] == 2
         answered(daemon, "b")  # for a while `a` is unloaded instead
         assert daemon.model_row("a")["sleeps"] == 0
-        assert story(daemon, "a").count("sleep failed") == told.count("sleep failed")
+        assert story(daemon, "a").count("sleep failed") == events.count("sleep failed")
 
 
 def test_wake_without_answer_kills_and_starts_cold(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fleetd.core.data.specs import describe_exit
 from fleetd.units import show_size
 
 # A note reports the same with more context.
-_NOTED = (e.StartProgress, e.RequirementsChanged, e.ModelRequirementsChanged, e.LoadFailed, e.UnloadFailed)
+_NOTED = (e.StartProgress, e.ProcessPrerequisitesChanged, e.ModelPrerequisitesChanged, e.LoadFailed, e.UnloadFailed)
 _LOG_LINES = 10
 
 

@@ -81,12 +81,12 @@ class Libraries:
         plan = self._builds.serving(store)
         if plan is not None:
             return plan
-        said = [
+        states = [
             f"{name} is {process.state}: {process.reason}"
             for name in store.instances
             if (process := self._queries.process(name)) is not None
         ]
-        raise EngineError("; ".join(said) or "no server of it is in the fleet")
+        raise EngineError("; ".join(states) or "no server of it is in the fleet")
 
     async def show(self, name: str) -> Mapping[str, Any]:
         model = self._queries.find_model(name)
@@ -179,11 +179,11 @@ class Libraries:
         sync = self._syncs.get(number)
         if sync is None:
             raise ApiError(404, "unknown_name", f"There is no sync {number}.")
-        told = 0
+        sent = 0
         while True:
-            while told < len(sync.items):
-                yield sync.items[told]
-                told += 1
+            while sent < len(sync.items):
+                yield sync.items[sent]
+                sent += 1
             if sync.over:
                 return
             sync.news.clear()

@@ -255,9 +255,9 @@ class StatusView:
     def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
         """Return the value that its server reports; else the default of its entry."""
         for name, placement in model.placements.items():
-            said = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
-            if said is not None:
-                return said
+            reported = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
+            if reported is not None:
+                return reported
         return plan.context_length if plan is not None else None
 
     def _ttl_left(self, model: Model, now: float) -> float | None:

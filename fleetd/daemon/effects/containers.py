@@ -62,7 +62,7 @@ async def remove_orphans(
     machine: Commands, plans: Iterable[LaunchPlan], live: Collection[str], env: Mapping[str, str]
 ) -> list[tuple[str, str]]:
     """Remove this fleet's containers that belong to no instance of `live`; return (instance, result) for each."""
-    told: list[tuple[str, str]] = []
+    results: list[tuple[str, str]] = []
     asked: set[tuple[str, str]] = set()
     for plan in plans:
         if plan.contained is None or plan.recipe is None:
@@ -77,12 +77,12 @@ async def remove_orphans(
         except HostError as error:
             ok, output = False, str(error)
         if not ok:
-            told.append((plan.name, f"its containers cannot be listed: {output.strip()[-300:]}"))
+            results.append((plan.name, f"its containers cannot be listed: {output.strip()[-300:]}"))
             continue
         for identity, instance in unknown_containers(output, live):
             why = await remove_by(machine, (client, "rm", "--force", identity), env)
-            told.append((instance, f"a container was left behind: {why or 'removed'}"))
-    return told
+            results.append((instance, f"a container was left behind: {why or 'removed'}"))
+    return results
 
 
 # -- looking ------------------------------------------------------------------------------------------------------------

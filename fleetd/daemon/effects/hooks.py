@@ -88,6 +88,6 @@ class Hooks:
         last = (output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:300]
         if not ok:
             return last
-        text = f"its {which} hook ended well after {time.monotonic() - began:.1f} s: {last}"
+        text = f"its {which} hook succeeded after {time.monotonic() - began:.1f} s: {last}"
         self._context.reporter.events.report("process", plan.name, EventCode.HOOK, text)
         return None

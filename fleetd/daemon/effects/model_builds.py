@@ -19,7 +19,7 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.core.data.commands import Load
-from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelRequirementsChanged, UnloadRequested
+from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelPrerequisitesChanged, UnloadRequested
 from fleetd.core.data.state import ProcessState, Residency
 from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
@@ -107,7 +107,7 @@ class ModelBuilds:
 
     def observe(self, event: Event) -> None:
         """Start due builds after a step of the fleet; compare a store again when a model's file returns."""
-        if isinstance(event, ModelRequirementsChanged) and not event.missing:
+        if isinstance(event, ModelPrerequisitesChanged) and not event.missing:
             self._due |= {key for key, store in self.stores().items() if event.model in store.models}
         self._begin_due()
 
@@ -223,8 +223,8 @@ class ModelBuilds:
             self._verified |= {(plan.name, step.name): mark for plan in store.plans}
 
     def _failed(self, name: str, error: FleetError) -> None:
-        said = error.sentence.removeprefix(f"{name}: ")
-        text = (f"models.{name}: " if not said.startswith("models.") else "") + said
+        sentence = error.sentence.removeprefix(f"{name}: ")
+        text = (f"models.{name}: " if not sentence.startswith("models.") else "") + sentence
         if self.notes.get(name) != Note("failed", text):
             self.notes[name] = Note("failed", text)
             self._reporter.model(name, EventCode.MODEL_NOT_MADE, text)
@@ -268,23 +268,23 @@ class ModelBuilds:
     async def _prepare(
         self, plan: LaunchPlan, held: ServedModel, progress: Callable[[Note], None] = lambda _: None
     ) -> None:
-        name, began, told = held.name, time.monotonic(), ""
+        name, began, reported = held.name, time.monotonic(), ""
 
         def tell(phase: str, done: int, total: int) -> None:
-            nonlocal told
+            nonlocal reported
             percent = f" {100 * done // total} %" if total > 1 else ""
             note = Note("making", f"making {held.served_as}: {phase}{percent}", done, total if total > 1 else 0)
             self.notes[name] = note
             progress(note)
-            if phase != told and not told:
+            if phase != reported and not reported:
                 self._reporter.model(name, EventCode.MODEL_MAKING, f"making {held.served_as} from {held.source}")
-            told = phase
+            reported = phase
 
         before = self.notes.get(name)
         try:
             assert plan.engine.store is not None
             assert plan.endpoint is not None
-            said = await plan.engine.store.build(
+            summary = await plan.engine.store.build(
                 self._http.session,
                 plan.endpoint,
                 plan.context,
@@ -296,10 +296,10 @@ class ModelBuilds:
             if self.notes.get(name, Note("", "")).state == "making":
                 self.notes.pop(name)
             raise
-        if said is not None:
+        if summary is not None:
             took_s = time.monotonic() - began
-            self.notes[name] = Note("made", said)
-            self._reporter.model(name, EventCode.MODEL_MADE, f"{said} ({took_s:.1f} s)")
+            self.notes[name] = Note("made", summary)
+            self._reporter.model(name, EventCode.MODEL_MADE, f"{summary} ({took_s:.1f} s)")
         elif before is not None and before.state != "making":
             self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
 

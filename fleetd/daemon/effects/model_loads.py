@@ -94,7 +94,7 @@ class ModelLoads:
                 measured = await server.load(self._http.session, endpoint, held, timeout_s)
         except FleetError as error:
             self._dispatch(
-                LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
+                LoadFailed(model, process, generation, self._sentence(process, error), recoverable=error.recoverable)
             )
         except asyncio.CancelledError:
             self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
@@ -114,7 +114,7 @@ class ModelLoads:
             _, server, endpoint, held = self._target(model, process)
             await server.unload(self._http.session, endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
-            self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
+            self._dispatch(UnloadFailed(model, process, generation, self._sentence(process, error)))
         except asyncio.CancelledError:
             self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
             raise
@@ -125,9 +125,9 @@ class ModelLoads:
         else:
             self._dispatch(Unloaded(model, process, generation))
 
-    def _told(self, process: str, error: FleetError) -> str:
+    def _sentence(self, process: str, error: FleetError) -> str:
         plan = self._config.plans.get(process)
-        return plan.told(error) if plan is not None else error.sentence
+        return plan.sentence_of(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
         """Query the models of a many-model server and report them to the fleet."""

@@ -124,11 +124,11 @@ class ProbeRunner:
 
     def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
         """Turn a failure into a success where real requests show that the server is only busy."""
-        heard = self._traffic.last_answer_s(name)
-        if heard >= began:
+        answered_s = self._traffic.last_answer_s(name)
+        if answered_s >= began:
             return Answer(True, "busy: it answers real requests meanwhile")
         full = self._traffic.full_since_s(name)
-        if full is not None and time.monotonic() - max(full, heard) < _BUSY_S:
+        if full is not None and time.monotonic() - max(full, answered_s) < _BUSY_S:
             return Answer(True, "busy: all its slots are taken")
         return answer
 
@@ -149,7 +149,7 @@ class ProbeRunner:
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
-                answer = Answer(False, plan.told(error))
+                answer = Answer(False, plan.sentence_of(error))
             return answer if answer.ok else self._excuse(name, began, answer)
 
         return ask

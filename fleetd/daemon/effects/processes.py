@@ -283,7 +283,7 @@ class Processes:
             return
         run.stop_command_reported = True
         if result.ok:
-            text = f"its stop.command ended well after {result.took_s:.1f} s: {result.text}"
+            text = f"its stop.command succeeded after {result.took_s:.1f} s: {result.text}"
             self._context.reporter.events.report("process", run.name, EventCode.HOOK, text)
         else:
             self._context.reporter.warn(run.name, f"its stop.command failed: {result.text}")

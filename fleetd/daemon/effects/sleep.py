@@ -57,23 +57,23 @@ class Sleepers:
         self._loads.call(command.process, self._answered(command, work, timeout_s), title)
 
     async def _answered(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
-        state, said = SleepState.FAILED, ""
+        state, failure = SleepState.FAILED, ""
         try:
             async with asyncio.timeout(timeout_s):
                 state = await work(command, timeout_s)
         except TimeoutError:
-            said = f"no answer within {timeout_s:g} s"
+            failure = f"no answer within {timeout_s:g} s"
         except FleetError as error:
-            said = error.sentence
+            failure = error.sentence
         except asyncio.CancelledError:
             self._seen(command, state, f"{command.process} ended")
             raise
         except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the model
-            said = f"unexpected failure: {type(error).__name__}: {error}"
-        self._seen(command, state, said)
+            failure = f"unexpected failure: {type(error).__name__}: {error}"
+        self._seen(command, state, failure)
 
-    def _seen(self, command: Sleep | Wake | CheckSleep, state: SleepState, said: str) -> None:
-        self._dispatch(SleepSeen(command.model, command.process, command.generation, state, said))
+    def _seen(self, command: Sleep | Wake | CheckSleep, state: SleepState, failure: str) -> None:
+        self._dispatch(SleepSeen(command.model, command.process, command.generation, state, failure))
 
     def _target(self, process: str) -> tuple[LaunchPlan, Endpoint, Sleeper]:
         plan = self._config.plans.get(process)

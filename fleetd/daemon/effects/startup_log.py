@@ -101,8 +101,8 @@ class StartupLogs:
         if found and not run.plan.context.learned and found != self._learned.get(key):
             self._learned[key] = found
             self._store.put(PREFIX + key, found)
-            said = ", ".join(f"{name} {value}" for name, value in found.items())
-            self._context.reporter.warn(run.name, f"found out at its start, given to the next one: {said}")
+            values = ", ".join(f"{name} {value}" for name, value in found.items())
+            self._context.reporter.warn(run.name, f"found out at its start, given to the next one: {values}")
 
     def _key(self, plan: LaunchPlan) -> str:
         model = plan.own_model

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetd.core.data.events import ModelRequirementsChanged, RequirementsChanged, RestartDue
+from fleetd.core.data.events import ModelPrerequisitesChanged, ProcessPrerequisitesChanged, RestartDue
 from fleetd.core.data.state import SERVING, ProcessState, Residency
 from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.reload.deferred_env import DeferredEnvironment, Missing, MissingPrerequisites
@@ -113,7 +113,7 @@ class Prerequisites:
             missing = _unread(plan)
         if missing != self.reported.processes.get(name, ()):
             self.reported.processes[name] = missing
-            self._dispatch(RequirementsChanged(name, missing))
+            self._dispatch(ProcessPrerequisitesChanged(name, missing))
         return missing
 
     async def fresh_model(self, name: str) -> Missing:
@@ -126,7 +126,7 @@ class Prerequisites:
         missing = await asyncio.to_thread(self._missing_of, name, required, looks)
         if missing != self.reported.models.get(name, ()):
             self.reported.models[name] = missing
-            self._dispatch(ModelRequirementsChanged(name, missing))
+            self._dispatch(ModelPrerequisitesChanged(name, missing))
         return missing
 
     def recheck(self) -> None:
@@ -267,7 +267,7 @@ class Prerequisites:
             if running and missing and not self._sure("process", name, missing):
                 return
             self.reported.processes[name] = missing
-            self._dispatch(RequirementsChanged(name, missing))
+            self._dispatch(ProcessPrerequisitesChanged(name, missing))
         if not missing:
             self.reported.processes.pop(name, None)
             self._suspected.pop(("process", name), None)
@@ -285,7 +285,7 @@ class Prerequisites:
         self.reported.models[name] = missing
         if not missing:
             self.reported.models.pop(name, None)
-        self._dispatch(ModelRequirementsChanged(name, missing))
+        self._dispatch(ModelPrerequisitesChanged(name, missing))
 
     def _sure(self, kind: str, name: str, missing: Missing) -> bool:
         """Return whether something in use is gone: missing at two checks in a row, and not only without an answer."""

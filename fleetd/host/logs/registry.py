@@ -118,7 +118,7 @@ class TimeIndex:
 
 class LogRegistry:
     """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives;
-    `hand_path(token)` is where a piped run keeps what is read and not written yet."""
+    `spool_path(token)` is where a piped run keeps what is read and not written yet."""
 
     def __init__(
         self,
@@ -126,12 +126,12 @@ class LogRegistry:
         pool: Executor,
         *,
         total_bytes: int | None = None,
-        hand_path: Callable[[str], Path | None] = lambda _token: None,
+        spool_path: Callable[[str], Path | None] = lambda _token: None,
         report_lost: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
         """`report_lost(name, sentence)` is called when the log of a running process was deleted."""
         self._report_lost = report_lost
-        self._hand_path = hand_path
+        self._spool_path = spool_path
         self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
         self._archiver = ThreadPoolExecutor(1, thread_name_prefix="fleetd-archive")
         self._policies: dict[str, LogPolicy] = {}
@@ -213,7 +213,7 @@ class LogRegistry:
             if self._pump is None:
                 self._pump = Pump(self._pump_rotated)
             stream = Stream(
-                pipe, self.files(handle.name), self._policies[handle.name], self._hand_path(handle.lineage.token)
+                pipe, self.files(handle.name), self._policies[handle.name], self._spool_path(handle.lineage.token)
             )
             self._streams[handle.lineage.token] = stream
             self._watch(handle, self._pump.add(stream))
@@ -224,7 +224,7 @@ class LogRegistry:
             self._pump = Pump(self._pump_rotated)
         pump = self._pump
         stream = Stream(
-            pipe, self.files(record.name), self._policies.get(record.name, record.logs), self._hand_path(record.token)
+            pipe, self.files(record.name), self._policies.get(record.name, record.logs), self._spool_path(record.token)
         )
         pump.add(stream)
 

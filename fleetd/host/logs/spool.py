@@ -41,7 +41,7 @@ class Spool:
         self._start = self._end = self.lost = 0
         self._used = _ROOM  # the bytes after the end are zeros from here on
 
-    def take_up(self, fd: int) -> bytes:
+    def recover(self, fd: int) -> bytes:
         """Return bytes that an earlier daemon read and did not write to the log `fd`; truncate a torn write."""
         start, end, reading, after, inode, before, goal, lost = _HEAD.unpack_from(self._map)
         if not (start <= after <= end <= _ROOM and before <= goal):
@@ -97,7 +97,7 @@ class Spool:
         _HEAD.pack_into(self._map, 0, self._start, self._end, reading, self._start, 0, 0, 0, self.lost)
 
 
-def hand(path: Path | None) -> Spool | None:
+def open_spool(path: Path | None) -> Spool | None:
     """Return the file at `path`; None if it cannot be created."""
     try:
         return Spool(path) if path is not None else None

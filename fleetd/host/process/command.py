@@ -19,10 +19,10 @@ from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch
 from fleetd.host.process.process_set import TOKEN_VARIABLE, Lineage, carriers
 from fleetd.host.process.spawn import kill_and_forget, kill_group, launch
 from fleetd.host.process.table import ProcessTable
-from fleetd.host.types import CommandSaid, Program
+from fleetd.host.types import Program, StopCommandResult
 
 _KEPT_BYTES = 16 * 1024
-_SAID_CHARS = 300
+_SHOWN_CHARS = 300
 _HUNTS = 20
 
 
@@ -131,15 +131,15 @@ async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
     return False
 
 
-def said(result: CommandResult, took_s: float) -> CommandSaid:
+def stop_command_result(result: CommandResult, took_s: float) -> StopCommandResult:
     """Return the result of a stop command in one line."""
-    last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SAID_CHARS]
+    last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SHOWN_CHARS]
     if result.ok:
-        return CommandSaid(True, last, took_s)
+        return StopCommandResult(True, last, took_s)
     how = f"exit code {result.status.code}" if result.status.code is not None else f"killed by {result.status.signal}"
     if result.timed_out:
         how = f"killed after {took_s:.1f} s"
-    return CommandSaid(False, f"{how}: {last}; the signal was sent instead", took_s)
+    return StopCommandResult(False, f"{how}: {last}; the signal was sent instead", took_s)
 
 
 def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:

@@ -22,7 +22,7 @@ from fleetd.host.filenames import escape
 from fleetd.host.process.exit_watch import ExitWatch
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.process_set import Lineage
-from fleetd.host.types import CommandSaid, HandleRecord, LogPolicy, RawExit
+from fleetd.host.types import HandleRecord, LogPolicy, RawExit, StopCommandResult
 
 _VERSION = 1
 
@@ -42,7 +42,7 @@ class ProcessHandle:
     force: asyncio.Event = field(default_factory=asyncio.Event)
     exit: RawExit | None = None
     killed_by_us: bool = False
-    stop_command: CommandSaid | None = None
+    stop_command: StopCommandResult | None = None
     guest: int | None = None  # first process of its container: counted in usage, never signalled
     watch: ExitWatch | None = None
     channel: NodeChannel | None = None
@@ -120,7 +120,7 @@ class Records:
         """Return where the pipe of a captured run is."""
         return self._folder / f"{token}.pipe"
 
-    def hand_path(self, token: str) -> Path:
+    def spool_path(self, token: str) -> Path:
         """Return where a captured run keeps what was read from its pipe and is not in its log yet."""
         return self._folder / f"{token}.hand"
 
@@ -140,7 +140,7 @@ class Records:
         """Forget a record, unless a later run has already replaced it, and the pipe of its run."""
         try:
             self.pipe_path(record.token).unlink(missing_ok=True)
-            self.hand_path(record.token).unlink(missing_ok=True)
+            self.spool_path(record.token).unlink(missing_ok=True)
         except OSError:
             pass
         for path in (self._path(record.name, "copy"), self._path(record.name)):
@@ -172,7 +172,7 @@ class Records:
                     moved.append(place)
         records += self._copies({record.name for record in records})
         kept = (*records, *carried)
-        known = {of(record.token) for record in kept for of in (self.pipe_path, self.hand_path)}
+        known = {of(record.token) for record in kept for of in (self.pipe_path, self.spool_path)}
         for left in {*self._folder.glob("*.pipe"), *self._folder.glob("*.hand")} - known:
             left.unlink(missing_ok=True)
         return records, moved

@@ -32,7 +32,7 @@ class NodeChannel:
         self._pending = b""
         self._open = True
         self.ready = asyncio.Event()  # the child has sent "ready"
-        self.heard: set[str] = set()  # the messages of the child that are texts
+        self.received: set[str] = set()  # the text messages of the child
         self.adopted = False  # earlier messages of the child are unknown
         self.on_message = on_message
         end.setblocking(False)
@@ -69,8 +69,8 @@ class NodeChannel:
             return
         if message == "ready":
             self.ready.set()
-        if isinstance(message, str) and len(self.heard) < _REMEMBERED:
-            self.heard.add(message)
+        if isinstance(message, str) and len(self.received) < _REMEMBERED:
+            self.received.add(message)
         if self.on_message is not None:
             self.on_message(message)
 

@@ -176,7 +176,7 @@ def _in_own_thread(call: Callable[[], T]) -> T:
     def body() -> None:
         try:
             outcome.append((call(), None))
-        except BaseException as error:  # noqa: BLE001 (handed to the caller's thread)
+        except BaseException as error:  # noqa: BLE001 (raised in the caller's thread)
             outcome.append((None, error))
 
     thread = threading.Thread(target=body, name="fleetd-spawn", daemon=True)

@@ -78,18 +78,18 @@ class Stopper:
         return await self._kill(lineage, KillScope.SET, None) if left else ()
 
     async def _ask(self, handle: ProcessHandle, policy: StopPolicy) -> None:
-        """Tell the leader to end, by the gentlest way configured; a way that fails falls back to the signal."""
+        """Ask the leader to exit, by the gentlest configured way; a way that fails falls back to the signal."""
         if handle.exited.is_set():
             return
-        told = False
+        asked = False
         if policy.command:
-            told = await self._run_command(handle, policy.command, policy.timeout_s)
+            asked = await self._run_command(handle, policy.command, policy.timeout_s)
         elif policy.message is not None and handle.channel is not None:
-            told = handle.channel.send(policy.message)
+            asked = handle.channel.send(policy.message)
         if handle.exited.is_set():
             return
         leader = {handle.lineage.pid: handle.lineage.start}
-        if not told:
+        if not asked:
             self._scanner.signal(leader, signal_number(policy.signal))
         self._scanner.signal(leader, signals.SIGCONT)
 

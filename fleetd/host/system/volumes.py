@@ -125,8 +125,8 @@ class Volumes:
     def _compared(self, path: Path, mount: Path, identity: str | None) -> Look:
         before = self.known.get(str(mount))
         if identity and before and before != identity:
-            said = f"another volume is mounted at {mount}: {identity}, not {before}; if it is the right one now, "
-            return Look(f"{path} ({said}accept it with: fleetctl volumes accept {mount})", mount, identity)
+            problem = f"another volume is mounted at {mount}: {identity}, not {before}; if it is the right one now, "
+            return Look(f"{path} ({problem}accept it with: fleetctl volumes accept {mount})", mount, identity)
         if before is None or (identity and not before):
             self.known[str(mount)] = identity or ""
         return Look(None, mount, identity)

@@ -131,8 +131,8 @@ class FileWatch:
     def update(self, files: Iterable[Path], patterns: Iterable[WatchPattern] = ()) -> None:
         """Watch these from now on. New files count as seen, except a match that is not among the files: it was not read yet."""
         self._patterns = tuple(patterns)
-        told = [match for match in self._matches() if match in self._marks]
-        self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *told]}
+        matched = [match for match in self._matches() if match in self._marks]
+        self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *matched]}
         self._renewed.set()
 
     def _matches(self) -> list[Path]:
@@ -243,15 +243,15 @@ class TreeWatch:
         while True:
             present = {path: path.exists() for path in self._paths}
             trees = frozenset(path for path, there in present.items() if there and path.is_dir())
-            beside = frozenset(_existing(path.parent) for path in self._paths if path not in trees)
-            if await self._watch(trees, beside, present):
+            parents = frozenset(_existing(path.parent) for path in self._paths if path not in trees)
+            if await self._watch(trees, parents, present):
                 self._on_change([path for path in self._paths if path.exists() != present[path]])
 
-    async def _watch(self, trees: frozenset[Path], beside: frozenset[Path], present: dict[Path, bool]) -> bool:
+    async def _watch(self, trees: frozenset[Path], parents: frozenset[Path], present: dict[Path, bool]) -> bool:
         """Report changes until a watched path comes or goes; True then."""
         sources = [
             _Changes(folders, recursive=recursive, debounce_s=self._debounce_s, matters=self._matters)
-            for folders, recursive in ((trees, True), (beside, False))
+            for folders, recursive in ((trees, True), (parents, False))
             if folders
         ]
         waiting: dict[asyncio.Future[set[Path]], _Changes] = {}
@@ -302,11 +302,11 @@ class _Changes:
             self._task = loop.create_task(self._read(list(folders), recursive))
             return
         try:
-            self._watch = inotify.FolderWatch(loop, folders, self._heard)
+            self._watch = inotify.FolderWatch(loop, folders, self._note)
         except OSError:  # a folder that vanished, or no watches left: the slow look remains
             return
 
-    def _heard(self, paths: set[Path]) -> None:
+    def _note(self, paths: set[Path]) -> None:
         news = {path for path in paths if self._matters(path)}
         if news:
             self._found |= news
@@ -325,7 +325,7 @@ class _Changes:
                 stop_event=self._stop,
                 ignore_permission_denied=True,
             ):
-                self._heard({Path(path) for _, path in changes})
+                self._note({Path(path) for _, path in changes})
         except (OSError, RuntimeError):  # a folder that vanished, or no watches left: the slow look remains
             return
 
