@@ -94,13 +94,13 @@ def pending_orders(queries: FleetQueries, stop: bool) -> PendingOrders:
     return PendingOrders(queries.pending_restarts(), queries.rolling_restarts(), stop)
 
 
-async def settle(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
-    """Wait until nothing is in progress, a shutdown is ordered, or `timeout_s` is over."""
+async def settle(daemon: Daemon) -> None:
+    """Wait until nothing is in progress, a shutdown is ordered, or SETTLE_S are over."""
 
     def settled() -> bool | None:
         return daemon.state.stopping or not any(map(in_progress, daemon.fleet.queries.processes())) or None
 
-    await daemon.changes.wait_for(settled, timeout_s)
+    await daemon.changes.wait_for(settled, SETTLE_S)
 
 
 def command_line(words: Sequence[str], config: Path) -> list[str]:

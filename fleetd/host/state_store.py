@@ -263,12 +263,12 @@ class StateStore:
 
     # -- history and facts -----------------------------------------------------------------------------------------
 
-    def record(self, kind: str, subject: str, data: Mapping[str, Any], at: float | None = None) -> None:
+    def record(self, kind: str, subject: str, data: Mapping[str, Any]) -> None:
         """Append to the history. `data` must be JSON, and stay as it is."""
         if len(self._unrecorded) >= _PENDING_MAX:
             self._unrecorded.popleft()
             self.dropped += 1
-        self._unrecorded.append((time.time() if at is None else at, kind, subject, data))
+        self._unrecorded.append((time.time(), kind, subject, data))
         if len(self._unrecorded) == 1:  # entries that come before the thread's turn go into one transaction
             self._thread.submit(self._record_all)
         self._since_prune += 1
@@ -289,13 +289,6 @@ class StateStore:
     async def last_of_each(self, of_each: int, in_all: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first: at most `of_each` of one subject, so that none hides the others."""
         return _entries(await self._ask(lambda: self._rows(_LAST_OF_EACH, (_LOOKED_THROUGH, of_each, in_all))))
-
-    async def history(self, subject: str | None = None, *, limit: int = 100, since: float = 0.0) -> list[HistoryEntry]:
-        """Return the newest entries, oldest first; of one subject, or of all."""
-        where, arguments = ("subject = ? AND", [subject]) if subject is not None else ("", [])
-        query = f"SELECT id, at, kind, subject, data FROM history WHERE {where} at >= ? ORDER BY id DESC LIMIT ?"  # noqa: S608
-        rows = await self._ask(lambda: self._rows(query, (*arguments, since, limit)))
-        return _entries(rows)
 
     def put(self, key: str, value: Any) -> None:
         """Keep one small fact. `value` must be JSON."""

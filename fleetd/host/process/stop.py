@@ -27,8 +27,6 @@ _PORT_LIMIT_S = 1.0
 _FIRST_DELAY_S = 0.001
 _LONGEST_DELAY_S = 0.05
 
-Threaded = Callable[..., Awaitable[object]]
-
 
 class Stopper:
     """Carries out stops and sweeps. `run_command` runs a stop command and says whether it succeeded."""

@@ -311,9 +311,9 @@ def test_node_channel_ready_and_shutdown(tmp_path: Path) -> None:
         async with host_in(tmp_path) as host:
             exits = Exits()
             handle = await spawn(host, python(child), exits, ipc=True)
-            assert handle.channel is not None
-            async with asyncio.timeout(10):
-                await handle.channel.ready.wait()
+            channel = handle.channel
+            assert channel is not None
+            await until(lambda: "ready" in channel.received, "the child sent its message")
             from dataclasses import replace
 
             assert await host.stop(handle, replace(POLITE, message="shutdown")) == ()
