@@ -153,7 +153,7 @@ class App:
         self._report_ready(assembly)
         self._up = True
         if orders.stop:
-            self._stop(False, "ordered during the re-execution")
+            self._stop(False, "requested during the re-execution")
         self._catch_up(assembly)
 
     def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
@@ -200,7 +200,7 @@ class App:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
         except TimeoutError:
-            self._log.error("not everything could be stopped")
+            self._log.error("some processes could not be stopped")
 
     async def _take_over(self, assembly: Assembly, records: list[HandleRecord], orders: reexec.PendingOrders) -> None:
         """Adopt what runs, then report everything to the fleet in one event."""

@@ -45,8 +45,8 @@ class Reporter:
 
     def damaged_file(self, path: str) -> None:
         """Report a state file that could not be read and was moved away."""
-        self.log.warning("a damaged file was set aside: what it held is lost", path=path)
-        text = f"a damaged file was set aside as {path}: what it held is lost"
+        self.log.warning("a damaged file was moved: its contents are lost", path=path)
+        text = f"a damaged file was moved to {path}: its contents are lost"
         self.events.report("daemon", None, EventCode.STATE_FILE_DAMAGED, text)
 
     def task_fault(self, task: str, error: BaseException) -> None:

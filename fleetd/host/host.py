@@ -271,7 +271,7 @@ class Host:
         except asyncio.CancelledError:  # the set is empty, or its time is over
             if not handle.exited.is_set():
                 handle.stop_command = StopCommandResult(
-                    False, f"it did not end within {time.monotonic() - began:.1f} s"
+                    False, f"it did not exit within {time.monotonic() - began:.1f} s"
                 )
             raise
         handle.stop_command = stop_command_result(result, time.monotonic() - began)
@@ -382,7 +382,7 @@ class Host:
     def _doubt(self, record: HandleRecord) -> str | None:
         """Return why this record does not prove a live process; None when it does."""
         if record.boot_id != self._boot_id:
-            return "the machine has booted since"
+            return "the machine was restarted since"
         if record.pid is None:
             return "its start was never confirmed" if record.spawned_at else "its record was lost"
         entry = self.table.entry(record.pid)
@@ -399,7 +399,7 @@ class Host:
             return None
         if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
             return None
-        return f"pid {record.pid} carries neither our token nor our program"
+        return f"pid {record.pid} has neither the token nor the program of its record"
 
     async def gone(self, record: HandleRecord) -> bool:
         """Return whether the run of a record has provably exited since this boot of the machine."""

@@ -28,19 +28,22 @@ def prepare_private_folder(folder: Path) -> None:
     except FileExistsError:
         raise HostError(f"{folder} exists and is not a directory", recoverable=False) from None
     except OSError as error:
-        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
+        raise HostError(f"the folder {folder} cannot be created: {error.strerror}", recoverable=False) from error
     if stat.S_ISLNK(found.st_mode):
         raise HostError(f"{folder} is a symbolic link; a private folder must be a real one", recoverable=False)
     if not stat.S_ISDIR(found.st_mode):
         raise HostError(f"{folder} exists and is not a directory", recoverable=False)
     if found.st_uid != os.geteuid():
-        raise HostError(f"{folder} belongs to user id {found.st_uid}, not to us ({os.geteuid()})", recoverable=False)
+        raise HostError(
+            f"{folder} belongs to user id {found.st_uid}, not to the user of fleetd ({os.geteuid()})", recoverable=False
+        )
     if found.st_mode & 0o077:
         try:
             folder.chmod(0o700)
         except OSError as error:
             raise HostError(
-                f"{folder} is open to others and cannot be closed: {error.strerror}", recoverable=False
+                f"{folder} is accessible to other users and its mode cannot be changed: {error.strerror}",
+                recoverable=False,
             ) from error
 
 
@@ -68,7 +71,7 @@ class DaemonLock:
                 who = f"pid {holder}" if holder is not None else "pid unknown"
                 raise HostError(
                     f"fleetd is already running, {who} (it holds {path})",
-                    hint="`fleetctl status` talks to it; `fleetctl shutdown` ends it",
+                    hint="`fleetctl status` shows it; `fleetctl shutdown` stops it",
                     recoverable=False,
                 ) from None
             except OSError as error:
@@ -147,7 +150,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
+        raise HostError(f"the folder {folder} cannot be created: {error.strerror}", recoverable=False) from error
 
 
 def _read_pid(fd: int) -> int | None:

@@ -183,7 +183,7 @@ class Prober:
             try:
                 compiled = re.compile(pattern.encode())
             except re.error as error:
-                return Answer(False, f"log_line {pattern!r} is no regular expression: {error}")
+                return Answer(False, f"log_line {pattern!r} is not a regular expression: {error}")
             self._scanner = self._host.log_scanner(self.target.handle, compiled)
         line = await self._scanner.advance()
         if line is None:

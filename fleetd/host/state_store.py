@@ -115,7 +115,7 @@ class StateStore:
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise HostError(
-                f"the state folder {self._state} cannot be made: {error.strerror}", recoverable=False
+                f"the state folder {self._state} cannot be created: {error.strerror}", recoverable=False
             ) from error
         self._remembered = self._load_remembered()
         self._connect()

@@ -98,7 +98,7 @@ def bad_programs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "not-executable": ({"command": ["./plain"]}, "is not executable"),
         "folder": ({"command": [str(folder)]}, "is a directory"),
         "interpreter": ({"command": ["./script"]}, "interpreter"),
-        "garbage": ({"command": ["./garbage"]}, "no program for this machine"),
+        "garbage": ({"command": ["./garbage"]}, "cannot run on this machine"),
         "cwd": ({"command": SLEEPER, "cwd": "/no/such/folder"}, "working directory"),
         "cwd-is-file": ({"command": SLEEPER, "cwd": "plain"}, "not a directory"),
         "log-is-folder": ({"command": SLEEPER}, "log"),

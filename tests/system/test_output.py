@@ -201,7 +201,7 @@ def test_case_39_full_disk_neither_blocks_nor_grows_and_recovers(tmp_path: Path)
         assert daemon.status()["daemon"]["rss_bytes"] < 250 << 20
         assert log.stat().st_size <= limit
         process.rlimit(resource.RLIMIT_FSIZE, high)
-        text = until_logged(daemon, "a", "lines lost: the disk refused them")
+        text = until_logged(daemon, "a", "lines lost: the disk rejected them")
         for line in text.splitlines()[:-1]:
             json.loads(line)
         assert "Traceback" not in daemon.log()

@@ -158,7 +158,7 @@ STOP_COMMANDS = [
         "its stop.command failed: exit code 3: no such unit; the signal was sent",
     ),
     (["no-such-program"], "its stop.command failed: program 'no-such-program' not found"),
-    (sh("sleep 1000"), "its stop.command failed: it did not end within "),
+    (sh("sleep 1000"), "its stop.command failed: it did not exit within "),
     (sh("echo done; kill $MAINPID"), "its stop.command succeeded after "),
 ]
 

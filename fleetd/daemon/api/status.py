@@ -185,9 +185,7 @@ class StatusView:
             "engine": spec.engine,
             "state": str(state),
             "desired": "up" if self._queries.is_wanted(process) else "down",
-            "reason": self._reason(process)
-            if state is process.state
-            else "it has ended; its last lines are being read",
+            "reason": self._reason(process) if state is process.state else "exited; its last log lines are being read",
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,

@@ -73,7 +73,7 @@ class Hooks:
         finally:
             if running.get(plan.name) is task:
                 del running[plan.name]
-        failure = "a stop broke it off" if task.cancelled() else task.result()
+        failure = "a stop cancelled it" if task.cancelled() else task.result()
         if failure is not None:
             raise HostError(f"its {which} hook failed: {failure}")
 

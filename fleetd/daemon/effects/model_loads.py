@@ -97,7 +97,7 @@ class ModelLoads:
                 LoadFailed(model, process, generation, self._sentence(process, error), recoverable=error.recoverable)
             )
         except asyncio.CancelledError:
-            self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
+            self._dispatch(LoadFailed(model, process, generation, f"{process} exited while it was loading {model}"))
             raise
         except Exception as error:  # noqa: BLE001 - a command without a result would block the model for ever
             self._dispatch(
@@ -116,7 +116,7 @@ class ModelLoads:
         except FleetError as error:
             self._dispatch(UnloadFailed(model, process, generation, self._sentence(process, error)))
         except asyncio.CancelledError:
-            self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
+            self._dispatch(UnloadFailed(model, process, generation, f"{process} exited"))
             raise
         except Exception as error:  # noqa: BLE001
             self._dispatch(

@@ -117,5 +117,5 @@ class Sleepers:
         if isinstance(known.get("level"), int):
             self._known[command.process] = (command.generation, SleepRecord(known["level"], known.get("said")))
         if sleeps and not (known.get("sleeps") is True and command.process in self._known):
-            raise EngineError("it sleeps, and was left on its way there or back")
+            raise EngineError("it is asleep, and its last transition was interrupted")
         return SleepState.ASLEEP if sleeps else SleepState.AWAKE

@@ -94,7 +94,7 @@ class StartupLogs:
             if run.plan.context.learned and self._learned.pop(key, None) is not None:
                 self._store.put(PREFIX + key, {})
                 self._context.reporter.warn(
-                    run.name, "what an earlier start had found out is forgotten: this one failed with it"
+                    run.name, "discarded the values that an earlier start learned: this start failed with them"
                 )
             return
         found = dict(startup.learned(run.plan.context, lines))
@@ -102,7 +102,7 @@ class StartupLogs:
             self._learned[key] = found
             self._store.put(PREFIX + key, found)
             values = ", ".join(f"{name} {value}" for name, value in found.items())
-            self._context.reporter.warn(run.name, f"found out at its start, given to the next one: {values}")
+            self._context.reporter.warn(run.name, f"learned at its start, used for the next one: {values}")
 
     def _key(self, plan: LaunchPlan) -> str:
         model = plan.own_model

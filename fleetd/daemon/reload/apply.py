@@ -164,7 +164,7 @@ class ConfigApplier:
             applied = await self.apply(None, ApplyOptions(wait=False))
         except (ConfigError, HostError) as error:
             first = config.reject(error)
-            log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
+            log.error("invalid configuration; the fleet keeps running unchanged", problems=str(error))
             self._context.reporter.events.report("config", None, EventCode.CONFIG_REJECTED, first)
             config.publish()
             return
@@ -178,7 +178,5 @@ class ConfigApplier:
         """Raise ConfigError or ApiError when a re-executed daemon could not start on the file as it is now."""
         reading = await self._reader.read()
         if reading.assembly.paths != self._config.assembly.paths:
-            message = (
-                "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
-            )
+            message = "paths can only change when fleetd is stopped and started: processes and locks use the old ones."
             raise ApiError(409, "restart_needed", message, hint="`fleetctl shutdown`, then start fleetd.")

@@ -319,7 +319,7 @@ class Prerequisites:
 
 
 def _unread(plan: LaunchPlan) -> Missing:
-    return tuple(f"{plan.required_by[path]}: {path} (it is there, and not read yet)" for path in plan.unread)
+    return tuple(f"{plan.required_by[path]}: {path} (it exists and was not read yet)" for path in plan.unread)
 
 
 def source_path(held: ServedModel) -> Path:

@@ -33,7 +33,7 @@ FLAP_WINDOW_S = 60.0
 QUIET_S = 10.0
 FLAPPING = (
     f"its files changed more than {FLAP_COUNT} times within {FLAP_WINDOW_S:g} s: "
-    f"it restarts when they were quiet for {QUIET_S:g} s"
+    f"it restarts once they are unchanged for {QUIET_S:g} s"
 )
 
 

@@ -308,7 +308,7 @@ class Pump:
 
 
 def _loss(stream: Stream) -> str:
-    return f"--- {stream.lost} lines lost: the disk refused them ---"
+    return f"--- {stream.lost} lines lost: the disk rejected them ---"
 
 
 def as_json_lines(lines: list[str], at: float) -> bytes:

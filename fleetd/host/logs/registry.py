@@ -156,7 +156,7 @@ class LogRegistry:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self.problems["*"] = f"the log folder {self.folder} cannot be made: {error.strerror}"
+            self.problems["*"] = f"the log folder {self.folder} cannot be created: {error.strerror}"
             return
         self._can_punch = can_punch(self.folder)
         if not self._can_punch:
@@ -399,12 +399,12 @@ class LogRegistry:
         try:
             if live.stat().st_ino == inode:
                 return None
-            what = "is another file than the one that it writes into"
+            what = "was replaced by another file"
         except FileNotFoundError:
             what = "was deleted while it runs"
         except OSError:
             return None
-        return f"its log {live} {what}: what it says is lost until it is started again (fleetctl restart {name})"
+        return f"its log {live} {what}: its output is lost until it is restarted (fleetctl restart {name})"
 
     def _notice(self, name: str) -> None:
         why = self._lost_now(name)

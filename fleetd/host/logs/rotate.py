@@ -167,9 +167,7 @@ def _empty(fd: int, files: LogFiles, state: LogState, cut: int, pending: Path, p
     """Without hole punching, empty the file if it ends where the archive ends; otherwise retry later."""
     if os.fstat(fd).st_size != cut:
         pending.unlink(missing_ok=True)
-        raise OSError(
-            errno.EAGAIN, "it is written to faster than it can be emptied; use capture: pipe on this file system"
-        )
+        raise OSError(errno.EAGAIN, "it grows faster than it can be emptied (use capture: pipe on this file system)")
     os.ftruncate(fd, 0)
     if policy.keep > 0:
         shift(files, pending)

@@ -57,7 +57,7 @@ def signal_number(name: str | int) -> int:
     try:
         return signals.Signals[text if text.startswith("SIG") else f"SIG{text}"].value
     except KeyError:
-        raise ValueError(f"{name!r} is no signal of this system") from None
+        raise ValueError(f"{name!r} is not a signal of this system") from None
 
 
 def become_subreaper() -> bool:

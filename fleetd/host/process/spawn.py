@@ -286,12 +286,10 @@ def _check_words(program: Program) -> None:
         raise HostError("the command is empty", recoverable=False)
     for word in program.argv:
         if "\0" in word:
-            raise HostError("the command holds a NUL character", recoverable=False)
+            raise HostError("the command contains a NUL character", recoverable=False)
     for key, value in program.env.items():
         if not key or "=" in key or "\0" in key or "\0" in value:
-            raise HostError(
-                f"the environment variable {key!r} has a name or a value that no system accepts", recoverable=False
-            )
+            raise HostError(f"the environment variable {key!r} has an invalid name or value", recoverable=False)
     if program.execution.nofile is not None and os.geteuid() != 0:
         import resource
 
@@ -343,7 +341,7 @@ def _explain(program: Program, error: Exception) -> HostError:
     name, code = program.argv[0], getattr(error, "errno", None)
     if code == errno.ENOEXEC:
         return HostError(
-            f"{name} is no program for this machine: another architecture, or a script without a #! line",
+            f"{name} cannot run on this machine: another architecture, or a script without a #! line",
             recoverable=False,
         )
     if code == errno.ENOENT:

@@ -105,9 +105,9 @@ class WorkerProcess:
         if status is None:
             how = "closed its pipe"
         elif status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
+            how = f"was killed by {signal.Signals(-status).name}"
         else:
-            how = f"ended with code {status}"
+            how = f"exited with code {status}"
         return WorkerGone(f"the worker process {how} before it responded")
 
     def alive(self) -> bool:

@@ -94,7 +94,7 @@ def test_the_run_folder_is_ours_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="not a directory"):
         prepare_private_folder(tmp_path / "file")
-    with pytest.raises(HostError, match="cannot be made"):
+    with pytest.raises(HostError, match="cannot be created"):
         prepare_private_folder(tmp_path / "file" / "run")
 
 

@@ -293,7 +293,7 @@ def test_lines_lost_to_full_disk_are_reported_by_next_run(tmp_path: Path, monkey
             await again.exited.wait()
             await host.sweep(again)
             lines = [line.text for line in await host.logs.tail("child", 10)]
-            assert lines[:2] == ["--- 6 lines lost: the disk refused them ---", "here"], (
+            assert lines[:2] == ["--- 6 lines lost: the disk rejected them ---", "here"], (
                 "five lines, and the mark of the end"
             )
 

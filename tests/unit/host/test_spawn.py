@@ -116,7 +116,7 @@ REFUSED = {
     "no interpreter": (lambda t: {"argv": (make_file(t / "s", "#!/none/sh\n", 0o755),)}, "interpreter", False),
     "no program": (
         lambda t: {"argv": (make_file(t / "b", "\0\1\2garbage", 0o755),)},
-        "no program for this machine",
+        "cannot run on this machine",
         False,
     ),
     "cwd missing": (lambda t: {"argv": ("true",), "cwd": str(t / "none")}, "working directory", False),
