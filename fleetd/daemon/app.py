@@ -67,7 +67,7 @@ _REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` is the worker that reads it since before this module was imported."""
+    """`config` is absolute; `reading` is the worker that already reads it."""
 
     config: Path
     reading: WorkerProcess
@@ -92,7 +92,7 @@ class App:
         self._locks: DaemonLocks
 
     async def run(self) -> int:
-        """Start, serve until a shutdown, and clean up. Returns the exit code; raises FleetError when the start fails."""
+        """Serve until a shutdown and clean up; return the exit code. Raises FleetError."""
         async with AsyncExitStack() as stack:
             async with FileReading(self._options.reading) as reading:
                 await self._start(stack, reading)
@@ -219,7 +219,7 @@ class App:
             dispatch(event)
 
     async def _watch(self, stack: AsyncExitStack, assembly: Assembly) -> None:
-        """Watch files before anything starts: a change after a program has read them restarts it."""
+        """Watch files before a start: a later change restarts a program that read them."""
         self._triggers = Triggers(self._daemon.context, self._daemon.background, self._file_saved)
         stack.push_async_callback(self._triggers.close)
         self._triggers.follow(assembly)
@@ -300,7 +300,7 @@ class App:
     # -- re-execution ---------------------------------------------------------------------------------------------------
 
     async def _order_reexec(self) -> None:
-        """Begin a re-execution. Raises ConfigError or ApiError when the new program could not start."""
+        """Begin a re-execution. Raises ConfigError or ApiError if it could not start."""
         if self._state.stopping:
             raise ApiError(409, "locked", "The daemon is shutting down.")
         await self._daemon.applier.check_restart()
@@ -312,7 +312,7 @@ class App:
             self._daemon.tasks.start(self._settle_for_reexec(), "settle for a re-execution")
 
     async def _settle_for_reexec(self) -> None:
-        """Let starts and stops complete, as far as that is soon; a shutdown in the meantime takes precedence."""
+        """Wait a while for starts and stops to complete; a shutdown takes precedence."""
         await reexec.settle(self._daemon)
         if not self._state.stopping:
             self._reexecuting = True
@@ -343,7 +343,7 @@ class App:
 
 
 def changed_since(file: Path, moment_s: float) -> bool:
-    """Return whether a file, or the link that leads to it, may have been replaced or written to since a moment."""
+    """Return whether a file or its link may have changed since a moment."""
     try:
         return max(file.stat().st_ctime, file.lstat().st_ctime) >= moment_s - _CLOCK_STEP_S
     except OSError:
@@ -351,7 +351,7 @@ def changed_since(file: Path, moment_s: float) -> bool:
 
 
 def listening(assembly: Assembly) -> socket.socket:
-    """Return the gateway's listening socket. Raises HostError when its address cannot be used."""
+    """Return the gateway's listening socket. Raises HostError if it cannot bind."""
     address = assembly.gateway
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Report to operators: to the daemon's log, and to the event stream where clients see it."""
+    """Report to operators: to the daemon's log and the event stream."""
 
     def __init__(self, log: FilteringBoundLogger, events: EventLog) -> None:
         self.log = log
@@ -85,7 +85,7 @@ class HttpClient:
 
 @dataclass(frozen=True, slots=True)
 class DaemonContext:
-    """The shared services. `queries` reads the fleet; events are the only way to change it."""
+    """The shared services. `queries` reads the fleet; only events change it."""
 
     queries: FleetQueries
     dispatch: Callable[[Event], None]

@@ -95,7 +95,7 @@ class Host:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Become subreaper and start housekeeping (orphans, rotation). Call once, before anything else."""
+        """Become subreaper and start housekeeping. Call once, before anything else."""
         become_subreaper()
         await self.thread(end_marked, self.table, PROBE_VARIABLE, self.records.place)
         await self.thread(self.logs.recover)
@@ -166,7 +166,7 @@ class Host:
             self._hunt(starting.result().lineage)
 
     def _enter_cgroup(self, handle: ProcessHandle) -> None:
-        """Start to move the process into its cgroup leaf after the spawn was reported: the kernel takes about 10 ms."""
+        """Move the process into its cgroup leaf in a thread: it takes about 10 ms."""
         if self._cgroups is None:
             return
         leaf = self._cgroups.leaf(handle.name, handle.generation)
@@ -222,7 +222,7 @@ class Host:
     # -- stop and sweep --------------------------------------------------------------------------------------------
 
     async def stop(self, handle: ProcessHandle, policy: StopPolicy, force: bool = False) -> tuple[int, ...]:
-        """Stop the whole set; return the pids that survived SIGKILL (empty: all gone, port free).
+        """Stop the whole set; return the pids that survive SIGKILL (empty: all gone).
 
         `force` skips the grace. A second call during the first escalates it; both return the same result.
         """
@@ -237,7 +237,7 @@ class Host:
         return await self._settle(handle, survivors)
 
     async def sweep(self, handle: ProcessHandle, scope: str = KillScope.SET) -> tuple[int, ...]:
-        """Kill what a dead leader left behind; same result as stop. A few milliseconds when nothing is left."""
+        """Kill what a dead leader left; the result is that of stop."""
         if handle.stopping is not None and not handle.stopping.done():
             return await asyncio.shield(handle.stopping)
         if handle.sweeping is None or handle.sweeping.done():
@@ -278,20 +278,20 @@ class Host:
         return result.ok
 
     async def command(self, program: Program, timeout_s: float) -> CommandResult:
-        """Run a short program with a time limit. Raises HostError when it cannot be started."""
+        """Run a program with a time limit. Raises HostError if it cannot be started."""
         return await run_command(program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._hunt)
 
     async def run(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, timeout_s: float
     ) -> tuple[bool, str]:
-        """Run a short program; return whether it succeeded, and the end of its output. Raises HostError."""
+        """Run a program; return success and the end of its output. Raises HostError."""
         result = await self.command(Program(tuple(argv), env, Execution(cwd=cwd)), timeout_s)
         if result.timed_out:
             return False, f"{argv[0]} was killed after {timeout_s:g} s"
         return result.ok, result.output
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
-        """Do the same for a probe: if this daemon is killed meanwhile, the next one kills what is left."""
+        """Run a probe's command with a mark, so that the next daemon kills leftovers."""
         return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self.records.place}), timeout_s)
 
     def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
@@ -306,7 +306,7 @@ class Host:
         return found
 
     async def signal(self, handle: ProcessHandle, name: str) -> bool:
-        """Send a signal to the leader. False: it is gone. Raises HostError for an unknown signal."""
+        """Signal the leader; return False if it is gone. Raises HostError (bad name)."""
         try:
             number = signal_number(name)
         except ValueError as error:
@@ -316,7 +316,7 @@ class Host:
     # -- adoption --------------------------------------------------------------------------------------------------
 
     def load_records(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
-        """Return the records that an earlier daemon left, and where unreadable ones were moved to.
+        """Return an earlier daemon's records, and where unreadable ones were moved.
 
         `carried` came over an execv and replaces the copies on disk. Other records there belong to processes that started too late for it.
         """
@@ -327,14 +327,14 @@ class Host:
         return [*records, *self._strays(known)], moved
 
     def _strays(self, known: Collection[str]) -> Iterator[HandleRecord]:
-        """Yield replacements for lost records: they prove no identity, but the token finds the process set to kill."""
+        """Yield records for unrecorded sets: their token is enough to kill them."""
         for token, tag in strays(self.table, self.records.place, known).items():
             name, _, generation = tag.rpartition(":")
             if name and generation.isdecimal():
                 yield HandleRecord(name, int(generation), token, self._boot_id)
 
     def expect(self, records: Iterable[HandleRecord]) -> None:
-        """Leave the statuses of these children to `adopt`, should they die before it. Call it before `start`."""
+        """Leave the exit statuses of these children to `adopt`. Call before `start`."""
         for record in records:
             entry = self.table.entry(record.pid) if record.pid is not None else None
             if entry is not None and entry.ppid == os.getpid() and entry.start == record.start_ticks:
@@ -345,7 +345,7 @@ class Host:
         self._leaving = True
 
     async def adopt(self, record: HandleRecord, on_exit: OnExit) -> ProcessHandle:
-        """Adopt a live process of an earlier daemon. Raises HostError with the reason when its identity is not proven.
+        """Adopt a live process. Raises HostError if its identity is not proven.
 
         A process that is no longer our child dies with an unknown exit code.
         """
@@ -402,7 +402,7 @@ class Host:
         return f"pid {record.pid} has neither the token nor the program of its record"
 
     async def gone(self, record: HandleRecord) -> bool:
-        """Return whether the run of a record has provably exited since this boot of the machine."""
+        """Return whether a recorded run has provably exited since this boot."""
         return await self.thread(self._gone, record)
 
     def _gone(self, record: HandleRecord) -> bool:
@@ -412,7 +412,7 @@ class Host:
         return entry is None or entry.dead or entry.start != record.start_ticks
 
     async def prepare_exec(self) -> list[HandleRecord]:
-        """Keep pipes and channels over an execv of this process; return the records to `adopt` after it.
+        """Keep pipes and channels over an execv; return the records to `adopt` after it.
 
         From here on no output is read and no death is reported: close the host and exec, at once. `encode_records` and
         `decode_records` carry the list over.
@@ -429,7 +429,7 @@ class Host:
         return records
 
     async def sweep_record(self, record: HandleRecord) -> tuple[int, ...]:
-        """Kill what is left of a run without a leader: only processes with its token or in its cgroup.
+        """Kill a run without a leader: processes with its token or in its cgroup.
 
         Returns survivors. The record is removed when there are none.
         """
@@ -454,7 +454,7 @@ class Host:
         return (await self.usage_all([handle]))[0]
 
     async def usage_all(self, handles: Iterable[ProcessHandle]) -> list[Usage]:
-        """Return the usage of many sets from one pass over the process table, in the same order."""
+        """Return the usage of many sets, in order, from one look at the table."""
         wanted = list(handles)
         return await self.thread(self._usage_all, wanted)
 
@@ -475,7 +475,7 @@ class Host:
         return results
 
     async def port_owner(self, port: int) -> PortOwner | None:
-        """Return the owner of a listening port of this machine; None when no process listens."""
+        """Return the owner of a port of this machine; None when no process listens."""
         return await self.thread(ports.owner, port)
 
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool:

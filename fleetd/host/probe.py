@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The probed process. `own_listener` False: another process holds the port on purpose (a container's proxy)."""
+    """The probed process. `own_listener` False: another process holds the port."""
 
     name: str
     generation: int
@@ -121,7 +121,7 @@ class Prober:
                 self._scanner.close()
 
     async def ask(self) -> Answer:
-        """Check once, within the timeout; verify that the first success of a startup probe comes from our process."""
+        """Check once; the first startup success must come from our own process."""
         # An exec has a limit of its own, at which it is killed with its family.
         limit_s = None if self.spec.exec else self.spec.timeout_s
         try:
@@ -192,7 +192,7 @@ class Prober:
 
 
 def ask_message(message: str, handle: ProcessHandle | None) -> Answer:
-    """Check whether a program has sent a message over its channel. A message to an earlier daemon counts."""
+    """Check whether a program has sent a message, to this or an earlier daemon."""
     channel = handle.channel if handle is not None else None
     if channel is None or channel.adopted:
         return Answer(True, "its channel is older than this daemon")

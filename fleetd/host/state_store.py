@@ -107,7 +107,7 @@ class StateStore:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open or make everything. Raises HostError only when the state folder itself cannot be made."""
+        """Open or create all files. Raises HostError if the folder cannot be created."""
         await self._ask(self._open)
 
     def _open(self) -> None:
@@ -212,7 +212,7 @@ class StateStore:
             self._problems.pop("remembered", None)
 
     def _try_again(self) -> None:
-        """Write the durable state as soon as the disk accepts it: no later request may come before."""
+        """Retry to write the durable state, in case no later change does."""
         if self._closing:
             return
         if self._again is not None:
@@ -287,7 +287,7 @@ class StateStore:
         self._execute("INSERT INTO history (at, kind, subject, data) VALUES (?, ?, ?, ?)", rows)
 
     async def last_of_each(self, of_each: int, in_all: int) -> list[HistoryEntry]:
-        """Return the newest entries, oldest first: at most `of_each` of one subject, so that none hides the others."""
+        """Return the newest entries, oldest first, at most `of_each` of a subject."""
         return _entries(await self._ask(lambda: self._rows(_LAST_OF_EACH, (_LOOKED_THROUGH, of_each, in_all))))
 
     def put(self, key: str, value: Any) -> None:
@@ -310,7 +310,7 @@ class StateStore:
         await self._ask(lambda: None)
 
     async def kept(self) -> str | None:
-        """Return when the desired state is in its file; why it is not, where the disk refused it."""
+        """Wait until the desired state is on disk; return the disk's error, or None."""
         await self.flush()
         return self._problems.get("remembered")
 

@@ -25,7 +25,7 @@ NEVER_INHERITED = NEVER_PASSED | {
 
 
 class KillScope(StrEnum):
-    """Who has to be gone before a process counts as stopped, and who is killed at the deadline."""
+    """Which processes must be gone for a stop, and are killed at its deadline."""
 
     SET = "set"  # everything that descends from it, sessions and double forks included
     GROUP = "group"  # its process group
@@ -39,7 +39,7 @@ class Capture(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogPolicy:
-    """Limits of one process' log. `keep` counts archives in addition to the live file; `max_age_s` starts a new archive by age."""
+    """Limits of one log: `keep` archives and a live file; `max_age_s` rotates by age."""
 
     max_size_bytes: int = 50 * 1024 * 1024
     keep: int = 5
@@ -87,7 +87,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A command line with its whole environment and settings. `pass_fds` keep their numbers in the child."""
+    """A command line, its environment and settings; `pass_fds` keep their numbers."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True, slots=True)
 class RawExit:
-    """One death as the kernel reports it. `code` and `signal` are both None when the status is unknown."""
+    """A death as the kernel reports it; `code` and `signal` None: unknown."""
 
     name: str
     generation: int
@@ -129,7 +129,7 @@ class RawExit:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a whole process set uses now. `cpu_s` only grows while the set's members live; `pids` are its members."""
+    """The usage of a process set. `cpu_s` grows while its members (`pids`) live."""
 
     rss_bytes: int = 0
     cpu_s: float = 0.0
@@ -138,7 +138,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """Who listens on a port. `pid` is None when the owner cannot be seen (another user's process)."""
+    """The listener on a port. `pid` None: not visible, as for another user's process."""
 
     port: int
     pid: int | None
@@ -152,7 +152,7 @@ class PortOwner:
 
 @dataclass(frozen=True, slots=True)
 class HandleRecord:
-    """What the disk keeps about a live process, so that a later daemon can prove and adopt it.
+    """The record of a live process on disk: proof for its adoption.
 
     `pid` None: the daemon was about to spawn it; only `token` can find it.
     """
@@ -179,7 +179,7 @@ class HandleRecord:
 
 @dataclass(frozen=True, slots=True)
 class HostPaths:
-    """The three folders of a daemon. Files in them: see docs; `handles` holds one record per live process."""
+    """The folders of a daemon; `handles` holds one record per live process."""
 
     state: Path
     run: Path

@@ -214,7 +214,7 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a second daemon on the state of the first, with its own run folder and port, until it exits."""
+    """Run a second daemon on the first one's state until it exits."""
     second = fleetd(folder, "")
     text = second.config.read_text().replace("state: ./state", f"state: {first.folder / 'state'}")
     second.config.write_text(text)

@@ -51,7 +51,7 @@ def readers(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def own_readers() -> OwnReaders:
-    """Return only the workers of this test: an earlier test may have left one of its own."""
+    """Return only the workers of this test, none that an earlier test left."""
     strays = readers(os.getpid())
     return lambda: [child for child in readers(os.getpid()) if child not in strays]
 

@@ -162,7 +162,7 @@ def test_case_06_counters_and_crash_loop_are_kept(tmp_path: Path) -> None:
 
 
 def test_case_06_daemon_killed_before_saving_loses_no_count(tmp_path: Path) -> None:
-    """The record of a run is written before its start, with the number of earlier restarts."""
+    """A run's record is written before its start, with the earlier restarts."""
     with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
         daemon.start()
         for count in (1, 2):

@@ -20,7 +20,7 @@ from tests.support.waiting import until
 
 @contextmanager
 def answering(status: int, body: object) -> Iterator[int]:
-    """Yield the port of a server that gives one answer to everything; `answering.now` changes the answer."""
+    """Yield the port of a server with one answer, which `answering.now` changes."""
     data = json.dumps(body).encode()
     answering.now = None  # type: ignore[attr-defined]
 

@@ -296,7 +296,7 @@ def test_case_36_state_of_other_versions_is_read_or_set_aside(tmp_path: Path) ->
 
 @pytest.mark.parametrize("lost", ["a record and its copy", "the whole state"])
 def test_case_36_process_without_a_record_is_killed_not_doubled(tmp_path: Path, lost: str) -> None:
-    """The process environment names the daemon that spawned it: enough to decide ownership, not identity."""
+    """The environment names the daemon that spawned it: proof of ownership only."""
     with fleetd(
         tmp_path, fleet({"a": {"command": sh("sleep 1000 & exec sleep 1001")}, "b": {"command": SLEEPER}})
     ) as daemon:

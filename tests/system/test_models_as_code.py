@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("ollama") is None, reason="no progr
 
 
 def ports(count: int) -> int:
-    """Return the first of `count` consecutive free ports, below the range of Ollama's runners."""
+    """Return the first of `count` consecutive free ports below Ollama's runners."""
     import socket
 
     for first in range(23000, 32000, 7):

@@ -133,7 +133,7 @@ def test_reexec_continues_with_the_applied_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
 def test_death_during_reexec_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
-    """A process that dies during the exchange counts as one death with its exit code, whichever program sees it."""
+    """The death counts once with its exit code, whichever program sees it."""
     wait = sh("while [ ! -e go ]; do sleep 0.01; done; rm go; exit 7")
     with fleetd(tmp_path, fleet({"a": {"command": wait, "restart": QUICK, "logs": {"capture": capture}}})) as daemon:
         daemon.start()

@@ -64,7 +64,7 @@ def with_changes(**changes: Any) -> dict[str, Any]:
 def test_case_34_change_restarts_only_what_it_must(
     tmp_path: Path, change: dict[str, Any], restarted: set[str], code: int
 ) -> None:
-    """Config/CLI 23 and 25 too: exit codes of diff, and a second apply without changes."""
+    """Covers Config/CLI 23 and 25: exit codes of diff, a second empty apply."""
     with fleetd(tmp_path, fleet(BASE, watch=False)) as daemon:
         daemon.start()
         before = pids(daemon)

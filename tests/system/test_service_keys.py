@@ -525,7 +525,7 @@ print("ended by a message")
 
 
 def test_node_channel_carries_ready_and_shutdown(tmp_path: Path) -> None:
-    """Case 26: wait_ready and shutdown_with_message of PM2; no message is a failure here."""
+    """Case 26: wait_ready and shutdown_with_message of PM2; no message is a failure."""
     service = {
         "command": python(NODE_LIKE.replace("$", "$$")), "restart": {"crash_loop": {"count": 1}},
         "probes": {"startup": {"message": "ready", "period": "20ms", "deadline": "20s"}},

@@ -27,7 +27,7 @@ DEV_ROUTES = (
 def fleet(
     *flags: str, level: int = 1, more: str = "", budget: str = "10GiB", host: str = "8GiB", names: str = "ab"
 ) -> str:
-    """Two vLLMs of 8 GiB on a card of 10 GiB: one awake, one asleep. `flags` are those of the first."""
+    """Return two vLLMs of 8 GiB on a card of 10; `flags` are those of the first."""
     text = f"devices: {{gpu0: {{budget: {budget}}}, host: {{budget: {host}}}}}\nmodels:\n"
     for name in names:
         command = fake(*(flags if name == "a" else ()), api="vllm")

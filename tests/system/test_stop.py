@@ -181,7 +181,7 @@ def test_case_25_only_a_forced_shutdown_shortens_the_grace(tmp_path: Path) -> No
 
 
 def test_case_37_killed_engine_leader_is_swept_and_restarted(tmp_path: Path) -> None:
-    """The leader of a vLLM dies; its worker lives, holds the pipe and answers on its own port."""
+    """A vLLM leader dies; its worker holds the pipe and another port."""
     command = json.loads(fake("--orphan-worker", api="vllm"))
     services = {
         "a": {"command": command, "port": free_port(), "probes": {"startup": {"http": "/health"}}, "restart": QUICK}

@@ -41,7 +41,7 @@ _LAST = 10
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """Stop and re-execution of the daemon: `stop(force, reason)`, and `reexec()`, which raises when it is impossible."""
+    """Stop and re-execution: `stop(force, reason)`, and `reexec()`, which may raise."""
 
     stop: Callable[[bool, str], None]
     reexec: Callable[[], Awaitable[None]]

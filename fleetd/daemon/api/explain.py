@@ -19,7 +19,7 @@ from fleetd.units import show_size
 def explain(
     queries: FleetQueries, model: Model, now: float, store: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Return the document of `fleetctl explain MODEL`. `store` is its state in its server's store."""
+    """Return the document of `fleetctl explain MODEL`; `store` is its store's state."""
     footprint = model.footprint
     text = [_where(model)]
     victims: list[dict[str, str]] = []

@@ -49,7 +49,7 @@ _SLICE = 200  # entries: a few milliseconds
 
 @dataclass(slots=True)
 class DaemonState:
-    """The daemon's own state: its start (monotonic), the address of its gateway, and whether it shuts down."""
+    """The daemon's own state: start (monotonic), gateway address, shutdown flag."""
 
     started: float = field(default_factory=time.monotonic)
     gateway: str | None = None
@@ -64,7 +64,7 @@ class Readiness:
         self._state = state
 
     def report(self) -> tuple[bool, Sequence[str]]:
-        """Return whether the fleet is as fleet.yaml asks for, and a sentence for everything that is not."""
+        """Return whether the fleet is in its desired state, and each deviation."""
         reasons = []
         for process in self._queries.processes():
             spec = process.spec
@@ -84,7 +84,7 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The parts that measure the fleet or keep what the core does not: runs, samples, contexts, stores, state on disk."""
+    """The measurements and records that the core does not have."""
 
     processes: Processes
     sampler: Sampler
@@ -108,7 +108,7 @@ class StatusView:
         self._readiness = readiness
 
     async def status(self) -> FleetStatus:
-        """Return the whole fleet. Thousands of entries are rendered in slices, with requests served in between."""
+        """Return the whole fleet, rendered in slices so that requests are served."""
         now = time.monotonic()
         self._sampler.requested()
         ready, _ = self._readiness.report()
@@ -205,7 +205,7 @@ class StatusView:
         return status
 
     def _reason(self, process: Process) -> str:
-        """Return the reason of a state; for a start its phase, for an external server its answer."""
+        """Return a state's reason: a start's phase, an external server's answer."""
         external = not process.spec.capabilities.owns_process
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:

@@ -43,7 +43,10 @@ _DONE = {
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """The state of a model in its store: unchanged | made | making | failed | blocked | missing | foreign | changed."""
+    """The state of a model in its store, with a detail and the progress of a build.
+
+    States: unchanged | made | making | failed | blocked | missing | foreign | changed.
+    """
 
     state: str
     detail: str
@@ -58,7 +61,7 @@ class Note:
 
 
 class ModelBuilds:
-    """Compare stores with fleet.yaml and build the differences. `notes`, by model, are for the status."""
+    """Compare stores with fleet.yaml and build the differences; `notes` for status."""
 
     def __init__(
         self, context: DaemonContext, prerequisites: Prerequisites, changes: ChangeSignal, request_ids: Iterator[int]
@@ -106,7 +109,7 @@ class ModelBuilds:
     # -- in the background ----------------------------------------------------------------------------------------------
 
     def observe(self, event: Event) -> None:
-        """Start due builds after a step of the fleet; compare a store again when a model's file returns."""
+        """Start due builds after a step; compare again when a model's file returns."""
         if isinstance(event, ModelPrerequisitesChanged) and not event.missing:
             self._due |= {key for key, store in self.stores().items() if event.model in store.models}
         self._begin_due()
@@ -143,7 +146,7 @@ class ModelBuilds:
             self._begin_due()
 
     async def steps(self, store: SharedStore, plan: LaunchPlan) -> list[Step]:
-        """Return the differences between fleet.yaml and a store; unreadable entries are failures. Raises EngineError."""
+        """Return the differences of a store; bad entries are failures. Raises EngineError."""
         assert plan.endpoint is not None
         recipes = []
         for name, (owner, held) in store.models.items():
@@ -171,7 +174,7 @@ class ModelBuilds:
     async def make(
         self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
     ) -> Note:
-        """Build one model, after unloading it where it is loaded; a failure becomes a note."""
+        """Build one model, unloading it first; a failure becomes a note."""
         name = step.name
         held = store.models[name][1]
         was_loaded = step.change is StoreChange.UPDATE and self._in_memory(name)
@@ -232,7 +235,7 @@ class ModelBuilds:
     # -- before a load --------------------------------------------------------------------------------------------------
 
     async def before_load(self, command: Load, plan: LaunchPlan, held: ServedModel) -> bool:
-        """Build the model that a load needs, reporting progress. False if it was up to date. Raises EngineError."""
+        """Build a model for its load; False if it was current. Raises EngineError."""
         if held.source is None or plan.engine.store is None:
             return False
         missing = await self._prerequisites.fresh_model(command.model)
@@ -262,7 +265,7 @@ class ModelBuilds:
         return True
 
     def doubt(self, process: str, model: str) -> bool:
-        """Return whether to compare a store again after a load of an up-to-date model failed."""
+        """Return whether to compare again after the load of a current model failed."""
         return self._verified.pop((process, model), None) is not None
 
     async def _prepare(
@@ -305,7 +308,7 @@ class ModelBuilds:
 
 
 def _stamp(held: ServedModel) -> object:
-    """Return a mark that changes with the model's source file; None without one. Blocks."""
+    """Return a mark that changes with the source file; None without one. Blocks."""
     found = []
     for path in _files(held):
         try:

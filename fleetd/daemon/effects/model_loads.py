@@ -144,7 +144,7 @@ class ModelLoads:
     async def _residents(
         self, plan: LaunchPlan, server: ModelServer, endpoint: Endpoint
     ) -> Mapping[str, Resident] | None:
-        """Return the fleet's models that a server holds; None on an error, which its probes report."""
+        """Return the models that a server holds; None on an error (see its probes)."""
         try:
             residents = await server.loaded(self._http.session, endpoint)
         except FleetError:
@@ -157,7 +157,7 @@ class ModelLoads:
         return found
 
     def context_length(self, model: str, process: str) -> int | None:
-        """Return the context length that a server reports for a model; None when it reports none."""
+        """Return the context length that a server reports for a model, or None."""
         return self._lengths.get(process, {}).get(model)
 
     # -- reading ahead ------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def advise_will_need(path: str) -> None:
 
 
 def on_devices(measured: Mapping[str, int], plan: LaunchPlan) -> dict[str, int]:
-    """Return an engine's measurement under the fleet's device names: "gpu" means the entry's own device.
+    """Return a measurement by the fleet's devices; "gpu" is the entry's own.
 
     On one unified pool everything counts there.
     """

@@ -123,7 +123,7 @@ class ProbeRunner:
             probe.close()
 
     def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
-        """Turn a failure into a success where real requests show that the server is only busy."""
+        """Return a success if real requests show that the server is only busy."""
         answered_s = self._traffic.last_answer_s(name)
         if answered_s >= began:
             return Answer(True, "busy: it is answering requests")

@@ -30,7 +30,7 @@ C = TypeVar("C", Sleep, Wake, CheckSleep)
 
 
 class Sleepers:
-    """Carry out Sleep, Wake and CheckSleep as calls that are cancelled when their process exits."""
+    """Carry out Sleep, Wake and CheckSleep; an exit cancels the call."""
 
     def __init__(self, context: DaemonContext, loads: ModelLoads, store: StateStore) -> None:
         self._store = store

@@ -28,7 +28,7 @@ _KEPT_LINES = 4000
 
 
 class StartupLogs:
-    """Follow the logs of starting processes. `facts` are those of earlier daemons under PREFIX."""
+    """Follow the logs of starting processes; `facts` are earlier daemons' values."""
 
     def __init__(
         self, context: DaemonContext, logs: LogRegistry, store: StateStore, facts: Mapping[str, object]
@@ -43,7 +43,7 @@ class StartupLogs:
                 self._learned[key.removeprefix(PREFIX)] = value
 
     def with_learned(self, plan: LaunchPlan) -> LaunchPlan:
-        """Return the plan with the values that earlier starts of the entry learned. Raises EngineError like a launch."""
+        """Return the plan with values of earlier starts. Raises EngineError."""
         known = self._learned.get(self._key(plan))
         if not known or plan.missing_program is not None or plan.engine.startup is None:
             return plan

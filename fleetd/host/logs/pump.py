@@ -56,7 +56,7 @@ class Stream:
 
 
 class Pump:
-    """The thread and its streams. `on_rotated(files, policy)` is called in the thread after a rotation."""
+    """The thread and its streams; calls `on_rotated(files, policy)` after a rotation."""
 
     def __init__(self, on_rotated: Callable[[LogFiles, LogPolicy], None]) -> None:
         self._on_rotated = on_rotated
@@ -81,7 +81,7 @@ class Pump:
         return self._order(lambda: self._add(stream))
 
     def mark(self, stream: Stream, text: str) -> Future[None]:
-        """Write everything in the pipe, the unfinished line included, and then one more line."""
+        """Write all of the pipe, an unfinished line too, and then one more line."""
         return self._order(lambda: self._mark(stream, text))
 
     def finish(self, stream: Stream) -> Future[None]:
@@ -318,7 +318,7 @@ def as_json_lines(lines: list[str], at: float) -> bytes:
 
 
 def _write_whole(fd: int, text: bytes, before: int) -> bool:
-    """Write all or nothing to a file of `before` bytes: a torn end is truncated. False when the disk rejects it."""
+    """Write all or nothing after `before` bytes; False if the disk rejects it."""
     view = memoryview(text)
     try:
         while view:

@@ -44,7 +44,7 @@ def exit_mark(ended: RawExit) -> str:
 
 
 def append_mark(path: Path, mark: str) -> None:
-    """Append a mark to a child's file, after completing its last line. A full disk loses only the mark."""
+    """Append a mark to a child's log on a line of its own; a full disk loses it."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except OSError:
@@ -60,7 +60,7 @@ def append_mark(path: Path, mark: str) -> None:
 
 
 def inode_written(pid: int, path: str) -> int | None:
-    """Return the inode of the log that a running process writes into: of the one at its path, or of a deleted one (Linux)."""
+    """Return the inode of a running process' log, also of a deleted one (Linux)."""
     try:
         for fd in (1, 2):
             own = Path(f"/proc/{pid}/fd/{fd}")
@@ -72,8 +72,9 @@ def inode_written(pid: int, path: str) -> int | None:
 
 
 class TimeIndex:
-    """When a file-captured log had which length: such lines have no time of their own. Good to about a second, or to a hundredth of
-    how long ago it was. 16 bytes for a sample, a bounded number of them.
+    """The length of a file-captured log over time: its lines have no times.
+
+    Precise to about a second, or to a hundredth of the age. A sample takes 16 bytes; their number is bounded.
     """
 
     _MOST = 2048
@@ -85,7 +86,7 @@ class TimeIndex:
         self._size = array("q")
 
     def sample(self, at: float, size: int) -> bool:
-        """Note a length; return whether it is another than before. A process that dies many times a second is one sample."""
+        """Note a length; return whether it changed. Quick deaths share one sample."""
         if self._at and self._size[-1] == size:
             return False
         if self._at and 0 <= at - self._at[-1] < self._SPACING_S:
@@ -97,7 +98,7 @@ class TimeIndex:
         return True
 
     def _thin(self, now: float) -> None:
-        """Keep of each stretch of time one sample, the longer ago the longer; what is older than even that allows goes."""
+        """Keep one sample per interval, with longer intervals for older samples."""
         kept: list[int] = []
         for index, at in enumerate(self._at):
             if not kept or at - self._at[kept[-1]] >= (now - at) / self._FINENESS:
@@ -107,7 +108,7 @@ class TimeIndex:
         self._size = array("q", (self._size[index] for index in kept))
 
     def offset_at(self, since: float) -> int | None:
-        """Return an offset before which everything is older than `since`; None when that is further back than known."""
+        """Return an offset with only older lines before it; None if that is unknown."""
         best = None
         for at, size in zip(self._at, self._size, strict=True):
             if at > since:
@@ -117,8 +118,11 @@ class TimeIndex:
 
 
 class LogRegistry:
-    """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives;
-    `spool_path(token)` is where a piped run keeps what is read and not written yet."""
+    """The logs of one daemon, by process name.
+
+    `total_bytes` bounds all of them together: the oldest archives are deleted. `spool_path(token)` is the file for bytes of a
+    piped run that are read and not written yet.
+    """
 
     def __init__(
         self,
@@ -129,7 +133,7 @@ class LogRegistry:
         spool_path: Callable[[str], Path | None] = lambda _token: None,
         report_lost: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
-        """`report_lost(name, sentence)` is called when the log of a running process was deleted."""
+        """Call `report_lost(name, sentence)` when a running process' log is deleted."""
         self._report_lost = report_lost
         self._spool_path = spool_path
         self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
@@ -195,7 +199,7 @@ class LogRegistry:
         return fd
 
     def set_policy(self, name: str, policy: LogPolicy) -> None:
-        """Change the limits of a log; its capture stays what it was at the start of the run."""
+        """Change the limits of a log; its capture stays until the next start."""
         self._policies[name] = policy
         for stream in self._streams.values():
             if stream.files.name == name:
@@ -219,7 +223,7 @@ class LogRegistry:
             self._watch(handle, self._pump.add(stream))
 
     def salvage(self, record: HandleRecord, pipe: int) -> Callable[[], Awaitable[None]]:
-        """Start reading the output of a run that no daemon adopts; call the returned function once it has exited."""
+        """Read the output of an unadopted run; call the result after its exit."""
         if self._pump is None:
             self._pump = Pump(self._pump_rotated)
         pump = self._pump
@@ -266,7 +270,7 @@ class LogRegistry:
         await self.written(handle)
 
     def release_pipes(self) -> dict[str, int]:
-        """Stop reading every pipe and keep it over an execv; return descriptors by the token of the run. Blocks."""
+        """Stop reading and keep every pipe over an execv; return descriptors by token."""
         if self._pump is None:
             return {}
         pipes = {}
@@ -305,7 +309,7 @@ class LogRegistry:
     async def follow(
         self, name: str, lines: int = 10, *, since: float | None = None
     ) -> tuple[list[LogEntry], AsyncGenerator[list[LogEntry], None]]:
-        """Return the last lines and a generator of the lines that come after them: none is missing, none twice."""
+        """Return the last lines and a generator of later ones, each line once."""
         begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
         for _ in range(_ROTATIONS_IN_A_ROW):
             before, follower = await self._tail_and_follower(
@@ -355,7 +359,7 @@ class LogRegistry:
     # -- rotation --------------------------------------------------------------------------------------------------
 
     def look(self) -> list[str]:
-        """Return the names whose live file is due, and note their lengths. Blocks for one stat per log."""
+        """Note the lengths of live files; return the names that are due. Blocks."""
         found, grew = [], False
         for name, policy in list(self._policies.items()):
             self._notice(name)
@@ -374,7 +378,7 @@ class LogRegistry:
         return found
 
     async def housekeep(self) -> None:
-        """Rotate what is due and hold the total bound. Called every half second or so; returns before the work is done."""
+        """Start to rotate what is due and to hold the total bound; do not wait for it."""
         loop = asyncio.get_running_loop()
         known = set(self._lost)
         found = await loop.run_in_executor(self._pool, self.look)
@@ -389,7 +393,7 @@ class LogRegistry:
             loop.run_in_executor(self._archiver, self._bound)
 
     async def lost(self, name: str) -> str | None:
-        """Return the reason why the output of a process is in no log; None if it is in one."""
+        """Return why the output of a process is in no log; None if it is in one."""
         return await self._in_thread(lambda: self._lost_now(name))
 
     def _lost_now(self, name: str) -> str | None:

@@ -59,7 +59,7 @@ class _Output:
         self._data = (self._data + data)[-_KEPT_BYTES:]
 
     def text(self) -> str:
-        """Return the last output, including the present contents of the pipe: a writer may still be running."""
+        """Return the last output and what the pipe still holds from live writers."""
         for _ in range(16):
             before = self._data
             self._read()
@@ -80,7 +80,7 @@ async def run_command(
     table: ProcessTable,
     end_lineage: Callable[[Lineage], asyncio.Future[tuple[int, ...]]],
 ) -> CommandResult:
-    """Run a program to its end or its timeout. Raises HostError when it cannot be started.
+    """Run a program until exit or timeout. Raises HostError if it cannot start.
 
     `end_lineage` begins at once to end a whole set, whether or not its result is awaited.
     """
@@ -143,7 +143,7 @@ def stop_command_result(result: CommandResult, took_s: float) -> StopCommandResu
 
 
 def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
-    """Kill processes with a mark in their environment, and those that they start meanwhile; return the pids. Blocks."""
+    """Kill processes with a mark in their environment; return the pids. Blocks."""
     killed: list[int] = []
     for _ in range(_HUNTS):
         found = [entry for entry, _ in carriers(table, variable, mark) if entry.pid != os.getpid()]

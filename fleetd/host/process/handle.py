@@ -31,7 +31,7 @@ OnExit = Callable[[RawExit], None]
 
 @dataclass(slots=True, eq=False)
 class ProcessHandle:
-    """One run of one process, created by Host.spawn and Host.adopt; valid until stop or sweep reports an empty set."""
+    """One run of a process; valid until stop or sweep reports an empty set."""
 
     record: HandleRecord
     lineage: Lineage
@@ -105,12 +105,14 @@ def quarantine(path: Path) -> Path | None:
 
 
 class Records:
-    """state/handles/NAME.json, and NAME.copy of what runs, for a record that is torn or gone. A full disk loses the record, not the
-    process: `problem` then says so."""
+    """The records state/handles/NAME.json, each with a copy for the case of damage.
+
+    A full disk loses the record, not the process: `problem` reports it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.place = str(folder)  # what tells the processes of this daemon from those of another
+        self.place = str(folder)  # marks the processes of this daemon
         self.problem: str | None = None
 
     def _path(self, name: str, suffix: str = "json") -> Path:
@@ -121,7 +123,7 @@ class Records:
         return self._folder / f"{token}.pipe"
 
     def spool_path(self, token: str) -> Path:
-        """Return where a captured run keeps what was read from its pipe and is not in its log yet."""
+        """Return the path for bytes read from the pipe of a run and not yet logged."""
         return self._folder / f"{token}.hand"
 
     def write(self, record: HandleRecord) -> None:
@@ -137,7 +139,7 @@ class Records:
             self.problem = None
 
     def remove(self, record: HandleRecord) -> None:
-        """Forget a record, unless a later run has already replaced it, and the pipe of its run."""
+        """Forget a record and its pipe, unless a later run has replaced it."""
         try:
             self.pipe_path(record.token).unlink(missing_ok=True)
             self.spool_path(record.token).unlink(missing_ok=True)
@@ -190,7 +192,7 @@ class Records:
 
 
 def encode_records(records: Sequence[HandleRecord]) -> bytes:
-    """Return records as JSON, descriptors included: for an execv, where they stay what they are."""
+    """Return records as JSON, with descriptors, which survive an execv."""
     return json.dumps([{"version": _VERSION, **asdict(record)} for record in records]).encode()
 
 
@@ -200,7 +202,7 @@ def decode_records(data: bytes) -> list[HandleRecord]:
 
 
 def parse_record(data: bytes) -> HandleRecord:
-    """Read one record. Raises ValueError when it is not one of ours, whole and of a known version."""
+    """Read a record. Raises ValueError if it is damaged or of another version."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Start a process: port, log, record, program, record again. Blocks: runs in a thread, so that a slow disk never stops the loop.
+"""Start a process: port, log, record, program, record again. Blocks: call it in a thread.
 
 Invariants:
 - The record is on disk before the program runs, so that a daemon that dies in between can find it by its token.
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A running program. `pipe` is our end of its output where the daemon captures it, `channel` of its Node IPC."""
+    """A running program. `pipe` and `channel` are our ends of output and Node IPC."""
 
     record: HandleRecord
     lineage: Lineage
@@ -123,7 +123,7 @@ class Spawner:
         return Started(record, Lineage(pid, start, record.token), reader, channel)
 
     def abandon(self, started: Started) -> None:
-        """Kill a new process with its group and forget it; the caller kills what left the group."""
+        """Kill a new process with its group and forget it; leave the rest to the caller."""
         kill_and_forget(started.lineage.pid)
         if started.pipe is not None:
             os.close(started.pipe)
@@ -133,7 +133,7 @@ class Spawner:
 
 
 def _tagged_env(request: SpawnRequest, token: str, place: str) -> dict[str, str]:
-    """Return the child's environment: the request's without the daemon's variables, with the tags of this run."""
+    """Return the child's environment: no daemon variables, with the tags of the run."""
     env = {key: value for key, value in request.program.env.items() if key not in NEVER_PASSED}
     env[INSTANCE_VARIABLE] = f"{request.name}:{request.generation}"
     env[TOKEN_VARIABLE] = token
@@ -142,7 +142,7 @@ def _tagged_env(request: SpawnRequest, token: str, place: str) -> dict[str, str]
 
 
 def kill_group(pid: int) -> None:
-    """Kill a group. Safe only before the leader's status is collected: until then its pid is not reused."""
+    """Kill a group. Call it before the leader's status is collected: pids are reused."""
     try:
         os.killpg(pid, signals.SIGKILL)
     except OSError:
@@ -156,7 +156,7 @@ def kill_and_forget(pid: int) -> None:
 
 
 def launch(program: Program, stdout: int, stderr: int) -> int:
-    """Start the program and return its pid, already claimed. Blocks until the kernel has executed it. Raises HostError."""
+    """Start the program; return its claimed pid once it is executed. Raises HostError."""
     _check_words(program)
     _check_cwd(program.execution.cwd)
     _check_program(program)
@@ -244,7 +244,7 @@ def _popen(program: Program, stdout: int, stderr: int) -> int:
 
 
 def _set_autogroup(pid: int, nice: int | None) -> None:
-    """Every session is a scheduling group of its own, inside of which alone its nice value counts: set the group's too."""
+    """Set nice of the session's scheduling group: a process' nice counts within it."""
     if nice:
         try:
             Path(f"/proc/{pid}/autogroup").write_text(str(nice))
@@ -272,7 +272,7 @@ def _credentials(user: str | None) -> dict[str, Any]:
 
 
 def _home_of(user: str | None, env: Mapping[str, str]) -> dict[str, str]:
-    """Return HOME and its like for another user, but for those that were set on purpose (differ from the daemon's own)."""
+    """Return HOME and its like for another user, except explicitly set ones."""
     import pwd
 
     assert user is not None

@@ -47,7 +47,7 @@ DAEMON = """
 
 
 def daemon_that_is_killed(folder: Path, argv: tuple[str, ...]) -> int:
-    """Run a daemon until it has spawned, kill it, and return the pid of what it has left: a child of init, not of ours."""
+    """Kill a daemon after its spawn; return the pid of the child that init adopts."""
     ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER off: an earlier test's host switched it on
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(DAEMON), str(folder), *argv],

@@ -126,7 +126,7 @@ def test_spool_without_room_or_with_garbage_starts_empty(ends: tuple[int, int, i
 
 
 def after_kills(folder: Path, *, protected: bool) -> list[int]:
-    """Kill a daemon's pump again and again under a talking child; return the numbers of the lines in the log."""
+    """Kill a daemon's pump repeatedly under a writing child; return logged numbers."""
     chance, stop = random.Random(5), threading.Event()
     reader, end = open_pair(folder / "pipe")
     written = 0

@@ -81,7 +81,7 @@ def test_only_saved_files_are_reported_and_touch_counts(tmp_path: Path) -> None:
 
 
 def test_what_a_pattern_matches_comes_goes_and_is_swapped(tmp_path: Path) -> None:
-    """Folders are moved away and back, and put in the place of each other, as deployments do it."""
+    """Folders are moved away and back and swapped, as deployments do."""
     read = tmp_path / "inc" / "a.yaml"
     read.parent.mkdir()
     read.write_text("a")
@@ -163,7 +163,7 @@ def test_a_file_in_a_folder_that_comes_later(tmp_path: Path) -> None:
 
 
 async def until_watched(tree: Path, seen: list[list[Path]]) -> None:
-    """Return once changes in a tree are reported: the library does not report when it starts to watch."""
+    """Return once changes in a tree are reported: the start is not reported."""
     before, written = len(seen), 0.0
 
     def reported() -> bool:
