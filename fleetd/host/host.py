@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +26,16 @@ from fleetd.errors import HostError
 from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.match import LogScanner
 from fleetd.host.logs.registry import LogRegistry
-from fleetd.host.process import cgroup
+from fleetd.host.process import cgroup, identity
 from fleetd.host.process.command import CommandResult, end_marked, run_command, stop_command_result
 from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch, become_subreaper, signal_number
 from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.oom import OomWatch
-from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
+from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family
 from fleetd.host.process.spawn import Spawner, Started
 from fleetd.host.process.stop import Stopper
-from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
+from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, system_table
 from fleetd.host.system import ports
 from fleetd.host.types import (
     Capture,
@@ -324,14 +324,7 @@ class Host:
         known = {record.token for record in carried}
         records = [*carried, *(record for record in found if record.token not in known)]
         known |= {record.token for record in found}
-        return [*records, *self._strays(known)], moved
-
-    def _strays(self, known: Collection[str]) -> Iterator[HandleRecord]:
-        """Yield records for unrecorded sets: their token is enough to kill them."""
-        for token, tag in strays(self.table, self.records.place, known).items():
-            name, _, generation = tag.rpartition(":")
-            if name and generation.isdecimal():
-                yield HandleRecord(name, int(generation), token, self._boot_id)
+        return [*records, *identity.unrecorded(self.table, self._boot_id, self.records.place, known)], moved
 
     def expect(self, records: Iterable[HandleRecord]) -> None:
         """Leave the exit statuses of these children to `adopt`. Call before `start`."""
@@ -349,7 +342,7 @@ class Host:
 
         A process that is no longer our child dies with an unknown exit code.
         """
-        doubt = await self.thread(self._doubt, record)
+        doubt = await self.thread(identity.doubt, record, self.table, self._boot_id)
         if doubt is not None or record.pid is None:
             raise HostError(f"{record.name}: {doubt}", recoverable=False)
         entry = self.table.entry(record.pid)
@@ -379,37 +372,9 @@ class Host:
             handle.channel.adopted = True
         return handle
 
-    def _doubt(self, record: HandleRecord) -> str | None:
-        """Return why this record does not prove a live process; None when it does."""
-        if record.boot_id != self._boot_id:
-            return "the machine was restarted since"
-        if record.pid is None:
-            return "its start was never confirmed" if record.spawned_at else "its record was lost"
-        entry = self.table.entry(record.pid)
-        if entry is None:
-            return f"pid {record.pid} is gone"
-        if entry.start != record.start_ticks:
-            return f"pid {record.pid} belongs to another process now"
-        if entry.dead:
-            return None if entry.ppid == os.getpid() else f"pid {record.pid} is dead"
-        environment = self.table.environment(record.pid)
-        if environment is None or read_token(environment) == record.token:
-            return None
-        if record.exe and executable_of(record.pid) == record.exe:
-            return None
-        if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
-            return None
-        return f"pid {record.pid} has neither the token nor the program of its record"
-
     async def gone(self, record: HandleRecord) -> bool:
         """Return whether a recorded run has provably exited since this boot."""
-        return await self.thread(self._gone, record)
-
-    def _gone(self, record: HandleRecord) -> bool:
-        if record.boot_id != self._boot_id or record.pid is None:
-            return False
-        entry = self.table.entry(record.pid)
-        return entry is None or entry.dead or entry.start != record.start_ticks
+        return await self.thread(identity.is_gone, record, self.table, self._boot_id)
 
     async def prepare_exec(self) -> list[HandleRecord]:
         """Keep pipes and channels over an execv; return the records to `adopt` after it.

@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import time
-from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleetd.host.filenames import unescape
+from fleetd.host.logs.exit_mark import append_mark, exit_mark, is_exit_mark
 from fleetd.host.logs.files import LogFiles
 from fleetd.host.logs.follow import LogFollower, follow
 from fleetd.host.logs.match import LineReader, LogScanner
@@ -26,37 +26,14 @@ from fleetd.host.logs.pump import Pump, Stream
 from fleetd.host.logs.punch_hole import can_punch
 from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, current_state, due, recover, rotate
 from fleetd.host.logs.tail import LogEntry, Wanted, read_tail
+from fleetd.host.logs.time_index import TimeIndex
 from fleetd.host.process.handle import ProcessHandle
-from fleetd.host.types import Capture, HandleRecord, LogPolicy, RawExit
+from fleetd.host.types import Capture, HandleRecord, LogPolicy
 
 T = TypeVar("T")
 
-_MARK = re.compile(r"--- exited .* generation=\d+ ---$")
 _ROTATIONS_IN_A_ROW = 20
 _LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
-
-
-def exit_mark(ended: RawExit) -> str:
-    """Return the line that closes a generation's output."""
-    how = f"code={ended.code}" if ended.code is not None else f"signal={ended.signal or 'unknown'}"
-    oom = " oom=true" if ended.oom else ""
-    return f"--- exited {how}{oom} uptime={ended.uptime_s:.3f}s generation={ended.generation} ---"
-
-
-def append_mark(path: Path, mark: str) -> None:
-    """Append a mark to a child's log on a line of its own; a full disk loses it."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        size = os.fstat(fd).st_size
-        cut = size > 0 and os.pread(fd, 1, size - 1) not in (b"\n", b"\0")
-        os.write(fd, (b"\n" if cut else b"") + mark.encode() + b"\n")
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
 
 
 def inode_written(pid: int, path: str) -> int | None:
@@ -69,52 +46,6 @@ def inode_written(pid: int, path: str) -> int | None:
         return Path(path).stat().st_ino
     except OSError:
         return None
-
-
-class TimeIndex:
-    """The length of a file-captured log over time: its lines have no times.
-
-    Precise to about a second, or to a hundredth of the age. A sample takes 16 bytes; their number is bounded.
-    """
-
-    _MOST = 2048
-    _SPACING_S = 0.5
-    _FINENESS = 100
-
-    def __init__(self) -> None:
-        self._at = array("d")
-        self._size = array("q")
-
-    def sample(self, at: float, size: int) -> bool:
-        """Note a length; return whether it changed. Quick deaths share one sample."""
-        if self._at and self._size[-1] == size:
-            return False
-        if self._at and 0 <= at - self._at[-1] < self._SPACING_S:
-            return True
-        if len(self._at) >= self._MOST:
-            self._thin(at)
-        self._at.append(at)
-        self._size.append(size)
-        return True
-
-    def _thin(self, now: float) -> None:
-        """Keep one sample per interval, with longer intervals for older samples."""
-        kept: list[int] = []
-        for index, at in enumerate(self._at):
-            if not kept or at - self._at[kept[-1]] >= (now - at) / self._FINENESS:
-                kept.append(index)
-        kept = kept[-self._MOST * 15 // 16 :]
-        self._at = array("d", (self._at[index] for index in kept))
-        self._size = array("q", (self._size[index] for index in kept))
-
-    def offset_at(self, since: float) -> int | None:
-        """Return an offset with only older lines before it; None if that is unknown."""
-        best = None
-        for at, size in zip(self._at, self._size, strict=True):
-            if at > since:
-                break
-            best = size
-        return best
 
 
 class LogRegistry:
@@ -300,7 +231,7 @@ class LogRegistry:
         found = await self._read(handle.name, Wanted(lines + 1, begin, None, since))
         if found and handle.exit is not None and found[-1].text == exit_mark(handle.exit):
             found.pop()
-        earlier = [number for number, line in enumerate(found) if _MARK.match(line.text)]
+        earlier = [number for number, line in enumerate(found) if is_exit_mark(line.text)]
         return found[earlier[-1] + 1 if earlier else 0 :][-lines:]
 
     async def _read(self, name: str, wanted: Wanted) -> list[LogEntry]:

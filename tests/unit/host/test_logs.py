@@ -21,7 +21,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetd.host.logs import pump as pump_module
-from fleetd.host.logs import registry as book_module
 from fleetd.host.logs import rotate as rotate_module
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.follow import LogFollower
@@ -29,6 +28,7 @@ from fleetd.host.logs.pump import as_json_lines
 from fleetd.host.logs.punch_hole import can_punch, punch
 from fleetd.host.logs.rotate import bound_total, compress_archives, recover, rotate
 from fleetd.host.logs.tail import Wanted, read_tail
+from fleetd.host.logs.time_index import TimeIndex
 from fleetd.host.types import LogPolicy
 from tests.support.host import DEADLINE_S, POLITE, Exits, host_in, log_says, python, spawn
 from tests.support.waiting import until_async as until
@@ -618,14 +618,14 @@ def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
 
 
 def test_since_for_lines_without_times(tmp_path: Path) -> None:
-    index = book_module.TimeIndex()
+    index = TimeIndex()
     for at, size in ((10.0, 0), (11.0, 100), (12.0, 100), (13.0, 250)):
         index.sample(at, size)
     assert [index.offset_at(since) for since in (9.0, 10.5, 11.0, 12.5, 20.0)] == [None, 0, 100, 100, 250]
 
 
 def test_time_index_is_bounded_and_keeps_new_lines() -> None:
-    index = book_module.TimeIndex()
+    index = TimeIndex()
     for second in range(100_000):
         for part in (0.0, 0.1, 0.2):  # deaths in quick succession
             index.sample(second + part, second * 10 + int(part * 10))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fleetd.errors import HostError
-from fleetd.host.logs.registry import exit_mark
+from fleetd.host.logs.exit_mark import exit_mark
 from fleetd.host.process import spawn as spawn_module
 from fleetd.host.types import LogPolicy
 from fleetd.resolver.environment import inherited
