@@ -155,7 +155,7 @@ def test_worker_death_while_reading_is_one_clear_error(tmp_path: Path) -> None:
             threading.Timer(0.05, os.kill, (companion.pid, signal.SIGKILL)).start()
             await reading.finish(NOW)
 
-    with pytest.raises(HostError, match=r"could not be read: .* ended by SIGKILL") as found:
+    with pytest.raises(HostError, match=r"could not be read: .* killed by SIGKILL") as found:
         asyncio.run(body())
     assert found.value.recoverable
 
@@ -216,13 +216,13 @@ def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
 
 def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(path: Path) -> WorkerProcess:
-        raise WorkerGone("the worker process was ended by SIGKILL before it responded")
+        raise WorkerGone("the worker process was killed by SIGKILL before it responded")
 
     monkeypatch.setattr(worker_client, "begin_reading", begin)
 
     async def body() -> None:
         with pytest.raises(
-            HostError, match="the configuration could not be read: the worker process was ended by SIGKILL"
+            HostError, match="the configuration could not be read: the worker process was killed by SIGKILL"
         ):
             await WorkerClient().read(written(tmp_path, SLEEPERS), NOW)
 

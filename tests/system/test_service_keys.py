@@ -451,7 +451,7 @@ def test_deleted_log_of_a_running_process_is_reported(tmp_path: Path, how: str) 
             crash(daemon)
             daemon.start()
             ready(daemon, "a")
-        what = "is another file" if how == "replaced" else "was deleted while it runs"
+        what = "was replaced by another file" if how == "replaced" else "was deleted while it runs"
         until(lambda: what in story(daemon, "a"), "it is reported")
         assert story(daemon, "a").count(what) == 1
         for words in (["logs", "a"], ["-o", "json", "logs", "a"]):

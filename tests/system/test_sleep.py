@@ -167,7 +167,7 @@ def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
         daemon.wait()
         daemon.start()
         until(lambda: not alive(pid), "it was killed")
-        assert "left on its way" in story(daemon, "a")
+        assert "its last transition was interrupted" in story(daemon, "a")
         assert answered(daemon, "a") == text
 
 

@@ -294,7 +294,7 @@ def test_a_wrong_expression_is_an_answer(tmp_path: Path) -> None:
             handle = await spawn(host, ("sleep", "600"))
             async with probing(host, Target("child", 1, handle=handle), ProbeSpec(log_line="(")) as answers:
                 await until(lambda: answers.seen)
-            assert "no regular expression" in answers.seen[0].detail
+            assert "not a regular expression" in answers.seen[0].detail
             await host.stop(handle, POLITE)
 
     asyncio.run(run())
