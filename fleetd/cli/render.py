@@ -15,7 +15,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TextIO
 
@@ -93,7 +93,6 @@ class Screen:
     colour: bool = False
     columns: int | None = None
     unicode: bool = True
-    _styles: dict[str, str] = field(default_factory=dict)
 
     def paint(self, text: str, colour: str | None) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour and text else text

@@ -67,7 +67,7 @@ _REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` is the worker that reads it since before this module was imported."""
+    """`config` is absolute; `reading` is the worker that already reads it."""
 
     config: Path
     reading: WorkerProcess
@@ -92,7 +92,7 @@ class App:
         self._locks: DaemonLocks
 
     async def run(self) -> int:
-        """Start, serve until a shutdown, and clean up. Returns the exit code; raises FleetError when the start fails."""
+        """Serve until a shutdown and clean up; return the exit code. Raises FleetError."""
         async with AsyncExitStack() as stack:
             async with FileReading(self._options.reading) as reading:
                 await self._start(stack, reading)
@@ -153,7 +153,7 @@ class App:
         self._report_ready(resolved)
         self._up = True
         if orders.stop:
-            self._stop(False, "ordered during the re-execution")
+            self._stop(False, "requested during the re-execution")
         self._catch_up(resolved)
 
     def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
@@ -200,7 +200,7 @@ class App:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
         except TimeoutError:
-            self._log.error("not everything could be stopped")
+            self._log.error("some processes could not be stopped")
 
     async def _take_over(
         self, resolved: ResolvedFleet, records: list[HandleRecord], orders: reexec.PendingOrders
@@ -221,7 +221,7 @@ class App:
             dispatch(event)
 
     async def _watch(self, stack: AsyncExitStack, resolved: ResolvedFleet) -> None:
-        """Watch files before anything starts: a change after a program has read them restarts it."""
+        """Watch files before a start: a later change restarts a program that read them."""
         self._triggers = Triggers(self._daemon.context, self._daemon.background, self._file_saved)
         stack.push_async_callback(self._triggers.close)
         self._triggers.follow(resolved)
@@ -302,7 +302,7 @@ class App:
     # -- re-execution ---------------------------------------------------------------------------------------------------
 
     async def _order_reexec(self) -> None:
-        """Begin a re-execution. Raises ConfigError or ApiError when the new program could not start."""
+        """Begin a re-execution. Raises ConfigError or ApiError if it could not start."""
         if self._state.stopping:
             raise ApiError(409, "locked", "The daemon is shutting down.")
         await self._daemon.applier.check_restart()
@@ -314,7 +314,7 @@ class App:
             self._daemon.tasks.start(self._settle_for_reexec(), "settle for a re-execution")
 
     async def _settle_for_reexec(self) -> None:
-        """Let starts and stops complete, as far as that is soon; a shutdown in the meantime takes precedence."""
+        """Wait a while for starts and stops to complete; a shutdown takes precedence."""
         await reexec.settle(self._daemon)
         if not self._state.stopping:
             self._reexecuting = True
@@ -345,7 +345,7 @@ class App:
 
 
 def changed_since(file: Path, moment_s: float) -> bool:
-    """Return whether a file, or the link that leads to it, may have been replaced or written to since a moment."""
+    """Return whether a file or its link may have changed since a moment."""
     try:
         return max(file.stat().st_ctime, file.lstat().st_ctime) >= moment_s - _CLOCK_STEP_S
     except OSError:
@@ -353,7 +353,7 @@ def changed_since(file: Path, moment_s: float) -> bool:
 
 
 def listening(resolved: ResolvedFleet) -> socket.socket:
-    """Return the gateway's listening socket. Raises HostError when its address cannot be used."""
+    """Return the gateway's listening socket. Raises HostError if it cannot bind."""
     address = resolved.gateway
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)

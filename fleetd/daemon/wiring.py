@@ -41,7 +41,7 @@ from fleetd.resolver.resolved import GatewaySettings
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the start has opened and read: the host, the state on disk, and the devices with their first samples.
+    """The opened resources: host, state on disk, devices with their first samples.
 
     `learned` are the footprints, and `startup_facts` the facts of starts, that earlier daemons kept.
     """
@@ -55,7 +55,7 @@ class Resources:
 
 
 class Daemon:
-    """The parts. `finished` is called once, when all processes have stopped after a shutdown."""
+    """The parts. `finished` is called once, after a shutdown stopped everything."""
 
     def __init__(
         self,

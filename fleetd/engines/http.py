@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 EXCERPT_CHARS = 300
 T = TypeVar("T")
+_LONGEST_PERIOD_S = 0.5
 _MOST = 2**62  # the largest valid count of bytes or tokens
 
 
@@ -100,9 +101,8 @@ async def call(
     payload: Mapping[str, Any] | None = None,
     *,
     timeout_s: float,
-    limit_bytes: int = ANSWER_LIMIT_BYTES,
 ) -> Reply:
-    """Send a request and read the answer, at most `limit_bytes`. Raises EngineError."""
+    """Send a request and read the whole answer, at most ANSWER_LIMIT_BYTES. Raises EngineError without an answer in `timeout_s`."""
     import aiohttp  # here, since validating options needs no HTTP client
 
     url = endpoint.base_url + path
@@ -112,7 +112,7 @@ async def call(
         async with http.request(
             method, url, json=payload, headers=headers, timeout=timeout, allow_redirects=False
         ) as response:
-            body = await _bounded(response.content.iter_any(), limit_bytes, url)
+            body = await _bounded(response.content.iter_any(), url)
             status = response.status
     except TimeoutError as error:
         raise EngineError(f"{method} {url} did not answer within {timeout_s:g} s") from error
@@ -138,12 +138,12 @@ def _parsed(text: str) -> Any:
     return data
 
 
-async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:
+async def _bounded(chunks: Any, url: str) -> bytes:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
-        if len(body) > limit_bytes:
-            raise EngineError(f"{url} answered with more than {limit_bytes} bytes")
+        if len(body) > ANSWER_LIMIT_BYTES:
+            raise EngineError(f"{url} answered with more than {ANSWER_LIMIT_BYTES} bytes")
     return bytes(body)
 
 
@@ -165,9 +165,8 @@ async def until(
     timeout_s: float,
     period_s: float,
     what: str,
-    longest_s: float = 0.5,
 ) -> T:
-    """Poll until `condition` is true and return it; intervals grow to `longest_s`.
+    """Poll `condition` until its result is true, and return that; intervals grow from `period_s` to 0.5 s.
 
     Raises EngineError after `timeout_s`: `what` describes the state that did not change.
     """
@@ -177,5 +176,5 @@ async def until(
         if not left:
             raise EngineError(f"{what} after {timeout_s:g} s")
         await asyncio.sleep(min(period_s, left))
-        period_s = min(longest_s, period_s * 1.1)
+        period_s = min(_LONGEST_PERIOD_S, period_s * 1.1)
     return found

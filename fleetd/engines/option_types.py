@@ -20,7 +20,6 @@ from fleetd.config.schema.types import (
     FieldType,
     Flag,
     Misplaced,
-    Real,
     Schema,
     Strings,
     Text,
@@ -183,7 +182,6 @@ Duration = Annotated[float, DurationType()]
 Lifetime = Annotated[float, LifetimeType()]
 Count = Annotated[int, Whole(1, LARGEST)]
 Index = Annotated[int, Whole(0, LARGEST)]
-Share = Annotated[float, Real(0, 1e9)]
 Switch = Annotated[bool, Flag()]
 Secret = Annotated[SecretStr, SecretType()]
 Dialect = Annotated[Api, ApiType()]

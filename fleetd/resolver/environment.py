@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleetd.config.secrets import HIDDEN, is_secret
+from fleetd.host.types import NEVER_INHERITED
 
-_DAEMONS_OWN = frozenset({
-    "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "JOURNAL_STREAM",
-    "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
-    "MEMORY_PRESSURE_WRITE",
-})  # fmt: skip
 _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 _PLACE = re.compile(r"\{(port|host|name|replica)\}")
 _LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
@@ -33,7 +29,7 @@ Variables = Mapping[str, str]
 
 def inherited(parent: Mapping[str, str]) -> dict[str, str]:
     """Return the part of the daemon's environment that a child inherits."""
-    return {key: value for key, value in parent.items() if key not in _DAEMONS_OWN and not key.startswith("FLEETD_")}
+    return {key: value for key, value in parent.items() if key not in NEVER_INHERITED and not key.startswith("FLEETD_")}
 
 
 def substitute(text: str, places: Mapping[str, object]) -> str:

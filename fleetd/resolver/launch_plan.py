@@ -20,7 +20,7 @@ from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, Mo
 from fleetd.engines.container import Contained
 from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import FleetError
-from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
+from fleetd.host.types import Execution, Program, SpawnRequest, StopPolicy
 from fleetd.resolver.containers import ContainerRecipe
 from fleetd.resolver.environment import EnvSource, inherited, redacted_argv, redacted_env
 
@@ -46,21 +46,6 @@ class WatchPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
-    """The operating-system settings of a process."""
-
-    cwd: str | None = None
-    user: str | None = None
-    umask: int | None = None
-    nice: int | None = None
-    cpu: tuple[int, ...] = ()
-    nofile: int | None = None
-    logs: LogPolicy = LogPolicy()
-    pre_start: tuple[str, ...] = ()
-    post_stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class LaunchPlan:
     """One process, ready to be started.
 
@@ -83,6 +68,8 @@ class LaunchPlan:
     env_source: EnvSource | None = None  # set if it has env files
     unread: tuple[str, ...] = ()  # env files that did not exist; they are in `requires` too
     execution: Execution = Execution()
+    pre_start: tuple[str, ...] = ()
+    post_stop: tuple[str, ...] = ()
     stop: StopPolicy = StopPolicy()
     probes: Probes = Probes()
     requires: tuple[str, ...] = ()
@@ -138,19 +125,10 @@ class LaunchPlan:
 
     def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
         """Return the host's request to start it, with what a later daemon needs."""
-        run = self.execution
         return SpawnRequest(
             name=self.name,
             generation=generation,
-            argv=self.launch.argv,
-            env=self.environment(parent),
-            cwd=run.cwd,
-            user=run.user,
-            umask=run.umask,
-            nice=run.nice,
-            cpu=run.cpu,
-            nofile=run.nofile,
-            logs=run.logs,
+            program=Program(self.launch.argv, self.environment(parent), self.execution),
             host=self.context.host,
             port=self.context.port,
             ipc=self.has_channel,

@@ -29,6 +29,7 @@ from fleetd.engines.container import Contained
 from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
 from fleetd.errors import EngineError
+from fleetd.host.types import Execution
 from fleetd.resolver import policies
 from fleetd.resolver.containers import IN_IMAGE, ContainerRecipe, inner_host, runtime_of, user_ids
 from fleetd.resolver.devices import default_device
@@ -37,7 +38,7 @@ from fleetd.resolver.entries import ConfigEntry, process_names
 from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
 from fleetd.resolver.environment import substitute
 from fleetd.resolver.findings import Findings
-from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
+from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan, connect_host
 from fleetd.resolver.resolved import Surroundings, paths_of
 from fleetd.resolver.served_models import held_models, own_held
 from fleetd.units import expand_home
@@ -238,6 +239,8 @@ class ProcessResolver:
             env_source=own_env.source,
             unread=tuple(own_env.missing),
             execution=self._execution(entry),
+            pre_start=keys.hooks.pre_start or (),
+            post_stop=keys.hooks.post_stop or (),
             stop=policies.stop_policy(keys.stop),
             probes=probes,
             requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.missing])),
@@ -277,8 +280,6 @@ class ProcessResolver:
             cpu=(limits.cpu or ()) if not contained else (),
             nofile=limits.nofile if not contained else None,
             logs=policies.log_policy(keys.logs),
-            pre_start=keys.hooks.pre_start or (),
-            post_stop=keys.hooks.post_stop or (),
         )
 
     def _watch(self, entry: ConfigEntry) -> WatchPlan | None:

@@ -148,7 +148,7 @@ def unplug(world: World, rng: Random) -> None:
     name = process_name(world, rng)
     missing = () if world.missing.get(name) else ("/mnt/models",)
     world.missing[name] = missing
-    world.deliver(e.RequirementsChanged(name, missing))
+    world.deliver(e.ProcessPrerequisitesChanged(name, missing))
 
 
 def lose(world: World, rng: Random) -> None:
@@ -231,7 +231,7 @@ def lose_files(world: World, rng: Random) -> None:
     name = rng.choice(("m1", "m2", "m3", "big"))
     missing = () if world.missing_models.get(name) else ("/mnt/drive",)
     world.missing_models[name] = missing
-    world.deliver(e.ModelRequirementsChanged(name, missing))
+    world.deliver(e.ModelPrerequisitesChanged(name, missing))
 
 
 def edit(world: World, rng: Random) -> None:
@@ -352,11 +352,11 @@ def calm_down(world: World) -> None:
     for name in sorted(world.spec.processes):
         if world.missing.get(name):
             world.missing[name] = ()
-            world.deliver(e.RequirementsChanged(name, ()))
+            world.deliver(e.ProcessPrerequisitesChanged(name, ()))
     for name in sorted(world.missing_models):
         if world.missing_models[name]:
             world.missing_models[name] = ()
-            world.deliver(e.ModelRequirementsChanged(name))
+            world.deliver(e.ModelPrerequisitesChanged(name))
     for name in sorted(world.pins):
         world.pins[name] = False
         world.deliver(e.PinRequested(name, False))

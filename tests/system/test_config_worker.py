@@ -52,7 +52,7 @@ def readers(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def own_readers() -> OwnReaders:
-    """Return only the workers of this test: an earlier test may have left one of its own."""
+    """Return only the workers of this test, none that an earlier test left."""
     strays = readers(os.getpid())
     return lambda: [child for child in readers(os.getpid()) if child not in strays]
 
@@ -156,7 +156,7 @@ def test_worker_death_while_reading_is_one_clear_error(tmp_path: Path) -> None:
             threading.Timer(0.05, os.kill, (companion.pid, signal.SIGKILL)).start()
             await reading.finish(NOW)
 
-    with pytest.raises(HostError, match=r"could not be read: .* ended by SIGKILL") as found:
+    with pytest.raises(HostError, match=r"could not be read: .* killed by SIGKILL") as found:
         asyncio.run(body())
     assert found.value.recoverable
 
@@ -217,13 +217,13 @@ def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
 
 def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(path: Path) -> WorkerProcess:
-        raise WorkerGone("the worker process was ended by SIGKILL before it responded")
+        raise WorkerGone("the worker process was killed by SIGKILL before it responded")
 
     monkeypatch.setattr(worker_client, "begin_reading", begin)
 
     async def body() -> None:
         with pytest.raises(
-            HostError, match="the configuration could not be read: the worker process was ended by SIGKILL"
+            HostError, match="the configuration could not be read: the worker process was killed by SIGKILL"
         ):
             await WorkerClient().read(written(tmp_path, SLEEPERS), NOW)
 

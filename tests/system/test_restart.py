@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Fleetd, fake, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_logged
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -243,4 +243,4 @@ def test_case_30_running_process_always_has_a_pid(tmp_path: Path) -> None:
             if row["state"] == "BACKOFF":
                 assert row["next_start_s"] is not None
                 assert row["pid"] is None
-        until_said(daemon, "a", "exited code=1")
+        until_logged(daemon, "a", "exited code=1")

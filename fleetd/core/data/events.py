@@ -140,7 +140,7 @@ class StartProgress(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class RequirementsChanged(ProcessEvent):
+class ProcessPrerequisitesChanged(ProcessEvent):
     """The missing paths or volumes of a process; empty: all are available."""
 
     missing: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ class LoadProgress(PlacementEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRequirementsChanged(ModelEvent):
+class ModelPrerequisitesChanged(ModelEvent):
     """The missing files or volumes of a model on a server; empty: all are available."""
 
     missing: tuple[str, ...] = ()

@@ -123,12 +123,12 @@ class ProbeRunner:
             probe.close()
 
     def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
-        """Turn a failure into a success where real requests show that the server is only busy."""
-        heard = self._traffic.last_answer_s(name)
-        if heard >= began:
-            return Answer(True, "busy: it answers real requests meanwhile")
+        """Return a success if real requests show that the server is only busy."""
+        answered_s = self._traffic.last_answer_s(name)
+        if answered_s >= began:
+            return Answer(True, "busy: it is answering requests")
         full = self._traffic.full_since_s(name)
-        if full is not None and time.monotonic() - max(full, heard) < _BUSY_S:
+        if full is not None and time.monotonic() - max(full, answered_s) < _BUSY_S:
             return Answer(True, "busy: all its slots are taken")
         return answer
 
@@ -136,7 +136,7 @@ class ProbeRunner:
         async def ask(timeout_s: float) -> Answer:
             began = time.monotonic()
             if began - self._traffic.last_answer_s(name) < spec.period_s:
-                return Answer(True, "it answers real requests")
+                return Answer(True, "it is answering requests")
             if plan.endpoint is None:
                 return Answer(False, "it has no port to ask")
             try:

@@ -25,7 +25,7 @@ from fleetd.resolver.resolved import ResolvedFleet
 
 
 class ActiveConfiguration:
-    """The newest accepted reading. `parent_env` is the environment that children inherit from.
+    """The last accepted reading. Children inherit from `parent_env`.
 
     Hold `applying` while the configuration is changed.
     """
@@ -66,7 +66,7 @@ class ActiveConfiguration:
         return plan.environment(self.parent_env)
 
     def subscribe(self, subscriber: Callable[[ResolvedFleet], None]) -> None:
-        """Call `subscriber` with the active fleet after every change and every rejected file."""
+        """Call `subscriber` with the resolved fleet after changes and rejected files."""
         self._subscribers.append(subscriber)
 
     def shown(self) -> Any:
@@ -90,7 +90,7 @@ class ActiveConfiguration:
             subscriber(self.resolved)
 
     def amend(self, plan: LaunchPlan) -> None:
-        """Replace one plan by its completed form. The caller passes the new spec to the fleet."""
+        """Replace a plan by its completed form; the caller updates the fleet."""
         resolved = self.resolved
         spec = replace(resolved.spec.processes[plan.name], launch_hash=plan.launch_hash())
         self._reading = replace(

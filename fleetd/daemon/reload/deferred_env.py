@@ -27,7 +27,7 @@ LOCK_WAIT_S = 5.0  # for a change of the configuration in progress
 
 @dataclass(slots=True)
 class MissingPrerequisites:
-    """What is missing, by process and by held model; names that miss nothing are left out."""
+    """What is missing, by process and by held model; empty ones are left out."""
 
     processes: dict[str, Missing] = field(default_factory=dict)
     models: dict[str, Missing] = field(default_factory=dict)

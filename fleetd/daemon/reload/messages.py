@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The first answer: the folders of the fleet, which hold inputs of the second half."""
+    """The first answer: the fleet's folders, an input of the second half."""
 
     paths: FleetPaths
 

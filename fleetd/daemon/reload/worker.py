@@ -36,7 +36,7 @@ _FASTEST = 1
 
 
 def read(loaded: LoadedConfig, given: ReadInputs) -> Reading:
-    """Resolve a loaded file and compare it with the active one. Raises ConfigError with every problem."""
+    """Resolve and compare a loaded file. Raises ConfigError with every problem."""
     ports = {**kept_ports(paths_of(loaded).state), **given.around.ports}
 
     def usable(name: str, port: int) -> bool:
@@ -54,7 +54,7 @@ def read(loaded: LoadedConfig, given: ReadInputs) -> Reading:
 
 
 def applicable(before: FleetConfig, config: FleetConfig) -> FleetConfig:
-    """Return a configuration with the former values of the keys that need a restart of the daemon.
+    """Return a configuration with old values of keys that need a daemon restart.
 
     So every comparison shows them as changed until the daemon restarts.
     """

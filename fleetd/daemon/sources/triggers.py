@@ -33,12 +33,12 @@ FLAP_WINDOW_S = 60.0
 QUIET_S = 10.0
 FLAPPING = (
     f"its files changed more than {FLAP_COUNT} times within {FLAP_WINDOW_S:g} s: "
-    f"it restarts when they were quiet for {QUIET_S:g} s"
+    f"it restarts once they are unchanged for {QUIET_S:g} s"
 )
 
 
 class FlapGuard:
-    """Limits the restarts of one process by its watched files, which the process or a build may change for ever."""
+    """Limits restarts by watched files, which the process itself may change."""
 
     def __init__(self, count: int = FLAP_COUNT, window_s: float = FLAP_WINDOW_S) -> None:
         self._times: deque[float] = deque(maxlen=count)
@@ -53,7 +53,7 @@ class FlapGuard:
 
 
 class Triggers:
-    """The watches and schedules of the active configuration. `saved` is called when its files change."""
+    """Watches and schedules of the configuration; a save calls `saved`."""
 
     def __init__(self, context: DaemonContext, background: Tasks, saved: Callable[[], None]) -> None:
         self._context = context
@@ -158,7 +158,7 @@ class Triggers:
 
 
 def time_zone(name: str | None) -> tzinfo:
-    """Return a time zone by name. Raises KeyError for a name that the database does not have."""
+    """Return a time zone by name. Raises KeyError for an unknown one."""
     if name in (None, "UTC"):
         return UTC
     from zoneinfo import ZoneInfo

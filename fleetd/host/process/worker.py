@@ -1,4 +1,4 @@
-"""A short-lived program of our own, spoken to over two pipes: for work that shall leave nothing behind in the daemon's memory.
+"""A short-lived child program, reached over two pipes, for work that must not grow the daemon.
 
 Invariants:
 - Nothing is imported that the interpreter has not loaded anyway: a companion is begun before the daemon's own modules are.
@@ -41,7 +41,7 @@ class WorkerGone(HostError):
 
 
 class WorkerProcess:
-    """`module.main()` in a process of its own, with the daemon's interpreter, import path and environment.
+    """`module.main()` in a child with the daemon's interpreter, path and environment.
 
     `began` is the wall-clock time of its start.
     """
@@ -78,7 +78,7 @@ class WorkerProcess:
                 raise self._gone() from None
 
     def receive(self, end: float) -> bytes:
-        """Return the next message before the monotonic time `end`. Raises HostError, whatever it says instead."""
+        """Return the next message before the monotonic time `end`. Raises HostError."""
         size = int.from_bytes(self._read(_HEAD_BYTES, end), "big")
         if size > _LARGEST_BYTES:
             raise HostError("the worker process sent an invalid response")
@@ -110,9 +110,9 @@ class WorkerProcess:
         if status is None:
             how = "closed its pipe"
         elif status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
+            how = f"was killed by {signal.Signals(-status).name}"
         else:
-            how = f"ended with code {status}"
+            how = f"exited with code {status}"
         return WorkerGone(f"the worker process {how} before it responded")
 
     def alive(self) -> bool:
@@ -130,7 +130,7 @@ class WorkerProcess:
                 pass
 
     def close(self) -> None:
-        """Let it end, and collect its status; kill it when it does not. No other call may be under way."""
+        """Wait for its exit, or kill it. No other call may be in progress."""
         if self._closed:
             return
         self._closed = True
