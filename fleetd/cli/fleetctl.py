@@ -32,6 +32,7 @@ VERBS = {
     "import_": ("import",),
     "migrate": ("migrate",),
     "audit": ("audit",),
+    "init": ("init",),
     "setup": ("install-service", "completion"),
 }
 _MODULE_OF = {verb: module for module, verbs in VERBS.items() for verb in verbs}

@@ -13,7 +13,7 @@ from fleetd.config.load import LoadedConfig
 from fleetd.core.data.specs import DeviceSpec
 from fleetd.resolver.resolved import MachineDevice
 
-_SHARE = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
+SHARES = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
 
 Warn = Callable[[tuple[str | int, ...], str], None]
 
@@ -32,7 +32,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
                     f"is more than the {device.total_bytes} bytes that {device.name} has",
                 )
         else:
-            budget = int(device.total_bytes * _SHARE[device.kind])
+            budget = int(device.total_bytes * SHARES[device.kind])
         specs[device.name] = DeviceSpec(device.name, device.kind, device.total_bytes, budget)
     for name, keys in stated.items():
         if name in specs:
