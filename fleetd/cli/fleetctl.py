@@ -33,6 +33,7 @@ VERBS = {
     "migrate": ("migrate",),
     "audit": ("audit",),
     "init": ("init",),
+    "doctor": ("doctor",),
     "setup": ("install-service", "completion"),
 }
 _MODULE_OF = {verb: module for module, verbs in VERBS.items() for verb in verbs}

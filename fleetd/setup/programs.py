@@ -36,6 +36,7 @@ class Installed:
     version: str | None = None
     on_path: bool = True
     gpu: bool = False  # llama.cpp alone: it lists a device other than the processor
+    lacks: tuple[str, ...] = ()  # flags that fleetd always passes, and its help does not list
 
 
 # name → (places besides PATH, flag that prints the version; None: a Python package)
@@ -48,6 +49,7 @@ PROGRAMS: Mapping[str, tuple[tuple[str, ...], str | None]] = {
 }
 _PACKAGES = {"vllm": "vllm", "mlx_lm.server": "mlx_lm"}
 EMBEDDED = "xllamacpp"
+ALWAYS_PASSED = ("--ctx-size", "--parallel", "--alias", "--cache-ram", "--metrics", "--slots", "--offline")
 
 
 def installed(env: Mapping[str, str], ask: Ask = ask) -> tuple[Installed, ...]:
@@ -69,8 +71,12 @@ def find(name: str, env: Mapping[str, str], ask: Ask = ask) -> Installed | None:
     if flag is None:
         return Installed(name, program, package_version(Path(program), _PACKAGES[name]), path is not None)
     version = version_in(name, ask((program, flag), ASK_S).text)
-    gpu = name == "llama-server" and lists_gpu(ask((program, "--list-devices"), ASK_S).text)
-    return Installed(name, program, version, path is not None, gpu)
+    if name != "llama-server":
+        return Installed(name, program, version, path is not None)
+    gpu = lists_gpu(ask((program, "--list-devices"), ASK_S).text)
+    usage = ask((program, "--help"), ASK_S)
+    lacks = tuple(one for one in ALWAYS_PASSED if one not in usage.text) if usage.code == 0 else ()
+    return Installed(name, program, version, path is not None, gpu, lacks)
 
 
 def version_in(name: str, text: str) -> str | None:

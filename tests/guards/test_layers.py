@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fleetd.cli.fleetd": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.resolver", "fleetd.daemon", "fleetd.cli",
     ),
+    "fleetd.cli.commands.doctor": ("fleetd.errors", "fleetd.units", "fleetd.setup", "fleetd.cli"),
     "fleetd.cli.commands.init": ("fleetd.errors", "fleetd.units", "fleetd.setup", "fleetd.cli"),
     "fleetd.__main__": ("fleetd.cli",),
 }  # fmt: skip
