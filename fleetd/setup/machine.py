@@ -7,7 +7,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +49,7 @@ class Candidate:
     found: scan.Found
     needs: tuple[Need, ...] = ()
     stored_as: str | None = None
+    inode: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -102,21 +102,20 @@ def look(given: Sequence[Path], env: Mapping[str, str], progress: Callable[[str]
     )
     notes = [f"{name}: no answer within {LOOK_S:g} s" for name in ("devices", "programs") if name not in seen]
     notes += [f"{name}: {result}" for name, result in seen.items() if isinstance(result, Exception)]
-    stores = [*store_folders(env), *(folder for folder in given if inventory.is_store(folder))]
-    folders = [*(folder for folder in given if folder not in stores), *usual_folders(env)]
+    folders = list(dict.fromkeys([*given, *store_folders(env), *usual_folders(env)]))
     progress("looking for models …")
-    models = _look_for_models(folders, stores)
+    models = _look_for_models(folders)
     running = (_ok(seen.get(f"port {port}"), None) for port in servers.PORTS)
-    store = next((folder for folder in stores if models.stored.get(folder)), None)
-    stored = models.stored[store] if store else []
+    stores = [folder for folder in folders if models.stored.get(folder)]
+    notes += [f"{other}: another store of Ollama, left out (name it in OLLAMA_MODELS)" for other in stores[1:]]
     return Machine(
         devices=_ok(seen.get("devices"), ()),
         programs=_ok(seen.get("programs"), ()),
         servers=tuple(one for one in running if one is not None),
         files=tuple(_unique(models.files.get(folder, []) for folder in folders)),
-        stored=tuple(stored),
-        store=store,
-        folders=tuple(folder for folder in [*folders, *stores] if folder.is_dir()),
+        stored=tuple(models.stored[stores[0]]) if stores else (),
+        store=stores[0] if stores else None,
+        folders=tuple(folder for folder in folders if folder in models.files or folder in models.stored),
         gateway_port=_ok(seen.get("gateway"), GATEWAY_PORT),
         notes=(*notes, *models.notes),
     )
@@ -153,21 +152,24 @@ def _ok(result: Any, default: Any) -> Any:
     return default if result is None or isinstance(result, Exception) else result
 
 
-def _look_for_models(folders: Sequence[Path], stores: Sequence[Path]) -> _Models:
+def _look_for_models(folders: Sequence[Path]) -> _Models:
     models = _Models()
     until = time.monotonic() + SCAN_S
-    looks: dict[str, Callable[[], None]] = {}
-    looks |= {str(folder): partial(_scan, folder, until, models) for folder in folders}
-    looks |= {f"{folder} ": partial(_read_store, folder, until, models) for folder in stores}
+    looks = {str(folder): partial(_look_into, folder, until, models) for folder in folders}
     done = together(looks, SCAN_S + 5.0)
-    models.notes += [f"{name.strip()}: does not answer, left out" for name in looks if name not in done]
-    models.notes += [f"{name.strip()}: {result}" for name, result in done.items() if isinstance(result, Exception)]
+    models.notes += [f"{name}: does not answer, left out" for name in looks if name not in done]
+    models.notes += [f"{name}: {result}" for name, result in done.items() if isinstance(result, Exception)]
     return models
 
 
+def _look_into(folder: Path, until: float, models: _Models) -> None:
+    if inventory.is_store(folder):
+        _read_store(folder, until, models)
+    elif folder.is_dir():
+        _scan(folder, until, models)
+
+
 def _scan(folder: Path, until: float, models: _Models) -> None:
-    if not folder.is_dir():
-        return
     result = scan.scan(folder, max(0.1, (until - time.monotonic()) / 2))
     models.notes += result.notes
     found = models.files.setdefault(folder, [])
@@ -176,14 +178,13 @@ def _scan(folder: Path, until: float, models: _Models) -> None:
             models.notes.append(f"{folder}: {len(result.models) - len(found)} models left out after {SCAN_S:g} s")
             break
         try:
-            found.append(Candidate(model, needs_of(model)))
-        except EngineError as error:
+            status = model.path.stat()
+            found.append(Candidate(model, needs_of(model), inode=(status.st_dev, status.st_ino)))
+        except (EngineError, OSError) as error:
             models.notes.append(str(error))
 
 
 def _read_store(folder: Path, until: float, models: _Models) -> None:
-    if not inventory.is_store(folder):
-        return
     result = inventory.read(folder, max(0.1, (until - time.monotonic()) / 2))
     models.notes += result.notes
     found = models.stored.setdefault(folder, [])
@@ -229,13 +230,8 @@ def _need(headers: Sequence[gguf.Header], context: int, extra: int) -> Need:
 
 def _unique(groups: Iterator[list[Candidate]]) -> Iterator[Candidate]:
     """Yield each file once: the same one may be below two of the folders."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int] | None] = set()
     for candidate in (one for group in groups for one in group):
-        try:
-            status = os.stat(candidate.found.path)  # noqa: PTH116 (one call for both kinds)
-        except OSError:
-            continue
-        mark = (status.st_dev, status.st_ino)
-        if mark not in seen:
-            seen.add(mark)
+        if candidate.inode is None or candidate.inode not in seen:
+            seen.add(candidate.inode)
             yield candidate

@@ -16,7 +16,7 @@ from typing import Any
 from fleetd.config.schema.base import MODEL_NAME
 from fleetd.host.system.memory import DeviceSample
 from fleetd.resolver.devices import SHARES
-from fleetd.setup.machine import Candidate, Machine, Need
+from fleetd.setup.machine import GATEWAY_PORT, Candidate, Machine, Need
 from fleetd.setup.servers import Running
 from fleetd.units import show_size
 
@@ -119,7 +119,7 @@ def propose(machine: Machine) -> FleetProposal:
     models: dict[str, Any] = {}
     result.document |= {"instances": instances, "models": models}
     for server in machine.servers:
-        _running(server, instances, models, result)
+        _running(server, budgets, instances, models, result)
     _stored(machine, budgets, instances, result)
     _files(machine, budgets, instances, result)
     for section in ("instances", "models"):
@@ -146,7 +146,9 @@ def _devices(machine: Machine, result: FleetProposal) -> None:
 # -- servers that run --------------------------------------------------------------------------------------------------------
 
 
-def _running(server: Running, instances: dict[str, Any], models: dict[str, Any], result: FleetProposal) -> None:
+def _running(
+    server: Running, budgets: _Budgets, instances: dict[str, Any], models: dict[str, Any], result: FleetProposal
+) -> None:
     """Add a server that runs, as it is, with the models that it lists."""
     engine = server.engine
     name = {"ollama": "ollama", "lmstudio": "lmstudio"}.get(engine, f"server-{server.port}")
@@ -165,6 +167,10 @@ def _running(server: Running, instances: dict[str, Any], models: dict[str, Any],
     instances[name] = entry
     result.comments[f"instances.{name}"] = lines
     for listed in server.models:
+        need = _guessed(listed.size_bytes or 0)
+        if budgets.place((need,)) is None:
+            result.left_out[listed.name] = budgets.too_large((need,))
+            continue
         key = unique(listed.name, models)
         held: dict[str, Any] = {"instance": name}
         held |= {"served_as": listed.name} if key != listed.name else {}
@@ -216,7 +222,12 @@ def _stored_without_ollama(machine: Machine, budgets: _Budgets, result: FleetPro
 
 
 def _guess(candidate: Candidate) -> Need:
-    size = int(candidate.found.size_bytes * 1.15) + GUARD_BYTES
+    return _guessed(candidate.found.size_bytes)
+
+
+def _guessed(size_bytes: int) -> Need:
+    """Return what a file of this size needs, where its header cannot be read."""
+    size = int(size_bytes * 1.15) + GUARD_BYTES
     return Need(4096, size, GUARD_BYTES, size, size)
 
 
@@ -361,6 +372,8 @@ def _advice(machine: Machine, result: FleetProposal) -> None:
         result.advice.append(
             "LM Studio is installed and its server does not run: lms server start, then fleetctl init again"
         )
+    if machine.gateway_port != GATEWAY_PORT:
+        result.advice.append(f"port {GATEWAY_PORT} is taken: the gateway gets {machine.gateway_port}")
     result.advice += list(_about_models(machine, result))
 
 

@@ -171,8 +171,10 @@ def _fleet(config: Path | None, env: Mapping[str, str], samples: tuple[DeviceSam
 
 def _judged(fact: ConfigFact, loaded: LoadedConfig, assembly: Assembly) -> ConfigFact:
     listen = loaded.config.gateway.listen
+    exposed = next((found for file in assembly.files if (found := _exposed(file)) is not None), None)
     return replace(
         fact,
+        exposed=fact.exposed or exposed,
         problems=tuple(map(str, assembly.problems)),
         warnings=tuple(map(str, assembly.warnings)),
         listen=f"{listen.host}:{listen.port}",

@@ -301,3 +301,15 @@ def test_look_reads_the_store_and_the_folders(tmp_path: Path) -> None:
     assert found.files[0].needs[0].host > found.files[0].found.size_bytes
     assert found.store == store
     assert any(device.name in ("host", "unified") for device in found.devices)
+
+
+def test_look_lists_a_file_of_two_folders_once(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    usual = tmp_path / ".cache" / "llama.cpp"
+    usual.mkdir(parents=True)
+    folder.mkdir()
+    write(usual / "own.gguf", layers=1, seed=2, name="own")
+    (folder / "alias.gguf").symlink_to(usual / "own.gguf")
+    found = machine.look([folder, folder], {"HOME": str(tmp_path), "PATH": "/nonexistent"})
+    assert [one.name for one in found.files] == ["alias"], "the folder that was given counts first"
+    assert set(found.folders) == {folder, usual}

@@ -239,6 +239,12 @@ def test_gather_sees_who_may_write_the_file(tmp_path: Path) -> None:
     assert found == ConfigFact(str(config), exposed=str(config))
 
 
+def test_gather_sees_who_may_write_an_included_file(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("services: {}\n")
+    (tmp_path / "more.yaml").chmod(0o622)
+    assert gathered(tmp_path, "include: [more.yaml]\n").config.exposed == str(tmp_path / "more.yaml")
+
+
 def test_folder_fact_looks_at_the_nearest_that_exists(tmp_path: Path) -> None:
     found = gather.folder_fact("state", tmp_path / "a" / "b")
     assert (found.exists, found.existing, found.is_folder) == (False, str(tmp_path), True)

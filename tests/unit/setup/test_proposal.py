@@ -95,13 +95,15 @@ def test_projector_is_passed_to_its_model() -> None:
 
 
 def test_running_ollama_is_used_as_it_is() -> None:
-    server = Running("ollama", 11434, "0.35.0", (Listed("llama3.2:3b", 2 * GIB), Listed("bge-m3", GIB, True)))
+    listed = (Listed("llama3.2:3b", 2 * GIB), Listed("bge-m3", GIB, True), Listed("big:405b", 200 * GIB))
+    server = Running("ollama", 11434, "0.35.0", listed)
     result = proposed(servers=(server,), programs=(OLLAMA,), stored=(gguf("x"),), store=Path("/s"))
     assert result.document["instances"] == {"ollama": {"engine": "ollama", "external": "http://127.0.0.1:11434"}}
     assert result.models == {
         "llama3.2:3b": {"instance": "ollama"},
         "bge-m3": {"instance": "ollama", "embedding": True},
     }
+    assert "does not fit" in result.left_out["big:405b"]
 
 
 def test_installed_ollama_is_run_with_the_models_of_its_store() -> None:
@@ -153,6 +155,12 @@ def test_machine_with_nothing_says_what_to_install() -> None:
     assert "models" not in result.document
     assert result.advice[0].startswith("no engine is installed. llama.cpp is not installed: pipx inject")
     assert any("fleetctl init DIR" in line for line in result.advice)
+
+
+def test_taken_gateway_port_is_advice() -> None:
+    result = proposed(gateway_port=8485)
+    assert result.document["gateway"] == {"listen": "127.0.0.1:8485"}
+    assert "port 8484 is taken: the gateway gets 8485" in result.advice
 
 
 def test_files_without_any_program_are_named_as_left_out() -> None:
