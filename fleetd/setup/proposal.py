@@ -26,6 +26,7 @@ INSTALL_LLAMA = (
     "llama.cpp is not installed: pipx inject fleetd 'fleetd[llamacpp]' (or pip install), or put llama-server on PATH"
 )
 GUARD_BYTES = 256 << 20  # what a server takes besides the file of an unknown model
+VLLM_SHARE = 0.85  # of the card; vLLM's own default, 0.92, is above the budget of a GPU
 # Architectures that vLLM serves as a chat or completion model
 _GENERATES = re.compile(r"(?!T5|MT5|Bart|Whisper|Pegasus).*For(CausalLM|ConditionalGeneration)")
 
@@ -313,14 +314,21 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
         result.left_out[candidate.name] = f"needs {needs}: {found.path}"
         return
     place = budgets.place(candidate.needs)
-    if place is None or (vllm is not None and place.device == "host"):
+    share = VLLM_SHARE / SHARES["gpu"]
+    if place is None or (
+        vllm is not None
+        and (place.device == "host" or place.size > share * budgets.of[place.device or budgets.default])
+    ):
         result.left_out[candidate.name] = f"{budgets.too_large(candidate.needs)}: {found.path}"
         return
     key = unique(candidate.name, result.models)
+    more: list[str] = []
     entry: dict[str, Any] = {"engine": "vllm"} | ({"device": place.device} if place.device else {})
     if vllm is not None:
         length = min(found.context_length or 8192, 8192)
-        entry["options"] = {"model": str(found.path), "max_model_len": length}
+        options = {"model": str(found.path), "max_model_len": length, "gpu_memory_utilization": VLLM_SHARE}
+        entry["options"] = options
+        more = [f"vLLM takes {VLLM_SHARE:.0%} of the card for itself: lower it, and two models share a card"]
     else:
         command = ["mlx_lm.server", "--model", str(found.path), "--host", "127.0.0.1", "--port", "{port}"]
         entry = {
@@ -330,7 +338,7 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
             "memory": {"unified": place.size},
         }
     result.models[key] = entry
-    result.comments[f"models.{key}"] = [_size_line(candidate, place)]
+    result.comments[f"models.{key}"] = [_size_line(candidate, place), *more]
 
 
 def _size_line(candidate: Candidate, place: _Place) -> str:

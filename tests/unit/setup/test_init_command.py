@@ -121,3 +121,58 @@ def test_verified_leaves_out_what_the_check_rejects() -> None:
 
 def test_init_is_a_verb_of_fleetctl() -> None:
     assert "--force" in fleetctl("init", "--help").out
+
+
+def test_init_with_ollama_and_its_store_passes_the_check(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "ollama"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho ollama version is 0.35.0\n")
+    program.chmod(0o755)
+    store = tmp_path / "data"
+    blob = store / "blobs" / f"sha256-{'a' * 64}"
+    blob.parent.mkdir(parents=True)
+    write(blob, layers=1, seed=1, name="x")
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "1b"
+    manifest.parent.mkdir(parents=True)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'a' * 64}", "size": 1}
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": [layer]}))
+    (tmp_path / "w").mkdir()
+    write(tmp_path / "w" / "own.gguf", layers=1, seed=2, name="own")
+    path = f"{program.parent}:{os.environ['PATH']}"
+    arguments = ("init", "--print", str(store), str(tmp_path / "w"))
+    ran = fleetctl(*arguments, HOME=str(tmp_path / "home"), PATH=path)
+    document = yaml.safe_load(ran.out)
+    assert document["instances"]["ollama"]["options"] == {"models_dir": str(store)}
+    assert document["models"]["tiny:1b"] == {"instance": "ollama"}
+    assert "ollama 0.35.0" in ran.err
+    assert "left out tiny" not in ran.err
+    assert len(document["models"]) == 2
+
+
+def test_documents_of_every_engine_pass_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ollama", "vllm", "mlx_lm.server", "lms"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    command = ["mlx_lm.server", "--model", "/h/q", "--host", "127.0.0.1", "--port", "{port}"]
+    models = {
+        "a": {"instance": "ollama", "from": "/m/a.gguf"},
+        "b": {"instance": "lmstudio", "embedding": True},
+        "c": {"instance": "server-8000", "served_as": "a b"},
+        "d": {"engine": "vllm", "options": {"model": "/h/q", "max_model_len": 8192, "gpu_memory_utilization": 0.5}},
+        "e": {"engine": "process", "command": command, "served_as": "/h/q", "memory": {"host": 1000}},
+        "f": {
+            "engine": "llamacpp",
+            "device": "host",
+            "options": {"model": "/m/f.gguf", "rerank": True, "context_length": 512},
+        },
+    }
+    instances = {
+        "ollama": {"engine": "ollama", "port": 11434},
+        "lmstudio": {"engine": "lmstudio", "external": "http://127.0.0.1:1234"},
+        "server-8000": {"engine": "external", "external": "http://127.0.0.1:8000"},
+    }
+    proposal = FleetProposal({"version": 1, "instances": instances, "models": dict(models)})
+    fleet_file.verified(proposal, dict(os.environ))
+    assert proposal.left_out == {}
+    assert proposal.models == models

@@ -177,9 +177,12 @@ def test_safetensors_are_served_by_vllm_on_a_gpu() -> None:
     vllm = Installed("vllm", "/v/bin/vllm", "0.20.0")
     machine = {"programs": (vllm,), "devices": (HOST, gpu(0, 24))}
     result = proposed(safetensors("q"), safetensors("sd", "UNet2DConditionModel"), safetensors("h", gib=60), **machine)
-    assert result.models == {"q": {"engine": "vllm", "options": {"model": "/h/q", "max_model_len": 8192}}}
+    assert result.models == {
+        "q": {"engine": "vllm", "options": {"model": "/h/q", "max_model_len": 8192, "gpu_memory_utilization": 0.85}}
+    }
     assert "not a text model" in result.left_out["sd"]
     assert "does not fit" in result.left_out["h"]
+    assert "does not fit" in proposed(safetensors("n", gib=21), **machine).left_out["n"], "85 % of 24 GiB are 20.4"
     assert "needs vLLM and a GPU" in proposed(safetensors("q"), programs=(vllm,)).left_out["q"]
 
 
