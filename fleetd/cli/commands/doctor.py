@@ -33,7 +33,7 @@ from fleetd.units import expand_home
 if TYPE_CHECKING:
     from fleetd.setup.doctor.facts import DaemonFact
 
-CONNECT_S, ANSWER_S = 2.0, 4.0
+CONNECT_S, ANSWER_S = 1.0, 2.0
 COLOURS = {"PASS": "32", "WARN": "33", "FAIL": "31"}
 
 

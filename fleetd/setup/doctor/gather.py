@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import shutil
 import socket
 import stat
@@ -34,7 +35,7 @@ from fleetd.resolver.check import finder, learned_footprints
 from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.port_assignment import kept_ports
 from fleetd.resolver.resolved import Assembly, FleetPaths, Surroundings, machine_devices
-from fleetd.setup import programs
+from fleetd.setup import programs, servers
 from fleetd.setup.bounded import together
 from fleetd.setup.doctor import gather_service, gather_system
 from fleetd.setup.doctor.facts import (
@@ -54,6 +55,14 @@ from fleetd.setup.doctor.facts import (
 CONFIG_S, LOOK_S, PATH_S = 15.0, 20.0, 5.0
 PLACES_MAX = 64
 HANDLES = "handles"
+# engine → the command that installs its program
+INSTALL: Mapping[str, str] = {
+    "llamacpp": "pipx inject fleetd 'fleetd[llamacpp]'   # or put llama-server on PATH",
+    "ollama": "curl -fsSL https://ollama.com/install.sh | sh   # macOS: brew install ollama",
+    "vllm": "pip install vllm   # and set command: [/path/to/venv/bin/vllm, serve]",
+    "lmstudio": "~/.lmstudio/bin/lms bootstrap   # after installing LM Studio, https://lmstudio.ai",
+}
+OLLAMA_PORT = 11434
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,7 @@ def gather(config: Path | None, env: Mapping[str, str], daemon: DaemonFact) -> F
         daemon=daemon,
         folders=tuple(_folders(fleet.paths)),
         programs=tuple(program_facts(plans, env, baked)),
-        installed=good.get("installed", ()),
+        installed=with_running(good.get("installed", ()), good.get("running")),
         engines=tuple(sorted(engines)),
         ports=good.get("ports", ()),
         paths=tuple(_required(plans)),
@@ -131,6 +140,7 @@ def _looks(
     kind = gather_service.init_system()
     return {
         "installed": partial(programs.installed, env),
+        "running": partial(servers.look, OLLAMA_PORT),
         "ports": partial(_ports, fleet, daemon, place),
         "limits": partial(gather_system.limits, daemon.pid, len(plans)),
         "library": partial(gather_system.library, embedded),
@@ -141,6 +151,17 @@ def _looks(
         "ollama": partial(gather_service.ollama, kind),
         "left": partial(left_running, place),
     }
+
+
+def with_running(
+    installed: tuple[programs.Installed, ...], running: servers.Running | None
+) -> tuple[programs.Installed, ...]:
+    """Add a running Ollama of another version than the installed one, such as one in a container."""
+    if running is None or running.engine != "ollama" or running.version is None:
+        return installed
+    if any(one.name == "ollama" and one.version == running.version for one in installed):
+        return installed
+    return (*installed, programs.Installed("ollama", f"the server on port {running.port}", running.version))
 
 
 # -- fleet.yaml --------------------------------------------------------------------------------------------------------------
@@ -268,17 +289,19 @@ def _required(plans: Iterable[LaunchPlan]) -> Iterable[PathFact]:
 
 def program_facts(plans: Iterable[LaunchPlan], env: Mapping[str, str], baked: str | None) -> Iterable[ProgramFact]:
     """Yield the program of each process, once; `baked` is the PATH in the service's file."""
-    users: dict[tuple[str, str | None, bool], list[str]] = defaultdict(list)
+    users: dict[ProgramFact, list[str]] = defaultdict(list)
     for plan in plans:
         words = plan.launch.argv
         own_path = plan.environment(env).get("PATH", os.defpath)
         name = words[0] if words else plan.engine_name or plan.name
-        problem = plan.missing_program or _program_problem(words, own_path, plan.execution.cwd)
+        problem, hint = plan.missing_program, INSTALL.get(plan.engine_name or "")
+        if problem is None:
+            problem, hint = _program_problem(words, own_path, plan.execution.cwd)
         searched = Path(name).name if Path(name).name in programs.PROGRAMS and not plan.context.command else name
         lost = problem is None and baked is not None and "PATH" not in plan.own_env and _is_lost(searched, baked)
-        users[(searched, problem, lost)].append(plan.name)
-    for (name, problem, lost), names in users.items():
-        yield ProgramFact(name, tuple(names), problem, None, lost)
+        users[ProgramFact(searched, (), problem, hint, lost)].append(plan.name)
+    for fact, names in users.items():
+        yield replace(fact, processes=tuple(names))
 
 
 def _is_lost(name: str, baked: str) -> bool:
@@ -290,16 +313,19 @@ def _is_lost(name: str, baked: str) -> bool:
     return not elsewhere or shutil.which(name, path=elsewhere) is None
 
 
-def _program_problem(words: tuple[str, ...], path: str, cwd: str | None) -> str | None:
+def _program_problem(words: tuple[str, ...], path: str, cwd: str | None) -> tuple[str | None, str | None]:
+    """Return why a program cannot be run, and the command that helps where one is known."""
     if not words:
-        return None
+        return None, None
     name = words[0]
     if "/" not in name:
-        return None if shutil.which(name, path=path) else f"{name} is not on PATH"
+        return (None if shutil.which(name, path=path) else f"{name} is not on PATH"), None
     file = Path(cwd or ".") / name
     if not file.exists():
-        return f"{file} does not exist"
-    return None if file.is_file() and os.access(file, os.X_OK) else f"{file} is not an executable file"
+        return f"{file} does not exist", f"ls -l {shlex.quote(str(file.parent))}"
+    if file.is_file() and not os.access(file, os.X_OK):
+        return f"{file} is not executable", f"chmod +x {shlex.quote(str(file))}"
+    return (None if file.is_file() else f"{file} is not a file"), None
 
 
 def _ports(fleet: _Fleet, daemon: DaemonFact, place: str) -> tuple[PortFact, ...]:

@@ -15,9 +15,11 @@ import pytest
 
 from fleetd.cli.service_files import EXAMPLE_PLIST, ServiceSettings, launchd, systemd
 from fleetd.host.process.ask import Answered
+from fleetd.host.system.load import threads_of
 from fleetd.setup.doctor import gather, gather_service, gather_system
 from fleetd.setup.doctor.facts import ConfigFact, DaemonFact, Facts
-from fleetd.setup.programs import Ask
+from fleetd.setup.programs import Ask, Installed
+from fleetd.setup.servers import Running
 from tests.support.cli import Ran, fleetctl, raw_server
 from tests.support.ports import free_port
 from tests.support.waiting import until
@@ -200,7 +202,7 @@ models:
         facts = gathered(tmp_path, fleet)
     problems = {program.processes: program.problem for program in facts.programs}
     assert problems[("web",)] == "no-such-program-x is not on PATH"
-    assert "is not an executable file" in str(problems[("file",)])
+    assert str(problems[("file",)]).endswith("plain is not executable")
     assert problems[("good",)] is None
     ports = {fact.users: fact for fact in facts.ports}
     assert ports[("web",)].owner_pid == os.getpid()
@@ -212,6 +214,29 @@ models:
     assert facts.engines == ("llamacpp",)
     assert {folder.role: folder.exists for folder in facts.folders} == {"state": False, "run": False, "logs": False}
     assert facts.silent == ()
+
+
+def test_gather_says_how_to_install_a_missing_engine(tmp_path: Path) -> None:
+    facts = gathered(tmp_path, "models: {q: {engine: vllm, options: {model: x/y}}}\n", PATH="/nonexistent")
+    (program,) = facts.programs
+    assert "no program named vllm on PATH" in str(program.problem)
+    assert str(program.hint).startswith("pip install vllm")
+
+
+def test_with_running_adds_a_server_of_another_version() -> None:
+    own = Installed("ollama", "/usr/bin/ollama", "0.35.0")
+    other = Running("ollama", 11434, "0.20.0")
+    assert gather.with_running((own,), None) == (own,)
+    assert gather.with_running((own,), Running("ollama", 11434, "0.35.0")) == (own,)
+    found = gather.with_running((own,), other)
+    assert [(one.path, one.version) for one in found[1:]] == [("the server on port 11434", "0.20.0")]
+
+
+def test_limits_counts_the_threads_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_of(os.getuid()) >= 1
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    found = gather_system.limits(None, 0)
+    assert found.processes_now == (0 if found.processes_soft is not None else None)
 
 
 def test_gather_reads_an_invalid_file_and_goes_on(tmp_path: Path) -> None:
