@@ -125,6 +125,7 @@ def _leave_out_what_does_not_fit(proposal: FleetProposal, assembly: Assembly) ->
 
 def write(path: Path, text: str, *, replace: bool) -> None:
     """Write the file. Raises FileExistsError unless `replace`, and OSError."""
+    path = path.resolve() if replace else path  # a link to the file stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
@@ -133,10 +134,21 @@ def write(path: Path, text: str, *, replace: bool) -> None:
             file.write(text)
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask & 0o755)
+        temporary.chmod(0o644 & ~mask)
         if replace:
             temporary.replace(path)
         else:
-            os.link(temporary, path)
+            _publish(temporary, path, text)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, text: str) -> None:
+    """Give a file its name unless that is taken. Raises FileExistsError and OSError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, such as exFAT
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)

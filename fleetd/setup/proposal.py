@@ -45,11 +45,15 @@ class FleetProposal:
         found: dict[str, Any] = self.document.get("models", {})
         return found
 
+    def leave_out(self, name: str, why: str) -> None:
+        """Remember why a model is not in the file; two of one name, in two folders, are two lines."""
+        self.left_out[unique(name, self.left_out)] = why
+
     def drop(self, name: str, why: str) -> None:
         """Leave out a model that turned out not to work."""
         self.models.pop(name, None)
         self.comments.pop(f"models.{name}", None)
-        self.left_out[name] = why
+        self.leave_out(name, why)
         if not self.models:
             self.document.pop("models", None)
 
@@ -170,7 +174,7 @@ def _running(
     for listed in server.models:
         need = _guessed(listed.size_bytes or 0)
         if budgets.place((need,)) is None:
-            result.left_out[listed.name] = budgets.too_large((need,))
+            result.leave_out(listed.name, budgets.too_large((need,)))
             continue
         key = unique(listed.name, models)
         held: dict[str, Any] = {"instance": name}
@@ -195,7 +199,7 @@ def _stored(machine: Machine, budgets: _Budgets, instances: dict[str, Any], resu
         name = str(candidate.stored_as)
         place = budgets.place(candidate.needs or (_guess(candidate),))
         if place is None:
-            result.left_out[name] = budgets.too_large(candidate.needs or (_guess(candidate),))
+            result.leave_out(name, budgets.too_large(candidate.needs or (_guess(candidate),)))
             continue
         key = unique(name, result.models)
         held: dict[str, Any] = {"instance": "ollama"} | ({"served_as": name} if key != name else {})
@@ -241,7 +245,7 @@ def _files(machine: Machine, budgets: _Budgets, instances: dict[str, Any], resul
     )
     ggufs = [one for one in listed if one.found.kind == "gguf"]
     for candidate in ggufs[MAX_MODELS:]:
-        result.left_out[candidate.name] = f"more than {MAX_MODELS} models: {candidate.found.path}"
+        result.leave_out(candidate.name, f"more than {MAX_MODELS} models: {candidate.found.path}")
     if machine.program("llama-server", "xllamacpp") is not None:
         for candidate in ggufs[:MAX_MODELS]:
             _gguf(candidate, machine, budgets, result)
@@ -250,7 +254,7 @@ def _files(machine: Machine, budgets: _Budgets, instances: dict[str, Any], resul
     elif ggufs:
         result.advice.append(f"{len(ggufs)} GGUF files were found, and no program that serves them")
         for candidate in ggufs[:MAX_MODELS]:
-            result.left_out[candidate.name] = f"no program serves it: {candidate.found.path}"
+            result.leave_out(candidate.name, f"no program serves it: {candidate.found.path}")
     for candidate in listed:
         if candidate.found.kind == "safetensors":
             _safetensors(candidate, machine, budgets, result)
@@ -261,7 +265,7 @@ def _gguf(candidate: Candidate, machine: Machine, budgets: _Budgets, result: Fle
     gpu = program is not None and program.gpu
     place = budgets.place(candidate.needs, gpu=gpu)
     if place is None:
-        result.left_out[candidate.name] = f"{budgets.too_large(candidate.needs)}: {candidate.found.path}"
+        result.leave_out(candidate.name, f"{budgets.too_large(candidate.needs)}: {candidate.found.path}")
         return
     key = unique(candidate.name, result.models)
     entry = candidate.found.entry()
@@ -290,9 +294,9 @@ def _built_by_ollama(
     for candidate in ggufs:
         place = budgets.place(candidate.needs)
         if candidate.found.shards > 1:
-            result.left_out[candidate.name] = f"Ollama does not take a model in several files: {candidate.found.path}"
+            result.leave_out(candidate.name, f"Ollama does not take a model in several files: {candidate.found.path}")
         elif place is None:
-            result.left_out[candidate.name] = f"{budgets.too_large(candidate.needs)}: {candidate.found.path}"
+            result.leave_out(candidate.name, f"{budgets.too_large(candidate.needs)}: {candidate.found.path}")
         else:
             key = unique(candidate.name, result.models)
             result.models[key] = candidate.found.entry("ollama")
@@ -305,13 +309,12 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
     mlx = machine.program("mlx_lm.server") if machine.platform == "darwin" else None
     vllm = machine.program("vllm") if budgets.gpus else None
     if not _GENERATES.fullmatch(found.architecture):
-        result.left_out[candidate.name] = (
-            f"not a text model ({found.architecture or 'unknown architecture'}): {found.path}"
-        )
+        why = f"not a text model ({found.architecture or 'unknown architecture'}): {found.path}"
+        result.leave_out(candidate.name, why)
         return
     if vllm is None and mlx is None:
         needs = "MLX (pip install mlx-lm)" if machine.platform == "darwin" else "vLLM and a GPU"
-        result.left_out[candidate.name] = f"needs {needs}: {found.path}"
+        result.leave_out(candidate.name, f"needs {needs}: {found.path}")
         return
     place = budgets.place(candidate.needs)
     share = VLLM_SHARE / SHARES["gpu"]
@@ -319,7 +322,7 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
         vllm is not None
         and (place.device == "host" or place.size > share * budgets.of[place.device or budgets.default])
     ):
-        result.left_out[candidate.name] = f"{budgets.too_large(candidate.needs)}: {found.path}"
+        result.leave_out(candidate.name, f"{budgets.too_large(candidate.needs)}: {found.path}")
         return
     key = unique(candidate.name, result.models)
     more: list[str] = []

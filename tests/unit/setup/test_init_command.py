@@ -107,6 +107,24 @@ def test_init_that_cannot_write_says_so(tmp_path: Path) -> None:
     assert "file/fleet.yaml" in ran.err
 
 
+def test_write_keeps_a_link_and_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real.yaml").write_text("old")
+    (tmp_path / "fleet.yaml").symlink_to("real.yaml")
+    fleet_file.write(tmp_path / "fleet.yaml", "new", replace=True)
+    assert (tmp_path / "fleet.yaml").is_symlink()
+    assert (tmp_path / "real.yaml").read_text() == "new"
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    fleet_file.write(tmp_path / "second.yaml", "x", replace=False)
+    assert (tmp_path / "second.yaml").read_text() == "x"
+    with pytest.raises(FileExistsError):
+        fleet_file.write(tmp_path / "second.yaml", "y", replace=False)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_verified_leaves_out_what_the_check_rejects() -> None:
     proposal = FleetProposal(
         {

@@ -157,6 +157,10 @@ def test_machine_with_nothing_says_what_to_install() -> None:
     assert any("fleetctl init DIR" in line for line in result.advice)
 
 
+def test_models_of_one_name_are_left_out_as_two() -> None:
+    assert list(proposed(gguf("a"), gguf("a"), programs=()).left_out) == ["a", "a-2"]
+
+
 def test_taken_gateway_port_is_advice() -> None:
     result = proposed(gateway_port=8485)
     assert result.document["gateway"] == {"listen": "127.0.0.1:8485"}
