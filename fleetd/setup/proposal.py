@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fleetd.config.schema.base import MODEL_NAME
+from fleetd.config.schema.base import MODEL_NAME, PROCESS_NAME
 from fleetd.host.system.memory import DeviceSample
 from fleetd.resolver.devices import SHARES
 from fleetd.setup.machine import GATEWAY_PORT, Candidate, Machine, Need
@@ -267,10 +267,12 @@ def _gguf(candidate: Candidate, machine: Machine, budgets: _Budgets, result: Fle
     if place is None:
         result.leave_out(candidate.name, f"{budgets.too_large(candidate.needs)}: {candidate.found.path}")
         return
-    key = unique(candidate.name, result.models)
+    key = unique(candidate.name, result.models, process=True)
     entry = candidate.found.entry()
     entry = {"engine": entry["engine"]} | ({"device": place.device} if place.device else {}) | entry
     entry["options"] = dict(entry["options"]) | {"context_length": place.need.context_length}
+    if candidate.stored_as is not None and candidate.stored_as != key:
+        entry["aliases"] = [candidate.stored_as]
     result.models[key] = entry
     lines = [_size_line(candidate, place)]
     if origin:
@@ -324,7 +326,7 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
     ):
         result.leave_out(candidate.name, f"{budgets.too_large(candidate.needs)}: {found.path}")
         return
-    key = unique(candidate.name, result.models)
+    key = unique(candidate.name, result.models, process=True)
     more: list[str] = []
     entry: dict[str, Any] = {"engine": "vllm"} | ({"device": place.device} if place.device else {})
     if vllm is not None:
@@ -339,6 +341,7 @@ def _safetensors(candidate: Candidate, machine: Machine, budgets: _Budgets, resu
             "command": command,
             "served_as": str(found.path),
             "memory": {"unified": place.size},
+            "options": {"health": "/health"},
         }
     result.models[key] = entry
     result.comments[f"models.{key}"] = [_size_line(candidate, place), *more]
@@ -359,10 +362,16 @@ def _size_line(candidate: Candidate, place: _Place) -> str:
 # -- names and advice --------------------------------------------------------------------------------------------------------
 
 
-def unique(wanted: str, taken: Mapping[str, Any]) -> str:
-    """Return a name for fleet.yaml that is valid and free, as near as possible to the wanted one."""
-    base = wanted if re.fullmatch(MODEL_NAME, wanted) else re.sub(r"[^A-Za-z0-9._:/@+-]+", "-", wanted)
-    base = base.lstrip("._:/@+-")[:190].rstrip("-") or "model"
+def unique(wanted: str, taken: Mapping[str, Any], *, process: bool = False) -> str:
+    """Return a name for fleet.yaml that is valid and free, as near as possible to the wanted one.
+
+    `process`: the model is a process of its own, whose name allows fewer characters.
+    """
+    pattern, others, longest = (
+        (PROCESS_NAME, r"[^A-Za-z0-9._-]+", 58) if process else (MODEL_NAME, r"[^A-Za-z0-9._:/@+-]+", 190)
+    )
+    base = wanted if re.fullmatch(pattern, wanted) else re.sub(others, "-", wanted)
+    base = base.lstrip("._:/@+-")[:longest].rstrip("-") or "model"
     key, number = base, 2
     while key in taken or key in RESERVED:
         key, number = f"{base}-{number}", number + 1

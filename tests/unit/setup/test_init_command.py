@@ -165,6 +165,9 @@ def test_init_with_ollama_and_its_store_passes_the_check(tmp_path: Path) -> None
     assert "ollama 0.35.0" in ran.err
     assert "left out tiny" not in ran.err
     assert len(document["models"]) == 2
+    bare = fleetctl(*arguments, HOME=str(tmp_path / "home"))
+    entry = yaml.safe_load(bare.out)["models"]["tiny-1b"]
+    assert (entry["engine"], entry["aliases"]) == ("llamacpp", ["tiny:1b"]), "without Ollama, its files are served"
 
 
 def test_documents_of_every_engine_pass_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +181,13 @@ def test_documents_of_every_engine_pass_the_check(tmp_path: Path, monkeypatch: p
         "b": {"instance": "lmstudio", "embedding": True},
         "c": {"instance": "server-8000", "served_as": "a b"},
         "d": {"engine": "vllm", "options": {"model": "/h/q", "max_model_len": 8192, "gpu_memory_utilization": 0.5}},
-        "e": {"engine": "process", "command": command, "served_as": "/h/q", "memory": {"host": 1000}},
+        "e": {
+            "engine": "process",
+            "command": command,
+            "served_as": "/h/q",
+            "memory": {"host": 1000},
+            "options": {"health": "/health"},
+        },
         "f": {
             "engine": "llamacpp",
             "device": "host",

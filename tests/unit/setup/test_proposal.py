@@ -123,7 +123,8 @@ def test_installed_ollama_is_run_with_the_models_of_its_store() -> None:
 def test_store_without_ollama_is_served_by_llamacpp() -> None:
     stored = (Candidate(gguf("llama3.2:3b", 2).found, (need(2),), "llama3.2:3b"),)
     result = proposed(stored=stored, store=Path("/s"))
-    assert result.models["llama3.2:3b"]["engine"] == "llamacpp"
+    entry = result.models["llama3.2-3b"]
+    assert (entry["engine"], entry["aliases"]) == ("llamacpp", ["llama3.2:3b"]), "a process has no ':' in its name"
 
 
 def test_files_without_llamacpp_are_built_by_ollama() -> None:
@@ -212,3 +213,10 @@ def test_safetensors_are_served_by_mlx_on_a_mac() -> None:
 )
 def test_unique_returns_a_valid_free_name(wanted: str, name: str) -> None:
     assert unique(wanted, {"taken": {}}) == name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("llama3.2:3b", "llama3.2-3b"), ("hf.co/a/b:q4", "hf.co-a-b-q4"), ("x" * 63, "x" * 58)]
+)
+def test_unique_of_a_process_allows_fewer_characters(wanted: str, name: str) -> None:
+    assert unique(wanted, {}, process=True) == name
