@@ -15,8 +15,8 @@ from pathlib import Path
 from fleetd import __version__
 from fleetd.config.importers.emit import to_yaml
 from fleetd.errors import ConfigError, Problem
-from fleetd.resolver.check import assembled
-from fleetd.resolver.resolved import Assembly
+from fleetd.resolver.check import load_and_resolve
+from fleetd.resolver.resolved import ResolvedFleet
 from fleetd.setup.proposal import FleetProposal
 from fleetd.units import show_size
 
@@ -84,16 +84,16 @@ def verified(proposal: FleetProposal, env: Mapping[str, str]) -> tuple[str, tupl
             text = text_of(proposal)
             path.write_text(text, "utf-8")
             try:
-                _, assembly = assembled(path, env)
+                _, resolved = load_and_resolve(path, env)
             except ConfigError as error:
                 if not _leave_out(proposal, error.problems):
                     raise
                 continue
-            if not _leave_out_what_does_not_fit(proposal, assembly):
-                return text, assembly.warnings
+            if not _leave_out_what_does_not_fit(proposal, resolved):
+                return text, resolved.warnings
         text = text_of(proposal)
         path.write_text(text, "utf-8")
-        return text, assembled(path, env)[1].warnings
+        return text, load_and_resolve(path, env)[1].warnings
 
 
 def _leave_out(proposal: FleetProposal, problems: Sequence[Problem]) -> bool:
@@ -110,11 +110,11 @@ def _model_of(path: str, names: Sequence[str]) -> str | None:
     return max(inside, key=len, default=None)
 
 
-def _leave_out_what_does_not_fit(proposal: FleetProposal, assembly: Assembly) -> bool:
+def _leave_out_what_does_not_fit(proposal: FleetProposal, resolved: ResolvedFleet) -> bool:
     """Leave out models whose footprint, as the daemon counts it, is larger than a budget; False if all fit."""
-    budgets = {name: device.budget_bytes for name, device in assembly.spec.devices.items()}
+    budgets = {name: device.budget_bytes for name, device in resolved.spec.devices.items()}
     found = False
-    for name, spec in assembly.spec.models.items():
+    for name, spec in resolved.spec.models.items():
         over = [device for device, size in spec.footprint.bytes.items() if size > budgets.get(device, size)]
         if over and name in proposal.models:
             sizes = f"{show_size(spec.footprint.bytes[over[0]])} of {show_size(budgets[over[0]])}"

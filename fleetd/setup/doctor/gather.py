@@ -30,11 +30,11 @@ from fleetd.host.process.table import ProcessTable, command_of, system_table
 from fleetd.host.system import ports
 from fleetd.host.system.memory import Devices, DeviceSample
 from fleetd.host.system.volumes import Volumes
-from fleetd.resolver.build import assemble, paths_of
+from fleetd.resolver.build import resolve_fleet
 from fleetd.resolver.check import finder, learned_footprints
 from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import Assembly, FleetPaths, Surroundings, machine_devices
+from fleetd.resolver.resolved import FleetPaths, ResolvedFleet, Surroundings, machine_devices, paths_of
 from fleetd.setup import programs, servers
 from fleetd.setup.bounded import together
 from fleetd.setup.doctor import gather_service, gather_system
@@ -71,14 +71,14 @@ class _Fleet:
 
     fact: ConfigFact
     paths: FleetPaths
-    assembly: Assembly | None = None
+    resolved: ResolvedFleet | None = None
 
     @property
     def plans(self) -> dict[str, LaunchPlan]:
         """The processes that fleetd itself starts."""
-        if self.assembly is None:
+        if self.resolved is None:
             return {}
-        return {name: plan for name, plan in self.assembly.plans.items() if not plan.external}
+        return {name: plan for name, plan in self.resolved.plans.items() if not plan.external}
 
 
 def gather(config: Path | None, env: Mapping[str, str], daemon: DaemonFact) -> Facts:
@@ -95,7 +95,7 @@ def gather(config: Path | None, env: Mapping[str, str], daemon: DaemonFact) -> F
     service, baked = good.get("service", (ServiceFact(), None))
     plans = fleet.plans.values()
     engines = (
-        {plan.engine_name for plan in fleet.assembly.plans.values() if plan.engine_name} if fleet.assembly else set()
+        {plan.engine_name for plan in fleet.resolved.plans.values() if plan.engine_name} if fleet.resolved else set()
     )
     named = good.get("ollama", OllamaFact())
     return Facts(
@@ -132,7 +132,7 @@ def _looks(
 ) -> dict[str, Callable[[], Any]]:
     plans = fleet.plans
     engines = {plan.engine_name for plan in plans.values()}
-    devices = fleet.assembly.spec.devices if fleet.assembly else {}
+    devices = fleet.resolved.spec.devices if fleet.resolved else {}
     stated = {name: device.budget_bytes for name, device in devices.items()}
     gpus = sorted({plan.device for plan in plans.values() if plan.device.startswith("gpu")})
     embedded = "llamacpp" in engines and shutil.which("llama-server", path=env.get("PATH")) is None
@@ -186,18 +186,18 @@ def _fleet(config: Path | None, env: Mapping[str, str], samples: tuple[DeviceSam
     around = Surroundings(
         tuple(machine_devices(samples)), dict(env), kept_ports(paths.state), learned_footprints(paths.state)
     )
-    assembly = assemble(loaded, around, hostname=socket.gethostname())
-    return _Fleet(_judged(fact, loaded, assembly), paths, assembly)
+    resolved = resolve_fleet(loaded, around, hostname=socket.gethostname())
+    return _Fleet(_judged(fact, loaded, resolved), paths, resolved)
 
 
-def _judged(fact: ConfigFact, loaded: LoadedConfig, assembly: Assembly) -> ConfigFact:
+def _judged(fact: ConfigFact, loaded: LoadedConfig, resolved: ResolvedFleet) -> ConfigFact:
     listen = loaded.config.gateway.listen
-    exposed = next((found for file in assembly.files if (found := _exposed(file)) is not None), None)
+    exposed = next((found for file in resolved.files if (found := _exposed(file)) is not None), None)
     return replace(
         fact,
         exposed=fact.exposed or exposed,
-        problems=tuple(map(str, assembly.problems)),
-        warnings=tuple(map(str, assembly.warnings)),
+        problems=tuple(map(str, resolved.problems)),
+        warnings=tuple(map(str, resolved.warnings)),
         listen=f"{listen.host}:{listen.port}",
         loopback=listen.is_loopback,
         insecure=loaded.config.gateway.insecure,
@@ -331,11 +331,11 @@ def _program_problem(words: tuple[str, ...], path: str, cwd: str | None) -> tupl
 def _ports(fleet: _Fleet, daemon: DaemonFact, place: str) -> tuple[PortFact, ...]:
     """Return the ports that fleet.yaml states; one that fleetd assigned is replaced by itself when it is taken."""
     users: dict[tuple[str, int], list[str]] = defaultdict(list)
-    if fleet.assembly is not None:
-        users[(fleet.assembly.gateway.host, fleet.assembly.gateway.port)].append("gateway")
+    if fleet.resolved is not None:
+        users[(fleet.resolved.gateway.host, fleet.resolved.gateway.port)].append("gateway")
         for name, plan in fleet.plans.items():
-            port = fleet.assembly.spec.processes[name].port
-            if port is not None and fleet.assembly.ports.get(name) != port:
+            port = fleet.resolved.spec.processes[name].port
+            if port is not None and fleet.resolved.ports.get(name) != port:
                 users[(plan.context.host, port)].append(name)
     table = system_table()
     return tuple(_port(host, port, tuple(names), daemon, place, table) for (host, port), names in users.items())
