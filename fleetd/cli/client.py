@@ -1,4 +1,4 @@
-"""A small HTTP client over the Unix socket, from the standard library alone, because `fleetctl` must start in milliseconds.
+"""A client of the control API over the Unix socket that loads in milliseconds, because every `fleetctl` waits for it.
 
 Invariants:
 - Every wait has a deadline, every response a size limit.
@@ -9,17 +9,16 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from fleetd.cli.http_response import InvalidResponse, Response, ResponseError
 from fleetd.units import expand_home
 
 ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump contains the whole journal
@@ -116,17 +115,6 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a connected socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__("fleetd")
-        self.sock = connection
-
-    def connect(self) -> None:
-        raise ConnectionError("the connection was lost")
-
-
 class Client:
     """A client with one connection per request, since the daemon may re-execute between two requests."""
 
@@ -200,20 +188,17 @@ class Client:
         limit_s = self.answer_s + wait_s
         try:
             connection.settimeout(limit_s)
-            http_connection = _UnixConnection(connection)
             raw = None if body is None else json.dumps(body).encode("ascii")
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
-            with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
-                http_connection.request(method, target_, raw, headers)
-            response = http_connection.getresponse()
-            content = _read_all(response, connection, time.monotonic() + limit_s)
+            response = Response.to_request(connection, method, target_, headers, raw)
+            content = response.body(ANSWER_MAX_BYTES, time.monotonic() + limit_s)
         except TimeoutError:
             raise Unreachable(f"fleetd on {path} did not respond within {limit_s:g} s", hint=None) from None
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
-                raise _not_fleetd(path) from None
+        except InvalidResponse:
+            raise _not_fleetd(path) from None
+        except (OSError, ResponseError) as error:
             raise HungUp(f"fleetd on {path} hung up: {str(error) or type(error).__name__}", hint=None) from None
         finally:
             connection.close()
@@ -239,19 +224,17 @@ class Client:
         connection, where = self.connect()
         try:
             connection.settimeout(self.answer_s)
-            http_connection = _UnixConnection(connection)
             headers = {"Accept": "text/event-stream", "Host": "fleetd"}
-            http_connection.request("GET", target(path, query), None, headers)
-            response = http_connection.getresponse()
-            if response.getheader("Content-Type", "").split(";")[0] != "text/event-stream":
-                content = _read_all(response, connection, time.monotonic() + self.answer_s)
+            response = Response.to_request(connection, "GET", target(path, query), headers)
+            if response.content_type != "text/event-stream":
+                content = response.body(ANSWER_MAX_BYTES, time.monotonic() + self.answer_s)
                 self._understand(response.status, content, where)
                 raise _not_fleetd(where)
             connection.settimeout(SILENCE_S)
-            yield from _events(response)
+            yield from _events(response.lines(LINE_MAX_BYTES))
         except TimeoutError:
             raise StreamCut(f"fleetd on {where} stopped responding") from None
-        except (OSError, http.client.HTTPException):
+        except (OSError, ResponseError):
             raise StreamCut(f"fleetd on {where} closed the stream") from None
         finally:
             connection.close()
@@ -276,35 +259,10 @@ def _not_fleetd(path: Path) -> Unreachable:
     return Unreachable(f"the server on {path} is not fleetd, or an incompatible version", hint=None)
 
 
-def _read_all(response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
-    """Return the body. Raises TimeoutError when it is not complete by `deadline`."""
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connection.settimeout(left)
-        chunk = response.read1(1 << 20)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > ANSWER_MAX_BYTES:
-            raise http.client.HTTPException("the response is too large")
-    if response.length:  # fewer bytes than Content-Length promised
-        raise http.client.IncompleteRead(b"")
-    return b"".join(chunks)
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """Parse server-sent events; return at `event: end`. Raises RequestRefused for `event: error`, StreamCut without an end."""
     event = ""
-    while True:
-        raw = response.readline(LINE_MAX_BYTES)
-        if not raw:
-            raise http.client.HTTPException("cut")
-        line = raw.rstrip(b"\r\n")
+    for line in lines:
         if line.startswith(b"event: "):
             event = line[7:].decode("utf-8", "replace")
         elif line.startswith(b"data: "):
@@ -313,9 +271,10 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             try:
                 body = json.loads(line[6:])
             except (ValueError, RecursionError):
-                raise http.client.HTTPException("not JSON") from None
+                raise ResponseError("not JSON") from None
             if not isinstance(body, dict):
-                raise http.client.HTTPException("not an object")
+                raise ResponseError("not an object")
             if event == "error":
                 raise RequestRefused(500, body)
             yield body
+    raise ResponseError("closed without an end")

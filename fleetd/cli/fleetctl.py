@@ -13,16 +13,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
-from fleetd.cli.commands import audit, config, import_, inspect, lifecycle, migrate, models, setup
 from fleetd.cli.context import FORMS, Session
 from fleetd.cli.render import clean, close_stdout
 
 PROGRAM = "fleetctl"
+# The verbs of each module of `fleetd.cli.commands`, in the order of the help. A module is imported when one of its verbs is used.
+VERBS = {
+    "inspect": ("status", "ps", "logs", "events", "story", "explain", "dump", "pm2-jlist", "version"),
+    "lifecycle": ("start", "stop", "restart", "drain", "undrain", "load", "unload", "pin", "unpin", "signal"),
+    "config": ("diff", "apply", "reload", "daemon-reexec", "shutdown"),
+    "models": ("models", "volumes"),
+    "import_": ("import",),
+    "migrate": ("migrate",),
+    "audit": ("audit",),
+    "init": ("init",),
+    "doctor": ("doctor",),
+    "setup": ("install-service", "completion"),
+}
+_MODULE_OF = {verb: module for module, verbs in VERBS.items() for verb in verbs}
 
 
 class _ReaderLeft(Exception):
@@ -30,10 +44,17 @@ class _ReaderLeft(Exception):
 
 
 class _Verbs(click.Group):
-    """Lists verbs in the order in which they are added; suggests the nearest name for a mistyped one."""
+    """Imports the module of a verb when it is used; suggests the nearest name for a mistyped one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
-        return list(self.commands)  # not sorted: the most used verbs come first
+        return list(_MODULE_OF)  # not sorted: the most used verbs come first
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the verb, or None if no module defines it."""
+        if cmd_name not in self.commands and (name := _MODULE_OF.get(cmd_name)):
+            for verb in import_module(f"fleetd.cli.commands.{name}").VERBS:
+                self.add_command(verb)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; detect a closed reader here, since click would return exit code 1 for it."""
@@ -72,19 +93,6 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
     130 interrupted. diff: 0 no differences, 1 differences, 2 error.
     """
     ctx.obj = Session(socket, form, color)
-
-
-for _command in (
-    *inspect.VERBS,
-    *lifecycle.VERBS,
-    *config.VERBS,
-    *models.VERBS,
-    *import_.VERBS,
-    *migrate.VERBS,
-    *audit.VERBS,
-    *setup.VERBS,
-):
-    cli.add_command(_command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

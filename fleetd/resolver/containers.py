@@ -28,7 +28,7 @@ _EVERYWHERE = "0.0.0.0"
 
 @dataclass(frozen=True, slots=True)
 class ContainerRecipe:
-    """The recipe of one entry's container. `fleet` labels this fleet's containers among others on the machine."""
+    """The recipe of one entry's container; `fleet` is its label on the machine."""
 
     runtime: DockerRuntime
     fleet: str
@@ -37,7 +37,7 @@ class ContainerRecipe:
     own_env: Mapping[str, str]
 
     def contain(self, engine: Engine, context: LaunchContext) -> Contained:
-        """Return the client's command line. Raises EngineError without a client, or if a container cannot run it."""
+        """Return the client's command line. Raises EngineError if it cannot run."""
         inside = context
         if self.runtime.network != "host":
             inside = replace(context, host=_EVERYWHERE, port=self.runtime.container_port or context.port)
@@ -67,7 +67,7 @@ def runtime_of(
     limits: tuple[Sequence[int], int | None],
     resolve: Callable[[str], object],
 ) -> DockerRuntime:
-    """Return the runtime of fleet.yaml; without `gpus`, an entry on a GPU gets that one.
+    """Return the runtime of fleet.yaml; `gpus` defaults to the GPU of the entry.
 
     `limits` are the cores and the number of open files; `resolve` makes the source of a mount absolute.
     """
@@ -91,20 +91,20 @@ def runtime_of(
 
 
 def _resolved_mount(text: str, resolve: Callable[[str], object]) -> str:
-    """Return a mount with an absolute source; the name of a volume stays as it is."""
+    """Return a mount with an absolute source; the name of a volume stays."""
     source, _, rest = text.partition(":")
     return text if is_volume(source) else f"{resolve(source)}:{rest}"
 
 
 def inner_address(keys: Service | EngineKeys, port: int | None) -> tuple[str, int | None]:
-    """Return where the program listens: on all addresses in a bridged network, which is published on loopback."""
+    """Return where the program listens: on all addresses in a bridged network."""
     if keys.runtime is None or keys.runtime.docker.network == "host":
         return "127.0.0.1", port
     return _EVERYWHERE, keys.runtime.docker.container_port or port
 
 
 def client_path(instance: str, program: str) -> str:
-    """Return the client's absolute path: the one named, else docker, else podman. Raises EngineError when there is none."""
+    """Return the client's path: the named one, docker, or podman. Raises EngineError."""
     for name in (program,) if program else PROGRAMS:
         path = shutil.which(expand_home(name))
         if path is not None:
@@ -118,7 +118,7 @@ def client_path(instance: str, program: str) -> str:
 
 
 def user_ids(name: str) -> str:
-    """Return UID:GID of a user of this machine, or of the numbers themselves. Raises KeyError for an unknown name."""
+    """Return UID:GID of a user name or number. Raises KeyError for an unknown name."""
     if name.replace(":", "", 1).isdigit():
         return name
     entry = pwd.getpwnam(name)

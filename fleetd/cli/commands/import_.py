@@ -119,16 +119,16 @@ def import_(
 
 def _check(text: str, path: Path, report: Report) -> None:
     """Add to the report what `fleetd check` finds in a text, as the content of `path`."""
-    from fleetd.resolver.check import assembled
+    from fleetd.resolver.check import load_and_resolve
 
     try:
-        _, assembly = assembled(path, os.environ, text)
+        _, resolved = load_and_resolve(path, os.environ, text)
     except ConfigError as error:
         report.checked([str(replace(problem, excerpt="")) for problem in error.problems], ())
     except FleetError as error:
         report.checked([error.sentence], ())
     else:
-        report.checked((), [str(replace(warning, excerpt="")) for warning in assembly.warnings])
+        report.checked((), [str(replace(warning, excerpt="")) for warning in resolved.warnings])
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Reads fleet.yaml and what it includes into one tree.
+"""Read fleet.yaml and the files that it includes into one tree.
 
 Invariants:
 - A pattern is relative to the file that has it. A plain name must exist; a pattern with `*`, `?` or `[` may match nothing.
@@ -26,8 +26,11 @@ MAX_ALL_NODES = 500_000
 
 @dataclass(slots=True)
 class IncludeReader:
-    """One read of a configuration. `files` are all files that were read or are missing, the first one first; `patterns` are
-    (folder, pattern) pairs that may match other files later; `text` replaces the content of the first file."""
+    """One read of a configuration.
+
+    `files` are all files that were read or are missing, in order; `patterns` are (folder, pattern) pairs that may match other
+    files later; `text` replaces the content of the first file.
+    """
 
     env: Mapping[str, str]
     text: str | None = None
@@ -39,7 +42,7 @@ class IncludeReader:
     _seen: set[Path] = field(default_factory=set)
 
     def read(self, path: Path, shown: str, chain: tuple[Path, ...] = ()) -> Node | None:
-        """Return the tree of a file with its includes, or None where it cannot be read; problems are kept."""
+        """Return the tree of a file with its includes; None if it cannot be read."""
         real = Path(os.path.realpath(path))
         self._seen.add(real)
         self.files.append(path)
@@ -88,7 +91,7 @@ class IncludeReader:
             return sorted(glob.glob(text, root_dir=folder))  # noqa: PTH207 - Path.glob refuses absolute patterns
         if not (folder / text).exists():
             self.files.append(folder / text)
-            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value}", "include"))
+            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value!r}", "include"))
             return []
         return [text]
 

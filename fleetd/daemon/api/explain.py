@@ -19,7 +19,7 @@ from fleetd.units import show_size
 def explain(
     queries: FleetQueries, model: Model, now: float, store: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Return the document of `fleetctl explain MODEL`. `store` is its state in its server's store."""
+    """Return the document of `fleetctl explain MODEL`; `store` is its store's state."""
     footprint = model.footprint
     text = [_where(model)]
     victims: list[dict[str, str]] = []
@@ -34,13 +34,13 @@ def explain(
             sentence, victims = _if_wanted(queries, forecast, now)
             text.append(sentence)
     if model.missing:
-        text.append(f"It is blocked; missing: {', '.join(model.missing)}. It is unblocked when they are back.")
+        text.append(f"It is blocked until these are available: {', '.join(model.missing)}.")
     if store is not None:
-        text.append(f"In its store it is {store['state']}: {store['detail']}.")
+        text.append(f"State in its store: {store['state']}, {store['detail']}.")
     if model.failure:
         text.append(f"Its last load failed: {model.failure}.")
         if not model.failure_final and model.retry_s > now:
-            text.append(f"It is not tried again for {model.retry_s - now:.0f} s.")
+            text.append(f"The next attempt is possible in {model.retry_s - now:.0f} s.")
     return {
         "model": model.name,
         "state": "ROUTE" if model.spec.routes else str(model.state),
@@ -66,11 +66,11 @@ def _where(model: Model) -> str:
 def _cost(model: Model) -> str:
     footprint = model.footprint
     if not footprint.bytes:
-        return "Nothing is known of its memory, so it counts as nothing until it was measured."
+        return "Its memory use is unknown and counts as zero until it is measured."
     sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in footprint.bytes.items())
     how = {
         "declared": "as fleet.yaml declares",
-        "learned": "the most that was measured",
+        "learned": "the highest measured value",
         "estimated": "estimated from its file",
     }
     return f"It takes {sizes}: {how[footprint.source]}."
@@ -79,29 +79,27 @@ def _cost(model: Model) -> str:
 def _asleep(model: Model, now: float) -> str:
     sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in (model.asleep or {}).items())
     if now < model.sleepless_until_s:
-        return (
-            f"It can sleep, but its last try failed: for {model.sleepless_until_s - now:.0f} s it is unloaded instead."
-        )
-    return f"It can sleep, and then holds {sizes}."
+        return f"It can sleep, but its last attempt failed: it is unloaded instead for {model.sleepless_until_s - now:.0f} s."
+    return f"It can sleep, and then uses {sizes}."
 
 
 def _if_wanted(queries: FleetQueries, forecast: LoadForecast, now: float) -> tuple[str, list[dict[str, str]]]:
     outlook = forecast.outlook
     if outlook is Outlook.NO_PROCESS:
-        return "No process can take it now.", []
+        return "No process can load it now.", []
     if outlook is Outlook.FITS:
         how = "woken" if forecast.wakes else "loaded"
-        return f"If it were asked for now, it would be {how} on {forecast.process} at once: there is room.", []
+        return f"If requested now, it would be {how} on {forecast.process} at once: it fits.", []
     if outlook is Outlook.EVICTS:
         victims = [{"name": name, "reason": _why_victim(queries, name, now)} for name in forecast.leaving]
         moves = [
             f"{name} would be {'put to sleep' if name in forecast.put_to_sleep else 'unloaded'}"
             for name in forecast.leaving
         ]
-        return f"If it were asked for now, {', '.join(moves)} for it: the cheapest to bring back.", victims
+        return f"If requested now, {', '.join(moves)} for it: the cheapest to load again.", victims
     if outlook is Outlook.WAITS:
         victims = [{"name": name, "reason": "busy; it would be drained first"} for name in forecast.leaving]
-        return f"If it were asked for now, it would wait: {forecast.reason}.", victims
+        return f"If requested now, it would wait: {forecast.reason}.", victims
     return forecast.reason[:1].upper() + forecast.reason[1:] + ".", []
 
 

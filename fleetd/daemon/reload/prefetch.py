@@ -17,7 +17,7 @@ LIMIT_S = 120.0  # for one reading: headers of thousands of model files on a slo
 
 
 def begin_reading(path: Path) -> WorkerProcess:
-    """Start a worker on a file; its first answer is the fleet's folders. Raises HostError."""
+    """Start a worker on a file; it answers the folders first. Raises HostError."""
     companion = WorkerProcess("fleetd.daemon.reload.worker")
     try:
         ask_to_read(companion, path)
