@@ -17,9 +17,11 @@ from typing import Any
 
 import click
 
+from fleetd import __version__
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
 from fleetd.cli.commands import audit, config, import_, inspect, lifecycle, migrate, models, setup
 from fleetd.cli.context import FORMS, Session
+from fleetd.cli.foreign import ALIASES, EXAMPLES, SECTIONS, line_for, nearest
 from fleetd.cli.render import clean, close_stdout
 
 PROGRAM = "fleetctl"
@@ -30,10 +32,16 @@ class _ReaderLeft(Exception):
 
 
 class _Verbs(click.Group):
-    """Lists verbs in the order in which they are added; suggests the nearest name for a mistyped one."""
+    """Knows the aliases and the verbs of other tools; lists verbs in sections, each with an example in its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
         return list(self.commands)  # not sorted: the most used verbs come first
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+        if found is not None and found.epilog is None and found.name in EXAMPLES:
+            found.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[found.name])
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; detect a closed reader here, since click would return exit code 1 for it."""
@@ -48,12 +56,28 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise click.UsageError(f"Unknown command {args[0][:60]!r}.{hint}", ctx)
+            raise click.UsageError(_unknown(args, self.list_commands(ctx)), ctx)
         return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        known = self.list_commands(ctx)
+        placed = {verb for verbs in SECTIONS.values() for verb in verbs}
+        others = tuple(verb for verb in known if verb not in placed)
+        for title, verbs in (*SECTIONS.items(), ("Other", others)):
+            commands = [(verb, self.get_command(ctx, verb)) for verb in verbs if verb in known]
+            rows = [(verb, command.get_short_help_str(60)) for verb, command in commands if command is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _unknown(args: list[str], verbs: list[str]) -> str:
+    """Return the message for a verb that fleetctl does not have."""
+    line = line_for(args[0], args[1:])
+    if line is not None:
+        return f"There is no verb {args[0]!r}: {line}"
+    close = nearest(args[0], verbs)
+    return f"Unknown command {args[0][:60]!r}." + (f" Did you mean {close}?" if close else "")
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -62,6 +86,7 @@ class _Verbs(click.Group):
 @click.option(
     "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Use colour (auto: on a terminal)."
 )
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) -> None:
     """Inspect and control a running fleetd.
@@ -74,6 +99,22 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
     ctx.obj = Session(socket, form, color)
 
 
+@click.command(name="help")
+@click.argument("verbs", nargs=-1, metavar="[VERB]...")
+@click.pass_context
+def help_(ctx: click.Context, verbs: tuple[str, ...]) -> int:
+    """Show the help of fleetctl or of a verb."""
+    group: click.Context = ctx.find_root()
+    command: click.Command = group.command
+    for verb in verbs:
+        found = command.get_command(group, verb) if isinstance(command, click.Group) else None
+        if found is None:
+            raise click.UsageError(_unknown([verb], list(cli.commands)), group)
+        command, group = found, click.Context(found, group, found.name)
+    click.echo(command.get_help(group))
+    return EXIT_OK
+
+
 for _command in (
     *inspect.VERBS,
     *lifecycle.VERBS,
@@ -83,6 +124,7 @@ for _command in (
     *migrate.VERBS,
     *audit.VERBS,
     *setup.VERBS,
+    help_,
 ):
     cli.add_command(_command)
 

@@ -32,6 +32,7 @@ from fleetd.cli.render import (
 )
 
 Row = Mapping[str, Any]
+PROBLEM_STATES = frozenset({"FAILED", "BACKOFF", "BLOCKED", "UNHEALTHY"})
 GOOD_STATES = frozenset({"READY", "DRAINING", "LOADED", "ASLEEP"})
 
 
@@ -48,6 +49,11 @@ def note_of(row: Row) -> str:
     if row.get("next_start_s") is not None:
         return f"starts in {duration(row['next_start_s'])}: {reason}"
     return reason
+
+
+def problem_of(row: Row) -> bool:
+    """Return whether a row needs attention: an older daemon sends no `hint`, and its state decides."""
+    return bool(row.get("hint")) or row.get("state") in PROBLEM_STATES
 
 
 def split_of(device_bytes: object) -> str:

@@ -7,9 +7,12 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,8 +57,21 @@ def _where(file: str | None) -> dict[str, str]:
     return {"path": str(path)}
 
 
+def _file_argument(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add FILE, which may also be written as -f FILE."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, file: str | None, filename: str | None, **options: Any) -> Any:
+        if file is not None and filename is not None:
+            raise click.UsageError("the file is named twice: as FILE and with -f")
+        return verb(*arguments, file=file or filename, **options)
+
+    option = click.option("-f", "--filename", metavar="FILE", type=click.Path(), help="The same as FILE.")
+    return click.argument("file", required=False, type=click.Path())(option(run))
+
+
 @click.command()
-@click.argument("file", required=False, type=click.Path())
+@_file_argument
 @forms("text", "json", "yaml")
 def diff(session: Session, file: str | None) -> int:
     """Show what `apply` would change.
@@ -75,7 +91,7 @@ def diff(session: Session, file: str | None) -> int:
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path())
+@_file_argument
 @click.option("--dry-run", is_flag=True, help="Show the plan; change nothing.")
 @click.option("--wait", is_flag=True, help="Wait for all changed processes.")
 @click.option("--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait (then exit code 6).")
@@ -117,9 +133,15 @@ def _ask() -> None:
 
 
 @click.command(name="reload")
+@click.argument("names", nargs=-1, metavar="")
 @forms("text", "json", "yaml")
-def reload_(session: Session) -> int:
+def reload_(session: Session, names: tuple[str, ...]) -> int:
     """Apply the daemon's file without asking."""
+    if names:
+        first = names[0][:60]
+        raise click.UsageError(
+            f"reload reads fleet.yaml again and takes no name; to restart {first}: fleetctl restart {first} --rolling"
+        )
     applied = session.client.post("/v1/reload", wait_s=30.0)
     if not session.emit(applied):
         views.plan(session.screen, applied["plan"])

@@ -5,46 +5,54 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import click
 
 from fleetd.cli import views
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
-from fleetd.cli.context import FORMS, Duration, Session, completion_of, forms, names_argument, say
+from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, say
 from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.control.wire import OWN_STREAM, SCHEMA, document
 
 WATCH_S = 1.0
 _LINES = 50
 _MOST_LINES = 100_000
+_EVER_S = 365 * 86_400.0
 
 
 @click.command()
 @names_argument("processes", "models", required=False)
 @click.option("-w", "--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@click.option("--failed", is_flag=True, help="Show only what has a problem.")
 @forms(*FORMS)
-def status(session: Session, names: tuple[str, ...], watch: bool) -> int:
+def status(session: Session, names: tuple[str, ...], watch: bool, failed: bool) -> int:
     """Show the fleet, or NAME in detail.
 
     With NAME the exit code is 0 for running, 3 for not running or unhealthy, 4 for unknown.
     """
     if not watch:
-        return _status_once(session, names)
-    return _watch(session, names)
+        return _status_once(session, names, failed)
+    return _watch(session, names, failed)
 
 
-def _status_once(session: Session, names: tuple[str, ...]) -> int:
+def _status_once(session: Session, names: tuple[str, ...], failed: bool = False) -> int:
     client = session.client
-    if len(names) == 1 and not any(mark in names[0] for mark in "*?["):
+    if len(names) == 1 and not failed and not any(mark in names[0] for mark in "*?["):
         found = _detail(client, names[0])
         if found is not None:
             return _show_detail(session, found)
     whole = client.get("/v1/status")
     if names:
         whole = _only(whole, names)
+    if failed:
+        whole = {
+            **whole,
+            **{key: [row for row in whole[key] if views.problem_of(row)] for key in ("processes", "models")},
+        }
     if session.emit(whole):
         pass
     elif session.form == "name":
@@ -105,7 +113,7 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {**whole, "processes": chosen("processes"), "models": chosen("models")}
 
 
-def _watch(session: Session, names: tuple[str, ...]) -> int:
+def _watch(session: Session, names: tuple[str, ...], failed: bool) -> int:
     """Print every second until Ctrl-C, on a terminal in place."""
     terminal = sys.stdout.isatty() and session.form in ("table", "wide")
     if terminal:
@@ -115,7 +123,7 @@ def _watch(session: Session, names: tuple[str, ...]) -> int:
             if terminal:
                 sys.stdout.write("\x1b[H\x1b[2J")
             try:
-                _status_once(session, names)
+                _status_once(session, names, failed)
             except Unreachable as error:
                 if not terminal:
                     raise
@@ -153,24 +161,43 @@ def _in_memory(row: Mapping[str, Any]) -> bool:
 
 
 @click.command()
-@names_argument("processes", also=("all",))
+@names_argument("processes", required=False, also=("all",))
 @click.option("-f", "--follow", is_flag=True, help="Follow new lines until Ctrl-C.")
 @click.option(
     "-n",
     "--lines",
+    "--tail",
     type=click.IntRange(0, _MOST_LINES),
     help=f"Last lines to print.  [default: {_LINES}]",
 )
-@click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, …")
+@click.option("--since", type=Since(), help="Only lines of the last 10m, 2h, …")
 @click.option("--grep", help="Only lines matching a regular expression.")
+@click.option("-u", "--unit", "units", multiple=True, hidden=True, help="The same as NAME, as in journalctl.")
+@click.option("-p", "--previous", is_flag=True, hidden=True, help="Not needed: one log holds all runs.")
 @forms("text", "json")
 def logs(
-    session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None, grep: str | None
+    session: Session,
+    names: tuple[str, ...],
+    follow: bool,
+    lines: int | None,
+    since: float | None,
+    grep: str | None,
+    units: tuple[str, ...],
+    previous: bool,
 ) -> int:
-    """Show logs of processes.
+    """Show logs of processes; without NAME of all.
 
-    With several processes each line has its name. --since needs lines with times (logs.capture: pipe).
+    With several processes each line has its name. --since needs lines with times (logs.capture: pipe). It is a duration,
+    today, yesterday, or a time such as 2026-11-30 21:03.
     """
+    if previous:
+        raise click.UsageError("not needed: one log holds all runs of a process, with a mark at each exit")
+    names = (*names, *units) or ("all",)
+    if "fleetd" in names:
+        say("fleetctl: fleetd itself logs to its standard error, or to --log-file: journalctl -u fleetd")
+        names = tuple(name for name in names if name != "fleetd")
+        if not names:
+            return EXIT_UNKNOWN
     if grep is not None:
         try:
             re.compile(grep)
@@ -199,12 +226,25 @@ def logs(
 
 
 @click.command()
+@names_argument("processes", "models", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
-@click.option("--since", type=Duration(), help="Only events of the last 10m, 2h, …")
+@click.option("-n", "--lines", type=click.IntRange(0, _MOST_LINES), help="Last events to print.")
+@click.option("--since", type=Since(), help="Only events of the last 10m, 2h, …")
 @forms("text", "json")
-def events(session: Session, follow: bool, since: float | None) -> int:
-    """Show events, oldest first."""
-    for event in session.client.stream("/v1/events", since_s=since, follow=follow):
+def events(session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None) -> int:
+    """Show events, oldest first.
+
+    With NAME only those about it: a process, a model, or a glob.
+    """
+    client = session.client
+    if lines is not None and since is None:
+        since = _EVER_S
+    past = list(_about(client.stream("/v1/events", since_s=since, follow=False), names))
+    last = max((event["seq"] for event in past), default=None)
+    if lines is not None:
+        past = past[len(past) - min(lines, len(past)) :]
+    following = client.stream("/v1/events", after=last, since_s=0.0 if last is None else None, follow=True)
+    for event in chain(past, _about(following, names)) if follow else past:
         if session.form == "json":
             session.screen.json(event, indent=None)
         else:
@@ -212,6 +252,14 @@ def events(session: Session, follow: bool, since: float | None) -> int:
         if follow:
             sys.stdout.flush()
     return EXIT_OK
+
+
+def _about(events_: Iterable[dict[str, Any]], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the events about the names, globs and bases of replicas; all for no name."""
+    for event in events_:
+        name = str(event.get("name") or "")
+        if not names or any(fnmatchcase(name, one) or name == one for one in names):
+            yield event
 
 
 @click.command()

@@ -112,6 +112,19 @@ def _quick(name: str, keys: str, text: str) -> click.Command:
     return verb
 
 
+@click.command()
+@names_argument("processes", also=("all",))
+@click.option("--rolling", is_flag=True, help="Restart replicas one after the other.")
+@waiting
+@forms("table", "json", "yaml")
+def restart(session: Session, names: tuple[str, ...], rolling: bool, wait: bool, timeout: float) -> int:
+    """Stop and start processes.
+
+    NAME is a process, a glob ('ai-*'), the base name of replicas, or all. all and globs pass over processes that do not run.
+    """
+    return act(session, "restart", names, wait, timeout, **({"rolling": True} if rolling else {}))
+
+
 @click.command(name="signal")
 @click.argument("sig", metavar="SIG")
 @names_argument("processes", also=("all",))
@@ -128,7 +141,7 @@ _NAMES = "NAME is a process, a glob ('ai-*'), the base name of replicas, or all.
 VERBS = (
     _slow("start", "processes", f"Start processes and wait until ready.\n\n{_NAMES}", ("all",)),
     _slow("stop", "processes", f"Stop processes; they stay stopped.\n\n{_NAMES}", ("all",)),
-    _slow("restart", "processes", f"Stop and start processes.\n\n{_NAMES}", ("all",)),
+    restart,
     _slow("drain", "processes", "Take processes out of routing.\n\nWaits for their requests in flight."),
     _quick("undrain", "processes", "Put processes back into routing."),
     _slow("load", "models", "Load models into memory now."),
