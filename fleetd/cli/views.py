@@ -6,10 +6,12 @@ Invariants:
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fleetd.cli.problems import problem_lines, warning_lines, wrapped
 from fleetd.cli.render import (
     BOLD,
     DIM,
@@ -29,10 +31,10 @@ from fleetd.cli.render import (
     shorten,
     size,
     table,
+    width_of,
 )
 
 Row = Mapping[str, Any]
-PROBLEM_STATES = frozenset({"FAILED", "BACKOFF", "BLOCKED", "UNHEALTHY"})
 GOOD_STATES = frozenset({"READY", "DRAINING", "LOADED", "ASLEEP"})
 
 
@@ -49,11 +51,6 @@ def note_of(row: Row) -> str:
     if row.get("next_start_s") is not None:
         return f"starts in {duration(row['next_start_s'])}: {reason}"
     return reason
-
-
-def problem_of(row: Row) -> bool:
-    """Return whether a row needs attention: an older daemon sends no `hint`, and its state decides."""
-    return bool(row.get("hint")) or row.get("state") in PROBLEM_STATES
 
 
 def split_of(device_bytes: object) -> str:
@@ -76,7 +73,7 @@ def processes(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
         Column("PORT", 7, right=True),
     ]
     if wide:
-        columns += [Column("ENGINE", 1), Column("DESIRED", 1), Column("GEN", 1, right=True)]
+        columns += [Column("TYPE"), Column("DESIRED"), Column("GEN", right=True)]
     noted = any(note_of(row) for row in rows) or wide
     if noted:
         columns.append(Column("NOTE", 2, shrink=True))
@@ -94,12 +91,11 @@ def processes(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
             number(row.get("port")),
         ]
         if wide:
-            cells[1] = str(row.get("kind") or "-")
-            cells += [str(row.get("engine") or "-"), str(row.get("desired") or "-"), number(row.get("generation"))]
+            cells += [str(row.get("kind") or "-"), str(row.get("desired") or "-"), number(row.get("generation"))]
         if noted:
             cells.append(str(row.get("reason") or "") if wide else note_of(row))
         drawn.append(cells)
-    table(screen, columns, drawn)
+    table(screen, columns, drawn, whole=wide)
 
 
 def models(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
@@ -145,7 +141,7 @@ def models(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
         if noted:
             cells.append(note_of(row))
         drawn.append(cells)
-    table(screen, columns, drawn)
+    table(screen, columns, drawn, whole=wide)
 
 
 def _on(row: Row) -> str:
@@ -190,9 +186,13 @@ def fleet(screen: Screen, status: Row, wide: bool = False) -> None:
     screen.line()
     for device in status.get("devices") or ():
         screen.line(device_line(device))
-    screen.line(_host_line(status))
-    for warning in warnings_of(status):
-        screen.raw(screen.paint(screen.symbols(warning), YELLOW))
+    for line in wrapped(screen, _host_line(status), None):
+        screen.raw(line)
+    problems = [*problem_lines(screen, status), *warning_lines(screen, warnings_of(status))]
+    if problems:
+        screen.line()
+    for line in problems:
+        screen.raw(line)
 
 
 def _host_line(status: Row) -> str:
@@ -215,8 +215,11 @@ def warnings_of(status: Row) -> list[str]:
     found = []
     if daemon.get("config_error"):
         found.append(
-            f"warning: fleet.yaml is invalid; the previous configuration stays in force: {clean(daemon['config_error'])}"
+            "warning: fleet.yaml has errors and was not applied; the previous configuration stays in force: "
+            f"{clean(daemon['config_error'])} (all of them: fleetd check {config})"
         )
+    found += [f"warning: {clean(warning)}" for warning in daemon.get("config_warnings") or ()]
+    found += [f"warning: {clean(problem)}" for problem in daemon.get("disk_problems") or ()]
     if daemon.get("store_problem"):
         found.append(f"warning: fleetd cannot save its state: {clean(daemon['store_problem'])}")
     if daemon.get("restart_needed"):
@@ -234,11 +237,16 @@ def one_process(screen: Screen, detail: Row) -> None:
     mark = screen.paint(screen.symbols("●"), STATE_COLOURS.get(state))
     title = f"{row.get('kind')}, {row['engine']}" if row.get("engine") else row.get("kind")
     screen.raw(f"{mark} {screen.paint(clean(row.get('name')), BOLD)} - {clean(title)}")
-    since = f" for {duration(row['uptime_s'])}" if row.get("uptime_s") is not None else ""
+    age_s = row.get("state_age_s", row.get("uptime_s"))
+    since = f" for {duration(age_s)}" if age_s else ""
     following = f", starts in {duration(row['next_start_s'])}" if row.get("next_start_s") is not None else ""
     reason = f": {clean(row['reason'])}" if row.get("reason") else ""
     _field(screen, "State", f"{screen.state(state)}{since}{following}{reason}")
-    _field(screen, "Wanted", f"{row.get('desired')}, restarted {row.get('restarts')} times")
+    _hint(screen, row)
+    restarts = row.get("restarts")
+    _field(screen, "Wanted", f"{row.get('desired')}, restarted {restarts} time{'' if restarts == 1 else 's'}")
+    if row.get("pid"):
+        _field(screen, "Uptime", duration(row.get("uptime_s")))
     if detail.get("source"):
         _field(screen, "Defined", clean(detail["source"]))
     if row.get("pid"):
@@ -265,7 +273,10 @@ def _surroundings(screen: Screen, detail: Row) -> None:
         _field(screen, "After", clean(", ".join(f"{name} {word}" for name, word in detail["depends_on"].items())))
     for path, there in (detail.get("requires") or {}).items():
         _field(screen, "Requires", clean(path) + ("" if there else screen.paint(" (missing)", RED)))
+    state = (detail.get("process") or {}).get("state")
     for kind, probe in (detail.get("probes") or {}).items():
+        if probe.get("ok") and state in ("STOPPED", "EXITED", "FAILED", "BLOCKED", "BACKOFF"):
+            continue  # of a run that is over
         verdict = screen.paint("ok", GREEN) if probe.get("ok") else screen.paint("failed", RED)
         text = f" {clean(probe['detail'])}" if probe.get("detail") else ""
         _field(screen, kind.capitalize(), verdict + text)
@@ -286,9 +297,19 @@ def _last_exit(screen: Screen, last: Row | None) -> None:
     _field(screen, "Last exit", f"{how}{memory} at {clock(last.get('at'))}{reason}")
 
 
+def _hint(screen: Screen, row: Row) -> None:
+    if row.get("hint"):
+        _field(screen, "Hint", clean(row["hint"]))
+
+
 def _field(screen: Screen, label: str, text: str) -> None:
+    """Print one field; a text that is too long goes on below, aligned."""
     head = f"{label + ':' if label else '':>11} "
-    screen.line(head + text)
+    if screen.columns is None or "\x1b" in text or width_of(head + text) <= screen.columns:
+        screen.line(head + text)
+        return
+    for number_, line in enumerate(textwrap.wrap(text, max(20, screen.columns - len(head)), break_on_hyphens=False)):
+        screen.line((" " * len(head) if number_ else head) + line)
 
 
 def _ends(screen: Screen, detail: Row) -> None:
@@ -310,6 +331,7 @@ def one_model(screen: Screen, detail: Row) -> None:
     screen.raw(f"{mark} {screen.paint(clean(row.get('name')), BOLD)} - model, {clean(row.get('engine') or 'route')}")
     reason = f": {clean(row['reason'])}" if row.get("reason") else ""
     _field(screen, "State", f"{screen.state(state)}{reason}")
+    _hint(screen, row)
     if detail.get("source"):
         _field(screen, "Defined", clean(detail["source"]))
     _field(screen, "On", clean(_on(row)))
@@ -436,13 +458,15 @@ def explanation(screen: Screen, document: Row) -> None:
     for sentence in document.get("text") or ():
         screen.raw(f"  {clean(sentence)}")
     footprint = document.get("footprint") or {}
+    if document.get("hint"):
+        screen.raw(f"  hint: {clean(document['hint'])}")
     if footprint.get("bytes"):
         screen.line(f"  needs {clean(split_of(footprint['bytes']))} ({clean(footprint.get('source'))})")
     for device in document.get("devices") or ():
         free, budget = size(device.get("free_bytes")), size(device.get("budget_bytes"))
         screen.line(f"  {clean(device.get('name'))}: {free} free of a budget of {budget}")
-    for label, key in (("can be on", "holders"), ("would give way", "victims")):
+    for label, key in (("process", "holders"), ("would give way", "victims")):
         for row in document.get(key) or ():
-            reason = f": {clean(row['reason'])}" if row.get("reason") else ""
-            state = f" {row['state']}" if row.get("state") else ""
+            reason = f" ({clean(row['reason'])})" if row.get("reason") else ""
+            state = f": {str(row['state']).lower()}" if row.get("state") else ""
             screen.line(f"  {label} {clean(row.get('name'))}{clean(state)}{reason}")

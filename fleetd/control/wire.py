@@ -37,6 +37,7 @@ class ActionResult(TypedDict):
     result: str  # an ResultCode
     state: str | None
     reason: str | None
+    hint: NotRequired[str | None]  # what to do next
     warning: NotRequired[str]  # it succeeded, with this restriction
 
 
@@ -68,6 +69,9 @@ class ProcessStatus(TypedDict):
     device_bytes: NotRequired[dict[str, int]]
     in_flight: NotRequired[int]
     draining: NotRequired[bool]
+    hint: NotRequired[str | None]  # what to do next
+    problem: NotRequired[bool]  # it needs attention
+    state_age_s: NotRequired[float]  # since it entered the state
 
 
 class ModelStatus(TypedDict):
@@ -92,6 +96,8 @@ class ModelStatus(TypedDict):
     ttl_s: NotRequired[float]
     context_length: NotRequired[int | None]
     reason: NotRequired[str]
+    hint: NotRequired[str | None]  # what to do next
+    problem: NotRequired[bool]  # it needs attention
     aliases: NotRequired[list[str]]
     routes: NotRequired[list[dict[str, Any]]]
     # {state, detail, done_bytes, total_bytes}; state is unchanged | made | making | failed | blocked | missing | foreign

@@ -114,6 +114,7 @@ class EventHandlers:
         if process is None:
             return
         probes = process.spec.probes
+        process.paused = event.paused
         if event.probe is ProbeKind.STARTUP:
             if process.state is ProcessState.STARTING and not process.startup_done:
                 process.startup_detail = event.detail if not event.ok else ""

@@ -15,6 +15,7 @@ import click
 from fleetd.cli import views
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
 from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, say
+from fleetd.cli.problems import is_problem
 from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.control.wire import OWN_STREAM, SCHEMA, document
 
@@ -51,7 +52,7 @@ def _status_once(session: Session, names: tuple[str, ...], failed: bool = False)
     if failed:
         whole = {
             **whole,
-            **{key: [row for row in whole[key] if views.problem_of(row)] for key in ("processes", "models")},
+            **{key: [row for row in whole[key] if is_problem(row)] for key in ("processes", "models")},
         }
     if session.emit(whole):
         pass

@@ -66,6 +66,8 @@ def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
     for row in results:
         if row.get("result") == ResultCode.FAILED:
             say(f"fleetctl: {clean(row.get('name'))}: {clean(row.get('reason') or 'failed')}")
+        if row.get("hint"):
+            say(f"  hint: {clean(row['hint'])}")
     if ResultCode.FAILED in found or found - set(ResultCode):
         return EXIT_FAILED
     return EXIT_TIMEOUT if ResultCode.TIMEOUT in found else EXIT_OK

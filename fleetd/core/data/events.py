@@ -130,6 +130,7 @@ class ProbeResult(RunEvent):
     ok: bool
     detail: str = ""
     final: bool = False  # a retry gives the same answer: only a change of fleet.yaml or of the machine helps
+    paused: bool = False  # the process was stopped by a signal (SIGSTOP)
 
 
 @dataclass(frozen=True, slots=True)

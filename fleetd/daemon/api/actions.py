@@ -10,13 +10,14 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, ActionResult, ResultCode
 from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
-from fleetd.core.data.state import RESTING, RUNNING, Process, ProcessState, Residency
+from fleetd.core.data.state import RESTING, RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
 from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
@@ -178,7 +179,21 @@ class Actions:
         )
         if not reason and process is not None:
             reason = process.reason
-        return {"name": name, "result": str(code), "state": state, "reason": reason or None}
+        result: ActionResult = {"name": name, "result": str(code), "state": state, "reason": reason or None}
+        if code is not ResultCode.OK:
+            result["hint"] = self._hint(process, model)
+        elif process is not None and process.stopped and process.spec.own_model is not None:
+            result["hint"] = (
+                f"requests for {process.spec.own_model} fail until: fleetctl start {name}; "
+                f"to free only its memory: fleetctl unload {process.spec.own_model}"
+            )
+        return result
+
+    def _hint(self, process: Process | None, model: Model | None) -> str | None:
+        now = time.monotonic()
+        if process is not None and not (model is not None and model.failure):
+            return self._queries.process_advice(process, now).hint
+        return self._queries.model_advice(model, now).hint if model is not None else None
 
     # -- checks ---------------------------------------------------------------------------------------------------------
 

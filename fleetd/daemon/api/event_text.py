@@ -54,7 +54,9 @@ def _subject(value: e.Event | c.Command) -> tuple[str, str | None]:
     names = value.names()
     if not names:
         return "daemon", None
-    about_model = isinstance(value, e.ModelEvent | c.PlacementCommand | c.ReadAhead | c.LearnFootprint | c.Grant)
+    about_model = isinstance(
+        value, e.ModelEvent | c.PlacementCommand | c.ReadAhead | c.LearnFootprint | c.Grant | c.Reject
+    )
     return ("model" if about_model else "process"), names[0]
 
 

@@ -71,7 +71,9 @@ class Readiness:
             if spec.on_demand or not spec.enabled or process.stopped or process.removed:
                 continue
             if process.state not in (ProcessState.READY, ProcessState.EXITED):
-                reasons.append(f"{process.name} is {process.state}: {process.reason}")
+                advice = self._queries.process_advice(process, time.monotonic())
+                hint = f" (hint: {advice.hint})" if advice.hint else ""
+                reasons.append(f"{process.name} is {process.state}: {advice.reason}{hint}")
         reasons += [
             f"{model.name} is {model.state}" + (f": {model.failure}" if model.failure else "")
             for model in self._queries.models()
@@ -179,13 +181,14 @@ class StatusView:
         ended = run is not None and run.dead  # the fleet gets the exit once its last lines are read
         running = process.state in RUNNING and process.spawned and not ended
         state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
+        advice = self._queries.process_advice(process, now)
         status: ProcessStatus = {
             "name": process.name,
             "kind": str(spec.kind),
             "engine": spec.engine,
             "state": str(state),
             "desired": "up" if self._queries.is_wanted(process) else "down",
-            "reason": self._reason(process)
+            "reason": self._reason(process, advice.reason)
             if state is process.state
             else "it has ended; its last lines are being read",
             "pid": process.pid if running else None,
@@ -203,21 +206,25 @@ class StatusView:
             "device_bytes": self._queries.reserved(self._queries.placements_on(process.name)),
             "in_flight": self._queries.in_flight(process.name),
             "draining": process.drained,
+            "hint": advice.hint,
+            "problem": advice.problem,
+            "state_age_s": round(max(0.0, now - process.since_s), 3) if process.since_s else 0.0,
         }
         return status
 
-    def _reason(self, process: Process) -> str:
+    def _reason(self, process: Process, reason: str) -> str:
         """Return the reason of a state; for a start its phase, for an external server its answer."""
         external = not process.spec.capabilities.owns_process
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:
-            return process.reason
+            return reason
         return f"waiting for it: {detail}" if external else f"starting: {detail}"
 
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
         plans = self._config.assembly.plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
+        advice = self._queries.model_advice(model, now)
         status: ModelStatus = {
             "name": model.name,
             "state": "ROUTE" if spec.routes else str(model.state),
@@ -241,7 +248,9 @@ class StatusView:
             "wake_s": round(model.wake_s, 4) if model.wake_s is not None else None,
             "ttl_s": spec.ttl_s,
             "context_length": self._context_length(model, plan),
-            "reason": reason_of(model),
+            "reason": advice.reason,
+            "hint": advice.hint,
+            "problem": advice.problem,
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
         }
@@ -277,13 +286,6 @@ async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -
             await asyncio.sleep(0)
         rows.append(render(entry))
     return rows
-
-
-def reason_of(model: Model) -> str:
-    """Return the reason of a model's state as one sentence."""
-    if model.missing:
-        return f"blocked: missing: {', '.join(model.missing)}"
-    return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
 
 
 def wall(moment_s: float | None, now: float) -> str | None:

@@ -225,7 +225,7 @@ def test_request_is_rejected_if_all_others_are_pinned() -> None:
     rig.warm("a")
     refused = rig.ask("b")
     assert rig.rejects() == {refused: "model_blocked"}
-    assert "pinned models: a" in rig.take(c.Reject)[0].reason
+    assert "and a (1.00 GiB) is pinned" in rig.take(c.Reject)[0].reason
     rig.send(e.PinRequested("a", False))
     rig.ask("b")
     swap(rig, "a", "b")
