@@ -252,7 +252,7 @@ class Client:
         except TimeoutError:
             raise StreamCut(f"fleetd on {where} stopped responding") from None
         except (OSError, http.client.HTTPException):
-            raise StreamCut(f"fleetd on {where} closed the stream") from None
+            raise StreamCut("connection to fleetd lost (it stopped or was replaced)") from None
         finally:
             connection.close()
 

@@ -10,6 +10,7 @@ Exit codes: 0 ok · 1 failed · 2 usage or config invalid · 3 not running or un
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -150,7 +151,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("FLEETCTL_DEBUG"):
             raise
         text = clean(str(error))[:300]
-        click.echo(f"{PROGRAM}: internal error, or an invalid response: {type(error).__name__}: {text}", err=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            click.echo(f"{PROGRAM}: cannot write: {error.strerror}", err=True)
+            close_stdout()
+            return EXIT_FAILED
+        click.echo(
+            f"{PROGRAM}: internal error; please report it with `fleetctl dump`: {type(error).__name__}: {text}",
+            err=True,
+        )
         click.echo("  set FLEETCTL_DEBUG=1 for a traceback", err=True)
         return EXIT_FAILED
     return code if isinstance(code, int) else EXIT_OK

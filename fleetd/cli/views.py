@@ -384,7 +384,7 @@ def _percent_split(device_bytes: Mapping[str, int]) -> str:
 
 
 def event_line(screen: Screen, event: Row, with_name: bool = True) -> None:
-    """Print one event as one line: time, name, event, reason."""
+    """Print one event as one line: time, name, event, reason. Times are local on a terminal, UTC in a pipe."""
     moved = ""
     if event.get("state"):
         before = f"{event['before']} → " if event.get("before") and event["before"] != event["state"] else ""
@@ -431,6 +431,8 @@ def plan(screen: Screen, document: Row) -> None:
         moves = [f"{verb} {', '.join(change[verb])}" for verb in ("stops", "starts") if change.get(verb)]
         if moves:
             screen.line(clean(f"    {'; '.join(moves)}"))
+    for warning in document.get("warnings") or ():
+        screen.raw(screen.paint(f"warning: {clean(warning)}", YELLOW))
     count = {kind: sum(1 for change in changes if change.get("change") == kind) for kind in marks}
     screen.line(
         f"{count['add']} to add, {count['change']} to change, {count['remove']} to remove, "

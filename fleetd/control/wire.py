@@ -127,6 +127,8 @@ class DaemonStatus(TypedDict):
     store_problem: NotRequired[str | None]  # why the daemon's state could not be saved
     gateway: NotRequired[str | None]  # host:port of the data plane
     stopping: NotRequired[bool]
+    disk_problems: NotRequired[list[str]]  # log or state folders without room
+    config_warnings: NotRequired[list[str]]  # of the running configuration
 
 
 class HostStatus(TypedDict):
@@ -229,6 +231,7 @@ class Plan(TypedDict):
     config_hash: str
     changes: list[PlannedChange]
     unchanged: int
+    warnings: NotRequired[list[str]]  # of the file
 
 
 class Applied(TypedDict):

@@ -36,6 +36,7 @@ from fleetd.daemon.own_memory import freeze
 from fleetd.daemon.reload.active import ActiveConfiguration
 from fleetd.daemon.reload.messages import ReadInputs
 from fleetd.daemon.reload.worker_client import FileReading
+from fleetd.daemon.sources.disk_space import DiskSpace
 from fleetd.daemon.sources.triggers import Triggers
 from fleetd.daemon.wiring import Daemon, Resources
 from fleetd.errors import ApiError, HostError
@@ -235,6 +236,9 @@ class App:
         daemon = self._daemon
         daemon.background.start(daemon.sampler.run(), "sampling")
         daemon.background.start(daemon.prerequisites.run(), "prerequisites")
+        paths = daemon.config.assembly.paths
+        space = DiskSpace({"log": paths.logs, "state": paths.state}, self._state, daemon.reporter)
+        daemon.background.start(space.run(), "disk space")
         if self._notifier.watchdog_interval_s is not None:
             daemon.background.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
 

@@ -68,7 +68,8 @@ class DaemonLock:
                 who = f"pid {holder}" if holder is not None else "pid unknown"
                 raise HostError(
                     f"fleetd is already running, {who} (it holds {path})",
-                    hint="`fleetctl status` talks to it; `fleetctl shutdown` ends it",
+                    hint="`fleetctl status` shows its file, `fleetctl shutdown` stops it; "
+                    "a second fleet needs its own paths.run and paths.state",
                     recoverable=False,
                 ) from None
             except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from fleetd.config.load import LoadedConfig
 from fleetd.core.data.specs import DeviceSpec
 from fleetd.resolver.resolved import MachineDevice
+from fleetd.units import show_size
 
 _SHARE = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
 
@@ -29,7 +30,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
             if keys.budget.size_bytes is not None and keys.budget.size_bytes > device.total_bytes:
                 warn(
                     ("devices", device.name, "budget"),
-                    f"is more than the {device.total_bytes} bytes that {device.name} has",
+                    f"exceeds the {show_size(device.total_bytes)} of {device.name}",
                 )
         else:
             budget = int(device.total_bytes * _SHARE[device.kind])
@@ -37,7 +38,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
     for name, keys in stated.items():
         if name in specs:
             continue
-        warn(("devices", name), f"this machine has no {name}")
+        warn(("devices", name), f"this machine has no device named {name}")
         size = keys.budget.size_bytes if keys.budget is not None else None
         if size is not None:
             specs[name] = DeviceSpec(name, name.rstrip("0123456789"), size, size)

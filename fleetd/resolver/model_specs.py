@@ -157,7 +157,7 @@ class ModelAssembler:
         for device, size in footprint.bytes.items():
             spec = self.devices.get(device)
             if spec is None:
-                self.warn(path, f"this machine has no {device}")
+                self.warn(path, f"this machine has no device named {device}")
             elif size > spec.budget_bytes:
                 said = f"can never fit: needs {show_size(size)} on {device}, whose budget is {show_size(spec.budget_bytes)}"
                 self.warn(path, f"{said} ({footprint.source})")

@@ -265,15 +265,18 @@ def _about(events_: Iterable[dict[str, Any]], names: tuple[str, ...]) -> Iterato
 
 @click.command()
 @click.argument("name", shell_complete=completion_of("processes", "models"))
+@click.option("-a", "--all", "whole", is_flag=True, help="Show every event and command.")
 @forms("text", "json", "yaml")
-def story(session: Session, name: str) -> int:
+def story(session: Session, name: str, whole: bool) -> int:
     """Show the history of a process or model.
 
-    Every event and command about it with its reason, oldest first.
+    What happened to it with the reasons, oldest first; a crash is one line. --all and -o json show every step.
     """
     told = session.client.get(f"/v1/story/{name}")
     if not session.emit(told):
-        for event in told["events"]:
+        from fleetd.cli.story import condensed
+
+        for event in told["events"] if whole else condensed(told["events"]):
             views.event_line(session.screen, event, with_name=event.get("name") != name)
         if not told["events"]:
             session.screen.line(f"no events for {name} since fleetd started")

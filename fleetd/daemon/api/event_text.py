@@ -77,6 +77,8 @@ def _event_reason(event: e.Event) -> str:
             return f"pid {pid}, generation {generation}"
         case e.RestartDue(reason=reason):
             return reason
+        case e.DrainRequested(drain=False):
+            return "an operator ends the drain"
         case e.SetEmpty(survivors=survivors):
             return f"cannot be killed: {', '.join(map(str, survivors))}"
         case _:

@@ -44,16 +44,18 @@ if TYPE_CHECKING:
 Entry = TypeVar("Entry")
 Row = TypeVar("Row")
 
+_WARNINGS_SHOWN = 5
 _SLICE = 200  # entries: a few milliseconds
 
 
 @dataclass(slots=True)
 class DaemonState:
-    """The daemon's own state: its start (monotonic), the address of its gateway, and whether it shuts down."""
+    """The daemon's own state: its start (monotonic), the address of its gateway, whether it shuts down, and full folders."""
 
     started: float = field(default_factory=time.monotonic)
     gateway: str | None = None
     stopping: bool = False
+    disk_problems: Mapping[str, str] = field(default_factory=dict)
 
 
 class Readiness:
@@ -79,6 +81,7 @@ class Readiness:
             for model in self._queries.models()
             if model.spec.preload and model.state is not Residency.LOADED
         ]
+        reasons += self._state.disk_problems.values()
         if self._state.stopping:
             reasons.append("the fleet is shutting down")
         return not reasons, reasons
@@ -146,7 +149,16 @@ class StatusView:
             "gateway": self._state.gateway,
             "store_problem": self._store.problem,
             "stopping": self._state.stopping,
+            "disk_problems": list(self._state.disk_problems.values()),
+            "config_warnings": self._config_warnings(),
         }
+
+    def _config_warnings(self) -> list[str]:
+        """Return the first warnings of the running configuration, each as one line."""
+        warnings = [str(warning).splitlines()[0] for warning in self._config.assembly.warnings]
+        more = len(warnings) - _WARNINGS_SHOWN
+        shown = warnings[:_WARNINGS_SHOWN]
+        return [*shown, f"{more} more: fleetd check {self._config.path}"] if more > 0 else shown
 
     def _host(self) -> HostStatus:
         load = machine_load()

@@ -176,7 +176,7 @@ def test_budgets(tmp_path: Path) -> None:
         "gpu0": 4 * GIB,
         "gpu7": GIB,
     }
-    assert "this machine has no gpu7" in str(found.warnings[0])
+    assert "this machine has no device named gpu7" in str(found.warnings[0])
     plain = assembled(tmp_path, "services: {}\n", HOST, GPU)
     assert plain.spec.devices["host"].budget_bytes == int(8 * GIB)
     assert plain.spec.devices["gpu0"].budget_bytes == int(7.2 * GIB)
