@@ -20,7 +20,7 @@ import click
 
 from fleetd import __version__
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
-from fleetd.cli.commands import audit, config, import_, inspect, lifecycle, migrate, models, setup
+from fleetd.cli.commands import audit, chat, config, import_, inspect, lifecycle, migrate, models, setup
 from fleetd.cli.context import FORMS, Session
 from fleetd.cli.foreign import ALIASES, EXAMPLES, SECTIONS, line_for, nearest
 from fleetd.cli.render import clean, close_stdout
@@ -119,6 +119,7 @@ def help_(ctx: click.Context, verbs: tuple[str, ...]) -> int:
 for _command in (
     *inspect.VERBS,
     *lifecycle.VERBS,
+    *chat.VERBS,
     *config.VERBS,
     *models.VERBS,
     *import_.VERBS,

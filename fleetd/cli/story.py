@@ -62,12 +62,18 @@ def _lines(events: Sequence[Event]) -> Iterator[dict[str, Any]]:
                 yield {**crash, "reason": f"{crash['reason']}; {_next(event)}"}
                 crash, over_at = None, str(event.get("at"))
                 continue
-        elif event.get("kind") == "model" and (code in _LOST or code == "state_changed"):
-            if (crash is not None or event.get("at") == over_at) and state != "LOADED":
-                continue
+        elif _of_crash(event) and (crash is not None or event.get("at") == over_at):
+            continue
         yield dict(event)
     if crash is not None:
         yield crash
+
+
+def _of_crash(event: Event) -> bool:
+    """Return whether a model reports what the crash of its process does to it."""
+    code = event.get("event")
+    moved = code == "state_changed" and event.get("state") != "LOADED"
+    return event.get("kind") == "model" and (code in _LOST or moved)
 
 
 def _failed(event: Event) -> bool:

@@ -98,6 +98,7 @@ class ModelStatus(TypedDict):
     reason: NotRequired[str]
     hint: NotRequired[str | None]  # what to do next
     problem: NotRequired[bool]  # it needs attention
+    loading: NotRequired[dict[str, Any]]  # while it loads: {elapsed_s, limit_s, detail, rss_bytes, needs_bytes}
     aliases: NotRequired[list[str]]
     routes: NotRequired[list[dict[str, Any]]]
     # {state, detail, done_bytes, total_bytes}; state is unchanged | made | making | failed | blocked | missing | foreign

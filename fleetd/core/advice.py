@@ -153,7 +153,16 @@ def needs_operator(state: FleetState, model: Model) -> bool:
     return bool(holders) and all(process.stopped or process.drained for process in holders)
 
 
-def loading_detail(state: FleetState, placement: Placement, now: float) -> str:
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load is: seconds so far, its limit, and what its engine says or answers."""
+
+    elapsed_s: float
+    limit_s: float
+    detail: str
+
+
+def load_progress(state: FleetState, placement: Placement, now: float) -> LoadProgress:
     """Return how long a load takes already, what its engine answers, and its limit."""
     process = state.processes.get(placement.process)
     model = state.models[placement.model]
@@ -164,8 +173,14 @@ def loading_detail(state: FleetState, placement: Placement, now: float) -> str:
         startup = process.spec.probes.startup
         if process.spec.own_model is not None and startup is not None and startup.deadline_s is not None:
             limit_s = startup.deadline_s
-    inside = "; ".join(part for part in (answer, f"limit {limit_s:g} s") if part)
-    return f"{model.name} is still loading after {now - placement.order_s:.0f} s ({inside})"
+    return LoadProgress(max(0.0, now - placement.order_s), limit_s, answer)
+
+
+def loading_detail(state: FleetState, placement: Placement, now: float) -> str:
+    """Return the progress of a load as a sentence."""
+    found = load_progress(state, placement, now)
+    inside = "; ".join(part for part in (found.detail, f"limit {found.limit_s:g} s") if part)
+    return f"{placement.model} is still loading after {found.elapsed_s:.0f} s ({inside})"
 
 
 def _loaded(model: Model) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from fleetd.cli import views
+from fleetd.cli import progress, views
 from fleetd.cli.client import (
     EXIT_FAILED,
     EXIT_OK,
@@ -28,7 +28,7 @@ from fleetd.cli.client import (
     Unreachable,
     is_locked,
 )
-from fleetd.cli.commands.lifecycle import exit_code_of, patience, show_results, waiting
+from fleetd.cli.commands.lifecycle import exit_code_of, show_results, waiting
 from fleetd.cli.context import Duration, Session, forms, say
 from fleetd.units import expand_home
 
@@ -120,7 +120,7 @@ def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout
     if not yes:
         _ask()
     body = {**where, "wait": wait, "timeout_s": timeout, "expect_hash": plan["config_hash"]}
-    with patience("apply", timeout):
+    with progress.progress("apply", progress.of_processes(client), timeout if wait else None):
         applied = client.post("/v1/apply", body, wait_s=timeout if wait else 0.0)
     return show_results(session, applied)
 
@@ -187,7 +187,7 @@ def shutdown(session: Session, force: bool, wait: bool, timeout: float) -> int:
     path = _answering(client)
     answered = client.post("/v1/shutdown", {"force": force})
     if wait:
-        with patience("shutdown", timeout):
+        with progress.progress("shutdown", progress.of_shutdown(client), timeout):
             _await_end(Client([path]), path, time.monotonic() + timeout)
     if not session.emit(answered):
         say("fleetd has stopped" if wait else "fleetd is stopping")

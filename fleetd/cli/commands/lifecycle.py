@@ -7,37 +7,18 @@ Invariants:
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from fleetd.cli import progress
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT
 from fleetd.cli.context import Duration, Session, forms, names_argument, say
-from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, duration, table
+from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, table
 from fleetd.control.wire import MODEL_VERBS, ResultCode
 
-PATIENCE_S = 1.5
 _COLOURS = {"ok": GREEN, "accepted": GREEN, "failed": RED, "timeout": YELLOW}
-
-
-@contextmanager
-def patience(what: str, timeout_s: float) -> Iterator[None]:
-    """Report on a terminal what fleetctl waits for when it takes longer than a moment."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    text = f"{what}: waiting up to {duration(timeout_s)} (Ctrl-C stops only the wait)"
-    timer = threading.Timer(PATIENCE_S, say, [text])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def show_results(session: Session, answered: dict[str, Any]) -> int:
@@ -77,7 +58,8 @@ def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s
     """Request one action on all names and show the results."""
     kind = "models" if verb in MODEL_VERBS else "processes"
     body = {"names": list(names), "wait": wait, "timeout_s": timeout_s, **extra}
-    with patience(f"{verb} {' '.join(names)}", timeout_s):
+    of = progress.of_models if kind == "models" else progress.of_processes
+    with progress.progress(f"{verb} {' '.join(names)}", of(session.client, names), timeout_s):
         answered = session.client.post(f"/v1/{kind}/{verb}", body, wait_s=timeout_s if wait else 0.0)
     return show_results(session, answered)
 

@@ -266,6 +266,17 @@ class StatusView:
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
         }
+        loading = next((p for p in model.placements.values() if p.state is Residency.LOADING), None)
+        if loading is not None:
+            progress = self._queries.load_progress(loading, now)
+            run = self._processes.runs.get(loading.process) if loading.process == model.name else None
+            status["loading"] = {
+                "elapsed_s": round(progress.elapsed_s, 1),
+                "limit_s": progress.limit_s,
+                "detail": progress.detail,
+                "rss_bytes": run.usage.rss_bytes if run is not None and run.sampled_at else None,
+                "needs_bytes": sum(model.footprint.bytes.values()) or None,
+            }
         note = self._builds.notes.get(model.name)
         if note is not None:
             status["store"] = note.document()
