@@ -13,6 +13,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,10 @@ LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
 # For a daemon that holds its lock and does not listen. A re-execution takes a second, and ten on a busy machine.
-RETURN_S, RETRY_S = 5.0, 0.05
+RETURN_S, RETRY_S = 4.5, 0.05
+# A daemon that hangs is reported within five seconds, the start of this program included.
+PING_EVERY_S, PING_S, HANG_S = 0.8, 2.8, 3.8
+BEFORE_HEADER = "X-Fleetctl-Before"  # monotonic seconds, which all processes of a machine share
 SILENCE_S = 45.0  # the server sends a comment every ten seconds
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING = 0, 1, 2, 3
@@ -166,7 +170,9 @@ class Client:
                 if isinstance(error, PermissionError):
                     denied = path
                 elif isinstance(error, TimeoutError | BlockingIOError):
-                    raise Unreachable(f"fleetd does not answer on {path}", hint=None) from None
+                    raise Unreachable(
+                        f"fleetd on {path} does not answer: it hangs, or is stopped by a signal", hint=None
+                    ) from None
                 elif "too long" in str(error):
                     raise Unreachable(f"the socket path is too long: {path}", hint=None) from None
             else:
@@ -198,17 +204,23 @@ class Client:
     ) -> dict[str, Any]:
         connection, path = self.connect()
         limit_s = self.answer_s + wait_s
+        deadline = time.monotonic() + limit_s
         try:
-            connection.settimeout(limit_s)
+            connection.settimeout(min(limit_s, HANG_S))
             http_connection = _UnixConnection(connection)
             raw = None if body is None else json.dumps(body).encode("ascii")
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
+                headers[BEFORE_HEADER] = (
+                    f"{time.monotonic() + HANG_S:.3f}"  # it is not carried out once fleetctl gave up
+                )
             with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
                 http_connection.request(method, target_, raw, headers)
+            self._await_answer(connection, path, deadline)
+            connection.settimeout(min(limit_s, HANG_S))
             response = http_connection.getresponse()
-            content = _read_all(response, connection, time.monotonic() + limit_s)
+            content = _read_all(response, connection, deadline)
         except TimeoutError:
             raise Unreachable(f"fleetd on {path} did not respond within {limit_s:g} s", hint=None) from None
         except (OSError, http.client.HTTPException) as error:
@@ -218,6 +230,34 @@ class Client:
         finally:
             connection.close()
         return self._understand(response.status, content, path)
+
+    def _await_answer(self, connection: socket.socket, path: Path, deadline: float) -> None:
+        """Wait for the first byte of a response; ask on another connection meanwhile whether the daemon still answers.
+
+        Raises Unreachable when it does not, TimeoutError at the deadline.
+        """
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            if select.select([connection], [], [], min(PING_EVERY_S, left_s))[0]:
+                return
+            if time.monotonic() < deadline and not self._answers(path):
+                raise Unreachable(f"fleetd on {path} does not answer: it hangs, or is stopped by a signal", hint=None)
+
+    @staticmethod
+    def _answers(path: Path) -> bool:
+        """Return whether the daemon answers a small request within `PING_S`; True for one that is being replaced."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.settimeout(PING_S)
+            try:
+                asking.connect(os.fspath(path))
+                asking.sendall(b"GET /v1/devices HTTP/1.1\r\nHost: fleetd\r\nConnection: close\r\n\r\n")
+                return bool(asking.recv(1))
+            except (TimeoutError, BlockingIOError):
+                return False
+            except OSError:
+                return True  # the first connection reports what became of it
 
     def _understand(self, status: int, content: bytes, path: Path) -> dict[str, Any]:
         try:
@@ -242,6 +282,7 @@ class Client:
             http_connection = _UnixConnection(connection)
             headers = {"Accept": "text/event-stream", "Host": "fleetd"}
             http_connection.request("GET", target(path, query), None, headers)
+            self._await_answer(connection, where, time.monotonic() + self.answer_s)
             response = http_connection.getresponse()
             if response.getheader("Content-Type", "").split(";")[0] != "text/event-stream":
                 content = _read_all(response, connection, time.monotonic() + self.answer_s)
@@ -284,7 +325,7 @@ def _read_all(response: http.client.HTTPResponse, connection: socket.socket, dea
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        connection.settimeout(left)
+        connection.settimeout(min(left, HANG_S))
         chunk = response.read1(1 << 20)
         if not chunk:
             break

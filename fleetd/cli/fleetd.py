@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fleetd.config.load import LoadedConfig
     from fleetd.resolver.resolved import Assembly
 
+HANDOVER = "FLEETD_TAKE_OVER"  # set by a daemon that re-executes itself
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -69,6 +70,11 @@ def cli() -> None:
 def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     """Run the daemon in the foreground."""
     path = (config or default_config(os.environ)).absolute()
+    early = None
+    if HANDOVER not in os.environ:  # a re-executed daemon has its locks already
+        from fleetd.host import early_lock
+
+        early = early_lock.take(path, os.environ)  # fleetctl waits for who holds it
     from fleetd.daemon.own_memory import use_one_heap
 
     use_one_heap()
@@ -90,7 +96,7 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     from fleetd.daemon.app import App, RunOptions
 
     async def body() -> int:
-        return await App(RunOptions(path, reading), log, sink).run()
+        return await App(RunOptions(path, reading, early), log, sink).run()
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

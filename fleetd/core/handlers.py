@@ -241,7 +241,8 @@ class EventHandlers:
     # -- requests -----------------------------------------------------------------------------------------------------------
 
     def cancelled(self, event: e.RequestCancelled) -> None:
-        self.admission.queue.leave(event.request_id)
+        for request_id in (event.request_id, *event.others):
+            self.admission.queue.leave(request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
         _, granted_s = self.state.granted.get(event.request_id, (None, now))

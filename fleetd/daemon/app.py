@@ -41,7 +41,7 @@ from fleetd.daemon.sources.triggers import Triggers
 from fleetd.daemon.wiring import Daemon, Resources
 from fleetd.errors import ApiError, HostError
 from fleetd.host.host import Host
-from fleetd.host.lock import DaemonLocks
+from fleetd.host.lock import DaemonLock, DaemonLocks
 from fleetd.host.notify import Notifier
 from fleetd.host.state_store import StateStore
 from fleetd.host.system.memory import Devices
@@ -68,10 +68,14 @@ _REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` is the worker that reads it since before this module was imported."""
+    """`config` is absolute; `reading` is the worker that reads it since before this module was imported.
+
+    `early` is the lock of the run folder, where that could be guessed.
+    """
 
     config: Path
     reading: WorkerProcess
+    early: DaemonLock | None = None
 
 
 class App:
@@ -159,7 +163,7 @@ class App:
 
     def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
         if handover is None:
-            self._locks = DaemonLocks.acquire(paths.run, paths.state)
+            self._locks = DaemonLocks.acquire(paths.run, paths.state, self._options.early)
         else:
             self._locks = DaemonLocks.inherit(paths.run, paths.state, handover.lock_fds)
         stack.callback(self._locks.release)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any
 
 import click
@@ -238,14 +237,11 @@ def events(session: Session, names: tuple[str, ...], follow: bool, lines: int | 
     With NAME only those about it: a process, a model, or a glob.
     """
     client = session.client
-    if lines is not None and since is None:
-        since = _EVER_S
-    past = list(_about(client.stream("/v1/events", since_s=since, follow=False), names))
-    last = max((event["seq"] for event in past), default=None)
-    if lines is not None:
-        past = past[len(past) - min(lines, len(past)) :]
-    following = client.stream("/v1/events", after=last, since_s=0.0 if last is None else None, follow=True)
-    for event in chain(past, _about(following, names)) if follow else past:
+    if lines is None:
+        source = _about(client.stream("/v1/events", since_s=since, follow=follow), names)
+    else:
+        source = _last_events(client, names, lines, _EVER_S if since is None else since, follow)
+    for event in source:
         if session.form == "json":
             session.screen.json(event, indent=None)
         else:
@@ -253,6 +249,18 @@ def events(session: Session, names: tuple[str, ...], follow: bool, lines: int | 
         if follow:
             sys.stdout.flush()
     return EXIT_OK
+
+
+def _last_events(
+    client: Client, names: tuple[str, ...], lines: int, since_s: float, follow: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the last events about the names, then new ones."""
+    past = list(client.stream("/v1/events", since_s=since_s, follow=False))
+    chosen = list(_about(past, names))
+    yield from chosen[len(chosen) - min(lines, len(chosen)) :]
+    if follow:
+        after = past[-1]["seq"] if past else None
+        yield from _about(client.stream("/v1/events", after=after, since_s=None if past else 0.0, follow=True), names)
 
 
 def _about(events_: Iterable[dict[str, Any]], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:

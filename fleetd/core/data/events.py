@@ -245,9 +245,10 @@ class RequestArrived(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled(Event):
-    """The client left before a grant (after a grant: RequestFinished)."""
+    """The client left before a grant (after a grant: RequestFinished). `others` left at the same moment."""
 
     request_id: int
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ Invariants:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fleetd.core.data.commands import Stop, StopProbes, Sweep
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
@@ -39,6 +41,8 @@ class Termination:
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:
         """Handle the exit of the leader; without a requested stop, sweep its set and count a death."""
+        if process.restart_wanted and process.outcome is None and not report.reason:
+            report = replace(report, reason=process.restart_wanted)  # such as a memory limit
         process.last_exit, process.last_exit_s = report, now
         if process.state is ProcessState.STOPPING:
             return

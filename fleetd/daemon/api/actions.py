@@ -118,9 +118,10 @@ class Actions:
         return process.state in (_S.FAILED, _S.BACKOFF) and process.spec.capabilities.owns_process
 
     def _any_left(self, names: Collection[str]) -> bool | None:
-        """Return True once one of the processes is no longer READY; else None."""
+        """Return True once one of the processes is no longer up, and its end is settled; else None."""
         found = [self._queries.process(name) for name in names]
-        return True if any(process is not None and process.state is not _S.READY for process in found) else None
+        up = (_S.READY, _S.STOPPING)
+        return True if any(process is not None and process.state not in up for process in found) else None
 
     def _send(self, verb: str, name: str, options: ActOptions) -> Callable[[], Finding | None]:
         """Send the event to the fleet, and return a check of whether it is done."""
@@ -162,6 +163,7 @@ class Actions:
                 return None
             return (ResultCode.FAILED, reason) if recorded else None
 
+        check()  # now: the first look of the wait comes after the disk
         return check
 
     async def _await(self, check: Callable[[], Finding | None], timeout_s: float) -> tuple[ResultCode, str | None]:
