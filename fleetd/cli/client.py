@@ -31,7 +31,7 @@ ANSWER_S = 15.0
 # For a daemon that holds its lock and does not listen. A re-execution takes a second, and ten on a busy machine.
 RETURN_S, RETRY_S = 4.5, 0.05
 # A daemon that hangs is reported within five seconds, the start of this program included.
-PING_EVERY_S, PING_S, HANG_S = 0.8, 2.8, 3.8
+PING_EVERY_S, PING_S, HANG_S = 0.7, 2.6, 3.5
 BEFORE_HEADER = "X-Fleetctl-Before"  # monotonic seconds, which all processes of a machine share
 SILENCE_S = 45.0  # the server sends a comment every ten seconds
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from fleetd.cli.client import Client, Unreachable
 from tests.support.cli import fleetctl
 from tests.support.daemon import Fleetd, fake, fleetd
 from tests.support.waiting import until
 
 WITHIN_S = 5.0
-AT_ONCE = 2  # programs, on a machine of two cores
+AT_ONCE = 4
 
 
 @pytest.fixture
@@ -50,21 +51,22 @@ VERBS = [
 def test_every_verb_reports_a_daemon_that_hangs(daemon: Fleetd) -> None:
     os.kill(daemon.pid, signal.SIGSTOP)
 
-    def timed(words: tuple[str, ...]) -> tuple[int, str, float]:
-        began = time.monotonic()
+    def run(words: tuple[str, ...]) -> tuple[int, str]:
         ran = fleetctl(*words, FLEETD_SOCKET=str(daemon.run / "fleetd.sock"))
-        return ran.code, ran.err, time.monotonic() - began
+        return ran.code, ran.err
 
     try:
+        client = Client([daemon.run / "fleetd.sock"])
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="does not answer"):
+            client.post("/v1/models/load", {"names": ["m"], "wait": True, "timeout_s": 300}, wait_s=300)
+        assert time.monotonic() - began < WITHIN_S
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = dict(zip(VERBS, pool.map(timed, VERBS), strict=True))
+            found = dict(zip(VERBS, pool.map(run, VERBS), strict=True))
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
-    assert {words: code for words, (code, _, _) in found.items() if code != 5} == {}
-    assert all("does not answer" in err for _, err, _ in found.values()), found
-    in_time = [took_s for _, _, took_s in found.values() if took_s <= WITHIN_S]
-    assert len(in_time) > len(VERBS) / 2, "a busy machine delays some"
-    assert max(took_s for _, _, took_s in found.values()) < 3 * WITHIN_S
+    assert {words: code for words, (code, _) in found.items() if code != 5} == {}
+    assert all("does not answer" in err for _, err in found.values()), found
     until(lambda: daemon.process_row("a")["state"] == "READY", "nothing that timed out is carried out later")
     assert daemon.process_row("hard")["state"] == "READY"
 
