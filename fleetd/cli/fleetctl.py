@@ -40,7 +40,7 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
-        if found is not None and found.epilog is None and found.name in EXAMPLES:
+        if found is not None and found.epilog is None and found.name is not None and found.name in EXAMPLES:
             found.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[found.name])
         return found
 

@@ -154,7 +154,7 @@ def needs_operator(state: FleetState, model: Model) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadProgress:
+class LoadStatus:
     """How far a load is: seconds so far, its limit, and what its engine says or answers."""
 
     elapsed_s: float
@@ -162,7 +162,7 @@ class LoadProgress:
     detail: str
 
 
-def load_progress(state: FleetState, placement: Placement, now: float) -> LoadProgress:
+def load_progress(state: FleetState, placement: Placement, now: float) -> LoadStatus:
     """Return how long a load takes already, what its engine answers, and its limit."""
     process = state.processes.get(placement.process)
     model = state.models[placement.model]
@@ -173,7 +173,7 @@ def load_progress(state: FleetState, placement: Placement, now: float) -> LoadPr
         startup = process.spec.probes.startup
         if process.spec.own_model is not None and startup is not None and startup.deadline_s is not None:
             limit_s = startup.deadline_s
-    return LoadProgress(max(0.0, now - placement.order_s), limit_s, answer)
+    return LoadStatus(max(0.0, now - placement.order_s), limit_s, answer)
 
 
 def loading_detail(state: FleetState, placement: Placement, now: float) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fleetd.core import advice
-from fleetd.core.advice import Advice, LoadProgress
+from fleetd.core.advice import Advice, LoadStatus
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import Evicted, JournalEntry, ModelLeaving, ModelLost
 from fleetd.core.data.specs import ModelSpec
@@ -131,7 +131,7 @@ class FleetQueries:
         """Return what to show a person about a model."""
         return advice.of_model(self._state, model, now)
 
-    def load_progress(self, placement: Placement, now: float) -> LoadProgress:
+    def load_progress(self, placement: Placement, now: float) -> LoadStatus:
         """Return how far the load of a placement is."""
         return advice.load_progress(self._state, placement, now)
 

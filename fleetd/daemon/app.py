@@ -49,6 +49,7 @@ from fleetd.host.types import HandleRecord, HostPaths
 from fleetd.resolver.environment import inherited
 from fleetd.resolver.port_assignment import keep_ports
 from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
+from fleetd.units import counted
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -255,7 +256,13 @@ class App:
     def _report_ready(self, assembly: Assembly) -> None:
         spec = assembly.spec
         took_s = time.monotonic() - self._state.started
-        self._log.info(
+        if self._sink.is_terminal:
+            counts = f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}"
+            self._log.info(
+                f"fleetd is up: {counts}, gateway {self._state.gateway} (Ctrl-C stops it; next: fleetctl status)"
+            )
+        log = self._log.debug if self._sink.is_terminal else self._log.info
+        log(
             "fleetd is up",
             version=__version__,
             name=assembly.name,
@@ -268,7 +275,7 @@ class App:
         )
         for warning in assembly.warnings:
             self._log.warning("configuration", problem=str(warning))
-        self._notifier.ready(f"{len(spec.processes)} processes, {len(spec.models)} models")
+        self._notifier.ready(f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}")
 
     # -- while it runs --------------------------------------------------------------------------------------------------
 

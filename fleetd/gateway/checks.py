@@ -198,7 +198,11 @@ class RequestChecks:
         if content_type in self._json_types:
             return None
         if content_type is None or content_type.partition(b";")[0].strip().lower() != b"application/json":
-            return invalid_request("Content-Type must be application/json.", 415, "unsupported_media_type")
+            return invalid_request(
+                "Content-Type must be application/json (curl: -H 'Content-Type: application/json').",
+                415,
+                "unsupported_media_type",
+            )
         if len(self._json_types) < _CACHED:
             self._json_types.add(content_type)
         return None

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
-from fleetd.cli.context import say
+from fleetd.cli.context import FORMS, say
 from fleetd.cli.render import clean
 from fleetd.errors import FleetError
 from fleetd.units import expand_home
@@ -43,8 +43,13 @@ MODULES = {
 def import_(kind: str, file: str, output: str | None, instance: tuple[str, ...], env: str | None) -> int:
     """Convert another program's file.
 
+    FILE is pm2: ecosystem.config.js, .json, .yaml or dump.pm2; llama-swap: config.yaml; ollama: the folder of a store, or
+    the output of `ollama list` or of GET /api/tags; - is standard input.
+
     Writes parts of a fleet.yaml and reports on standard error what could not be converted.
     """
+    if output in FORMS:
+        raise click.UsageError(f"-o names a file here; for a file named {output}: -o ./{output}")
     store = kind == "ollama" and Path(expand_home(file)).is_dir()
     content = _store_list(file) if store else _read(file)
     name = kind.replace("-", "_")

@@ -114,26 +114,23 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _watch(session: Session, names: tuple[str, ...], failed: bool) -> int:
-    """Print every second until Ctrl-C, on a terminal in place."""
-    terminal = sys.stdout.isatty() and session.form in ("table", "wide")
-    if terminal:
-        sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
+    """Print every second until Ctrl-C; on a terminal in place, from the top, until q."""
+    if not (sys.stdout.isatty() and session.form in ("table", "wide")):
         while True:
-            if terminal:
-                sys.stdout.write("\x1b[H\x1b[2J")
+            _status_once(session, names, failed)
+            sys.stdout.flush()
+            time.sleep(WATCH_S)
+    from fleetd.cli.full_screen import FullScreen
+
+    with FullScreen(session.screen) as full:
+        while True:
             try:
                 _status_once(session, names, failed)
             except Unreachable as error:
-                if not terminal:
-                    raise
                 session.screen.line(str(error))
-            sys.stdout.flush()
-            time.sleep(WATCH_S)
-    finally:
-        if terminal:
-            sys.stdout.write("\x1b[?25h\x1b[?1049l")
-            sys.stdout.flush()
+            full.show()
+            if full.quits_within(WATCH_S):
+                return EXIT_OK
 
 
 @click.command()

@@ -170,7 +170,9 @@ class ConfigApplier:
             applied = await self.apply(None, ApplyOptions(wait=False))
         except (ConfigError, HostError) as error:
             first = config.reject(error)
-            log.error("the configuration cannot be used; the fleet goes on as it is", problems=str(error))
+            text = "fleet.yaml has errors and was not applied; the previous configuration stays in force"
+            for problem in error.problems if isinstance(error, ConfigError) else (error,):
+                log.error(text, problem=str(problem).splitlines()[0])
             self._context.reporter.events.report("config", None, EventCode.CONFIG_REJECTED, first)
             config.publish()
             return
