@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LINE = re.compile(rb"([a-z]+-\d+) ([0-9a-f]+-\d+) (\d{8}) (z*)")
-ADMITTED = re.compile(rb"--- (\d+) lines lost: the disk refused them ---")
+ADMITTED = re.compile(rb"--- (\d+) lines lost: the disk rejected them ---")
 RSS_MAX_BYTES = 160 << 20
 RSS_GROWTH_BYTES = 12 << 20
 FDS_GROWTH = 20  # a reading process that stays for the next edit, connections, processes that were down at first

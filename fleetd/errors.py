@@ -8,7 +8,7 @@
      ├─ ApiError               the caller of an API: status, stable code, Retry-After
      └─ InvalidTransition      a bug of ours: a state moved in a way the table does not know
 
-`hint` says in one sentence what to do; `recoverable` says whether trying again later can help.
+`hint` is one sentence that states what to do; `recoverable` is whether a retry can help.
 Any other exception that escapes is a bug to report.
 """
 
@@ -39,7 +39,7 @@ class FleetError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a configuration file. Lines and columns count from 1; 0 means unknown."""
+    """One mistake in a file. Lines and columns count from 1; 0 means unknown."""
 
     file: str
     line: int
@@ -59,7 +59,7 @@ class Problem:
 
 
 class ConfigError(FleetError):
-    """fleet.yaml cannot be used. All problems at once, in the order of the file; `files` are all that it is made of."""
+    """fleet.yaml is invalid: all problems in file order, and all its `files`."""
 
     def __init__(self, problems: Sequence[Problem], *, hint: str | None = None, files: Iterable[Path] = ()) -> None:
         self.problems = tuple(problems)
@@ -68,7 +68,7 @@ class ConfigError(FleetError):
 
 
 class EngineError(FleetError):
-    """An engine refused or failed. `recoverable` is False where only an edit of fleet.yaml helps.
+    """An engine failed. `recoverable` False: only an edit of fleet.yaml helps.
 
     `key` is the key of the entry that it is about, where one is: `options.api_key`, or `command` for the program itself.
     """
@@ -122,7 +122,7 @@ class InvalidTransition(FleetError):
 
 
 def in_words(error: Exception) -> str:
-    """Return what went wrong with a connection, without an HTTP library's account of how it tried."""
+    """Return what went wrong with a connection, without the HTTP library's account."""
     cause = getattr(error, "os_error", None)
     if (
         isinstance(cause, OSError) and cause.errno and type(cause).__module__ == "builtins"

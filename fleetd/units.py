@@ -30,7 +30,7 @@ _SIZE_SPELLING = {unit.lower(): unit for unit in _SIZE_UNITS}
 
 
 def shown(value: object) -> str:
-    """Return a value as a message quotes it: short, on one line, containers by their kind."""
+    """Return a value as a message quotes it: short, one line, containers by kind."""
     if isinstance(value, str):
         cut = value if len(value) <= 60 else value[:57] + "..."
         return repr(cut)
@@ -50,7 +50,7 @@ def parse_duration(value: object) -> float:
     if isinstance(value, int | float):
         if value == 0:
             return 0.0
-        raise ValueError(f"a duration needs a unit: try {_with_unit(value)}")
+        raise ValueError(f"invalid duration {shown(value)}: no unit (try {_with_unit(value)})")
     text = value.strip()
     if text in ("0", "0.0"):
         return 0.0
@@ -74,32 +74,34 @@ def _sum_of_parts(text: str) -> float:
             raise ValueError(_duration_mistake(text))
         unit_s = _UNIT_S[part[2]]
         if unit_s >= smallest:
-            raise ValueError(f"{shown(text)} must name its units once each, from long to short, such as 1h30m")
+            raise ValueError(
+                f"invalid duration {shown(text)}: units out of order (each once, from long to short, such as 1h30m)"
+            )
         smallest, total, position = unit_s, total + float(part[1]) * unit_s, part.end()
     if position == 0:
         raise ValueError("must be a duration such as 10s or 5m, not an empty string")
     if total > MAX_DURATION_S:
-        raise ValueError(f"{shown(text)} is longer than ten years")
+        raise ValueError(f"invalid duration {shown(text)}: longer than ten years")
     return round(total, 6)
 
 
 def _duration_mistake(text: str) -> str:
     found = _NUMBER_AND_WORD.fullmatch(text)
     if found is None:
-        return f"{shown(text)} is not a duration: write it as 250ms, 10s, 5m, 1h30m or 7d"
+        return f"invalid duration {shown(text)}: not numbers with units (write 250ms, 10s, 5m, 1h30m or 7d)"
     number, word = found[1], found[2]
     if number.startswith("-"):
-        return f"{shown(text)} is negative: a duration is 0 or more"
+        return f"invalid duration {shown(text)}: negative (use 0 or more)"
     if not word:
-        return f"a duration needs a unit: try {number}s or {number}ms"
+        return f"invalid duration {shown(text)}: no unit (try {number}s or {number}ms)"
     lower = word.lower()
     unit = lower if lower in _UNIT_S else _UNIT_NAMES.get(lower)
     hint = f"try {number}{unit}" if unit and lower not in ("ns", "us", "w") else "use ms, s, m, h or d"
-    return f"{shown(text)} has no unit that a duration knows: {hint}"
+    return f"invalid duration {shown(text)}: unknown unit ({hint})"
 
 
 def format_duration(seconds: float) -> str:
-    """Return the shortest exact text that `parse_duration` reads back: 5400.0 gives 1h30m, 0.25 gives 250ms."""
+    """Return the shortest text that `parse_duration` reads back: 5400.0 gives 1h30m."""
     if seconds <= 0:
         return "0s"
     left_ms = round(seconds * 1000)
@@ -115,7 +117,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Return bytes from `14GiB`, `512MiB`, `16GB` (decimal), `10Gi` or an integer. Raises ValueError."""
+    """Return bytes from `14GiB`, `16GB` (decimal), `10Gi`, 1024. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a size such as 8GiB or 512MiB, not {shown(value)}")
     if isinstance(value, int | float):
@@ -125,7 +127,9 @@ def parse_size(value: object) -> int:
         raise ValueError("must be a size such as 8GiB or 512MiB, not an empty string")
     found = _NUMBER_AND_WORD.fullmatch(text) if len(text) <= _LONGEST_TEXT else None
     if found is None:
-        raise ValueError(f"{shown(text)} is not a size: write it as 14GiB, 512MiB, 16GB or whole bytes")
+        raise ValueError(
+            f"invalid size {shown(text)}: not a number with a unit (write 14GiB, 512MiB, 16GB or whole bytes)"
+        )
     number, unit = found[1], found[2]
     if not unit:
         return _checked_bytes(_number(number), text)
@@ -145,27 +149,27 @@ def _scaled(number: str, factor: int) -> int | float:
 
 def _size_mistake(text: str, number: str, unit: str) -> str:
     if unit == "%":
-        return f"{shown(text)}: a percentage can only be used for devices.NAME.budget, where a device total is the base"
+        return f"invalid size {shown(text)}: a percentage is accepted only for devices.NAME.budget"
     if unit.upper() in ("K", "M", "G", "T"):
         letter = unit.upper()
-        return f"{shown(text)} is ambiguous: try {number}{letter}iB or {number}{letter}B"
+        return f"invalid size {shown(text)}: ambiguous unit (try {number}{letter}iB or {number}{letter}B)"
     spelling = _SIZE_SPELLING.get(unit.lower())
     hint = f"try {number}{spelling}" if spelling else "use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
-    return f"{shown(text)} has no unit that a size knows: {hint}"
+    return f"invalid size {shown(text)}: unknown unit ({hint})"
 
 
 def _checked_bytes(count: int | float, source: object) -> int:
     if isinstance(count, float) and not (math.isfinite(count) and count == int(count)):
-        raise ValueError(f"{shown(source)} is not a whole number of bytes")
+        raise ValueError(f"invalid size {shown(source)}: not a whole number of bytes")
     if count < 0:
-        raise ValueError(f"{shown(source)} is negative: a size is 0 or more")
+        raise ValueError(f"invalid size {shown(source)}: negative (use 0 or more)")
     if count > MAX_SIZE_BYTES:
-        raise ValueError(f"{shown(source)} is more than any machine has")
+        raise ValueError(f"invalid size {shown(source)}: more than any machine has")
     return int(count)
 
 
 def format_size(size_bytes: int) -> str:
-    """Return an exact text that `parse_size` reads back: 2147483648 gives 2GiB, 1000 gives 1KB, 1001 gives 1001B."""
+    """Return an exact text that `parse_size` reads back: 1000 gives 1KB."""
     if size_bytes == 0:
         return "0B"
     for units in (_BINARY, _DECIMAL):
@@ -189,10 +193,10 @@ def parse_percent(value: object) -> float:
         raise ValueError(f"must be a percentage such as 85%, not {shown(value)}")
     found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)\s*%", value.strip())
     if found is None:
-        raise ValueError(f"{shown(value)} is not a percentage: write it as 85%")
+        raise ValueError(f"invalid percentage {shown(value)}: not a number with % (write 85%)")
     fraction = float(found[1]) / 100
     if not 0 < fraction <= 1:
-        raise ValueError(f"{shown(value)} must be more than 0% and at most 100%")
+        raise ValueError(f"invalid percentage {shown(value)}: must be more than 0% and at most 100%")
     return fraction
 
 
@@ -202,7 +206,7 @@ def format_percent(fraction: float) -> str:
 
 
 def expand_home(text: str) -> str:
-    """Return a path with `~` or `~user` at its start replaced; unchanged where there is no such home."""
+    """Return a path with `~` or `~user` expanded, unchanged without such a home."""
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:

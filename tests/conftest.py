@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from tests.support.waiting import descendants
+from tests.support.warm_start import is_config_worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LEAK_GRACE_S = 3.0
@@ -76,7 +77,7 @@ def _command_of_leaked(pid: int) -> str | None:
     try:
         child = psutil.Process(pid)
         command = " ".join(child.cmdline()) or child.name()
-        is_worker = child.ppid() != os.getpid() and "fleetd.daemon.reload.worker" in command
+        is_worker = child.ppid() != os.getpid() and is_config_worker(child)
     except psutil.Error:
         return None
     return None if is_worker else command

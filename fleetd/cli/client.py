@@ -1,4 +1,4 @@
-"""A small HTTP client over the Unix socket, from the standard library alone, because `fleetctl` must start in milliseconds.
+"""A client of the control API over the Unix socket that loads in milliseconds, because every `fleetctl` waits for it.
 
 Invariants:
 - Every wait has a deadline, every response a size limit.
@@ -9,18 +9,17 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
 import select
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from fleetd.cli.http_response import InvalidResponse, Response, ResponseError, send
 from fleetd.units import expand_home
 
 ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump contains the whole journal
@@ -120,17 +119,6 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a connected socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__("fleetd")
-        self.sock = connection
-
-    def connect(self) -> None:
-        raise ConnectionError("the connection was lost")
-
-
 class Client:
     """A client with one connection per request, since the daemon may re-execute between two requests."""
 
@@ -207,25 +195,22 @@ class Client:
         deadline = time.monotonic() + limit_s
         try:
             connection.settimeout(min(limit_s, HANG_S))
-            http_connection = _UnixConnection(connection)
             raw = None if body is None else json.dumps(body).encode("ascii")
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
-                headers[BEFORE_HEADER] = (
-                    f"{time.monotonic() + HANG_S:.3f}"  # it is not carried out once fleetctl gave up
-                )
-            with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
-                http_connection.request(method, target_, raw, headers)
+                # The daemon does not carry it out once fleetctl has given up, which is never earlier than this.
+                headers[BEFORE_HEADER] = f"{min(time.monotonic() + HANG_S, deadline):.6f}"
+            send(connection, method, target_, headers, raw)
             self._await_answer(connection, path, deadline)
             connection.settimeout(min(limit_s, HANG_S))
-            response = http_connection.getresponse()
-            content = _read_all(response, connection, deadline)
+            response = Response.read(connection)
+            content = response.body(ANSWER_MAX_BYTES, deadline, HANG_S)
         except TimeoutError:
             raise Unreachable(f"fleetd on {path} did not respond within {limit_s:g} s", hint=None) from None
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
-                raise _not_fleetd(path) from None
+        except InvalidResponse:
+            raise _not_fleetd(path) from None
+        except (OSError, ResponseError) as error:
             raise HungUp(f"fleetd on {path} hung up: {str(error) or type(error).__name__}", hint=None) from None
         finally:
             connection.close()
@@ -234,8 +219,9 @@ class Client:
     def _await_answer(self, connection: socket.socket, path: Path, deadline: float) -> None:
         """Wait for the first byte of a response; ask on another connection meanwhile whether the daemon still answers.
 
-        Raises Unreachable when it does not, TimeoutError at the deadline.
+        Raises Unreachable when it does not, but never before `HANG_S`; TimeoutError at the deadline.
         """
+        hangs_s = time.monotonic() + HANG_S
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -243,6 +229,8 @@ class Client:
             if select.select([connection], [], [], min(PING_EVERY_S, left_s))[0]:
                 return
             if time.monotonic() < deadline and not self._answers(path):
+                if select.select([connection], [], [], max(0.0, min(hangs_s, deadline) - time.monotonic()))[0]:
+                    return
                 raise Unreachable(f"fleetd on {path} does not answer: it hangs, or is stopped by a signal", hint=None)
 
     @staticmethod
@@ -279,20 +267,19 @@ class Client:
         connection, where = self.connect()
         try:
             connection.settimeout(self.answer_s)
-            http_connection = _UnixConnection(connection)
             headers = {"Accept": "text/event-stream", "Host": "fleetd"}
-            http_connection.request("GET", target(path, query), None, headers)
+            send(connection, "GET", target(path, query), headers)
             self._await_answer(connection, where, time.monotonic() + self.answer_s)
-            response = http_connection.getresponse()
-            if response.getheader("Content-Type", "").split(";")[0] != "text/event-stream":
-                content = _read_all(response, connection, time.monotonic() + self.answer_s)
+            response = Response.read(connection)
+            if response.content_type != "text/event-stream":
+                content = response.body(ANSWER_MAX_BYTES, time.monotonic() + self.answer_s, HANG_S)
                 self._understand(response.status, content, where)
                 raise _not_fleetd(where)
             connection.settimeout(SILENCE_S)
-            yield from _events(response)
+            yield from _events(response.lines(LINE_MAX_BYTES))
         except TimeoutError:
             raise StreamCut(f"fleetd on {where} stopped responding") from None
-        except (OSError, http.client.HTTPException):
+        except (OSError, ResponseError):
             raise StreamCut("connection to fleetd lost (it stopped or was replaced)") from None
         finally:
             connection.close()
@@ -317,35 +304,10 @@ def _not_fleetd(path: Path) -> Unreachable:
     return Unreachable(f"the server on {path} is not fleetd, or an incompatible version", hint=None)
 
 
-def _read_all(response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
-    """Return the body. Raises TimeoutError when it is not complete by `deadline`."""
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connection.settimeout(min(left, HANG_S))
-        chunk = response.read1(1 << 20)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > ANSWER_MAX_BYTES:
-            raise http.client.HTTPException("the response is too large")
-    if response.length:  # fewer bytes than Content-Length promised
-        raise http.client.IncompleteRead(b"")
-    return b"".join(chunks)
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """Parse server-sent events; return at `event: end`. Raises RequestRefused for `event: error`, StreamCut without an end."""
     event = ""
-    while True:
-        raw = response.readline(LINE_MAX_BYTES)
-        if not raw:
-            raise http.client.HTTPException("cut")
-        line = raw.rstrip(b"\r\n")
+    for line in lines:
         if line.startswith(b"event: "):
             event = line[7:].decode("utf-8", "replace")
         elif line.startswith(b"data: "):
@@ -354,9 +316,10 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             try:
                 body = json.loads(line[6:])
             except (ValueError, RecursionError):
-                raise http.client.HTTPException("not JSON") from None
+                raise ResponseError("not JSON") from None
             if not isinstance(body, dict):
-                raise http.client.HTTPException("not an object")
+                raise ResponseError("not an object")
             if event == "error":
                 raise RequestRefused(500, body)
             yield body
+    raise ResponseError("closed without an end")

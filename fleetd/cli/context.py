@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from fleetd.cli.client import Client, CliError, socket_candidates
 from fleetd.cli.render import Screen, open_screen
 from fleetd.units import parse_duration
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     _ParamType = click.ParamType[float]
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
@@ -141,6 +142,8 @@ def completion_of(*keys: str, also: Iterable[str] = ()) -> Callable[..., list[Co
     """Return a completion callback for names of `processes` and/or `models`; empty without a daemon."""
 
     def complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         socket = ctx.find_root().params.get("socket")
         try:
             names = _live_names(Session(socket, None, "never"), keys)

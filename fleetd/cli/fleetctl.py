@@ -14,18 +14,33 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import click
 
 from fleetd import __version__
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
-from fleetd.cli.commands import audit, chat, config, import_, inspect, lifecycle, migrate, models, setup
 from fleetd.cli.context import FORMS, Session
 from fleetd.cli.foreign import ALIASES, EXAMPLES, SECTIONS, line_for, nearest
 from fleetd.cli.render import clean, close_stdout
 
 PROGRAM = "fleetctl"
+# The verbs of each module of `fleetd.cli.commands`, in the order of the help. A module is imported when one of its verbs is used.
+VERBS = {
+    "inspect": ("status", "ps", "logs", "events", "story", "explain", "dump", "pm2-jlist", "version"),
+    "lifecycle": ("start", "stop", "restart", "drain", "undrain", "load", "unload", "pin", "unpin", "signal"),
+    "chat": ("chat",),
+    "config": ("diff", "apply", "reload", "daemon-reexec", "shutdown"),
+    "models": ("models", "volumes"),
+    "import_": ("import",),
+    "migrate": ("migrate",),
+    "audit": ("audit",),
+    "init": ("init",),
+    "doctor": ("doctor",),
+    "setup": ("install-service", "completion"),
+}
+_MODULE_OF = {verb: module for module, verbs in VERBS.items() for verb in verbs}
 
 
 class _ReaderLeft(Exception):
@@ -33,13 +48,21 @@ class _ReaderLeft(Exception):
 
 
 class _Verbs(click.Group):
-    """Knows the aliases and the verbs of other tools; lists verbs in sections, each with an example in its help."""
+    """Imports the module of a verb when it is used; knows the aliases and the verbs of other tools.
+
+    Its help lists the verbs in sections; the help of each verb has examples.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
-        return list(self.commands)  # not sorted: the most used verbs come first
+        return list(dict.fromkeys((*_MODULE_OF, *self.commands)))  # not sorted: the most used verbs come first
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+        """Return the verb or the one of an alias, with its examples; None if no module defines it."""
+        name = cmd_name if cmd_name in _MODULE_OF else ALIASES.get(cmd_name, cmd_name)
+        if name not in self.commands and (module := _MODULE_OF.get(name)):
+            for verb in import_module(f"fleetd.cli.commands.{module}").VERBS:
+                self.add_command(verb)
+        found = super().get_command(ctx, name)
         if found is not None and found.epilog is None and found.name is not None and found.name in EXAMPLES:
             found.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[found.name])
         return found
@@ -100,7 +123,7 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
     ctx.obj = Session(socket, form, color)
 
 
-@click.command(name="help")
+@cli.command(name="help")
 @click.argument("verbs", nargs=-1, metavar="[VERB]...")
 @click.pass_context
 def help_(ctx: click.Context, verbs: tuple[str, ...]) -> int:
@@ -110,25 +133,10 @@ def help_(ctx: click.Context, verbs: tuple[str, ...]) -> int:
     for verb in verbs:
         found = command.get_command(group, verb) if isinstance(command, click.Group) else None
         if found is None:
-            raise click.UsageError(_unknown([verb], list(cli.commands)), group)
+            raise click.UsageError(_unknown([verb], cli.list_commands(group)), group)
         command, group = found, click.Context(found, group, found.name)
     click.echo(command.get_help(group))
     return EXIT_OK
-
-
-for _command in (
-    *inspect.VERBS,
-    *lifecycle.VERBS,
-    *chat.VERBS,
-    *config.VERBS,
-    *models.VERBS,
-    *import_.VERBS,
-    *migrate.VERBS,
-    *audit.VERBS,
-    *setup.VERBS,
-    help_,
-):
-    cli.add_command(_command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from fleetd.units import counted
 
 if TYPE_CHECKING:
     from fleetd.config.load import LoadedConfig
-    from fleetd.resolver.resolved import Assembly
+    from fleetd.resolver.resolved import ResolvedFleet
 
 HANDOVER = "FLEETD_TAKE_OVER"  # set by a daemon that re-executes itself
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
@@ -134,14 +134,14 @@ def check(file: Path | None, quiet: bool) -> None:
 
     All errors at once, each with its place; warnings where there is no error.
     """
-    _, assembly = _assembled(file)
+    _, resolved = _load_and_resolve(file)
     if quiet:
         return
-    for warning in assembly.warnings:
+    for warning in resolved.warnings:
         click.echo(f"warning: {warning}", err=True)
-    spec = assembly.spec
+    spec = resolved.spec
     counts = f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}"
-    click.echo(f"{assembly.files[0]}: ok, {counts}")
+    click.echo(f"{resolved.files[0]}: ok, {counts}")
 
 
 @cli.command()
@@ -155,7 +155,7 @@ def render(file: Path | None, output: str) -> None:
     The normalised file and the exact command line and environment of every process, with secrets redacted."""
     from fleetd.resolver.render import rendered
 
-    document = rendered(*_assembled(file))
+    document = rendered(*_load_and_resolve(file))
     if output == "json":
         import json
 
@@ -182,14 +182,14 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-def _assembled(file: Path | None) -> tuple[LoadedConfig, Assembly]:
+def _load_and_resolve(file: Path | None) -> tuple[LoadedConfig, ResolvedFleet]:
     """Load and resolve a file as the daemon would, without writing anything."""
     gc.disable()  # thousands of entries are created and none is freed before the end
-    from fleetd.resolver.check import assembled
+    from fleetd.resolver.check import load_and_resolve
 
     path = file or default_config(os.environ)
     try:
-        return assembled(path, os.environ)
+        return load_and_resolve(path, os.environ)
     except ConfigError as error:
         _show_problems(error)
         sys.exit(BAD_CONFIG)

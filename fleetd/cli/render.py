@@ -15,7 +15,8 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, TextIO
 
 RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, DIM, BOLD = "31", "32", "33", "34", "35", "36", "2", "1"
@@ -93,7 +94,6 @@ class Screen:
     colour: bool = False
     columns: int | None = None
     unicode: bool = True
-    _styles: dict[str, str] = field(default_factory=dict)
 
     def paint(self, text: str, colour: str | None) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour and text else text
@@ -233,9 +233,9 @@ def _fit(screen: Screen, columns: Sequence[Column], widths: list[int]) -> list[i
 
 def size(count: object) -> str:
     """Return bytes as 1.5G, 512M; `-` for null."""
-    if not isinstance(count, int | float) or isinstance(count, bool):
+    value = _finite(count)
+    if value is None:
         return "-"
-    value = float(count)
     for unit in ("B", "K", "M", "G", "T"):
         if abs(value) < 1000 or unit == "T":
             return f"{value:.0f}{unit}" if unit == "B" or abs(value) >= 10 else f"{value:.1f}{unit}"
@@ -243,12 +243,13 @@ def size(count: object) -> str:
     return "-"
 
 
-def duration(seconds: object) -> str:
+def duration(value: object) -> str:
     """Return seconds as 250ms, 1.5s, 42s, 5m10s, 3h02m, 4d1h; `-` for null."""
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+    seconds = _finite(value)
+    if seconds is None:
         return "-"
     if seconds < 0.9995:
-        return f"{max(0, round(seconds * 1000))}ms" if seconds else "0s"
+        return f"{round(max(0.0, seconds) * 1000)}ms" if seconds else "0s"
     whole = round(seconds)
     if whole < 10:
         return f"{seconds:.1f}s"
@@ -259,6 +260,17 @@ def duration(seconds: object) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h{whole % 3600 // 60:02}m"
     return f"{whole // 86_400}d{whole % 86_400 // 3600}h"
+
+
+def _finite(value: object) -> float | None:
+    """Return a finite number; None for everything else that JSON can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if isfinite(found) else None
 
 
 def number(value: object, suffix: str = "") -> str:

@@ -41,7 +41,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """One changed key. `old` and `new` are texts with secrets redacted; None: the key is not set there."""
+    """One changed key: texts with secrets redacted; None: the key is not set there."""
 
     path: str
     old: str | None
@@ -51,7 +51,10 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfigChange:
-    """One entry that is added, changed or removed. `section` is services, instances, models or fleet (all other keys)."""
+    """One entry that is added, changed or removed.
+
+    `section` is services, instances, models or fleet (all other keys).
+    """
 
     action: Action
     section: str
@@ -61,7 +64,7 @@ class ConfigChange:
 
 
 def diff(old: FleetConfig | None, new: FleetConfig) -> tuple[ConfigChange, ...]:
-    """Return the changes from the old configuration (None: nothing is running) to the new one."""
+    """Return the changes from the old configuration (None: none) to the new one."""
     before = old if old is not None else FleetConfig()
     return (*_fleet(before, new), *_entries(before, new))
 

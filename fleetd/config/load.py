@@ -20,9 +20,9 @@ from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.schema.unsupported import find_unsupported
 from fleetd.config.validate.conflicts import check
 from fleetd.config.validate.messages import Messages
-from fleetd.config.validate.recovery import right_part, typed
+from fleetd.config.validate.recovery import typed, valid_part
 from fleetd.config.yaml.include import IncludeReader
-from fleetd.config.yaml.source_map import Marks, Path_
+from fleetd.config.yaml.source_map import Path_, SourceMap
 from fleetd.config.yaml.transform import lay_defaults, plain
 from fleetd.errors import ConfigError, Problem
 from fleetd.units import expand_home
@@ -32,71 +32,72 @@ from fleetd.units import expand_home
 class LoadedConfig:
     """A configuration without mistakes. `files` are all files that were read.
 
-    `stand_ins` are instances with mistakes of their own, of which only the engine is known: there is more to say of the models
-    that they hold, and nothing of them.
+    `stand_ins` are invalid instances of which only the engine is known: the models that they hold are checked, they are not.
     """
 
     config: FleetConfig
-    marks: Marks
+    source_map: SourceMap
     files: tuple[Path, ...]
     config_hash: str
     stand_ins: frozenset[Path_] = frozenset()
     patterns: tuple[tuple[Path, str], ...] = ()  # (folder, pattern) of `include`
 
     def folder_of(self, path: Path_) -> Path:
-        """Return the absolute folder that relative paths of the value at `path` start from."""
-        return self.marks.folder_of(path)
+        """Return the absolute folder that relative paths at `path` start from."""
+        return self.source_map.folder_of(path)
 
     def resolve(self, path: Path_, text: str) -> Path:
-        """Return a path of the configuration as an absolute one: `~` is the user's home, relative ones start at the file."""
+        """Return a path of fleet.yaml as an absolute one, relative to its file."""
         return Path(os.path.normpath(self.folder_of(path) / expand_home(text)))
 
 
-# Invalid plain data, its marks, and its valid part (None: there is none) → further problems.
-Beside = Callable[[Any, Marks, LoadedConfig | None], list[Problem]]
+# Invalid plain data, its source map, and its valid part (None: there is none) → further problems.
+FurtherChecks = Callable[[Any, SourceMap, LoadedConfig | None], list[Problem]]
 
 
-def load(path: Path, env: Mapping[str, str], beside: Beside | None = None) -> LoadedConfig:
-    """Read, join, interpolate and check a configuration. Raises ConfigError with every problem found.
+def load(path: Path, env: Mapping[str, str], further: FurtherChecks | None = None) -> LoadedConfig:
+    """Read and check a configuration. Raises ConfigError with every problem.
 
-    `beside`, when given, finds the mistakes that only other modules know, so that all are reported at once.
+    `further` finds the mistakes that only other modules know, so that all are reported at once.
     """
     reader = IncludeReader(env)
     root = reader.read(Path.cwd() / path, str(path))
     if root is None:
         raise ConfigError(_sorted(reader.problems, reader.order), files=reader.files)
     merged = lay_defaults(root)
-    marks = Marks(merged)
+    source_map = SourceMap(merged)
     data = plain(merged)
-    config, errors, problems = _validate(data, marks)
+    config, errors, problems = _validate(data, source_map)
     # A value that could not be read or interpolated is reported once: its type is unknown.
     places = {(problem.file, problem.line, problem.column) for problem in reader.problems}
     later = [problem for problem in problems if (problem.file, problem.line, problem.column) not in places]
     problems = [*reader.problems, *later]
     if problems or config is None:
-        told = {problem.path for problem in problems}
-        others = beside(data, marks, _right_of(data, config, errors, marks, reader.files)) if beside else []
-        problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in told]
+        reported = {problem.path for problem in problems}
+        others = (
+            further(data, source_map, _valid_part(data, config, errors, source_map, reader.files)) if further else []
+        )
+        problems += [p for p in others if (p.file, p.line, p.column) not in places and p.path not in reported]
         raise ConfigError(_sorted(problems, reader.order), files=reader.files)
     digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return LoadedConfig(config, marks, tuple(reader.files), digest, patterns=tuple(reader.patterns))
+    return LoadedConfig(config, source_map, tuple(reader.files), digest, patterns=tuple(reader.patterns))
 
 
-def _validate(data: Any, marks: Marks) -> tuple[FleetConfig | None, list[Any], list[Problem]]:
+def _validate(data: Any, source_map: SourceMap) -> tuple[FleetConfig | None, list[Any], list[Problem]]:
     """Return the configuration, or the type errors, and all problems."""
-    messages = Messages(marks)
-    problems = find_unsupported(data, marks)
+    messages = Messages(source_map)
+    problems = find_unsupported(data, source_map)
     config, errors = typed(data)
     problems += messages.problems(errors)
-    return config, errors, problems + check(data, marks, messages)
+    return config, errors, problems + check(data, source_map, messages)
 
 
-def _right_of(
-    data: Any, config: FleetConfig | None, errors: list[Any], marks: Marks, files: list[Path]
+def _valid_part(
+    data: Any, config: FleetConfig | None, errors: list[Any], source_map: SourceMap, files: list[Path]
 ) -> LoadedConfig | None:
     """Return the valid part of a configuration; None if there is none."""
-    part, stand_ins = (config, frozenset[Path_]()) if config is not None else right_part(data, errors)
-    return LoadedConfig(part, marks, tuple(files), "", stand_ins) if part is not None else None
+    part, stand_ins = (config, frozenset[Path_]()) if config is not None else valid_part(data, errors)
+    return LoadedConfig(part, source_map, tuple(files), "", stand_ins) if part is not None else None
 
 
 def _sorted(problems: Iterable[Problem], order: Mapping[str, int]) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Which values are never shown: by the name they stand under."""
+"""Decide by its name whether a value is a secret, and redact it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HARMLESS = frozenset({"keys_file", "max_tokens", "num_keys"})
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a key, variable or flag of this name holds a secret: HF_TOKEN, apiKey, --api-key, DB_PASSWORD."""
+    """Return whether a key, variable or flag of this name holds a secret."""
     lower = _WORD_BREAK.sub("_", name).lower()
     return lower not in _HARMLESS and _SECRET.search(lower) is not None
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """Return a plain value in which everything under a secret name is hidden, words after a secret flag included."""
+    """Return a plain value without secrets, including words after a secret flag."""
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if name and is_secret(name) and value is not None and not isinstance(value, bool):

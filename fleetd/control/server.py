@@ -1,8 +1,7 @@
-"""The control API: an aiohttp application, served on the Unix socket or, read-only, elsewhere.
+"""The control API: an aiohttp application, served on the Unix socket.
 
 Invariants:
-- On the socket the peer's credentials are the key: the same user or root. Elsewhere nothing may be changed, unless
-  `may_change(request)` allows it.
+- The peer's credentials are the key: the same user or root.
 - aiohttp's defaults are replaced: cancellation of handlers, limits and timeouts are set here.
 """
 
@@ -28,26 +27,21 @@ KEEPALIVE_S = 20.0  # also the longest time for a request's head to arrive
 SHUTDOWN_S = 2.0
 
 Metrics = Callable[[], Awaitable[bytes]]
-MayChange = Callable[[web.Request], bool]
 
 
 def create_app(
     port: ControlPort,
     *,
-    read_only: bool = False,
-    may_change: MayChange | None = None,
     metrics: Metrics | None = None,
     middlewares: Sequence[Middleware] = (),
     library: LibraryPort | None = None,
 ) -> web.Application:
     """Return the application with every route of /v1.
 
-    `read_only`: changes are answered 403, except requests that `may_change` accepts. `metrics` renders the Prometheus text of
-    GET /v1/metrics and /metrics; without it these routes do not exist. `middlewares` run inside the one that turns errors into
-    JSON. Without `library` the routes of stores and volumes do not exist.
+    `metrics` renders the Prometheus text of GET /v1/metrics and /metrics; without it these routes do not exist. `middlewares`
+    run inside the one that turns errors into JSON. Without `library` the routes of stores and volumes do not exist.
     """
-    guards = [_guard_changes(may_change)] if read_only else []
-    app = web.Application(middlewares=[errors_as_json, *middlewares, *guards], client_max_size=BODY_MAX_BYTES)
+    app = web.Application(middlewares=[errors_as_json, *middlewares], client_max_size=BODY_MAX_BYTES)
     app[routes.PORT] = port
     app[sse.STREAMS] = set()
     app.on_shutdown.append(sse.cut_all)
@@ -72,23 +66,6 @@ def _add_metrics(app: web.Application, metrics: Metrics) -> None:
 async def _hide_software(_request: web.Request, response: web.StreamResponse) -> None:
     response.headers.popall("Server", None)
     response.headers["Server"] = "fleetd"
-
-
-def _guard_changes(may_change: MayChange | None) -> Middleware:
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.method in ("GET", "HEAD") or (may_change is not None and may_change(request)):
-            return await handler(request)
-        return answer(
-            error_document(
-                "read_only",
-                "Nothing can be changed through this listener without an admin key.",
-                "Use fleetctl on the machine itself, or send an admin key.",
-            ),
-            403,
-        )
-
-    return guard
 
 
 def _check_peer(allowed_uids: Collection[int]) -> Middleware:

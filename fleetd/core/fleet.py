@@ -68,7 +68,7 @@ class Fleet:
         return self.state.journal
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """Handle one event at monotonic time `now`; return the commands that follow, in order.
+        """Handle an event at monotonic `now`; return the resulting commands in order.
 
         Raises InvalidTransition (a bug) with the last notes on its subject.
         """
@@ -95,7 +95,7 @@ class Fleet:
         return None if self.state.journal.keep_all else self.admission.take(request_id, model, now)
 
     def give(self, request_id: int, now: float) -> bool:
-        """Finish a request if no command follows. False: nothing was done, send RequestFinished."""
+        """Finish a request if no command follows. False: send RequestFinished instead."""
         return not self.state.journal.keep_all and self._finish_warm(request_id, now)
 
     def _warm(self, event: Event, now: float, commands: list[Command]) -> list[Command]:
@@ -105,7 +105,7 @@ class Fleet:
         return commands
 
     def _finish_warm(self, request_id: int, now: float) -> bool:
-        """Free a slot that no request waits for. It frees no memory, so no other decision changes.
+        """Free a slot that no request waits for; it frees no memory.
 
         The only deadline that may become earlier is the idle time of the placement.
         """
@@ -151,7 +151,7 @@ class Fleet:
             state.emit(Finished(f"{what}, except those that cannot be killed: {', '.join(left)}" if left else what))
 
     def next_deadline(self) -> float | None:
-        """Return the monotonic time at which a Tick may change something; None: no such time.
+        """Return the monotonic time of the next useful Tick; None: no such time.
 
         Past times were handled at the last reconciliation, or wait for an event: they need no Tick.
         """

@@ -49,13 +49,13 @@ class EventHandlers:
             e.SetEmpty: self.set_empty,
             e.ProbeResult: self.probe_result,
             e.StartProgress: self.start_progress,
-            e.RequirementsChanged: self.requirements_changed,
+            e.ProcessPrerequisitesChanged: self.prerequisites_changed,
             e.MemorySampled: self.memory_sampled,
             e.RestartDue: self.restart_due,
             e.Loaded: self.loaded,
             e.LoadFailed: self.load_failed,
             e.LoadProgress: self.load_progress,
-            e.ModelRequirementsChanged: lambda event, now: self.loader.requires(event.model, event.missing, now),
+            e.ModelPrerequisitesChanged: lambda event, now: self.loader.requires(event.model, event.missing, now),
             e.Unloaded: self.unloaded,
             e.UnloadFailed: self.unload_failed,
             e.SleepSeen: self.sleep_seen,
@@ -141,7 +141,7 @@ class EventHandlers:
                 self.state.journal.note(StartPhaseChanged(event.name, event.phase))
             process.progress_s, process.phase = now, event.phase
 
-    def requirements_changed(self, event: e.RequirementsChanged, _now: float) -> None:
+    def prerequisites_changed(self, event: e.ProcessPrerequisitesChanged, _now: float) -> None:
         process = self.state.processes.get(event.name)
         if process is None or process.missing == event.missing:
             return

@@ -99,7 +99,7 @@ class OperatorHandlers:
     def pin_requested(self, event: e.PinRequested, _now: float) -> None:
         model = self.state.models.get(self.state.names.get(event.model, event.model))
         if model is not None:
-            model.pinned_by_hand = event.pin
+            model.pinned_by_operator = event.pin
             for placement in model.placements.values() if event.pin else ():
                 self.loader.sleeping.call_off(placement, "pinned by an operator")
             self.state.journal.note(PinChanged(model.name, event.pin))

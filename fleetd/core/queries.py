@@ -38,7 +38,7 @@ class Outlook(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadForecast:
-    """How a model would come into memory now. `leaving` are the models that would have to leave for it."""
+    """How a model would get into memory now; `leaving` would have to leave for it."""
 
     outlook: Outlook
     process: str = ""
@@ -50,7 +50,7 @@ class LoadForecast:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Reservations of one device, in bytes; `budget_bytes` and `free_bytes` are None without a limit."""
+    """Reservations of a device in bytes; no limit: `budget_bytes`, `free_bytes` None."""
 
     name: str
     budget_bytes: int | None
@@ -105,7 +105,7 @@ class FleetQueries:
         return any(placement.sleeps for placement in self._state.placements_on(process))
 
     def is_settled_asleep(self, process: str, now: float) -> bool:
-        """Return whether a model on the process has slept long enough for a sample to show what it holds asleep."""
+        """Return whether a model has slept long enough for a sample to show its size."""
         return any(
             placement.state is Residency.ASLEEP and now - placement.since_s >= SETTLED_S
             for placement in self._state.placements_on(process)
@@ -174,7 +174,7 @@ class FleetQueries:
         return [self._state.models[name] for name in sorted(names)]
 
     def ttl_deadline(self, model: Model) -> float | None:
-        """Return when the model is unloaded for being idle, in monotonic seconds; None: not at all for now."""
+        """Return when the idle model is unloaded, in monotonic seconds; None: not now."""
         times = (ttl_deadline(self._state, placement) for placement in model.placements.values())
         return min((time for time in times if time is not None), default=None)
 
@@ -199,7 +199,7 @@ class FleetQueries:
         return DeviceUse(name, budget_bytes, ledger.reserved_bytes(name), ledger.free_bytes(name))
 
     def forecast(self, model: Model, now: float) -> LoadForecast | None:
-        """Return what a request for the model would lead to now; None: it is in memory, or what it requires is missing."""
+        """Return what a request would cause now; None: it is loaded, or blocked."""
         state = self._state
         asleep = sleeping_placement(state, model)
         if model.missing or (model.placements and asleep is None):
@@ -229,7 +229,7 @@ class FleetQueries:
         return tuple(self._state.journal.entries)
 
     def reason_left(self, model: str) -> str | None:
-        """Return why a model last began to leave memory; None when the journal does not show it."""
+        """Return why a model last began to leave memory; None: not in the journal."""
         notes = reversed(self._state.journal.notes_on(model))
         return next((note.reason for note in notes if isinstance(note, ModelLeaving | Evicted | ModelLost)), None)
 

@@ -70,7 +70,7 @@ class SpecUpdate:
             self._died(exited, now)
 
     def _stopped_entries(self) -> set[str]:
-        """Return the entries of which an operator stopped all replicas: a new replica of one is stopped too."""
+        """Return the entries that an operator stopped; new replicas are stopped too."""
         running = {process.spec.base for process in self.state.processes.values() if not process.stopped}
         return {process.spec.base for process in self.state.processes.values()} - running
 
@@ -217,7 +217,7 @@ class SpecUpdate:
         self.supervisor.termination.settle_death(process, event.report, now)
 
     def observed(self, process: Process, served: dict[str, dict[str, int]], now: float) -> None:
-        """Merge the models that a server reports into the state; `served` is by model name of the fleet."""
+        """Merge the models that a server reports; `served` is by model name."""
         state = self.state
         state.unobserved.pop(process.name, None)
         for placement in list(state.placements_on(process.name)):
@@ -243,7 +243,7 @@ class SpecUpdate:
 
 
 def _settled(since_s: float | None, now: float) -> bool:
-    """Return whether an observation that arrives now can include a change at `since_s`."""
+    """Return whether an observation now can include a change at `since_s`."""
     return since_s is None or now - since_s >= OBSERVATION_AGE_S
 
 

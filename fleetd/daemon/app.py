@@ -48,7 +48,7 @@ from fleetd.host.system.memory import Devices
 from fleetd.host.types import HandleRecord, HostPaths
 from fleetd.resolver.environment import inherited
 from fleetd.resolver.port_assignment import keep_ports
-from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
+from fleetd.resolver.resolved import ResolvedFleet, Surroundings, machine_devices
 from fleetd.units import counted
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ _REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` is the worker that reads it since before this module was imported.
+    """`config` is absolute; `reading` is the worker that already reads it.
 
-    `early` is the lock of the run folder, where that could be guessed.
+    `early` is the lock of the run folder, if that folder could be guessed.
     """
 
     config: Path
@@ -98,7 +98,7 @@ class App:
         self._locks: DaemonLocks
 
     async def run(self) -> int:
-        """Start, serve until a shutdown, and clean up. Returns the exit code; raises FleetError when the start fails."""
+        """Serve until a shutdown and clean up; return the exit code. Raises FleetError."""
         async with AsyncExitStack() as stack:
             async with FileReading(self._options.reading) as reading:
                 await self._start(stack, reading)
@@ -134,33 +134,33 @@ class App:
         around = Surroundings(tuple(machine_devices(samples)), dict(os.environ), {}, learned)
         inputs = ReadInputs(around, frozenset(record.name for record in records), socket.gethostname())
         read, past = await asyncio.gather(reading.finish(inputs), store.last_of_each(_PAST_OF_EACH, _PAST_IN_ALL))
-        assembly = read.assembly
-        await asyncio.to_thread(keep_ports, paths.state, assembly.ports)
+        resolved = read.resolved
+        await asyncio.to_thread(keep_ports, paths.state, resolved.ports)
         config = ActiveConfiguration(self._options.config, read, inherited(os.environ))
         reporter.events.restore([cast("FleetEvent", entry.data) for entry in past])
         resources = Resources(host, store, devices, samples, learned, await store.facts(PREFIX))
         self._daemon = daemon = Daemon(resources, config, reporter, self._state, self._done.set)
         stack.push_async_callback(daemon.close)
-        listener = listening(assembly)  # bound now, but not accepted from before the fleet is ready to answer
+        listener = listening(resolved)  # bound now, but not accepted from before the fleet is ready to answer
         stack.callback(listener.close)
-        await self._watch(stack, assembly)
+        await self._watch(stack, resolved)
         for place in unreadable:
             reporter.adoption(place.name, f"an unreadable record was set aside: {place}")
         for place in store.quarantined:
             reporter.damaged_file(str(place))
         orders = handover.orders if handover is not None else reexec.PendingOrders()
-        await self._take_over(assembly, records, orders)
+        await self._take_over(resolved, records, orders)
         try:
             await self._listen(stack, paths, listener)
         except BaseException:
             await self._undo()
             raise
         self._start_background()
-        self._report_ready(assembly)
+        self._report_ready(resolved)
         self._up = True
         if orders.stop:
-            self._stop(False, "ordered during the re-execution")
-        self._catch_up(assembly)
+            self._stop(False, "requested during the re-execution")
+        self._catch_up(resolved)
 
     def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
         if handover is None:
@@ -169,9 +169,9 @@ class App:
             self._locks = DaemonLocks.inherit(paths.run, paths.state, handover.lock_fds)
         stack.callback(self._locks.release)
 
-    def _catch_up(self, assembly: Assembly) -> None:
+    def _catch_up(self, resolved: ResolvedFleet) -> None:
         """Apply what was saved, and do what was requested, during the start."""
-        if assembly.watch and any(changed_since(file, self._options.reading.began) for file in assembly.files):
+        if resolved.watch and any(changed_since(file, self._options.reading.began) for file in resolved.files):
             self._deferred.append(self._file_saved)
         for call in self._deferred:
             call()
@@ -206,29 +206,31 @@ class App:
             async with asyncio.timeout(_UNDO_S):
                 await self._done.wait()
         except TimeoutError:
-            self._log.error("not everything could be stopped")
+            self._log.error("some processes could not be stopped")
 
-    async def _take_over(self, assembly: Assembly, records: list[HandleRecord], orders: reexec.PendingOrders) -> None:
+    async def _take_over(
+        self, resolved: ResolvedFleet, records: list[HandleRecord], orders: reexec.PendingOrders
+    ) -> None:
         """Adopt what runs, then report everything to the fleet in one event."""
         daemon = self._daemon
         dispatch = daemon.loop.dispatch
         adoption = await adopt_all(daemon.host, daemon.processes, daemon.config, daemon.reporter.adoption, records)
-        missing = await daemon.prerequisites.check(assembly.plans)
+        missing = await daemon.prerequisites.check(resolved.plans)
         daemon.prerequisites.accept(missing)
         adopted, died = tuple(adoption.adopted), tuple(adoption.died)
         remembered = adoption.with_restarts(daemon.store.remembered)
-        dispatch(SpecChanged(assembly.spec, remembered, adopted, missing.processes, missing.models, died=died))
+        dispatch(SpecChanged(resolved.spec, remembered, adopted, missing.processes, missing.models, died=died))
         daemon.processes.adopted()
         for name in adoption.changed:
             dispatch(RestartRequested(name))
         for event in orders.events([event.name for event in adopted]):
             dispatch(event)
 
-    async def _watch(self, stack: AsyncExitStack, assembly: Assembly) -> None:
-        """Watch files before anything starts: a change after a program has read them restarts it."""
+    async def _watch(self, stack: AsyncExitStack, resolved: ResolvedFleet) -> None:
+        """Watch files before a start: a later change restarts a program that read them."""
         self._triggers = Triggers(self._daemon.context, self._daemon.background, self._file_saved)
         stack.push_async_callback(self._triggers.close)
-        self._triggers.follow(assembly)
+        self._triggers.follow(resolved)
         self._daemon.config.subscribe(self._triggers.follow)
         await asyncio.sleep(0)  # a watch begins with the first step of its task
 
@@ -241,7 +243,7 @@ class App:
         daemon = self._daemon
         daemon.background.start(daemon.sampler.run(), "sampling")
         daemon.background.start(daemon.prerequisites.run(), "prerequisites")
-        paths = daemon.config.assembly.paths
+        paths = daemon.config.resolved.paths
         space = DiskSpace({"log": paths.logs, "state": paths.state}, self._state, daemon.reporter)
         daemon.background.start(space.run(), "disk space")
         if self._notifier.watchdog_interval_s is not None:
@@ -253,8 +255,8 @@ class App:
             self._notifier.watchdog()
             await asyncio.sleep(period_s)
 
-    def _report_ready(self, assembly: Assembly) -> None:
-        spec = assembly.spec
+    def _report_ready(self, resolved: ResolvedFleet) -> None:
+        spec = resolved.spec
         took_s = time.monotonic() - self._state.started
         if self._sink.is_terminal:
             counts = f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}"
@@ -265,7 +267,7 @@ class App:
         log(
             "fleetd is up",
             version=__version__,
-            name=assembly.name,
+            name=resolved.name,
             config=str(self._options.config),
             gateway=self._state.gateway,
             socket=str(self._control.path),
@@ -273,7 +275,7 @@ class App:
             models=len(spec.models),
             took_ms=round(took_s * 1000),
         )
-        for warning in assembly.warnings:
+        for warning in resolved.warnings:
             self._log.warning("configuration", problem=str(warning))
         self._notifier.ready(f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}")
 
@@ -315,7 +317,7 @@ class App:
     # -- re-execution ---------------------------------------------------------------------------------------------------
 
     async def _order_reexec(self) -> None:
-        """Begin a re-execution. Raises ConfigError or ApiError when the new program could not start."""
+        """Begin a re-execution. Raises ConfigError or ApiError if it could not start."""
         if self._state.stopping:
             raise ApiError(409, "locked", "The daemon is shutting down.")
         await self._daemon.applier.check_restart()
@@ -327,7 +329,7 @@ class App:
             self._daemon.tasks.start(self._settle_for_reexec(), "settle for a re-execution")
 
     async def _settle_for_reexec(self) -> None:
-        """Let starts and stops complete, as far as that is soon; a shutdown in the meantime takes precedence."""
+        """Wait a while for starts and stops to complete; a shutdown takes precedence."""
         await reexec.settle(self._daemon)
         if not self._state.stopping:
             self._reexecuting = True
@@ -358,16 +360,16 @@ class App:
 
 
 def changed_since(file: Path, moment_s: float) -> bool:
-    """Return whether a file, or the link that leads to it, may have been replaced or written to since a moment."""
+    """Return whether a file or its link may have changed since a moment."""
     try:
         return max(file.stat().st_ctime, file.lstat().st_ctime) >= moment_s - _CLOCK_STEP_S
     except OSError:
         return True
 
 
-def listening(assembly: Assembly) -> socket.socket:
-    """Return the gateway's listening socket. Raises HostError when its address cannot be used."""
-    address = assembly.gateway
+def listening(resolved: ResolvedFleet) -> socket.socket:
+    """Return the gateway's listening socket. Raises HostError if it cannot bind."""
+    address = resolved.gateway
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -25,7 +25,7 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Start a task and keep a reference until it is done: the loop keeps only weak ones."""
+        """Start a task and keep a reference until it is done: the loop's is weak."""
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
         self._running.add(task)
         task.add_done_callback(self._done)
@@ -37,7 +37,7 @@ class Tasks:
             self._fault(task.get_name(), error)
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """Wait up to `grace_s` for the running tasks, then cancel the rest and wait for them."""
+        """Wait up to `grace_s` for running tasks, then cancel the rest."""
         current = asyncio.current_task()
         running = {task for task in self._running if task is not current}
         if running and grace_s > 0:
@@ -48,7 +48,7 @@ class Tasks:
 
 
 class ChangeSignal:
-    """Wakes waiters after every step of the fleet, so that they evaluate their predicate again."""
+    """Wakes waiters after every step of the fleet to check their predicate."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()

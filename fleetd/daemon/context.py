@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Report to operators: to the daemon's log, and to the event stream where clients see it."""
+    """Report to operators: to the daemon's log and the event stream."""
 
     def __init__(self, log: FilteringBoundLogger, events: EventLog) -> None:
         self.log = log
@@ -45,8 +45,8 @@ class Reporter:
 
     def damaged_file(self, path: str) -> None:
         """Report a state file that could not be read and was moved away."""
-        self.log.warning("a damaged file was set aside: what it held is lost", path=path)
-        text = f"a damaged file was set aside as {path}: what it held is lost"
+        self.log.warning("a damaged file was moved: its contents are lost", path=path)
+        text = f"a damaged file was moved to {path}: its contents are lost"
         self.events.report("daemon", None, EventCode.STATE_FILE_DAMAGED, text)
 
     def task_fault(self, task: str, error: BaseException) -> None:
@@ -85,7 +85,7 @@ class HttpClient:
 
 @dataclass(frozen=True, slots=True)
 class DaemonContext:
-    """The shared services. `queries` reads the fleet; events are the only way to change it."""
+    """The shared services. `queries` reads the fleet; only events change it."""
 
     queries: FleetQueries
     dispatch: Callable[[Event], None]

@@ -87,7 +87,7 @@ def _json(_: Any, __: str, event: dict[str, Any]) -> str:
 
 
 def set_up(sink: LogSink, level: str = "info") -> FilteringBoundLogger:
-    """Configure structlog on `sink` and return the daemon's logger. `level` is one of LEVELS."""
+    """Configure structlog on `sink` and return the logger; `level` is in LEVELS."""
     terminal = sink.is_terminal
     if not terminal:
         without_rich()

@@ -48,7 +48,7 @@ Subscriber = Callable[[Event], None]
 
 
 class FleetLoop:
-    """Pass events to a fleet and start the resulting commands, in order. `fault(event, error)` receives bugs."""
+    """Pass events to a fleet and start its commands; `fault(event, error)` gets bugs."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class FleetLoop:
         self._closed = self._held = False
 
     def subscribe(self, *subscribers: Subscriber, before_commands: bool = False) -> None:
-        """Call each subscriber at every step, after the commands of the event are started or before."""
+        """Call each subscriber at every step, after or before its commands start."""
         (self._before if before_commands else self._after).extend(subscribers)
 
     def dispatch(self, event: Event) -> None:
@@ -88,7 +88,7 @@ class FleetLoop:
         self._set_timer()
 
     def take(self, request_id: int, model: str) -> Placement | None:
-        """Grant a loaded model with a free slot at once; None: dispatch RequestArrived instead."""
+        """Grant a free slot of a loaded model; None: dispatch RequestArrived instead."""
         return None if self._draining or self._held else self._fleet.take(request_id, model, self._clock())
 
     def give(self, request_id: int) -> bool:
@@ -140,12 +140,12 @@ class FleetLoop:
         self.dispatch(Tick())
 
     def hold(self) -> None:
-        """Handle no further event: the program after an execv starts from the state of now."""
+        """Handle no further event: the next program starts from the present state."""
         self._held = True
         self.close()
 
     def close(self) -> None:
-        """Stop the timer. Events may still be dispatched; no deadline wakes the fleet any more."""
+        """Stop the timer: no deadline wakes the fleet any more."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()

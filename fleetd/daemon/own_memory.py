@@ -22,14 +22,14 @@ def use_one_heap() -> None:
 
 
 def freeze() -> None:
-    """Return what only the start needed, and exclude long-lived objects from collection."""
+    """Free memory of the start, and exclude long-lived objects from collection."""
     gc.collect()
     gc.freeze()
     trim()
 
 
 def trim() -> None:
-    """Return freed memory to the system, such as a replaced configuration. Blocks a few milliseconds."""
+    """Return freed memory to the system. Blocks a few milliseconds."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

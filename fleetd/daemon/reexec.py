@@ -36,14 +36,14 @@ REST_S = 3.0  # for what begins while the listeners are closed
 
 @dataclass(frozen=True, slots=True)
 class PendingOrders:
-    """Restarts that are not done, with their reasons by name (`turns`: of rolling restarts), and an ordered shutdown."""
+    """Unfinished restarts with reasons (`turns`: rolling), and a requested shutdown."""
 
     restarts: Mapping[str, str] = field(default_factory=dict)
     turns: Mapping[str, str] = field(default_factory=dict)
     stop: bool = False
 
     def events(self, names: Collection[str]) -> Iterator[RestartDue]:
-        """Yield the restarts of adopted processes: any other process has exited, and starts again anyway."""
+        """Yield the restarts of adopted processes; all others start again anyway."""
         for name in names:
             if name in self.restarts:
                 yield RestartDue(name, self.restarts[name])
@@ -94,13 +94,13 @@ def pending_orders(queries: FleetQueries, stop: bool) -> PendingOrders:
     return PendingOrders(queries.pending_restarts(), queries.rolling_restarts(), stop)
 
 
-async def settle(daemon: Daemon, timeout_s: float = SETTLE_S) -> None:
-    """Wait until nothing is in progress, a shutdown is ordered, or `timeout_s` is over."""
+async def settle(daemon: Daemon) -> None:
+    """Wait until nothing is in progress, a shutdown comes, or SETTLE_S is over."""
 
     def settled() -> bool | None:
         return daemon.state.stopping or not any(map(in_progress, daemon.fleet.queries.processes())) or None
 
-    await daemon.changes.wait_for(settled, timeout_s)
+    await daemon.changes.wait_for(settled, SETTLE_S)
 
 
 def command_line(words: Sequence[str], config: Path) -> list[str]:

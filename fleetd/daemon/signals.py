@@ -31,7 +31,7 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 async def hold() -> None:
-    """Block the signals for the program after the execv; earlier ones are handled on return."""
+    """Block signals for the next program; earlier ones are handled on return."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     for _ in range(3):  # from the kernel's pipe to the loop, and from there to the handler
         await asyncio.sleep(0)

@@ -41,7 +41,7 @@ from fleetd.resolver.resolved import GatewaySettings
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the start has opened and read: the host, the state on disk, and the devices with their first samples.
+    """The opened resources: host, state on disk, devices with their first samples.
 
     `learned` are the footprints, and `startup_facts` the facts of starts, that earlier daemons kept.
     """
@@ -55,7 +55,7 @@ class Resources:
 
 
 class Daemon:
-    """The parts. `finished` is called once, when all processes have stopped after a shutdown."""
+    """The parts. `finished` is called once, after a shutdown stopped everything."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Daemon:
         measured = Measured(self.processes, self.sampler, self.loads, self.builds, store)
         self.view = StatusView(context, measured, state, readiness)
         self.port = DaemonFleetPort(context, self.loop, request_ids, readiness)
-        self.gateway = Gateway(self.port, gateway_options(config.assembly.gateway))
+        self.gateway = Gateway(self.port, gateway_options(config.resolved.gateway))
         self.probes = ProbeRunner(
             context, host, self.processes, Traffic(self.gateway.last_answer_s, self.port.full_since)
         )

@@ -97,7 +97,7 @@ class LaunchContext:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A complete command line. `env` is the engine's part; the daemon adds the inherited part and the user's `env`.
+    """A complete command line; `env` is only the engine's part of the environment.
 
     `requires` are paths that must exist before a start; the process is BLOCKED until they do. `named` maps a required path to
     the option that names it: path → `mmproj`, `lora[0]`. The values of the variables in `secret_env` are never shown.
@@ -113,7 +113,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class ExitVerdict:
-    """Why a process exited. `reason` holds only what the exit code and the signal do not say; it may be empty."""
+    """Why a process exited; `reason` adds to code and signal, and may be empty."""
 
     kind: ExitKind  # the restart policy reads it
     reason: str = ""
@@ -121,7 +121,7 @@ class ExitVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model that a server has in memory. `context_length` is in tokens; None: the server does not report it."""
+    """A model in a server's memory; `context_length` in tokens, None: not reported."""
 
     served_as: str
     device_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class SleepRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutcome:
-    """The result of one probe. `key` is the key of the entry that a failure is about; `final`: retrying cannot help."""
+    """The result of one probe. `key`: the key at fault; `final`: retrying cannot help."""
 
     ok: bool
     detail: str = ""
@@ -166,12 +166,12 @@ class OptionProblem:
 
 
 class ModelServer(Protocol):
-    """Loads models into a running process. Required exactly where `Capabilities.many_models` is set."""
+    """Loads models; required exactly where `Capabilities.many_models` is set."""
 
     async def load(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float
     ) -> Mapping[str, int]:
-        """Load a model and return the bytes per device that the server measured, empty if unknown.
+        """Load a model and return its measured bytes per device, empty if unknown.
 
         The device "gpu" means the entry's own device. Raises EngineError.
         """
@@ -183,22 +183,22 @@ class ModelServer(Protocol):
         """Return the models in memory. Raises EngineError."""
 
     def canonical_name(self, served_as: str) -> str:
-        """Return the form in which `loaded` reports a model that fleet.yaml calls `served_as`."""
+        """Return how `loaded` names a model that fleet.yaml calls `served_as`."""
 
 
 class Sleeper(Protocol):
-    """Makes a process release most of its memory and keep running. After any error the daemon kills the process."""
+    """Makes a process release its memory and stay. After any error it is killed."""
 
     def can_sleep(self, options: Options) -> bool:
         """Return whether a process with these options can sleep."""
 
     def asleep_bytes(self, context: LaunchContext, awake: Mapping[str, int]) -> Mapping[str, int] | None:
-        """Return the bytes per device that it takes asleep, given those it takes awake; None: unknown."""
+        """Return the bytes per device asleep, given those awake; None: unknown."""
 
     async def sleep(
         self, http: ClientSession, endpoint: Endpoint, options: Options, before: SleepRecord | None, timeout_s: float
     ) -> SleepRecord:
-        """Put an idle server to sleep. `before` is what an earlier sleep of this run returned. Raises EngineError."""
+        """Put it to sleep; `before` is from an earlier sleep. Raises EngineError."""
 
     async def wake(self, http: ClientSession, endpoint: Endpoint, before: SleepRecord, timeout_s: float) -> None:
         """Wake the server and verify it with one real request. Raises EngineError."""
@@ -208,25 +208,26 @@ class Sleeper(Protocol):
 
 
 class ModelStore(Protocol):
-    """Builds models in a server's store from the `from`, `quantize` and `modelfile` of fleet.yaml, before they are loaded.
+    """Builds models in a server's store before they are loaded.
 
+    A model is built from `from`, `quantize` and `modelfile` of fleet.yaml.
     `state_dir` is the daemon's state folder, where the record of built models is kept.
     """
 
     def key(self, context: LaunchContext, endpoint: Endpoint) -> str:
-        """Return a string that is equal for servers that share one store. Blocks on the file system."""
+        """Return a string that is equal for servers with one store. Blocks on files."""
 
     def library(self, http: ClientSession, endpoint: Endpoint, context: LaunchContext, state_dir: Path) -> Library:
-        """Return the content of the server's store, to compare it with fleet.yaml and to change it."""
+        """Return the content of the server's store, to compare and to change it."""
 
     def recipe(self, context: LaunchContext, model: ServedModel) -> ModelRecipe:
-        """Return how a model is built. Raises EngineError that lists every mistake of its entry."""
+        """Return how to build a model. Raises EngineError with every mistake of its entry."""
 
     def lock(self, key: str) -> asyncio.Lock:
         """Return the lock of a store; hold it while building or deleting anything in it."""
 
     def has_copy(self, context: LaunchContext, endpoint: Endpoint | None, model: ServedModel, state_dir: Path) -> bool:
-        """Return whether the store has the model's bytes, so that its source file may be missing. Blocks."""
+        """Return whether the store has the bytes of the model. Blocks on files."""
 
     async def build(
         self, http: ClientSession, endpoint: Endpoint, context: LaunchContext, model: ServedModel, *,
@@ -239,17 +240,17 @@ class ModelStore(Protocol):
 
 
 class StartupLog(Protocol):
-    """Reads the log of a start: its progress, and measurements that make the next start faster."""
+    """Reads the log of a start: progress, and measurements for the next start."""
 
     def phase(self, line: str) -> str | None:
-        """Return the phase that a log line reports; None: no news. A new phase extends the start's deadline."""
+        """Return the phase that a line reports, which extends the deadline; None: none."""
 
     def learned(self, context: LaunchContext, lines: Sequence[str]) -> Mapping[str, int]:
-        """Return the values to pass to the next start as `LaunchContext.learned`; empty: none."""
+        """Return the next start's `LaunchContext.learned`; empty: none."""
 
 
 class Engine(Protocol):
-    """The contract of an engine. `fleetd.engines.registry` checks it when it loads the engine."""
+    """The contract of an engine, which the registry checks when it loads one."""
 
     @property
     def name(self) -> str:
@@ -257,11 +258,11 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What every process of this engine can do; `capabilities_of` adds what depends on its options."""
+        """What every process can do; `capabilities_of` adds what options enable."""
 
     @property
     def options(self) -> type[Options]:
-        """The pydantic model of `options:` in fleet.yaml. Load it lazily if the daemon must not load pydantic for it."""
+        """The pydantic model of `options:`, loaded lazily where pydantic is not needed."""
 
     @property
     def server(self) -> ModelServer | None:
@@ -283,10 +284,10 @@ class Engine(Protocol):
         """Return the dialect that a server with these options speaks."""
 
     def validate(self, context: LaunchContext) -> Sequence[OptionProblem]:
-        """Return the mistakes beyond types: options that exclude each other, an env key that an option sets already."""
+        """Return the mistakes beyond types: conflicting options, keys of `env` set twice."""
 
     def launch(self, context: LaunchContext) -> Launch:
-        """Return the exact command line and environment. Raises EngineError when the program cannot be found."""
+        """Return the command line and environment. Raises EngineError without a program."""
 
     def probes(self, options: Options) -> Probes:
         """Return the default probes; fleet.yaml can override each one."""
@@ -295,18 +296,18 @@ class Engine(Protocol):
         """Return how many requests one server processes at once."""
 
     def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:
-        """Return the bytes per device of the process (`model` None) or of one served model; None: unknown.
+        """Return bytes per device of the process (no model) or a model; None: unknown.
 
         Raises EngineError with the key of the model that names an unusable file.
         """
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
-        """Return why the process exited, given its exit code or signal (both None: unknown) and its last log lines."""
+        """Return why it exited, from code or signal (both None: unknown) and last lines."""
 
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
-        """Request one real token, the only proof that a server works. Never causes a load; does not raise EngineError."""
+        """Request one real token. Never causes a load; does not raise EngineError."""
 
 
 @lru_cache(64)  # a fleet of thousands of entries names the same few paths again and again
@@ -315,7 +316,7 @@ def _joined(folder: Path, path: str) -> Path:
 
 
 def capabilities_of(engine: Engine, options: Options) -> Capabilities:
-    """Return what one process can do: the engine's capabilities and what these options add."""
+    """Return the capabilities of the engine with these options."""
     if engine.sleep is None:
         return engine.capabilities
     return replace(engine.capabilities, can_sleep=engine.sleep.can_sleep(options))

@@ -60,7 +60,10 @@ CLIENT_VARIABLES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class DockerRuntime:
-    """The settings of `runtime: {docker: …}`. `gpus` is ("all",), or numbers or UUIDs; `network` is host or bridge."""
+    """The settings of `runtime: {docker: …}`.
+
+    `gpus` is ("all",), or numbers or UUIDs; `network` is host or bridge.
+    """
 
     image: str
     gpus: tuple[str, ...] = ()
@@ -80,7 +83,7 @@ class DockerRuntime:
 
 @dataclass(frozen=True, slots=True)
 class Contained:
-    """A launch in a container, and the commands of the client that act on the container.
+    """A launch in a container, and the client's commands for that container.
 
     `inspect` prints `PID ID`, the first process of the container on this machine. `on_command_line` are the variables whose
     values are on the command line, since the client would read them from its environment.
@@ -106,7 +109,7 @@ def contain(
     own_env: Mapping[str, str] | None = None,
     stop_timeout_s: float = 10.0,
 ) -> Contained:
-    """Return the launch of the container for an engine's launch; `own_env` are the variables of the entry.
+    """Return the container's launch; `own_env` are the variables of the entry.
 
     The first word of the engine's command line becomes the entry point: a program of the image. Raises EngineError for an
     invalid mount and for an argument that fleetd sets.
@@ -156,7 +159,7 @@ def container_name(fleet: str, instance: str) -> str:
 
 
 def list_command(fleet: str, program: str = "docker") -> tuple[str, ...]:
-    """Return the command that lists a fleet's containers, one `ID<tab>INSTANCE` per line."""
+    """Return the command that lists the containers, `ID<tab>INSTANCE` per line."""
     template = (
         '{{.ID}}\t{{index .Labels "fleetd.instance"}}'
         if "podman" in PurePosixPath(program).name
@@ -166,7 +169,7 @@ def list_command(fleet: str, program: str = "docker") -> tuple[str, ...]:
 
 
 def unknown_containers(output: str, known: Collection[str]) -> list[tuple[str, str]]:
-    """Return (id, instance) of the containers in the output of `list_command` whose instance is not in `known`."""
+    """Return (id, instance) of listed containers whose instance is not in `known`."""
     rows = (line.split("\t") for line in output.splitlines())
     return [
         (row[0].strip(), row[1].strip())
@@ -176,7 +179,7 @@ def unknown_containers(output: str, known: Collection[str]) -> list[tuple[str, s
 
 
 def pull_phase(line: str) -> str | None:
-    """Return the phase of a start if the line is the client's report of a pull, else None."""
+    """Return the phase if the line is the client's report of a pull, else None."""
     return "pulling the image" if _PULLING.search(line) else None
 
 
@@ -246,7 +249,7 @@ def _with_line(sentence: str, line: str) -> str:
 
 
 def inner_signal(code: int | None) -> str | None:
-    """Return the signal that killed the program inside, which the client reports as an exit code; None: no signal."""
+    """Return the signal behind the client's exit code; None: no signal."""
     return _SIGNALS.get(code) if code is not None else None
 
 
@@ -272,7 +275,7 @@ def _gpus(runtime: DockerRuntime) -> list[str]:
 
 
 def _mount(instance: str, text: str) -> str:
-    """Return the bind mount for `/a:/b:ro`. Unlike --volume it does not create a missing path, such as an unplugged drive."""
+    """Return the bind mount for `/a:/b:ro`, which never creates a missing path."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
         raise EngineError(
@@ -284,7 +287,7 @@ def _mount(instance: str, text: str) -> str:
 
 
 def _required_mounts(launch: Launch, runtime: DockerRuntime) -> list[str]:
-    """Return mounts for required paths that no configured mount covers, writable if a variable names them."""
+    """Return mounts for uncovered required paths; writable if a variable names them."""
     inside = [PurePosixPath(text.split(":")[1]) for text in runtime.mounts if text.count(":") >= 1]
     written = set(launch.env.values())
     mounts = []
@@ -296,7 +299,7 @@ def _required_mounts(launch: Launch, runtime: DockerRuntime) -> list[str]:
 
 
 def _required_sources(launch: Launch, runtime: DockerRuntime) -> tuple[str, ...]:
-    """Return the required paths on this machine: of a path that a mount covers, the source."""
+    """Return the required paths on this machine: the source of a mounted path."""
     mounts = [text.split(":")[:2] for text in runtime.mounts]
     found = [source for source, _ in mounts]
     for path in launch.requires:

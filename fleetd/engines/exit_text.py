@@ -16,7 +16,7 @@ Causes = Iterable[tuple[ExitKind, Sequence[str]]]
 
 
 def from_log(causes: Causes, log_tail: Sequence[str]) -> ExitVerdict | None:
-    """Return the verdict of the first cause, of which a line contains one of the lower-case phrases; the last such line is quoted."""
+    """Return the first cause with a phrase in a line; quote the last such line."""
     for kind, phrases in causes:
         for line in reversed(log_tail):
             if any(phrase in line.lower() for phrase in phrases):
@@ -35,7 +35,7 @@ def plain(line: str) -> str:
 
 
 def from_status(code: int | None, signal: str | None, reason: str = "") -> ExitVerdict:
-    """Return the verdict by exit status alone; `reason` counts where the exit is a failure."""
+    """Return the verdict by status alone; `reason` counts where it is a failure."""
     if code == 0 and signal is None:
         return ExitVerdict(ExitKind.EXPECTED)
     unknown = code is None and signal is None

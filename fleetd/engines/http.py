@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 EXCERPT_CHARS = 300
 T = TypeVar("T")
+_LONGEST_PERIOD_S = 0.5
 _MOST = 2**62  # the largest valid count of bytes or tokens
 
 
@@ -51,7 +52,7 @@ class Reply:
         return error or f"HTTP status {self.status}"
 
     def expect(self, what: str) -> Reply:
-        """Return itself if the status is 2xx. Raises EngineError otherwise: `what` failed, and why."""
+        """Return itself if the status is 2xx. Raises EngineError: `what` failed, and why."""
         if not self.ok:
             raise EngineError(f"{what} failed: HTTP {self.status} from {self.url}: {self.message}")
         return self
@@ -63,7 +64,7 @@ class Reply:
         return self.data
 
     def listing(self, key: str) -> Sequence[Mapping[str, Any]]:
-        """Return the JSON objects listed under `key`; null counts as empty. Raises EngineError for any other shape."""
+        """Return the JSON objects under `key`; null is empty. Raises EngineError."""
         value = self.mapping().get(key, ...)
         shown = self.text.strip()[:EXCERPT_CHARS]
         if value is None:
@@ -73,7 +74,7 @@ class Reply:
         return value
 
     def word(self, entry: Mapping[str, Any], *keys: str) -> str:
-        """Return the text under the first of `keys` that is set. Raises EngineError if it is no text, or empty."""
+        """Return the non-empty text under the first set key. Raises EngineError."""
         value = next((entry[key] for key in keys if entry.get(key) is not None), None)
         if not isinstance(value, str) or not value:
             raise EngineError(
@@ -82,7 +83,7 @@ class Reply:
         return value
 
     def count(self, entry: Mapping[str, Any], key: str) -> int:
-        """Return the whole number under `key`, 0 if it is missing or null. Raises EngineError for anything else."""
+        """Return the whole number under `key`, 0 if missing or null. Raises EngineError."""
         value = entry.get(key)
         if value is None:
             return 0
@@ -100,9 +101,8 @@ async def call(
     payload: Mapping[str, Any] | None = None,
     *,
     timeout_s: float,
-    limit_bytes: int = ANSWER_LIMIT_BYTES,
 ) -> Reply:
-    """Send a request and read the whole answer, at most `limit_bytes`. Raises EngineError without an answer in `timeout_s`."""
+    """Send a request and read the whole answer, at most ANSWER_LIMIT_BYTES. Raises EngineError without an answer in `timeout_s`."""
     import aiohttp  # here, since validating options needs no HTTP client
 
     url = endpoint.base_url + path
@@ -112,7 +112,7 @@ async def call(
         async with http.request(
             method, url, json=payload, headers=headers, timeout=timeout, allow_redirects=False
         ) as response:
-            body = await _bounded(response.content.iter_any(), limit_bytes, url)
+            body = await _bounded(response.content.iter_any(), url)
             status = response.status
     except TimeoutError as error:
         raise EngineError(f"{method} {url} did not answer within {timeout_s:g} s") from error
@@ -128,7 +128,7 @@ async def call(
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON of an answer; None if it is no JSON, or has lone surrogates, which cannot be printed."""
+    """Return the JSON; None if invalid, or with lone surrogates, which cannot print."""
     try:
         data = json.loads(text)
         if "\\u" in text:
@@ -138,12 +138,12 @@ def _parsed(text: str) -> Any:
     return data
 
 
-async def _bounded(chunks: Any, limit_bytes: int, url: str) -> bytes:
+async def _bounded(chunks: Any, url: str) -> bytes:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
-        if len(body) > limit_bytes:
-            raise EngineError(f"{url} answered with more than {limit_bytes} bytes")
+        if len(body) > ANSWER_LIMIT_BYTES:
+            raise EngineError(f"{url} answered with more than {ANSWER_LIMIT_BYTES} bytes")
     return bytes(body)
 
 
@@ -165,9 +165,8 @@ async def until(
     timeout_s: float,
     period_s: float,
     what: str,
-    longest_s: float = 0.5,
 ) -> T:
-    """Poll `condition` until its result is true, and return that; intervals grow from `period_s` to `longest_s`.
+    """Poll `condition` until its result is true, and return that; intervals grow from `period_s` to 0.5 s.
 
     Raises EngineError after `timeout_s`: `what` describes the state that did not change.
     """
@@ -177,5 +176,5 @@ async def until(
         if not left:
             raise EngineError(f"{what} after {timeout_s:g} s")
         await asyncio.sleep(min(period_s, left))
-        period_s = min(longest_s, period_s * 1.1)
+        period_s = min(_LONGEST_PERIOD_S, period_s * 1.1)
     return found

@@ -22,7 +22,7 @@ class ListedModels:
     async def load(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float
     ) -> Mapping[str, int]:
-        """Verify that the server lists the model. A server that lists no models is trusted."""
+        """Verify that the server lists the model; a server without a list is trusted."""
         names = await listed_names(http, endpoint, timeout_s)
         if names and model.served_as not in names:
             shown = ", ".join(sorted(names)[:_SHOWN_NAMES]) + (" …" if len(names) > _SHOWN_NAMES else "")
@@ -42,7 +42,7 @@ class ListedModels:
 
 
 async def listed_names(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> tuple[str, ...]:
-    """Return the models that /v1/models lists. Raises EngineError for a refusal, and for an answer of another shape."""
+    """Return the models that /v1/models lists. Raises EngineError."""
     reply = await call(http, endpoint, "GET", "/v1/models", timeout_s=timeout_s)
     return tuple(reply.word(entry, "id") for entry in reply.expect("listing models").listing("data"))
 

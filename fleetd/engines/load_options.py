@@ -19,7 +19,7 @@ COUNT, INDEX, SWITCH = Whole(1, LARGEST), Whole(0, LARGEST), Flag()
 def load_option_problems(
     models: Iterable[ServedModel], known: Mapping[str, FieldType], server: str, suffix: str = ""
 ) -> list[OptionProblem]:
-    """Return the mistakes in the load options of models that `server` serves; `suffix` ends each "unknown" message."""
+    """Return the mistakes in load options; `suffix` ends each "unknown" message."""
     found: list[OptionProblem] = []
     for model in models:
         for key, value in model.options.items():
@@ -46,7 +46,7 @@ def build_key_problems(models: Iterable[ServedModel], server: str) -> list[Optio
 
 
 def load_options(model: ServedModel, known: Mapping[str, FieldType]) -> dict[str, Any]:
-    """Return the load options of a checked model in the server's own types: a number may come from a variable."""
+    """Return checked load options in the server's types; a number may be a string."""
     return {key: known[key].parse(value) for key, value in model.options.items() if key in known}
 
 

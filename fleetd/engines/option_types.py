@@ -20,7 +20,6 @@ from fleetd.config.schema.types import (
     FieldType,
     Flag,
     Misplaced,
-    Real,
     Schema,
     Strings,
     Text,
@@ -52,7 +51,7 @@ class LifetimeType(DurationType):
 
 
 class AnyOf(FieldType):
-    """One of several kinds, described by one phrase: `AnyOf("auto, or true or false", Choice("auto"), Flag())`."""
+    """One of several kinds: `AnyOf("auto, or true or false", Choice("auto"), Flag())`."""
 
     def __init__(self, what: str, *kinds: FieldType) -> None:
         self.what, self.kinds = what, kinds
@@ -161,7 +160,7 @@ class ArgumentsType(JsonType):
 
 
 def _check_json(value: Any, where: tuple[str | int, ...]) -> None:
-    """Raise Misplaced for a value that is not JSON, or that cannot be on a command line."""
+    """Raise Misplaced for a value that is not JSON or not fit for a command line."""
     if len(where) > _DEEPEST:
         raise Misplaced(f"is nested more than {_DEEPEST} levels deep", *where)
     if isinstance(value, Mapping):
@@ -183,7 +182,6 @@ Duration = Annotated[float, DurationType()]
 Lifetime = Annotated[float, LifetimeType()]
 Count = Annotated[int, Whole(1, LARGEST)]
 Index = Annotated[int, Whole(0, LARGEST)]
-Share = Annotated[float, Real(0, 1e9)]
 Switch = Annotated[bool, Flag()]
 Secret = Annotated[SecretStr, SecretType()]
 Dialect = Annotated[Api, ApiType()]

@@ -22,7 +22,7 @@ class SharedOptions:
 
 
 class Options(BaseModel):
-    """Typed options of one entry: closed and frozen. An empty value (`threads:` with nothing after it) means "not set".
+    """Typed options of one entry: closed and frozen. An empty value means "not set".
 
     `travels_plain`: only the values are read after validation, so the config worker sends the daemon a plain object with the
     same attributes. `refused` maps keys that users may expect to the sentence that rejects them.
@@ -40,7 +40,7 @@ class Options(BaseModel):
         return data
 
     def shared(self) -> SharedOptions:
-        """Return the options with a meaning for fleetd: `api_key`, `model`, `embeddings`, `context_length`."""
+        """Return the options that fleetd reads: key, model, embeddings, context length."""
         values = dict(self)
         key, model = values.get("api_key"), values.get("model")
         length = values.get("context_length") or values.get("max_model_len")
@@ -53,7 +53,7 @@ class Options(BaseModel):
 
 
 def narrow(options: Options, kind: type[OwnOptions]) -> OwnOptions:
-    """Return `options` as the type of the engine that they were validated for. Raises TypeError for another engine's."""
+    """Return `options` as its engine's type. Raises TypeError for another engine's."""
     if not isinstance(options, kind):
         raise TypeError(f"{type(options).__name__} where {kind.__name__} is expected: options of another engine")
     return options

@@ -40,7 +40,7 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load(name: str) -> Engine:
-    """Return the engine `name`. Raises EngineError: unknown (with the nearest name), shadowing, or incomplete."""
+    """Return the engine `name`. Raises EngineError: unknown, shadowing, incomplete."""
     added = _entry_points()
     if name in BUILT_IN:
         if name in added:
@@ -60,7 +60,7 @@ def load(name: str) -> Engine:
 
 @cache
 def recall(name: str) -> Engine:
-    """Return an engine that another process of ours loaded before: built-in ones without scanning the packages."""
+    """Return an engine that another process loaded; built-in ones without a scan."""
     return _built_in(name) if name in BUILT_IN else load(name)
 
 
@@ -79,7 +79,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _from_entry_point(name: str, entry: EntryPoint) -> Engine:
-    """Load an entry point: an engine object, or a class that is constructed without arguments."""
+    """Load an entry point: an engine, or a class to construct without arguments."""
     try:
         found = entry.load()
         engine = found() if isinstance(found, type) else found
@@ -100,7 +100,7 @@ def _checked(name: str, engine: object, package: str) -> Engine:
 
 
 def contract_problems(engine: object) -> list[str]:
-    """Return how `engine` violates the contract of `Engine`, one phrase each. Does not evaluate its `options`."""
+    """Return the violations of the contract of `Engine`; `options` is not evaluated."""
     problems = _member_problems(engine, Engine, "")
     if problems:
         return problems
@@ -115,7 +115,7 @@ def contract_problems(engine: object) -> list[str]:
 
 
 def _member_problems(candidate: object, protocol: type, prefix: str) -> list[str]:
-    """Return the members of `protocol` that `candidate` lacks, and its methods that cannot be called."""
+    """Return the missing members of `protocol`, and methods that cannot be called."""
     members = {name: value for name, value in vars(protocol).items() if not name.startswith("_")}
     missing = [f"{prefix}{name}" for name in members if getattr_static(candidate, name, _MISSING) is _MISSING]
     if missing:

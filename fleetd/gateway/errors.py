@@ -87,7 +87,7 @@ def invalid_request(message: str, status: int = 400, code: str = "invalid_reques
     return ApiError(status, code, message)
 
 
-def quoted(text: str, limit: int = 80) -> str:
-    """Return `text` in quotes, cut to `limit` characters, control characters escaped."""
-    cut = text if len(text) <= limit else text[:limit] + "…"
+def quoted(text: str) -> str:
+    """Return `text` in quotes, cut to 80 characters, control characters escaped."""
+    cut = text if len(text) <= 80 else text[:80] + "…"
     return repr(cut)

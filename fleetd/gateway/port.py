@@ -1,4 +1,4 @@
-"""What the gateway needs of the fleet. The daemon implements `FleetPort`; tests have small stand-ins.
+"""The interface from the gateway to the fleet: the daemon implements `FleetPort`, tests use fakes.
 
 Invariants:
 - Every call is made on the event loop's thread and does not block; callbacks are plain calls, no tasks.

@@ -1,1 +1,1 @@
-"""The machine: processes, logs, probes, devices, durable state. The only package that uses subprocess, psutil, pynvml and watchfiles."""
+"""The machine: processes, logs, probes, devices, state; the only user of subprocess, psutil, pynvml and watchfiles."""

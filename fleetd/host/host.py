@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,27 +26,28 @@ from fleetd.errors import HostError
 from fleetd.host.logs.fifo import reopen
 from fleetd.host.logs.match import LogScanner
 from fleetd.host.logs.registry import LogRegistry
-from fleetd.host.process import cgroup
-from fleetd.host.process.command import CommandResult, end_marked, run_command, said
+from fleetd.host.process import cgroup, identity
+from fleetd.host.process.command import CommandResult, end_marked, run_command, stop_command_result
 from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch, become_subreaper, signal_number
 from fleetd.host.process.handle import OnExit, ProcessHandle, Records
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.oom import OomWatch
-from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family, read_token, strays
-from fleetd.host.process.program import Program
+from fleetd.host.process.process_set import PROBE_VARIABLE, Lineage, SetScanner, family
 from fleetd.host.process.spawn import Spawner, Started
 from fleetd.host.process.stop import Stopper
-from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, executable_of, system_table
+from fleetd.host.process.table import TICKS_PER_S, ProcessTable, boot_id, system_table
 from fleetd.host.system import ports
 from fleetd.host.types import (
     Capture,
-    CommandSaid,
+    Execution,
     HandleRecord,
     HostPaths,
     KillScope,
     PortOwner,
+    Program,
     RawExit,
     SpawnRequest,
+    StopCommandResult,
     StopPolicy,
     Usage,
 )
@@ -86,7 +87,7 @@ class Host:
             paths.logs,
             self._pool,
             total_bytes=logs_total_bytes,
-            hand_path=self.records.hand_path,
+            spool_path=self.records.spool_path,
             report_lost=report_lost_log,
         )
         self._spawner = Spawner(self.table, self.records, self.logs, self._cgroups, self._boot_id)
@@ -94,7 +95,7 @@ class Host:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Become subreaper and start housekeeping (orphans, rotation). Call once, before anything else."""
+        """Become subreaper and start housekeeping. Call once, before anything else."""
         become_subreaper()
         await self.thread(end_marked, self.table, PROBE_VARIABLE, self.records.place)
         await self.thread(self.logs.recover)
@@ -165,7 +166,7 @@ class Host:
             self._hunt(starting.result().lineage)
 
     def _enter_cgroup(self, handle: ProcessHandle) -> None:
-        """Start to move the process into its cgroup leaf after the spawn was reported: the kernel takes about 10 ms."""
+        """Move the process into its cgroup leaf in a thread: it takes about 10 ms."""
         if self._cgroups is None:
             return
         leaf = self._cgroups.leaf(handle.name, handle.generation)
@@ -221,7 +222,7 @@ class Host:
     # -- stop and sweep --------------------------------------------------------------------------------------------
 
     async def stop(self, handle: ProcessHandle, policy: StopPolicy, force: bool = False) -> tuple[int, ...]:
-        """Stop the whole set; return the pids that survived SIGKILL (empty: all gone, port free).
+        """Stop the whole set; return the pids that survive SIGKILL (empty: all gone).
 
         `force` skips the grace. A second call during the first escalates it; both return the same result.
         """
@@ -236,7 +237,7 @@ class Host:
         return await self._settle(handle, survivors)
 
     async def sweep(self, handle: ProcessHandle, scope: str = KillScope.SET) -> tuple[int, ...]:
-        """Kill what a dead leader left behind; same result as stop. A few milliseconds when nothing is left."""
+        """Kill what a dead leader left; the result is that of stop."""
         if handle.stopping is not None and not handle.stopping.done():
             return await asyncio.shield(handle.stopping)
         if handle.sweeping is None or handle.sweeping.done():
@@ -265,30 +266,32 @@ class Host:
         try:
             result = await self.command(Program(argv=argv, env=env), timeout_s)
         except HostError as error:
-            handle.stop_command = CommandSaid(False, error.sentence)
+            handle.stop_command = StopCommandResult(False, error.sentence)
             return False
         except asyncio.CancelledError:  # the set is empty, or its time is over
             if not handle.exited.is_set():
-                handle.stop_command = CommandSaid(False, f"it did not end within {time.monotonic() - began:.1f} s")
+                handle.stop_command = StopCommandResult(
+                    False, f"it did not exit within {time.monotonic() - began:.1f} s"
+                )
             raise
-        handle.stop_command = said(result, time.monotonic() - began)
+        handle.stop_command = stop_command_result(result, time.monotonic() - began)
         return result.ok
 
     async def command(self, program: Program, timeout_s: float) -> CommandResult:
-        """Run a short program with a time limit. Raises HostError when it cannot be started."""
+        """Run a program with a time limit. Raises HostError if it cannot be started."""
         return await run_command(program, timeout_s, pool=self._pool, table=self.table, end_lineage=self._hunt)
 
     async def run(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, timeout_s: float
     ) -> tuple[bool, str]:
-        """Run a short program; return whether it succeeded, and the end of its output. Raises HostError."""
-        result = await self.command(Program(argv=tuple(argv), env=env, cwd=cwd), timeout_s)
+        """Run a program; return success and the end of its output. Raises HostError."""
+        result = await self.command(Program(tuple(argv), env, Execution(cwd=cwd)), timeout_s)
         if result.timed_out:
             return False, f"{argv[0]} was killed after {timeout_s:g} s"
         return result.ok, result.output
 
     async def probe_command(self, program: Program, timeout_s: float) -> CommandResult:
-        """Do the same for a probe: if this daemon is killed meanwhile, the next one kills what is left."""
+        """Run a probe's command with a mark, so that the next daemon kills leftovers."""
         return await self.command(replace(program, env={**program.env, PROBE_VARIABLE: self.records.place}), timeout_s)
 
     def _hunt(self, lineage: Lineage) -> asyncio.Task[tuple[int, ...]]:
@@ -303,7 +306,7 @@ class Host:
         return found
 
     async def signal(self, handle: ProcessHandle, name: str) -> bool:
-        """Send a signal to the leader. False: it is gone. Raises HostError for an unknown signal."""
+        """Signal the leader; return False if it is gone. Raises HostError (bad name)."""
         try:
             number = signal_number(name)
         except ValueError as error:
@@ -313,7 +316,7 @@ class Host:
     # -- adoption --------------------------------------------------------------------------------------------------
 
     def load_records(self, carried: Sequence[HandleRecord] = ()) -> tuple[list[HandleRecord], list[Path]]:
-        """Return the records that an earlier daemon left, and where unreadable ones were moved to.
+        """Return an earlier daemon's records, and where unreadable ones were moved.
 
         `carried` came over an execv and replaces the copies on disk. Other records there belong to processes that started too late for it.
         """
@@ -321,17 +324,10 @@ class Host:
         known = {record.token for record in carried}
         records = [*carried, *(record for record in found if record.token not in known)]
         known |= {record.token for record in found}
-        return [*records, *self._strays(known)], moved
-
-    def _strays(self, known: Collection[str]) -> Iterator[HandleRecord]:
-        """Yield replacements for lost records: they prove no identity, but the token finds the process set to kill."""
-        for token, tag in strays(self.table, self.records.place, known).items():
-            name, _, generation = tag.rpartition(":")
-            if name and generation.isdecimal():
-                yield HandleRecord(name, int(generation), token, self._boot_id)
+        return [*records, *identity.unrecorded(self.table, self._boot_id, self.records.place, known)], moved
 
     def expect(self, records: Iterable[HandleRecord]) -> None:
-        """Leave the statuses of these children to `adopt`, should they die before it. Call it before `start`."""
+        """Leave the exit statuses of these children to `adopt`. Call before `start`."""
         for record in records:
             entry = self.table.entry(record.pid) if record.pid is not None else None
             if entry is not None and entry.ppid == os.getpid() and entry.start == record.start_ticks:
@@ -342,11 +338,11 @@ class Host:
         self._leaving = True
 
     async def adopt(self, record: HandleRecord, on_exit: OnExit) -> ProcessHandle:
-        """Adopt a live process of an earlier daemon. Raises HostError with the reason when its identity is not proven.
+        """Adopt a live process. Raises HostError if its identity is not proven.
 
         A process that is no longer our child dies with an unknown exit code.
         """
-        doubt = await self.thread(self._doubt, record)
+        doubt = await self.thread(identity.doubt, record, self.table, self._boot_id)
         if doubt is not None or record.pid is None:
             raise HostError(f"{record.name}: {doubt}", recoverable=False)
         entry = self.table.entry(record.pid)
@@ -376,40 +372,12 @@ class Host:
             handle.channel.adopted = True
         return handle
 
-    def _doubt(self, record: HandleRecord) -> str | None:
-        """Return why this record does not prove a live process; None when it does."""
-        if record.boot_id != self._boot_id:
-            return "the machine has booted since"
-        if record.pid is None:
-            return "its start was never confirmed" if record.spawned_at else "its record was lost"
-        entry = self.table.entry(record.pid)
-        if entry is None:
-            return f"pid {record.pid} is gone"
-        if entry.start != record.start_ticks:
-            return f"pid {record.pid} belongs to another process now"
-        if entry.dead:
-            return None if entry.ppid == os.getpid() else f"pid {record.pid} is dead"
-        environment = self.table.environment(record.pid)
-        if environment is None or read_token(environment) == record.token:
-            return None
-        if record.exe and executable_of(record.pid) == record.exe:
-            return None
-        if record.cgroup and record.pid in cgroup.Cgroup(Path(record.cgroup)).pids():
-            return None
-        return f"pid {record.pid} carries neither our token nor our program"
-
     async def gone(self, record: HandleRecord) -> bool:
-        """Return whether the run of a record has provably exited since this boot of the machine."""
-        return await self.thread(self._gone, record)
-
-    def _gone(self, record: HandleRecord) -> bool:
-        if record.boot_id != self._boot_id or record.pid is None:
-            return False
-        entry = self.table.entry(record.pid)
-        return entry is None or entry.dead or entry.start != record.start_ticks
+        """Return whether a recorded run has provably exited since this boot."""
+        return await self.thread(identity.is_gone, record, self.table, self._boot_id)
 
     async def prepare_exec(self) -> list[HandleRecord]:
-        """Keep pipes and channels over an execv of this process; return the records to `adopt` after it.
+        """Keep pipes and channels over an execv; return the records to `adopt` after it.
 
         From here on no output is read and no death is reported: close the host and exec, at once. `encode_records` and
         `decode_records` carry the list over.
@@ -426,7 +394,7 @@ class Host:
         return records
 
     async def sweep_record(self, record: HandleRecord) -> tuple[int, ...]:
-        """Kill what is left of a run without a leader: only processes with its token or in its cgroup.
+        """Kill a run without a leader: processes with its token or in its cgroup.
 
         Returns survivors. The record is removed when there are none.
         """
@@ -451,7 +419,7 @@ class Host:
         return (await self.usage_all([handle]))[0]
 
     async def usage_all(self, handles: Iterable[ProcessHandle]) -> list[Usage]:
-        """Return the usage of many sets from one pass over the process table, in the same order."""
+        """Return the usage of many sets, in order, from one look at the table."""
         wanted = list(handles)
         return await self.thread(self._usage_all, wanted)
 
@@ -472,7 +440,7 @@ class Host:
         return results
 
     async def port_owner(self, port: int) -> PortOwner | None:
-        """Return the owner of a listening port of this machine; None when no process listens."""
+        """Return the owner of a port of this machine; None when no process listens."""
         return await self.thread(ports.owner, port)
 
     async def answers_on(self, handle: ProcessHandle, port: int) -> bool:

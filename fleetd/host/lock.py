@@ -21,26 +21,29 @@ LOCK_NAME = "fleetd.lock"
 
 
 def prepare_private_folder(folder: Path) -> None:
-    """Create a folder that only this user can enter, or check an existing one. Raises HostError."""
+    """Create or check a folder that only this user can enter. Raises HostError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
     except FileExistsError:
         raise HostError(f"{folder} exists and is not a directory", recoverable=False) from None
     except OSError as error:
-        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
+        raise HostError(f"the folder {folder} cannot be created: {error.strerror}", recoverable=False) from error
     if stat.S_ISLNK(found.st_mode):
         raise HostError(f"{folder} is a symbolic link; a private folder must be a real one", recoverable=False)
     if not stat.S_ISDIR(found.st_mode):
         raise HostError(f"{folder} exists and is not a directory", recoverable=False)
     if found.st_uid != os.geteuid():
-        raise HostError(f"{folder} belongs to user id {found.st_uid}, not to us ({os.geteuid()})", recoverable=False)
+        raise HostError(
+            f"{folder} belongs to user id {found.st_uid}, not to the user of fleetd ({os.geteuid()})", recoverable=False
+        )
     if found.st_mode & 0o077:
         try:
             folder.chmod(0o700)
         except OSError as error:
             raise HostError(
-                f"{folder} is open to others and cannot be closed: {error.strerror}", recoverable=False
+                f"{folder} is accessible to other users and its mode cannot be changed: {error.strerror}",
+                recoverable=False,
             ) from error
 
 
@@ -84,7 +87,7 @@ class DaemonLock:
 
     @classmethod
     def inherit(cls, folder: Path, fd: int) -> DaemonLock:
-        """Take over the lock after an execv. Raises HostError when the descriptor is not the lock."""
+        """Take over a lock after an execv. Raises HostError if `fd` is not the lock."""
         path = folder / LOCK_NAME
         if not _same_file(fd, path):
             raise HostError(f"descriptor {fd} is not the lock {path}", recoverable=False)
@@ -102,7 +105,7 @@ class DaemonLock:
         return self._fd
 
     def release(self) -> None:
-        """Release the lock. The file stays: removing it would let two daemons lock two files of one name."""
+        """Release the lock, but keep its file: two daemons could lock two files otherwise."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -110,7 +113,7 @@ class DaemonLock:
 
 @dataclass(frozen=True, slots=True)
 class DaemonLocks:
-    """The held locks of both folders: the run folder's, then the state's, unless they are one folder."""
+    """The locks of the run folder and the state folder; one lock if these are one."""
 
     locks: tuple[DaemonLock, ...]
 
@@ -134,7 +137,7 @@ class DaemonLocks:
 
     @classmethod
     def inherit(cls, run: Path, state: Path, fds: Sequence[int]) -> DaemonLocks:
-        """Take over the locks after an execv. An older program may have had no lock of the state: it is locked now.
+        """Take over the locks after an execv; lock what an older program did not.
         Raises HostError when a descriptor is not its lock."""
         held = [DaemonLock.inherit(folder, fd) for folder, fd in zip((run, state), fds, strict=False)]
         return cls((*held, *(_of_state(run, state) if len(held) == 1 else ())))
@@ -144,7 +147,7 @@ class DaemonLocks:
         return [lock.keep_over_exec() for lock in self.locks]
 
     def release(self) -> None:
-        """Release the locks, the state's first: a daemon that waits for the run's lock then finds it free."""
+        """Release the state's lock, then the run's, for which the next daemon waits."""
         for lock in reversed(self.locks):
             lock.release()
 
@@ -158,7 +161,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise HostError(f"the folder {folder} cannot be made: {error.strerror}", recoverable=False) from error
+        raise HostError(f"the folder {folder} cannot be created: {error.strerror}", recoverable=False) from error
 
 
 def _read_pid(fd: int) -> int | None:

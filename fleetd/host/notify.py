@@ -16,7 +16,7 @@ _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """The sd_notify protocol. `watchdog_interval_s` is how often to call `watchdog`; None: no watchdog."""
+    """The sd_notify protocol. `watchdog_interval_s` None: systemd expects no watchdog."""
 
     def __init__(self, environ: MutableMapping[str, str] | None = None) -> None:
         source = os.environ if environ is None else environ

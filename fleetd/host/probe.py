@@ -22,8 +22,7 @@ from fleetd.errors import HostError
 from fleetd.host.logs.match import LogScanner
 from fleetd.host.process.command import CommandResult
 from fleetd.host.process.handle import ProcessHandle
-from fleetd.host.process.program import Program
-from fleetd.host.types import PortOwner
+from fleetd.host.types import Execution, PortOwner, Program
 
 _FIRST_DELAY_S = 0.005
 _FAST_DELAY_S = 0.025
@@ -44,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The probed process. `own_listener` False: another process holds the port on purpose (a container's proxy)."""
+    """The probed process. `own_listener` False: another process holds the port."""
 
     name: str
     generation: int
@@ -100,17 +99,17 @@ class Prober:
 
     async def _run(self) -> None:
         began, delay = time.monotonic(), _FIRST_DELAY_S
-        said, said_at = "", -1e9
+        reported, reported_s = "", -1e9
         try:
             while True:
                 asked = time.monotonic()
                 answer = await self.ask()
                 now = time.monotonic()
-                if answer.ok or self.kind != ProbeKind.STARTUP or answer.detail != said:
-                    said, said_at = answer.detail, now
+                if answer.ok or self.kind != ProbeKind.STARTUP or answer.detail != reported:
+                    reported, reported_s = answer.detail, now
                     self._on_result(answer)
-                elif now - said_at >= self.spec.period_s:
-                    said_at = now
+                elif now - reported_s >= self.spec.period_s:
+                    reported_s = now
                     self._on_result(answer)
                 if self.kind == ProbeKind.STARTUP and not answer.ok and now - began < _FAST_FOR_S:
                     pause = min(delay, self.spec.period_s)
@@ -129,7 +128,7 @@ class Prober:
         return max(self.spec.period_s, min(_SLOW_DELAY_S, age_s * _SLOW_SHARE))
 
     async def ask(self) -> Answer:
-        """Check once, within the timeout; verify that the first success of a startup probe comes from our process."""
+        """Check once; the first startup success must come from our own process."""
         # An exec has a limit of its own, at which it is killed with its family.
         limit_s = None if self.spec.exec else self.spec.timeout_s
         try:
@@ -154,7 +153,7 @@ class Prober:
         if spec.log_line is not None:
             return await self._ask_log(spec.log_line)
         if spec.message is not None:
-            return heard(spec.message, target.handle)
+            return ask_message(spec.message, target.handle)
         return Answer(True, "nothing to ask")
 
     async def _check_listener(self, answer: Answer) -> Answer:
@@ -171,7 +170,7 @@ class Prober:
         spec, target = self.spec, self.target
         try:
             result = await self._host.probe_command(
-                Program(argv=spec.exec, env=target.env, cwd=target.cwd), spec.timeout_s
+                Program(spec.exec, target.env, Execution(cwd=target.cwd)), spec.timeout_s
             )
         except HostError as error:
             return Answer(False, str(error))
@@ -191,7 +190,7 @@ class Prober:
             try:
                 compiled = re.compile(pattern.encode())
             except re.error as error:
-                return Answer(False, f"log_line {pattern!r} is no regular expression: {error}")
+                return Answer(False, f"log_line {pattern!r} is not a regular expression: {error}")
             self._scanner = self._host.log_scanner(self.target.handle, compiled)
         line = await self._scanner.advance()
         if line is None:
@@ -199,14 +198,14 @@ class Prober:
         return Answer(True, line[:_DETAIL_CHARS])
 
 
-def heard(message: str, handle: ProcessHandle | None) -> Answer:
-    """Check whether a program has sent a message over its channel. A message to an earlier daemon counts."""
+def ask_message(message: str, handle: ProcessHandle | None) -> Answer:
+    """Check whether a program has sent a message, to this or an earlier daemon."""
     channel = handle.channel if handle is not None else None
     if channel is None or channel.adopted:
         return Answer(True, "its channel is older than this daemon")
-    if message in channel.heard:
+    if message in channel.received:
         return Answer(True, f"it sent {message!r}")
-    return Answer(False, f"it did not say {message!r} yet" if channel.open else "it closed its channel")
+    return Answer(False, f"it has not sent {message!r} yet" if channel.open else "it closed its channel")
 
 
 async def ask_tcp(target: Target) -> Answer:

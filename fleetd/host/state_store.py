@@ -107,7 +107,7 @@ class StateStore:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open or make everything. Raises HostError only when the state folder itself cannot be made."""
+        """Open or create all files. Raises HostError if the folder cannot be created."""
         await self._ask(self._open)
 
     def _open(self) -> None:
@@ -115,7 +115,7 @@ class StateStore:
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise HostError(
-                f"the state folder {self._state} cannot be made: {error.strerror}", recoverable=False
+                f"the state folder {self._state} cannot be created: {error.strerror}", recoverable=False
             ) from error
         self._remembered = self._load_remembered()
         self._connect()
@@ -212,7 +212,7 @@ class StateStore:
             self._problems.pop("remembered", None)
 
     def _try_again(self) -> None:
-        """Write the durable state as soon as the disk accepts it: no later request may come before."""
+        """Retry to write the durable state, in case no later change does."""
         if self._closing:
             return
         if self._again is not None:
@@ -263,12 +263,12 @@ class StateStore:
 
     # -- history and facts -----------------------------------------------------------------------------------------
 
-    def record(self, kind: str, subject: str, data: Mapping[str, Any], at: float | None = None) -> None:
+    def record(self, kind: str, subject: str, data: Mapping[str, Any]) -> None:
         """Append to the history. `data` must be JSON, and stay as it is."""
         if len(self._unrecorded) >= _PENDING_MAX:
             self._unrecorded.popleft()
             self.dropped += 1
-        self._unrecorded.append((time.time() if at is None else at, kind, subject, data))
+        self._unrecorded.append((time.time(), kind, subject, data))
         if len(self._unrecorded) == 1:  # entries that come before the thread's turn go into one transaction
             self._thread.submit(self._record_all)
         self._since_prune += 1
@@ -287,15 +287,8 @@ class StateStore:
         self._execute("INSERT INTO history (at, kind, subject, data) VALUES (?, ?, ?, ?)", rows)
 
     async def last_of_each(self, of_each: int, in_all: int) -> list[HistoryEntry]:
-        """Return the newest entries, oldest first: at most `of_each` of one subject, so that none hides the others."""
+        """Return the newest entries, oldest first, at most `of_each` of a subject."""
         return _entries(await self._ask(lambda: self._rows(_LAST_OF_EACH, (_LOOKED_THROUGH, of_each, in_all))))
-
-    async def history(self, subject: str | None = None, *, limit: int = 100, since: float = 0.0) -> list[HistoryEntry]:
-        """Return the newest entries, oldest first; of one subject, or of all."""
-        where, arguments = ("subject = ? AND", [subject]) if subject is not None else ("", [])
-        query = f"SELECT id, at, kind, subject, data FROM history WHERE {where} at >= ? ORDER BY id DESC LIMIT ?"  # noqa: S608
-        rows = await self._ask(lambda: self._rows(query, (*arguments, since, limit)))
-        return _entries(rows)
 
     def put(self, key: str, value: Any) -> None:
         """Keep one small fact. `value` must be JSON."""
@@ -317,7 +310,7 @@ class StateStore:
         await self._ask(lambda: None)
 
     async def kept(self) -> str | None:
-        """Return when the desired state is in its file; why it is not, where the disk refused it."""
+        """Wait until the desired state is on disk; return the disk's error, or None."""
         await self.flush()
         return self._problems.get("remembered")
 

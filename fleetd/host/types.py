@@ -13,9 +13,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+# Variables by which systemd speaks to the daemon alone. With the first group a child would report to systemd in the daemon's
+# name or take its sockets: no child gets them, even from fleet.yaml. The rest only describes the daemon's own unit.
+NEVER_PASSED = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+)
+NEVER_INHERITED = NEVER_PASSED | {
+    "JOURNAL_STREAM", "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+}  # fmt: skip
+
 
 class KillScope(StrEnum):
-    """Who has to be gone before a process counts as stopped, and who is killed at the deadline."""
+    """Which processes must be gone for a stop, and are killed at its deadline."""
 
     SET = "set"  # everything that descends from it, sessions and double forks included
     GROUP = "group"  # its process group
@@ -29,7 +39,7 @@ class Capture(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogPolicy:
-    """Limits of one process' log. `keep` counts archives in addition to the live file; `max_age_s` starts a new archive by age."""
+    """Limits of one log: `keep` archives and a live file; `max_age_s` rotates by age."""
 
     max_size_bytes: int = 50 * 1024 * 1024
     keep: int = 5
@@ -54,7 +64,7 @@ class StopPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class CommandSaid:
+class StopCommandResult:
     """The result of a stop command: `text` is its last output line, or how it failed."""
 
     ok: bool
@@ -63,17 +73,9 @@ class CommandSaid:
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnRequest:
-    """One process to start.
+class Execution:
+    """The operating-system settings of a process."""
 
-    `env` is its whole environment; what belongs to the daemon alone is taken out of it. `port` is checked to be free on `host`
-    first. `ipc` opens a Node IPC channel. `extra` is kept in the handle's record and comes back on adoption.
-    """
-
-    name: str
-    generation: int
-    argv: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
     user: str | None = None
     umask: int | None = None
@@ -81,6 +83,29 @@ class SpawnRequest:
     cpu: tuple[int, ...] = ()
     nofile: int | None = None
     logs: LogPolicy = LogPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command line, its environment and settings; `pass_fds` keep their numbers."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    execution: Execution = Execution()
+    pass_fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnRequest:
+    """One process to start.
+
+    Variables that belong to the daemon alone are removed from its environment. `port` is checked to be free on `host` first.
+    `ipc` opens a Node IPC channel. `extra` is kept in the handle's record and comes back on adoption.
+    """
+
+    name: str
+    generation: int
+    program: Program
     host: str = "127.0.0.1"
     port: int | None = None
     ipc: bool = False
@@ -89,7 +114,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True, slots=True)
 class RawExit:
-    """One death as the kernel reports it. `code` and `signal` are both None when the status is unknown."""
+    """A death as the kernel reports it; `code` and `signal` None: unknown."""
 
     name: str
     generation: int
@@ -104,7 +129,7 @@ class RawExit:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a whole process set uses now. `cpu_s` only grows while the set's members live; `pids` are its members."""
+    """The usage of a process set. `cpu_s` grows while its members (`pids`) live."""
 
     rss_bytes: int = 0
     cpu_s: float = 0.0
@@ -113,7 +138,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """Who listens on a port. `pid` is None when the owner cannot be seen (another user's process)."""
+    """The listener on a port. `pid` None: not visible, as for another user's process."""
 
     port: int
     pid: int | None
@@ -127,7 +152,7 @@ class PortOwner:
 
 @dataclass(frozen=True, slots=True)
 class HandleRecord:
-    """What the disk keeps about a live process, so that a later daemon can prove and adopt it.
+    """The record of a live process on disk: proof for its adoption.
 
     `pid` None: the daemon was about to spawn it; only `token` can find it.
     """
@@ -154,7 +179,7 @@ class HandleRecord:
 
 @dataclass(frozen=True, slots=True)
 class HostPaths:
-    """The three folders of a daemon. Files in them: see docs; `handles` holds one record per live process."""
+    """The folders of a daemon; `handles` holds one record per live process."""
 
     state: Path
     run: Path

@@ -3,76 +3,75 @@
 Invariants:
 - Nothing is started or written; engines open only the headers of model files.
 - Every problem is collected with its place; a caller gets all of them with the resolved part.
-- 5,000 models resolve in less than two seconds: each engine is queried once per entry.
+- 5,000 models resolve in less than two seconds.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.fleet import FleetConfig
-from fleetd.config.yaml.source_map import path_text
 from fleetd.control import socket as control_socket
-from fleetd.core.data.specs import (
-    Capabilities,
-    Dependency,
-    DependencyCondition,
-    DeviceSpec,
-    FleetSpec,
-    Probes,
-    ProcessKind,
-    ProcessSpec,
-    QueueLimits,
-)
-from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, capabilities_of
-from fleetd.engines.container import Contained
-from fleetd.engines.options import Options
-from fleetd.engines.registry import load as find_engine
-from fleetd.errors import ConfigError, EngineError, Problem
-from fleetd.resolver import policies
-from fleetd.resolver.containers import IN_IMAGE, ContainerRecipe, inner_host, runtime_of, user_ids
-from fleetd.resolver.devices import default_device, device_specs
-from fleetd.resolver.engine_options import read_options
-from fleetd.resolver.entries import ConfigEntry, entries, holders, needs_assigned_port, process_names
-from fleetd.resolver.env_files import EnvFiles, OwnEnvironment
-from fleetd.resolver.environment import substitute
-from fleetd.resolver.launch_plan import Execution, LaunchPlan, Schedule, WatchPlan, connect_host
-from fleetd.resolver.model_specs import ModelAssembler
+from fleetd.core.data.specs import FleetSpec, QueueLimits
+from fleetd.errors import ConfigError
+from fleetd.resolver.devices import device_specs
+from fleetd.resolver.entries import entries, holders, needs_assigned_port
+from fleetd.resolver.findings import Findings
+from fleetd.resolver.model_specs import ModelResolver
 from fleetd.resolver.port_assignment import NoPortLeftError, assign
-from fleetd.resolver.resolved import Assembly, FleetPaths, GatewaySettings, Surroundings
-from fleetd.resolver.served_models import held_models, own_held
-from fleetd.units import expand_home
+from fleetd.resolver.process_plans import ProcessResolver
+from fleetd.resolver.resolved import GatewaySettings, ResolvedFleet, Surroundings, paths_of
 
-Path_ = tuple[str | int, ...]
 PortUsable = Callable[[str, int], bool]
-HOST = "127.0.0.1"
-_BESIDE_OPTIONS = (("env",), ("args",), ("command",))
-_NAMED = 10  # of thousands of models, in one message
 
 
-def assemble(
+def resolve_fleet(
     loaded: LoadedConfig, around: Surroundings, port_usable: PortUsable = lambda *_: True, hostname: str = "fleet"
-) -> Assembly:
-    """Return the resolved configuration with all its `problems`. Never raises for an invalid file."""
-    return Assembler(loaded, around, port_usable).assembly(hostname)
-
-
-def paths_of(loaded: LoadedConfig) -> FleetPaths:
-    """Return the folders of a configuration's fleet."""
-    paths = loaded.config.paths
-    state, run, logs = (
-        loaded.resolve(("paths", key), getattr(paths, key))
-        if key in paths.model_fields_set
-        else Path(getattr(paths, key)).expanduser()
-        for key in ("state", "run", "logs")
+) -> ResolvedFleet:
+    """Return the resolved fleet with its `problems`. Never raises for an invalid file."""
+    config, paths, findings = loaded.config, paths_of(loaded), Findings(loaded)
+    devices = device_specs(loaded, around.devices, findings.warn)
+    declared = list(entries(config))
+    taken = {entry.port for entry in declared if entry.port is not None}
+    taken |= {config.gateway.listen.port, config.admin.listen.port}
+    unassigned = [entry for entry in declared if needs_assigned_port(entry)]
+    ports: dict[str, int] = {}
+    try:
+        ports = assign((entry.name for entry in unassigned), around.ports, taken, port_usable, str(paths.state))
+    except NoPortLeftError as error:
+        findings.problem(unassigned[0].path, str(error))
+    too_long = control_socket.length_problem(paths.run / control_socket.NAME)
+    if too_long is not None:
+        findings.problem(("paths", "run"), f"{too_long} (choose a shorter folder)")
+    holders_of = holders(config)
+    held_by: dict[str, list[str]] = {}
+    for model, names in holders_of.items():
+        for name in names:
+            held_by.setdefault(name, []).append(model)
+    processes = ProcessResolver(loaded, around, devices, findings)
+    for entry in declared:
+        processes.resolve(replace(entry, port=entry.port or ports.get(entry.name)), held_by.get(entry.name, []))
+    models = ModelResolver(loaded, around, processes, holders_of)
+    limits = QueueLimits(config.gateway.queue.max, config.gateway.queue.max_wait)
+    sources = {("process", name): plan.source for name, plan in processes.plans.items()}
+    sources |= {("model", name): findings.source(("models", name)) for name in config.models}
+    return ResolvedFleet(
+        config_hash=loaded.config_hash,
+        files=loaded.files,
+        patterns=loaded.patterns,
+        watch=config.watch,
+        gateway=gateway_of(config),
+        name=config.name or hostname,
+        paths=paths,
+        spec=FleetSpec(processes.specs, models.specs(), devices, limits),
+        plans=processes.plans,
+        ports=ports,
+        sources=sources,
+        problems=findings.sorted(findings.problems),
+        warnings=findings.sorted(findings.warnings),
     )
-    return FleetPaths(state, run, logs)
 
 
 def gateway_of(config: FleetConfig) -> GatewaySettings:
@@ -82,389 +81,8 @@ def gateway_of(config: FleetConfig) -> GatewaySettings:
     )
 
 
-def checked(assembly: Assembly) -> Assembly:
-    """Return the assembly. Raises ConfigError with all of its problems."""
-    if assembly.problems:
-        raise ConfigError(assembly.problems, files=assembly.files)
-    return assembly
-
-
-class Assembler:
-    """One pass over one configuration."""
-
-    def __init__(self, loaded: LoadedConfig, around: Surroundings, port_usable: PortUsable) -> None:
-        self.loaded, self.config, self.around = loaded, loaded.config, around
-        self._usable = port_usable
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
-        self.devices: dict[str, DeviceSpec] = device_specs(loaded, around.devices, self.warn)
-        self.entries = list(entries(self.config))
-        self.holders = holders(self.config)
-        self.behind = process_names(self.config)
-        self.plans: dict[str, LaunchPlan] = {}
-        self.specs: dict[str, ProcessSpec] = {}
-        self.env_files = EnvFiles(loaded, self.problem, self.warn, self.problems.append)
-
-    def problem(self, path: Path_, message: str) -> None:
-        if path[:2] not in self.loaded.stand_ins:
-            self.problems.append(self.loaded.marks.problem(path, message))
-
-    def warn(self, path: Path_, message: str) -> None:
-        self.warnings.append(self.loaded.marks.problem(path, message))
-
-    def assembly(self, hostname: str) -> Assembly:
-        ports = self._ports()
-        self._check_socket()
-        held_by: dict[str, list[str]] = {}
-        for model, processes in self.holders.items():
-            for process in processes:
-                held_by.setdefault(process, []).append(model)
-        for entry in self.entries:
-            self._process(replace(entry, port=entry.port or ports.get(entry.name)), held_by.get(entry.name, []))
-        models = ModelAssembler(
-            self.loaded, self.around, self.plans, self.specs, self.devices, self.holders, self.problem, self.warn
-        )
-        queue = self.config.gateway.queue
-        spec = FleetSpec(self.specs, models.specs(), self.devices, QueueLimits(queue.max, queue.max_wait))
-        sources = {("process", name): plan.source for name, plan in self.plans.items()}
-        sources |= {("model", name): self._source(("models", name)) for name in self.config.models}
-        return Assembly(
-            config_hash=self.loaded.config_hash,
-            files=self.loaded.files,
-            patterns=self.loaded.patterns,
-            watch=self.config.watch,
-            gateway=gateway_of(self.config),
-            name=self.config.name or hostname,
-            paths=paths_of(self.loaded),
-            spec=spec,
-            plans=self.plans,
-            ports=ports,
-            sources=sources,
-            problems=self._sorted(self.problems),
-            warnings=self._sorted(self.warnings),
-        )
-
-    def _sorted(self, problems: list[Problem]) -> tuple[Problem, ...]:
-        """Sort by place and drop duplicates: replicas share their mistakes."""
-        once = dict.fromkeys(problems)
-        order = self.loaded.marks.order_of
-        return tuple(sorted(once, key=lambda one: (order(one.file), one.line, one.column, one.path)))
-
-    def _source(self, path: Path_) -> tuple[str, int]:
-        place = self.loaded.marks.problem(path, "", at_key=True)
-        return place.file, place.line
-
-    def _check_socket(self) -> None:
-        found = control_socket.length_problem(paths_of(self.loaded).run / control_socket.NAME)
-        if found is not None:
-            self.problem(("paths", "run"), f"{found}: choose a shorter folder")
-
-    def _ports(self) -> dict[str, int]:
-        gateway = {self.config.gateway.listen.port, self.config.admin.listen.port}
-        taken = {entry.port for entry in self.entries if entry.port is not None} | gateway
-        wanted = [entry for entry in self.entries if needs_assigned_port(entry)]
-        try:
-            return assign(
-                (entry.name for entry in wanted),
-                self.around.ports,
-                taken,
-                self._usable,
-                str(paths_of(self.loaded).state),
-            )
-        except NoPortLeftError as error:
-            self.problem(wanted[0].path, str(error))
-            return {}
-
-    # -- one process ----------------------------------------------------------------------------------------------------
-
-    def _process(self, entry: ConfigEntry, models: list[str]) -> None:
-        engine = self._engine(entry)
-        if engine is None:
-            return
-        options, whole = self._options(entry, engine)
-        if options is None:
-            return
-        device = self._device(entry)
-        host = inner_host(entry.engine_keys)
-        places = {"port": entry.port, "host": host, "name": entry.name, "replica": entry.replica}
-        own_env = self.env_files.environment(entry, places)
-        context = self._context(entry, options, device, models, places, own_env.values)
-        before = len(self.problems)
-        if entry.engine_keys is not None:
-            self._validate(entry, engine, context, whole=whole)
-        recipe = self._recipe(entry, engine, context)
-        own_probes = engine.probes(options) if entry.engine_keys is not None else Probes()
-        probes = policies.probes(entry.keys, own_probes)
-        port_probe = policies.needs_port(probes)
-        if port_probe is not None and entry.port is None and entry.external is None:
-            self.problem((*entry.path, "probes"), f"the {port_probe} probe needs a port: state one")
-        own_model = self._own_model(entry, engine, models)
-        if len(self.problems) > before or not whole:
-            return
-        plan = self._plan(entry, engine, context, recipe, device, own_env, probes)
-        self.plans[entry.name] = plan
-        self.specs[entry.name] = self._spec(entry, plan, own_model)
-
-    def _engine(self, entry: ConfigEntry) -> Engine | None:
-        keys = entry.engine_keys
-        if keys is None:
-            return find_engine("process")
-        try:
-            return find_engine(keys.engine)
-        except EngineError as error:
-            self.problem((*entry.path, "engine"), error.sentence)
-            return None
-
-    def _options(self, entry: ConfigEntry, engine: Engine) -> tuple[Options | None, bool]:
-        """Return the valid options, None if a required one is missing; and whether all are valid."""
-        raw = entry.engine_keys.options if entry.engine_keys is not None else {"api": "none"}
-        options, mistakes = read_options(engine, raw, entry.path, self.loaded.marks)
-        if entry.path not in self.loaded.stand_ins:
-            self.problems += mistakes
-        return options, not mistakes
-
-    def _device(self, entry: ConfigEntry) -> str:
-        keys = entry.engine_keys
-        if keys is None:
-            return default_device(None, self.devices)
-        if keys.device is None:
-            return default_device(keys.engine, self.devices)
-        if keys.device not in self.devices:
-            known = ", ".join(self.devices)
-            self.warn((*entry.path, "device"), f"this machine has no {keys.device}, only {known}")
-        return keys.device
-
-    def _context(
-        self,
-        entry: ConfigEntry,
-        options: Options,
-        device: str,
-        models: list[str],
-        places: Mapping[str, object],
-        env: dict[str, str],
-    ) -> LaunchContext:
-        keys = entry.keys
-        spec = self.devices.get(device)
-        own = entry.own_model
-        served_as = (own.served_as or entry.base) if own is not None else ""
-        present = {one.name: one for one in self.around.devices}
-        stated = self.config.devices.get(device)
-        uuid = (
-            stated.uuid if stated is not None and stated.uuid else present[device].uuid if device in present else None
-        )
-        return LaunchContext(
-            name=entry.name,
-            options=options,
-            host=HOST,
-            port=entry.port,
-            replica=entry.replica,
-            command=tuple(substitute(word, places) for word in keys.command or _image_command(entry)),
-            args=tuple(substitute(word, places) for word in keys.args),
-            env=env,
-            config_dir=self.loaded.folder_of((*entry.path, "options") if entry.engine_keys else entry.path),
-            device=device if entry.engine_keys is not None else None,  # a service sees every card
-            device_uuid=uuid if entry.engine_keys is not None else None,
-            device_total_bytes=spec.total_bytes if spec is not None else None,
-            served_as=served_as,
-            models=tuple(held_models(self.loaded, models)),
-            external=entry.external is not None,
-        )
-
-    def _validate(self, entry: ConfigEntry, engine: Engine, context: LaunchContext, *, whole: bool) -> None:
-        """Report the engine's findings; those about options only if all are valid, since one depends on another."""
-        for found in engine.validate(context):
-            if found.path[:1] == ("models",):
-                path: Path_ = found.path
-            elif found.path[:1] in _BESIDE_OPTIONS:
-                path = (*entry.path, *found.path)
-            elif whole:
-                path = (*entry.path, "options", *found.path)
-            else:
-                continue
-            (self.warn if found.warning else self.problem)(path, found.message)
-
-    def _written(
-        self, entry: ConfigEntry, engine: Engine, context: LaunchContext, recipe: ContainerRecipe | None
-    ) -> tuple[Launch, Contained | None, str | None]:
-        """Return the command line, or why there is none yet: the program may be installed later."""
-        if entry.external is not None:
-            return Launch(argv=()), None, None
-        try:
-            if recipe is None:
-                return engine.launch(context), None, None
-            contained = recipe.contain(engine, context)
-            return contained.launch, contained, None
-        except EngineError as error:
-            self.warn(entry.path if recipe is None else (*entry.path, "runtime"), error.sentence)
-            return Launch(argv=()), None, error.sentence
-
-    def _recipe(self, entry: ConfigEntry, engine: Engine, context: LaunchContext) -> ContainerRecipe | None:
-        """Return the container recipe of the entry, if it has one."""
-        keys = entry.engine_keys
-        if keys is None or keys.runtime is None:
-            return None
-        where = (*entry.path, "runtime")
-        if not context.command:
-            self.problem(where, f"say which program of the image it is: command, for the engine {engine.name}")
-        for key, said in (("umask", keys.umask), ("limits", keys.limits.nice)):
-            if said is not None:
-                self.warn((*entry.path, key), "umask and nice have no effect inside a container")
-        runtime = runtime_of(
-            keys.runtime.docker, context.device or "", context.device_uuid, keys.limits.cpu or (), keys.limits.nofile
-        )
-        if keys.user is not None:
-            try:
-                runtime = replace(runtime, user=user_ids(keys.user))
-            except KeyError:
-                self.problem((*entry.path, "user"), f"this machine has no user {keys.user}")
-        state = hashlib.sha256(str(paths_of(self.loaded).state).encode()).hexdigest()[:6]
-        fleet = f"{self.config.name or 'fleet'}-{state}"
-        return ContainerRecipe(runtime, fleet, entry.name, keys.stop.timeout, context.env)
-
-    def _plan(
-        self,
-        entry: ConfigEntry,
-        engine: Engine,
-        context: LaunchContext,
-        recipe: ContainerRecipe | None,
-        device: str,
-        own_env: OwnEnvironment,
-        probes: Probes,
-    ) -> LaunchPlan:
-        keys, path = entry.keys, entry.path
-        launch, contained, missing = self._written(entry, engine, context, recipe)
-        requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
-        service = entry.engine_keys is None
-        options, shared = context.options, context.options.shared()
-        return LaunchPlan(
-            name=entry.name,
-            base=entry.base,
-            kind=entry.kind,
-            engine_name=None if entry.engine_keys is None else entry.engine_keys.engine,
-            engine=engine,
-            context=context,
-            api=Api.NONE if service else engine.api(options),
-            launch=launch,
-            endpoint=_endpoint(entry, shared.api_key),
-            external=entry.external is not None,
-            missing_program=missing,
-            own_env=own_env.values,
-            env_source=own_env.source,
-            unread=tuple(own_env.absent),
-            execution=self._execution(entry),
-            stop=policies.stop_policy(keys.stop),
-            probes=probes,
-            requires=tuple(dict.fromkeys([*requires, *launch.requires, *own_env.absent])),
-            required_by={**self._named(entry, launch), **own_env.absent},
-            device=device,
-            held={held.name: held for held in context.models},
-            own_model=own_held(entry, context),
-            context_length=shared.context_length,
-            recipe=recipe,
-            contained=contained,
-            schedule=Schedule(keys.schedule.restart, keys.schedule.timezone) if keys.schedule else None,
-            watch=self._watch(entry),
-            source=self._source(path),
-            place=path_text(path),
-        )
-
-    def _named(self, entry: ConfigEntry, launch: Launch) -> dict[str, str]:
-        """Return the key that names each required path, and warn of missing ones: these block, they are no mistake."""
-        keys: dict[str, str] = {}
-        for path, option in launch.named.items():
-            where = (*entry.path, "options", *_parts(option))
-            keys[path] = path_text(where)
-            if not os.path.lexists(path):
-                self.warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
-        return keys
-
-    def _execution(self, entry: ConfigEntry) -> Execution:
-        keys, path = entry.keys, entry.path
-        contained = entry.engine_keys is not None and entry.engine_keys.runtime is not None
-        limits = keys.limits
-        cwd = self.loaded.resolve((*path, "cwd"), keys.cwd) if keys.cwd is not None else self.loaded.folder_of(path)
-        return Execution(
-            cwd=str(cwd),
-            user=keys.user if not contained else None,  # inside, then
-            umask=keys.umask,
-            nice=limits.nice if not contained else None,
-            cpu=(limits.cpu or ()) if not contained else (),
-            nofile=limits.nofile if not contained else None,
-            logs=policies.log_policy(keys.logs),
-            pre_start=keys.hooks.pre_start or (),
-            post_stop=keys.hooks.post_stop or (),
-        )
-
-    def _watch(self, entry: ConfigEntry) -> WatchPlan | None:
-        keys = entry.keys
-        if keys.watch is None:
-            return None
-        folder = self.loaded.resolve((*entry.path, "cwd"), keys.cwd) if keys.cwd else self.loaded.folder_of(entry.path)
-        paths = tuple(folder / expand_home(text) for text in keys.watch.paths)
-        return WatchPlan(paths, keys.watch.ignore, keys.watch.debounce)
-
-    def _spec(self, entry: ConfigEntry, plan: LaunchPlan, own_model: str | None) -> ProcessSpec:
-        keys = entry.keys
-        engine_keys = entry.engine_keys
-        capabilities = Capabilities()
-        if engine_keys is not None:
-            capabilities = capabilities_of(plan.engine, plan.context.options)
-        if plan.external:
-            capabilities = replace(capabilities, owns_process=False)
-        return ProcessSpec(
-            name=entry.name,
-            base=entry.base,
-            kind=entry.kind,
-            engine=plan.engine_name,
-            port=entry.port,
-            enabled=keys.enabled,
-            on_demand=engine_keys is not None and engine_keys.start == "on-demand" and not plan.external,
-            own_model=own_model,
-            capabilities=capabilities,
-            depends_on=self._dependencies(entry),
-            restart=policies.restart_policy(keys.restart),
-            probes=plan.probes,
-            memory_limit_bytes=keys.limits.memory,
-            max_age_s=keys.max_age,
-            lane=None if engine_keys is None or plan.external else plan.device,
-            launch_hash=plan.launch_hash(),
-        )
-
-    def _own_model(self, entry: ConfigEntry, engine: Engine, models: list[str]) -> str | None:
-        """Return the model of this process. Exactly one model may name a server of one model."""
-        if entry.own_model is not None:
-            return entry.base
-        if entry.kind is ProcessKind.SERVICE or engine.capabilities.many_models or entry.external is not None:
-            return None
-        if len(models) > 1:
-            named = ", ".join(models[:_NAMED]) + (", …" if len(models) > _NAMED else "")
-            self.problem(entry.path, f"a {engine.name} server holds one model, but {len(models)} name it: {named}")
-        return models[0] if models else None
-
-    def _dependencies(self, entry: ConfigEntry) -> tuple[Dependency, ...]:
-        return tuple(
-            Dependency(name, DependencyCondition(condition))
-            for base, condition in entry.keys.depends_on.items()
-            for name in self.behind.get(base, [])
-            if name != entry.name
-        )
-
-
-def _parts(option: str) -> Path_:
-    """`lora[0]` → ("lora", 0)."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", option))
-
-
-def _image_command(entry: ConfigEntry) -> tuple[str, ...]:
-    """Return the program inside a container image for an entry that names none; this machine's PATH does not apply."""
-    keys = entry.engine_keys
-    return IN_IMAGE.get(keys.engine, ()) if keys is not None and keys.runtime is not None else ()
-
-
-def _endpoint(entry: ConfigEntry, key: str | None) -> Endpoint | None:
-    if entry.external is not None:
-        return Endpoint(entry.external.rstrip("/"), key)
-    return Endpoint(f"http://{connect_host(HOST)}:{entry.port}", key) if entry.port is not None else None
-
-
-__all__ = ["Assembler", "assemble", "checked"]
+def checked(resolved: ResolvedFleet) -> ResolvedFleet:
+    """Return `resolved`. Raises ConfigError with all of its problems."""
+    if resolved.problems:
+        raise ConfigError(resolved.problems, files=resolved.files)
+    return resolved

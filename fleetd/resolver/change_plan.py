@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 
 from fleetd.control.wire import KeyChange, Plan, PlannedChange
 from fleetd.resolver.launch_plan import LaunchPlan
-from fleetd.resolver.resolved import Assembly, Edit
+from fleetd.resolver.resolved import Edit, ResolvedFleet
 
 _KINDS = {"services": "service", "instances": "instance", "models": "engine model"}
 _SHOWN = 200  # characters of one value
 
 
-def plan_of(old: Assembly, new: Assembly, edits: Sequence[Edit], file: str | None) -> Plan:
-    """Return the plan from the running fleet to the new one; `edits` are the changed entries of fleet.yaml."""
+def plan_of(old: ResolvedFleet, new: ResolvedFleet, edits: Sequence[Edit], file: str | None) -> Plan:
+    """Return the plan from the running fleet to the new one; `edits` are by entry."""
     restarted = restarting(old, new)
     touched = restarted | (set(old.spec.processes) ^ set(new.spec.processes))
     moves = _moves(old, new, restarted)
     changes = [_change(edit, moves.get((edit.kind, edit.name), _Moves())) for edit in edits]
-    told = {(edit.kind, edit.name) for edit in edits}
+    planned = {(edit.kind, edit.name) for edit in edits}
     for (kind, name), found in moves.items():
-        if found.restarts and (kind, name) not in told:
+        if found.restarts and (kind, name) not in planned:
             changes.append(_change(Edit(kind, name, "change"), found))
     return {
         "file": file,
@@ -39,7 +39,7 @@ def plan_of(old: Assembly, new: Assembly, edits: Sequence[Edit], file: str | Non
 
 @dataclass(slots=True)
 class _Moves:
-    """The effects on the processes of one entry. `causes` are the differences of a restarting one."""
+    """The effects on an entry's processes; `causes` are those of a restarting one."""
 
     stays: bool = False
     starts: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class _Moves:
     causes: list[KeyChange] = field(default_factory=list)
 
 
-def _moves(old: Assembly, new: Assembly, restarted: Collection[str]) -> dict[tuple[str, str], _Moves]:
+def _moves(old: ResolvedFleet, new: ResolvedFleet, restarted: Collection[str]) -> dict[tuple[str, str], _Moves]:
     """Return the moves by kind and name of the entry."""
     found: dict[tuple[str, str], _Moves] = {}
     for name, plan in {**old.plans, **new.plans}.items():
@@ -65,7 +65,7 @@ def _moves(old: Assembly, new: Assembly, restarted: Collection[str]) -> dict[tup
 
 
 def _causes(old: LaunchPlan, new: LaunchPlan) -> list[KeyChange]:
-    """Return the differences between two launches of a process that no key shows: an env file, or a program of the machine."""
+    """Return differences between two launches that no key shows: env files, programs."""
     unread = [
         path for path in dict.fromkeys([*old.unread, *new.unread]) if (path in old.unread) != (path in new.unread)
     ]
@@ -87,7 +87,7 @@ def _short(text: str | None) -> str | None:
     return text if text is None or len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def restarting(old: Assembly, new: Assembly) -> set[str]:
+def restarting(old: ResolvedFleet, new: ResolvedFleet) -> set[str]:
     """Return the processes in both whose launch differs."""
     return {
         name
@@ -96,8 +96,8 @@ def restarting(old: Assembly, new: Assembly) -> set[str]:
     }
 
 
-def affected(old: Assembly, new: Assembly) -> list[str]:
-    """Return the processes of the new assembly that an apply starts or restarts."""
+def affected(old: ResolvedFleet, new: ResolvedFleet) -> list[str]:
+    """Return the processes of the new fleet that an apply starts or restarts."""
     added = [name for name, spec in new.spec.processes.items() if name not in old.spec.processes and not spec.on_demand]
     return [*added, *sorted(restarting(old, new))]
 

@@ -16,40 +16,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleetd.config.load import Beside, LoadedConfig, load
-from fleetd.config.yaml.source_map import Marks
+from fleetd.config.load import FurtherChecks, LoadedConfig, load
+from fleetd.config.yaml.source_map import SourceMap
 from fleetd.errors import Problem
 from fleetd.host.system.memory import Devices
 from fleetd.resolver import engine_options
-from fleetd.resolver.build import assemble, checked, paths_of
+from fleetd.resolver.build import checked, resolve_fleet
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import Assembly, Surroundings, machine_devices
+from fleetd.resolver.resolved import ResolvedFleet, Surroundings, machine_devices, paths_of
 
 
-def assembled(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, Assembly]:
+def load_and_resolve(path: Path, env: Mapping[str, str]) -> tuple[LoadedConfig, ResolvedFleet]:
     """Load and resolve a file. Raises ConfigError with every problem."""
     loaded = load(path, env, finder(env))
     state = paths_of(loaded).state
     devices = tuple(machine_devices(Devices().sample()))
     around = Surroundings(devices, dict(env), kept_ports(state), learned_footprints(state))
-    return loaded, checked(assemble(loaded, around, hostname=socket.gethostname()))
+    return loaded, checked(resolve_fleet(loaded, around, hostname=socket.gethostname()))
 
 
-def finder(env: Mapping[str, str]) -> Beside:
-    """Return the function by which `load` finds the mistakes that the schema alone does not see."""
+def finder(env: Mapping[str, str]) -> FurtherChecks:
+    """Return the checks of options, models and the machine, for `load`."""
     return partial(_find, env)
 
 
-def _find(env: Mapping[str, str], data: Any, marks: Marks, right: LoadedConfig | None) -> list[Problem]:
-    found = engine_options.find(data, marks)
-    if right is None:
+def _find(env: Mapping[str, str], data: Any, source_map: SourceMap, valid: LoadedConfig | None) -> list[Problem]:
+    found = engine_options.find(data, source_map)
+    if valid is None:
         return found
     around = Surroundings(tuple(machine_devices(Devices().sample())), dict(env))
-    return [*found, *assemble(right, around).problems]
+    return [*found, *resolve_fleet(valid, around).problems]
 
 
 def learned_footprints(state: Path) -> dict[str, dict[str, int]]:
-    """Return the footprints that a daemon measured, in bytes by device; empty when there are none or the file is unreadable."""
+    """Return measured footprints, in bytes by device; empty if there are none."""
     file = state / "fleetd.db"
     if not file.is_file():
         return {}

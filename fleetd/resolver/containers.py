@@ -28,7 +28,7 @@ _EVERYWHERE = "0.0.0.0"
 
 @dataclass(frozen=True, slots=True)
 class ContainerRecipe:
-    """The recipe of one entry's container. `fleet` labels this fleet's containers among others on the machine."""
+    """The recipe of one entry's container; `fleet` is its label on the machine."""
 
     runtime: DockerRuntime
     fleet: str
@@ -37,7 +37,7 @@ class ContainerRecipe:
     own_env: Mapping[str, str]
 
     def contain(self, engine: Engine, context: LaunchContext) -> Contained:
-        """Return the client's command line. Raises EngineError without a client, or if a container cannot run it."""
+        """Return the client's command line. Raises EngineError if it cannot run."""
         inside = replace(context, host="0.0.0.0") if self.runtime.network != "host" else context
         return contain(
             engine.launch(inside),
@@ -54,7 +54,7 @@ class ContainerRecipe:
 def runtime_of(
     keys: DockerKeys, device: str, uuid: str | None, cpus: Sequence[int], nofile: int | None
 ) -> DockerRuntime:
-    """Return the runtime of fleet.yaml; without `gpus`, an entry on a GPU gets that one."""
+    """Return the runtime of fleet.yaml; `gpus` defaults to the GPU of the entry."""
     gpus = keys.gpus
     if not gpus and device.startswith("gpu"):
         gpus = (uuid,) if uuid else ("all",)
@@ -65,13 +65,13 @@ def runtime_of(
 
 
 def inner_host(keys: EngineKeys | None) -> str:
-    """Return the address to listen on: all addresses in a bridged network, which is published on loopback."""
+    """Return the address to listen on: all addresses in a bridged network."""
     bridged = keys is not None and keys.runtime is not None and keys.runtime.docker.network != "host"
     return _EVERYWHERE if bridged else "127.0.0.1"
 
 
 def client_path(instance: str, program: str) -> str:
-    """Return the client's absolute path: the one named, else docker, else podman. Raises EngineError when there is none."""
+    """Return the client's path: the named one, docker, or podman. Raises EngineError."""
     for name in (program,) if program else PROGRAMS:
         path = shutil.which(expand_home(name))
         if path is not None:
@@ -85,7 +85,7 @@ def client_path(instance: str, program: str) -> str:
 
 
 def user_ids(name: str) -> str:
-    """Return UID:GID of a user of this machine, or of the numbers themselves. Raises KeyError for an unknown name."""
+    """Return UID:GID of a user name or number. Raises KeyError for an unknown name."""
     if name.replace(":", "", 1).isdigit():
         return name
     entry = pwd.getpwnam(name)

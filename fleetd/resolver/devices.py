@@ -14,7 +14,7 @@ from fleetd.core.data.specs import DeviceSpec
 from fleetd.resolver.resolved import MachineDevice
 from fleetd.units import show_size
 
-_SHARE = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
+SHARES = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
 
 Warn = Callable[[tuple[str | int, ...], str], None]
 
@@ -33,12 +33,12 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
                     f"exceeds the {show_size(device.total_bytes)} of {device.name}",
                 )
         else:
-            budget = int(device.total_bytes * _SHARE[device.kind])
+            budget = int(device.total_bytes * SHARES[device.kind])
         specs[device.name] = DeviceSpec(device.name, device.kind, device.total_bytes, budget)
     for name, keys in stated.items():
         if name in specs:
             continue
-        warn(("devices", name), f"this machine has no device named {name}")
+        warn(("devices", name), f"this machine has no device {name!r}")
         size = keys.budget.size_bytes if keys.budget is not None else None
         if size is not None:
             specs[name] = DeviceSpec(name, name.rstrip("0123456789"), size, size)
@@ -46,7 +46,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
 
 
 def _named(loaded: LoadedConfig, present: Sequence[MachineDevice]) -> list[MachineDevice]:
-    """Return the devices under the names that fleet.yaml gives them: a stated UUID binds a name to a card."""
+    """Return the devices by their names in fleet.yaml; a UUID binds a name to a card."""
     by_uuid = {keys.uuid: name for name, keys in loaded.config.devices.items() if keys.uuid is not None}
     bound = {device.uuid for device in present if device.uuid in by_uuid}
     result = []

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fleetd.config.validate.raw_entries import mapping
-from fleetd.config.yaml.source_map import Marks, Path_
+from fleetd.config.yaml.source_map import Path_, SourceMap
 from fleetd.engines.base import Engine
 from fleetd.engines.options import Options
 from fleetd.engines.registry import load as find_engine
@@ -23,8 +23,8 @@ from fleetd.errors import EngineError, Problem
 _SHOWN_AT_MOST = 35  # names in one sentence
 
 
-def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[Options | None, list[Problem]]:
-    """Return the typed options of the entry at `path`, and every mistake in them, one for each value.
+def read_options(engine: Engine, raw: Any, path: Path_, source_map: SourceMap) -> tuple[Options | None, list[Problem]]:
+    """Return the typed options of the entry at `path`, and every mistake in them.
 
     Where there are mistakes, the options are those that are right; None where one that is required is not.
     """
@@ -35,7 +35,7 @@ def read_options(engine: Engine, raw: Any, path: Path_, marks: Marks) -> tuple[O
         for item in error.errors(include_url=False):
             where = _in_file(item, raw)
             unknown = item["type"] == "extra_forbidden"
-            problem = marks.problem((*path, "options", *where), _message(item, engine), at_key=unknown)
+            problem = source_map.problem((*path, "options", *where), _message(item, engine), at_key=unknown)
             found.setdefault(where, problem)
     wrong = {where[0] for where in found if where}
     return _without(engine, raw, wrong), list(found.values())
@@ -48,26 +48,26 @@ def _without(engine: Engine, raw: dict[str, Any], wrong: set[str | int]) -> Opti
         return None
 
 
-def find(data: Any, marks: Marks) -> list[Problem]:
-    """Return the mistakes in the options of all entries of a configuration that has other mistakes."""
+def find(data: Any, source_map: SourceMap) -> list[Problem]:
+    """Return the mistakes in all options of an otherwise invalid configuration."""
     found: list[Problem] = []
     for section in ("instances", "models"):
         for name, entry in mapping(mapping(data).get(section)).items():
             engine, options = mapping(entry).get("engine"), mapping(entry).get("options", {})
             if isinstance(engine, str) and isinstance(options, dict):
-                found += _of_entry(engine, options, (section, name), marks)
+                found += _of_entry(engine, options, (section, name), source_map)
     return found
 
 
-def _of_entry(name: str, options: dict[str, Any], path: Path_, marks: Marks) -> list[Problem]:
+def _of_entry(name: str, options: dict[str, Any], path: Path_, source_map: SourceMap) -> list[Problem]:
     try:
-        return read_options(find_engine(name), options, path, marks)[1]
+        return read_options(find_engine(name), options, path, source_map)[1]
     except EngineError as error:
-        return [marks.problem((*path, "engine"), error.sentence)]
+        return [source_map.problem((*path, "engine"), error.sentence)]
 
 
 def _in_file(item: Any, raw: Any) -> Path_:
-    """Return the place of a mistake below `options`: pydantic adds the names of union members, which the file does not know."""
+    """Return the place of a mistake below `options`, without pydantic's union members."""
     mistake = (item.get("ctx") or {}).get("error")
     location = (*item["loc"], *getattr(mistake, "where", ()))
     where: Path_ = ()

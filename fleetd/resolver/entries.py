@@ -50,7 +50,7 @@ def replica_names(base: str, replicas: int) -> list[str]:
 
 
 def entries(config: FleetConfig) -> Iterator[ConfigEntry]:
-    """Yield all processes, in the order of the file: services, instances, models with an engine."""
+    """Yield all processes in file order: services, instances, models with an engine."""
     sections: tuple[tuple[str, dict[str, Service | EngineKeys]], ...] = (
         ("services", dict(config.services)),
         ("instances", dict(config.instances)),
@@ -76,7 +76,7 @@ def needs_assigned_port(entry: ConfigEntry) -> bool:
 
 
 def holders(config: FleetConfig) -> dict[str, list[str]]:
-    """Return, for each held model, the processes that may hold it: named ones, and all replicas of a named entry."""
+    """Return the processes that may hold each model; an entry means all its replicas."""
     by_base: dict[str, list[str]] = {}
     for base, keys in config.instances.items():
         names = replica_names(base, keys.replicas)

@@ -6,7 +6,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,35 +15,30 @@ from fleetd.config.yaml.source_map import Path_, path_text
 from fleetd.errors import Problem
 from fleetd.resolver.entries import ConfigEntry
 from fleetd.resolver.environment import EnvSource, Variables, read_env_file
+from fleetd.resolver.findings import Findings
 
 
 @dataclass(frozen=True, slots=True)
 class OwnEnvironment:
-    """The variables that an entry sets. `source` is None without files; `absent` are the files that do not exist yet."""
+    """The variables of an entry. `source`: None without files; `missing`: path → key."""
 
     values: dict[str, str]
     source: EnvSource | None = None
-    absent: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 class EnvFiles:
-    """The files of one configuration, each read once. `problem` and `warn` take a place of fleet.yaml and a sentence."""
+    """The env files of one configuration, each read once."""
 
-    def __init__(
-        self,
-        loaded: LoadedConfig,
-        problem: Callable[[Path_, str], None],
-        warn: Callable[[Path_, str], None],
-        elsewhere: Callable[[Problem], None],
-    ) -> None:
+    def __init__(self, loaded: LoadedConfig, findings: Findings) -> None:
         self._loaded = loaded
-        self._problem, self._warn, self._elsewhere = problem, warn, elsewhere
+        self._findings = findings
         self._read: dict[Path, Variables | None] = {}
 
     def environment(self, entry: ConfigEntry, places: Mapping[str, object]) -> OwnEnvironment:
         """Return what an entry sets for its process."""
         files: dict[str, str] = {}
-        absent: dict[str, str] = {}
+        missing: dict[str, str] = {}
         contents: list[Variables] = []
         for index, text in enumerate(entry.keys.env_file):
             path = self._loaded.resolve((*entry.path, "env_file"), text)
@@ -51,25 +46,25 @@ class EnvFiles:
             files[str(path)] = path_text((*entry.path, "env_file"))
             content = self._content(path, where)
             if content is None:
-                absent[str(path)] = files[str(path)]
-                self._warn(where, f"{path} is not there: {entry.name} stays BLOCKED until it is")
+                missing[str(path)] = files[str(path)]
+                self._findings.warn(where, f"{path} is missing: {entry.name} stays BLOCKED until it exists")
             else:
                 contents.append(content)
         source = EnvSource(files, entry.keys.env, places, entry.keys.replicas > 1 or entry.port is not None)
-        return OwnEnvironment(source.made(contents), source if files else None, absent)
+        return OwnEnvironment(source.made(contents), source if files else None, missing)
 
     def _content(self, path: Path, where: Path_) -> Variables | None:
         if path not in self._read:
-            self._read[path] = self._told(path, where)
+            self._read[path] = self._variables(path, where)
         return self._read[path]
 
-    def _told(self, path: Path, where: Path_) -> Variables | None:
+    def _variables(self, path: Path, where: Path_) -> Variables | None:
         found = read_env_file(path)
         if found is None:
             return None
         content, mistakes = found
         if mistakes.general is not None:
-            self._problem(where, mistakes.general)
+            self._findings.problem(where, mistakes.general)
         for line, message in mistakes.lines:
-            self._elsewhere(Problem(str(path), line, 1, "", message))
+            self._findings.problems.append(Problem(str(path), line, 1, "", message))
         return content

@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleetd.config.secrets import HIDDEN, is_secret
+from fleetd.host.types import NEVER_INHERITED
 
-_DAEMONS_OWN = frozenset({
-    "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "JOURNAL_STREAM",
-    "INVOCATION_ID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY", "MEMORY_PRESSURE_WATCH",
-    "MEMORY_PRESSURE_WRITE",
-})  # fmt: skip
 _CREDENTIAL_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 _PLACE = re.compile(r"\{(port|host|name|replica)\}")
 _LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)$")
@@ -33,7 +29,7 @@ Variables = Mapping[str, str]
 
 def inherited(parent: Mapping[str, str]) -> dict[str, str]:
     """Return the part of the daemon's environment that a child inherits."""
-    return {key: value for key, value in parent.items() if key not in _DAEMONS_OWN and not key.startswith("FLEETD_")}
+    return {key: value for key, value in parent.items() if key not in NEVER_INHERITED and not key.startswith("FLEETD_")}
 
 
 def substitute(text: str, places: Mapping[str, object]) -> str:
@@ -57,7 +53,7 @@ def redacted_env(env: Mapping[str, str], secret: Collection[str] = ()) -> dict[s
 
 
 def redacted_argv(argv: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
-    """Return `argv` with secrets redacted: values of flags named like secrets, known secret values, and passwords in URLs."""
+    """Return `argv` without secrets: by flag name, by known value, and in URLs."""
     shown: list[str] = []
     hide_next = False
     for word in argv:
@@ -77,7 +73,7 @@ def _is_secret_flag(word: str) -> bool:
 
 
 def parse_env_file(text: str) -> tuple[dict[str, str], list[tuple[int, str]]]:
-    """Read `KEY=value` lines; return the variables, and (line, problem) for invalid lines.
+    """Return the variables of `KEY=value` lines, and (line, problem) for invalid ones.
 
     Comments, `export`, single quotes (taken literally), double quotes (with backslash escapes, over several lines).
     Nothing is expanded.
@@ -135,7 +131,7 @@ def _closing(body: str, quote: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class EnvSource:
-    """The sources of an environment with files, so that it can be built again. `files`: absolute path → key of fleet.yaml."""
+    """The sources of an environment, to build it again; `files`: path → key."""
 
     files: Mapping[str, str]
     env: Variables

@@ -20,7 +20,7 @@ from fleetd.engines.base import Api, Endpoint, Engine, Launch, LaunchContext, Mo
 from fleetd.engines.container import Contained
 from fleetd.engines.listed_models import LISTED_MODELS
 from fleetd.errors import FleetError
-from fleetd.host.types import LogPolicy, SpawnRequest, StopPolicy
+from fleetd.host.types import Execution, Program, SpawnRequest, StopPolicy
 from fleetd.resolver.containers import ContainerRecipe
 from fleetd.resolver.environment import EnvSource, inherited, redacted_argv, redacted_env
 
@@ -30,7 +30,7 @@ RESTARTS = "restarts"
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A restart by the clock: five cron fields and a time zone name (None: the machine's own)."""
+    """A cron schedule: five fields and a time zone (None: the machine's own)."""
 
     cron: str
     timezone: str | None = None
@@ -38,26 +38,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class WatchPlan:
-    """A restart when one of `paths` changes and then stays quiet for `debounce_s`; `ignore` holds glob patterns."""
+    """A restart when `paths` change and are then quiet; `ignore` holds globs."""
 
     paths: tuple[Path, ...]
     ignore: tuple[str, ...] = ()
     debounce_s: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """The operating-system settings of a process."""
-
-    cwd: str | None = None
-    user: str | None = None
-    umask: int | None = None
-    nice: int | None = None
-    cpu: tuple[int, ...] = ()
-    nofile: int | None = None
-    logs: LogPolicy = LogPolicy()
-    pre_start: tuple[str, ...] = ()
-    post_stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +68,8 @@ class LaunchPlan:
     env_source: EnvSource | None = None  # set if it has env files
     unread: tuple[str, ...] = ()  # env files that did not exist; they are in `requires` too
     execution: Execution = Execution()
+    pre_start: tuple[str, ...] = ()
+    post_stop: tuple[str, ...] = ()
     stop: StopPolicy = StopPolicy()
     probes: Probes = Probes()
     requires: tuple[str, ...] = ()
@@ -101,20 +88,23 @@ class LaunchPlan:
 
     @property
     def model_server(self) -> ModelServer | None:
-        """The object that loads models: the engine's, or for an external server of one model a check of its list; None: none."""
+        """The object that loads models; None: the process is the model.
+
+        For an external server of one model it checks the list of models.
+        """
         return self.engine.server or (LISTED_MODELS if self.external else None)
 
-    def about(self, said: str, key: str | None) -> str:
+    def with_key(self, sentence: str, key: str | None) -> str:
         """Return a sentence with the key of fleet.yaml that it is about."""
         if key is None:
-            return said
+            return sentence
         if key.startswith("options.") and not hasattr(self.context.options, key.removeprefix("options.")):
-            return f"{said} ({self.place}: the engine {self.engine_name} has no {key})"
-        return f"{said} ({self.place}.{'external' if self.external and key == 'command' else key})"
+            return f"{sentence} ({self.place}: the engine {self.engine_name} has no {key})"
+        return f"{sentence} ({self.place}.{'external' if self.external and key == 'command' else key})"
 
-    def told(self, error: FleetError) -> str:
+    def error_text(self, error: FleetError) -> str:
         """Return the sentence of an error, with the key that it is about."""
-        return self.about(error.sentence, getattr(error, "key", None))
+        return self.with_key(error.sentence, getattr(error, "key", None))
 
     def environment(self, parent: Mapping[str, str]) -> dict[str, str]:
         """Return the whole environment of the process, given the daemon's own."""
@@ -129,25 +119,16 @@ class LaunchPlan:
 
     @property
     def has_channel(self) -> bool:
-        """Return whether the process gets the Node IPC channel: a stop message or a ready message uses it."""
+        """Return whether it gets the Node IPC channel, for a stop or a ready message."""
         startup = self.probes.startup
         return self.stop.message is not None or (startup is not None and startup.message is not None)
 
     def request(self, generation: int, parent: Mapping[str, str], restarts: int = 0) -> SpawnRequest:
-        """Return the host's request to start it, with the data that a later daemon needs about this run."""
-        run = self.execution
+        """Return the host's request to start it, with what a later daemon needs."""
         return SpawnRequest(
             name=self.name,
             generation=generation,
-            argv=self.launch.argv,
-            env=self.environment(parent),
-            cwd=run.cwd,
-            user=run.user,
-            umask=run.umask,
-            nice=run.nice,
-            cpu=run.cpu,
-            nofile=run.nofile,
-            logs=run.logs,
+            program=Program(self.launch.argv, self.environment(parent), self.execution),
             host=self.context.host,
             port=self.context.port,
             ipc=self.has_channel,
@@ -155,7 +136,7 @@ class LaunchPlan:
         )
 
     def _kept_of_container(self) -> dict[str, list[str]]:
-        """Return the removal command of the container for a later daemon, independent of fleet.yaml."""
+        """Return the container's removal command, for a daemon with another fleet.yaml."""
         return {REMOVAL: list(self.contained.remove)} if self.contained is not None else {}
 
     def launch_hash(self) -> str:
@@ -183,7 +164,7 @@ class LaunchPlan:
 
 
 def connect_host(host: str) -> str:
-    """Return the address to reach a server that listens on `host` from this machine, ready for a URL."""
+    """Return the address, for a URL, to reach a local server that listens on `host`."""
     if host in ("", "0.0.0.0", "*"):
         return "127.0.0.1"
     if host == "::":

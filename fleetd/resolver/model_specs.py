@@ -10,43 +10,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fleetd.config.load import LoadedConfig
 from fleetd.config.schema.model import EngineModel, HeldModel, ModelKeys, RouteModel
+from fleetd.config.yaml.source_map import Path_
 from fleetd.core.data.specs import (
-    DeviceSpec,
     Footprint,
     FootprintSource,
     ModelSpec,
-    ProcessSpec,
     Route,
     asleep_hash,
 )
 from fleetd.engines.base import ServedModel, capabilities_of
 from fleetd.errors import FleetError
 from fleetd.resolver.launch_plan import LaunchPlan, plain
+from fleetd.resolver.process_plans import ProcessResolver
 from fleetd.resolver.resolved import Surroundings
 from fleetd.units import show_size
 
-Path_ = tuple[str | int, ...]
-Say = Callable[[Path_, str], None]
-
 
 @dataclass(slots=True)
-class ModelAssembler:
+class ModelResolver:
     """One pass over the models, once the processes are known."""
 
     loaded: LoadedConfig
     around: Surroundings
-    plans: Mapping[str, LaunchPlan]
-    processes: Mapping[str, ProcessSpec]
-    devices: Mapping[str, DeviceSpec]
+    processes: ProcessResolver
     holders: Mapping[str, list[str]]
-    problem: Say
-    warn: Say
     _own: dict[str, list[str]] = field(default_factory=dict)
     _shown: tuple[str, Any] = ("", None)
 
@@ -64,10 +57,10 @@ class ModelAssembler:
 
     def _memory_model(self, name: str, keys: HeldModel | EngineModel) -> ModelSpec | None:
         wanted = self.holders.get(name, []) if isinstance(keys, HeldModel) else self._own_processes(name)
-        found = [process for process in wanted if process in self.plans]
+        found = [process for process in wanted if process in self.processes.plans]
         if not found:
             return None  # its processes have problems of their own
-        plan = self.plans[found[0]]
+        plan = self.processes.plans[found[0]]
         held = plan.held.get(name)
         footprint_hash = self._hash(plan, held)
         footprint = self._footprint(name, keys, plan, held, footprint_hash)
@@ -98,7 +91,7 @@ class ModelAssembler:
 
     def _own_processes(self, name: str) -> list[str]:
         if not self._own:
-            for process, spec in self.processes.items():
+            for process, spec in self.processes.specs.items():
                 if spec.own_model is not None:
                     self._own.setdefault(spec.own_model, []).append(process)
         return self._own.get(name, [])
@@ -142,22 +135,23 @@ class ModelAssembler:
             estimated = plan.engine.estimate(plan.context, held)
         except FleetError as error:
             key = getattr(error, "key", None)
-            where, said = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
-            self.warn(where, f"{said}{error}")
+            where, prefix = ((*path[:2], key), "") if key else (path, "its memory cannot be estimated: ")
+            self.processes.findings.warn(where, f"{prefix}{error}")
             return Footprint()
         if estimated is None:
-            self.warn(
-                path,
-                "nothing says how much memory it takes, so it counts as nothing until it was measured; declare memory",
+            self.processes.findings.warn(
+                path, "its memory is unknown: it counts as 0 until it is measured (set memory)"
             )
             return Footprint()
         return estimated
 
     def _check_fit(self, path: Path_, footprint: Footprint) -> None:
         for device, size in footprint.bytes.items():
-            spec = self.devices.get(device)
+            spec = self.processes.devices.get(device)
             if spec is None:
-                self.warn(path, f"this machine has no device named {device}")
+                self.processes.findings.warn(path, f"this machine has no device {device!r}")
             elif size > spec.budget_bytes:
-                said = f"can never fit: needs {show_size(size)} on {device}, whose budget is {show_size(spec.budget_bytes)}"
-                self.warn(path, f"{said} ({footprint.source})")
+                budget = f"{device}, whose budget is {show_size(spec.budget_bytes)}"
+                self.processes.findings.warn(
+                    path, f"can never fit: needs {show_size(size)} on {budget} ({footprint.source})"
+                )

@@ -38,7 +38,7 @@ def log_policy(keys: LogsKeys) -> LogPolicy:
 
 
 def probe(keys: ProbeKeys | None, default: ProbeSpec | None, kind: ProbeSpec) -> ProbeSpec | None:
-    """Return the probe of fleet.yaml, completed from the engine's probe, then from the kind's defaults."""
+    """Return the probe of fleet.yaml, completed by the engine's and the default one."""
     if keys is None:
         return default
     base = default or kind
@@ -67,7 +67,7 @@ def probes(keys: ProcessKeys, engine: Probes) -> Probes:
 
 
 def _startup(keys: ProcessKeys, engine: Probes) -> ProbeSpec | None:
-    """Return the startup probe. A process that loads its model at the start has `load_timeout` as its deadline, if set."""
+    """Return the startup probe; a set `load_timeout` of its model is its deadline."""
     spec = probe(keys.probes.startup, engine.startup, STARTUP)
     if spec is None or not isinstance(keys, EngineModel) or "load_timeout" not in keys.model_fields_set:
         return spec
@@ -76,7 +76,7 @@ def _startup(keys: ProcessKeys, engine: Probes) -> ProbeSpec | None:
 
 
 def needs_port(wanted: Probes) -> str | None:
-    """Return the kind of a probe that cannot work without a port; None when there is none."""
+    """Return the kind of a probe that cannot work without a port; None: none does."""
     for name in ("startup", "readiness", "liveness"):
         spec: ProbeSpec | None = getattr(wanted, name)
         if spec is not None and (spec.http or spec.tcp or spec.completion):

@@ -66,7 +66,7 @@ def _search(name: str, fleet: str, used: set[int], reserved: set[int], usable: C
 
 
 def remember(kept: Mapping[str, int], assigned: Mapping[str, int]) -> dict[str, int]:
-    """Return the assignments to keep: the new ones, and old ones that do not clash, the latest last."""
+    """Return the assignments to keep: the new ones, and old ones without a clash."""
     ports = set(assigned.values())
     old = {name: port for name, port in kept.items() if name not in assigned and port not in ports}
     for name in list(old)[: max(0, len(old) - _REMEMBERED)]:

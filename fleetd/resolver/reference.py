@@ -55,7 +55,7 @@ _WORDS: Mapping[type, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section of the page: a mapping of fleet.yaml at `prefix`; `kind` selects its change effects."""
+    """One section: a mapping at `prefix`; `kind` selects its change effects."""
 
     title: str
     anchor: str
@@ -246,7 +246,7 @@ def _effect(section: Section, path: tuple[str, ...]) -> str:
 
 
 def _block_in(annotation: Any) -> tuple[type[Block] | None, str]:
-    """Return the mapping that an annotation holds, and the step to it: nothing, `.NAME` or `[]`."""
+    """Return the mapping in an annotation, and the step to it: ``, `.NAME` or `[]`."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return annotation, ""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

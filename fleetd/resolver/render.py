@@ -11,10 +11,10 @@ from typing import Any
 from fleetd.config.load import LoadedConfig
 from fleetd.config.secrets import redact
 from fleetd.resolver.launch_plan import LaunchPlan
-from fleetd.resolver.resolved import Assembly
+from fleetd.resolver.resolved import ResolvedFleet
 
 
-def rendered(loaded: LoadedConfig, assembly: Assembly) -> dict[str, Any]:
+def rendered(loaded: LoadedConfig, resolved: ResolvedFleet) -> dict[str, Any]:
     """Return the document of `fleetd render`."""
     plain = loaded.config.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
@@ -22,9 +22,9 @@ def rendered(loaded: LoadedConfig, assembly: Assembly) -> dict[str, Any]:
         "config_hash": loaded.config_hash,
         "devices": {
             name: {"kind": spec.kind, "total_bytes": spec.total_bytes, "budget_bytes": spec.budget_bytes}
-            for name, spec in assembly.spec.devices.items()
+            for name, spec in resolved.spec.devices.items()
         },
-        "processes": {name: _process(plan) for name, plan in assembly.plans.items()},
+        "processes": {name: _process(plan) for name, plan in resolved.plans.items()},
         "models": {
             name: {
                 "holders": list(spec.holders),
@@ -32,7 +32,7 @@ def rendered(loaded: LoadedConfig, assembly: Assembly) -> dict[str, Any]:
                 "footprint": {"source": str(spec.footprint.source), "bytes": dict(spec.footprint.bytes)},
                 "concurrency": spec.concurrency,
             }
-            for name, spec in assembly.spec.models.items()
+            for name, spec in resolved.spec.models.items()
             if not spec.routes
         },
     }

@@ -1,7 +1,7 @@
 """The result of resolving fleet.yaml: the core's FleetSpec, the launch plans, problems and warnings.
 
 Invariants:
-- An Assembly is a value; an applied change replaces it as a whole.
+- A ResolvedFleet is a value; an applied change replaces it as a whole.
 - A problem rejects the file; a warning is reported and stops nothing.
 """
 
@@ -18,6 +18,7 @@ from fleetd.errors import Problem
 from fleetd.resolver.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
+    from fleetd.config.load import LoadedConfig
     from fleetd.host.system.memory import DeviceSample
 
 
@@ -38,10 +39,10 @@ def machine_devices(samples: Iterable[DeviceSample]) -> list[MachineDevice]:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The machine and the results of earlier runs, as values; nothing is looked up later.
+    """The machine and the results of earlier runs, as values.
 
-    `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is in
-    `Assembler`, since only a running daemon may ask.
+    `ports` are the kept assignments; `learned` are measured footprints by footprint hash; `port_usable(name, port)` is
+    an argument of `resolve_fleet`, since only a running daemon may ask.
     """
 
     devices: tuple[MachineDevice, ...] = ()
@@ -59,6 +60,18 @@ class FleetPaths:
     logs: Path
 
 
+def paths_of(loaded: LoadedConfig) -> FleetPaths:
+    """Return the folders of a configuration's fleet."""
+    paths = loaded.config.paths
+    state, run, logs = (
+        loaded.resolve(("paths", key), getattr(paths, key))
+        if key in paths.model_fields_set
+        else Path(getattr(paths, key)).expanduser()
+        for key in ("state", "run", "logs")
+    )
+    return FleetPaths(state, run, logs)
+
+
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """The settings of the gateway at its start."""
@@ -71,9 +84,12 @@ class GatewaySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
-    """The result of one configuration on one machine. `files` are all that were read, `patterns` the (folder,
-    pattern) that brought some of them; `watch`: read them again when they are saved, come or go."""
+class ResolvedFleet:
+    """The result of one configuration on one machine.
+
+    `files` are all that were read, `patterns` the (folder, pattern) pairs that matched some of them; `watch`: read them again
+    when they are saved, appear or disappear.
+    """
 
     config_hash: str
     files: tuple[Path, ...]
@@ -94,7 +110,7 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One entry of fleet.yaml that was added, changed or removed; secrets in its values are redacted."""
+    """One entry of fleet.yaml that was added, changed or removed, secrets redacted."""
 
     kind: str
     name: str

@@ -293,7 +293,8 @@ def test_vllm_without_dev_mode_has_no_sleep_routes() -> None:
         assert server.request("POST", "/sleep").status == 404
         assert server.chat("other").status == 404
         assert server.chat("mine").status == 200
-        assert re.search(r"vllm:num_requests_running\{.*\} 0", server.request("GET", "/metrics").body.decode())
+        idle = r"vllm:num_requests_running\{.*\} 0"
+        until(lambda: bool(re.search(idle, server.request("GET", "/metrics").body.decode())), "the request is finished")
 
 
 # -- ollama -------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Invariants:
 - The list holds words of an old private idiom that have a plain, usual replacement.
-- Checked: every Markdown page, and in every Python and shell file the comments and all string constants.
+- Checked: pages, YAML files, scripts and service files as a whole; comments and string constants of Python files.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def test_python_file_uses_plain_words(path: Path) -> None:
     assert found_in_python(path.read_text("utf-8")) == []
 
 
-@pytest.mark.parametrize("path", tracked("*.md", "*.yaml", "Makefile", "*.sh", ".ci/run"), ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    tracked("*.md", "*.yaml", "Makefile", "*.sh", ".ci/run", "systemd/*", "launchd/*", "fleetd/cli/templates/*"),
+    ids=name_of,
+)
 def test_page_uses_plain_words(path: Path) -> None:
     assert found_in_text(path.read_text("utf-8")) == []
 

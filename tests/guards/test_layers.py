@@ -33,12 +33,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core", "fleetd.engines", "fleetd.models", "fleetd.resolver",
         "fleetd.host", "fleetd.gateway", "fleetd.control", "fleetd.daemon",
     ),
+    "fleetd.setup": (
+        "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.core.data.specs", "fleetd.engines", "fleetd.models",
+        "fleetd.host", "fleetd.control", "fleetd.resolver", "fleetd.setup",
+    ),
     "fleetd.cli": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.control.wire", "fleetd.models", "fleetd.cli",
     ),
     "fleetd.cli.fleetd": (
         "fleetd", "fleetd.errors", "fleetd.units", "fleetd.config", "fleetd.resolver", "fleetd.daemon", "fleetd.cli",
     ),
+    "fleetd.cli.commands.doctor": ("fleetd.errors", "fleetd.units", "fleetd.setup", "fleetd.cli"),
+    "fleetd.cli.commands.init": ("fleetd.errors", "fleetd.units", "fleetd.setup", "fleetd.cli"),
     "fleetd.__main__": ("fleetd.cli",),
 }  # fmt: skip
 

@@ -51,8 +51,8 @@ def cancel(world: World, rng: Random) -> None:
         world.cancel(rng.choice(waiting))
 
 
-def wish(world: World, rng: Random) -> None:
-    world.wish(rng.choice(NAMES))
+def request_load(world: World, rng: Random) -> None:
+    world.request_load(rng.choice(NAMES))
 
 
 def unload(world: World, rng: Random) -> None:
@@ -148,7 +148,7 @@ def unplug(world: World, rng: Random) -> None:
     name = process_name(world, rng)
     missing = () if world.missing.get(name) else ("/mnt/models",)
     world.missing[name] = missing
-    world.deliver(e.RequirementsChanged(name, missing))
+    world.deliver(e.ProcessPrerequisitesChanged(name, missing))
 
 
 def lose(world: World, rng: Random) -> None:
@@ -198,7 +198,7 @@ def cut_off(world: World, rng: Random) -> None:
     """Restart, kill or unload exactly what is loading or streaming."""
     loading = [run.name for run in world.living() if run.loads]
     if not loading:
-        world.wish(rng.choice(("m1", "m2", "m3", "big")))
+        world.request_load(rng.choice(("m1", "m2", "m3", "big")))
         world.advance(0.05)
         loading = [run.name for run in world.living() if run.loads]
     streaming = [client.grant.process for client in world.clients.values() if client.grant is not None]
@@ -231,7 +231,7 @@ def lose_files(world: World, rng: Random) -> None:
     name = rng.choice(("m1", "m2", "m3", "big"))
     missing = () if world.missing_models.get(name) else ("/mnt/drive",)
     world.missing_models[name] = missing
-    world.deliver(e.ModelRequirementsChanged(name, missing))
+    world.deliver(e.ModelPrerequisitesChanged(name, missing))
 
 
 def edit(world: World, rng: Random) -> None:
@@ -330,7 +330,7 @@ def reexec(world: World, _rng: Random) -> None:
 
 
 ACTIONS: tuple[tuple[Callable[[World, Random], None], int], ...] = (
-    (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (wish, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
+    (pause, 40), (ask, 40), (ask_many, 8), (cancel, 8), (request_load, 4), (unload, 3), (pin, 3), (start, 6), (stop, 3), (restart, 3),
     (restart_due, 1), (drain, 4), (crash, 5), (crash_loop, 2), (flapping, 1), (sicken, 2), (unready, 2), (unplug, 3), (lose, 2),
     (ghost, 8), (busy_neighbour, 2), (take_turns, 3), (cut_off, 6), (come_and_go, 1), (lose_files, 2), (edit, 3), (reexec, 1),
 )  # fmt: skip
@@ -352,11 +352,11 @@ def calm_down(world: World) -> None:
     for name in sorted(world.spec.processes):
         if world.missing.get(name):
             world.missing[name] = ()
-            world.deliver(e.RequirementsChanged(name, ()))
+            world.deliver(e.ProcessPrerequisitesChanged(name, ()))
     for name in sorted(world.missing_models):
         if world.missing_models[name]:
             world.missing_models[name] = ()
-            world.deliver(e.ModelRequirementsChanged(name))
+            world.deliver(e.ModelPrerequisitesChanged(name))
     for name in sorted(world.pins):
         world.pins[name] = False
         world.deliver(e.PinRequested(name, False))

@@ -190,7 +190,9 @@ def load(world: World, command: c.Load) -> None:
 
 def grant(world: World, command: c.Grant) -> None:
     client = world.clients.get(command.request_id)
-    holds(world, client is not None and client.grant is None and not client.wish, f"{command}: no request waits for it")
+    holds(
+        world, client is not None and client.grant is None and not client.is_load, f"{command}: no request waits for it"
+    )
     holds(world, command.process not in world.stopped, f"{command}: stopped by an operator")
     holds(world, command.process not in world.drained, f"{command}: drained by an operator")
     holds(world, not world.shutting_down, f"{command} while shutting down")
@@ -281,7 +283,7 @@ def requests(world: World) -> None:
     for key in waiting:
         client = world.clients[key]
         waited_s = world.now - client.arrived_s
-        longest_s = 25.0 if client.wish else 90.0
+        longest_s = 25.0 if client.is_load else 90.0
         holds(world, waited_s <= longest_s + 1e-6, f"request {key} for {client.model} waits for {waited_s:.1f} s")
     counts: dict[str, int] = {}
     for entry in state.queue.values():

@@ -14,6 +14,8 @@ from tests.simulation.__main__ import simulate
 from tests.simulation.specs import random_fleet
 from tests.simulation.world import World
 
+pytestmark = pytest.mark.timeout(600)  # computes for half a minute on a quiet core
+
 
 class FleetInAWorld(RuleBasedStateMachine):
     """Hypothesis chooses what people and fate do; the world checks itself after every event."""

@@ -64,7 +64,7 @@ class Client:
     request_id: int
     model: str
     arrived_s: float
-    wish: bool = False
+    is_load: bool = False
     grant: c.Grant | None = None
     loads: dict[str, int] = field(default_factory=dict)  # of every model, when an operator requested a load
 
@@ -163,7 +163,7 @@ class World:
         checks.decisions(self, event, commands)
         for command in commands:
             self._carry_out(command)
-        for key in [k for k, client in self.clients.items() if client.wish and k not in self.fleet.state.queue]:
+        for key in [k for k, client in self.clients.items() if client.is_load and k not in self.fleet.state.queue]:
             checks.fulfilled(self, self.clients.pop(key))
             self.ended.add(key)
         again = self.fleet.handle(e.Tick(), self.now) if self.rng.random() < 0.7 else []
@@ -535,17 +535,17 @@ class World:
         self.deliver(e.RequestArrived(request_id, model, avoid))
         return request_id
 
-    def wish(self, model: str) -> int:
+    def request_load(self, model: str) -> int:
         self.serial += 1
         request_id = self.serial
-        self.clients[request_id] = Client(request_id, model, self.now, wish=True)
+        self.clients[request_id] = Client(request_id, model, self.now, is_load=True)
         self.clients[request_id].loads = {name: model.loads + model.wakes for name, model in self.fleet.models.items()}
         self.deliver(e.LoadRequested(model, request_id))
         return request_id
 
     def cancel(self, request_id: int) -> None:
         client = self.clients.get(request_id)
-        if client is not None and client.grant is None and not client.wish:
+        if client is not None and client.grant is None and not client.is_load:
             del self.clients[request_id]
             self.ended.add(request_id)
             self.deliver(e.RequestCancelled(request_id))

@@ -149,7 +149,7 @@ class Rig:
         self.send(e.RequestArrived(self.serial, name, avoid))
         return self.serial
 
-    def wish(self, name: str) -> int:
+    def request_load(self, name: str) -> int:
         self.serial += 1
         self.send(e.LoadRequested(name, self.serial))
         return self.serial

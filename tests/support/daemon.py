@@ -27,7 +27,7 @@ import psutil
 
 from tests.support.ports import free_port
 from tests.support.waiting import descendants, until
-from tests.support.warm_start import WarmProcess, server_for
+from tests.support.warm_start import WarmProcess, is_config_worker, server_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = ROOT / "tests" / "fakes" / "fake_model_server.py"
@@ -105,10 +105,11 @@ class Fleetd:
 
     # -- life -----------------------------------------------------------------------------------------------------------
 
-    def start(self, *, wait: bool = True) -> Self:
+    def start(self, *, wait: bool = True, cold: bool = False) -> Self:
+        """Start the daemon; `cold`: in an interpreter of its own, for tests of what it imports."""
         env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
         words = ["run", "--config", str(self.config)]
-        server = server_for(self.env)
+        server = None if cold else server_for(self.env)
         with (self.folder / "fleetd.log").open("ab") as log:
             if server is not None:
                 self.process = server.start(words, env, self.folder, log.fileno())
@@ -124,7 +125,7 @@ class Fleetd:
         """Return whether the process that loaded fleet.yaml is alive; tests of children must not see it."""
         for pid in descendants(self.pid):
             with suppress(psutil.Error):
-                if "fleetd.daemon.reload.worker" in " ".join(psutil.Process(pid).cmdline()):
+                if is_config_worker(psutil.Process(pid)):
                     return True
         return False
 

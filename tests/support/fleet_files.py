@@ -72,9 +72,9 @@ def until_gone(*pids: int) -> None:
     until(lambda: not any(map(alive, pids)), f"{pids} are gone")
 
 
-def until_said(daemon: Fleetd, name: str, text: str, times: int = 1) -> str:
+def until_logged(daemon: Fleetd, name: str, text: str, times: int = 1) -> str:
     """Return the log of a process once it holds `text`."""
-    until(lambda: daemon.log_of(name).count(text) >= times, f"{name} says {text!r} {times} times")
+    until(lambda: daemon.log_of(name).count(text) >= times, f"{name} logs {text!r} {times} times")
     return daemon.log_of(name)
 
 

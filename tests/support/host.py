@@ -14,7 +14,7 @@ from typing import Any
 
 from fleetd.host.host import Host
 from fleetd.host.process.handle import ProcessHandle
-from fleetd.host.types import HostPaths, RawExit, SpawnRequest, StopPolicy
+from fleetd.host.types import Execution, HostPaths, Program, RawExit, SpawnRequest, StopPolicy
 from fleetd.resolver.environment import inherited
 
 DEADLINE_S = 20.0
@@ -66,7 +66,9 @@ class Exits:
 
 async def spawn(host: Host, argv: tuple[str, ...], on_exit: Any = None, /, **fields: Any) -> ProcessHandle:
     env = fields.pop("env", inherited(os.environ))
-    request = SpawnRequest(fields.pop("name", "child"), fields.pop("generation", 1), argv, env, **fields)
+    settings = {name: fields.pop(name) for name in Execution.__dataclass_fields__ if name in fields}
+    program = Program(argv, env, Execution(**settings))
+    request = SpawnRequest(fields.pop("name", "child"), fields.pop("generation", 1), program, **fields)
     return await host.spawn(request, on_exit or (lambda _: None))
 
 

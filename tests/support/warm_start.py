@@ -1,15 +1,17 @@
-"""Start `fleetd` from a process that has already imported it.
+"""Start `fleetd` and its config worker from a process that has already imported them.
 
-Half of the CPU time of a test with a daemon is spent on imports. A server process imports fleetd once for a test run;
-each daemon is a fork of it with its own arguments, environment, folder and standard streams.
+Most of the CPU time of a test with a daemon is spent on imports. A server process imports fleetd once for a test run;
+each daemon is a fork of it with its own arguments, environment, folder and standard streams; its config worker is a fork of the daemon.
 
 Invariants:
-- The fork runs `fleetd.cli.fleetd.main` as `python -m fleetd` does. A re-execution starts a new interpreter.
+- The fork runs `fleetd.cli.fleetd.main` as `python -m fleetd` does. A re-execution starts a new interpreter, its config worker too.
 - Only plain starts are warm: variables that the interpreter or the dynamic linker read at start need a cold one.
+- A config worker is found by its command line or, if it is a fork, by its process name.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import selectors
@@ -20,17 +22,30 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "fleetd.cli.fleetd",
     "fleetd.control.server",
     "fleetd.daemon.app",
+    "fleetd.daemon.reload.worker",
     "fleetd.host.watch.watcher",
     "uvloop",
 )
 READ_AT_START = ("PYTHON", "LD_", "MALLOC", "GLIBC", "LANG", "LC_", "TZ")
+WORKER = "fleetd.daemon.reload.worker"
+_WORKER_NAME = "config-worker"  # at most 15 bytes
+_PR_SET_NAME = 15
+_LAST_FD = 4096
+
+
+def is_config_worker(process: psutil.Process) -> bool:
+    """Return whether a process is the config worker of a daemon. Raises psutil.Error."""
+    return process.name() == _WORKER_NAME or WORKER in " ".join(process.cmdline())
 
 
 class WarmProcess:
@@ -176,12 +191,34 @@ def _become(request: dict[str, object]) -> None:
     time.tzset()
 
 
+def _fork_worker(module: str, stdin: int, stdout: int) -> int:
+    """Do what `fleetd.host.process.worker.spawn` does, with a fork of this daemon."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        os.closerange(3, _LAST_FD)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, _WORKER_NAME.encode(), 0, 0, 0)
+        import_module(module).main()
+    finally:
+        os._exit(1)
+
+
 def _serve_forks() -> None:
     for module in PRELOADED:
         __import__(module)
     if _serve(socket.socket(fileno=int(sys.argv[1]))):
         from fleetd.cli.fleetd import main
+        from fleetd.host.process import worker
 
+        worker.spawn = _fork_worker
         main()
 
 

@@ -75,7 +75,7 @@ def fill(folder: Path) -> None:
 
 
 def test_unsaved_stop_is_reported(tmp_path: Path) -> None:
-    said = f"could not be written: {os.strerror(errno.ENOSPC)}"
+    problem = f"could not be written: {os.strerror(errno.ENOSPC)}"
     with (
         small_disk(tmp_path / "state"),
         fleetd(tmp_path, fleet({"a": {"command": SLEEPER, "restart": QUICK}})) as daemon,
@@ -86,15 +86,15 @@ def test_unsaved_stop_is_reported(tmp_path: Path) -> None:
         done = ctl(daemon, "stop", "a")
         assert done.returncode == 0
         assert "warning: succeeded but could not be saved; it will be lost when the daemon restarts: " in done.stderr
-        assert said in done.stderr
+        assert problem in done.stderr
         fill(tmp_path / "state")
         (row,) = json.loads(ctl(daemon, "-o", "json", "start", "a").stdout)["results"]
         assert row["result"] == "ok"
-        assert said in row["warning"]
+        assert problem in row["warning"]
         fill(tmp_path / "state")
-        assert said in order(daemon, "stop", "a").json["results"][0]["warning"]
-        assert said in ctl(daemon, "status").stdout
-        assert said in daemon.status()["daemon"]["store_problem"]
+        assert problem in order(daemon, "stop", "a").json["results"][0]["warning"]
+        assert problem in ctl(daemon, "status").stdout
+        assert problem in daemon.status()["daemon"]["store_problem"]
         (tmp_path / "state" / "filler").unlink()
         until(lambda: "remembered" not in (daemon.status()["daemon"]["store_problem"] or ""), "it is written")
         crash(daemon)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.support.daemon import ROOT, Fleetd, fake, fleetd
-from tests.support.fleet_files import SLEEPER, crash, ctl, fleet, ready, sh, until_said
+from tests.support.fleet_files import SLEEPER, crash, ctl, fleet, ready, sh, until_logged
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -80,8 +80,8 @@ def test_missing_env_file_blocks_its_process_until_it_exists(tmp_path: Path) -> 
         (volume / ".env").write_text("B=2\n")
         (tmp_path / "early.env").write_text("B=3\n")
         pids = {name: ready(daemon, name) for name in ("onvol", "early")}
-        until_said(daemon, "onvol", "B is 2")
-        until_said(daemon, "early", "B is 3")
+        until_logged(daemon, "onvol", "B is 2")
+        until_logged(daemon, "early", "B is 3")
         assert ctl(daemon, "diff").returncode == 0
         assert ctl(daemon, "reload").returncode == 0
         crash(daemon)
@@ -101,10 +101,10 @@ def test_late_env_file_contradicting_options_blocks(tmp_path: Path) -> None:
         daemon.start()
         assert place in daemon.until_state("o", "BLOCKED")["reason"]
         file.write_text("OLLAMA_NUM_PARALLEL=9\n")
-        said = "instances.o.env.OLLAMA_NUM_PARALLEL: options.num_parallel sets it already"
-        until(lambda: said in daemon.process_row("o")["reason"], "the contradiction is reported")
+        problem = "instances.o.env.OLLAMA_NUM_PARALLEL: options.num_parallel sets it already"
+        until(lambda: problem in daemon.process_row("o")["reason"], "the contradiction is reported")
         assert daemon.process_row("o")["state"] == "BLOCKED"
-        assert said in ctl(daemon, "reload").stderr
+        assert problem in ctl(daemon, "reload").stderr
         file.write_text("OLLAMA_DEBUG=1\n")
         ready(daemon, "o")
         assert ctl(daemon, "reload").returncode == 0
@@ -125,20 +125,20 @@ def test_saved_env_file_is_planned_and_restarts_once(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
         pids = {name: ready(daemon, name) for name in services}
-        until_said(daemon, "benv", "B is 3")
+        until_logged(daemon, "benv", "B is 3")
         for content, command in (("B=4", ("apply", "-y", "--wait")), ("B=5", ("reload",))):
             file.write_text(content + "\n")
-            said = [ctl(daemon, *words) for words in (("diff",), ("apply", "--dry-run"), command)]
-            assert [done.returncode for done in said] == [1, 0, 0]
-            for done in said:
+            results = [ctl(daemon, *words) for words in (("diff",), ("apply", "--dry-run"), command)]
+            assert [done.returncode for done in results] == [1, 0, 0]
+            for done in results:
                 assert done.stdout.startswith("~ service benv (restart)\n    env.B: "), done.stdout
-            until_said(daemon, "benv", content.replace("=", " is "))
+            until_logged(daemon, "benv", content.replace("=", " is "))
             ready(daemon, "benv")
             assert ctl(daemon, "diff").returncode == 0
         assert daemon.process_row("benv")["generation"] == 3
         file.write_text("B=6\n")
         os.utime(daemon.config)
-        until_said(daemon, "benv", "B is 6")
+        until_logged(daemon, "benv", "B is 6")
         assert ready(daemon, "other") == pids["other"]
 
 
@@ -173,16 +173,16 @@ def test_pending_daemon_restart_is_reported_until_done(tmp_path: Path) -> None:
 def test_mistakes_in_standard_input_name_standard_input(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": SLEEPER}})) as daemon:
         daemon.start()
-        told = []
+        errors = []
         for text in ("", "services: {b: {comand: x}}\n", "services: {b: {command: x}}\ninclude: [inc.yaml]\n"):
             (tmp_path / "inc.yaml").write_text("services: {b: {command: y}}\n")
             done = ctl(daemon, "diff", "-", stdin=text)
             assert done.returncode == 2
-            told.append(done.stderr)
-        assert "-: is empty" in told[0] or "-:1:1: is empty" in told[0]
-        assert "-:1:16: services.b.comand" in told[1]
-        assert "first at -:1:12" in told[2]
-        assert not any("plan.yaml" in text or f"{daemon.config}" in text for text in told)
+            errors.append(done.stderr)
+        assert "-: is empty" in errors[0] or "-:1:1: is empty" in errors[0]
+        assert "-:1:16: services.b.comand" in errors[1]
+        assert "first at -:1:12" in errors[2]
+        assert not any("plan.yaml" in text or f"{daemon.config}" in text for text in errors)
 
 
 def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
         part.write_text(INCLUDED % "p")
         until(lambda: "b.env:1:" in error(), "then the env file")
         env.write_text("B=1\n")
-        until_said(daemon, "benv", "B is 1")
+        until_logged(daemon, "benv", "B is 1")
         until(lambda: running(daemon) == {"a", "benv", "p"}, "all of it runs")
         daemon.write(fleet(services, include=["parts/part.yaml", "parts/missing.yaml", "parts/other.yaml"]))
-        until(lambda: "there is no file parts/missing.yaml" in error(), "a missing file is reported")
+        until(lambda: "there is no file 'parts/missing.yaml'" in error(), "a missing file is reported")
         (tmp_path / "parts" / "other.yaml").write_text(INCLUDED % "p")
         (tmp_path / "parts" / "missing.yaml").write_text(INCLUDED % "q")
         until(lambda: "other.yaml" in error(), "then the second of two of one name")
@@ -214,7 +214,7 @@ def test_invalid_file_is_watched_until_it_is_fixed(tmp_path: Path) -> None:
 
 
 def run_second(first: Fleetd, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a second daemon on the state of the first, with its own run folder and port, until it exits."""
+    """Run a second daemon on the first one's state until it exits."""
     second = fleetd(folder, "")
     text = second.config.read_text().replace("state: ./state", f"state: {first.folder / 'state'}")
     second.config.write_text(text)

@@ -26,6 +26,7 @@ from fleetd.host.process.worker import WorkerGone, WorkerProcess
 from fleetd.resolver.resolved import Surroundings
 from tests.support.daemon import fake, fleetd
 from tests.support.waiting import until
+from tests.support.warm_start import is_config_worker
 
 SLEEPERS = "services:\n" + "".join(f"  s{number}: {{command: [sleep, '1000']}}\n" for number in range(3))
 NOW = ReadInputs(Surroundings(), frozenset(), "box")
@@ -44,14 +45,14 @@ def readers(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with suppress(psutil.NoSuchProcess):  # or a zombie, which psutil reports as alive
-            if "fleetd.daemon.reload.worker" in " ".join(child.cmdline()):
+            if is_config_worker(child):
                 found.append(child)
     return found
 
 
 @pytest.fixture
 def own_readers() -> OwnReaders:
-    """Return only the workers of this test: an earlier test may have left one of its own."""
+    """Return only the workers of this test, none that an earlier test left."""
     strays = readers(os.getpid())
     return lambda: [child for child in readers(os.getpid()) if child not in strays]
 
@@ -70,14 +71,14 @@ def test_worker_result_equals_an_in_process_build(tmp_path: Path) -> None:
     path = written(tmp_path, text + "instances: {p: {engine: process, command: [x], options: {concurrency: 3}}}\n")
     there = asyncio.run(read_once(path))
     here = read(load(path, os.environ), NOW)
-    assert there.assembly.spec == here.assembly.spec
-    assert there.assembly.files == here.assembly.files
+    assert there.resolved.spec == here.resolved.spec
+    assert there.resolved.files == here.resolved.files
     assert there.shown == here.shown
-    for name, plan in here.assembly.plans.items():
-        other = there.assembly.plans[name]
+    for name, plan in here.resolved.plans.items():
+        other = there.resolved.plans[name]
         assert (other.launch, other.launch_hash(), other.engine) == (plan.launch, plan.launch_hash(), plan.engine)
-    assert there.assembly.plans["m"].context.options == here.assembly.plans["m"].context.options
-    options = there.assembly.plans["p"].context.options
+    assert there.resolved.plans["m"].context.options == here.resolved.plans["m"].context.options
+    options = there.resolved.plans["p"].context.options
     assert type(options).__name__ == "SimpleNamespace", "its engine needs only the values"
     assert (options.concurrency, options.health) == (3, None)  # type: ignore[attr-defined]
 
@@ -126,7 +127,7 @@ def test_killed_idle_worker_is_replaced(tmp_path: Path, own_readers: OwnReaders)
         await several.read(path, NOW)
         (child,) = own_readers()
         child.kill()
-        assert len((await several.read(path, NOW)).assembly.plans) == 3
+        assert len((await several.read(path, NOW)).resolved.plans) == 3
         await several.close()
 
     asyncio.run(body())
@@ -141,7 +142,7 @@ def test_two_reads_at_once_do_not_wait_for_each_other(tmp_path: Path, own_reader
         await several.close()
         return list(found)
 
-    assert [len(one.assembly.plans) for one in asyncio.run(body())] == [3, 3]
+    assert [len(one.resolved.plans) for one in asyncio.run(body())] == [3, 3]
     assert not own_readers()
 
 
@@ -155,7 +156,7 @@ def test_worker_death_while_reading_is_one_clear_error(tmp_path: Path) -> None:
             threading.Timer(0.05, os.kill, (companion.pid, signal.SIGKILL)).start()
             await reading.finish(NOW)
 
-    with pytest.raises(HostError, match=r"could not be read: .* ended by SIGKILL") as found:
+    with pytest.raises(HostError, match=r"could not be read: .* killed by SIGKILL") as found:
         asyncio.run(body())
     assert found.value.recoverable
 
@@ -203,7 +204,7 @@ def test_worker_output_without_frames_is_rejected(tmp_path: Path, monkeypatch: p
 
 def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
     with fleetd(tmp_path, SLEEPERS) as daemon:
-        daemon.start()
+        daemon.start(cold=True)
         daemon.until_state("s1", "READY")
         daemon.write(SLEEPERS.replace("s1:", "other:"))
         until(lambda: "other" in {row["name"] for row in daemon.status()["processes"]}, "the saved file is applied")
@@ -216,13 +217,13 @@ def test_services_only_daemon_loads_no_pydantic_or_yaml(tmp_path: Path) -> None:
 
 def test_worker_killed_before_a_request_names_its_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(path: Path) -> WorkerProcess:
-        raise WorkerGone("the worker process was ended by SIGKILL before it responded")
+        raise WorkerGone("the worker process was killed by SIGKILL before it responded")
 
     monkeypatch.setattr(worker_client, "begin_reading", begin)
 
     async def body() -> None:
         with pytest.raises(
-            HostError, match="the configuration could not be read: the worker process was ended by SIGKILL"
+            HostError, match="the configuration could not be read: the worker process was killed by SIGKILL"
         ):
             await WorkerClient().read(written(tmp_path, SLEEPERS), NOW)
 

@@ -23,7 +23,7 @@ from tests.support.fleet_files import (
     python,
     ready,
     sh,
-    until_said,
+    until_logged,
 )
 from tests.support.ports import free_port
 from tests.support.waiting import alive, until
@@ -162,7 +162,7 @@ def test_case_06_counters_and_crash_loop_are_kept(tmp_path: Path) -> None:
 
 
 def test_case_06_daemon_killed_before_saving_loses_no_count(tmp_path: Path) -> None:
-    """The record of a run is written before its start, with the number of earlier restarts."""
+    """A run's record is written before its start, with the earlier restarts."""
     with fleetd(tmp_path, fleet({"good": {"command": SLEEPER, "restart": QUICK}})) as daemon:
         daemon.start()
         for count in (1, 2):
@@ -200,7 +200,7 @@ def test_case_28_power_loss_during_a_save_keeps_the_stop(tmp_path: Path) -> None
         assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("forged", ["init", "itself", "absent", "foreign"])
+@pytest.mark.parametrize("forged", ["init", "itself", "missing", "foreign"])
 def test_case_31_forged_record_signals_no_process(tmp_path: Path, forged: str) -> None:
     foreign = subprocess.Popen(SLEEPER)
     try:
@@ -210,7 +210,7 @@ def test_case_31_forged_record_signals_no_process(tmp_path: Path, forged: str) -
             crash(daemon)
             record = next((tmp_path / "state" / "handles").glob("a*.json"))
             content = json.loads(record.read_text())
-            target = {"init": 1, "itself": os.getpid(), "absent": 2**22 - 3, "foreign": foreign.pid}[forged]
+            target = {"init": 1, "itself": os.getpid(), "missing": 2**22 - 3, "foreign": foreign.pid}[forged]
             text = json.dumps(content).replace(f'"pid": {mine}', f'"pid": {target}')
             assert text != json.dumps(content)
             record.write_text(text)
@@ -265,10 +265,10 @@ def test_case_04_exit_of_adopted_process_is_marked_in_its_log(tmp_path: Path) ->
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo hello; exec sleep 1000"), "restart": QUICK}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
-        until_said(daemon, "a", "hello")
+        until_logged(daemon, "a", "hello")
         crash(daemon)
         daemon.start()
         assert ready(daemon, "a") == pid
         os.kill(pid, signal.SIGKILL)
-        text = until_said(daemon, "a", "hello", 2)
+        text = until_logged(daemon, "a", "hello", 2)
         assert text.index("--- exited") > text.index("hello")

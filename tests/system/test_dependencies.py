@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.support.daemon import ROOT, fake, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, ready, sh, until_logged
 from tests.support.waiting import until
 
 # Prints `up` once a file named go exists.
@@ -45,9 +45,11 @@ def test_case_09_restart_all_waits_in_order_of_dependency(tmp_path: Path) -> Non
         daemon.start()
         ready(daemon, "b")
         answer = order(daemon, "restart", "all")
-        told = {row["name"]: (row["result"], row["state"]) for row in answer.json["results"]}
-        assert {name: told[name] for name in ("base", "a", "b")} == dict.fromkeys(("base", "a", "b"), ("ok", "READY"))
-        assert told["held"] == told["c"] == ("failed", "BLOCKED"), "the time of a mount is unknown"
+        results = {row["name"]: (row["result"], row["state"]) for row in answer.json["results"]}
+        assert {name: results[name] for name in ("base", "a", "b")} == dict.fromkeys(
+            ("base", "a", "b"), ("ok", "READY")
+        )
+        assert results["held"] == results["c"] == ("failed", "BLOCKED"), "the time of a mount is unknown"
         assert [daemon.process_row(name)["generation"] for name in ("base", "a", "b")] == [2, 2, 2]
 
 
@@ -56,7 +58,7 @@ def test_case_09_stop_during_a_restart_wins(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": code}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         order(daemon, "restart", "a", wait=False)
         daemon.until_state("a", "STOPPING")
         assert order(daemon, "stop", "a").status == 200

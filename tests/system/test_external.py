@@ -20,7 +20,7 @@ from tests.support.waiting import until
 
 @contextmanager
 def answering(status: int, body: object) -> Iterator[int]:
-    """Yield the port of a server that gives one answer to everything; `answering.now` changes the answer."""
+    """Yield the port of a server with one answer, which `answering.now` changes."""
     data = json.dumps(body).encode()
     answering.now = None  # type: ignore[attr-defined]
 
@@ -60,7 +60,7 @@ def fleet(port: int, engine: str = "ollama") -> str:
 def test_unreachable_server_is_awaited_and_reported(tmp_path: Path) -> None:
     port = free_port()
     with fleetd(tmp_path, fleet(port)).start() as daemon:
-        until(lambda: "waiting for it" in daemon.process_row("away")["reason"], "it says why")
+        until(lambda: "waiting for it" in daemon.process_row("away")["reason"], "the reason is shown")
         assert f"127.0.0.1:{port}" in daemon.process_row("away")["reason"]
         answer = daemon.chat("m")
         assert answer.status in (503, 504)
@@ -70,13 +70,13 @@ def test_unreachable_server_is_awaited_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("engine", ["external", "ollama", "lmstudio"])
 def test_wrong_api_key_is_reported_with_its_place(engine: str, status: int, tmp_path: Path) -> None:
-    said = f"HTTP {status}: no such key (instances.away.options.api_key)"
+    reason = f"HTTP {status}: no such key (instances.away.options.api_key)"
     with answering(status, {"error": "no such key"}) as port, fleetd(tmp_path, fleet(port, engine)).start() as daemon:
-        until(lambda: said in daemon.process_row("away")["reason"], "it says why")
+        until(lambda: reason in daemon.process_row("away")["reason"], "the reason is shown")
         assert f"http://127.0.0.1:{port}/" in daemon.process_row("away")["reason"]
         answer = daemon.chat("m")
         assert answer.status in (503, 504)
-        assert said in answer.json["error"]["message"]
+        assert reason in answer.json["error"]["message"]
 
 
 def test_api_key_that_turns_wrong_is_reported(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_https_address_is_probed_by_tls(tmp_path: Path) -> None:
         probes = "probes: {startup: {http: /api/version, period: 50ms}}"
         text = plain.replace("http://", "https://").replace("{engine: ollama", f"{{engine: ollama, {probes}")
         with fleetd(tmp_path, text).start() as daemon:
-            until(lambda: "waiting for it: " in daemon.process_row("away")["reason"], "it says why")
+            until(lambda: "waiting for it: " in daemon.process_row("away")["reason"], "the reason is shown")
             reason = daemon.process_row("away")["reason"].lower()
             assert "ssl" in reason or "tls" in reason or "record" in reason or "version" in reason, reason
             assert daemon.process_row("away")["state"] == "STARTING"
@@ -118,19 +118,19 @@ def test_own_server_too_old_fails_with_both_versions(tmp_path: Path) -> None:
 
 def test_external_server_too_old_is_awaited(tmp_path: Path) -> None:
     with answering(200, {"version": "0.1.48", "models": []}) as port, fleetd(tmp_path, fleet(port)).start() as daemon:
-        said = "reports Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.away.external)"
-        until(lambda: said in daemon.process_row("away")["reason"], "it says why")
-        assert said in daemon.chat("m").json["error"]["message"]
+        reason = "reports Ollama 0.1.48; fleetd needs 0.5.5 or newer (instances.away.external)"
+        until(lambda: reason in daemon.process_row("away")["reason"], "the reason is shown")
+        assert reason in daemon.chat("m").json["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [["hello"], {"models": "none"}, {"models": [1, None, {"name": 3}]}])
 def test_answer_of_another_shape_is_an_error(tmp_path: Path, body: object) -> None:
     with answering(200, body) as port, fleetd(tmp_path, fleet(port)).start() as daemon:
-        said = f"http://127.0.0.1:{port}/api/ps did not answer with a"
-        until(lambda: said in daemon.process_row("away")["reason"], "it says why")
+        reason = f"http://127.0.0.1:{port}/api/ps did not answer with a"
+        until(lambda: reason in daemon.process_row("away")["reason"], "the reason is shown")
         answer = daemon.chat("m")
         assert answer.status in (503, 504), answer.body
-        assert said in answer.json["error"]["message"]
+        assert reason in answer.json["error"]["message"]
         assert "Traceback" not in daemon.log()
         assert "unexpected failure" not in daemon.log()
         assert daemon.get("/health").status == 200

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import ROOT, Fleetd, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, python, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, python, ready, sh, until_logged
 from tests.support.waiting import until
 
 
@@ -98,7 +98,7 @@ def bad_programs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "not-executable": ({"command": ["./plain"]}, "is not executable"),
         "folder": ({"command": [str(folder)]}, "is a directory"),
         "interpreter": ({"command": ["./script"]}, "interpreter"),
-        "garbage": ({"command": ["./garbage"]}, "no program for this machine"),
+        "garbage": ({"command": ["./garbage"]}, "cannot run on this machine"),
         "cwd": ({"command": SLEEPER, "cwd": "/no/such/folder"}, "working directory"),
         "cwd-is-file": ({"command": SLEEPER, "cwd": "plain"}, "not a directory"),
         "log-is-folder": ({"command": SLEEPER}, "log"),
@@ -161,8 +161,8 @@ def test_case_18_percent_and_dollar_reach_the_program(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        said = until_said(daemon, "a", "\n").splitlines()[0]
-        assert said == str(["%(ENV_X)s", "100%", "%%", "$HOME", "${x}", "{x}", "a'b\"c"]) + " 50% of $5 %(x)s a"
+        printed = until_logged(daemon, "a", "\n").splitlines()[0]
+        assert printed == str(["%(ENV_X)s", "100%", "%%", "$HOME", "${x}", "{x}", "a'b\"c"]) + " 50% of $5 %(x)s a"
 
 
 def test_case_20_second_daemon_leaves_the_first_its_files(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_case_21_leaving_clients_and_garbage_cost_no_cpu(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
-        ("POST", "/v1/processes/stop", {"names": ["nobody"]}, 404),
+        ("POST", "/v1/processes/stop", {"names": ["no-such-name"]}, 404),
         ("POST", "/v1/processes/stop", {"names": "a"}, 400),
         ("POST", "/v1/processes/a/signal", {"signal": "SIGNOPE"}, 400),
         ("POST", "/v1/processes/a/stop", {"unknown": 1}, 400),
@@ -296,7 +296,7 @@ def test_case_36_state_of_other_versions_is_read_or_set_aside(tmp_path: Path) ->
 
 @pytest.mark.parametrize("lost", ["a record and its copy", "the whole state"])
 def test_case_36_process_without_a_record_is_killed_not_doubled(tmp_path: Path, lost: str) -> None:
-    """The process environment names the daemon that spawned it: enough to decide ownership, not identity."""
+    """The environment names the daemon that spawned it: proof of ownership only."""
     with fleetd(
         tmp_path, fleet({"a": {"command": sh("sleep 1000 & exec sleep 1001")}, "b": {"command": SLEEPER}})
     ) as daemon:

@@ -42,7 +42,7 @@ def test_liveness_ignores_clients_that_give_up(tmp_path: Path) -> None:
 
 
 def stays(daemon: Fleetd, asked: threading.Thread) -> None:
-    """Send a request in the background and watch the process until the answer: longer than two failing probes."""
+    """Send a slow request in the background and watch the process until its answer."""
     generation = daemon.until_state("m", "READY")["generation"]
     began = time.monotonic()
     asked.start()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("ollama") is None, reason="no progr
 
 
 def ports(count: int) -> int:
-    """Return the first of `count` consecutive free ports, below the range of Ollama's runners."""
+    """Return the first of `count` consecutive free ports below Ollama's runners."""
     import socket
 
     for first in range(23000, 32000, 7):
@@ -81,11 +81,15 @@ def test_models_are_created_once_changed_and_pruned(tmp_path: Path) -> None:
         answer = daemon.chat("typo")
         assert (answer.status, answer.code) == (503, "model_blocked")
         assert f"models.typo.from: {tmp_path}/no such file.gguf (does not exist)" in str(answer.json)
-        code, said = ctl(daemon, "models", "diff")
-        assert (code, "typo: blocked" in said, "  + a" in said) == (1, True, False)
-        code, said = ctl(daemon, "models", "show", "a")
-        assert (code, f"FROM {tmp_path}/a model.gguf\nSYSTEM hello\n" in said, "in place" in said) == (0, True, True)
-        assert "loaded on ollama-" in said
+        code, output = ctl(daemon, "models", "diff")
+        assert (code, "typo: blocked" in output, "  + a" in output) == (1, True, False)
+        code, output = ctl(daemon, "models", "show", "a")
+        assert (code, f"FROM {tmp_path}/a model.gguf\nSYSTEM hello\n" in output, "in place" in output) == (
+            0,
+            True,
+            True,
+        )
+        assert "loaded on ollama-" in output
 
         daemon.write(fleet(tmp_path, 0.9, port=port).replace("\n      q: ", "\n      # q: "))
         until(lambda: len(made(daemon, "a")) == 2, "a changed parameter creates the model again")
@@ -99,7 +103,7 @@ def test_models_are_created_once_changed_and_pruned(tmp_path: Path) -> None:
 
         (tmp_path / "no such file.gguf").write_bytes((tmp_path / "a model.gguf").read_bytes())
         until(lambda: daemon.chat("typo").status == 200, "the file came, and the model with it")
-        code, said = ctl(daemon, "models", "sync", "-o", "json")
-        last = json.loads(said.splitlines()[-1])
+        code, output = ctl(daemon, "models", "sync", "-o", "json")
+        last = json.loads(output.splitlines()[-1])
         assert (code, last["what"], last["failed"], last["made"]) == (0, "done", 0, 0)
         assert ctl(daemon, "models", "diff")[0] == 0

@@ -18,7 +18,7 @@ from tests.support.waiting import until
 
 APP = """
 const fs = require('fs');
-const note = text => fs.appendFileSync('said.txt', text + '\\n');
+const note = text => fs.appendFileSync('lines.txt', text + '\\n');
 process.on('SIGINT', () => { note('signal'); process.exit(3); });
 process.on('SIGTERM', () => { note('signal'); process.exit(3); });
 process.on('message', message => {
@@ -50,7 +50,7 @@ def imported(folder: Path, *apps: dict[str, Any]) -> str:
 
 
 def lines(folder: Path) -> list[str]:
-    path = folder / "said.txt"
+    path = folder / "lines.txt"
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
@@ -60,7 +60,7 @@ def app(**more: Any) -> dict[str, Any]:
 
 @node
 @pytest.mark.parametrize(
-    ("more", "said", "code"),
+    ("more", "expected", "code"),
     [
         ({"shutdown_with_message": True}, ['message "shutdown"', "saved"], 0),
         ({"shutdown_with_message": False}, ["signal"], 3),
@@ -68,12 +68,14 @@ def app(**more: Any) -> dict[str, Any]:
     ],
     ids=["message", "signal", "a channel that it closed"],
 )
-def test_stop_reaches_the_app_as_under_pm2(more: dict[str, Any], said: list[str], code: int, tmp_path: Path) -> None:
+def test_stop_reaches_the_app_as_under_pm2(
+    more: dict[str, Any], expected: list[str], code: int, tmp_path: Path
+) -> None:
     with fleetd(tmp_path, imported(tmp_path, app(**more))).start() as daemon:
         until(lambda: lines(tmp_path) == ["up"], "the app is up")
         daemon.until_state("bot", "READY")
         assert daemon.control("POST", "/v1/processes/bot/stop?wait=true", {}).status == 200
-        assert lines(tmp_path) == ["up", *said]
+        assert lines(tmp_path) == ["up", *expected]
         assert daemon.process_row("bot")["last_exit"]["code"] == code
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import ROOT, fleetd
-from tests.support.fleet_files import QUICK, all_lines, ctl, fleet, order, piped_lines, python, ready, sh, until_said
+from tests.support.fleet_files import QUICK, all_lines, ctl, fleet, order, piped_lines, python, ready, sh, until_logged
 from tests.support.waiting import until
 
 WRITER = "import time\nfor n in range({count}): print('line', n, 'x' * (n % 97))\n{end}"
@@ -69,14 +69,14 @@ def test_case_22_deleted_log_is_recreated_by_the_next_run(tmp_path: Path) -> Non
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo hello; exec sleep 1000"), "restart": QUICK}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
-        until_said(daemon, "a", "hello")
+        until_logged(daemon, "a", "hello")
         (tmp_path / "logs" / "a.log").unlink()
         assert ctl(daemon, "logs", "a").returncode == 0
         os.kill(pid, signal.SIGKILL)
-        until_said(daemon, "a", "hello")
+        until_logged(daemon, "a", "hello")
         (tmp_path / "logs").rename(tmp_path / "gone")
         assert order(daemon, "restart", "a").status == 200
-        until_said(daemon, "a", "hello")
+        until_logged(daemon, "a", "hello")
 
 
 def test_case_22_deleted_piped_log_is_recreated(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_case_22_deleted_piped_log_is_recreated(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "tick")
+        until_logged(daemon, "a", "tick")
         (tmp_path / "logs" / "a.log").unlink()
         until(lambda: "tick" in daemon.log_of("a"), "it is created again")
 
@@ -97,7 +97,7 @@ def test_case_17_binary_output_is_harmless(tmp_path: Path, capture: str) -> None
     with fleetd(tmp_path, fleet({"a": {"command": python(code), "logs": {"capture": capture}}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "end")
+        until_logged(daemon, "a", "end")
         answer = daemon.control("GET", "/v1/logs/a").json["lines"]
         assert any("größe" in line["line"] for line in answer)
         for words in (("logs", "a"), ("logs", "a", "-o", "json"), ("status", "a")):
@@ -110,7 +110,7 @@ def test_case_17_closed_reader_stops_the_follower_quietly(tmp_path: Path) -> Non
     with fleetd(tmp_path, fleet({"a": {"command": sh("while true; do echo tick; sleep 0.01; done")}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "tick")
+        until_logged(daemon, "a", "tick")
         line = f"{sys.executable} -m fleetd.cli.fleetctl --socket {daemon.socket} logs -f a | head -n 3"
         done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
         assert done.stdout.count("tick") == 3
@@ -131,7 +131,7 @@ def test_case_17_program_can_reopen_its_own_output(tmp_path: Path) -> None:
         with fleetd(folder, fleet(services)) as daemon:
             daemon.start()
             ready(daemon, "a")
-            text = until_said(daemon, "a", "second")
+            text = until_logged(daemon, "a", "second")
             assert "first" in text or capture == "file"  # reopened without O_APPEND it may be overwritten
 
 
@@ -201,7 +201,7 @@ def test_case_39_full_disk_neither_blocks_nor_grows_and_recovers(tmp_path: Path)
         assert daemon.status()["daemon"]["rss_bytes"] < 250 << 20
         assert log.stat().st_size <= limit
         process.rlimit(resource.RLIMIT_FSIZE, high)
-        text = until_said(daemon, "a", "lines lost: the disk refused them")
+        text = until_logged(daemon, "a", "lines lost: the disk rejected them")
         for line in text.splitlines()[:-1]:
             json.loads(line)
         assert "Traceback" not in daemon.log()
@@ -227,7 +227,7 @@ def test_case_17_json_lines_are_complete_documents(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh("echo '{\"x\": 1}'; exec sleep 1000")}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "x")
+        until_logged(daemon, "a", "x")
         done = ctl(daemon, "logs", "a", "-o", "json")
         assert done.returncode == 0
         for line in done.stdout.splitlines():

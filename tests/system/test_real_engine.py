@@ -142,13 +142,13 @@ def test_systemd_is_notified(tmp_path: Path) -> None:
         manager.settimeout(30)
         daemon.env = {**daemon.env, "NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "400000"}
         daemon.start()
-        heard = set()
-        while not {"READY=1", "WATCHDOG=1"} <= heard:
-            heard.update(manager.recv(4096).decode().splitlines())
+        received = set()
+        while not {"READY=1", "WATCHDOG=1"} <= received:
+            received.update(manager.recv(4096).decode().splitlines())
         assert daemon.chat("a").status == 200
         environ = psutil.Process(daemon.process_row("a")["pid"]).environ()
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & environ.keys()
         daemon.signal(signal.SIGTERM)
-        while "STOPPING=1" not in heard:
-            heard.update(manager.recv(4096).decode().splitlines())
+        while "STOPPING=1" not in received:
+            received.update(manager.recv(4096).decode().splitlines())
         assert daemon.wait() == 0

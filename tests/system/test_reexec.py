@@ -46,7 +46,7 @@ def instances(daemon: Fleetd) -> dict[str, set[int]]:
 
 
 @contextmanager
-def beside(call: Callable[[], Any]) -> Iterator[None]:
+def meanwhile(call: Callable[[], Any]) -> Iterator[None]:
     """Run a call in its own thread and ignore its result."""
 
     def run() -> None:
@@ -73,7 +73,7 @@ def test_reexec_during_a_restart_restarts_once(tmp_path: Path, moment_s: float) 
         daemon.start()
         before = {name: ready(daemon, name) for name in services}
         body = {"names": list(services)}
-        with beside(lambda: daemon.control("POST", "/v1/processes/restart", {**body, "wait": moment_s != 0.3})):
+        with meanwhile(lambda: daemon.control("POST", "/v1/processes/restart", {**body, "wait": moment_s != 0.3})):
             time.sleep(moment_s)
             reexecute(daemon)
         until(lambda: fresh(daemon, before), f"all were restarted; the log:\n{daemon.log()[-3000:]}")
@@ -91,7 +91,7 @@ def test_reexec_during_an_apply_applies_once(tmp_path: Path, moment_s: float) ->
         before = {name: ready(daemon, name) for name in services}
         changed = {name: {**one, "env": {"NEW": "1"}} for name, one in services.items()}
         daemon.write(fleet(changed, watch=False))
-        with beside(lambda: daemon.control("POST", "/v1/apply", {"wait": True})):
+        with meanwhile(lambda: daemon.control("POST", "/v1/apply", {"wait": True})):
             time.sleep(moment_s)
             reexecute(daemon)
         until(lambda: fresh(daemon, before), f"all were restarted; the log:\n{daemon.log()[-3000:]}")
@@ -133,7 +133,7 @@ def test_reexec_continues_with_the_applied_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capture", ["file", "pipe"])
 def test_death_during_reexec_counts_and_keeps_its_code(tmp_path: Path, capture: str) -> None:
-    """A process that dies during the exchange counts as one death with its exit code, whichever program sees it."""
+    """The death counts once with its exit code, whichever program sees it."""
     wait = sh("while [ ! -e go ]; do sleep 0.01; done; rm go; exit 7")
     with fleetd(tmp_path, fleet({"a": {"command": wait, "restart": QUICK, "logs": {"capture": capture}}})) as daemon:
         daemon.start()
@@ -181,7 +181,7 @@ def test_fleetctl_works_during_a_reexec(tmp_path: Path) -> None:
         daemon.start()
         ready(daemon, "a")
         before = ups(daemon)
-        with beside(lambda: ctl(daemon, "daemon-reexec")):
+        with meanwhile(lambda: ctl(daemon, "daemon-reexec")):
             while ups(daemon) == before:
                 began = time.monotonic()
                 shown = ctl(daemon, "ps")

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import ROOT, Fleetd, fake, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, crash, ctl, fleet, order, ready, sh, until_logged
 from tests.support.waiting import until
 
 BASE: dict[str, Any] = {
@@ -64,7 +64,7 @@ def with_changes(**changes: Any) -> dict[str, Any]:
 def test_case_34_change_restarts_only_what_it_must(
     tmp_path: Path, change: dict[str, Any], restarted: set[str], code: int
 ) -> None:
-    """Config/CLI 23 and 25 too: exit codes of diff, and a second apply without changes."""
+    """Covers Config/CLI 23 and 25: exit codes of diff, a second empty apply."""
     with fleetd(tmp_path, fleet(BASE, watch=False)) as daemon:
         daemon.start()
         before = pids(daemon)
@@ -91,7 +91,7 @@ BAD_FILES = [
     ('services: {"a": {"command": ["x"], "limits": {"memory": "10G"}}}\n', "GiB"),
     ('services: {"a": {"command": ["x"], "env": {"KEY": "${NOT_SET_ANYWHERE}"}}}\n', "NOT_SET_ANYWHERE"),
     ('services: {"a": {"command": ["x"], "schedule": {"restart": "99 * * * *"}}}\n', "schedule"),
-    ('services: {"a": {"command": ["x"], "depends_on": ["nobody"]}}\n', "nobody"),
+    ('services: {"a": {"command": ["x"], "depends_on": ["no-such-name"]}}\n', "no-such-name"),
     ("services: [\n", "fleet.yaml"),
     ("\0\0\0", "fleet.yaml"),
 ]
@@ -155,7 +155,7 @@ def test_config_24_killed_apply_is_finished_by_the_next_daemon(tmp_path: Path) -
         daemon.start()
         for name in old:
             ready(daemon, name)
-            until_said(daemon, name, "up")
+            until_logged(daemon, name, "up")
         daemon.write(fleet(new, watch=False))
         client = subprocess.Popen(
             [sys.executable, "-m", "fleetd.cli.fleetctl", "--socket", str(daemon.socket), "apply", "-y", "--wait"],
@@ -252,18 +252,18 @@ def test_config_27_planted_secret_is_found_nowhere(tmp_path: Path) -> None:
         daemon.start()
         ready(daemon, "a")
         assert order(daemon, "restart", "a").status == 200
-        said = [daemon.log(), daemon.get("/health").body.decode()]
+        outputs = [daemon.log(), daemon.get("/health").body.decode()]
         for path in ("status", "processes/a", "config", "dump", "story/a", "metrics", "logs/a", "events?follow=0"):
-            said.append(daemon.control("GET", f"/v1/{path}").body.decode())
+            outputs.append(daemon.control("GET", f"/v1/{path}").body.decode())
         for words in (("status", "a"), ("dump",), ("diff",), ("status", "-o", "yaml"), ("story", "a")):
-            said.append(ctl(daemon, *words).stdout)
+            outputs.append(ctl(daemon, *words).stdout)
         done = subprocess.run(
             [sys.executable, "-m", "fleetd", "render", str(daemon.config)],
             cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
-        said.append(done.stdout + done.stderr)
-        said.append(subprocess.run(["ps", "axww"], capture_output=True, text=True, check=True).stdout)
-        assert canary not in "\n".join(said)
+        outputs.append(done.stdout + done.stderr)
+        outputs.append(subprocess.run(["ps", "axww"], capture_output=True, text=True, check=True).stdout)
+        assert canary not in "\n".join(outputs)
         for path in (tmp_path / "state").rglob("*"):
             if path.is_file():
                 assert canary.encode() not in path.read_bytes(), path

@@ -28,7 +28,7 @@ def model(*flags: str, **keys: Any) -> dict[str, Any]:
 
 
 def streamed(daemon: Fleetd, name: str, tokens: int, begun: threading.Event | None = None) -> tuple[int, bytes]:
-    """Return the status and all bytes of a streamed chat; `begun` is set at the first byte."""
+    """Return status and bytes of a streamed chat; `begun` is set at the first byte."""
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
     body = json.dumps(
         {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "stream": True}

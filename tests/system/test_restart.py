@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Fleetd, fake, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_logged
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -27,7 +27,7 @@ def test_supervisor_01_delay_doubles_and_restarts_count(tmp_path: Path) -> None:
     restart = {"backoff": {"initial": "200ms", "factor": 2, "max": "10s", "jitter": 0}, "crash_loop": {"count": 100}}
     with fleetd(tmp_path, fleet({"a": {"command": sh("date +%s.%N; exit 1"), "restart": restart}})) as daemon:
         daemon.start()
-        until(lambda: len(stamps(daemon, "a")) == 4, "four runs")
+        until(lambda: len(stamps(daemon, "a")) >= 4, "four runs")
         times = stamps(daemon, "a")
         gaps = [later - earlier for earlier, later in pairwise(times)]
         assert gaps[0] >= 0.2
@@ -36,7 +36,7 @@ def test_supervisor_01_delay_doubles_and_restarts_count(tmp_path: Path) -> None:
         row = daemon.until_state("a", "BACKOFF")
         assert row["restarts"] == row["generation"] - 1 >= 3
         assert row["pid"] is None
-        assert 0 < row["next_start_s"] <= 1.6
+        assert 0 < row["next_start_s"] <= 0.2 * 2 ** (row["generation"] - 1)
         assert row["last_exit"]["code"] == 1
 
 
@@ -243,4 +243,4 @@ def test_case_30_running_process_always_has_a_pid(tmp_path: Path) -> None:
             if row["state"] == "BACKOFF":
                 assert row["next_start_s"] is not None
                 assert row["pid"] is None
-        until_said(daemon, "a", "exited code=1")
+        until_logged(daemon, "a", "exited code=1")

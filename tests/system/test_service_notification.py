@@ -16,8 +16,8 @@ from tests.support.waiting import until
 FLEET = "services:\n  one: {command: [/bin/sleep, '86400']}\n"
 
 
-class Told:
-    """Return all notifications so far, one line each."""
+class Notifications:
+    """The notifications so far, one line each."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -30,12 +30,12 @@ class Told:
             except BlockingIOError:
                 return self.lines
 
-    def said(self, line: str) -> bool:
+    def has(self, line: str) -> bool:
         return line in self.read()
 
 
 @contextmanager
-def told(folder: Path, **env: str) -> Iterator[tuple[Fleetd, Told]]:
+def notified(folder: Path, **env: str) -> Iterator[tuple[Fleetd, Notifications]]:
     with (
         tempfile.TemporaryDirectory(prefix="fd-") as short,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
@@ -44,38 +44,38 @@ def told(folder: Path, **env: str) -> Iterator[tuple[Fleetd, Told]]:
         listener.setblocking(False)
         env |= {"NOTIFY_SOCKET": f"{short}/notify", "BLACK_BOX_FOLDER": str(folder)}
         with Fleetd(folder, FLEET, env) as daemon:
-            yield daemon, Told(listener)
+            yield daemon, Notifications(listener)
 
 
 def test_start_reload_and_stop(tmp_path: Path) -> None:
-    with told(tmp_path) as (daemon, heard):
+    with notified(tmp_path) as (daemon, systemd):
         daemon.start()
-        until(lambda: heard.said("READY=1"), "it says that it is ready")
-        assert heard.said("STATUS=1 processes, 0 models")
-        heard.lines.clear()
+        until(lambda: systemd.has("READY=1"), "it reports that it is ready")
+        assert systemd.has("STATUS=1 processes, 0 models")
+        systemd.lines.clear()
         daemon.signal(signal.SIGHUP)
-        until(lambda: heard.said("READY=1"), "it says that the reload is done")
-        assert heard.lines[0] == "RELOADING=1"
-        assert "STOPPING=1" not in heard.lines
+        until(lambda: systemd.has("READY=1"), "it reports that the reload is done")
+        assert systemd.lines[0] == "RELOADING=1"
+        assert "STOPPING=1" not in systemd.lines
         assert daemon.stop() == 0
-        assert heard.said("STOPPING=1")
+        assert systemd.has("STOPPING=1")
 
 
 def test_reexec_notifies_a_reload_and_not_a_stop(tmp_path: Path) -> None:
-    with told(tmp_path, WATCHDOG_USEC="400000") as (daemon, heard):
+    with notified(tmp_path, WATCHDOG_USEC="400000") as (daemon, systemd):
         daemon.start()
-        until(lambda: heard.said("READY=1"), "it says that it is ready")
-        heard.lines.clear()
+        until(lambda: systemd.has("READY=1"), "it reports that it is ready")
+        systemd.lines.clear()
         assert daemon.control("POST", "/v1/reexec", {}).status == 202
-        until(lambda: heard.said("READY=1"), "the new program says that it is ready")
-        assert "RELOADING=1" in heard.lines
-        assert "STOPPING=1" not in heard.lines, "systemd would wait for the end of this PID, and kill it in the end"
-        heard.lines.clear()
-        until(lambda: heard.said("WATCHDOG=1"), "the new program feeds the watchdog")
+        until(lambda: systemd.has("READY=1"), "the new program reports that it is ready")
+        assert "RELOADING=1" in systemd.lines
+        assert "STOPPING=1" not in systemd.lines, "systemd would wait for the end of this PID, and kill it in the end"
+        systemd.lines.clear()
+        until(lambda: systemd.has("WATCHDOG=1"), "the new program feeds the watchdog")
 
 
 def test_reexec_is_refused_with_an_invalid_file(tmp_path: Path) -> None:
-    with told(tmp_path) as (daemon, _):
+    with notified(tmp_path) as (daemon, _):
         daemon.start()
         row = daemon.until_state("one", "READY")
         daemon.write(FLEET + "  one: {}\n")
@@ -87,7 +87,7 @@ def test_reexec_is_refused_with_an_invalid_file(tmp_path: Path) -> None:
 
 
 def test_concurrent_reloads_wait_for_one_another(tmp_path: Path) -> None:
-    with told(tmp_path) as (daemon, _), ThreadPoolExecutor(8) as pool:
+    with notified(tmp_path) as (daemon, _), ThreadPoolExecutor(8) as pool:
         daemon.start()
         row = daemon.until_state("one", "READY")
         for number in range(3):

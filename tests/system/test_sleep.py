@@ -27,7 +27,7 @@ DEV_ROUTES = (
 def fleet(
     *flags: str, level: int = 1, more: str = "", budget: str = "10GiB", host: str = "8GiB", names: str = "ab"
 ) -> str:
-    """Two vLLMs of 8 GiB on a card of 10 GiB: one awake, one asleep. `flags` are those of the first."""
+    """Return two vLLMs of 8 GiB on a card of 10; `flags` are those of the first."""
     text = f"devices: {{gpu0: {{budget: {budget}}}, host: {{budget: {host}}}}}\nmodels:\n"
     for name in names:
         command = fake(*(flags if name == "a" else ()), api="vllm")
@@ -112,14 +112,14 @@ def test_failed_sleep_kills_and_starts_cold(tmp_path: Path) -> None:
         pid = daemon.process_row("a")["pid"]
         answered(daemon, "b")
         assert not alive(pid)
-        told = story(daemon, "a")
-        assert "sleep failed" in told
-        assert "freed memory is negative" in told
+        events = story(daemon, "a")
+        assert "sleep failed" in events
+        assert "freed memory is negative" in events
         assert answered(daemon, "a") == text
         assert daemon.process_row("a")["generation"] == 2
         answered(daemon, "b")  # for a while `a` is unloaded instead
         assert daemon.model_row("a")["sleeps"] == 0
-        assert story(daemon, "a").count("sleep failed") == told.count("sleep failed")
+        assert story(daemon, "a").count("sleep failed") == events.count("sleep failed")
 
 
 def test_wake_without_answer_kills_and_starts_cold(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_half_asleep_engine_is_killed_and_started_cold(tmp_path: Path) -> None:
         daemon.wait()
         daemon.start()
         until(lambda: not alive(pid), "it was killed")
-        assert "left on its way" in story(daemon, "a")
+        assert "its last transition was interrupted" in story(daemon, "a")
         assert answered(daemon, "a") == text
 
 

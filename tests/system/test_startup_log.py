@@ -105,4 +105,4 @@ def test_failed_start_forgets_learned_values(tmp_path: Path) -> None:
         until(lambda: daemon.process_row("m")["generation"] == 3, "it failed with it, and is started without")
         daemon.until_state("m", "READY")
         assert KV not in started_with(daemon)
-        assert "is forgotten" in daemon.log()
+        assert "discarded the values that an earlier start learned" in daemon.log()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import FAKE, Fleetd, fake, fleetd
-from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_gone, until_said
+from tests.support.fleet_files import QUICK, SLEEPER, fleet, order, python, ready, sh, until_gone, until_logged
 from tests.support.ports import free_port
 from tests.support.waiting import alive, until
 
@@ -49,7 +49,7 @@ print("tree", *pids, flush=True)
 
 
 def tree_of(daemon: Fleetd, name: str, times: int = 1) -> list[int]:
-    text = until_said(daemon, name, "tree ", times)
+    text = until_logged(daemon, name, "tree ", times)
     line = [line for line in text.splitlines() if line.startswith("tree ")][-1]
     return [int(word) for word in line.split()[1:]]
 
@@ -88,7 +88,7 @@ def test_case_05_program_ignoring_term_is_killed_at_deadline(tmp_path: Path) -> 
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"timeout": "700ms"}}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         began = time.monotonic()
         assert order(daemon, "stop", "a").status == 200
         assert time.monotonic() - began >= 0.7
@@ -102,7 +102,7 @@ def test_case_05_clean_exit_within_grace_is_reported_as_clean(tmp_path: Path) ->
     with fleetd(tmp_path, fleet({"a": {"command": sh(code)}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         assert order(daemon, "stop", "a").status == 200
         assert daemon.process_row("a")["last_exit"]["code"] == 7
         assert "bye" in daemon.log_of("a")
@@ -119,11 +119,11 @@ def test_case_07_child_holding_the_output_delays_nothing(tmp_path: Path) -> None
         with fleetd(folder, fleet(services)) as daemon:
             daemon.start()
             pid = ready(daemon, "a")
-            until_said(daemon, "a", "up")
+            until_logged(daemon, "a", "up")
             os.kill(pid, signal.SIGKILL)
             until(lambda: daemon.process_row("a")["generation"] == 2, "its death is seen at once", 3)
             ready(daemon, "a")
-            until_said(daemon, "a", "up", 2)
+            until_logged(daemon, "a", "up", 2)
             began = time.monotonic()
             assert order(daemon, "stop", "a").status == 200
             assert time.monotonic() - began < 4
@@ -135,7 +135,7 @@ def test_case_25_stop_timeout_is_kept_and_shown(tmp_path: Path) -> None:
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"signal": "SIGINT", "timeout": "2s"}}})) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         began = time.monotonic()
         assert order(daemon, "stop", "a", wait=False).status == 202
         until(lambda: time.monotonic() - began > 1.2, "time passes")
@@ -156,7 +156,7 @@ def test_case_25_delayed_exit_is_awaited_with_its_stop_signal(tmp_path: Path) ->
     with fleetd(tmp_path, fleet(services)) as daemon:
         daemon.start()
         ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         assert order(daemon, "stop", "a").status == 200
         assert daemon.process_row("a")["last_exit"]["code"] == 0
         assert "ended" in daemon.log_of("a")
@@ -168,7 +168,7 @@ def test_case_25_only_a_forced_shutdown_shortens_the_grace(tmp_path: Path) -> No
     with fleetd(tmp_path, fleet({"a": {"command": sh(code), "stop": {"timeout": "1h"}}})) as daemon:
         daemon.start()
         pid = ready(daemon, "a")
-        until_said(daemon, "a", "up")
+        until_logged(daemon, "a", "up")
         order(daemon, "stop", "a", wait=False)
         daemon.until_state("a", "STOPPING")
         order(daemon, "stop", "a", wait=False)
@@ -181,7 +181,7 @@ def test_case_25_only_a_forced_shutdown_shortens_the_grace(tmp_path: Path) -> No
 
 
 def test_case_37_killed_engine_leader_is_swept_and_restarted(tmp_path: Path) -> None:
-    """The leader of a vLLM dies; its worker lives, holds the pipe and answers on its own port."""
+    """A vLLM leader dies; its worker holds the pipe and another port."""
     command = json.loads(fake("--orphan-worker", api="vllm"))
     services = {
         "a": {"command": command, "port": free_port(), "probes": {"startup": {"http": "/health"}}, "restart": QUICK}
@@ -235,7 +235,7 @@ def test_case_05_shutdown_stops_everything_in_reverse_order(tmp_path: Path) -> N
         assert daemon.stop() == 0
         assert daemon.children() == []
         ended = {
-            name: int(until_said(daemon, name, "ended ").split("ended ")[1].split()[0])
+            name: int(until_logged(daemon, name, "ended ").split("ended ")[1].split()[0])
             for name in ("top", "middle", "base")
         }
         assert ended["top"] < ended["middle"] < ended["base"]

@@ -93,7 +93,7 @@ def test_case_12_program_changing_its_own_files_is_held_back(tmp_path: Path) -> 
     with fleetd(tmp_path, fleet({"a": service})) as daemon:
         daemon.start()
         until(
-            lambda: "restarts when they were quiet" in json.dumps(daemon.control("GET", "/v1/story/a").json),
+            lambda: "restarts once they are unchanged" in json.dumps(daemon.control("GET", "/v1/story/a").json),
             "it is reported",
         )
         assert generation(daemon) == 11

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from fleetd.cli import progress, views
+from fleetd.cli import progress
 from fleetd.cli.client import (
     EXIT_FAILED,
     EXIT_OK,
@@ -30,6 +30,7 @@ from fleetd.cli.client import (
 )
 from fleetd.cli.commands.lifecycle import exit_code_of, show_results, waiting
 from fleetd.cli.context import Duration, Session, forms, say
+from fleetd.cli.views.plan import plan_changes
 from fleetd.units import expand_home
 
 POLL_S = 0.1
@@ -86,7 +87,7 @@ def diff(session: Session, file: str | None) -> int:
         raise CliError(str(error), EXIT_USAGE, error.hint) from None
     changes = answered["plan"]["changes"]
     if not session.emit(answered) and changes:
-        views.plan(session.screen, answered["plan"])
+        plan_changes(session.screen, answered["plan"])
     return EXIT_FAILED if changes else EXIT_OK
 
 
@@ -113,10 +114,10 @@ def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout
         if where and not dry_run:  # the same fleet from another file, which becomes the daemon's own
             client.post("/v1/apply", {**where, "wait": False, "expect_hash": plan["config_hash"]})
         if not session.emit({"schema": planned["schema"], "plan": plan, "results": []}):
-            views.plan(session.screen, plan)
+            plan_changes(session.screen, plan)
         return EXIT_OK
     if session.form == "text":
-        views.plan(session.screen, plan)
+        plan_changes(session.screen, plan)
     if not yes:
         _ask()
     body = {**where, "wait": wait, "timeout_s": timeout, "expect_hash": plan["config_hash"]}
@@ -144,7 +145,7 @@ def reload_(session: Session, names: tuple[str, ...]) -> int:
         )
     applied = session.client.post("/v1/reload", wait_s=30.0)
     if not session.emit(applied):
-        views.plan(session.screen, applied["plan"])
+        plan_changes(session.screen, applied["plan"])
     return exit_code_of(applied.get("results") or [])
 
 

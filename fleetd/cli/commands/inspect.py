@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from fleetd.cli import views
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
 from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, say
 from fleetd.cli.problems import is_problem
 from fleetd.cli.render import PREFIX_COLOURS, clean
+from fleetd.cli.views import detail, tables
+from fleetd.cli.views.lines import event_line, log_line
 from fleetd.control.wire import OWN_STREAM, SCHEMA, document
 
 WATCH_S = 1.0
@@ -59,13 +60,13 @@ def _status_once(session: Session, names: tuple[str, ...], failed: bool = False)
         for name in dict.fromkeys(row["name"] for row in (*whole["processes"], *whole["models"])):
             session.screen.raw(name)
     else:
-        views.fleet(session.screen, whole, wide=session.form == "wide")
+        tables.fleet(session.screen, whole, wide=session.form == "wide")
     rows = [*whole["processes"], *whole["models"]]
     return EXIT_OK if not names or all(_runs(row) for row in rows) else EXIT_NOT_RUNNING
 
 
 def _runs(row: Mapping[str, Any]) -> bool:
-    return row.get("state") in views.GOOD_STATES or bool(row.get("routes"))
+    return row.get("state") in tables.GOOD_STATES or bool(row.get("routes"))
 
 
 def _detail(client: Client, name: str) -> dict[str, Any] | None:
@@ -87,7 +88,7 @@ def _show_detail(session: Session, found: Mapping[str, Any]) -> int:
     elif session.form == "name":
         session.screen.raw(row["name"])
     else:
-        (views.one_process if kind == "process" else views.one_model)(session.screen, found)
+        (detail.one_process if kind == "process" else detail.one_model)(session.screen, found)
     return EXIT_OK if _runs(row) else EXIT_NOT_RUNNING
 
 
@@ -147,7 +148,7 @@ def ps(session: Session) -> int:
         for row in rows:
             session.screen.raw(row["name"])
     elif rows:
-        views.loaded(session.screen, rows)
+        tables.loaded(session.screen, rows)
     else:
         say("no model is loaded")
     return EXIT_OK
@@ -216,7 +217,7 @@ def logs(
             several = several or name != names[0]
             width = max(width, min(24, len(name)))
             colour = colours.setdefault(name, PREFIX_COLOURS[len(colours) % len(PREFIX_COLOURS)])
-            views.log_line(screen, line, (name, width, colour) if several else None)
+            log_line(screen, line, (name, width, colour) if several else None)
         if follow:
             sys.stdout.flush()
     return EXIT_OK
@@ -242,7 +243,7 @@ def events(session: Session, names: tuple[str, ...], follow: bool, lines: int | 
         if session.form == "json":
             session.screen.json(event, indent=None)
         else:
-            views.event_line(session.screen, event)
+            event_line(session.screen, event)
         if follow:
             sys.stdout.flush()
     return EXIT_OK
@@ -282,7 +283,7 @@ def story(session: Session, name: str, whole: bool) -> int:
         from fleetd.cli.story import condensed
 
         for event in told["events"] if whole else condensed(told["events"]):
-            views.event_line(session.screen, event, with_name=event.get("name") != name)
+            event_line(session.screen, event, with_name=event.get("name") != name)
         if not told["events"]:
             session.screen.line(f"no events for {name} since fleetd started")
     return EXIT_OK
@@ -298,7 +299,7 @@ def explain(session: Session, model: str) -> int:
     """
     explained = session.client.get(f"/v1/explain/{model}")
     if not session.emit(explained):
-        views.explanation(session.screen, explained)
+        detail.explanation(session.screen, explained)
     return EXIT_OK
 
 

@@ -58,7 +58,7 @@ DAEMON_KEYS = tuple(path for path, effect in EFFECTS["fleet"].items() if effect 
 
 
 def effect_of(kind: str, path: tuple[str, ...]) -> Effect:
-    """Return the effect of a change at a path below an entry of a kind. Raises KeyError for a path without one."""
+    """Return the effect of a change below an entry of a kind. Raises KeyError."""
     table = EFFECTS[kind]
     for length in range(len(path), 0, -1):
         found = table.get(".".join(path[:length]))

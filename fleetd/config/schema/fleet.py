@@ -118,11 +118,11 @@ class FleetConfig(Block):
     def _one_pool(cls, devices: dict[str, DeviceKeys]) -> dict[str, DeviceKeys]:
         if "unified" in devices and len(devices) > 1:
             others = ", ".join(sorted(name for name in devices if name != "unified"))
-            raise ValueError(f"unified is the only pool of a machine that has it: {others} cannot be used with it")
+            raise ValueError(f"{others} cannot be used with unified: it is the only pool of a machine that has it")
         return devices
 
     def processes(self) -> dict[str, Service | Instance | EngineModel]:
-        """Return every entry that is a process, by its key: services, instances, then models with an engine."""
+        """Return the entries that are processes: services, instances, engine models."""
         own = {name: model for name, model in self.models.items() if isinstance(model, EngineModel)}
         return {**self.services, **self.instances, **own}
 

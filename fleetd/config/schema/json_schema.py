@@ -55,14 +55,14 @@ def _models(base: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _finish(definition: dict[str, Any], model: type[BaseModel]) -> None:
-    """Give every key its sentence and its default as it would be written; let it be empty where it may be left out."""
+    """Add descriptions and defaults; allow empty values for optional keys."""
     definition.pop("title", None)
     definition.pop("description", None)
     texts = {key: text for base in reversed(model.__mro__) for key, text in KEYS.get(base.__name__, {}).items()}
     properties = definition.get("properties", {})
     for name, field in model.model_fields.items():
         key = field.alias or name
-        value = {part: said for part, said in properties[key].items() if part not in ("title", "default")}
+        value = {part: content for part, content in properties[key].items() if part not in ("title", "default")}
         if not field.is_required() and not _takes_null(value):
             value = {"anyOf": [*(value["anyOf"] if set(value) == {"anyOf"} else [value]), {"type": "null"}]}
         properties[key] = {"description": texts[key], **value, **_default(field)}

@@ -35,7 +35,7 @@ class ModelQueueKeys(Block):
 
 
 class RequestKeys(Block):
-    """Changes to a request's body: `set` always, `default` where missing, `strip` removed."""
+    """Changes to a body: `set` always, `default` where missing, `strip` removed."""
 
     set: dict[str, Any] = Field(default_factory=dict)
     default: dict[str, Any] = Field(default_factory=dict)

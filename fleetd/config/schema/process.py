@@ -38,7 +38,7 @@ from fleetd.units import shown
 
 
 class BackoffKeys(Block):
-    """Delay before the next start: initial * factor ** (deaths - 1), at most max, +- jitter."""
+    """Delay: initial * factor ** (deaths - 1), at most max, +- jitter."""
 
     initial: Annotated[float, DurationType("1ms", "1d", zero=True)] = 0.5
     factor: Annotated[float, Real(1, 100)] = 2.0
@@ -66,12 +66,15 @@ class RestartKeys(Block):
     @classmethod
     def _policy_alone(cls, data: Any) -> Any:
         if isinstance(data, str):
-            raise ValueError(f"must be a mapping of keys: write restart: {{policy: {data[:40]}}}")
+            raise ValueError(f"must be a mapping of keys (write restart: {{policy: {data[:40]}}})")
         return data
 
 
 class StopKeys(Block):
-    """How a process set is stopped: `command`, `message` or `signal`, then after `timeout` a kill of set, group or leader."""
+    """How a process set is stopped.
+
+    `command`, `message` or `signal`; after `timeout`, a kill of the set, group or leader.
+    """
 
     signal: Annotated[str, SignalName()] = "SIGTERM"
     timeout: Annotated[float, DurationType("1ms", "1d", zero=True)] = 10.0
@@ -87,7 +90,7 @@ class StopKeys(Block):
 
 
 class ProbeKeys(Block):
-    """One probe; exactly one of http, tcp, exec, log_line, completion, message says how. None: the default of its kind."""
+    """One probe, of exactly one kind. None: the default of that kind."""
 
     http: Annotated[str, Text(2048, pattern=r"/[^\s#]*", what="a path such as /health")] | None = None
     tcp: Bool = False
@@ -104,20 +107,20 @@ class ProbeKeys(Block):
     @property
     def ways(self) -> tuple[str, ...]:
         """Return the ways that are set: exactly one in a loaded configuration."""
-        said = (
+        ways = (
             ("http", self.http),
             ("tcp", self.tcp),
             ("exec", self.exec),
             ("log_line", self.log_line),
             ("message", self.message),
         )
-        return (*(name for name, value in said if value), *(("completion",) if self.completion else ()))
+        return (*(name for name, value in ways if value), *(("completion",) if self.completion else ()))
 
     @model_validator(mode="after")
     def _exactly_one_way(self) -> ProbeKeys:
         ways = self.ways
         if not ways:
-            raise ValueError("must say how: one of http, tcp, exec, log_line, completion or message")
+            raise ValueError("has no kind: set one of http, tcp, exec, log_line, completion or message")
         if len(ways) > 1:
             raise ValueError(f"has {' and '.join(ways)}: a probe has exactly one of them")
         return self
@@ -134,7 +137,7 @@ class ProbesKeys(Block):
         if probe is not None and probe.deadline is not None:
             raise ValueError("deadline belongs to the startup probe only")
         if probe is not None and probe.message is not None:
-            raise ValueError("message belongs to the startup probe only: a program says once that it is ready")
+            raise ValueError("message belongs to the startup probe only: a program sends it once, when it is ready")
         return probe
 
 
@@ -146,7 +149,7 @@ class LogsKeys(Block):
 
 
 class LimitsKeys(Block):
-    """Over `memory` for two samples in a row: restart. `cpu` are the cores that the process may use."""
+    """Limits; `memory` exceeded in two samples restarts, `cpu` lists the cores."""
 
     memory: Annotated[int, Size("1MiB")] | None = None
     nofile: Annotated[int, Whole(16, 10_000_000)] | None = None
@@ -192,7 +195,7 @@ class Cron(FieldType):
         except CronSimError as error:
             raise ValueError(f"{shown(value)} is not a cron schedule: {str(error).lower()}") from None
         except StopIteration:
-            raise ValueError(f"{shown(value)} never comes") from None
+            raise ValueError(f"{shown(value)} never occurs") from None
         return value
 
     def json_schema(self) -> dict[str, Any]:
@@ -205,7 +208,7 @@ class ScheduleKeys(Block):
 
 
 class WatchKeys(Block):
-    """Paths relative to `cwd`; a change restarts the process after `debounce` of quiet."""
+    """Paths relative to `cwd`; a change restarts after `debounce` without another."""
 
     paths: Annotated[tuple[str, ...], Strings(at_least=1, what="a path")]
     ignore: Words = ()
@@ -239,7 +242,7 @@ class ProcessKeys(Block):
 
 
 class DependsOn(FieldType):
-    """`{ollama: ready}`, a list of names, or one name; a name without a condition waits for ready."""
+    """`{ollama: ready}`, a list of names, or one name; the default is ready."""
 
     conditions = ("started", "ready", "completed")
 
@@ -333,10 +336,10 @@ class EngineKeys(PlacedKeys):
                 "schedule",
                 "max_age",
             )
-            said = [key for key in ours if key in self.model_fields_set]
-            if said:
+            unusable = [key for key in ours if key in self.model_fields_set]
+            if unusable:
                 raise ValueError(
-                    f"fleetd does not start an external server: {', '.join(said)} cannot be used with external"
+                    f"{', '.join(unusable)} cannot be used with external: fleetd does not start an external server"
                 )
         return self
 
@@ -349,7 +352,7 @@ __all__ = ["Bytes", "EngineKeys", "Instance", "PlacedKeys", "ProcessKeys", "Serv
 
 
 def process_names(key: str, replicas: int) -> tuple[str, ...]:
-    """Return the names of an entry's processes: the key itself, or key-1 … key-N with more than one replica."""
+    """Return an entry's process names: the key, or key-1 … key-N for replicas."""
     if replicas <= 1:
         return (key,)
     return tuple(f"{key}-{replica}" for replica in range(1, replicas + 1))

@@ -38,7 +38,7 @@ class Misplaced(ValueError):
 
 
 class FieldType:
-    """Base of the types. A subclass gives `parse` and `json_schema`, and `dump` where printing differs."""
+    """Base of the types; `dump` is overridden where printing differs."""
 
     def parse(self, value: object) -> Any:
         raise NotImplementedError
@@ -116,7 +116,7 @@ class Flag(FieldType):
             return value.lower() == "true"
         if isinstance(value, str) and value.lower() in ("yes", "on", "y", "no", "off", "n"):
             meant = "true" if value.lower() in ("yes", "on", "y") else "false"
-            raise ValueError(f"must be true or false: write {meant} instead of {value}")
+            raise ValueError(f"must be true or false, not {shown(value)} (write {meant})")
         raise ValueError(f"must be true or false, not {shown(value)}")
 
     def json_schema(self) -> Schema:
@@ -124,7 +124,7 @@ class Flag(FieldType):
 
 
 class DurationType(FieldType):
-    """Seconds, between two bounds that are written like the value. `zero` allows 0 below the lower bound."""
+    """Seconds between two bounds; `zero` allows 0 below the lower bound."""
 
     def __init__(self, minimum: str = "0", maximum: str = "3650d", *, zero: bool = False) -> None:
         self.minimum_s, self.maximum_s, self.zero = parse_duration(minimum), parse_duration(maximum), zero
@@ -171,7 +171,7 @@ class Budget(NamedTuple):
     share: float | None
 
     def of(self, total_bytes: int) -> int:
-        """Return the budget in bytes for a device of this size; never more than the device has."""
+        """Return the budget in bytes for a device of this size, at most that size."""
         wanted = int(total_bytes * self.share) if self.share is not None else self.size_bytes or 0
         return min(wanted, total_bytes)
 
@@ -201,7 +201,7 @@ class MemoryType(FieldType):
         if not isinstance(value, dict):
             return Size("0B").parse(value)
         if not value:
-            raise ValueError("must name at least one device: write auto to have it estimated")
+            raise ValueError("must name at least one device (write auto to have it estimated)")
         parsed = {}
         for device, size in value.items():
             try:
@@ -222,7 +222,7 @@ class MemoryType(FieldType):
 
 
 class Text(FieldType):
-    """A string that is not empty and can be given to a process: no NUL, of bounded length."""
+    """A non-empty string without NUL, of bounded length."""
 
     def __init__(self, longest: int = 4096, *, pattern: str | None = None, what: str = "a string") -> None:
         self.longest, self.what = longest, what
@@ -230,12 +230,12 @@ class Text(FieldType):
 
     def parse(self, value: object) -> str:
         if not isinstance(value, str):
-            quote = f": quote it, '{value}'" if isinstance(value, int | float) else ""
+            quote = f" (write '{value}')" if isinstance(value, int | float) else ""
             raise ValueError(f"must be {self.what}, not {shown(value)}{quote}")
         if not value:
             raise ValueError(f"must be {self.what}, not an empty string")
         if "\x00" in value:
-            raise ValueError("must not hold a NUL character")
+            raise ValueError("must not contain a NUL character")
         if len(value) > self.longest:
             raise ValueError(f"must be {self.longest} characters at most, not {len(value)}")
         if self.pattern is not None and not self.pattern.fullmatch(value):
@@ -267,7 +267,7 @@ def _word(index: int, word: object) -> str:
 
 
 class CommandType(FieldType):
-    """A list of words, or one string that is split like a shell splits words. Never run by a shell."""
+    """A list of words, or a string that is split like a shell does, without a shell."""
 
     def parse(self, value: object) -> tuple[str, ...]:
         if isinstance(value, str):
@@ -283,7 +283,7 @@ class CommandType(FieldType):
         if not words or not words[0]:
             raise ValueError("must name a program")
         if any("\x00" in word for word in words):
-            raise ValueError("must not hold a NUL character")
+            raise ValueError("must not contain a NUL character")
         return tuple(words)
 
     def json_schema(self) -> Schema:
@@ -328,7 +328,7 @@ class Strings(FieldType):
             raise ValueError(f"must have at least {self.at_least} entry")
         if len(set(parsed)) < len(parsed):
             twice = next(item for item in parsed if parsed.count(item) > 1)
-            raise ValueError(f"names {shown(twice)} twice")
+            raise ValueError(f"lists {shown(twice)} twice")
         return tuple(parsed)
 
     def dump(self, value: Any) -> Any:
@@ -349,11 +349,11 @@ class Environment(FieldType):
             if not isinstance(name, str) or not _ENV_NAME.match(name):
                 raise Misplaced(f"{shown(name)} cannot be the name of a variable", str(name))
             if text is None:
-                raise Misplaced(f'has no value: write {name}: "" for an empty one', name)
+                raise Misplaced(f'has no value (write {name}: "" for an empty one)', name)
             if not isinstance(text, str):
                 raise Misplaced(f"must be a string, not {shown(text)}", name)
             if "\x00" in text:
-                raise Misplaced("must not hold a NUL character", name)
+                raise Misplaced("must not contain a NUL character", name)
         return dict(value)
 
     def json_schema(self) -> Schema:
@@ -411,7 +411,7 @@ class Address(NamedTuple):
 
 
 class AddressType(FieldType):
-    """`127.0.0.1:8484`, `[::1]:8484` or `localhost:8484`; port 0 lets the system choose."""
+    """`127.0.0.1:8484`, `[::1]:8484` or `localhost:8484`; port 0: the system chooses."""
 
     _pattern = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]+|\*)?):([0-9]{1,5})")
 
@@ -433,7 +433,7 @@ class AddressType(FieldType):
 
 
 class HttpUrl(FieldType):
-    """http://host[:port][/path] of a server that is not ours; without a slash and without /v1 at the end."""
+    """http://host[:port][/path] of an external server, without / or /v1 at the end."""
 
     def parse(self, value: object) -> str:
         if isinstance(value, str) and len(value) <= 2048:
@@ -445,7 +445,9 @@ class HttpUrl(FieldType):
             if good and not parts.query and not parts.fragment and not parts.username and " " not in value:
                 address = value.rstrip("/")
                 if address.endswith("/v1"):
-                    raise ValueError(f"must be the address of the server without /v1: {address.removesuffix('/v1')}")
+                    raise ValueError(
+                        f"must be the address of the server without /v1 (write {address.removesuffix('/v1')})"
+                    )
                 return address
         raise ValueError(f"must be an address such as http://10.0.0.102:1234, not {shown(value)}")
 

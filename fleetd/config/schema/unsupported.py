@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fleetd.config.yaml.source_map import Marks, Path_
+from fleetd.config.yaml.source_map import Path_, SourceMap
 from fleetd.errors import Problem
 
 UNSUPPORTED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gateway", "tls"), "the gateway speaks plain HTTP; put a proxy with TLS in front of it"),
-    (("gateway", "keys_file"), "the gateway knows no keys; listen on loopback, or say insecure: true"),
-    (("admin", "listen"), "there is no admin listener; use fleetctl"),
-    (("models", "*", "request"), "requests are passed on as they are"),
-    (("models", "*", "route", "*", "shadow"), "every request goes to one model"),
-    (("defaults", "model", "request"), "requests are passed on as they are"),
+    (("gateway", "tls"), "the gateway serves plain HTTP (put a proxy with TLS in front of it)"),
+    (("gateway", "keys_file"), "the gateway does not check keys (listen on loopback, or set insecure: true)"),
+    (("admin", "listen"), "there is no admin listener (use fleetctl)"),
+    (("models", "*", "request"), "requests are forwarded unchanged"),
+    (("models", "*", "route", "*", "shadow"), "each request goes to one model"),
+    (("defaults", "model", "request"), "requests are forwarded unchanged"),
 )
 # Writing the default value requests nothing.
 HARMLESS: dict[tuple[str, ...], tuple[object, ...]] = {("admin", "listen"): ("127.0.0.1:8485", "localhost:8485")}
@@ -29,13 +29,13 @@ def is_unsupported(pattern: tuple[str, ...]) -> bool:
     return any(pattern == listed for listed, _ in UNSUPPORTED)
 
 
-def find_unsupported(data: Any, marks: Marks) -> list[Problem]:
-    """Return a problem for every value of plain data at an unsupported path. Empty and false values do not count."""
+def find_unsupported(data: Any, source_map: SourceMap) -> list[Problem]:
+    """Return a problem for every value at an unsupported path, if not empty or false."""
     found = []
     for pattern, reason in UNSUPPORTED:
         for path, value in _at(data, pattern, ()):
             if value is not None and value is not False and value not in HARMLESS.get(pattern, ()):
-                found.append(marks.problem(path, f"is not supported yet: {reason}", at_key=True))
+                found.append(source_map.problem(path, f"is not supported yet: {reason}", at_key=True))
     return found
 
 

@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences for the author of fleet.yaml.
+"""Turn pydantic's errors into messages for the author of fleet.yaml.
 
 Invariants:
 - One problem per mistake, at the value that is wrong, or at the key where the key is wrong or something is missing.
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.schema.model import FORMS, EngineModel, HeldModel, RouteModel
 from fleetd.config.schema.types import Misplaced
-from fleetd.config.yaml.source_map import Marks
+from fleetd.config.yaml.source_map import SourceMap
 from fleetd.errors import Problem
 
 _FORM_MODELS: dict[str, type[BaseModel]] = {"instance": HeldModel, "engine": EngineModel, "route": RouteModel}
@@ -37,8 +37,8 @@ _HINTS_AT_MOST = 50
 class Messages:
     """Turns errors into problems; keeps count of the costly nearest-name searches."""
 
-    def __init__(self, marks: Marks) -> None:
-        self.marks = marks
+    def __init__(self, source_map: SourceMap) -> None:
+        self.source_map = source_map
         self._hints = 0
 
     def problems(self, errors: Iterable[Any]) -> list[Problem]:
@@ -53,13 +53,13 @@ class Messages:
         location = tuple(part for part in location if part != "[key]")
         kind = error["type"]
         if kind == "extra_forbidden":
-            return self.marks.problem(location, self._unknown_key(location, form), at_key=True)
+            return self.source_map.problem(location, self._unknown_key(location, form), at_key=True)
         if kind == "missing":
-            return self.marks.problem(location, self._missing(location))
+            return self.source_map.problem(location, self._missing(location))
         mistake = (error.get("ctx") or {}).get("error")
         if isinstance(mistake, Misplaced):
             location = (*location, *mistake.where)
-        return self.marks.problem(location, _sentence(kind, error))
+        return self.source_map.problem(location, _sentence(kind, error))
 
     def nearest(self, word: str, known: Iterable[str]) -> str:
         """Return "; did you mean X?" for the nearest known name, or nothing."""

@@ -1,4 +1,4 @@
-"""Every entry of the raw configuration, for the checks across entries, read as far as it is valid.
+"""Index the entries of a configuration that may be invalid, for the checks across entries.
 
 Invariants:
 - It works on plain data that may be wrong anywhere: a value of the wrong type counts as missing; another check reports it.
@@ -22,7 +22,7 @@ _FLAG = Flag()
 
 @dataclass(frozen=True, slots=True)
 class ProcessEntry:
-    """One entry that is a process. `path` is its place; `names` are the names of its processes."""
+    """One entry that is a process, and the `names` of its processes."""
 
     key: str
     path: Path_
@@ -32,9 +32,13 @@ class ProcessEntry:
     enabled: bool
 
     def may_have(self, name: str) -> bool:
-        """Return whether a name may be one of its replicas, when its number of replicas is invalid and so unknown."""
-        said = self.data.get("replicas")
-        return said is not None and read(_REPLICAS, said) is None and name in process_names(self.key, _MOST_REPLICAS)
+        """Return whether a name may be one of its replicas when `replicas` is invalid."""
+        replicas = self.data.get("replicas")
+        return (
+            replicas is not None
+            and read(_REPLICAS, replicas) is None
+            and name in process_names(self.key, _MOST_REPLICAS)
+        )
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
-"""What is right of a configuration that its types refuse, so that one mistake does not hide those which only show later.
+"""Find the valid part of an invalid configuration, so that one mistake does not hide the later ones.
 
 Invariants:
-- A key that nothing else is judged by is left out of its entry; else the whole entry is, and of other sections the whole section.
-- An instance that is left out leaves a stand-in of the same engine behind: there is more to say of the models that it holds.
+- A wrong key that no other check reads is left out of its entry; otherwise the whole entry is. Outside of entries, the whole
+  section is left out.
+- An instance that is left out is replaced by a stand-in of the same engine, so that the models that it holds are checked.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from fleetd.config.validate.raw_entries import mapping
 from fleetd.config.yaml.source_map import Path_
 from fleetd.config.yaml.transform import ENTRY_SECTIONS
 
-# An engine looks at none of these.
+# No engine reads these.
 _APART = frozenset({*ModelKeys.model_fields, *ProcessKeys.model_fields, "aliases", "depends_on"} - {"env", "env_file"})
 _STAND_IN = ("engine", "replicas")
 
 
 def typed(data: Any) -> tuple[FleetConfig | None, list[Any]]:
-    """Return the configuration, or what its types find wrong."""
+    """Return the configuration, or its type errors."""
     try:
         return FleetConfig.model_validate(data), []
     except ValidationError as error:
         return None, error.errors(include_url=False)
 
 
-def right_part(data: Any, errors: list[Any]) -> tuple[FleetConfig | None, frozenset[Path_]]:
-    """Return the configuration without what `errors` are about, and which of its entries are stand-ins."""
+def valid_part(data: Any, errors: list[Any]) -> tuple[FleetConfig | None, frozenset[Path_]]:
+    """Return the configuration without its `errors`, and the paths of its stand-ins."""
     left = {section: dict(found) if isinstance(found, dict) else found for section, found in data.items()}
     stand_ins: set[Path_] = set()
     for (section, *name), keys in _wrong_keys(errors).items():
@@ -49,7 +50,7 @@ def right_part(data: Any, errors: list[Any]) -> tuple[FleetConfig | None, frozen
 
 
 def _wrong_keys(errors: list[Any]) -> dict[Path_, set[Any]]:
-    """Return the keys that errors are about, by entry or by section; "" is the entry itself."""
+    """Return the wrong keys by entry or section; "" is the entry itself."""
     found: dict[Path_, set[Any]] = {}
     for location in (error["loc"] for error in errors):
         if location[0] not in ENTRY_SECTIONS:

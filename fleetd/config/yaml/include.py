@@ -1,4 +1,4 @@
-"""Reads fleet.yaml and what it includes into one tree.
+"""Read fleet.yaml and the files that it includes into one tree.
 
 Invariants:
 - A pattern is relative to the file that has it. A plain name must exist; a pattern with `*`, `?` or `[` may match nothing.
@@ -26,8 +26,11 @@ MAX_ALL_NODES = 500_000
 
 @dataclass(slots=True)
 class IncludeReader:
-    """One read of a configuration. `files` are all files that were read or are missing, the first one first; `patterns` are
-    (folder, pattern) pairs that may match other files later."""
+    """One read of a configuration.
+
+    `files` are all files that were read or are missing, in order; `patterns` are (folder, pattern) pairs that may match other
+    files later.
+    """
 
     env: Mapping[str, str]
     problems: list[Problem] = field(default_factory=list)
@@ -38,7 +41,7 @@ class IncludeReader:
     _seen: set[Path] = field(default_factory=set)
 
     def read(self, path: Path, shown: str, chain: tuple[Path, ...] = ()) -> Node | None:
-        """Return the tree of a file with its includes, or None where it cannot be read; problems are kept."""
+        """Return the tree of a file with its includes; None if it cannot be read."""
         real = Path(os.path.realpath(path))
         self._seen.add(real)
         self.files.append(path)
@@ -86,7 +89,7 @@ class IncludeReader:
             return sorted(glob.glob(text, root_dir=folder))  # noqa: PTH207 - Path.glob refuses absolute patterns
         if not (folder / text).exists():
             self.files.append(folder / text)
-            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value}", "include"))
+            self.problems.append(pattern.problem(f"there is no file {pattern.raw or pattern.value!r}", "include"))
             return []
         return [text]
 

@@ -23,18 +23,18 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def interpolate(text: str, env: Mapping[str, str]) -> str:
-    """Return the text with every variable put in. Raises ValueError naming the variable, never a value."""
+    """Return the text with its variables replaced. Raises ValueError without values."""
     if "$" not in text:
         return text
     result, end = _until(text, 0, env, closing=False, depth=0)
     assert end == len(text)
     if len(result) > MAX_RESULT:
-        raise ValueError("is longer than 1 MiB after its variables were put in")
+        raise ValueError("is longer than 1 MiB after interpolation")
     return result
 
 
 def _until(text: str, start: int, env: Mapping[str, str], *, closing: bool, depth: int) -> tuple[str, int]:
-    """Read on to the end of the text, or to the `}` that closes a default. Returns the result and where it ended."""
+    """Read to the end or to the `}` of a default; return the result and position."""
     parts: list[str] = []
     position = start
     while position < len(text):
@@ -55,7 +55,7 @@ def _until(text: str, start: int, env: Mapping[str, str], *, closing: bool, dept
             parts.append("$")
             position += 1
     if closing:
-        raise ValueError("'${' is not closed by '}': write $${ for a plain '${'")
+        raise ValueError("'${' is not closed by '}' (write $${ for a plain '${')")
     return "".join(parts), position
 
 
@@ -69,20 +69,20 @@ def _variable(text: str, start: int, env: Mapping[str, str], depth: int) -> tupl
         raise ValueError(f"variables are nested more than {MAX_DEPTH} levels deep")
     name = _NAME.match(text, start + 2)
     if name is None:
-        raise ValueError("'${' must be followed by the name of a variable: write $${ for a plain '${'")
+        raise ValueError("'${' must be followed by the name of a variable (write $${ for a plain '${')")
     variable, position = name[0], name.end()
     value = env.get(variable)
     if text.startswith("}", position):
         if value is None:
-            raise ValueError(f"the variable {variable} is not set: {_unset_hint(variable)}")
+            raise ValueError(f"the variable {variable!r} is not set ({_unset_hint(variable)})")
         return value, position + 1
     for operator in (":-", ":?", "-", "?"):
         if text.startswith(operator, position):
             break
     else:
         if position >= len(text):
-            raise ValueError("'${' is not closed by '}': write $${ for a plain '${'")
-        raise ValueError(f"${{{variable}… must go on with '}}', ':-default' or ':?message'")
+            raise ValueError("'${' is not closed by '}' (write $${ for a plain '${')")
+        raise ValueError(f"'${{{variable}' must be followed by '}}', ':-default' or ':?message'")
     other, end = (
         _until(text, position + len(operator), env, closing=True, depth=depth + 1)
         if _needs_other(value, operator)
@@ -91,7 +91,7 @@ def _variable(text: str, start: int, env: Mapping[str, str], depth: int) -> tupl
     if value is not None and (value or not operator.startswith(":")):
         return value, end
     if operator.endswith("?"):
-        raise ValueError(f"the variable {variable} is not set: {other or 'it is required'}")
+        raise ValueError(f"the variable {variable!r} is not set: {other or 'it is required'}")
     return other, end
 
 
@@ -106,7 +106,7 @@ def _needs_other(value: str | None, operator: str) -> bool:
 
 
 def _skip(text: str, start: int) -> int:
-    """Return the place after the `}` that closes a default that is not used: its own variables need not be set."""
+    """Return the position after an unused default; its variables need not be set."""
     depth, position = 1, start
     while position < len(text):
         if text.startswith("$$", position):
@@ -119,4 +119,4 @@ def _skip(text: str, start: int) -> int:
                 return position
         else:
             position += 1
-    raise ValueError("'${' is not closed by '}': write $${ for a plain '${'")
+    raise ValueError("'${' is not closed by '}' (write $${ for a plain '${')")

@@ -38,7 +38,7 @@ _TAB_INDENT = re.compile(r"^ *\t", re.MULTILINE)
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, of bounded length, without characters that a terminal would obey."""
+    """Return a text on one line, bounded, without control characters."""
     if len(text) > _LONGEST_MESSAGE:
         text = text[:_LONGEST_MESSAGE] + "…"
     return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -46,7 +46,7 @@ def printable(text: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """One file that was read: how it is shown, where it lies, and its lines for excerpts."""
+    """One file that was read: name to show, path, and lines for excerpts."""
 
     shown: str
     path: Path
@@ -59,7 +59,7 @@ class Source:
         self.folder = self.path.parent
 
     def excerpt(self, line: int, column: int) -> tuple[str, int]:
-        """Return the line at a place, tabs as blanks, and the column of the place in it; of a long line what is around the place."""
+        """Return the line around a place, tabs as blanks, and the column in it."""
         if self._lines is None:
             self._lines = _LINE_BREAK.split(self.text)
         if not 0 < line <= len(self._lines):
@@ -75,9 +75,10 @@ class Source:
 
 
 class Node:
-    """A scalar, sequence or mapping with its place. Lines and columns count from 1; `key_line` 0: not a value of a key.
+    """A scalar, sequence or mapping with its place, counted from 1.
 
     `value` is the text, a list of nodes, or a dict of nodes. `raw` is the text before interpolation, where that changed it.
+    `key_line` is 0 if it is not the value of a key.
     """
 
     __slots__ = ("column", "height", "key_column", "key_line", "line", "plain", "raw", "size", "source", "value")
@@ -154,7 +155,7 @@ def _read_bounded(path: Path) -> bytes:
 
 def _decode(raw: bytes, source: Source) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError([source.problem(1, 1, "is UTF-16: save the file as UTF-8")])
+        raise ConfigError([source.problem(1, 1, "is UTF-16 (save the file as UTF-8)")])
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.decode("utf-8")
@@ -179,14 +180,14 @@ def _check_characters(source: Source) -> None:
     directive = _DIRECTIVE.search(source.text)
     if directive is not None:
         line, column = _place(source.text, directive.start())
-        raise ConfigError([source.problem(line, column, "YAML directives are not supported: remove this line")])
+        raise ConfigError([source.problem(line, column, "YAML directives are not supported (remove this line)")])
 
 
 def compose(source: Source, report: Callable[[list[Problem]], None] | None = None) -> Node:
-    """Return the root of the file's only document. Raises ConfigError with the first mistake that leaves no tree.
+    """Return the root of the only document. Raises ConfigError if there is no tree.
 
-    Duplicate keys and tags leave one, in which both values of a key stand together or else the first: they are reported, and the
-    rest of the file can be checked too; without `report` they are raised.
+    Duplicate keys and tags are reported, and the rest of the file is checked: two mappings under one key are merged, of other
+    values the first counts. Without `report` they are raised.
     """
     composer = _Composer(source)
     loader = _Loader(source.text)
@@ -224,7 +225,7 @@ def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
     if "\t" in before and ("cannot start any token" in what or _TAB_INDENT.match(before)):
         message = "a tab cannot be used for indentation in YAML: use spaces"
     elif before.endswith(("${", "$")):
-        message = 'a variable inside [ ] or { } must stand in quotes: "${NAME}"'
+        message = 'a variable inside [ ] or { } must be in quotes: "${NAME}"'
     elif "mapping values are not allowed" in what:
         message = "a ': ' is not allowed here: quote the value, or look at the indentation"
     elif "could not find expected ':'" in what:
@@ -286,17 +287,17 @@ class _Composer:
     def _new(self, event: Any, value: Any, plain: bool) -> Node:
         mark = event.start_mark
         if event.tag is not None:
-            self._note(mark.line + 1, mark.column + 1, f"tags such as {event.tag[:40]} are not supported: remove it")
+            self._note(mark.line + 1, mark.column + 1, f"tags such as {event.tag[:40]} are not supported (remove it)")
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            self._fail(mark, f"the file has more than {MAX_NODES} values: split the fleet")
+            self._fail(mark, f"the file has more than {MAX_NODES} values (split the fleet)")
         return Node(value, self.source, mark.line + 1, mark.column + 1, plain)
 
     def _scalar(self, event: Any) -> None:
         top = self._stack[-1] if self._stack else None
         if top is not None and top.key is None and type(top.node.value) is dict:
             if event.tag is not None:
-                self._fail(event.start_mark, f"tags such as {event.tag[:40]} are not supported: remove it")
+                self._fail(event.start_mark, f"tags such as {event.tag[:40]} are not supported (remove it)")
             top.key, top.key_mark, top.key_plain = event.value, event.start_mark, not event.style
             if event.anchor is not None:
                 self._anchors[event.anchor] = self._new(event, event.value, top.key_plain)
@@ -357,9 +358,7 @@ class _Composer:
         if first is not None:
             first_place = f"{self.source.shown}:{first.key_line}:{first.key_column}"
             self._note(node.key_line, node.key_column, f"the key {key[:60]!r} is defined twice: first at {first_place}")
-            if (
-                type(first.value) is dict and type(node.value) is dict
-            ):  # the rest of the file knows the contents of both
+            if type(first.value) is dict and type(node.value) is dict:  # later checks see the contents of both
                 both = top.node.value[key] = first.copy()
                 both.value = {**node.value, **first.value}
             return
@@ -381,12 +380,12 @@ class _Composer:
     def _add_merge(self, top: _Open, node: Node) -> None:
         parts = node.value if type(node.value) is list else [node]
         if top.merges:
-            self._note(node.key_line, node.key_column, "'<<' is given twice: use one list, <<: [*a, *b]")
+            self._note(node.key_line, node.key_column, "'<<' is given twice (use one list, <<: [*a, *b])")
         for part in parts:
             if type(part.value) is dict:
                 top.merges.append(part)
             else:
-                self._note(part.line, part.column, "'<<' merges mappings only: write <<: *name or <<: [*a, *b]")
+                self._note(part.line, part.column, "'<<' merges mappings only (write <<: *name or <<: [*a, *b])")
 
     def _merge(self, done: _Open) -> None:
         for part in done.merges:

@@ -1,4 +1,4 @@
-"""From a path in the merged configuration back to its file, line and column.
+"""Map a path in the merged configuration to its file, line and column.
 
 Invariants:
 - The merged configuration is itself a tree of nodes, so an inherited value points to where it was written.
@@ -31,7 +31,7 @@ def _key(part: str) -> str:
     return part or '""'
 
 
-class Marks:
+class SourceMap:
     """Places of the merged tree."""
 
     def __init__(self, root: Node) -> None:
@@ -51,7 +51,7 @@ class Marks:
         return node, len(path)
 
     def problem(self, path: Path_, message: str, *, at_key: bool = False) -> Problem:
-        """Return a problem at the value of a path, or at its key. A missing value points to the key of its parent."""
+        """Return a problem at a value or key; a missing value points to its parent's key."""
         node, depth = self.find(path)
         for value, raw in _interpolated(node):
             message = message.replace(shown(value), shown(raw))
@@ -62,7 +62,7 @@ class Marks:
         )
 
     def folder_of(self, path: Path_) -> Path:
-        """Return the folder of the file that wrote the value at a path: relative paths in it start there."""
+        """Return the folder of the file that wrote the value at a path."""
         return self.find(path)[0].source.folder
 
     def order_of(self, file: str) -> int:
@@ -71,7 +71,7 @@ class Marks:
 
     @cached_property
     def _orders(self) -> dict[str, int]:
-        """Thousands of warnings are sorted by it, and the tree has as many entries."""
+        """Return the positions of all files, cached: thousands of warnings are sorted by it."""
         orders: dict[str, int] = {}
         pending = [self.root]
         while pending:
@@ -83,7 +83,7 @@ class Marks:
 
 
 def _interpolated(node: Node) -> Iterator[tuple[str, str]]:
-    """Yield what came out of variables in a value, with what was written instead; of a big value the first part."""
+    """Yield (result, text before interpolation) of at most 1000 values of a node."""
     pending = [node]
     for _ in range(1000):
         if not pending:

@@ -3,7 +3,7 @@
 Invariants:
 - A mapping that several places share (anchors) is never changed in place once it was read.
 - `env`, `command`, `args` and their like keep the text that was written: `args: [--port, 08]` gives "08".
-- `options`, `modelfile` and `request` are handed on as they are.
+- `options`, `modelfile` and `request` are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Report = Callable[[Problem], None]
 
 
 def put_variables_in(root: Node, env: Mapping[str, str], report: Report) -> None:
-    """Interpolate every scalar of a tree that was just read. Reports each mistake at its scalar."""
+    """Interpolate every scalar of a new tree; report each mistake at its scalar."""
     seen: set[int] = set()
     pending: list[tuple[Node, tuple[str | int, ...]]] = [(root, ())]
     while pending:
@@ -58,7 +58,7 @@ def _put_in(node: Node, path: tuple[str | int, ...], env: Mapping[str, str], rep
 
 
 def join(target: Node, other: Node, report: Report, path: tuple[str, ...] = ()) -> None:
-    """Add an included file's tree to the including one. A key that both define is reported with both places."""
+    """Merge an included file's tree; report a key that both define."""
     for key, value in other.value.items():
         here = (*path, key)
         mine = target.value.get(key)
@@ -79,7 +79,7 @@ def join(target: Node, other: Node, report: Report, path: tuple[str, ...] = ()) 
 
 
 def lay_defaults(root: Node) -> Node:
-    """Return a tree in which `defaults` lie under every process and model; the given tree is not changed."""
+    """Return a tree with `defaults` merged under its entries; `root` is unchanged."""
     defaults = root.value.get("defaults")
     if defaults is None or type(defaults.value) is not dict:
         return root
@@ -117,7 +117,7 @@ def _with_defaults(section: str, entry: Node, process: dict[str, Node], model: d
 
 
 def _overlay(under: dict[str, Node], over: Node, path: tuple[str, ...] = ()) -> Node:
-    """Return `over` with what it does not say from `under`; mappings are merged deeply, anything else is replaced."""
+    """Return `over` completed from `under`: mappings deeply, anything else replaced."""
     if len(path) == 2 and path[0] == "probes" and _PROBE_WAYS & over.value.keys():
         under = {key: value for key, value in under.items() if key not in _PROBE_WAYS}
     result = over.copy()

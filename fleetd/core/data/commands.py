@@ -60,7 +60,7 @@ class Spawn(RunCommand):
 
 @dataclass(frozen=True, slots=True)
 class Stop(RunCommand):
-    """Stop the whole process set by its stop policy; `force` skips the grace. A second Stop of a generation escalates."""
+    """Stop the process set; `force` skips the grace. A second Stop escalates."""
 
     reason: str
     force: bool = False
@@ -96,7 +96,7 @@ class Unload(PlacementCommand):
 
 @dataclass(frozen=True, slots=True)
 class Sleep(PlacementCommand):
-    """Let an idle engine free its memory without exiting. The core grants nothing on it meanwhile."""
+    """Let an idle engine free its memory without exiting; grants stop meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ class Wake(PlacementCommand):
 
 @dataclass(frozen=True, slots=True)
 class CheckSleep(PlacementCommand):
-    """Ask an adopted engine whether it is asleep: the previous daemon may have put it to sleep."""
+    """Ask an adopted engine if it sleeps: the previous daemon may have caused it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant(Command):
-    """The request may go to `process` now. `queued_s` is its whole wait, `load_s` the part that was a load (0: warm)."""
+    """The request may go to `process`; `load_s` is the part of the wait for a load."""
 
     request_id: int
     model: str  # after routes, aliases and fallback
@@ -127,8 +127,10 @@ class Grant(Command):
 
 @dataclass(frozen=True, slots=True)
 class Reject(Command):
-    """`code` is one of: model_not_found, model_too_large, queue_full, queue_timeout, model_failed,
-    model_blocked, draining."""
+    """The request gets an error.
+
+    `code`: model_not_found, model_too_large, queue_full, queue_timeout, model_failed, model_blocked or draining.
+    """
 
     request_id: int
     code: str

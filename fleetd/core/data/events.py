@@ -68,7 +68,7 @@ class Tick(Event):
 
 @dataclass(frozen=True, slots=True)
 class Adopted(RunEvent):
-    """A live child of an earlier daemon, with verified identity. It continues the run `generation`."""
+    """A live, verified child of an earlier daemon, which continues its generation."""
 
     pid: int
     age_s: float = 0.0
@@ -76,7 +76,7 @@ class Adopted(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class SpecChanged(Event):
-    """The desired fleet: at start, and again after every applied change of the configuration.
+    """The desired fleet, at start and after every change of the configuration.
 
     `remembered`, `adopted` and `died` come with the first one only; adopted processes are not spawned again. `died` are
     runs that exited while the daemon was down, and whose sets are empty.
@@ -101,7 +101,7 @@ class Spawned(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class SpawnFailed(RunEvent):
-    """Nothing runs. `recoverable` False means that only a change of fleet.yaml or of the machine helps."""
+    """Nothing runs. `recoverable` False: only a changed file or machine helps."""
 
     message: str
     recoverable: bool = True
@@ -116,7 +116,7 @@ class Exited(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class SetEmpty(RunEvent):
-    """Answer to Stop and Sweep: the process set is empty, its port and its memory are free.
+    """Answer to Stop and Sweep: the set is empty, its port and memory are free.
 
     `survivors` are processes that could not be killed (D state): they stay visible and are swept again later.
     """
@@ -135,13 +135,13 @@ class ProbeResult(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class StartProgress(RunEvent):
-    """The engine is still downloading, compiling or loading: the start deadline is counted again from now."""
+    """The engine still downloads, compiles or loads: the start deadline is renewed."""
 
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class RequirementsChanged(ProcessEvent):
+class ProcessPrerequisitesChanged(ProcessEvent):
     """The missing paths or volumes of a process; empty: all are available."""
 
     missing: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class RequirementsChanged(ProcessEvent):
 
 @dataclass(frozen=True, slots=True)
 class MemorySampled(RunEvent):
-    """Resident bytes of the whole process set (`rss_bytes`), and what it holds per device where known."""
+    """Resident bytes of the process set, and its bytes per device where known."""
 
     rss_bytes: int
     device_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class MemorySampled(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class RestartDue(ProcessEvent):
-    """A schedule, a watched file or another trigger asks for a restart. It does not count as a death.
+    """A schedule, watched file or other trigger asks for a restart; no death.
 
     `revive`: a process that failed, exited or waits for a retry starts now; otherwise only a running one restarts.
     `in_turn`: it waits until the other replicas of its name serve.
@@ -186,13 +186,13 @@ class LoadFailed(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress(PlacementEvent):
-    """The model is still being made for its server (copied, quantised): the load's deadline is counted again from now."""
+    """The model is still being built for its server: the load deadline is renewed."""
 
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRequirementsChanged(ModelEvent):
+class ModelPrerequisitesChanged(ModelEvent):
     """The missing files or volumes of a model on a server; empty: all are available."""
 
     missing: tuple[str, ...] = ()
@@ -210,7 +210,7 @@ class UnloadFailed(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class SleepSeen(PlacementEvent):
-    """Answer to Sleep, Wake and CheckSleep. Any other state than the requested one is a failure, explained by `message`."""
+    """Answer to Sleep, Wake and CheckSleep; an unrequested state is a failure."""
 
     state: SleepState
     message: str = ""
@@ -218,7 +218,7 @@ class SleepSeen(PlacementEvent):
 
 @dataclass(frozen=True, slots=True)
 class ResidentsObserved(Event):
-    """The models that a many-model server reports, by their name in the fleet. Models not in it are unloaded."""
+    """The models that a server reports, by fleet name; others are unloaded."""
 
     process: str
     generation: int
@@ -233,7 +233,7 @@ class ResidentsObserved(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived(Event):
-    """A client wants `model`. Answered by exactly one Grant or Reject, unless RequestCancelled comes first."""
+    """A client requests `model`; one Grant or Reject follows, unless cancelled."""
 
     request_id: int
     model: str
@@ -253,7 +253,10 @@ class RequestCancelled(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished(Event):
-    """A granted request is over. `failed` is True when the upstream broke it; `refused` is the reason if no connection was possible."""
+    """A granted request is over.
+
+    `failed`: the upstream broke it; `refused`: why no connection was possible.
+    """
 
     request_id: int
     failed: bool = False
@@ -287,7 +290,7 @@ class DrainRequested(ProcessEvent):
 
 @dataclass(frozen=True, slots=True)
 class LoadRequested(ModelEvent):
-    """Queue a load as `request_id` (unique, as for requests); a Reject of that id reports that it failed."""
+    """Queue a load as the unique `request_id`; a Reject of it reports a failure."""
 
     request_id: int
 
@@ -304,6 +307,6 @@ class PinRequested(ModelEvent):
 
 @dataclass(frozen=True, slots=True)
 class ShutdownRequested(Event):
-    """Drain, then stop everything in reverse order of dependency. `force`: no drain, no grace."""
+    """Drain, then stop all in reverse dependency order. `force`: at once, no grace."""
 
     force: bool = False

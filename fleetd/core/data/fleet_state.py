@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fleetd.core.data.commands import Command, Persist
-from fleetd.core.data.journal import Journal, ProcessForgotten, StateChanged, Subject
+from fleetd.core.data.journal import Journal, LaneWait, ProcessForgotten, StateChanged, Subject
 from fleetd.core.data.specs import FleetSpec, ProcessSpec, Remembered
 from fleetd.core.data.state import RESTING, Model, Placement, Process, ProcessState, Residency
 from fleetd.core.models.ledger import Ledger
@@ -77,6 +77,13 @@ class FleetState:
     def emit(self, command: Command) -> None:
         self.out.append(command)
 
+    def waits_for_lane(self, placement: Placement, waits: str) -> bool:
+        """Note a new reason why a placement waits for its lane; return whether it waits."""
+        if waits and waits != placement.waits:
+            self.journal.note(LaneWait(placement.model, waits))
+        placement.waits = waits
+        return bool(waits)
+
     def wake(self, name: str) -> None:
         if name in self.processes:
             self.awake.add(name)
@@ -139,7 +146,7 @@ class FleetState:
         self.wake(placement.process)
 
     def move(self, process: Process, state: ProcessState, now: float, reason: str) -> None:
-        """Change the state of a process and note it. Raises InvalidTransition with the last notes on it."""
+        """Move a process and note it. Raises InvalidTransition with its last notes."""
         self.journal.note(StateChanged(process.name, Subject.PROCESS, process.state, state, reason))
         try:
             process.move(state, now, reason)
@@ -191,5 +198,5 @@ class FleetState:
 
 
 def spec_hash(spec: ProcessSpec) -> str:
-    """Return a hash of all fields of a spec; equal specs have equal hashes across runs of the program."""
+    """Return a hash of all fields of a spec, equal across runs of the program."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

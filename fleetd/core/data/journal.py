@@ -23,7 +23,7 @@ _SUBJECTS = 16384  # clients may ask for any name
 
 
 class Subject(StrEnum):
-    """The kind of thing that a note is about: a process and its model may share one name."""
+    """The kind of a note's subject: a process and its model may share one name."""
 
     PROCESS = "process"
     MODEL = "model"
@@ -52,7 +52,7 @@ class StateChanged(JournalNote):
 
 @dataclass(frozen=True, slots=True)
 class PrerequisitesChanged(JournalNote):
-    """Required files or volumes went missing; `missing` is empty when all are available again."""
+    """Required files or volumes went missing; empty `missing`: all are available."""
 
     kind: Subject
     missing: tuple[str, ...]
@@ -118,14 +118,14 @@ class ModelLost(JournalNote):
 
 @dataclass(frozen=True, slots=True)
 class LoadRepeated(JournalNote):
-    """A server was restarted on request while it loaded the model; the load is ordered again."""
+    """A server was restarted on request during a load, which is ordered again."""
 
     on: str
 
 
 @dataclass(frozen=True, slots=True)
 class LaneWait(JournalNote):
-    """A load, an unload, a sleep or a wake waits for another start or stop on its lane."""
+    """A load, unload, sleep or wake waits for a start or stop on its lane."""
 
     reason: str
 
@@ -247,7 +247,7 @@ class Journal:
         return tuple(self._by_subject.get(subject, ()))
 
     def notes_on(self, subject: str) -> tuple[JournalNote, ...]:
-        """Return the last notes about one process or model, oldest first, pending ones included."""
+        """Return the last notes on a process or model, oldest first, with pending ones."""
         recorded = (note for entry in self.of(subject) for note in entry.notes)
         return tuple(note for note in (*recorded, *self._notes) if note.name == subject)
 

@@ -24,7 +24,7 @@ class RestartMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Delay before start k+1 after k deaths since the last stable run: min(max, initial * factor**(k-1)) +- jitter."""
+    """Delay after k deaths: min(max, initial * factor**(k-1)) +- jitter."""
 
     initial_s: float = 0.5
     factor: float = 2.0
@@ -34,7 +34,7 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class CrashLoop:
-    """`count` deaths inside `window_s` give up (`then="fail"`) or go on at one try per `every_s` (`then="slow"`)."""
+    """`count` deaths in `window_s`: give up ("fail"), or try per `every_s` ("slow")."""
 
     count: int = 5
     window_s: float = 60.0
@@ -67,7 +67,7 @@ class ProbeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """One probe. Exactly one of http, tcp, exec, log_line, completion, message defines it; the daemon runs it, the core judges it.
+    """One probe of exactly one kind; the daemon runs it, the core judges it.
 
     `failures` in a row turn the verdict bad, `successes` in a row turn it good again. `deadline_s` is for startup only:
     the longest time from spawn to the first success (None: no limit).
@@ -101,7 +101,7 @@ class DependencyCondition(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dependency:
-    """`name` is a process name after expansion of replicas; all dependencies must hold before a start."""
+    """A dependency on a process by its expanded name; all must hold before a start."""
 
     name: str
     condition: DependencyCondition = DependencyCondition.READY
@@ -268,7 +268,7 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """The gateway's queue: most waiting requests, and the fairness bound (`max_wait_s`)."""
+    """The gateway's queue: its maximum, and the fairness bound (`max_wait_s`)."""
 
     max: int = 512
     max_wait_s: float = 30.0
@@ -276,7 +276,7 @@ class QueueLimits:
 
 @dataclass(frozen=True, slots=True)
 class FleetSpec:
-    """The whole desired fleet. Replaced as one value on every change of the configuration."""
+    """The desired fleet, replaced as one value on every change."""
 
     processes: Mapping[str, ProcessSpec] = field(default_factory=dict)
     models: Mapping[str, ModelSpec] = field(default_factory=dict)

@@ -197,7 +197,7 @@ class Model:
 
     spec: ModelSpec
     placements: dict[str, Placement] = field(default_factory=dict)  # by process; ABSENT ones are not kept
-    pinned_by_hand: bool | None = None
+    pinned_by_operator: bool | None = None
     missing: tuple[str, ...] = ()  # missing files or volumes that it is loaded from
     waiting: int = 0
     loads: int = 0
@@ -224,11 +224,11 @@ class Model:
 
     @property
     def pinned(self) -> bool:
-        return self.spec.pin if self.pinned_by_hand is None else self.pinned_by_hand
+        return self.spec.pin if self.pinned_by_operator is None else self.pinned_by_operator
 
     @property
     def footprint(self) -> Footprint:
-        """Return the declared footprint raised by measurements; else the learned, else the estimated one, per device."""
+        """Return bytes per device: declared or measured, else learned, else estimated."""
         spec = self.spec.footprint
         if spec.source is not FootprintSource.ESTIMATED or not self.learned:
             return spec.raised(self.learned)
@@ -261,13 +261,13 @@ class Model:
         self.failures = 0
 
     def load_failed(self, reason: str, now: float, retry_s: float, final: bool) -> None:
-        """Remember a failed load; `final`: only an edit of the configuration or an operator can help."""
+        """Remember a failed load; `final`: only an edit or an operator can help."""
         self.failures += 1
         self.failure, self.failure_s, self.failure_final, self.retry_s = reason, now, final, retry_s
 
 
 def diagram() -> Iterator[str]:
-    """Yield both tables as lines of a Mermaid state diagram; core/README.md shows them."""
+    """Yield both tables as lines of a Mermaid diagram, shown in core/README.md."""
     tables: tuple[
         tuple[str, Mapping[ProcessState, frozenset[ProcessState]] | Mapping[Residency, frozenset[Residency]]], ...
     ] = (

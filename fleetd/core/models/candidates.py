@@ -40,7 +40,7 @@ def out_of_reach(state: FleetState, model: Model) -> bool:
 
 
 def best_process(state: FleetState, model: Model, avoid: tuple[str, ...] = ()) -> Process | None:
-    """Return the usable process without this model that has the fewest models; None: there is none."""
+    """Return the usable process without this model with the fewest models, or None."""
     able = [
         process
         for name in model.spec.holders
@@ -99,7 +99,7 @@ def reservation_of(model: Model, placement: Placement) -> dict[str, int]:
 
 
 def in_sleep_transition(placement: Placement, timeout_s: float, now: float) -> bool:
-    """Return whether a probe of `timeout_s` that ends now ran while the engine fell asleep or woke."""
+    """Return whether a probe ending now overlapped with falling asleep or waking."""
     if placement.step is not None:
         return placement.ordered
     return placement.slept and now - placement.since_s <= timeout_s

@@ -31,7 +31,7 @@ class Fits:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """There is room once these idle placements leave. Those in `sleepers` are put to sleep, the others unloaded."""
+    """There is room once these leave: `sleepers` sleep, the others are unloaded."""
 
     victims: tuple[Placement, ...]
     sleepers: tuple[Placement, ...] = ()
@@ -39,7 +39,7 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """There is room later; `drain` are the busy placements that must become idle first."""
+    """There is room later, once the busy placements in `drain` are idle."""
 
     reason: str
     drain: tuple[Placement, ...] = ()
@@ -47,7 +47,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """Cannot fit while the configuration stays as it is (`pinned` False), or while the pins stay (True)."""
+    """Cannot fit: with this configuration, or (`pinned`) with these pins."""
 
     reason: str
     pinned: bool = False
@@ -70,7 +70,7 @@ def plan(
     now: float,
     awaited: Collection[tuple[str, str]] = (),
 ) -> Plan:
-    """Plan `need` bytes per device for `key`, given the models with placements and the ledger."""
+    """Plan `need` bytes per device for `key`, given the models and the ledger."""
     never = ledger.never_fits(need)
     if never:
         numbers = ", ".join(
@@ -152,7 +152,7 @@ def sleeps_on(model: Model, now: float) -> Mapping[str, int] | None:
 
 
 def coming_free(placement: Placement, model: Model, ledger: Ledger) -> dict[str, int]:
-    """Return the bytes that a leaving placement frees: all when unloaded, all but its sleeping size when put to sleep."""
+    """Return the bytes that a placement frees: all, or all but its sleeping size."""
     held = ledger.reservations.get(placement.key, {})
     if placement.state is Residency.UNLOADING:
         return dict(held)
@@ -172,7 +172,7 @@ def _leaving(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
 
 
 def _kept_by_drowsy(models: Mapping[str, Model], ledger: Ledger) -> dict[str, int]:
-    """Return the bytes that models falling asleep will keep; they can be evicted once they sleep."""
+    """Return the bytes that models falling asleep keep; those can be evicted later."""
     kept: dict[str, int] = {}
     for model in models.values():
         for placement in model.placements.values():
@@ -191,7 +191,7 @@ def _sleepers(
     ledger: Ledger,
     now: float,
 ) -> list[Placement]:
-    """Return those of `chosen` that need only sleep, the most expensive to reload first."""
+    """Return those of `chosen` for which sleep suffices, costly reloads first."""
     found: list[Placement] = []
     for placement in reversed(chosen):
         able = placement.state is Residency.LOADED and sleeps_on(models[placement.model], now) is not None
@@ -208,7 +208,7 @@ def _enough(
     models: Mapping[str, Model],
     ledger: Ledger,
 ) -> bool:
-    """Return whether there is room if `sleepers` sleep and the rest is unloaded, at the end and meanwhile."""
+    """Return whether there is room if `sleepers` sleep, at the end and meanwhile."""
     freed: dict[str, int] = {}
     taken: dict[str, int] = {}
     for placement in chosen:
@@ -240,7 +240,7 @@ def _less(lack: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
 
 
 def _choose(lack: Mapping[str, int], ordered: Collection[Placement], ledger: Ledger) -> list[Placement] | None:
-    """Return the fewest of `ordered`, cheapest first, that cover `lack`; None if all together do not."""
+    """Return the fewest of `ordered` (cheapest first) that cover `lack`, or None."""
     chosen: list[Placement] = []
     rest = dict(lack)
     for placement in ordered:

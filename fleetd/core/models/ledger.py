@@ -56,7 +56,7 @@ class Ledger:
         }
 
     def reserve(self, key: Key, need: Mapping[str, int]) -> None:
-        """Reserve `need`. Raises CapacityError if it is not free or the key has a reservation."""
+        """Reserve `need`. Raises CapacityError if not free, or the key has one already."""
         if key in self.reservations:
             raise CapacityError(f"{key[0]} on {key[1]} has a reservation already")
         lack = self.lacking(need)
@@ -67,7 +67,7 @@ class Ledger:
         self._set(key, need)
 
     def grow(self, key: Key, more: Mapping[str, int]) -> None:
-        """Raise a reservation to at least `more`. Raises CapacityError if the difference is not free."""
+        """Raise a reservation to at least `more`. Raises CapacityError if not free."""
         held = self.reservations.get(key, {})
         lack = self.lacking({device: size - held.get(device, 0) for device, size in more.items()})
         if lack:
@@ -77,7 +77,7 @@ class Ledger:
         self._set(key, {device: max(held.get(device, 0), more.get(device, 0)) for device in {**held, **more}})
 
     def correct(self, key: Key, measured: Mapping[str, int]) -> None:
-        """Replace a reservation by a measurement, whether it fits or not; the key may be new."""
+        """Replace a reservation by a measurement, even over the budget or for a new key."""
         self._set(key, measured)
 
     def release(self, key: Key) -> None:

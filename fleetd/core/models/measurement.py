@@ -21,7 +21,7 @@ SETTLED_S = 30.0  # largest age of a device sample
 
 
 def learn(state: FleetState, placement: Placement, measured: Mapping[str, int]) -> None:
-    """Enter the measured memory of a loaded model in the ledger, and learn it if it is the highest."""
+    """Enter a loaded model's measured memory; learn it if it is the highest."""
     model = state.models[placement.model]
     current = state.ledger.reservations.get(placement.key, {})
     if any(size > current.get(device, 0) for device, size in measured.items()):
@@ -38,7 +38,7 @@ def learn(state: FleetState, placement: Placement, measured: Mapping[str, int]) 
 
 
 def learn_asleep(state: FleetState, placement: Placement, measured: Mapping[str, int], now: float) -> None:
-    """Enter the measured memory of a sleeper, once the sample cannot predate its sleep."""
+    """Enter a sleeper's measured memory from a sample taken after it fell asleep."""
     model = state.models[placement.model]
     if model.spec.asleep is None or now - placement.since_s < SETTLED_S:
         return
@@ -54,7 +54,7 @@ def learn_asleep(state: FleetState, placement: Placement, measured: Mapping[str,
 
 
 def eviction_note(state: FleetState, placement: Placement, now: float, reason: str, by: str) -> Evicted:
-    """Return the note for a placement that frees memory for `by`, with the bytes per device and the cost of it."""
+    """Return the note for an eviction: for whom, bytes per device, and the cost."""
     model = state.models[placement.model]
     held = state.ledger.reservations.get(placement.key, {})
     sleeps = placement.step is SleepStep.SLEEP
@@ -64,7 +64,7 @@ def eviction_note(state: FleetState, placement: Placement, now: float, reason: s
 
 
 def over_budget_victims(state: FleetState) -> list[Placement]:
-    """Return idle, unpinned placements, cheapest first, whose unloading brings devices under their budgets."""
+    """Return idle, unpinned placements, cheapest first, to meet exceeded budgets."""
     excess = state.ledger.excess()
     if not excess:
         return []

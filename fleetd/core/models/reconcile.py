@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from fleetd.core.data.commands import Load, Unload
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import (
-    LaneWait,
     LoadRepeated,
     ModelLeaving,
     ModelLoadFailed,
@@ -47,7 +46,7 @@ class ModelLoader:
     # -- orders -------------------------------------------------------------------------------------------------------
 
     def start(self, model: Model, process: Process, now: float, reason: str, for_request: bool = False) -> Placement:
-        """Reserve memory and start a load. Raises CapacityError without the room (a bug of the caller)."""
+        """Reserve memory and start a load. Raises CapacityError (a bug of the caller)."""
         need = model.footprint.bytes
         self.state.ledger.reserve((model.name, process.name), need)
         placement = self.state.place(model, process.name, now, reason)
@@ -114,7 +113,7 @@ class ModelLoader:
         return self.state.shutting_down or not usable(process)
 
     def _unwanted(self, placement: Placement) -> bool:
-        """Return whether a load for the queue was not sent yet and no request waits for it."""
+        """Return whether a load for the queue is unsent and no request waits for it."""
         model = self.state.models[placement.model]
         return (
             placement.for_request
@@ -206,12 +205,8 @@ class ModelLoader:
             self.state.emit(Unload(placement.model, process.name, process.generation, placement.reason))
 
     def _waits_for_lane(self, placement: Placement, process: Process) -> bool:
-        """Note and return whether a start that measures free memory blocks loads and unloads on the lane."""
-        waits = stop_waits(self.state, process)
-        if waits and waits != placement.waits:
-            self.state.journal.note(LaneWait(placement.model, waits))
-        placement.waits = waits
-        return bool(waits)
+        """Note and return whether a measuring start blocks the lane for loads."""
+        return self.state.waits_for_lane(placement, stop_waits(self.state, process))
 
     def _load_deadline(self, placement: Placement) -> float:
         return placement.ordered_s + self.state.models[placement.model].spec.load_timeout_s + LOAD_GRACE_S
@@ -237,7 +232,7 @@ class ModelLoader:
             learn(self.state, placement, measured)
 
     def load_failed(self, placement: Placement, message: str, now: float, final: bool) -> None:
-        """Report the failure at once, and free the memory after `LINGER_S`: a dying server must be swept first."""
+        """Report the failure, free the memory after `LINGER_S`: a sweep must come first."""
         self.fail(self.state.models[placement.model], message, now, final=final)
         self.state.move_placement(placement, Residency.UNLOADING, now, f"load failed: {message}")
         placement.lingers, placement.retry_s = True, now + LINGER_S
@@ -252,7 +247,7 @@ class ModelLoader:
             process.request_restart(f"cannot unload {placement.model}: {message}")
 
     def forget_placement(self, placement: Placement, now: float, again: bool = True) -> None:
-        """Remove a placement whose memory was seen to be free. `again`: it may be loaded again."""
+        """Remove a placement whose memory is free. `again`: it may be loaded again."""
         model = self.state.models[placement.model]
         if placement.state is Residency.UNLOADING and placement.evicted:
             model.evictions += 1

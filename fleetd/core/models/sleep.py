@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from fleetd.core.data.commands import CheckSleep, Sleep, Wake
 from fleetd.core.data.fleet_state import FleetState
-from fleetd.core.data.journal import LaneWait, SleepCancelled, SleepStepFailed
+from fleetd.core.data.journal import SleepCancelled, SleepStepFailed
 from fleetd.core.data.specs import SleepState
 from fleetd.core.data.state import SERVING, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import reservation_of
@@ -43,7 +43,7 @@ class SleepControl:
     # -- decided ------------------------------------------------------------------------------------------------------
 
     def begin(self, placement: Placement, now: float, reason: str, by: str = "") -> None:
-        """Put an idle placement to sleep once its lane is free; memory that this takes elsewhere is reserved now."""
+        """Put an idle placement to sleep once its lane is free; reserve its growth now."""
         model = self.state.models[placement.model]
         self.state.ledger.grow(placement.key, model.asleep or {})
         placement.step, placement.closing, placement.returns = SleepStep.SLEEP, reason, True
@@ -58,7 +58,7 @@ class SleepControl:
             self.state.journal.note(SleepCancelled(placement.model, placement.process, reason))
 
     def wake(self, placement: Placement, now: float, reason: str, for_request: bool) -> None:
-        """Reserve the memory and wake it once its lane is free. Raises CapacityError without the room."""
+        """Reserve memory and wake it once its lane is free. Raises CapacityError."""
         model = self.state.models[placement.model]
         self.state.ledger.grow(placement.key, model.footprint.bytes)
         self.state.move_placement(placement, Residency.LOADING, now, reason)
@@ -68,7 +68,7 @@ class SleepControl:
     # -- carried out ----------------------------------------------------------------------------------------------------
 
     def attend(self, placement: Placement, process: Process, now: float) -> bool:
-        """Order the due step once the lane is free; handle timeouts and the loss of the process.
+        """Order the due step on a free lane; handle timeouts and a lost process.
 
         Returns False if no step of a sleep is under way.
         """
@@ -96,10 +96,7 @@ class SleepControl:
 
     def _waits(self, placement: Placement, process: Process) -> bool:
         waits = lane_waits(self.state, process) if placement.step is not SleepStep.CHECK else ""
-        if waits and waits != placement.waits:
-            self.state.journal.note(LaneWait(placement.model, waits))
-        placement.waits = waits
-        return bool(waits)
+        return self.state.waits_for_lane(placement, waits)
 
     def _deadline(self, placement: Placement) -> float:
         spec = self.state.models[placement.model].spec

@@ -25,7 +25,7 @@ class Verdict:
         self.good, self.streak, self.last_ok, self.detail = None, 0, None, ""
 
     def refute(self, detail: str) -> None:
-        """Make the verdict bad: a request got no connection. The next good result counts as usual."""
+        """Make the verdict bad after a refused connection; the next result counts."""
         self.good, self.streak, self.last_ok, self.detail = False, 0, False, detail
 
     def add(self, spec: ProbeSpec, ok: bool, detail: str) -> bool:

@@ -99,7 +99,7 @@ class ProcessSupervisor:
             process.reason = verdict.reason
 
     def _idle(self, process: Process, now: float) -> None:
-        """Rest a process that is not wanted: STOPPED, or BLOCKED if a prerequisite is missing, to show it."""
+        """Rest an unwanted process: STOPPED, or BLOCKED to show a missing prerequisite."""
         process.next_start_s, process.again = None, False
         silent = process.stopped or not process.spec.enabled or self.state.shutting_down
         target = ProcessState.BLOCKED if process.missing and not silent else ProcessState.STOPPED
@@ -244,7 +244,7 @@ class ProcessSupervisor:
         )
 
     def _settle_routing(self, process: Process, now: float) -> None:
-        """Move between READY, UNHEALTHY and DRAINING by readiness and by the operator's request."""
+        """Move between READY, UNHEALTHY and DRAINING by readiness and operator request."""
         if self._unprobed(process) and now >= process.since_s + REFUSED_S:
             process.readiness.reset()  # the next request decides
         healthy = process.readiness.good is not False

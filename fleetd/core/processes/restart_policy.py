@@ -32,11 +32,11 @@ class RestartRecord:
     slow: bool = False
 
     def last(self, count: int) -> tuple[float, ...]:
-        """Return the times of the last deaths for the next daemon; `count` deaths make a crash loop."""
+        """Return the last death times for the next daemon; `count` make a crash loop."""
         return tuple(islice(self.times, max(0, len(self.times) - min(count, _KEPT_DEATHS)), None))
 
     def reset(self) -> None:
-        """Forget all deaths: an operator or an edit of the configuration asks for a new try."""
+        """Forget all deaths: an operator or an edit asks for a new try."""
         self.deaths, self.slow = 0, False
         self.times.clear()
 
@@ -78,7 +78,7 @@ def succeeded(policy: RestartPolicy, report: ExitReport, zero_is_failure: bool) 
 
 
 def delay_s(backoff: Backoff, deaths: int, rng: Random) -> float:
-    """Return the jittered delay after the `deaths`-th death in a row (from 1), never above `max_s`."""
+    """Return the jittered delay after `deaths` deaths in a row, at most `max_s`."""
     plain = backoff.initial_s
     for _ in range(deaths - 1):
         if plain >= backoff.max_s or backoff.factor <= 1.0:

@@ -19,7 +19,7 @@ from fleetd.core.processes.restart_policy import succeeded
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`open`: start. Otherwise `reason` explains it; `impossible`: waiting alone does not help."""
+    """`open`: start. Otherwise `reason`; `impossible`: waiting alone does not help."""
 
     open: bool
     reason: str = ""
@@ -41,7 +41,7 @@ def gate(state: FleetState, process: Process) -> Gate:
 
 
 def dependents_running(state: FleetState, name: str) -> bool:
-    """Return whether a process that depends on `name` still runs: a shutdown stops it first."""
+    """Return whether a dependent of `name` runs, which a shutdown stops first."""
     return any(
         other.state in RUNNING and any(dependency.name == name for dependency in other.spec.depends_on)
         for other in (state.processes[key] for key in state.awake if key in state.processes)
@@ -49,7 +49,7 @@ def dependents_running(state: FleetState, name: str) -> bool:
 
 
 def will_start(state: FleetState, wanted: Callable[[Process], bool], process: Process) -> bool:
-    """Return whether it starts without help: everything that it waits for runs or is about to."""
+    """Return whether it starts without help: all it waits for runs or soon will."""
     seen: set[str] = set()
     todo = [process.name]
     while todo:
@@ -91,24 +91,24 @@ def _dependency(state: FleetState, dependency: Dependency) -> Gate:
 
 
 def _lane(state: FleetState, process: Process) -> Gate:
-    """Close the gate while another process or model on the lane starts, stops, loads, unloads, sleeps or wakes."""
+    """Close the gate while another process or model on the lane is in transition."""
     busy = lane_waits(state, process)
     return Gate(False, busy) if busy else _OPEN
 
 
 def stop_waits(state: FleetState, process: Process) -> str:
-    """Return why a stop, a load or an unload must wait for its lane; empty: it need not."""
+    """Return why a stop, load or unload must wait for its lane; empty: it need not."""
     return _on_lane(state, process, (ProcessState.STARTING,)) or _moving(state, process, only_sleep=True)
 
 
 def lane_waits(state: FleetState, process: Process) -> str:
-    """Return why a start, a sleep or a wake must wait for its lane; empty: it need not."""
+    """Return why a start, sleep or wake must wait for its lane; empty: it need not."""
     busy = _on_lane(state, process, (ProcessState.STARTING, ProcessState.STOPPING))
     return busy or _moving(state, process, only_sleep=not process.spec.capabilities.exclusive_start)
 
 
 def _moving(state: FleetState, process: Process, only_sleep: bool) -> str:
-    """Return which model on the lane loads, unloads, sleeps or wakes now; empty: none. `only_sleep`: ignore loads and unloads."""
+    """Return the model in transition on the lane; `only_sleep` ignores loads."""
     lane = process.spec.lane
     if lane is None:
         return ""

@@ -34,13 +34,13 @@ class Termination:
             self.set_empty(process, (), now)
 
     def kill(self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False) -> None:
-        """Stop it for a failure of its own, which counts as a death. `final`: a restart cannot help."""
+        """Stop it for its own failure, a death. `final`: a restart cannot help."""
         process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
         process.crash, process.crash_s = process.outcome, now
         self.stop(process, now, reason, force)
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:
-        """Handle the exit of the leader; without a requested stop, sweep its set and count a death."""
+        """Handle an exit; if not requested, sweep the set and count a death."""
         if process.restart_wanted and process.outcome is None and not report.reason:
             report = replace(report, reason=process.restart_wanted)  # such as a memory limit
         process.last_exit, process.last_exit_s = report, now

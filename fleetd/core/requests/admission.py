@@ -192,7 +192,7 @@ class Admission:
         self.state.emit(Grant(waiting.request_id, model.name, *where, wait_s, load_s, waiting.reason))
 
     def _awaited(self, name: str) -> str:
-        """Return the last answer of an external server that is not ready; empty for others."""
+        """Return the last answer of an external server that is not ready, or ""."""
         process = self.state.processes.get(name)
         if process is None or process.spec.capabilities.owns_process or process.state is not ProcessState.STARTING:
             return ""
@@ -201,7 +201,7 @@ class Admission:
     # -- from disk --------------------------------------------------------------------------------------------------------------
 
     def _load_for(self, waiting: QueuedRequest, claimed: set[str], awaited: set[tuple[str, str]], now: float) -> None:
-        """Load the model of a waiting request; claim its devices against later starts if it has to wait."""
+        """Load the model of a waiting request; if it must wait, claim its devices."""
         model = self.state.models[waiting.model]
         coming = [p for p in model.placements.values() if p.state is Residency.LOADING and not p.closing]
         awaited.update(p.key for p in model.placements.values())
@@ -241,7 +241,7 @@ class Admission:
     def _where(
         self, waiting: QueuedRequest, model: Model, asleep: Placement | None
     ) -> tuple[Process, Mapping[str, int]] | None:
-        """Return the process for the model and the bytes that it takes; None: no process can take it now."""
+        """Return the process for the model and the bytes needed; None: none for now."""
         if asleep is not None:
             return self.state.processes[asleep.process], bytes_to_wake(self.state, asleep)
         process = best_process(self.state, model, waiting.avoid) or best_process(self.state, model)
@@ -281,7 +281,7 @@ class Admission:
         waiting.load_began_s = waiting.load_began_s or now
 
     def deadlines(self) -> Iterator[float]:
-        """Yield the times at which the queue may move without an event: timeouts, the fairness bound, retries of fallbacks."""
+        """Yield the times at which the queue may move without an event."""
         for waiting in self.state.queue.values():
             yield waiting.deadline_s
             for name in waiting.fallback:
@@ -293,5 +293,5 @@ class Admission:
 
 
 def _spreads(model: Model) -> bool:
-    """Return whether it is in memory elsewhere, but full, leaving or unhealthy: no eviction for one more copy."""
+    """Return whether it is loaded but busy or unhealthy: evict for no second copy."""
     return any(placement.state is not Residency.ASLEEP for placement in model.placements.values())

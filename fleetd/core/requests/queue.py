@@ -63,7 +63,7 @@ class RequestQueue:
         return waiting
 
     def refuse_hopeless(self, waiting: QueuedRequest, now: float) -> None:
-        """Reject a request that cannot be served: its model failed or is blocked, or its time is over."""
+        """Reject a request whose model failed or is blocked, or whose time is over."""
         state = self.state
         model = state.models.get(waiting.model)
         if model is None or model.name in state.leaving:
@@ -118,7 +118,7 @@ class RequestQueue:
         return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
 
     def blocked(self, waiting: QueuedRequest, model: Model, now: float) -> None:
-        """Reject a request for which no process can come; the reason lists the state of each."""
+        """Reject a request without a possible process, with the state of each."""
         processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
         if any(p.drained and not p.stopped for p in processes):
             code = "draining"

@@ -21,7 +21,7 @@ _ROUTE_DEPTH = 8
 
 
 def resolve(state: FleetState, name: str, now: float) -> tuple[Model | None, tuple[str, ...]]:
-    """Return the model that `name` means now, and the models to fall back to, in order."""
+    """Return the model that `name` means now, and its fallbacks in order."""
     model = _target(state, name)
     fallback: list[str] = []
     for _ in range(_ROUTE_DEPTH):
@@ -50,7 +50,7 @@ def _along(state: FleetState, model: Model, now: float, rng: Random) -> tuple[Mo
 def elsewhere(
     state: FleetState, model: Model, fallback: tuple[str, ...], avoid: Collection[str], now: float
 ) -> tuple[Model, tuple[str, ...]]:
-    """Return the model for a request that the processes in `avoid` failed: a dead engine is not noticed at once."""
+    """Return another model for a request that the processes in `avoid` failed."""
     if not set(model.spec.holders) <= set(avoid):
         return model, fallback
     for index, name in enumerate(fallback):
@@ -76,7 +76,7 @@ def relieved(state: FleetState, model: Model, fallback: Collection[str], now: fl
 
 
 def can_serve(state: FleetState, model: Model, now: float) -> bool:
-    """Return whether a request for `model` may be served: not failed, not blocked, not full."""
+    """Return whether `model` may be served: not failed, not blocked, not full."""
     if model.spec.routes:
         return True
     if model.failure_final or (model.failure and now < model.retry_s):
@@ -91,7 +91,7 @@ def can_serve(state: FleetState, model: Model, now: float) -> bool:
 def serving(
     state: FleetState, model: Model, avoid: Collection[str] = (), draining: Collection[tuple[str, str]] = ()
 ) -> Placement | None:
-    """Return the placement with the fewest requests; None: all are full, closing or not ready."""
+    """Return the placement with the fewest requests; None: none is available."""
     best: Placement | None = None
     for process, placement in model.placements.items():
         if (

@@ -82,7 +82,7 @@ class Actions:
         return [{**result, "warning": unsaved} for result in results] if unsaved and verb in _PERSISTED else results
 
     async def _wait_until_saved(self) -> str | None:
-        """Return a warning if the request could not be saved within `SAVED_WITHIN_S`; None if it was."""
+        """Return a warning if the request is not saved in SAVED_WITHIN_S, else None."""
         try:
             why = await asyncio.wait_for(asyncio.shield(self._saved()), SAVED_WITHIN_S)
         except TimeoutError:
@@ -92,7 +92,7 @@ class Actions:
     async def settled(
         self, names: Sequence[str], generations: Mapping[str, int], options: ActOptions
     ) -> list[ActionResult]:
-        """Wait until each process runs a newer generation than given and has reached its goal."""
+        """Wait until each process runs a newer generation and reached its goal."""
 
         def check_of(name: str) -> Callable[[], Finding | None]:
             return lambda: self._started(name, generations[name] if generations.get(name) else None)
@@ -104,7 +104,7 @@ class Actions:
     def _at_the_end(
         self, name: str, check: Callable[[], Finding | None], code: ResultCode, reason: str | None
     ) -> tuple[ResultCode, str | None]:
-        """Check again after the wait for all others: each result reports the state at the end."""
+        """Check again after all waits: each result reports the state at the end."""
         found, process = check(), self._queries.process(name)
         if found is not None or code is not ResultCode.OK or process is None:
             return found or (code, reason)
@@ -263,7 +263,7 @@ class Actions:
         return check
 
     def _still_loaded(self, name: str, code: ResultCode, reason: str | None) -> tuple[ResultCode, str | None]:
-        """Return the same, or a failure if the model left memory during the wait for others."""
+        """Return the result, or a failure if the model has left memory since."""
         model = self._queries.model(name)
         if code is not ResultCode.OK or (model is not None and model.state is Residency.LOADED):
             return code, reason

@@ -42,7 +42,7 @@ _LAST = 10
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """Stop and re-execution of the daemon: `stop(force, reason)`, and `reexec()`, which raises when it is impossible."""
+    """Stop and re-execution: `stop(force, reason)`, and `reexec()`, which may raise."""
 
     stop: Callable[[bool, str], None]
     reexec: Callable[[], Awaitable[None]]
@@ -137,7 +137,7 @@ class DaemonControlPort:
         model = self._queries.find_model(name)
         if model is None:
             raise unknown(name)
-        file, line = self._config.assembly.sources.get(("model", model.name), ("", 0))
+        file, line = self._config.resolved.sources.get(("model", model.name), ("", 0))
         holder = next(iter(model.placements), None) or next(iter(model.spec.holders), None)
         return {
             "model": self._view.model(model, time.monotonic(), self._queries.queued()),
@@ -159,7 +159,7 @@ class DaemonControlPort:
         try:
             pattern = re.compile(grep) if grep else None
         except re.error as error:
-            raise ApiError(400, "invalid_request", f"grep: {grep!r} is no regular expression: {error}") from error
+            raise ApiError(400, "invalid_request", f"grep: {grep!r} is not a regular expression: {error}") from error
         return read_logs(self._logs, names, lines, since_s, pattern, follow)
 
     def story(self, name: str) -> Sequence[FleetEvent]:
@@ -194,7 +194,7 @@ class DaemonControlPort:
     def config(self) -> Mapping[str, Any]:
         return {
             "file": str(self._config.path),
-            "config_hash": self._config.assembly.config_hash,
+            "config_hash": self._config.resolved.config_hash,
             "config": self._config.shown(),
         }
 

@@ -27,7 +27,7 @@ _RECENT = 100
 
 
 class EventLog:
-    """The stream: `publish_new` adds journal entries, `report` anything else. `keep(kind, name, event)` stores each event."""
+    """The stream: `publish_new` adds journal entries, `report` others; `keep` stores."""
 
     def __init__(self, keep: Callable[[str, str, FleetEvent], None]) -> None:
         self.seq = 0
@@ -90,7 +90,7 @@ class EventLog:
             self._by_name.pop(name, None)
 
     def recent(self, since: float | None, after: int | None) -> list[FleetEvent]:
-        """Return events newer than `since` (Unix seconds), or after a sequence number, or the last hundred."""
+        """Return events after a time or sequence number, or the last hundred."""
         if after is not None:
             return [event for event in self._all if event["seq"] > after]
         if since is not None:

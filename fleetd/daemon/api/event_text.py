@@ -18,13 +18,13 @@ from fleetd.core.data.specs import describe_exit
 from fleetd.units import show_size
 
 # A note reports the same with more context.
-_NOTED = (e.StartProgress, e.RequirementsChanged, e.ModelRequirementsChanged, e.LoadFailed, e.UnloadFailed)
+_NOTED = (e.StartProgress, e.ProcessPrerequisitesChanged, e.ModelPrerequisitesChanged, e.LoadFailed, e.UnloadFailed)
 _LOG_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class EventLine:
-    """One event for people and programs: the parts of a `FleetEvent` that do not depend on when it is reported."""
+    """The parts of a `FleetEvent` that do not depend on the time of the report."""
 
     kind: str
     name: str | None
@@ -36,7 +36,7 @@ class EventLine:
 
 
 def lines_of(entry: j.JournalEntry) -> Iterator[EventLine]:
-    """Yield everything in a journal entry that `fleetctl events` shows: the event, the notes, the commands."""
+    """Yield what `fleetctl events` shows of an entry: event, notes, commands."""
     event = entry.event
     survived = not isinstance(event, e.SetEmpty) or event.survivors
     if code_of(event) in SHOWN and not isinstance(event, _NOTED) and survived:
@@ -203,7 +203,7 @@ def _model_note_parts(note: j.JournalNote) -> tuple[str, Mapping[str, Any]]:
 
 
 def dump_lines(entry: j.JournalEntry) -> Iterator[str]:
-    """Yield one line for the event, each note and each command of an entry, quiet ones included."""
+    """Yield the event, notes and commands of an entry, quiet ones included."""
     yield f"{entry.time_s:.3f} {_fields(entry.event)}"
     for note in entry.notes:
         yield f"{entry.time_s:.3f}   {_fields(note)}"

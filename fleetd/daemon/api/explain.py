@@ -18,7 +18,7 @@ from fleetd.units import show_size
 def explain(
     queries: FleetQueries, model: Model, now: float, store: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Return the document of `fleetctl explain MODEL`. `store` is its state in its server's store."""
+    """Return the document of `fleetctl explain MODEL`; `store` is its store's state."""
     footprint = model.footprint
     advice = queries.model_advice(model, now)
     text = [_where(queries, model)]
@@ -37,15 +37,15 @@ def explain(
             sentence, victims = _if_wanted(queries, model, forecast, now)
             text.append(sentence)
     if model.missing:
-        text.append(f"It is blocked; missing: {', '.join(model.missing)}. It is unblocked when they are back.")
+        text.append(f"It is blocked until these are available: {', '.join(model.missing)}.")
     if store is not None:
-        text.append(f"In its store it is {store['state']}: {store['detail']}.")
+        text.append(f"State in its store: {store['state']}, {store['detail']}.")
     if model.failure:
         text.insert(1, f"Its last load failed: {model.failure}.")
         if model.failure_final:
             text.insert(2, "It is not tried again by itself.")
         elif model.retry_s > now:
-            text.insert(2, f"It is not tried again for {model.retry_s - now:.0f} s.")
+            text.insert(2, f"The next attempt is possible in {model.retry_s - now:.0f} s.")
     return {
         "model": model.name,
         "state": "ROUTE" if model.spec.routes else str(model.state),
@@ -88,10 +88,8 @@ def _cost(model: Model) -> str:
 def _asleep(model: Model, now: float) -> str:
     sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in (model.asleep or {}).items())
     if now < model.sleepless_until_s:
-        return (
-            f"It can sleep, but its last try failed: for {model.sleepless_until_s - now:.0f} s it is unloaded instead."
-        )
-    return f"It can sleep, and then holds {sizes}."
+        return f"It can sleep, but its last attempt failed: it is unloaded instead for {model.sleepless_until_s - now:.0f} s."
+    return f"It can sleep, and then uses {sizes}."
 
 
 def _why_no_process(queries: FleetQueries, model: Model) -> str:
@@ -129,7 +127,7 @@ def _if_wanted(
             f"{name} would be {'put to sleep' if name in forecast.put_to_sleep else 'unloaded'}"
             for name in forecast.leaving
         ]
-        return f"A request now would load it: {', '.join(moves)} for it, the cheapest to bring back.", victims
+        return f"A request now would load it: {', '.join(moves)} for it, the cheapest to load again.", victims
     if outlook is Outlook.WAITS:
         victims = [{"name": name, "reason": "busy; it would be drained first"} for name in forecast.leaving]
         return f"A request now would wait: {forecast.reason}.", victims

@@ -180,7 +180,7 @@ class DaemonFleetPort:
             self.finish(command.request_id, failed=True)
 
     def watch_load(self, on_reject: OnReject) -> int:
-        """Return a request id for an operator's load; `on_reject` is called if it is rejected."""
+        """Return a request id for an operator's load; `on_reject` gets a rejection."""
         request_id = next(self._request_ids)
         self._waiting[request_id] = (lambda _: None, on_reject)
         return request_id
@@ -200,7 +200,7 @@ class DaemonFleetPort:
             self._reporter.delivery_fault("a rejection could not be delivered", error)
 
     def observe(self, event: Event) -> None:
-        """After a new configuration, drop the cached targets of the old plans; keep objects that did not change."""
+        """Drop cached targets of replaced plans; keep unchanged objects."""
         if not isinstance(event, SpecChanged):
             return
         plans = self._config.plans
@@ -216,7 +216,7 @@ class DaemonFleetPort:
         self._names = names
 
     def full_since(self, process: str) -> float | None:
-        """Return since when all slots of a model on this process are taken, monotonic; None: one is free.
+        """Return since when all slots of a process are taken (monotonic), or None.
 
         A server that works on as many requests as it can may leave one more waiting for as long as they take.
         """
@@ -229,7 +229,7 @@ class DaemonFleetPort:
 
 
 def upstream_of(plan: LaunchPlan) -> Upstream:
-    """Return the address and dialect of a process. Raises KeyError for one without a port."""
+    """Return a process' address and dialect. Raises KeyError without a port."""
     if plan.endpoint is None:
         raise KeyError(plan.name)
     from urllib.parse import urlsplit

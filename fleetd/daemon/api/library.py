@@ -81,12 +81,12 @@ class Libraries:
         plan = self._builds.serving(store)
         if plan is not None:
             return plan
-        said = [
+        states = [
             f"{name} is {process.state}: {process.reason}"
             for name in store.instances
             if (process := self._queries.process(name)) is not None
         ]
-        raise EngineError("; ".join(said) or "no server of it is in the fleet")
+        raise EngineError("; ".join(states) or "no server of this store is in the fleet")
 
     async def show(self, name: str) -> Mapping[str, Any]:
         model = self._queries.find_model(name)
@@ -108,9 +108,7 @@ class Libraries:
                     "state": note.document() if note is not None else None,
                     **facts,
                 }
-        raise ApiError(
-            409, "not_held", f"{model.name} is not held by a server with a store: there is nothing to make it from."
-        )
+        raise ApiError(409, "not_held", f"{model.name} is not on a server with a store: it cannot be built.")
 
     def _library(self, store: SharedStore, plan: LaunchPlan) -> Library:
         assert plan.endpoint is not None
@@ -179,11 +177,11 @@ class Libraries:
         sync = self._syncs.get(number)
         if sync is None:
             raise ApiError(404, "unknown_name", f"There is no sync {number}.")
-        told = 0
+        sent = 0
         while True:
-            while told < len(sync.items):
-                yield sync.items[told]
-                told += 1
+            while sent < len(sync.items):
+                yield sync.items[sent]
+                sent += 1
             if sync.over:
                 return
             sync.news.clear()
@@ -269,7 +267,7 @@ def _facts(store: SharedStore, plan: LaunchPlan, name: str, library: Library) ->
     try:
         recipe = store.engine.recipe(plan.context, held)
         if recipe.source is None and recipe.base is None:
-            found["modelfile_error"] = f"models.{name}.from is not set: whatever the store has is used"
+            found["modelfile_error"] = f"models.{name}.from is not set: the model in the store is used unchanged"
         else:
             found["modelfile"] = recipe.render()
     except (EngineError, ValueError) as error:

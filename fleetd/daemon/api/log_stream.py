@@ -34,7 +34,7 @@ class LogSource:
         return str(self.book.files(name).live)
 
     def last(self, name: str, count: int) -> list[tuple[str | None, str]]:
-        """Return (UTC or None, text) of the last lines. Reads the end of one file; a millisecond."""
+        """Return (UTC or None, text) of the last lines, in about a millisecond."""
         try:
             found = read_tail(self.book.files(name), Wanted(count))
         except OSError:

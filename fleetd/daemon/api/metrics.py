@@ -59,7 +59,7 @@ def render(status: FleetStatus, gateway: GatewayStats) -> bytes:
     page.metric(
         "fleetd_info", "gauge", "Version of the daemon.", [({"version": daemon["version"], "name": status["name"]}, 1)]
     )
-    page.metric("fleetd_ready", "gauge", "1 when the fleet is what fleet.yaml asks for.", [({}, int(status["ready"]))])
+    page.metric("fleetd_ready", "gauge", "1 when the fleet is in its desired state.", [({}, int(status["ready"]))])
     page.metric("fleetd_uptime_seconds", "gauge", "Time since the daemon started.", [({}, daemon["uptime_s"])])
     page.metric("fleetd_resident_memory_bytes", "gauge", "Resident memory of the daemon.", [({}, daemon["rss_bytes"])])
     _devices(page, status)
@@ -84,9 +84,9 @@ def _devices(page: Page, status: FleetStatus) -> None:
     rows = status["devices"]
     for key, what in (
         ("total_bytes", "Memory of the device."),
-        ("budget_bytes", "What the fleet may use of it."),
-        ("reserved_bytes", "What the fleet has reserved."),
-        ("used_bytes", "What everybody uses."),
+        ("budget_bytes", "Budget of the fleet on the device."),
+        ("reserved_bytes", "Memory reserved by the fleet on the device."),
+        ("used_bytes", "Memory used on the device by all processes."),
     ):
         page.metric(
             f"fleetd_device_{key}", "gauge", what, [({"device": row["name"]}, _number(row, key)) for row in rows]
@@ -155,8 +155,8 @@ def _models(page: Page, status: FleetStatus) -> None:
         ("loads", "counter", "loads_total", "Loads since the daemon started."),
         ("evictions", "counter", "evictions_total", "Unloads to make room for another model."),
         ("load_s", "gauge", "load_seconds", "Duration of the last load."),
-        ("sleeps", "counter", "sleeps_total", "Times that it was put to sleep to make room for another model."),
-        ("wakes", "counter", "wakes_total", "Times that it was woken."),
+        ("sleeps", "counter", "sleeps_total", "Sleeps to free memory for another model."),
+        ("wakes", "counter", "wakes_total", "Wakes since the daemon started."),
         ("wake_s", "gauge", "wake_seconds", "Duration of the last wake."),
     ):
         page.metric(f"fleetd_model_{name}", kind, what, [({"model": row["name"]}, _number(row, key)) for row in rows])

@@ -50,7 +50,7 @@ _SLICE = 200  # entries: a few milliseconds
 
 @dataclass(slots=True)
 class DaemonState:
-    """The daemon's own state: its start (monotonic), the address of its gateway, whether it shuts down, and full folders."""
+    """The daemon's own state: start (monotonic), gateway, shutdown, full folders."""
 
     started: float = field(default_factory=time.monotonic)
     gateway: str | None = None
@@ -66,7 +66,7 @@ class Readiness:
         self._state = state
 
     def report(self) -> tuple[bool, Sequence[str]]:
-        """Return whether the fleet is as fleet.yaml asks for, and a sentence for everything that is not."""
+        """Return whether the fleet is in its desired state, and each deviation."""
         reasons = []
         for process in self._queries.processes():
             spec = process.spec
@@ -89,7 +89,7 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The parts that measure the fleet or keep what the core does not: runs, samples, contexts, stores, state on disk."""
+    """The measurements and records that the core does not have."""
 
     processes: Processes
     sampler: Sampler
@@ -113,13 +113,13 @@ class StatusView:
         self._readiness = readiness
 
     async def status(self) -> FleetStatus:
-        """Return the whole fleet. Thousands of entries are rendered in slices, with requests served in between."""
+        """Return the whole fleet, rendered in slices so that requests are served."""
         now = time.monotonic()
         self._sampler.requested()
         ready, _ = self._readiness.report()
         queued = self._queries.queued()
         return {
-            "name": self._config.assembly.name,
+            "name": self._config.resolved.name,
             "ready": ready,
             "daemon": self._daemon(now),
             "devices": self.devices(),
@@ -129,11 +129,11 @@ class StatusView:
         }
 
     def _in_order(self) -> list[Process]:
-        order = {name: index for index, name in enumerate(self._config.assembly.spec.processes)}
+        order = {name: index for index, name in enumerate(self._config.resolved.spec.processes)}
         return sorted(self._queries.processes(), key=lambda process: order.get(process.name, len(order)))
 
     def _models_in_order(self) -> list[Model]:
-        order = {name: index for index, name in enumerate(self._config.assembly.spec.models)}
+        order = {name: index for index, name in enumerate(self._config.resolved.spec.models)}
         return sorted(self._queries.models(), key=lambda model: order.get(model.name, len(order)))
 
     def _daemon(self, now: float) -> DaemonStatus:
@@ -142,7 +142,7 @@ class StatusView:
             "version": __version__,
             "uptime_s": round(now - self._state.started, 3),
             "config": str(self._config.path),
-            "config_hash": self._config.assembly.config_hash,
+            "config_hash": self._config.resolved.config_hash,
             "rss_bytes": own_rss_bytes(),
             "config_error": self._config.error,
             "restart_needed": list(self._config.restart_needed),
@@ -155,7 +155,7 @@ class StatusView:
 
     def _config_warnings(self) -> list[str]:
         """Return the first warnings of the running configuration, each as one line."""
-        warnings = [str(warning).splitlines()[0] for warning in self._config.assembly.warnings]
+        warnings = [str(warning).splitlines()[0] for warning in self._config.resolved.warnings]
         more = len(warnings) - _WARNINGS_SHOWN
         shown = warnings[:_WARNINGS_SHOWN]
         return [*shown, f"{more} more: fleetd check {self._config.path}"] if more > 0 else shown
@@ -184,7 +184,7 @@ class StatusView:
                 "utilization": sample.utilization if sample is not None else None,
                 "temperature_c": sample.temperature_c if sample is not None else None,
             }
-            for name, spec in self._config.assembly.spec.devices.items()
+            for name, spec in self._config.resolved.spec.devices.items()
         ]
 
     def process(self, process: Process, now: float) -> ProcessStatus:
@@ -202,7 +202,7 @@ class StatusView:
             "desired": "up" if self._queries.is_wanted(process) else "down",
             "reason": self._reason(process, advice.reason)
             if state is process.state
-            else "it has ended; its last lines are being read",
+            else "exited; its last log lines are being read",
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,
@@ -225,7 +225,7 @@ class StatusView:
         return status
 
     def _reason(self, process: Process, reason: str) -> str:
-        """Return the reason of a state; for a start its phase, for an external server its answer."""
+        """Return a state's reason: a start's phase, an external server's answer."""
         external = not process.spec.capabilities.owns_process
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:
@@ -234,7 +234,7 @@ class StatusView:
 
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
-        plans = self._config.assembly.plans
+        plans = self._config.resolved.plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
         advice = self._queries.model_advice(model, now)
         status: ModelStatus = {
@@ -287,9 +287,9 @@ class StatusView:
     def _context_length(self, model: Model, plan: LaunchPlan | None) -> int | None:
         """Return the value that its server reports; else the default of its entry."""
         for name, placement in model.placements.items():
-            said = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
-            if said is not None:
-                return said
+            reported = self._loads.context_length(model.name, name) if placement.state is Residency.LOADED else None
+            if reported is not None:
+                return reported
         return plan.context_length if plan is not None else None
 
     def _ttl_left(self, model: Model, now: float) -> float | None:

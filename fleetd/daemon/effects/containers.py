@@ -33,7 +33,7 @@ class Commands(Protocol):
 
 
 async def end(machine: Commands, contained: Contained, env: Mapping[str, str], stop_s: float | None) -> str | None:
-    """Stop a container (`stop_s` None: kill it) and remove it; return the error, None when it is gone."""
+    """Stop (`stop_s` None: kill) and remove a container; return the error or None."""
     try:
         if stop_s is not None:
             await machine.run(contained.stop, env, None, stop_s + _GRACE_S)
@@ -61,8 +61,8 @@ async def remove_by(machine: Commands, argv: Sequence[str], env: Mapping[str, st
 async def remove_orphans(
     machine: Commands, plans: Iterable[LaunchPlan], live: Collection[str], env: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """Remove this fleet's containers that belong to no instance of `live`; return (instance, result) for each."""
-    told: list[tuple[str, str]] = []
+    """Remove containers of no `live` instance; return (instance, result) of each."""
+    results: list[tuple[str, str]] = []
     asked: set[tuple[str, str]] = set()
     for plan in plans:
         if plan.contained is None or plan.recipe is None:
@@ -77,19 +77,19 @@ async def remove_orphans(
         except HostError as error:
             ok, output = False, str(error)
         if not ok:
-            told.append((plan.name, f"its containers cannot be listed: {output.strip()[-300:]}"))
+            results.append((plan.name, f"its containers cannot be listed: {output.strip()[-300:]}"))
             continue
         for identity, instance in unknown_containers(output, live):
             why = await remove_by(machine, (client, "rm", "--force", identity), env)
-            told.append((instance, f"a container was left behind: {why or 'removed'}"))
-    return told
+            results.append((instance, f"a container was left behind: {why or 'removed'}"))
+    return results
 
 
 # -- looking ------------------------------------------------------------------------------------------------------------
 
 
 async def first_pid(machine: Commands, contained: Contained, env: Mapping[str, str]) -> int | None:
-    """Return the pid of the container's first process on this machine; None where it is not visible here.
+    """Return the pid of a container's first process; None if not visible here.
 
     A client may speak to another machine, or to a virtual one: a pid counts only if its control group names the container.
     """

@@ -46,7 +46,7 @@ class Executor:
         self._handlers: Mapping[type[c.Command], Callable[[Any], None]] = {}
 
     def register(self, handlers: Mapping[type[c.Command], Callable[[Any], None]]) -> None:
-        """Set the handler of every command, before the first event. Raises TypeError when one is missing."""
+        """Set all handlers before the first event. Raises TypeError if one is missing."""
         missing = [kind.__name__ for kind in COMMANDS if kind not in handlers]
         if missing:
             raise TypeError(f"no handler for {', '.join(missing)}")

@@ -32,13 +32,13 @@ class Hooks:
 
     async def pre_start(self, plan: LaunchPlan) -> None:
         """Run the hook. Raises HostError when it fails, or when a stop came before it."""
-        if plan.execution.pre_start and self._unwanted(plan.name):  # `cancel_unwanted` will not be called again
+        if plan.pre_start and self._unwanted(plan.name):  # `cancel_unwanted` will not be called again
             raise HostError("its pre_start hook failed: a stop came first")
-        await self._run(self._before, plan, plan.execution.pre_start, "pre_start")
+        await self._run(self._before, plan, plan.pre_start, "pre_start")
 
     async def post_stop(self, plan: LaunchPlan) -> None:
         """Run the hook. Raises HostError when it fails."""
-        await self._run(self._after, plan, plan.execution.post_stop, "post_stop")
+        await self._run(self._after, plan, plan.post_stop, "post_stop")
 
     def cancel_unwanted(self, _: Event) -> None:
         """Cancel the pre_start hooks of processes that are no longer to start."""
@@ -73,7 +73,7 @@ class Hooks:
         finally:
             if running.get(plan.name) is task:
                 del running[plan.name]
-        failure = "a stop broke it off" if task.cancelled() else task.result()
+        failure = "a stop cancelled it" if task.cancelled() else task.result()
         if failure is not None:
             raise HostError(f"its {which} hook failed: {failure}")
 
@@ -88,6 +88,6 @@ class Hooks:
         last = (output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:300]
         if not ok:
             return last
-        text = f"its {which} hook ended well after {time.monotonic() - began:.1f} s: {last}"
+        text = f"its {which} hook succeeded after {time.monotonic() - began:.1f} s: {last}"
         self._context.reporter.events.report("process", plan.name, EventCode.HOOK, text)
         return None

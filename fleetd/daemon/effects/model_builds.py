@@ -19,7 +19,7 @@ from typing import Any
 
 from fleetd.control.event_codes import EventCode
 from fleetd.core.data.commands import Load
-from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelRequirementsChanged, UnloadRequested
+from fleetd.core.data.events import Event, LoadProgress, LoadRequested, ModelPrerequisitesChanged, UnloadRequested
 from fleetd.core.data.state import ProcessState, Residency
 from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
@@ -43,7 +43,10 @@ _DONE = {
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """The state of a model in its store: unchanged | made | making | failed | blocked | missing | foreign | changed."""
+    """The state of a model in its store, with a detail and the progress of a build.
+
+    States: unchanged | made | making | failed | blocked | missing | foreign | changed.
+    """
 
     state: str
     detail: str
@@ -58,7 +61,7 @@ class Note:
 
 
 class ModelBuilds:
-    """Compare stores with fleet.yaml and build the differences. `notes`, by model, are for the status."""
+    """Compare stores with fleet.yaml and build the differences; `notes` for status."""
 
     def __init__(
         self, context: DaemonContext, prerequisites: Prerequisites, changes: ChangeSignal, request_ids: Iterator[int]
@@ -106,8 +109,8 @@ class ModelBuilds:
     # -- in the background ----------------------------------------------------------------------------------------------
 
     def observe(self, event: Event) -> None:
-        """Start due builds after a step of the fleet; compare a store again when a model's file returns."""
-        if isinstance(event, ModelRequirementsChanged) and not event.missing:
+        """Start due builds after a step; compare again when a model's file returns."""
+        if isinstance(event, ModelPrerequisitesChanged) and not event.missing:
             self._due |= {key for key, store in self.stores().items() if event.model in store.models}
         self._begin_due()
 
@@ -143,7 +146,7 @@ class ModelBuilds:
             self._begin_due()
 
     async def steps(self, store: SharedStore, plan: LaunchPlan) -> list[Step]:
-        """Return the differences between fleet.yaml and a store; unreadable entries are failures. Raises EngineError."""
+        """Return the differences of a store; bad entries are failures. Raises EngineError."""
         assert plan.endpoint is not None
         recipes = []
         for name, (owner, held) in store.models.items():
@@ -171,7 +174,7 @@ class ModelBuilds:
     async def make(
         self, store: SharedStore, plan: LaunchPlan, step: Step, progress: Callable[[Note], None] = lambda _: None
     ) -> Note:
-        """Build one model, after unloading it where it is loaded; a failure becomes a note."""
+        """Build one model, unloading it first; a failure becomes a note."""
         name = step.name
         held = store.models[name][1]
         was_loaded = step.change is StoreChange.UPDATE and self._in_memory(name)
@@ -223,8 +226,8 @@ class ModelBuilds:
             self._verified |= {(plan.name, step.name): mark for plan in store.plans}
 
     def _failed(self, name: str, error: FleetError) -> None:
-        said = error.sentence.removeprefix(f"{name}: ")
-        text = (f"models.{name}: " if not said.startswith("models.") else "") + said
+        sentence = error.sentence.removeprefix(f"{name}: ")
+        text = (f"models.{name}: " if not sentence.startswith("models.") else "") + sentence
         if self.notes.get(name) != Note("failed", text):
             self.notes[name] = Note("failed", text)
             self._reporter.model(name, EventCode.MODEL_NOT_MADE, text)
@@ -232,7 +235,7 @@ class ModelBuilds:
     # -- before a load --------------------------------------------------------------------------------------------------
 
     async def before_load(self, command: Load, plan: LaunchPlan, held: ServedModel) -> bool:
-        """Build the model that a load needs, reporting progress. False if it was up to date. Raises EngineError."""
+        """Build a model for its load; False if it was current. Raises EngineError."""
         if held.source is None or plan.engine.store is None:
             return False
         missing = await self._prerequisites.fresh_model(command.model)
@@ -262,29 +265,29 @@ class ModelBuilds:
         return True
 
     def doubt(self, process: str, model: str) -> bool:
-        """Return whether to compare a store again after a load of an up-to-date model failed."""
+        """Return whether to compare again after the load of a current model failed."""
         return self._verified.pop((process, model), None) is not None
 
     async def _prepare(
         self, plan: LaunchPlan, held: ServedModel, progress: Callable[[Note], None] = lambda _: None
     ) -> None:
-        name, began, told = held.name, time.monotonic(), ""
+        name, began, reported = held.name, time.monotonic(), ""
 
         def tell(phase: str, done: int, total: int) -> None:
-            nonlocal told
+            nonlocal reported
             percent = f" {100 * done // total} %" if total > 1 else ""
             note = Note("making", f"making {held.served_as}: {phase}{percent}", done, total if total > 1 else 0)
             self.notes[name] = note
             progress(note)
-            if phase != told and not told:
+            if phase != reported and not reported:
                 self._reporter.model(name, EventCode.MODEL_MAKING, f"making {held.served_as} from {held.source}")
-            told = phase
+            reported = phase
 
         before = self.notes.get(name)
         try:
             assert plan.engine.store is not None
             assert plan.endpoint is not None
-            said = await plan.engine.store.build(
+            summary = await plan.engine.store.build(
                 self._http.session,
                 plan.endpoint,
                 plan.context,
@@ -296,16 +299,16 @@ class ModelBuilds:
             if self.notes.get(name, Note("", "")).state == "making":
                 self.notes.pop(name)
             raise
-        if said is not None:
+        if summary is not None:
             took_s = time.monotonic() - began
-            self.notes[name] = Note("made", said)
-            self._reporter.model(name, EventCode.MODEL_MADE, f"{said} ({took_s:.1f} s)")
+            self.notes[name] = Note("made", summary)
+            self._reporter.model(name, EventCode.MODEL_MADE, f"{summary} ({took_s:.1f} s)")
         elif before is not None and before.state != "making":
             self.notes[name] = replace(before, state="unchanged") if before.state == "failed" else before
 
 
 def _stamp(held: ServedModel) -> object:
-    """Return a mark that changes with the model's source file; None without one. Blocks."""
+    """Return a mark that changes with the source file; None without one. Blocks."""
     found = []
     for path in _files(held):
         try:

@@ -94,10 +94,10 @@ class ModelLoads:
                 measured = await server.load(self._http.session, endpoint, held, timeout_s)
         except FleetError as error:
             self._dispatch(
-                LoadFailed(model, process, generation, self._told(process, error), recoverable=error.recoverable)
+                LoadFailed(model, process, generation, self._sentence(process, error), recoverable=error.recoverable)
             )
         except asyncio.CancelledError:
-            self._dispatch(LoadFailed(model, process, generation, f"{process} ended while it was loading {model}"))
+            self._dispatch(LoadFailed(model, process, generation, f"{process} exited while it was loading {model}"))
             raise
         except Exception as error:  # noqa: BLE001 - a command without a result would block the model for ever
             self._dispatch(
@@ -114,9 +114,9 @@ class ModelLoads:
             _, server, endpoint, held = self._target(model, process)
             await server.unload(self._http.session, endpoint, held, _UNLOAD_TIMEOUT_S)
         except FleetError as error:
-            self._dispatch(UnloadFailed(model, process, generation, self._told(process, error)))
+            self._dispatch(UnloadFailed(model, process, generation, self._sentence(process, error)))
         except asyncio.CancelledError:
-            self._dispatch(UnloadFailed(model, process, generation, f"{process} ended"))
+            self._dispatch(UnloadFailed(model, process, generation, f"{process} exited"))
             raise
         except Exception as error:  # noqa: BLE001
             self._dispatch(
@@ -125,9 +125,9 @@ class ModelLoads:
         else:
             self._dispatch(Unloaded(model, process, generation))
 
-    def _told(self, process: str, error: FleetError) -> str:
+    def _sentence(self, process: str, error: FleetError) -> str:
         plan = self._config.plans.get(process)
-        return plan.told(error) if plan is not None else error.sentence
+        return plan.error_text(error) if plan is not None else error.sentence
 
     async def observe(self, process: str, generation: int) -> None:
         """Query the models of a many-model server and report them to the fleet."""
@@ -144,7 +144,7 @@ class ModelLoads:
     async def _residents(
         self, plan: LaunchPlan, server: ModelServer, endpoint: Endpoint
     ) -> Mapping[str, Resident] | None:
-        """Return the fleet's models that a server holds; None on an error, which its probes report."""
+        """Return the models that a server holds; None on an error (see its probes)."""
         try:
             residents = await server.loaded(self._http.session, endpoint)
         except FleetError:
@@ -157,7 +157,7 @@ class ModelLoads:
         return found
 
     def context_length(self, model: str, process: str) -> int | None:
-        """Return the context length that a server reports for a model; None when it reports none."""
+        """Return the context length that a server reports for a model, or None."""
         return self._lengths.get(process, {}).get(model)
 
     # -- reading ahead ------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def advise_will_need(path: str) -> None:
 
 
 def on_devices(measured: Mapping[str, int], plan: LaunchPlan) -> dict[str, int]:
-    """Return an engine's measurement under the fleet's device names: "gpu" means the entry's own device.
+    """Return a measurement by the fleet's devices; "gpu" is the entry's own.
 
     On one unified pool everything counts there.
     """

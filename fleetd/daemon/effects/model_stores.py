@@ -16,7 +16,7 @@ from fleetd.resolver.launch_plan import LaunchPlan
 
 @dataclass(slots=True)
 class SharedStore:
-    """One store. `plans` are its servers in the order of fleet.yaml; `models` are the models that they hold."""
+    """A store: `plans` are its servers in order of fleet.yaml, `models` theirs."""
 
     key: str
     engine: ModelStore

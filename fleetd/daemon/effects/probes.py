@@ -77,7 +77,7 @@ class ProbeRunner:
             if answer.ok and command.probe is ProbeKind.STARTUP:
                 self._end(key)
             refused = not answer.ok and _REFUSED.match(answer.detail)
-            detail = plan.about(answer.detail, _KEY) if refused else answer.detail
+            detail = plan.with_key(answer.detail, _KEY) if refused else answer.detail
             pid = None if answer.ok else self._paused_pid(command.name, command.generation)
             if pid is not None:
                 detail = f"process {pid} is stopped (SIGSTOP)"
@@ -154,14 +154,14 @@ class ProbeRunner:
         return paused or (since is not None and time.monotonic() - since > _UNREADY_S)
 
     def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
-        """Turn a failure into a success where real requests show that the server is only busy."""
+        """Return a success if real requests show that the server is only busy."""
         if self._is_wedged(name):
             return answer
-        heard = self._traffic.last_answer_s(name)
-        if heard >= began:
-            return Answer(True, "busy: it answers real requests meanwhile")
+        answered_s = self._traffic.last_answer_s(name)
+        if answered_s >= began:
+            return Answer(True, "busy: it is answering requests")
         full = self._traffic.full_since_s(name)
-        if full is not None and time.monotonic() - max(full, heard) < _BUSY_S:
+        if full is not None and time.monotonic() - max(full, answered_s) < _BUSY_S:
             return Answer(True, "busy: all its slots are taken")
         return answer
 
@@ -169,20 +169,20 @@ class ProbeRunner:
         async def ask(timeout_s: float) -> Answer:
             began = time.monotonic()
             if began - self._traffic.last_answer_s(name) < spec.period_s:
-                return Answer(True, "it answers real requests")
+                return Answer(True, "it is answering requests")
             if plan.endpoint is None:
                 return Answer(False, "it has no port to ask")
             try:
                 async with asyncio.timeout(timeout_s * _BEFORE_THE_PROBER):
                     session = self._context.http.session
                     outcome = await plan.engine.alive(session, plan.endpoint, plan.own_model, timeout_s)
-                answer = Answer(outcome.ok, plan.about(outcome.detail, outcome.key), outcome.final)
+                answer = Answer(outcome.ok, plan.with_key(outcome.detail, outcome.key), outcome.final)
                 if outcome.asleep and not self._context.queries.may_be_asleep(name):
                     return Answer(False, "it sleeps, and fleetd did not put it to sleep")
             except TimeoutError:
                 answer = Answer(False, f"no answer within {timeout_s:g} s")
             except FleetError as error:
-                answer = Answer(False, plan.told(error))
+                answer = Answer(False, plan.error_text(error))
             return answer if answer.ok else self._excuse(name, began, answer)
 
         return ask

@@ -62,14 +62,14 @@ class Processes:
         return run if run is not None and run.generation == generation else None
 
     async def signal(self, name: str, signal: str) -> bool:
-        """Send a signal to the leader of a process; False if it does not run. Raises HostError for an unknown signal."""
+        """Signal a leader; False if it does not run. Raises HostError (unknown signal)."""
         run = self.runs.get(name)
         if run is None or run.handle is None or run.dead:
             return False
         return await self._host.signal(run.handle, signal)
 
     async def inner_pid(self, plan: LaunchPlan) -> int | None:
-        """Return the pid of the first process in a plan's container on this machine; None: not visible here."""
+        """Return the pid of the first process in a container; None if not visible."""
         if plan.contained is None:
             return None
         return await containers.first_pid(self._host, plan.contained, self._config.environment(plan))
@@ -101,7 +101,7 @@ class Processes:
         task.add_done_callback(self._emptying.discard)
 
     async def rest(self, timeout_s: float) -> None:
-        """Begin no further start, cancel pre_start hooks, and wait until no start or stop is in progress.
+        """Begin no start, cancel pre_start hooks, wait for pending starts and stops.
 
         A start that takes longer is not answered: the program that takes over handles it.
         """
@@ -119,7 +119,7 @@ class Processes:
     # -- adoption -----------------------------------------------------------------------------------------------------
 
     async def adopt(self, plan: LaunchPlan, record: HandleRecord) -> Adopted:
-        """Take over a process of an earlier daemon. Raises HostError when it cannot be proven to be ours.
+        """Take over an earlier daemon's process. Raises HostError if unproven.
 
         Its exit is reported after `adopted`: until then the fleet does not know the run.
         """
@@ -165,7 +165,7 @@ class Processes:
             self._on_exit(run, run.early_exit)
 
     async def _check_prerequisites(self, name: str) -> None:
-        """Raise HostError when a prerequisite has gone since the last look: a server would create an empty folder."""
+        """Raise HostError if one is missing: a server would create an empty folder."""
         missing = await self._prerequisites.fresh(name)
         if missing:
             raise HostError(f"missing: {', '.join(missing)}")
@@ -196,7 +196,7 @@ class Processes:
         self._dispatch(Exited(run.name, run.generation, report))
 
     def log_exit(self, event: Event) -> None:
-        """Write the exit of a process to the daemon's log, as a warning when no stop was ordered."""
+        """Log the exit of a process, as a warning if no stop was requested."""
         if not isinstance(event, Exited):
             return
         report = event.report
@@ -218,7 +218,7 @@ class Processes:
     # -- stop and sweep -----------------------------------------------------------------------------------------------
 
     async def _empty(self, name: str, generation: int, force: bool | None) -> None:
-        """Empty the process set of a generation and report it. `force` None: the leader is dead already."""
+        """Empty a generation's process set and report it. `force` None: leader is dead."""
         run = self.run_of(name, generation)
         survivors: tuple[int, ...] = ()
         if run is not None and run.emptying:
@@ -244,7 +244,7 @@ class Processes:
         survivors = await self._stop_set(run, run.handle, plan, force)
         if run.reporting is not None:
             await asyncio.wait({run.reporting})
-        if not survivors and plan.execution.post_stop:
+        if not survivors and plan.post_stop:
             try:
                 await self._hooks.post_stop(plan)
             except HostError as error:
@@ -260,7 +260,7 @@ class Processes:
             await self._stop_set(run, run.handle, self._config.plans.get(run.name, run.plan), True)
 
     async def _stop_set(self, run: Run, handle: ProcessHandle, plan: LaunchPlan, force: bool | None) -> tuple[int, ...]:
-        """Stop the process set, and a container before its client when the client cannot be asked any more."""
+        """Stop the process set; a container before its client if that cannot be asked."""
         problem = None
         if force is not False:
             problem = await self._end_container(run, plan.stop.timeout_s if force is None else None)
@@ -283,7 +283,7 @@ class Processes:
             return
         run.stop_command_reported = True
         if result.ok:
-            text = f"its stop.command ended well after {result.took_s:.1f} s: {result.text}"
+            text = f"its stop.command succeeded after {result.took_s:.1f} s: {result.text}"
             self._context.reporter.events.report("process", run.name, EventCode.HOOK, text)
         else:
             self._context.reporter.warn(run.name, f"its stop.command failed: {result.text}")

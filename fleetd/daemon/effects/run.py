@@ -17,7 +17,7 @@ _TAIL_LINES = 30  # kept with the report
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One generation of one process. It keeps the plan that started it, whatever the configuration is by now."""
+    """One generation of a process, with the plan that started it."""
 
     name: str
     generation: int
@@ -39,7 +39,7 @@ class Run:
 
 
 def with_launch(plan: LaunchPlan) -> LaunchPlan:
-    """Return the plan with a new command line. Raises EngineError when its program is missing."""
+    """Return the plan with a new command line. Raises EngineError (no program)."""
     if plan.recipe is not None:
         contained = plan.recipe.contain(plan.engine, plan.context)
         return replace(plan, launch=contained.launch, contained=contained, missing_program=None)
@@ -57,7 +57,7 @@ def exit_report(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitRe
 
 
 def _verdict(plan: LaunchPlan, raw: RawExit, tail: tuple[str, ...]) -> ExitVerdict:
-    """Ask the engine. For a container, first check whether its client failed, then how the program inside exited."""
+    """Ask the engine; for a container, check first whether its client failed."""
     if plan.contained is None:
         return plan.engine.classify_exit(raw.code, raw.signal, tail)
     if raw.signal is not None:

@@ -30,7 +30,7 @@ C = TypeVar("C", Sleep, Wake, CheckSleep)
 
 
 class Sleepers:
-    """Carry out Sleep, Wake and CheckSleep as calls that are cancelled when their process exits."""
+    """Carry out Sleep, Wake and CheckSleep; an exit cancels the call."""
 
     def __init__(self, context: DaemonContext, loads: ModelLoads, store: StateStore) -> None:
         self._store = store
@@ -57,23 +57,23 @@ class Sleepers:
         self._loads.call(command.process, self._answered(command, work, timeout_s), title)
 
     async def _answered(self, command: C, work: Callable[[C, float], Awaitable[SleepState]], timeout_s: float) -> None:
-        state, said = SleepState.FAILED, ""
+        state, failure = SleepState.FAILED, ""
         try:
             async with asyncio.timeout(timeout_s):
                 state = await work(command, timeout_s)
         except TimeoutError:
-            said = f"no answer within {timeout_s:g} s"
+            failure = f"no answer within {timeout_s:g} s"
         except FleetError as error:
-            said = error.sentence
+            failure = error.sentence
         except asyncio.CancelledError:
             self._seen(command, state, f"{command.process} ended")
             raise
         except Exception as error:  # noqa: BLE001 - a command without an answer would wedge the model
-            said = f"unexpected failure: {type(error).__name__}: {error}"
-        self._seen(command, state, said)
+            failure = f"unexpected failure: {type(error).__name__}: {error}"
+        self._seen(command, state, failure)
 
-    def _seen(self, command: Sleep | Wake | CheckSleep, state: SleepState, said: str) -> None:
-        self._dispatch(SleepSeen(command.model, command.process, command.generation, state, said))
+    def _seen(self, command: Sleep | Wake | CheckSleep, state: SleepState, failure: str) -> None:
+        self._dispatch(SleepSeen(command.model, command.process, command.generation, state, failure))
 
     def _target(self, process: str) -> tuple[LaunchPlan, Endpoint, Sleeper]:
         plan = self._config.plans.get(process)
@@ -117,5 +117,5 @@ class Sleepers:
         if isinstance(known.get("level"), int):
             self._known[command.process] = (command.generation, SleepRecord(known["level"], known.get("said")))
         if sleeps and not (known.get("sleeps") is True and command.process in self._known):
-            raise EngineError("it sleeps, and was left on its way there or back")
+            raise EngineError("it is asleep, and its last transition was interrupted")
         return SleepState.ASLEEP if sleeps else SleepState.AWAKE

@@ -28,7 +28,7 @@ _KEPT_LINES = 4000
 
 
 class StartupLogs:
-    """Follow the logs of starting processes. `facts` are those of earlier daemons under PREFIX."""
+    """Follow the logs of starting processes; `facts` are earlier daemons' values."""
 
     def __init__(
         self, context: DaemonContext, logs: LogRegistry, store: StateStore, facts: Mapping[str, object]
@@ -43,7 +43,7 @@ class StartupLogs:
                 self._learned[key.removeprefix(PREFIX)] = value
 
     def with_learned(self, plan: LaunchPlan) -> LaunchPlan:
-        """Return the plan with the values that earlier starts of the entry learned. Raises EngineError like a launch."""
+        """Return the plan with values of earlier starts. Raises EngineError."""
         known = self._learned.get(self._key(plan))
         if not known or plan.missing_program is not None or plan.engine.startup is None:
             return plan
@@ -94,15 +94,15 @@ class StartupLogs:
             if run.plan.context.learned and self._learned.pop(key, None) is not None:
                 self._store.put(PREFIX + key, {})
                 self._context.reporter.warn(
-                    run.name, "what an earlier start had found out is forgotten: this one failed with it"
+                    run.name, "discarded the values that an earlier start learned: this start failed with them"
                 )
             return
         found = dict(startup.learned(run.plan.context, lines))
         if found and not run.plan.context.learned and found != self._learned.get(key):
             self._learned[key] = found
             self._store.put(PREFIX + key, found)
-            said = ", ".join(f"{name} {value}" for name, value in found.items())
-            self._context.reporter.warn(run.name, f"found out at its start, given to the next one: {said}")
+            values = ", ".join(f"{name} {value}" for name, value in found.items())
+            self._context.reporter.warn(run.name, f"learned at its start, used for the next one: {values}")
 
     def _key(self, plan: LaunchPlan) -> str:
         model = plan.own_model

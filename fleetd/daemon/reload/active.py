@@ -21,11 +21,11 @@ from fleetd.daemon.reload.messages import Reading
 from fleetd.errors import ConfigError, FleetError
 from fleetd.resolver.launch_plan import LaunchPlan
 from fleetd.resolver.port_assignment import keep_ports
-from fleetd.resolver.resolved import Assembly
+from fleetd.resolver.resolved import ResolvedFleet
 
 
 class ActiveConfiguration:
-    """The newest accepted reading. `parent_env` is the environment that children inherit from.
+    """The last accepted reading. Children inherit from `parent_env`.
 
     Hold `applying` while the configuration is changed.
     """
@@ -38,23 +38,23 @@ class ActiveConfiguration:
         self.files_to_fix: tuple[Path, ...] = ()  # the files of a rejected configuration
         self.restart_needed: tuple[str, ...] = ()  # changed keys that need a restart of the daemon
         self._reading = reading
-        self._subscribers: list[Callable[[Assembly], None]] = []
+        self._subscribers: list[Callable[[ResolvedFleet], None]] = []
 
     @property
-    def assembly(self) -> Assembly:
-        return self._reading.assembly
+    def resolved(self) -> ResolvedFleet:
+        return self._reading.resolved
 
     @property
     def plans(self) -> Mapping[str, LaunchPlan]:
-        return self._reading.assembly.plans
+        return self._reading.resolved.plans
 
     @property
     def model_specs(self) -> Mapping[str, ModelSpec]:
-        return self._reading.assembly.spec.models
+        return self._reading.resolved.spec.models
 
     @property
     def state_dir(self) -> Path:
-        return self._reading.assembly.paths.state
+        return self._reading.resolved.paths.state
 
     @property
     def baseline(self) -> bytes:
@@ -65,8 +65,8 @@ class ActiveConfiguration:
         """Return the whole environment of a process."""
         return plan.environment(self.parent_env)
 
-    def subscribe(self, subscriber: Callable[[Assembly], None]) -> None:
-        """Call `subscriber` with the active assembly after every change and every rejected file."""
+    def subscribe(self, subscriber: Callable[[ResolvedFleet], None]) -> None:
+        """Call `subscriber` with the resolved fleet after changes and rejected files."""
         self._subscribers.append(subscriber)
 
     def shown(self) -> Any:
@@ -75,10 +75,10 @@ class ActiveConfiguration:
 
     async def accept(self, reading: Reading, path: Path | None) -> None:
         """Activate a reading. The caller passes its spec to the fleet."""
-        await asyncio.to_thread(keep_ports, self.state_dir, reading.assembly.ports)
-        running = self.assembly  # its folders and its listener are those of the start
+        await asyncio.to_thread(keep_ports, self.state_dir, reading.resolved.ports)
+        running = self.resolved  # its folders and its listener are those of the start
         self._reading = replace(
-            reading, assembly=replace(reading.assembly, paths=running.paths, gateway=running.gateway)
+            reading, resolved=replace(reading.resolved, paths=running.paths, gateway=running.gateway)
         )
         if path is not None:
             self.path = path
@@ -87,18 +87,18 @@ class ActiveConfiguration:
     def publish(self) -> None:
         """Call the subscribers."""
         for subscriber in self._subscribers:
-            subscriber(self.assembly)
+            subscriber(self.resolved)
 
     def amend(self, plan: LaunchPlan) -> None:
-        """Replace one plan by its completed form. The caller passes the new spec to the fleet."""
-        assembly = self.assembly
-        spec = replace(assembly.spec.processes[plan.name], launch_hash=plan.launch_hash())
+        """Replace a plan by its completed form; the caller updates the fleet."""
+        resolved = self.resolved
+        spec = replace(resolved.spec.processes[plan.name], launch_hash=plan.launch_hash())
         self._reading = replace(
             self._reading,
-            assembly=replace(
-                assembly,
-                plans={**assembly.plans, plan.name: plan},
-                spec=replace(assembly.spec, processes={**assembly.spec.processes, plan.name: spec}),
+            resolved=replace(
+                resolved,
+                plans={**resolved.plans, plan.name: plan},
+                spec=replace(resolved.spec, processes={**resolved.spec.processes, plan.name: spec}),
             ),
         )
 

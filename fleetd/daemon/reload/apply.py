@@ -53,7 +53,7 @@ class ConfigApplier:
 
     async def plan(self, path: str | None, text: str | None) -> Plan:
         reading = await self._reader.read(Path(path) if path else None, text)
-        return plan_of(self._config.assembly, reading.assembly, reading.edits, path or str(self._config.path))
+        return plan_of(self._config.resolved, reading.resolved, reading.edits, path or str(self._config.path))
 
     async def apply(self, path: str | None, options: ApplyOptions) -> Applied:
         async with self._locked():
@@ -64,7 +64,7 @@ class ConfigApplier:
 
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
-        """Hold the lock of the configuration. Raises ApiError when another change takes too long.
+        """Hold the configuration's lock. Raises ApiError if another change is slow.
 
         A saved file is applied without a request: a reload that follows it waits here.
         """
@@ -80,14 +80,14 @@ class ConfigApplier:
             applying.release()
 
     async def _apply_now(self, path: str | None, options: ApplyOptions) -> tuple[Plan, list[str], dict[str, int]]:
-        """Change the fleet; return the plan, the processes that it affects, and their generations before."""
+        """Change the fleet; return plan, affected processes, and old generations."""
         config = self._config
         while True:
-            old = config.assembly
+            old = config.resolved
             reading = await self._reader.read(Path(path) if path else None)
-            if config.assembly is old:  # deferred env files may have amended it meanwhile
+            if config.resolved is old:  # deferred env files may have amended it meanwhile
                 break
-        new = reading.assembly
+        new = reading.resolved
         plan = plan_of(old, new, reading.edits, path or str(config.path))
         if new.warnings:
             plan["warnings"] = [str(warning).splitlines()[0] for warning in new.warnings]
@@ -107,7 +107,7 @@ class ConfigApplier:
         return plan, wait_for, generations
 
     def _report_deferred_keys(self, reading: Reading) -> None:
-        """Report keys that take effect at the next start of the daemon; until then every plan shows them."""
+        """Report keys that change at the next start; until then plans show them."""
         keys = tuple(key["path"] for edit in reading.edits for key in edit.keys if key["effect"] == "daemon")
         if keys and keys != self._config.restart_needed:
             reason = f"{' and '.join(keys)} can only change when fleetd restarts"
@@ -116,8 +116,8 @@ class ConfigApplier:
         self._config.restart_needed = keys
 
     async def _change(self, reading: Reading, path: Path | None) -> None:
-        config, new, reporter = self._config, reading.assembly, self._context.reporter
-        before = set(config.assembly.spec.processes) | set(config.assembly.spec.models)
+        config, new, reporter = self._config, reading.resolved, self._context.reporter
+        before = set(config.resolved.spec.processes) | set(config.resolved.spec.models)
         missing = await self._prerequisites.check(new.plans)
         await config.accept(reading, path)
         self._prerequisites.accept(missing)
@@ -183,10 +183,8 @@ class ConfigApplier:
             log.info("unchanged", config=str(config.path))
 
     async def check_restart(self) -> None:
-        """Raise ConfigError or ApiError when a re-executed daemon could not start on the file as it is now."""
+        """Raise ConfigError or ApiError if a new daemon could not use the file."""
         reading = await self._reader.read()
-        if reading.assembly.paths != self._config.assembly.paths:
-            message = (
-                "paths can only change when fleetd is stopped and started: processes and locks are in the old ones."
-            )
+        if reading.resolved.paths != self._config.resolved.paths:
+            message = "paths can only change when fleetd is stopped and started: processes and locks use the old ones."
             raise ApiError(409, "restart_needed", message, hint="`fleetctl shutdown`, then start fleetd.")

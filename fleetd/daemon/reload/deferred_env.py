@@ -27,7 +27,7 @@ LOCK_WAIT_S = 5.0  # for a change of the configuration in progress
 
 @dataclass(slots=True)
 class MissingPrerequisites:
-    """What is missing, by process and by held model; names that miss nothing are left out."""
+    """What is missing, by process and by held model; empty ones are left out."""
 
     processes: dict[str, Missing] = field(default_factory=dict)
     models: dict[str, Missing] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class DeferredEnvironment:
             env, problems = await asyncio.to_thread(_read, plan, plan.env_source)
             if not problems and (env != plan.own_env or plan.unread):
                 config.amend(with_environment(plan, env))
-                spec = config.assembly.spec
+                spec = config.resolved.spec
                 self._dispatch(SpecChanged(spec, missing=reported.processes, missing_models=reported.models))
             return problems
         finally:

@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 from fleetd.engines.registry import recall
 from fleetd.errors import ConfigError, HostError, Problem
-from fleetd.resolver.resolved import Assembly, Edit, FleetPaths, Surroundings
+from fleetd.resolver.resolved import Edit, FleetPaths, ResolvedFleet, Surroundings
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The first answer: the folders of the fleet, which hold inputs of the second half."""
+    """The first answer: the fleet's folders, an input of the second half."""
 
     paths: FleetPaths
 
@@ -52,7 +52,7 @@ class Reading:
     normalised configuration, secrets hidden, as compressed JSON.
     """
 
-    assembly: Assembly
+    resolved: ResolvedFleet
     edits: tuple[Edit, ...]
     kept: bytes
     shown: bytes
@@ -78,7 +78,7 @@ def pack(value: Any) -> bytes:
     """Return a value as a message."""
     own: dict[type, Any] = {**copyreg.dispatch_table}
     if isinstance(value, Reading):
-        for plan in value.assembly.plans.values():
+        for plan in value.resolved.plans.values():
             own[type(plan.engine)] = _engine
             if plan.context.options.travels_plain:
                 own[type(plan.context.options)] = _values

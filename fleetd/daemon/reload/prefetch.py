@@ -24,7 +24,7 @@ def hold_lock(path: Path) -> DaemonLock | None:
 
 
 def begin_reading(path: Path) -> WorkerProcess:
-    """Start a worker on a file; its first answer is the fleet's folders. Raises HostError."""
+    """Start a worker on a file; it answers the folders first. Raises HostError."""
     companion = WorkerProcess("fleetd.daemon.reload.worker")
     try:
         ask_to_read(companion, path)

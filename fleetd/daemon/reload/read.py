@@ -26,7 +26,7 @@ STANDARD_INPUT = "-"  # as the client names the text that it sends
 
 
 class ConfigReader:
-    """Read configurations to compare with the active one. `learned` holds the footprints of earlier daemons."""
+    """Read and compare configurations; `learned` holds earlier footprints."""
 
     def __init__(
         self,
@@ -43,18 +43,18 @@ class ConfigReader:
         self._texts = 0
 
     async def read(self, path: Path | None = None, text: str | None = None) -> Reading:
-        """Read a file (None: the active one), or a text in its place. Raises ConfigError, HostError."""
+        """Read a file (None: the active one) or a text. Raises ConfigError, HostError."""
         if text is not None:
             return await self._read_text(text)
         return await self._worker.read(path or self._config.path, self._inputs())
 
     def _inputs(self) -> ReadInputs:
         devices = machine_devices(list(self._sampler.devices.values()))
-        around = Surroundings(tuple(devices), dict(os.environ), dict(self._config.assembly.ports), self._learned)
+        around = Surroundings(tuple(devices), dict(os.environ), dict(self._config.resolved.ports), self._learned)
         return ReadInputs(around, frozenset(self._processes.runs), socket.gethostname(), self._config.baseline)
 
     async def _read_text(self, text: str) -> Reading:
-        """Read a text; its relative paths and includes start from the folder of the active file."""
+        """Read a text with paths relative to the folder of the active file."""
         self._texts += 1
         path = self._config.path
         copy = path.with_name(f".{path.name}.{os.getpid()}-{self._texts}.plan.yaml")

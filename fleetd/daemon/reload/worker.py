@@ -1,4 +1,4 @@
-"""The worker process that reads fleet.yaml for the daemon: read, check, assemble, compare, answer.
+"""The worker process that reads fleet.yaml for the daemon: read, check, resolve, compare, answer.
 
 Invariants:
 - Two messages in, two out: the file and its environment for the folders of the fleet, then ReadInputs for the Reading.
@@ -27,26 +27,26 @@ from fleetd.daemon.reload.messages import Failure, Places, Reading, ReadInputs, 
 from fleetd.errors import ConfigError, FleetError
 from fleetd.host.system.ports import is_free
 from fleetd.resolver import check
-from fleetd.resolver.build import assemble, checked, paths_of
+from fleetd.resolver.build import checked, resolve_fleet
 from fleetd.resolver.port_assignment import kept_ports
-from fleetd.resolver.resolved import Edit
+from fleetd.resolver.resolved import Edit, paths_of
 
 _HEAD_BYTES = 8
 _FASTEST = 1
 
 
 def read(loaded: LoadedConfig, given: ReadInputs) -> Reading:
-    """Assemble a loaded file and compare it with the active one. Raises ConfigError with every problem."""
+    """Resolve and compare a loaded file. Raises ConfigError with every problem."""
     ports = {**kept_ports(paths_of(loaded).state), **given.around.ports}
 
     def usable(name: str, port: int) -> bool:
         return name in given.running or is_free("127.0.0.1", port)
 
-    assembly = checked(assemble(loaded, replace(given.around, ports=ports), usable, given.hostname))
+    resolved = checked(resolve_fleet(loaded, replace(given.around, ports=ports), usable, given.hostname))
     before = _kept(given.before) if given.before is not None else None
     config = loaded.config if before is None else applicable(before, loaded.config)
     return Reading(
-        assembly=assembly,
+        resolved=resolved,
         edits=edits(before, loaded.config) if before is not None else (),
         kept=zlib.compress(pickle.dumps(config, pickle.HIGHEST_PROTOCOL), _FASTEST),
         shown=zlib.compress(json.dumps(shown(config)).encode(), _FASTEST),
@@ -54,7 +54,7 @@ def read(loaded: LoadedConfig, given: ReadInputs) -> Reading:
 
 
 def applicable(before: FleetConfig, config: FleetConfig) -> FleetConfig:
-    """Return a configuration with the former values of the keys that need a restart of the daemon.
+    """Return a configuration with old values of keys that need a daemon restart.
 
     So every comparison shows them as changed until the daemon restarts.
     """

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class FileReading:
-    """One reading of one file. Leaving the `async with` stops the worker, or passes it to `keep` when it can read again."""
+    """A reading of one file. Its end stops the worker or passes it to `keep`."""
 
     def __init__(self, companion: WorkerProcess, keep: Callable[[WorkerProcess], None] | None = None) -> None:
         self._companion = companion

@@ -19,7 +19,7 @@ _SET_BACK = timedelta(hours=2)
 
 
 def next_due(cron: str, zone: tzinfo, after: datetime) -> datetime:
-    """Return the first time after `after` that a five-field cron expression names in a zone, in UTC."""
+    """Return the next time of a cron expression after `after`, in UTC."""
     found: datetime = next(CronSim(cron, after.astimezone(zone)))
     return found.astimezone(UTC)
 

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetd.core.data.events import ModelRequirementsChanged, RequirementsChanged, RestartDue
+from fleetd.core.data.events import ModelPrerequisitesChanged, ProcessPrerequisitesChanged, RestartDue
 from fleetd.core.data.state import SERVING, ProcessState, Residency
 from fleetd.daemon.context import DaemonContext
 from fleetd.daemon.reload.deferred_env import DeferredEnvironment, Missing, MissingPrerequisites
@@ -65,7 +65,7 @@ class _Required:
 
 
 class Prerequisites:
-    """The last result for every process and held model that requires something: `reported`, as the fleet knows it."""
+    """The last results of everything with prerequisites, as `reported` to the fleet."""
 
     def __init__(self, context: DaemonContext, deferred_env: DeferredEnvironment) -> None:
         self._config = context.config
@@ -95,7 +95,7 @@ class Prerequisites:
         return MissingPrerequisites({**unread, **missing.processes}, missing.models)
 
     def accept(self, missing: MissingPrerequisites) -> None:
-        """Record a result that the fleet receives with a new spec; the next check reports what is back."""
+        """Record a result that a new spec contains; later checks report changes."""
         self.reported.processes |= missing.processes
         self.reported.models = dict(missing.models)
         self._suspected.clear()
@@ -113,7 +113,7 @@ class Prerequisites:
             missing = _unread(plan)
         if missing != self.reported.processes.get(name, ()):
             self.reported.processes[name] = missing
-            self._dispatch(RequirementsChanged(name, missing))
+            self._dispatch(ProcessPrerequisitesChanged(name, missing))
         return missing
 
     async def fresh_model(self, name: str) -> Missing:
@@ -126,7 +126,7 @@ class Prerequisites:
         missing = await asyncio.to_thread(self._missing_of, name, required, looks)
         if missing != self.reported.models.get(name, ()):
             self.reported.models[name] = missing
-            self._dispatch(ModelRequirementsChanged(name, missing))
+            self._dispatch(ModelPrerequisitesChanged(name, missing))
         return missing
 
     def recheck(self) -> None:
@@ -179,7 +179,7 @@ class Prerequisites:
         return known
 
     async def _look_again(self, required: _Required) -> None:
-        """Check all paths after a mount change, otherwise the missing ones and the next part."""
+        """Check all paths after a mount, else missing ones and the next part."""
         table = await asyncio.to_thread(self.volumes.table)
         paths = required.all()
         if table is not None and table == self._table and len(paths) > _SLICE:
@@ -202,7 +202,7 @@ class Prerequisites:
         )
 
     def _missing_of(self, name: str, required: _Required, looks: Mapping[Path, Look]) -> Missing:
-        """Return what a held model misses; nothing when its server's store has a copy. Blocks."""
+        """Return what a model misses; nothing if the store has a copy. Blocks."""
         plan, held = required.sources[name]
         missing = looks.get(source_path(held), Look()).missing
         if missing is None:
@@ -247,13 +247,13 @@ class Prerequisites:
                 self._report_model(name, now.models.get(name, ()))
 
     def _period_s(self) -> float | None:
-        """Return the seconds until the next check; None: nothing requires anything until the plans change."""
+        """Return the seconds until the next check; None: nothing to check."""
         if not self._required.paths and not self._required.sources and not self.reported.processes:
             return None
         return SUSPECTED_S if self._suspected else PERIOD_S
 
     async def _read_deferred_env(self, name: str) -> Missing:
-        """Return what still blocks a process whose prerequisites are back: its env files have to be read first."""
+        """Return what still blocks a process after its env files are read."""
         reported = self.reported.processes.get(name, ())
         if not reported:
             return ()
@@ -267,7 +267,7 @@ class Prerequisites:
             if running and missing and not self._sure("process", name, missing):
                 return
             self.reported.processes[name] = missing
-            self._dispatch(RequirementsChanged(name, missing))
+            self._dispatch(ProcessPrerequisitesChanged(name, missing))
         if not missing:
             self.reported.processes.pop(name, None)
             self._suspected.pop(("process", name), None)
@@ -285,10 +285,10 @@ class Prerequisites:
         self.reported.models[name] = missing
         if not missing:
             self.reported.models.pop(name, None)
-        self._dispatch(ModelRequirementsChanged(name, missing))
+        self._dispatch(ModelPrerequisitesChanged(name, missing))
 
     def _sure(self, kind: str, name: str, missing: Missing) -> bool:
-        """Return whether something in use is gone: missing at two checks in a row, and not only without an answer."""
+        """Return whether something in use is missing at two checks in a row."""
         if not self._certain(missing):
             return False
         twice = self._suspected.get((kind, name)) == missing
@@ -305,7 +305,7 @@ class Prerequisites:
     # -- seen volumes -------------------------------------------------------------------------------------------------
 
     def forget(self, mount: str) -> bool:
-        """Accept whatever is mounted there as the right volume. False: none was seen there."""
+        """Accept whatever is mounted there as right; False if nothing was seen."""
         known = self.volumes.forget(mount)
         self.recheck()
         return known
@@ -319,7 +319,7 @@ class Prerequisites:
 
 
 def _unread(plan: LaunchPlan) -> Missing:
-    return tuple(f"{plan.required_by[path]}: {path} (it is there, and not read yet)" for path in plan.unread)
+    return tuple(f"{plan.required_by[path]}: {path} (it exists and was not read yet)" for path in plan.unread)
 
 
 def source_path(held: ServedModel) -> Path:
@@ -329,7 +329,7 @@ def source_path(held: ServedModel) -> Path:
 
 
 def read_known(record: Path) -> dict[str, str]:
-    """Return the volumes that an earlier daemon saw; a missing or damaged record counts as empty."""
+    """Return the volumes that an earlier daemon saw; empty if damaged."""
     try:
         data = json.loads(record.read_bytes())
     except (OSError, ValueError):
@@ -354,7 +354,7 @@ def is_about(entry: str, path: str) -> bool:
 
 
 def _missing(looks: Mapping[Path, Look], paths: Iterable[Path], keys: Mapping[str, str]) -> Missing:
-    """Return "PATH (why)" of each missing path, after its key in fleet.yaml where there is one."""
+    """Return "PATH (why)" of each missing path, after its key if it has one."""
     found = ((path, looks.get(path, Look()).missing) for path in paths)
     return tuple(
         f"{keys[str(path)]}: {entry}" if str(path) in keys else entry for path, entry in found if entry is not None

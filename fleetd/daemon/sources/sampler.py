@@ -84,7 +84,7 @@ class Sampler:
                 await self._wake.wait()
 
     def _is_quiet(self) -> bool:
-        """Return whether no client reads, no model is young, no process is busy, and none has a memory limit."""
+        """Return whether no client reads, no model is young, no process busy or limited."""
         now = time.monotonic()
         if now - self._requested_at <= _READ_S:
             return False

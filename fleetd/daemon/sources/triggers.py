@@ -23,7 +23,7 @@ from fleetd.core.data.events import RestartDue
 from fleetd.daemon.async_tools import Tasks
 from fleetd.daemon.context import DaemonContext
 from fleetd.resolver.launch_plan import LaunchPlan, Schedule, WatchPlan
-from fleetd.resolver.resolved import Assembly
+from fleetd.resolver.resolved import ResolvedFleet
 
 if TYPE_CHECKING:
     from fleetd.host.watch.watcher import FileWatch, TreeWatch
@@ -33,12 +33,12 @@ FLAP_WINDOW_S = 60.0
 QUIET_S = 10.0
 FLAPPING = (
     f"its files changed more than {FLAP_COUNT} times within {FLAP_WINDOW_S:g} s: "
-    f"it restarts when they were quiet for {QUIET_S:g} s"
+    f"it restarts once they are unchanged for {QUIET_S:g} s"
 )
 
 
 class FlapGuard:
-    """Limits the restarts of one process by its watched files, which the process or a build may change for ever."""
+    """Limits restarts by watched files, which the process itself may change."""
 
     def __init__(self, count: int = FLAP_COUNT, window_s: float = FLAP_WINDOW_S) -> None:
         self._times: deque[float] = deque(maxlen=count)
@@ -53,7 +53,7 @@ class FlapGuard:
 
 
 class Triggers:
-    """The watches and schedules of the active configuration. `saved` is called when its files change."""
+    """Watches and schedules of the configuration; a save calls `saved`."""
 
     def __init__(self, context: DaemonContext, background: Tasks, saved: Callable[[], None]) -> None:
         self._context = context
@@ -65,33 +65,33 @@ class Triggers:
         self._clocks: dict[str, tuple[Schedule, asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def follow(self, assembly: Assembly) -> None:
+    def follow(self, resolved: ResolvedFleet) -> None:
         """Watch what a configuration asks for, and no more."""
-        self._follow_files(assembly)
-        watches = {name: plan.watch for name, plan in assembly.plans.items() if plan.watch is not None}
-        schedules = {name: plan.schedule for name, plan in assembly.plans.items() if plan.schedule is not None}
+        self._follow_files(resolved)
+        watches = {name: plan.watch for name, plan in resolved.plans.items() if plan.watch is not None}
+        schedules = {name: plan.schedule for name, plan in resolved.plans.items() if plan.schedule is not None}
         for name in [name for name, (watch, _) in self._trees.items() if watches.get(name) != watch]:
             self._drop_tree(name)
         for name in [name for name, (schedule, _) in self._clocks.items() if schedules.get(name) != schedule]:
             self._clocks.pop(name)[1].cancel()
         for name, watch in watches.items():
             if name not in self._trees:
-                self._trees[name] = (watch, self._tree(assembly.plans[name], watch))
+                self._trees[name] = (watch, self._tree(resolved.plans[name], watch))
         for name, schedule in schedules.items():
             if name not in self._clocks:
                 task = self._background.start(self._clock(name, schedule), f"schedule of {name}")
                 self._clocks[name] = (schedule, task)
 
-    def _follow_files(self, assembly: Assembly) -> None:
-        if not assembly.watch:
+    def _follow_files(self, resolved: ResolvedFleet) -> None:
+        if not resolved.watch:
             if self._files is not None:
                 self._close_later(self._files.close())
                 self._files = None
             return
         from fleetd.host.watch.watcher import FileWatch, WatchPattern
 
-        files = [*assembly.files, *self._context.config.files_to_fix]
-        patterns = [WatchPattern(folder, text) for folder, text in assembly.patterns]
+        files = [*resolved.files, *self._context.config.files_to_fix]
+        patterns = [WatchPattern(folder, text) for folder, text in resolved.patterns]
         if self._files is not None:
             self._files.update(files, patterns)
             return
@@ -119,7 +119,7 @@ class Triggers:
                 self._context.reporter.events.report("process", plan.name, EventCode.WATCH_PAUSED, FLAPPING)
             self._delayed[plan.name] = loop.call_later(QUIET_S, restart, names)
 
-        ours = self._context.config.assembly.paths  # fleetd's own writes trigger nothing
+        ours = self._context.config.resolved.paths  # fleetd's own writes trigger nothing
         never = (ours.state, ours.run, ours.logs)
         return TreeWatch(watch.paths, changed, ignore=watch.ignore, never=never, debounce_s=watch.debounce_s)
 
@@ -158,7 +158,7 @@ class Triggers:
 
 
 def time_zone(name: str | None) -> tzinfo:
-    """Return a time zone by name. Raises KeyError for a name that the database does not have."""
+    """Return a time zone by name. Raises KeyError for an unknown one."""
     if name in (None, "UTC"):
         return UTC
     from zoneinfo import ZoneInfo

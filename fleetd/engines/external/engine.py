@@ -50,7 +50,7 @@ class External:
         return narrow(options, ExternalOptions).concurrency
 
     def probes(self, options: Options) -> Probes:  # noqa: ARG002
-        """Probe slowly, through `alive`, which sends the key and checks the shape of the answer."""
+        """Probe slowly through `alive`, which sends the key and checks the answer."""
         probe = ProbeSpec(completion=True, period_s=15.0, timeout_s=10.0, failures=3)
         return Probes(
             startup=ProbeSpec(completion=True, period_s=2.0, timeout_s=10.0, failures=1), readiness=probe, liveness=None

@@ -66,7 +66,7 @@ class GenericEngine:
         return _process_options(options).concurrency
 
     def probes(self, options: Options) -> Probes:
-        """Probe the health path, or an open port where there is none. There is no liveness probe by default."""
+        """Probe the health path, or an open port without one; no liveness by default."""
         path = _process_options(options).health
         return Probes(
             startup=ProbeSpec(http=path, tcp=path is None, period_s=0.1, timeout_s=2.0, failures=1, deadline_s=900.0),
@@ -101,7 +101,7 @@ class GenericEngine:
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
-        """Request one token (one vector of an embedding model) in the first dialect whose route exists."""
+        """Request one token, or one vector, in the first dialect whose route exists."""
         deadline = Deadline(timeout_s)
         failure = ""
         try:
@@ -122,7 +122,7 @@ ENGINE: Engine = GenericEngine()
 
 
 def _process_options(options: Options) -> ProcessOptions:
-    """Return the options as this engine's; no check, since the daemon has a plain object with the same attributes."""
+    """Return the options unchecked: the daemon has a plain object with the attributes."""
     return cast("ProcessOptions", options)
 
 

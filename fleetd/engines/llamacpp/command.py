@@ -41,7 +41,7 @@ def required_files(context: LaunchContext, options: LlamaCppOptions) -> dict[str
 
 
 def program(context: LaunchContext) -> tuple[str, ...]:
-    """Return the user's command, llama-server, or the embedded server. Raises EngineError when there is none."""
+    """Return the user's command, llama-server, or the embedded. Raises EngineError."""
     if context.command:
         return context.command
     if found := server_path(context):
@@ -66,7 +66,7 @@ _EMBEDDED: dict[str | None, tuple[float, bool]] = {}
 
 
 def _cached(cache: dict[str | None, tuple[float, T]], key: str | None, look: Callable[[], T]) -> T:
-    """Return the result of `look`, at most one second old: a fleet may ask for one program thousands of times."""
+    """Return the result of `look`, at most 1 s old: thousands of models may ask."""
     known, now = cache.get(key), time.monotonic()
     if known is None or now - known[0] > 1.0:
         if len(cache) > 64:

@@ -60,7 +60,7 @@ class LlamaCpp:
         return narrow(options, LlamaCppOptions).parallel
 
     def probes(self, options: Options) -> Probes:  # noqa: ARG002
-        """Poll fast and wait long: a tiny model is ready in 40 ms, a large one on a slow disk after many minutes."""
+        """Poll fast, since a tiny model is ready in 40 ms; a large one takes minutes."""
         return Probes(
             startup=ProbeSpec(http="/health", period_s=0.025, timeout_s=2.0, failures=1, deadline_s=900.0),
             readiness=ProbeSpec(http="/health", period_s=2.0, timeout_s=2.0, failures=3),
@@ -98,7 +98,7 @@ class LlamaCpp:
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
-        """Request one token, or one vector. A server whose slots are all busy is alive: its main loop reports them."""
+        """Request one token, or one vector. A server with all slots busy is alive."""
         deadline = Deadline(timeout_s)
         try:
             slots = await call(http, endpoint, "GET", "/slots?fail_on_no_slot=1", timeout_s=timeout_s)

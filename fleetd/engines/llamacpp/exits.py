@@ -66,7 +66,7 @@ _ALWAYS = frozenset(
 
 
 def _unknown_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
-    """Return the verdict for a flag that the program rejects, with the key of fleet.yaml that it comes from."""
+    """Return the verdict for a rejected flag, with the key that it comes from."""
     flag = next((found[1] for line in reversed(log_tail) if (found := _UNKNOWN_FLAG.search(line))), "")
     if flag in _ALWAYS:
         return ExitVerdict(
@@ -80,7 +80,7 @@ def _unknown_flag(log_tail: Sequence[str]) -> ExitVerdict | None:
 
 
 def classify(code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
-    """Return why it exited. The log counts only for a failure: a code other than 0, or a signal that it can cause itself."""
+    """Return why it exited; the log counts only for a failure that it can explain."""
     if code == 0:
         return exit_text.from_status(code, None)
     if found := _unknown_flag(log_tail):

@@ -29,7 +29,7 @@ class UsageError(Exception):
 
 
 def _constant(prefix: str, enum: str, **names: str) -> Callable[[Any, str], Any]:
-    """Return a reader that maps one of `names` to a member of an enumeration of the library."""
+    """Return a reader that maps one of `names` to an enumeration of the library."""
 
     def read(library: Any, text: str) -> Any:
         if text not in names:
@@ -145,7 +145,7 @@ def known_flags() -> frozenset[str]:
 
 
 def parse(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (flag, value) in order; the value of a switch is empty. Raises UsageError."""
+    """Return (flag, value) in order, "" for a switch. Raises UsageError."""
     pairs: list[tuple[str, str]] = []
     words = iter(argv)
     for word in words:
@@ -215,7 +215,7 @@ def configure(library: Any, pairs: Sequence[tuple[str, str]], api_key: str | Non
 
 
 def check_model(path: str) -> None:
-    """Check the first bytes, so that common mistakes get a plain message. Raises UsageError."""
+    """Check the first bytes, to report common mistakes plainly. Raises UsageError."""
     if not path:
         raise UsageError("--model is required")
     try:
@@ -233,7 +233,7 @@ def check_model(path: str) -> None:
 
 
 class _LazyModule(type(sys)):  # type: ignore[misc]
-    """A module that is imported on first use; constants that are read at import time are built in."""
+    """A module imported on first use; constants read at import time are built in."""
 
     CO_OPTIMIZED, CO_NEWLOCALS, CO_VARARGS, CO_VARKEYWORDS, CO_NESTED, CO_GENERATOR = 1, 2, 4, 8, 16, 32
     CO_COROUTINE, CO_ITERABLE_COROUTINE, CO_ASYNC_GENERATOR = 128, 256, 512
@@ -247,7 +247,7 @@ class _LazyModule(type(sys)):  # type: ignore[misc]
 
 
 def load_library() -> Any:
-    """Import the extension module alone; fall back to the ordinary import if that fails.
+    """Import the extension module alone; if that fails, in the ordinary way.
 
     The package around it, and the `inspect` and `orjson` that it uses in calls never made here, take longer to import than
     everything else together.

@@ -45,7 +45,7 @@ FLEETD_OWN = ("LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_ALIAS", "LLAMA_ARG_
 
 
 def problems(context: LaunchContext, options: LlamaCppOptions, *, embedded: bool) -> list[OptionProblem]:
-    """Return every mistake and warning of an entry. `embedded`: only the flags of the embedded server are allowed."""
+    """Return the mistakes and warnings of an entry; `embedded` limits the flags."""
     return [
         *_exclusions(context, options),
         *_environment(context, options),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +25,14 @@ from fleetd.engines.lmstudio.model_server import LmStudioServer
 from fleetd.engines.lmstudio.options import LOAD_OPTIONS, LmStudioOptions
 from fleetd.engines.load_options import build_key_problems, load_option_problems
 from fleetd.engines.options import Options, narrow
+from fleetd.engines.program import find_program
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 SERVER_MAIN = Path(__file__).with_name("server_main.py")
+_HINT = "install LM Studio and run `lms bootstrap`, or use a running server: external: http://127.0.0.1:1234"
 PLACES = ("~/.lmstudio/bin", "~/.cache/lm-studio/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
 
@@ -66,15 +66,15 @@ class LmStudio:
         return [*load_option_problems(models, LOAD_OPTIONS, "LM Studio"), *build_key_problems(models, "LM Studio")]
 
     def launch(self, context: LaunchContext) -> Launch:
-        """Run `server_main.py`, which starts, watches and stops the server: `lms` starts it in the background."""
+        """Run `server_main.py`, which controls the server that `lms` starts."""
         options = narrow(context.options, LmStudioOptions)
-        command = context.command or (_program(context),)
+        command = context.command or (find_program(context, "lms", _HINT, PLACES),)
         argv = [sys.executable, "-I", str(SERVER_MAIN), "--host", context.host, "--port", str(context.port or 1234)]
         argv += ["--cors"] if options.cors else []
         return Launch(argv=(*argv, *context.args, "--", *command))
 
     def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:  # noqa: ARG002
-        """Return nothing for a model: its size is learned from the first load. The server itself is not counted."""
+        """Return None for a model, which is learned at its first load; 0 for the server."""
         return Footprint() if model is None else None
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
@@ -95,15 +95,3 @@ class LmStudio:
 
 
 ENGINE: Engine = LmStudio()
-
-
-def _program(context: LaunchContext) -> str:
-    places = os.pathsep.join(str(Path(place).expanduser()) for place in PLACES)
-    found = shutil.which("lms", path=context.env.get("PATH")) or shutil.which("lms", path=places)
-    if found is None:
-        raise EngineError(
-            f"{context.name}: no program named lms on PATH",
-            hint="install LM Studio and run `lms bootstrap`, or use a running server: external: http://127.0.0.1:1234",
-            recoverable=False,
-        )
-    return found

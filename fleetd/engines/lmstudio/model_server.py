@@ -28,7 +28,7 @@ LIST_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One model of the server's list. `instances` are its loaded copies; `context_length` is that of the first, 0: unknown."""
+    """One listed model; `context_length` is that of its first loaded copy, 0: unknown."""
 
     key: str
     instances: tuple[str, ...]
@@ -93,7 +93,7 @@ class LmStudioServer:
 
 
 async def alive(http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float) -> ProbeOutcome:
-    """Request one token from a loaded model; where none is loaded, the list of models. Never causes a load."""
+    """Request one token, or the list if no model is loaded. Never causes a load."""
     entries = [entry for entry in await _listed(http, endpoint, timeout_s) if entry.instances]
     if model is not None:
         entries = [entry for entry in entries if entry.key == model.served_as]
@@ -103,7 +103,7 @@ async def alive(http: ClientSession, endpoint: Endpoint, model: ServedModel | No
 
 
 def _failed(message: str, reply: Reply, *, recoverable: bool) -> EngineError:
-    """Return the error of a load or an unload; a server without the route is too old for both."""
+    """Return the error of a load or unload; without the route, the server is too old."""
     if "nexpected endpoint" in reply.message:
         message = f"{reply.url} does not exist: LM Studio is older than 0.4, which loading and unloading need"
         return EngineError(message, key="command", recoverable=False)
@@ -124,7 +124,7 @@ async def _find(http: ClientSession, endpoint: Endpoint, key: str) -> ListedMode
 
 
 async def _listed(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> list[ListedModel]:
-    """Return the server's models by the API that it has. Raises EngineError where neither answers in its shape."""
+    """Return the server's models by the API that it has. Raises EngineError."""
     reply = await call(http, endpoint, "GET", "/api/v1/models", timeout_s=timeout_s)
     if isinstance(reply.data, Mapping) and isinstance(reply.data.get("models"), list):
         return list(_entries_v1(reply))

@@ -32,7 +32,7 @@ def log(text: str) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """Return the options and the command of `lms`. Exits with 2 when the command line is wrong."""
+    """Return the options and the command of `lms`; exit with 2 if they are invalid."""
     parser = ArgumentParser(prog="server_main", allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
@@ -61,7 +61,7 @@ async def run(words: list[str]) -> tuple[int, str]:
 
 
 async def greets(host: str, port: int) -> bool:
-    """Return whether an LM Studio server answers; the body decides, since it answers unknown routes with 200 too."""
+    """Return whether LM Studio answers; only the body shows it, not the status."""
     try:
         async with asyncio.timeout(5.0):
             reader, writer = await asyncio.open_connection(host, port)
@@ -78,7 +78,7 @@ async def greets(host: str, port: int) -> bool:
 
 
 async def daemon_runs(lms: list[str]) -> bool:
-    """Return whether LM Studio's daemon runs; older versions have no such command and need no daemon."""
+    """Return whether LM Studio's daemon runs; older versions neither have nor need it."""
     code, output = await run([*lms, "daemon", "status", "--json"])
     try:
         status = json.loads(output)
@@ -110,7 +110,7 @@ async def serve(options: Namespace, lms: list[str], stop: asyncio.Event) -> None
 
 
 async def watch(options: Namespace, stop: asyncio.Event) -> None:
-    """Return when `stop` is set. Raises ServerGoneError when the greeting failed three times in a row."""
+    """Return when `stop` is set. Raises ServerGoneError after three failed greetings."""
     misses = 0
     while not stop.is_set():
         misses = 0 if await greets(options.host, options.port) else misses + 1

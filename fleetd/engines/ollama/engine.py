@@ -8,8 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,11 +32,13 @@ from fleetd.engines.ollama.model_store import OllamaStore
 from fleetd.engines.ollama.options import OllamaOptions
 from fleetd.engines.ollama.validate import problems
 from fleetd.engines.options import Options, narrow
+from fleetd.engines.program import find_program
 from fleetd.errors import EngineError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+_HINT = "install Ollama, or set its path: command: [/path/to/ollama, serve]"
 PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/Applications/Ollama.app/Contents/Resources")
 _PHRASES = (
     (ExitKind.PORT_IN_USE, "address already in use"),
@@ -73,7 +73,7 @@ class Ollama:
         return narrow(options, OllamaOptions).num_parallel
 
     def probes(self, options: Options) -> Probes:  # noqa: ARG002
-        """Probe by requests: the port is open up to 30 s before GPUs are found. The first probe checks the version."""
+        """Probe by requests, since the port opens before the GPUs are found."""
         return Probes(
             startup=ProbeSpec(completion=True, period_s=0.05, timeout_s=2.0, failures=1, deadline_s=120.0),
             readiness=ProbeSpec(http="/api/version", period_s=2.0, timeout_s=2.0, failures=3),
@@ -88,7 +88,7 @@ class Ollama:
         unset = (*SCRUBBED, *(variable for variable in TYPED.values() if variable not in env))
         folder = models_dir(context)
         return Launch(
-            argv=(*(context.command or (_program(context), "serve")), *context.args),
+            argv=(*(context.command or (find_program(context, "ollama", _HINT, PLACES), "serve")), *context.args),
             env=env,
             # OLLAMA_MODELS of the daemon's own environment stays, or the user's models would seem to be lost
             unset_env=tuple(key for key in unset if key not in context.env and key != "OLLAMA_MODELS"),
@@ -97,7 +97,7 @@ class Ollama:
         )
 
     def estimate(self, context: LaunchContext, model: ServedModel | None) -> Footprint | None:
-        """Return what the GGUF header of a model says; the server itself takes some 50 MB, which are not counted."""
+        """Return the estimate from a GGUF header; the server's 50 MB are not counted."""
         return Footprint() if model is None else estimate_model(context, model)
 
     def classify_exit(self, code: int | None, signal: str | None, log_tail: Sequence[str]) -> ExitVerdict:
@@ -117,15 +117,3 @@ class Ollama:
 
 
 ENGINE: Engine = Ollama()
-
-
-def _program(context: LaunchContext) -> str:
-    found = shutil.which("ollama", path=context.env.get("PATH"))
-    found = found or shutil.which("ollama", path=os.pathsep.join(PLACES))
-    if found is None:
-        raise EngineError(
-            f"{context.name}: no program named ollama on PATH",
-            hint="install Ollama, or set its path: command: [/path/to/ollama, serve]",
-            recoverable=False,
-        )
-    return found

@@ -90,7 +90,7 @@ _RENDER: Mapping[str, Callable[[Any], str]] = {
 
 
 def render_options(options: OllamaOptions) -> dict[str, tuple[str, str]]:
-    """Return variable → (value, option) for every option that is set; `rendered` adds the folder and the host."""
+    """Return variable → (value, option) for the set options, without folder and host."""
     found: dict[str, tuple[str, str]] = {}
     for option, variable in TYPED.items():
         value = getattr(options, option)
@@ -118,7 +118,7 @@ def rendered(context: LaunchContext) -> dict[str, tuple[str, str]]:
 
 
 def models_dir(context: LaunchContext) -> str | None:
-    """Return the configured folder of the store as an absolute path; None: Ollama's own default applies."""
+    """Return the absolute folder of the store; None: Ollama's default applies."""
     text = narrow(context.options, OllamaOptions).models_dir
     text = text or context.env.get("OLLAMA_MODELS") or os.environ.get("OLLAMA_MODELS")
     return str(context.resolve(text)) if text else None

@@ -31,7 +31,7 @@ _WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 1.0625, "Q4_K_M": 0.62, "Q4_K_S
 
 
 def estimate_model(context: LaunchContext, model: ServedModel) -> Footprint | None:
-    """Return the bytes per device of one model; None: unknown. Raises EngineError for a `from` that is not a usable model."""
+    """Return the bytes per device; None: unknown. Raises EngineError for a bad `from`."""
     serving = _serving(context)
     try:
         found = _weights(context, model, store_folder(context))
@@ -65,7 +65,7 @@ def estimate_model(context: LaunchContext, model: ServedModel) -> Footprint | No
 def _weights(
     context: LaunchContext, model: ServedModel, models_dir: Path
 ) -> tuple[gguf.Header, Mapping[str, Any], int] | None:
-    """Return the header, the model's parameters, and the bytes of its weights when loaded; None: nothing to read."""
+    """Return header, parameters and bytes of loaded weights; None: nothing to read."""
     source, inherited = _source(context, model, models_dir)
     parameters: Mapping[str, Any] = {**inherited, **(model.modelfile.get("parameters") or {})}
     stored = store.model_file(models_dir, model.served_as)
@@ -85,7 +85,7 @@ def _weights(
 
 
 def _source(context: LaunchContext, model: ServedModel, models_dir: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    """Return the file that a model is built from and the parameters it inherits; the file may be another model's blob."""
+    """Return the source file, possibly another model's blob, and its parameters."""
     if model.source is None:
         return None, {}
     if looks_like_path(model.source):

@@ -44,7 +44,7 @@ class OllamaServer:
     async def load(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float
     ) -> Mapping[str, int]:
-        """Load without a prompt, then wait until the server lists it. The bytes are measured by the server."""
+        """Load without a prompt, then wait until the server lists the model and its bytes."""
         deadline = Deadline(timeout_s)
         _check_load(await _request_load(http, endpoint, model, timeout_s), model, endpoint)
 
@@ -60,7 +60,7 @@ class OllamaServer:
         return device_bytes(entry)
 
     async def unload(self, http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> None:
-        """Unload, then poll until the server no longer lists it: Ollama answers before the runner has exited."""
+        """Unload, then poll the list: Ollama answers before the runner has exited."""
         deadline = Deadline(timeout_s)
         payload = {"model": model.served_as, "keep_alive": 0, "stream": False}
         reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
@@ -74,14 +74,14 @@ class OllamaServer:
         await until(gone, timeout_s=deadline.left(), period_s=POLL_S, what=what)
 
     async def loaded(self, http: ClientSession, endpoint: Endpoint) -> Sequence[Resident]:
-        """Return the models of /api/ps by canonical name. Ollama does not list a model that is still loading."""
+        """Return the models of /api/ps by canonical name, without those still loading."""
         return tuple(
             Resident(self.canonical_name(_name(entry)), device_bytes(entry), entry["context_length"] or None)
             for entry in await _entries(http, endpoint, LIST_TIMEOUT_S)
         )
 
     def canonical_name(self, served_as: str) -> str:
-        """Return the short form that `loaded` uses: implied parts are left out, `:latest` too."""
+        """Return the short form that `loaded` uses, without implied parts and `:latest`."""
         try:
             return store.ModelName.parse(served_as).short.removesuffix(":latest")
         except ValueError:
@@ -89,7 +89,7 @@ class OllamaServer:
 
 
 async def alive(http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float) -> ProbeOutcome:
-    """Request one token from a loaded model; where none is loaded, the version of the server. Never causes a load."""
+    """Request one token, or the version if no model is loaded. Never causes a load."""
     entries = await _entries(http, endpoint, timeout_s)
     if model is not None:
         entries = [entry for entry in entries if store.same_name(_name(entry), model.served_as)]
@@ -100,7 +100,7 @@ async def alive(http: ClientSession, endpoint: Endpoint, model: ServedModel | No
 
 
 def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes of one entry of /api/ps: `size_vram` is on "gpu", the server's own device, the rest on "host".
+    """Return the bytes of an /api/ps entry on "gpu", the server's device, and "host".
 
     The memory of the runner's process, which Ollama does not count, is added to "host".
     """
@@ -110,7 +110,7 @@ def device_bytes(entry: Mapping[str, Any]) -> dict[str, int]:
 
 
 def pinned_options(model: ServedModel) -> dict[str, Any]:
-    """Return the load-time options that every request to this model must carry: others make Ollama load it again."""
+    """Return the load options that each request must carry to prevent a reload."""
     return load_options(model, LOAD_TIME_OPTIONS)
 
 
@@ -130,7 +130,7 @@ async def _entries(http: ClientSession, endpoint: Endpoint, timeout_s: float) ->
 
 
 async def _check_version(http: ClientSession, endpoint: Endpoint, timeout_s: float) -> str:
-    """Return the server's version. Raises EngineError for one that is too old; development builds are 0.0.0."""
+    """Return the server's version (0.0.0: development). Raises EngineError if too old."""
     reply = (await call(http, endpoint, "GET", "/api/version", timeout_s=timeout_s)).expect("reading the version")
     text = reply.word(reply.mapping(), "version")
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
@@ -148,7 +148,7 @@ async def _entry(http: ClientSession, endpoint: Endpoint, served_as: str, timeou
 
 
 async def _request_load(http: ClientSession, endpoint: Endpoint, model: ServedModel, timeout_s: float) -> Reply:
-    """Send a request without a prompt, which only loads. Embedding models have a route of their own."""
+    """Request a load by an empty prompt; embedding models have their own route."""
     payload = {"model": model.served_as, "keep_alive": -1, "options": pinned_options(model), "stream": False}
     if not model.embedding:
         reply = await call(http, endpoint, "POST", "/api/generate", payload, timeout_s=timeout_s)
@@ -159,7 +159,7 @@ async def _request_load(http: ClientSession, endpoint: Endpoint, model: ServedMo
 
 
 def _check_load(reply: Reply, model: ServedModel, endpoint: Endpoint) -> None:
-    """Raise EngineError unless the model is loaded; it is recoverable where a retry can help."""
+    """Raise EngineError unless the model is loaded, recoverable if a retry can help."""
     if reply.ok:
         reply.mapping()
         return
@@ -182,7 +182,7 @@ def _check_load(reply: Reply, model: ServedModel, endpoint: Endpoint) -> None:
 async def _one_token(
     http: ClientSession, endpoint: Endpoint, entry: Mapping[str, Any], model: ServedModel | None, timeout_s: float
 ) -> ProbeOutcome:
-    """Generate one token with the options of the loaded model, so that the probe does not reload it."""
+    """Generate one token with the loaded model's options, which prevents a reload."""
     name = _name(entry)
     options = pinned_options(model) if model is not None else {}
     context_length = entry["context_length"]

@@ -29,7 +29,7 @@ _LOCKS: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary
 
 
 class OllamaStore:
-    """Builds models by /api/create. Calls for one store run one after the other, whichever replica they go to."""
+    """Builds models by /api/create, one at a time per store, across replicas."""
 
     def key(self, context: LaunchContext, endpoint: Endpoint) -> str:
         folder = _shared_folder(context, endpoint)
@@ -80,7 +80,7 @@ class OllamaStore:
 
 
 def _shared_folder(context: LaunchContext, endpoint: Endpoint) -> Path | None:
-    """Return the store's folder; None where the server runs elsewhere, or its folder is not on this machine."""
+    """Return the store's folder; None if the server or the folder is elsewhere."""
     host = urlsplit(endpoint.base_url).hostname or ""
     here = host == "localhost" or host.startswith("127.") or host == "::1"
     folder = store_folder(context)
@@ -88,7 +88,7 @@ def _shared_folder(context: LaunchContext, endpoint: Endpoint) -> Path | None:
 
 
 def _with_load_options(model: ServedModel) -> Mapping[str, Any]:
-    """Return the modelfile with the load options as parameters: a request to /v1 carries none, and would reset them."""
+    """Return the modelfile with load options as parameters, since /v1 carries none."""
     pinned = load_options(model, LOAD_TIME_OPTIONS)
     if not pinned:
         return model.modelfile

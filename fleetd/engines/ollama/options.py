@@ -37,7 +37,7 @@ LOAD_TIME_OPTIONS: Mapping[str, FieldType] = {
 
 
 class OllamaOptions(Options):
-    """Variables of `ollama serve`, typed. A field that is None leaves Ollama's own default."""
+    """Variables of `ollama serve`, typed; None leaves Ollama's default."""
 
     models_dir: PathText | None = Field(
         None, description="where models are stored; must exist before the server starts"

@@ -182,7 +182,7 @@ def _mistakes(model: ServedModel) -> Iterator[tuple[tuple[str | int, ...], str]]
 
 
 def _missing_sources(models: Iterable[ServedModel], config_dir: Path, folder: Path) -> Iterator[OptionProblem]:
-    """Yield a warning for each missing file that a model is built from, unless the store has the model."""
+    """Yield a warning for each missing source file of a model not in the store."""
     for model in models:
         if model.source is None or not looks_like_path(model.source):
             continue

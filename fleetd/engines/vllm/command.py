@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fleetd.engines.base import Launch, LaunchContext
+from fleetd.engines.program import find_program
 from fleetd.engines.visible_devices import visible_devices
 from fleetd.engines.vllm import memory
 from fleetd.engines.vllm.options import VllmOptions, arguments, local, local_files
-from fleetd.errors import EngineError
 
+_HINT = "install vLLM, or set its path: command: [/path/to/venv/bin/vllm, serve]"
 LEARNED_KV = "kv_cache_memory"
 PROBED_PATHS = "/health,/metrics,/ping,/v1/models,/is_sleeping"
 
@@ -48,7 +48,7 @@ def launch(context: LaunchContext, options: VllmOptions) -> Launch:
         return str(context.resolve(path))
 
     model = absolute(options.model) if local(options.model) else options.model
-    command = context.command or (_program(context), "serve")
+    command = context.command or (find_program(context, "vllm", _HINT), "serve")
     if Path(command[-1]).name == "vllm":
         command = (*command, "serve")
     by_flag = any(word.endswith("api_server") for word in command)
@@ -87,14 +87,3 @@ def environment(context: LaunchContext, options: VllmOptions) -> dict[str, str]:
     if options.cpu_kvcache_space is not None:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_space)
     return env
-
-
-def _program(context: LaunchContext) -> str:
-    found = shutil.which("vllm", path=context.env.get("PATH"))
-    if found is None:
-        raise EngineError(
-            f"{context.name}: no program named vllm on PATH",
-            hint="install vLLM, or set its path: command: [/path/to/venv/bin/vllm, serve]",
-            recoverable=False,
-        )
-    return found

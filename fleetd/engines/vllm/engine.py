@@ -70,7 +70,7 @@ class Vllm:
         return narrow(options, VllmOptions).max_num_seqs or memory.DEFAULT_SEQUENCES
 
     def probes(self, options: Options) -> Probes:  # noqa: ARG002
-        """The startup deadline limits silence: each phase that the log reports restarts it."""
+        """Limit silence at the start: each reported phase restarts the deadline."""
         return Probes(
             startup=ProbeSpec(http="/health", period_s=0.25, timeout_s=2.0, failures=1, deadline_s=600.0),
             readiness=ProbeSpec(http="/health", period_s=2.0, timeout_s=2.0, failures=3),
@@ -92,7 +92,7 @@ class Vllm:
     async def alive(
         self, http: ClientSession, endpoint: Endpoint, model: ServedModel | None, timeout_s: float
     ) -> ProbeOutcome:
-        """Request one token: /health is fine while the engine hangs. A sleeping server is not asked, it would never answer."""
+        """Request one token, since /health succeeds in a hang; skip a sleeping server."""
         try:
             if await is_sleeping(http, endpoint, timeout_s):
                 return ProbeOutcome(True, "asleep", asleep=True)

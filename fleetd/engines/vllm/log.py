@@ -99,7 +99,7 @@ _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
 
 
 def phase(line: str) -> str | None:
-    """Return the phase of a start that a line reports, such as `loading weights 50%` or `serving`; None: no phase."""
+    """Return the phase that a line reports, such as `loading weights 50%`; None: none."""
     for pattern, text in _PHASES:
         match = pattern.search(line)
         if match:
@@ -109,7 +109,7 @@ def phase(line: str) -> str | None:
 
 
 def learned_kv_bytes(lines: Iterable[str]) -> int | None:
-    """Return the bytes of KV cache that fit: vLLM's own advice for `kv_cache_memory`, else its measurement."""
+    """Return the bytes of KV cache that fit: vLLM's advice, else its measurement."""
     advised = measured = None
     for line in lines:
         if found := _FITS.search(line):
@@ -138,7 +138,7 @@ def verdict(code: int | None, signal: str | None, log_tail: Sequence[str]) -> Ex
 
 
 def _unknown_argument(log_tail: Sequence[str]) -> ExitVerdict | None:
-    """Return the verdict for an argument that vLLM rejects, with the key of fleet.yaml that it comes from."""
+    """Return the verdict for a rejected argument, with the key that it comes from."""
     line = next((line for line in reversed(log_tail) if _UNKNOWN_ARGUMENTS.search(line)), "")
     flags = [word.partition("=")[0] for word in _UNKNOWN_ARGUMENTS.sub("", line).split() if word.startswith("--")]
     for flag in flags if line else ():

@@ -25,7 +25,7 @@ PINNED_FACTOR = 1.2  # pinned host memory of the weights of a sleeping process; 
 
 
 def estimate(context: LaunchContext) -> Footprint | None:
-    """Return weights, KV cache and overhead; without a configured cache, the share of the device that vLLM takes."""
+    """Return weights, KV cache and overhead; without a set cache, vLLM's share."""
     options = narrow(context.options, VllmOptions)
     device = context.device or "host"
     needed = needed_bytes(context, options)
@@ -58,7 +58,7 @@ def asleep_bytes(context: LaunchContext, awake: Mapping[str, int]) -> Mapping[st
 
 
 def needed_bytes(context: LaunchContext, options: VllmOptions) -> int | None:
-    """Return the bytes on its device: weights, configured KV cache and overhead; None: unknown."""
+    """Return bytes on its device: weights, set KV cache, overhead; None: unknown."""
     if options.kv_cache_memory is None and options.cpu_kvcache_space is None:
         return None
     found = model_folder(context, options)
@@ -66,7 +66,7 @@ def needed_bytes(context: LaunchContext, options: VllmOptions) -> int | None:
 
 
 def fitting_utilization(context: LaunchContext, options: VllmOptions) -> float | None:
-    """Return the share of the device that a configured KV cache needs, rounded up; None: unknown, or configured itself."""
+    """Return the share for a set KV cache, rounded up; None: unknown, or itself set."""
     total = context.device_total_bytes
     if options.gpu_memory_utilization is not None or options.kv_cache_memory is None or not total:
         return None
@@ -77,7 +77,7 @@ def fitting_utilization(context: LaunchContext, options: VllmOptions) -> float |
 
 
 def model_folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFolder, VllmServing] | None:
-    """Return the model's shape and how it is served; None where its files are not on this machine or cannot be read."""
+    """Return the model's shape and use; None if its files cannot be read here."""
     if not local(options.model):
         return None
     try:
@@ -102,7 +102,7 @@ def model_folder(context: LaunchContext, options: VllmOptions) -> tuple[ModelFol
 
 
 def _weight_bytes(context: LaunchContext, options: VllmOptions, taken: int) -> int:
-    """Return the bytes of all weights, or an upper bound where the files are not on this machine."""
+    """Return the bytes of all weights, or an upper bound without the files."""
     found = model_folder(context, options)
     if found is not None:
         return vllm_memory.estimate(*found).weight_bytes * options.world_size

@@ -220,7 +220,7 @@ _ONE = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 
 
 def words(name: str, value: Any) -> list[str]:
-    """Return one argument as words of a command line, none for None. `name` may have dashes or underscores."""
+    """Return one argument as words, none for None; `name` may have underscores."""
     flag = "--" + name.replace("_", "-").lstrip("-")
     if value is None:
         return []
@@ -243,12 +243,12 @@ def _word(value: Any) -> str:
 
 
 def local(text: str) -> bool:
-    """Return whether a name of a model, tokenizer or template is a path on this machine, not a name on the hub."""
+    """Return whether a name is a path on this machine, not a name on the hub."""
     return text.startswith(("/", "./", "../", "~"))
 
 
 def local_files(options: VllmOptions) -> dict[str, str]:
-    """Return option → path as written, for all files on this machine that the options name."""
+    """Return option → path as written, for all files that the options name."""
     named = {name: getattr(options, name) for name in ("model", "tokenizer", "chat_template", "generation_config")}
     for index, module in enumerate(options.lora_modules or ()):
         named[f"lora_modules[{index}]"] = module.partition("=")[2]
@@ -257,12 +257,12 @@ def local_files(options: VllmOptions) -> dict[str, str]:
 
 
 def _one_path(text: str) -> bool:
-    """Return whether the text is a path: a template may be the text itself, which has lines and braces."""
+    """Return whether the text is a path, not a template with lines and braces."""
     return local(text) and "\n" not in text and "{" not in text
 
 
 def arguments(options: VllmOptions, absolute: Callable[[str], str] = str) -> list[str]:
-    """Return all arguments in the order of the fields, `extra_args` last; paths are mapped by `absolute`."""
+    """Return all arguments in field order, `extra_args` last, paths made absolute."""
     found: list[str] = []
     files = local_files(options)
     for name in type(options).model_fields:
@@ -279,7 +279,7 @@ def arguments(options: VllmOptions, absolute: Callable[[str], str] = str) -> lis
 
 
 def _with_path(name: str, value: Any, files: Mapping[str, str], absolute: Callable[[str], str]) -> Any:
-    """Return a value with its path on this machine, if it names one, mapped by `absolute`."""
+    """Return a value with its local path, if any, mapped by `absolute`."""
     if name in files:
         return absolute(files[name])
     if name == "lora_modules" and value:

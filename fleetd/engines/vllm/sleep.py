@@ -31,7 +31,7 @@ LIST_TIMEOUT_S = 5.0
 
 
 async def is_sleeping(http: ClientSession, endpoint: Endpoint, timeout_s: float = 5.0) -> bool | None:
-    """Return whether it sleeps; None: the server has no sleep routes. Raises EngineError without an answer."""
+    """Return whether it sleeps; None: no sleep routes. Raises EngineError."""
     reply = await call(http, endpoint, "GET", "/is_sleeping", timeout_s=timeout_s)
     if reply.status in (404, 405):
         return None
@@ -42,7 +42,7 @@ async def is_sleeping(http: ClientSession, endpoint: Endpoint, timeout_s: float 
 
 
 async def sleep(http: ClientSession, endpoint: Endpoint, level: int, timeout_s: float) -> None:
-    """Put an idle server to sleep; return when it reports that it sleeps. Raises EngineError: then kill it."""
+    """Put an idle server to sleep and verify it. Raises EngineError: then kill it."""
     try:
         asleep = await is_sleeping(http, endpoint, min(5.0, timeout_s))
         if asleep is None:
@@ -65,7 +65,7 @@ async def wake(
     served_as: str,
     expected: str | None = None,
 ) -> None:
-    """Wake a server that sleeps at `level` and verify it with one completion. Raises EngineError: then kill it.
+    """Wake a server from `level`, verify by a completion. Raises EngineError: kill it.
 
     `expected` is the result of `canary` from before the sleep, if known.
     """
@@ -88,7 +88,7 @@ async def wake(
 
 
 async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeout_s: float) -> str:
-    """Return a few tokens at temperature 0: a healthy model answers the same prompt in the same way each time.
+    """Return a few tokens at temperature 0, which a healthy model repeats.
 
     Of a model that only pools it is the head of a vector.
     """
@@ -108,7 +108,7 @@ async def canary(http: ClientSession, endpoint: Endpoint, served_as: str, timeou
 
 
 def is_garbage(text: str) -> bool:
-    """Return whether the text repeats one character, as a model does whose weights were not loaded again."""
+    """Return whether the text repeats one character, as without loaded weights."""
     signs = text.replace(" ", "").replace("\n", "")
     return len(signs) >= 4 and len(set(signs)) == 1
 
@@ -129,7 +129,7 @@ async def _step(
 
 
 async def first_served_name(http: ClientSession, endpoint: Endpoint) -> str:
-    """Return the first name that the server lists, which names its model; empty: it lists none."""
+    """Return the first listed name, which names the model; empty: none is listed."""
     return next(iter(await listed_names(http, endpoint, LIST_TIMEOUT_S)), "")
 
 

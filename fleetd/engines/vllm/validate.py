@@ -38,7 +38,7 @@ def problems(context: LaunchContext, options: VllmOptions) -> list[OptionProblem
 
 
 def _arguments(options: VllmOptions, args: tuple[str, ...]) -> Iterator[OptionProblem]:
-    """Yield what `extra_args` and `args` must not contain: removed arguments, fleetd's own, and those that are options."""
+    """Yield the arguments that `extra_args` and `args` must not contain."""
     fields = set(type(options).model_fields) - {"extra_args"}
     written: list[tuple[tuple[str, ...], str]] = [(("extra_args", key), key) for key in options.extra_args]
     written += [(("args",), word[2:].split("=")[0]) for word in args if word.startswith("--")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def open_pair(path: Path) -> tuple[int, int]:
-    """Return our reading end and the child's end. An ordinary pipe where no named one is possible. Raises OSError."""
+    """Return our end and the child's end of a named or plain pipe. Raises OSError."""
     reader = -1
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from fleetd.host.process.handle import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """`start`: offset of the first live byte of the file with this inode. `pending`: an archive not yet in its place."""
+    """`start`: first live byte of the file with this inode; `pending`: open archive."""
 
     inode: int = 0
     start: int = 0
@@ -62,7 +62,7 @@ class LogFiles:
         return [path for _, path in sorted(found)]
 
     def read_state(self) -> LogState:
-        """Return the state; a missing, torn or foreign one counts as none, which loses no line."""
+        """Return the state; None if it is missing, torn or foreign: no line is lost."""
         try:
             content = json.loads(self.state_path.read_bytes())
             state = LogState(
@@ -75,7 +75,7 @@ class LogFiles:
         return LogState()
 
     def write_state(self, state: LogState, *, durable: bool = True) -> None:
-        """Raises OSError."""
+        """Write the state by rename. Raises OSError."""
         write_atomically(self.state_path, json.dumps(asdict(state)).encode(), durable=durable)
 
     def open_for_append(self) -> int:

@@ -46,7 +46,7 @@ class LogFollower:
         return True
 
     def _line_start(self, end: int) -> int:
-        """Return the start of a nearby unfinished last line, which is shown once it is complete."""
+        """Return the start of an unfinished last line, which is shown when complete."""
         back = max(0, end - _LONGEST_LINE)
         data = os.pread(self._fd, end - back, back)
         found = data.rfind(b"\n")
@@ -72,7 +72,7 @@ class LogFollower:
             return []
 
     def _next_file(self) -> bool:
-        """Continue with the next file: the live one, or an archive after several rotations."""
+        """Go on with the next file: the live one, or an archive after rotations."""
         for _ in range(_TRIES):
             following, inode = self._following()
             fd = os.open(following, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ class LogFollower:
         return False
 
     def _following(self) -> tuple[Path, int]:
-        """Return the path and inode of the next file. Raises OSError when it is renamed at this moment."""
+        """Return path and inode of the next file. Raises OSError during a rename."""
         live = self._files.live
         following = (live, live.stat().st_ino)
         for path in self._files.archives():

@@ -83,7 +83,7 @@ class LogScanner:
 
 
 class LineReader(LogScanner):
-    """Return every line once; output that overwrites itself on a terminal (a progress bar) counts as lines."""
+    """Return every line once; overwritten terminal output (a progress bar) counts."""
 
     def __init__(self, pool: Executor, path: str, offset: int, start_of: Callable[[], int]) -> None:
         super().__init__(pool, path, offset, _NEVER, start_of)

@@ -27,7 +27,7 @@ import orjson
 
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.rotate import _LOCKS, drop_surplus, shift
-from fleetd.host.logs.spool import READ, Spool, hand
+from fleetd.host.logs.spool import READ, Spool, open_spool
 from fleetd.host.types import LogPolicy
 
 _LONGEST_LINE = 1024 * 1024
@@ -43,8 +43,8 @@ class Stream:
     fd: int
     files: LogFiles
     policy: LogPolicy
-    hand_path: Path | None = None
-    hand: Spool | None = None
+    spool_path: Path | None = None
+    spool: Spool | None = None
     out: int = -1
     size: int = 0
     since: float = 0.0
@@ -56,7 +56,7 @@ class Stream:
 
 
 class Pump:
-    """The thread and its streams. `on_rotated(files, policy)` is called in the thread after a rotation."""
+    """The thread and its streams; calls `on_rotated(files, policy)` after a rotation."""
 
     def __init__(self, on_rotated: Callable[[LogFiles, LogPolicy], None]) -> None:
         self._on_rotated = on_rotated
@@ -81,7 +81,7 @@ class Pump:
         return self._order(lambda: self._add(stream))
 
     def mark(self, stream: Stream, text: str) -> Future[None]:
-        """Write everything in the pipe, the unfinished line included, and then one more line."""
+        """Write all of the pipe, an unfinished line too, and then one more line."""
         return self._order(lambda: self._mark(stream, text))
 
     def finish(self, stream: Stream) -> Future[None]:
@@ -149,11 +149,11 @@ class Pump:
         self._open(stream)
         self._streams.add(stream)
         self._selector.register(stream.fd, selectors.EVENT_READ, stream)
-        stream.hand = hand(stream.hand_path)
-        if stream.hand is not None and stream.out >= 0:
-            left = stream.hand.take_up(stream.out)
+        stream.spool = open_spool(stream.spool_path)
+        if stream.spool is not None and stream.out >= 0:
+            left = stream.spool.recover(stream.out)
             stream.size = min(stream.size, os.fstat(stream.out).st_size)
-            stream.lost += stream.hand.lost
+            stream.lost += stream.spool.lost
             self._take(stream, left)
 
     def _open(self, stream: Stream) -> None:
@@ -175,7 +175,7 @@ class Pump:
     def _read(self, stream: Stream) -> bool:
         """Read once; False when there is nothing more."""
         try:
-            data = os.read(stream.fd, READ) if stream.hand is None else stream.hand.read(stream.fd)
+            data = os.read(stream.fd, READ) if stream.spool is None else stream.spool.read(stream.fd)
         except BlockingIOError:
             return False
         except OSError:
@@ -197,8 +197,8 @@ class Pump:
         stream.rest = rest
         if lines:
             self._write(stream, lines, now)
-        elif stream.hand is not None:
-            stream.hand.written(len(rest), stream.lost)
+        elif stream.spool is not None:
+            stream.spool.written(len(rest), stream.lost)
 
     def _flush_rest(self, stream: Stream) -> None:
         if stream.rest:
@@ -215,8 +215,8 @@ class Pump:
             self._open(stream)
         written = stream.out >= 0 and self._append(stream, text)
         stream.lost = 0 if written else stream.lost + counted
-        if stream.hand is not None:
-            stream.hand.written(len(stream.rest), stream.lost)
+        if stream.spool is not None:
+            stream.spool.written(len(stream.rest), stream.lost)
         if not written:
             return
         stream.size += len(text)
@@ -226,8 +226,8 @@ class Pump:
 
     def _append(self, stream: Stream, text: bytes) -> bool:
         before = os.fstat(stream.out).st_size
-        if stream.hand is not None:
-            stream.hand.writing(stream.inode, before, before + len(text), len(stream.rest))
+        if stream.spool is not None:
+            stream.spool.writing(stream.inode, before, before + len(text), len(stream.rest))
         return _write_whole(stream.out, text, before)
 
     def _find_again(self, stream: Stream) -> None:
@@ -294,10 +294,10 @@ class Pump:
         if stream.out >= 0:
             os.close(stream.out)
             stream.out = -1
-        if stream.hand is not None:
-            stream.hand.written(0, 0)
-            stream.hand.close()
-            stream.hand = None
+        if stream.spool is not None:
+            stream.spool.written(0, 0)
+            stream.spool.close()
+            stream.spool = None
         self._streams.discard(stream)
 
     def _unregister(self, stream: Stream) -> None:
@@ -308,7 +308,7 @@ class Pump:
 
 
 def _loss(stream: Stream) -> str:
-    return f"--- {stream.lost} lines lost: the disk refused them ---"
+    return f"--- {stream.lost} lines lost: the disk rejected them ---"
 
 
 def as_json_lines(lines: list[str], at: float) -> bytes:
@@ -318,7 +318,7 @@ def as_json_lines(lines: list[str], at: float) -> bytes:
 
 
 def _write_whole(fd: int, text: bytes, before: int) -> bool:
-    """Write all or nothing to a file of `before` bytes: a torn end is truncated. False when the disk rejects it."""
+    """Write all or nothing after `before` bytes; False if the disk rejects it."""
     view = memoryview(text)
     try:
         while view:

@@ -21,7 +21,7 @@ _F_PUNCHHOLE = 99
 
 
 def punch(fd: int, start: int, end: int) -> None:
-    """Free the bytes [start, end). Raises OSError; EOPNOTSUPP where the file system cannot."""
+    """Free the bytes [start, end). Raises OSError; EOPNOTSUPP if impossible."""
     if end <= start:
         return
     system: str = sys.platform

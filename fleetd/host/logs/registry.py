@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import time
-from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleetd.host.filenames import unescape
+from fleetd.host.logs.exit_mark import append_mark, exit_mark, is_exit_mark
 from fleetd.host.logs.files import LogFiles
 from fleetd.host.logs.follow import LogFollower, follow
 from fleetd.host.logs.match import LineReader, LogScanner
@@ -26,41 +26,18 @@ from fleetd.host.logs.pump import Pump, Stream
 from fleetd.host.logs.punch_hole import can_punch
 from fleetd.host.logs.rotate import Rotation, bound_total, compress_archives, current_state, due, recover, rotate
 from fleetd.host.logs.tail import LogEntry, Wanted, read_tail
+from fleetd.host.logs.time_index import TimeIndex
 from fleetd.host.process.handle import ProcessHandle
-from fleetd.host.types import Capture, HandleRecord, LogPolicy, RawExit
+from fleetd.host.types import Capture, HandleRecord, LogPolicy
 
 T = TypeVar("T")
 
-_MARK = re.compile(r"--- exited .* generation=\d+ ---$")
 _ROTATIONS_IN_A_ROW = 20
 _LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
 
 
-def exit_mark(ended: RawExit) -> str:
-    """Return the line that closes a generation's output."""
-    how = f"code={ended.code}" if ended.code is not None else f"signal={ended.signal or 'unknown'}"
-    oom = " oom=true" if ended.oom else ""
-    return f"--- exited {how}{oom} uptime={ended.uptime_s:.3f}s generation={ended.generation} ---"
-
-
-def append_mark(path: Path, mark: str) -> None:
-    """Append a mark to a child's file, after completing its last line. A full disk loses only the mark."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        size = os.fstat(fd).st_size
-        cut = size > 0 and os.pread(fd, 1, size - 1) not in (b"\n", b"\0")
-        os.write(fd, (b"\n" if cut else b"") + mark.encode() + b"\n")
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
 def inode_written(pid: int, path: str) -> int | None:
-    """Return the inode of the log that a running process writes into: of the one at its path, or of a deleted one (Linux)."""
+    """Return the inode of a running process' log, also of a deleted one (Linux)."""
     try:
         for fd in (1, 2):
             own = Path(f"/proc/{pid}/fd/{fd}")
@@ -71,54 +48,12 @@ def inode_written(pid: int, path: str) -> int | None:
         return None
 
 
-class TimeIndex:
-    """When a file-captured log had which length: such lines have no time of their own. Good to about a second, or to a hundredth of
-    how long ago it was. 16 bytes for a sample, a bounded number of them.
-    """
-
-    _MOST = 2048
-    _SPACING_S = 0.5
-    _FINENESS = 100
-
-    def __init__(self) -> None:
-        self._at = array("d")
-        self._size = array("q")
-
-    def sample(self, at: float, size: int) -> bool:
-        """Note a length; return whether it is another than before. A process that dies many times a second is one sample."""
-        if self._at and self._size[-1] == size:
-            return False
-        if self._at and 0 <= at - self._at[-1] < self._SPACING_S:
-            return True
-        if len(self._at) >= self._MOST:
-            self._thin(at)
-        self._at.append(at)
-        self._size.append(size)
-        return True
-
-    def _thin(self, now: float) -> None:
-        """Keep of each stretch of time one sample, the longer ago the longer; what is older than even that allows goes."""
-        kept: list[int] = []
-        for index, at in enumerate(self._at):
-            if not kept or at - self._at[kept[-1]] >= (now - at) / self._FINENESS:
-                kept.append(index)
-        kept = kept[-self._MOST * 15 // 16 :]
-        self._at = array("d", (self._at[index] for index in kept))
-        self._size = array("q", (self._size[index] for index in kept))
-
-    def offset_at(self, since: float) -> int | None:
-        """Return an offset before which everything is older than `since`; None when that is further back than known."""
-        best = None
-        for at, size in zip(self._at, self._size, strict=True):
-            if at > since:
-                break
-            best = size
-        return best
-
-
 class LogRegistry:
-    """The logs of one daemon, by process name. `total_bytes` bounds all of them together by deleting the oldest archives;
-    `hand_path(token)` is where a piped run keeps what is read and not written yet."""
+    """The logs of one daemon, by process name.
+
+    `total_bytes` bounds all of them together: the oldest archives are deleted. `spool_path(token)` is the file for bytes of a
+    piped run that are read and not written yet.
+    """
 
     def __init__(
         self,
@@ -126,12 +61,12 @@ class LogRegistry:
         pool: Executor,
         *,
         total_bytes: int | None = None,
-        hand_path: Callable[[str], Path | None] = lambda _token: None,
+        spool_path: Callable[[str], Path | None] = lambda _token: None,
         report_lost: Callable[[str, str], None] = lambda _name, _sentence: None,
     ) -> None:
-        """`report_lost(name, sentence)` is called when the log of a running process was deleted."""
+        """Call `report_lost(name, sentence)` when a running process' log is deleted."""
         self._report_lost = report_lost
-        self._hand_path = hand_path
+        self._spool_path = spool_path
         self.folder, self._pool, self.total_bytes = folder, pool, total_bytes
         self._archiver = ThreadPoolExecutor(1, thread_name_prefix="fleetd-archive")
         self._policies: dict[str, LogPolicy] = {}
@@ -156,7 +91,7 @@ class LogRegistry:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self.problems["*"] = f"the log folder {self.folder} cannot be made: {error.strerror}"
+            self.problems["*"] = f"the log folder {self.folder} cannot be created: {error.strerror}"
             return
         self._can_punch = can_punch(self.folder)
         if not self._can_punch:
@@ -195,7 +130,7 @@ class LogRegistry:
         return fd
 
     def set_policy(self, name: str, policy: LogPolicy) -> None:
-        """Change the limits of a log; its capture stays what it was at the start of the run."""
+        """Change the limits of a log; its capture stays until the next start."""
         self._policies[name] = policy
         for stream in self._streams.values():
             if stream.files.name == name:
@@ -213,18 +148,18 @@ class LogRegistry:
             if self._pump is None:
                 self._pump = Pump(self._pump_rotated)
             stream = Stream(
-                pipe, self.files(handle.name), self._policies[handle.name], self._hand_path(handle.lineage.token)
+                pipe, self.files(handle.name), self._policies[handle.name], self._spool_path(handle.lineage.token)
             )
             self._streams[handle.lineage.token] = stream
             self._watch(handle, self._pump.add(stream))
 
     def salvage(self, record: HandleRecord, pipe: int) -> Callable[[], Awaitable[None]]:
-        """Start reading the output of a run that no daemon adopts; call the returned function once it has exited."""
+        """Read the output of an unadopted run; call the result after its exit."""
         if self._pump is None:
             self._pump = Pump(self._pump_rotated)
         pump = self._pump
         stream = Stream(
-            pipe, self.files(record.name), self._policies.get(record.name, record.logs), self._hand_path(record.token)
+            pipe, self.files(record.name), self._policies.get(record.name, record.logs), self._spool_path(record.token)
         )
         pump.add(stream)
 
@@ -266,7 +201,7 @@ class LogRegistry:
         await self.written(handle)
 
     def release_pipes(self) -> dict[str, int]:
-        """Stop reading every pipe and keep it over an execv; return descriptors by the token of the run. Blocks."""
+        """Stop reading and keep every pipe over an execv; return descriptors by token."""
         if self._pump is None:
             return {}
         pipes = {}
@@ -296,7 +231,7 @@ class LogRegistry:
         found = await self._read(handle.name, Wanted(lines + 1, begin, None, since))
         if found and handle.exit is not None and found[-1].text == exit_mark(handle.exit):
             found.pop()
-        earlier = [number for number, line in enumerate(found) if _MARK.match(line.text)]
+        earlier = [number for number, line in enumerate(found) if is_exit_mark(line.text)]
         return found[earlier[-1] + 1 if earlier else 0 :][-lines:]
 
     async def _read(self, name: str, wanted: Wanted) -> list[LogEntry]:
@@ -305,7 +240,7 @@ class LogRegistry:
     async def follow(
         self, name: str, lines: int = 10, *, since: float | None = None
     ) -> tuple[list[LogEntry], AsyncGenerator[list[LogEntry], None]]:
-        """Return the last lines and a generator of the lines that come after them: none is missing, none twice."""
+        """Return the last lines and a generator of later ones, each line once."""
         begin = self._times[name].offset_at(since) if since is not None and name in self._times else None
         for _ in range(_ROTATIONS_IN_A_ROW):
             before, follower = await self._tail_and_follower(
@@ -355,7 +290,7 @@ class LogRegistry:
     # -- rotation --------------------------------------------------------------------------------------------------
 
     def look(self) -> list[str]:
-        """Return the names whose live file is due, and note their lengths. Blocks for one stat per log."""
+        """Note the lengths of live files; return the names that are due. Blocks."""
         found, grew = [], False
         for name, policy in list(self._policies.items()):
             self._notice(name)
@@ -374,7 +309,7 @@ class LogRegistry:
         return found
 
     async def housekeep(self) -> None:
-        """Rotate what is due and hold the total bound. Called every half second or so; returns before the work is done."""
+        """Start to rotate what is due and to hold the total bound; do not wait for it."""
         loop = asyncio.get_running_loop()
         known = set(self._lost)
         found = await loop.run_in_executor(self._pool, self.look)
@@ -389,7 +324,7 @@ class LogRegistry:
             loop.run_in_executor(self._archiver, self._bound)
 
     async def lost(self, name: str) -> str | None:
-        """Return the reason why the output of a process is in no log; None if it is in one."""
+        """Return why the output of a process is in no log; None if it is in one."""
         return await self._in_thread(lambda: self._lost_now(name))
 
     def _lost_now(self, name: str) -> str | None:
@@ -399,12 +334,12 @@ class LogRegistry:
         try:
             if live.stat().st_ino == inode:
                 return None
-            what = "is another file than the one that it writes into"
+            what = "was replaced by another file"
         except FileNotFoundError:
             what = "was deleted while it runs"
         except OSError:
             return None
-        return f"its log {live} {what}: what it says is lost until it is started again (fleetctl restart {name})"
+        return f"its log {live} {what}: its output is lost until it is restarted (fleetctl restart {name})"
 
     def _notice(self, name: str) -> None:
         why = self._lost_now(name)

@@ -43,7 +43,7 @@ class Rotation:
 
 
 def last_line_end(fd: int, start: int, end: int) -> int:
-    """Return the offset just after the last newline in [start, end); `start` when there is none."""
+    """Return the offset after the last newline in [start, end); `start` if none."""
     position = end
     while position > start:
         size = min(_BLOCK, position - start)
@@ -55,7 +55,7 @@ def last_line_end(fd: int, start: int, end: int) -> int:
 
 
 def next_line_end(fd: int, start: int, end: int) -> int:
-    """Return the offset just after the first newline in [start, end); `end` when there is none."""
+    """Return the offset after the first newline in [start, end); `end` if none."""
     position = start
     while position < end:
         block = os.pread(fd, min(_BLOCK, end - position), position)
@@ -85,7 +85,7 @@ def due(size: int, state: LogState, policy: LogPolicy) -> bool:
 
 
 def rotate(files: LogFiles, policy: LogPolicy, *, force: bool = False, can_punch: bool = True) -> Rotation:
-    """Archive the due part of one live file. Blocks. Never raises for an error of the disk."""
+    """Archive the due part of a live file. Blocks. Never raises for disk errors."""
     archived = 0
     try:
         fd = os.open(files.live, os.O_RDWR | os.O_CLOEXEC)
@@ -129,7 +129,7 @@ def _skip_doomed(fd: int, files: LogFiles, state: LogState, size: int, policy: L
 
 
 def _segment_end(fd: int, start: int, size: int, policy: LogPolicy) -> int:
-    """Return where the next archive ends: at a line's end, at most max_size further if a line allows it."""
+    """Return the end of the next archive: a line's end within max_size, if any."""
     limit = min(size, start + max(1, policy.max_size_bytes))
     cut = last_line_end(fd, start, limit)
     if cut > start:
@@ -164,12 +164,10 @@ def _archive(fd: int, files: LogFiles, state: LogState, cut: int, policy: LogPol
 
 
 def _empty(fd: int, files: LogFiles, state: LogState, cut: int, pending: Path, policy: LogPolicy) -> LogState:
-    """Without hole punching, empty the file if it ends where the archive ends; otherwise retry later."""
+    """Empty a file without hole punching if it did not grow; else retry later."""
     if os.fstat(fd).st_size != cut:
         pending.unlink(missing_ok=True)
-        raise OSError(
-            errno.EAGAIN, "it is written to faster than it can be emptied; use capture: pipe on this file system"
-        )
+        raise OSError(errno.EAGAIN, "it grows faster than it can be emptied (use capture: pipe on this file system)")
     os.ftruncate(fd, 0)
     if policy.keep > 0:
         shift(files, pending)
@@ -213,7 +211,7 @@ def shift(files: LogFiles, newest: Path) -> None:
 
 
 def recover(files: LogFiles, *, can_punch: bool = True) -> None:
-    """Finish a rotation that a crash interrupted, at any step, without losing or doubling a line."""
+    """Finish an interrupted rotation, at any step, with every line exactly once."""
     leftover = files.folder / f"{files.live.name}.pending"
     try:
         state = files.read_state()
@@ -236,7 +234,7 @@ def recover(files: LogFiles, *, can_punch: bool = True) -> None:
 
 
 def compress_archives(files: LogFiles) -> str | None:
-    """Compress every plain archive. Returns a problem as a sentence; the plain one stays then."""
+    """Compress every plain archive; return a problem, after which it stays plain."""
     for path in files.archives():
         if path.suffix == ".gz":
             continue
@@ -278,7 +276,7 @@ def _put_in_place(files: LogFiles, inode: int, packed: Path) -> None:
 
 
 def bound_total(folder: Path, total_bytes: int) -> int:
-    """Delete the oldest archives of all logs until everything in the folder takes at most this. Returns how many went."""
+    """Delete the oldest archives until all logs fit the bound; return the count."""
     archives: list[tuple[float, int, Path]] = []
     used = 0
     for path in folder.iterdir():

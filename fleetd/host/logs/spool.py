@@ -41,8 +41,8 @@ class Spool:
         self._start = self._end = self.lost = 0
         self._used = _ROOM  # the bytes after the end are zeros from here on
 
-    def take_up(self, fd: int) -> bytes:
-        """Return bytes that an earlier daemon read and did not write to the log `fd`; truncate a torn write."""
+    def recover(self, fd: int) -> bytes:
+        """Return bytes that an earlier daemon read but did not log; cut a torn write."""
         start, end, reading, after, inode, before, goal, lost = _HEAD.unpack_from(self._map)
         if not (start <= after <= end <= _ROOM and before <= goal):
             start = end = reading = after = goal = lost = 0
@@ -78,12 +78,12 @@ class Spool:
         return bytes(self._view[at : at + count])
 
     def writing(self, inode: int, before: int, goal: int, rest: int) -> None:
-        """Record the start of a write from one log size to another, without the last `rest` bytes."""
+        """Record the start of a write between two log sizes, without `rest` bytes."""
         after = max(self._start, self._end - rest)
         _HEAD.pack_into(self._map, 0, self._start, self._end, 0, after, inode, before, goal, self.lost)
 
     def written(self, rest: int, lost: int) -> None:
-        """All but the last `rest` bytes is in the log, or lost with `lost` lines. A rest of half the room is not kept."""
+        """Record that all but the last `rest` bytes are logged, or lost as `lost` lines."""
         self.lost = lost
         kept = rest if rest <= min(self._end - self._start, _ROOM - READ) else 0
         self._start = self._end - kept
@@ -97,7 +97,7 @@ class Spool:
         _HEAD.pack_into(self._map, 0, self._start, self._end, reading, self._start, 0, 0, 0, self.lost)
 
 
-def hand(path: Path | None) -> Spool | None:
+def open_spool(path: Path | None) -> Spool | None:
     """Return the file at `path`; None if it cannot be created."""
     try:
         return Spool(path) if path is not None else None

@@ -33,7 +33,7 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line without its end. `at` is its wall-clock time where the log has one (pipe capture)."""
+    """A line without its end. `at` is its wall-clock time, known for pipe capture."""
 
     text: str
     at: float | None = None
@@ -53,7 +53,7 @@ def parse_line(data: bytes) -> LogEntry:
 
 
 def _cut_line(data: bytes) -> LogEntry | None:
-    """Read a line of the pump that a limit has cut, maybe in the middle of an escape; None: it is none."""
+    """Read a truncated line of the pump, perhaps cut in an escape; None: not one."""
     head = _PUMPED.match(data)
     if head is None:
         return None
@@ -70,7 +70,7 @@ def _bounded(text: str) -> str:
 
 
 def shorten(data: bytes, missing: int = 0) -> bytes:
-    """Return at most 64 KiB of a line: its two ends, with the number of bytes between. `missing` were left out there before."""
+    """Return at most 64 KiB of a line: both ends, and the number of bytes between."""
     data = data.rstrip(b"\r").lstrip(b"\0")
     if len(data) <= _LONGEST_LINE:
         return data
@@ -79,7 +79,7 @@ def shorten(data: bytes, missing: int = 0) -> bytes:
 
 
 def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
-    """Yield the lines of [start, end) from the last to the first; long ones already shortened."""
+    """Yield the lines of [start, end) in reverse order, long ones shortened."""
     tail, dropped = b"", 0
     position = end
     first = True
@@ -105,7 +105,7 @@ def _lines_backwards(fd: int, start: int, end: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which lines. `begin` and `until` are offsets of the live file (None: from its archives on; up to its end).
+    """The requested lines. `begin` and `until` are offsets of the live file, or None.
 
     `since` is wall clock: lines with a time of their own are compared with it, archives by when they were closed.
     """
@@ -118,7 +118,7 @@ class Wanted:
 
 
 def read_tail(files: LogFiles, wanted: Wanted) -> list[LogEntry]:
-    """Return the requested last lines, oldest first, from the live file and then its archives."""
+    """Return the selected last lines, oldest first, from live file and archives."""
     found: list[LogEntry] = []
     total, looked = 0, 0
     for raw in _all_backwards(files, wanted):
@@ -162,7 +162,7 @@ def _all_backwards(files: LogFiles, wanted: Wanted) -> Iterator[bytes]:
 
 
 def _open_archives(files: LogFiles, stack: ExitStack) -> list[tuple[Path, int]]:
-    """Open the archives, youngest first, as they were at one moment: a rotation gives them other numbers, or packs them."""
+    """Open the archives of one moment, youngest first: a rotation renames them."""
     found: list[tuple[Path, int]] = []
     opened = stack.enter_context(ExitStack())
     for _ in range(_TRIES):
@@ -180,7 +180,7 @@ def _open_archives(files: LogFiles, stack: ExitStack) -> list[tuple[Path, int]]:
 
 
 def _archive_backwards(fd: int, packed: bool) -> Iterator[bytes]:
-    """Yield an archive's lines backwards; a compressed one is read forward, keeping its last 50 000 lines."""
+    """Yield an archive's lines in reverse; of a compressed one the last 50 000."""
     try:
         if not packed:
             yield from _lines_backwards(fd, 0, os.fstat(fd).st_size)
@@ -201,7 +201,7 @@ def _archive_backwards(fd: int, packed: bool) -> Iterator[bytes]:
 
 
 def _lines_forward(file: gzip.GzipFile) -> Iterator[bytes]:
-    """Yield the lines of a file from the first to the last; long ones already shortened."""
+    """Yield the lines of a file in order, long ones shortened."""
     while piece := file.readline(_LONGEST_LINE):
         line, dropped = piece, 0
         while not piece.endswith(b"\n") and (piece := file.readline(_LONGEST_LINE)):

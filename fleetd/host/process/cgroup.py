@@ -41,7 +41,7 @@ class Cgroup:
     path: Path
 
     def enter(self, pid: int) -> bool:
-        """Create the leaf and move the process into it. False, without a leaf, when the kernel refuses."""
+        """Create the leaf and move the process; False, without a leaf, if rejected."""
         try:
             self.path.mkdir(exist_ok=True)
         except OSError:
@@ -90,7 +90,7 @@ class CgroupTree:
         return Cgroup(self.root / f"{self.prefix}.{escape(name)[:150]}.{generation}")
 
     def purge(self) -> None:
-        """Remove the empty leaves of earlier daemons of this state folder; the kernel keeps those with processes."""
+        """Remove empty leaves of earlier daemons of this state folder."""
         for path in self.root.glob(f"{self.prefix}.*"):
             Cgroup(path).remove()
 
@@ -138,7 +138,7 @@ def _enable_memory(folder: Path, own: Path, top: bool) -> None:
 
 
 def detect(prefix: str) -> CgroupTree | None:
-    """Return the tree that this daemon may use; None if there is none. `prefix` keeps several daemons apart."""
+    """Return the usable cgroup tree, or None. `prefix` separates daemons."""
     if not hasattr(os, "getxattr"):
         return None
     try:

@@ -17,12 +17,12 @@ from secrets import token_hex
 
 from fleetd.host.process.exit_watch import CHILDREN, ExitStatus, ExitWatch
 from fleetd.host.process.process_set import TOKEN_VARIABLE, Lineage, carriers
-from fleetd.host.process.program import Program, launch
+from fleetd.host.process.spawn import kill_and_forget, kill_group, launch
 from fleetd.host.process.table import ProcessTable
-from fleetd.host.types import CommandSaid
+from fleetd.host.types import Program, StopCommandResult
 
 _KEPT_BYTES = 16 * 1024
-_SAID_CHARS = 300
+_SHOWN_CHARS = 300
 _HUNTS = 20
 
 
@@ -59,7 +59,7 @@ class _Output:
         self._data = (self._data + data)[-_KEPT_BYTES:]
 
     def text(self) -> str:
-        """Return the last output, including the present contents of the pipe: a writer may still be running."""
+        """Return the last output and what the pipe still holds from live writers."""
         for _ in range(16):
             before = self._data
             self._read()
@@ -80,7 +80,7 @@ async def run_command(
     table: ProcessTable,
     end_lineage: Callable[[Lineage], asyncio.Future[tuple[int, ...]]],
 ) -> CommandResult:
-    """Run a program to its end or its timeout. Raises HostError when it cannot be started.
+    """Run a program until exit or timeout. Raises HostError if it cannot start.
 
     `end_lineage` begins at once to end a whole set, whether or not its result is awaited.
     """
@@ -110,7 +110,7 @@ async def run_command(
         if timed_out:
             table.send(lineage.pid, lineage.start, signals.SIGKILL)  # over its time: no grace
             await asyncio.shield(end_lineage(lineage))
-        _kill_group(pid)
+        kill_group(pid)
         return CommandResult(_collect(pid), output.text(), timed_out)
     except asyncio.CancelledError:
         kill_and_forget(pid)
@@ -131,19 +131,19 @@ async def _wait_ended(ended: asyncio.Event, timeout_s: float) -> bool:
     return False
 
 
-def said(result: CommandResult, took_s: float) -> CommandSaid:
+def stop_command_result(result: CommandResult, took_s: float) -> StopCommandResult:
     """Return the result of a stop command in one line."""
-    last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SAID_CHARS]
+    last = (result.output.strip().splitlines()[-1:] or ["it printed nothing"])[0][:_SHOWN_CHARS]
     if result.ok:
-        return CommandSaid(True, last, took_s)
+        return StopCommandResult(True, last, took_s)
     how = f"exit code {result.status.code}" if result.status.code is not None else f"killed by {result.status.signal}"
     if result.timed_out:
         how = f"killed after {took_s:.1f} s"
-    return CommandSaid(False, f"{how}: {last}; the signal was sent instead", took_s)
+    return StopCommandResult(False, f"{how}: {last}; the signal was sent instead", took_s)
 
 
 def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
-    """Kill processes with a mark in their environment, and those that they start meanwhile; return the pids. Blocks."""
+    """Kill processes with a mark in their environment; return the pids. Blocks."""
     killed: list[int] = []
     for _ in range(_HUNTS):
         found = [entry for entry, _ in carriers(table, variable, mark) if entry.pid != os.getpid()]
@@ -155,26 +155,12 @@ def end_marked(table: ProcessTable, variable: str, mark: str) -> list[int]:
     return killed
 
 
-def _kill_group(pid: int) -> None:
-    """Kill the rest of the group. Safe only before the leader's status is collected: until then its pid is not reused."""
-    try:
-        os.killpg(pid, signals.SIGKILL)
-    except OSError:
-        pass
-
-
 def _collect(pid: int) -> ExitStatus:
     status = CHILDREN.collect(pid)
     if status is None:  # it hangs in the kernel: it is reaped later, like an orphan
         CHILDREN.disown(pid)
         return ExitStatus()
     return status
-
-
-def kill_and_forget(pid: int) -> None:
-    """Kill a child of ours with its group; the reaper takes its status whenever it is dead."""
-    _kill_group(pid)
-    CHILDREN.disown(pid)
 
 
 def _abandon(

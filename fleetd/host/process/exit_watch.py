@@ -27,7 +27,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
-    """The exit status of a child: exactly one of `code` and `signal`, or neither when it is unknown."""
+    """The exit status of a child: `code` or `signal`; neither if it is unknown."""
 
     code: int | None = None
     signal: str | None = None
@@ -57,11 +57,11 @@ def signal_number(name: str | int) -> int:
     try:
         return signals.Signals[text if text.startswith("SIG") else f"SIG{text}"].value
     except KeyError:
-        raise ValueError(f"{name!r} is no signal of this system") from None
+        raise ValueError(f"{name!r} is not a signal of this system") from None
 
 
 def become_subreaper() -> bool:
-    """Become the parent of our children's orphans instead of init. False where the system cannot."""
+    """Adopt our children's orphans instead of init; False if unsupported."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -69,7 +69,7 @@ def become_subreaper() -> bool:
 
 
 class Children:
-    """The owners of child statuses. One per operating-system process, since waiting is per process."""
+    """The owners of child statuses, one per program: waiting is per process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class Children:
             self._known.add(pid)
 
     def collect(self, pid: int) -> ExitStatus | None:
-        """Collect the status of a dead child; None while it lives. A child that is not ours has an empty ExitStatus."""
+        """Collect a child's status: None while it lives, empty if it is not ours."""
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError:
@@ -110,7 +110,7 @@ class Children:
             self._known.discard(pid)
 
     def reap_unknown(self) -> list[int]:
-        """Collect the statuses of dead orphans. Children in our own session are left: other code started them."""
+        """Collect the statuses of dead orphans, except children in our own session."""
         reaped: list[int] = []
         if not hasattr(os, "waitid"):
             return reaped
@@ -167,7 +167,7 @@ class ExitWatch:
     """Call back once, on the loop, when a process has exited; child or not."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, callback: Callable[[], None]) -> None:
-        """Raises ProcessLookupError when there is no such process."""
+        """Watch a process. Raises ProcessLookupError if it does not exist."""
         self._loop, self._callback = loop, callback
         self._queue: Any = None
         if hasattr(os, "pidfd_open"):

@@ -22,7 +22,7 @@ from fleetd.host.filenames import escape
 from fleetd.host.process.exit_watch import ExitWatch
 from fleetd.host.process.node_ipc import NodeChannel
 from fleetd.host.process.process_set import Lineage
-from fleetd.host.types import CommandSaid, HandleRecord, LogPolicy, RawExit
+from fleetd.host.types import HandleRecord, LogPolicy, RawExit, StopCommandResult
 
 _VERSION = 1
 
@@ -31,7 +31,7 @@ OnExit = Callable[[RawExit], None]
 
 @dataclass(slots=True, eq=False)
 class ProcessHandle:
-    """One run of one process, created by Host.spawn and Host.adopt; valid until stop or sweep reports an empty set."""
+    """One run of a process; valid until stop or sweep reports an empty set."""
 
     record: HandleRecord
     lineage: Lineage
@@ -42,7 +42,7 @@ class ProcessHandle:
     force: asyncio.Event = field(default_factory=asyncio.Event)
     exit: RawExit | None = None
     killed_by_us: bool = False
-    stop_command: CommandSaid | None = None
+    stop_command: StopCommandResult | None = None
     guest: int | None = None  # first process of its container: counted in usage, never signalled
     watch: ExitWatch | None = None
     channel: NodeChannel | None = None
@@ -105,12 +105,14 @@ def quarantine(path: Path) -> Path | None:
 
 
 class Records:
-    """state/handles/NAME.json, and NAME.copy of what runs, for a record that is torn or gone. A full disk loses the record, not the
-    process: `problem` then says so."""
+    """The records state/handles/NAME.json, each with a copy for the case of damage.
+
+    A full disk loses the record, not the process: `problem` reports it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.place = str(folder)  # what tells the processes of this daemon from those of another
+        self.place = str(folder)  # marks the processes of this daemon
         self.problem: str | None = None
 
     def _path(self, name: str, suffix: str = "json") -> Path:
@@ -120,8 +122,8 @@ class Records:
         """Return where the pipe of a captured run is."""
         return self._folder / f"{token}.pipe"
 
-    def hand_path(self, token: str) -> Path:
-        """Return where a captured run keeps what was read from its pipe and is not in its log yet."""
+    def spool_path(self, token: str) -> Path:
+        """Return the path for bytes read from the pipe of a run and not yet logged."""
         return self._folder / f"{token}.hand"
 
     def write(self, record: HandleRecord) -> None:
@@ -137,10 +139,10 @@ class Records:
             self.problem = None
 
     def remove(self, record: HandleRecord) -> None:
-        """Forget a record, unless a later run has already replaced it, and the pipe of its run."""
+        """Forget a record and its pipe, unless a later run has replaced it."""
         try:
             self.pipe_path(record.token).unlink(missing_ok=True)
-            self.hand_path(record.token).unlink(missing_ok=True)
+            self.spool_path(record.token).unlink(missing_ok=True)
         except OSError:
             pass
         for path in (self._path(record.name, "copy"), self._path(record.name)):
@@ -172,7 +174,7 @@ class Records:
                     moved.append(place)
         records += self._copies({record.name for record in records})
         kept = (*records, *carried)
-        known = {of(record.token) for record in kept for of in (self.pipe_path, self.hand_path)}
+        known = {of(record.token) for record in kept for of in (self.pipe_path, self.spool_path)}
         for left in {*self._folder.glob("*.pipe"), *self._folder.glob("*.hand")} - known:
             left.unlink(missing_ok=True)
         return records, moved
@@ -190,7 +192,7 @@ class Records:
 
 
 def encode_records(records: Sequence[HandleRecord]) -> bytes:
-    """Return records as JSON, descriptors included: for an execv, where they stay what they are."""
+    """Return records as JSON, with descriptors, which survive an execv."""
     return json.dumps([{"version": _VERSION, **asdict(record)} for record in records]).encode()
 
 
@@ -200,7 +202,7 @@ def decode_records(data: bytes) -> list[HandleRecord]:
 
 
 def parse_record(data: bytes) -> HandleRecord:
-    """Read one record. Raises ValueError when it is not one of ours, whole and of a known version."""
+    """Read a record. Raises ValueError if it is damaged or of another version."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

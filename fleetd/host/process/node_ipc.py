@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable
-from typing import Any
 
 _LONGEST = 1024 * 1024
 _REMEMBERED = 64
@@ -25,16 +23,12 @@ def channel_env(fd: int) -> dict[str, str]:
 class NodeChannel:
     """Our end of the channel of one process."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, end: socket.socket, on_message: Callable[[Any], None] | None = None
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, end: socket.socket) -> None:
         self._loop, self._socket = loop, end
         self._pending = b""
         self._open = True
-        self.ready = asyncio.Event()  # the child has sent "ready"
-        self.heard: set[str] = set()  # the messages of the child that are texts
+        self.received: set[str] = set()  # the text messages of the child
         self.adopted = False  # earlier messages of the child are unknown
-        self.on_message = on_message
         end.setblocking(False)
         loop.add_reader(end.fileno(), self._readable)
 
@@ -67,12 +61,8 @@ class NodeChannel:
             message = json.loads(line)
         except (ValueError, RecursionError):
             return
-        if message == "ready":
-            self.ready.set()
-        if isinstance(message, str) and len(self.heard) < _REMEMBERED:
-            self.heard.add(message)
-        if self.on_message is not None:
-            self.on_message(message)
+        if isinstance(message, str) and len(self.received) < _REMEMBERED:
+            self.received.add(message)
 
     def send(self, message: object) -> bool:
         """Send one message; False when the child has closed its end or does not read it."""

@@ -14,7 +14,7 @@ _LOOK_BACK_S = 4.0
 
 
 def oom_kills() -> int:
-    """Return how many processes the kernel has killed for memory since boot; 0 where it does not tell."""
+    """Return the kernel's count of OOM kills since boot; 0 if unknown."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -28,7 +28,7 @@ _TOKEN_MARK = TOKEN_VARIABLE.encode() + b"="
 
 @dataclass(slots=True)
 class Lineage:
-    """What names one process set. `seen` remembers members by (pid → start time) between looks."""
+    """The identity of a process set. `seen` keeps members (pid → start time)."""
 
     pid: int
     start: int
@@ -77,7 +77,7 @@ def read_token(environment: bytes | None) -> str | None:
 
 
 def strays(table: ProcessTable, place: str, known: Collection[str]) -> dict[str, str]:
-    """Return what a daemon with its records at `place` has spawned, and none of them knows of: token to NAME:GENERATION."""
+    """Return unrecorded sets of this daemon: token → NAME:GENERATION."""
     found: dict[str, str] = {}
     for _, environment in carriers(table, STATE_VARIABLE, place):
         token = environment.get(TOKEN_VARIABLE)
@@ -87,7 +87,7 @@ def strays(table: ProcessTable, place: str, known: Collection[str]) -> dict[str,
 
 
 def carriers(table: ProcessTable, variable: str, value: str) -> Iterator[tuple[TableEntry, dict[str, str]]]:
-    """Yield the live processes with this variable in their environment, and all of that environment. Reads the whole table."""
+    """Yield live processes with this variable, and their whole environment."""
     wanted = os.fsencode(f"{variable}={value}")
     for entry in table.snapshot().values():
         pairs = [] if entry.dead else (table.environment(entry.pid) or b"").split(b"\0")
@@ -165,7 +165,7 @@ def ancestors(snapshot: Snapshot, pid: int) -> frozenset[int]:
 
 
 class SetScanner:
-    """Looks up process sets in this machine's table. All methods block for about a millisecond: call them in a thread."""
+    """Looks up process sets. All methods block for about a millisecond."""
 
     def __init__(self, table: ProcessTable) -> None:
         self.table = table

@@ -27,11 +27,9 @@ _PORT_LIMIT_S = 1.0
 _FIRST_DELAY_S = 0.001
 _LONGEST_DELAY_S = 0.05
 
-Threaded = Callable[..., Awaitable[object]]
-
 
 class Stopper:
-    """Carries out stops and sweeps. `run_command` runs a stop command and says whether it succeeded."""
+    """Carries out stops and sweeps. `run_command` returns whether it succeeded."""
 
     def __init__(
         self,
@@ -57,14 +55,14 @@ class Stopper:
         return await self._finish(handle, await self._kill(handle.lineage, policy.kill, handle))
 
     async def sweep(self, handle: ProcessHandle, scope: str) -> tuple[int, ...]:
-        """The leader is dead already: end what is left, quickly."""
+        """Kill what a dead leader left, quickly."""
         policy = StopPolicy(timeout_s=SWEEP.timeout_s, kill=scope)
         left = await self._wait_empty(handle, policy, time.monotonic() + policy.timeout_s)
         survivors = await self._kill(handle.lineage, scope, handle) if left else ()
         return await self._finish(handle, survivors)
 
     async def end_lineage(self, lineage: Lineage) -> tuple[int, ...]:
-        """End whatever carries this lineage, without any leader: leftovers of an earlier daemon's process."""
+        """Kill all members of a lineage without a leader, such as leftovers of a crash."""
         left = await self._scan(lineage, KillScope.SET)
         if not left:
             return ()
@@ -78,18 +76,18 @@ class Stopper:
         return await self._kill(lineage, KillScope.SET, None) if left else ()
 
     async def _ask(self, handle: ProcessHandle, policy: StopPolicy) -> None:
-        """Tell the leader to end, by the gentlest way configured; a way that fails falls back to the signal."""
+        """Ask the leader to exit: command, message, or, if these fail, the signal."""
         if handle.exited.is_set():
             return
-        told = False
+        asked = False
         if policy.command:
-            told = await self._run_command(handle, policy.command, policy.timeout_s)
+            asked = await self._run_command(handle, policy.command, policy.timeout_s)
         elif policy.message is not None and handle.channel is not None:
-            told = handle.channel.send(policy.message)
+            asked = handle.channel.send(policy.message)
         if handle.exited.is_set():
             return
         leader = {handle.lineage.pid: handle.lineage.start}
-        if not told:
+        if not asked:
             self._scanner.signal(leader, signal_number(policy.signal))
         self._scanner.signal(leader, signals.SIGCONT)
 
@@ -98,7 +96,7 @@ class Stopper:
         self._scanner.signal(targets, signals.SIGCONT)
 
     async def _wait_empty(self, handle: ProcessHandle, policy: StopPolicy, deadline: float) -> dict[int, int]:
-        """Return the members left at the deadline, or when the stop is forced; empty as soon as there are none."""
+        """Return the members left at the deadline or at a forced stop."""
         await _either(handle.exited, handle.force, deadline)
         asked_rest, delay = False, _FIRST_DELAY_S
         while True:
@@ -137,7 +135,7 @@ class Stopper:
             delay = min(delay * 1.6, _LONGEST_DELAY_S)
 
     async def _finish(self, handle: ProcessHandle, survivors: tuple[int, ...]) -> tuple[int, ...]:
-        """Wait a moment for the port: sockets close just before their process counts as dead, on a busy machine just after."""
+        """Wait briefly for the port: sockets can close just after the death."""
         record = handle.record
         if record.port is not None and not survivors:
             deadline, delay = time.monotonic() + _PORT_LIMIT_S, _FIRST_DELAY_S

@@ -24,7 +24,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class TableEntry(NamedTuple):
-    """One line of the table. `start` is in clock ticks since boot, `cpu_ticks` user plus system."""
+    """A line of the table: `start` in clock ticks since boot, `cpu_ticks` in total."""
 
     pid: int
     ppid: int
@@ -52,7 +52,7 @@ class ProcessTable(Protocol):
 
 
 def parse_stat(data: bytes) -> TableEntry | None:
-    """Parse one /proc/PID/stat. The command may hold spaces and brackets, so counting starts at the last bracket."""
+    """Parse /proc/PID/stat from its last bracket: the command may contain brackets."""
     close = data.rfind(b")")
     if close < 0:
         return None
@@ -104,7 +104,7 @@ class LinuxTable:
         return parse_stat(data) if data else None
 
     def environment(self, pid: int) -> bytes | None:
-        """Return the environment block, None when it may not be read. At most 256 KiB of it."""
+        """Return at most 256 KiB of environment; None if it may not be read."""
         try:
             with Path(f"/proc/{pid}/environ").open("rb") as file:
                 return file.read(256 * 1024)
@@ -112,7 +112,7 @@ class LinuxTable:
             return None
 
     def send(self, pid: int, start: int, signal: int) -> bool:
-        """Signal exactly this process. False: it is gone (or its number belongs to somebody else now)."""
+        """Signal exactly this process; False if it is gone or its pid was reused."""
         try:
             fd = os.pidfd_open(pid)
         except (ProcessLookupError, OSError):
@@ -189,7 +189,7 @@ def system_table() -> ProcessTable:
 
 
 def boot_id() -> str:
-    """Return what changes with every boot: pids and start times mean nothing across it."""
+    """Return an id of this boot: pids and start times are valid within it only."""
     data = _read("/proc/sys/kernel/random/boot_id")
     if data:
         return data.decode().strip()
@@ -197,7 +197,7 @@ def boot_id() -> str:
 
 
 def command_of(pid: int) -> str:
-    """Return a process' command line for people, at most 120 characters, empty when it cannot be seen."""
+    """Return a command line of at most 120 characters; empty if it is not visible."""
     try:
         words = psutil.Process(pid).cmdline() or [psutil.Process(pid).name()]
     except (psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""A short-lived program of our own, spoken to over two pipes: for work that shall leave nothing behind in the daemon's memory.
+"""A short-lived child program, reached over two pipes, for work that must not grow the daemon.
 
 Invariants:
 - Nothing is imported that the interpreter has not loaded anyway: a companion is begun before the daemon's own modules are.
@@ -23,30 +23,35 @@ _CHUNK_BYTES = 1 << 20
 _END_S = 5.0
 
 
+def spawn(module: str, stdin: int, stdout: int) -> int:
+    """Start `module.main()` with these descriptors and return its pid. Raises OSError."""
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-P", "-c", program],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
+        setpgroup=0,
+        setsigmask=(),
+    )
+
+
 class WorkerGone(HostError):
     """It ended, or closed its pipe, before it had answered."""
 
 
 class WorkerProcess:
-    """`module.main()` in a process of its own, with the daemon's interpreter, import path and environment.
+    """`module.main()` in a child with the daemon's interpreter, path and environment.
 
     `began` is the wall-clock time of its start.
     """
 
     def __init__(self, module: str) -> None:
         """Start it; returns within a millisecond or two. Raises HostError."""
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
         theirs_in, self._writer = os.pipe()
         self._reader, theirs_out = os.pipe()
         try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-P", "-c", program],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs_in, 0), (os.POSIX_SPAWN_DUP2, theirs_out, 1)],
-                setpgroup=0,
-                setsigmask=(),
-            )
+            self.pid = spawn(module, theirs_in, theirs_out)
         except OSError as error:
             os.close(self._writer)
             os.close(self._reader)
@@ -73,7 +78,7 @@ class WorkerProcess:
                 raise self._gone() from None
 
     def receive(self, end: float) -> bytes:
-        """Return the next message before the monotonic time `end`. Raises HostError, whatever it says instead."""
+        """Return the next message before the monotonic time `end`. Raises HostError."""
         size = int.from_bytes(self._read(_HEAD_BYTES, end), "big")
         if size > _LARGEST_BYTES:
             raise HostError("the worker process sent an invalid response")
@@ -105,9 +110,9 @@ class WorkerProcess:
         if status is None:
             how = "closed its pipe"
         elif status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
+            how = f"was killed by {signal.Signals(-status).name}"
         else:
-            how = f"ended with code {status}"
+            how = f"exited with code {status}"
         return WorkerGone(f"the worker process {how} before it responded")
 
     def alive(self) -> bool:
@@ -125,7 +130,7 @@ class WorkerProcess:
                 pass
 
     def close(self) -> None:
-        """Let it end, and collect its status; kill it when it does not. No other call may be under way."""
+        """Wait for its exit, or kill it. No other call may be in progress."""
         if self._closed:
             return
         self._closed = True

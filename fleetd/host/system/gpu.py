@@ -20,7 +20,7 @@ _RETRY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One card. `utilization` is 0…1; `pid_bytes` is memory per process, where the driver tells."""
+    """One card. `utilization` is 0…1; `pid_bytes` is memory per process, if known."""
 
     name: str
     total_bytes: int
@@ -36,7 +36,7 @@ class GpuSource(Protocol):
 
 
 class NvmlSource:
-    """NVIDIA's management library. `library` is for tests: anything with the functions of pynvml."""
+    """NVIDIA's management library; tests pass another `library` like pynvml."""
 
     def __init__(self, library: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._given, self._clock = library, clock

@@ -25,7 +25,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """One pool now. `kind` is host, gpu or unified. `used_bytes` counts everybody's use, not only ours."""
+    """One pool now: host, gpu or unified. `used_bytes` counts all programs."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class DeviceSample:
 
 
 class Devices:
-    """All pools of this machine. The arguments are seams for tests; without them it asks the real machine."""
+    """All pools of this machine. Tests pass their own sources."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ def limited_host_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
-    """Return (limit, use without page cache) for every cgroup between ours and the top that has a limit."""
+    """Return (limit, use without page cache) of every limiting cgroup above us."""
     found = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -135,7 +135,7 @@ def _stat(path: Path, key: str) -> int:
 
 
 def apple_wired_limit(sysctl: Callable[[str], int | None] | None = None, machine: str | None = None) -> int | None:
-    """Return how much the GPU of an Apple silicon Mac may wire down; None on every other machine.
+    """Return the GPU's wired limit of an Apple silicon Mac; None elsewhere.
 
     Unless `iogpu.wired_limit_mb` was set, the system allows two thirds of the memory, three quarters above 36 GiB.
     """

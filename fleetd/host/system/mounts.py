@@ -30,7 +30,7 @@ _SHARES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of the table: what is mounted (`source`), its type, and its device numbers."""
+    """A line of the mount table: source, type and device numbers."""
 
     source: str
     kind: str
@@ -38,21 +38,21 @@ class Mount:
 
 
 class Mounts:
-    """One look at the table. `points` is empty where the system has no such table (macOS): each path is asked then."""
+    """One look at the mount table. `points` is empty without one (macOS)."""
 
     def __init__(self, points: Mapping[Path, Mount] | None = None) -> None:
         self.points: Mapping[Path, Mount] = read_table() if points is None else points
         self._whole = points is not None or bool(self.points)
 
     def is_mount(self, path: Path) -> bool:
-        """Return whether something is mounted at exactly this path. An automount point that waits is not."""
+        """Return whether this path is a mount point; an idle automount is not."""
         if self._whole:
             found = self.points.get(path)
             return found is not None and found.kind != "autofs"
         return path.is_mount()
 
     def identity(self, mount: Path) -> str | None:
-        """Return what the volume is known by, None where nothing stays the same. Blocks; raises OSError."""
+        """Return a stable id of the volume, or None. Blocks. Raises OSError."""
         found = self.points.get(mount)
         if found is None:
             return _macos_uuid(mount) if sys.platform == "darwin" else None
@@ -69,7 +69,7 @@ class Mounts:
 
 
 def read_table(table: Path = _TABLE) -> dict[Path, Mount]:
-    """Return every mount point; the last mount on a point is the one that is seen there."""
+    """Return the mount points; the last mount on a point is the visible one."""
     try:
         lines = table.read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
@@ -110,7 +110,7 @@ class _AttributeList(ctypes.Structure):
 
 
 def _macos_uuid(mount: Path) -> str | None:
-    """Ask getattrlist(2) for ATTR_VOL_UUID; None for volumes without one (FAT, shares)."""
+    """Ask getattrlist(2) for ATTR_VOL_UUID; None without one (FAT, shares)."""
     library = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     wanted = _AttributeList(5, 0, 0, 0x80000000 | 0x00040000, 0, 0, 0)
     answer = ctypes.create_string_buffer(4 + 16)

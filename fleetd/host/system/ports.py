@@ -24,7 +24,7 @@ _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
 
 def is_free(host: str, port: int) -> bool:
-    """Say whether a listener could bind now. Addresses that are not ours count as free: the program will say more."""
+    """Return whether a listener could bind now; a foreign address counts as free."""
     try:
         _bind(host, port)
     except OSError as error:
@@ -70,7 +70,7 @@ def listening_inodes(port: int) -> frozenset[int]:
 
 
 def holds(pid: int, inodes: frozenset[int]) -> bool:
-    """Say whether this process has one of the sockets open; False when its descriptors may not be read."""
+    """Return whether a process has one of the sockets; False if not readable."""
     wanted = {f"socket:[{inode}]" for inode in inodes}
     folder = f"/proc/{pid}/fd"
     try:
@@ -103,7 +103,7 @@ def _listens(pid: int, port: int) -> bool:
 
 
 def owner(port: int) -> PortOwner | None:
-    """Return the owner of the port; None when no process listens. An owner that cannot be seen has pid None."""
+    """Return the owner of a port, with pid None if not visible; None if none."""
     if not LINUX:
         return next((PortOwner(port, pid, command_of(pid)) for pid in psutil.pids() if _listens(pid, port)), None)
     inodes = listening_inodes(port)

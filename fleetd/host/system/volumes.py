@@ -25,7 +25,7 @@ SILENT = "does not answer"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look at a path saw. `missing` is "PATH (why)", None when it is there; `mount` the volume it must be on."""
+    """The state of a path: `missing` is "PATH (why)" or None; `mount` its volume."""
 
     missing: str | None = None
     mount: Path | None = None
@@ -38,7 +38,7 @@ class Look:
 
 
 def removable(path: Path) -> tuple[Path, ...]:
-    """Return where the volume of a path may be mounted by the customs of desktops, outermost first; empty: not removable.
+    """Return customary mount points above a path, outermost first; may be empty.
 
     /Volumes/X (macOS), /media/X and /media/USER/X, /run/media/USER/X (Linux desktops), /mnt and /mnt/X (by hand).
     """
@@ -65,7 +65,7 @@ def fstab_mounts(fstab: Path = Path("/etc/fstab")) -> list[Path]:
 
 
 class Volumes:
-    """Answers what is missing of a list of required paths. `mounts` and `listed` are seams for tests.
+    """Finds missing paths. Tests pass their own `mounts` and `listed`.
 
     `known` holds the volumes that were seen: mount point to identity ("" where it has none). It is changed by looking, and by
     `forget`; the caller keeps it.
@@ -107,7 +107,7 @@ class Volumes:
             return Look(f"{path} ({error.strerror or error})", mount)
 
     def _mount_of(self, real: Path, table: Mounts) -> tuple[Path | None, bool]:
-        """Return the volume's mount point, and whether the path is meant only while something is mounted there."""
+        """Return the mount point, and whether the path requires a mount there."""
         stated = [Path(one) for one in self.known] + self._listed
         above = [mount for mount in stated if mount != Path("/") and real.is_relative_to(mount)]
         customary = removable(real)
@@ -125,14 +125,14 @@ class Volumes:
     def _compared(self, path: Path, mount: Path, identity: str | None) -> Look:
         before = self.known.get(str(mount))
         if identity and before and before != identity:
-            said = f"another volume is mounted at {mount}: {identity}, not {before}; if it is the right one now, "
-            return Look(f"{path} ({said}accept it with: fleetctl volumes accept {mount})", mount, identity)
+            problem = f"another volume is mounted at {mount}: {identity}, not {before}; if it is the right one now, "
+            return Look(f"{path} ({problem}accept it with: fleetctl volumes accept {mount})", mount, identity)
         if before is None or (identity and not before):
             self.known[str(mount)] = identity or ""
         return Look(None, mount, identity)
 
     def forget(self, mount: str) -> bool:
-        """Take whatever is mounted there next as the right volume. False when nothing was known of it."""
+        """Accept any volume that is mounted there next; False if none was known."""
         return self.known.pop(mount, None) is not None
 
     def look_at_all(self, paths: Iterable[Path]) -> dict[Path, Look]:
@@ -141,7 +141,7 @@ class Volumes:
         return {path: self.look(path, table) for path in paths}
 
     def table(self) -> object:
-        """Return a value that changes with every mount and unmount; None where that is unknown."""
+        """Return a value that changes with every mount and unmount; None if unknown."""
         points = self._mounts().points
         return dict(points) or None
 
@@ -174,7 +174,7 @@ class Volumes:
 
 
 def _is_bare(folder: Path) -> bool:
-    """Return whether a folder is empty or missing: a mount point that waits for its volume."""
+    """Return whether a folder is empty or missing: an unused mount point."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None

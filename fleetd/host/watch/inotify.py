@@ -27,12 +27,12 @@ _READ_BYTES = 64 * 1024
 
 
 class FolderWatch:
-    """Calls `changed(paths)` on the loop whenever entries of the folders come, go or change. `close` it."""
+    """Calls `changed(paths)` on the loop for new, removed and changed entries."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, folders: Iterable[Path], changed: Callable[[set[Path]], None]
     ) -> None:
-        """Raises OSError: no watches left, or none of the folders can be watched."""
+        """Watch the folders. Raises OSError: no watches left, or none is watchable."""
         self._loop, self._changed = loop, changed
         self._folders: dict[int, Path] = {}
         libc = ctypes.CDLL(None, use_errno=True)

@@ -45,7 +45,7 @@ IGNORED = (
 
 
 def folders_to_watch(files: Iterable[Path]) -> frozenset[Path]:
-    """Return the existing folders in which a change of these files shows: of each file, each link on its way, and its target."""
+    """Return the existing folders of these files, of their links and targets."""
     found: set[Path] = set()
     for file in files:
         place, hops = file.absolute(), 0
@@ -61,7 +61,7 @@ def folders_to_watch(files: Iterable[Path]) -> frozenset[Path]:
 
 
 def _first_link(path: Path) -> tuple[Path, Path] | None:
-    """Return the first symbolic link on a path, and what comes after it; None when there is none."""
+    """Return the first symbolic link on a path and the rest; None without one."""
     current = Path(path.anchor)
     for number, part in enumerate(path.parts[1:], start=2):
         if part == "..":
@@ -80,7 +80,7 @@ def _existing(folder: Path) -> Path:
 
 
 def mark_of(file: Path) -> str:
-    """Return a mark that changes when a file is saved; a missing or unreadable file has its own mark."""
+    """Return a mark that changes with every save; missing files have a mark too."""
     try:
         with file.open("rb") as source:
             return f"{os.fstat(source.fileno()).st_mtime_ns} {hashlib.sha256(source.read(_LARGEST)).hexdigest()}"
@@ -99,7 +99,7 @@ class WatchPattern:
         return [self.folder / name for name in sorted(glob.glob(self.text, root_dir=self.folder))]  # noqa: PTH207
 
     def folders(self) -> set[Path]:
-        """Return the existing folders in which something may come that it matches, on every level that has a wildcard."""
+        """Return the existing folders in which a match may appear, at every level."""
         parts = Path(self.text).parts
         first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
         levels = [WatchPattern(self.folder, str(Path(*parts[:end]))).matches() for end in range(first + 1, len(parts))]
@@ -108,10 +108,10 @@ class WatchPattern:
 
 
 class FileWatch:
-    """Calls `on_change(files)` on the loop when some of these files, or of what the patterns match, were saved, came or went.
-    `update` changes the list.
+    """Calls `on_change(files)` on the loop when files or matches of patterns change.
 
-    A file that vanishes is reported only when it stays away: editors and deployments remove before they write.
+    A change is a save, a new file or a removal; `update` changes the list. A file that vanishes is reported only when it stays
+    away: editors and deployments remove before they write.
     """
 
     def __init__(
@@ -129,17 +129,17 @@ class FileWatch:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="file-watch")
 
     def update(self, files: Iterable[Path], patterns: Iterable[WatchPattern] = ()) -> None:
-        """Watch these from now on. New files count as seen, except a match that is not among the files: it was not read yet."""
+        """Watch these now. New files count as seen, but matches not among them do not."""
         self._patterns = tuple(patterns)
-        told = [match for match in self._matches() if match in self._marks]
-        self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *told]}
+        matched = [match for match in self._matches() if match in self._marks]
+        self._marks = {file: self._marks.get(file) or mark_of(file) for file in [*files, *matched]}
         self._renewed.set()
 
     def _matches(self) -> list[Path]:
         return [match for pattern in self._patterns for match in pattern.matches()]
 
     def _folders(self) -> dict[Path, tuple[int, int] | None]:
-        """Return the folders to watch, and which they are: another one may have taken the name."""
+        """Return the folders to watch with their identities: names can be reused."""
         ways = [folder / "any" for pattern in self._patterns for folder in pattern.folders()]
         return {folder: _identity(folder) for folder in folders_to_watch([*self._marks, *ways])}
 
@@ -197,7 +197,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 class TreeWatch:
-    """Calls `on_change(paths)` on the loop after changes in these files and folders have been quiet for `debounce_s`.
+    """Calls `on_change(paths)` on the loop once changes are quiet for `debounce_s`.
 
     Paths that do not exist yet are waited for. `ignore` holds glob patterns, matched on names and on relative paths;
     `never` folders below which nothing counts.
@@ -236,22 +236,22 @@ class TreeWatch:
         return True
 
     def _matters(self, path: Path) -> bool:
-        """Return whether a change here may be relevant. Files that always change (logs next to the code) must not delay the rest."""
+        """Return whether a change may be relevant; ignored files must not delay others."""
         return not self.ignored(path) or any(root.is_relative_to(path) for root in self._paths)
 
     async def _run(self) -> None:
         while True:
             present = {path: path.exists() for path in self._paths}
             trees = frozenset(path for path, there in present.items() if there and path.is_dir())
-            beside = frozenset(_existing(path.parent) for path in self._paths if path not in trees)
-            if await self._watch(trees, beside, present):
+            parents = frozenset(_existing(path.parent) for path in self._paths if path not in trees)
+            if await self._watch(trees, parents, present):
                 self._on_change([path for path in self._paths if path.exists() != present[path]])
 
-    async def _watch(self, trees: frozenset[Path], beside: frozenset[Path], present: dict[Path, bool]) -> bool:
+    async def _watch(self, trees: frozenset[Path], parents: frozenset[Path], present: dict[Path, bool]) -> bool:
         """Report changes until a watched path comes or goes; True then."""
         sources = [
             _Changes(folders, recursive=recursive, debounce_s=self._debounce_s, matters=self._matters)
-            for folders, recursive in ((trees, True), (beside, False))
+            for folders, recursive in ((trees, True), (parents, False))
             if folders
         ]
         waiting: dict[asyncio.Future[set[Path]], _Changes] = {}
@@ -280,7 +280,7 @@ class TreeWatch:
 
 
 class _Changes:
-    """Changed paths under some folders, collected until what matters has been quiet for `debounce_s`."""
+    """Changed paths, collected until relevant ones are quiet for `debounce_s`."""
 
     def __init__(
         self,
@@ -302,11 +302,11 @@ class _Changes:
             self._task = loop.create_task(self._read(list(folders), recursive))
             return
         try:
-            self._watch = inotify.FolderWatch(loop, folders, self._heard)
+            self._watch = inotify.FolderWatch(loop, folders, self._note)
         except OSError:  # a folder that vanished, or no watches left: the slow look remains
             return
 
-    def _heard(self, paths: set[Path]) -> None:
+    def _note(self, paths: set[Path]) -> None:
         news = {path for path in paths if self._matters(path)}
         if news:
             self._found |= news
@@ -325,7 +325,7 @@ class _Changes:
                 stop_event=self._stop,
                 ignore_permission_denied=True,
             ):
-                self._heard({Path(path) for _, path in changes})
+                self._note({Path(path) for _, path in changes})
         except (OSError, RuntimeError):  # a folder that vanished, or no watches left: the slow look remains
             return
 

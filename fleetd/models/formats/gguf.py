@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,6 +133,7 @@ def shards(path: Path) -> tuple[str, ...]:
 # Recent headers, since one file is read several times while a fleet is checked: path → stat fields, header.
 _KNOWN: dict[str, tuple[tuple[int, int, int, int], Header]] = {}
 KNOWN_MAX = 32
+_KNOWN_LOCK = threading.Lock()
 
 
 def read(path: Path) -> Header:
@@ -140,9 +142,11 @@ def read(path: Path) -> Header:
         mark = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         known = _KNOWN.get(str(path))
         if known is None or known[0] != mark:
-            if len(_KNOWN) >= KNOWN_MAX:
-                del _KNOWN[next(iter(_KNOWN))]
-            known = _KNOWN[str(path)] = (mark, _HeaderReader(handle, str(path), status.st_size).header())
+            known = (mark, _HeaderReader(handle, str(path), status.st_size).header())
+            with _KNOWN_LOCK:
+                if len(_KNOWN) >= KNOWN_MAX:
+                    del _KNOWN[next(iter(_KNOWN))]
+                _KNOWN[str(path)] = known
         return known[1]
 
 

@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 from fleetd.errors import EngineError
 from fleetd.models.formats import gguf
 from fleetd.models.ollama import store
+from fleetd.models.scan import EMBEDDING
 
 MAX_MODELS = 5_000
-_EMBEDDING = frozenset({"bert", "nomic-bert", "gemma-embedding"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +50,18 @@ def is_store(folder: Path) -> bool:
     return (folder / "manifests").is_dir()
 
 
-def read(folder: Path) -> Inventory:
-    """Return the models of a store. Raises EngineError if the folder is not a store."""
+def read(folder: Path, limit_s: float | None = None) -> Inventory:
+    """Return the models of a store, read in at most `limit_s` seconds. Raises EngineError if the folder is not a store."""
     if not is_store(folder):
         hint = "a store has the folders manifests and blobs; Ollama's own is ~/.ollama/models"
         raise EngineError(f"{folder} is not an Ollama store", hint=hint, recoverable=False)
     notes: list[str] = []
     models: list[Stored] = []
+    until = None if limit_s is None else time.monotonic() + limit_s
     for name in _names(folder):
+        if until is not None and time.monotonic() > until:
+            notes.append(f"stopped after {limit_s:g} s and {len(models)} models")
+            break
         if len(models) >= MAX_MODELS:
             notes.append(f"stopped after {MAX_MODELS} models")
             break
@@ -100,7 +105,7 @@ def _model(folder: Path, name: store.ModelName, notes: list[str]) -> Stored:
         size_bytes=size,
         architecture=architecture,
         context_length=context_length,
-        embedding=pooling is not None or architecture in _EMBEDDING,
+        embedding=pooling is not None or architecture in EMBEDDING,
         keys=keys,
         parameters=store.stored_parameters(folder, full),
         adapters=kinds.count("application/vnd.ollama.image.adapter"),

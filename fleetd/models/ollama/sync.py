@@ -165,12 +165,6 @@ class Library:
         await self.apply(step, progress, timeout_s)
         return step
 
-    async def replace(self, recipe: ModelRecipe, progress: Progress = ignore_progress) -> None:
-        """Replace a foreign model of this name, only on an operator's request."""
-        await self._create(
-            recipe, recipe.content_hash(await asyncio.to_thread(_fingerprints, recipe)), progress, CREATE_TIMEOUT_S
-        )
-
     async def delete(self, served_as: str) -> None:
         """Delete a created model and its link, not the linked file. Raises EngineError."""
         key = store.ModelName.parse(served_as).key

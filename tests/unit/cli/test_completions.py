@@ -22,8 +22,12 @@ def gateway(answer: bytes) -> Iterator[str]:
 
     def serve() -> None:
         connection, _ = listener.accept()
-        with connection:
-            connection.recv(65536)
+        with connection, connection.makefile("rb") as reader:
+            length = 0
+            while (line := reader.readline()).strip():
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            reader.read(length)  # closing with unread bytes would reset the connection
             connection.sendall(answer)
 
     thread = threading.Thread(target=serve, daemon=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
 
+from fleetd.cli.fleetctl import VERBS
 from fleetd.cli.fleetctl import cli as fleetctl
 from fleetd.cli.fleetd import cli as fleetd
 
@@ -16,7 +19,9 @@ COLUMNS, SHORT = 80, 45
 def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        for name, below in command.commands.items():
+        for name in command.list_commands(click.Context(command)):
+            below = command.get_command(click.Context(command), name)
+            assert below is not None
             yield from commands(below, f"{path} {name}")
 
 
@@ -40,3 +45,12 @@ def test_help_of_command_and_options_is_short(path: str, command: click.Command)
         option.help for option in options if len(option.help or "") > SHORT and "[default:" not in option.help
     ] == []
     assert [option.name for option in options if not option.help and option.name != "version"] == []
+
+
+def test_verbs_table_names_every_verb_of_every_module() -> None:
+    folder = Path(import_module("fleetd.cli.commands").__path__[0])
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    defined = {
+        name: tuple(verb.name for verb in import_module(f"fleetd.cli.commands.{name}").VERBS) for name in modules
+    }
+    assert defined == VERBS

@@ -9,8 +9,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetd.cli import client, render, views
+from fleetd.cli import client, render
 from fleetd.cli.render import Column, Screen
+from fleetd.cli.views import tables
 from fleetd.control import sse, wire
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
@@ -67,13 +68,13 @@ def test_stream_arrives_unchanged(documents: list[dict[str, Any]]) -> None:
     for number, document in enumerate(documents):
         raw += sse._frame("event", wire.document(document), number) + b": ping\n\n"
     raw += sse._frame("end", wire.document({}))
-    assert list(client._events(io.BytesIO(raw))) == [wire.document(document) for document in documents]  # type: ignore[arg-type]
+    assert list(client._events(raw.split(b"\n"))) == [wire.document(document) for document in documents]
 
 
 @given(st.dictionaries(st.sampled_from(["name", "state", "reason", "next_start_s", "pid", "uptime_s", "port"]), JSON))
 def test_any_row_of_a_later_daemon_can_be_drawn(row: dict[str, Any]) -> None:
     if not isinstance(row.get("next_start_s"), str | list | dict):
-        views.processes(Screen(io.StringIO(), columns=60), [row], wide=True)
+        tables.processes(Screen(io.StringIO(), columns=60), [row], wide=True)
 
 
 @given(st.floats(0, 4e9))

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from fleetd.cli import render, views
+from fleetd.cli import render
 from fleetd.cli.render import Cell, Column, Screen
+from fleetd.cli.views import detail as one_screen
+from fleetd.cli.views import tables
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,8 @@ from fleetd.cli.render import Cell, Column, Screen
         (None, "-"),
         ("x", "-"),
         (True, "-"),
+        (10**400, "-"),
+        (float("inf"), "-"),
     ],
 )
 def test_size(count: object, text: str) -> None:
@@ -45,6 +49,10 @@ def test_size(count: object, text: str) -> None:
         (10_920, "3h02m"),
         (86_400 * 4 + 3600, "4d1h"),
         (-5.0, "0ms"),
+        (-1.7e308, "0ms"),
+        (10**400, "-"),
+        (float("inf"), "-"),
+        (float("nan"), "-"),
         (None, "-"),
     ],
 )
@@ -146,17 +154,17 @@ def status(**daemon: Any) -> dict[str, Any]:
 )
 def test_warnings(daemon: dict[str, Any], words: str) -> None:
     on, out = screen()
-    views.fleet(on, status(**daemon))
+    tables.fleet(on, status(**daemon))
     assert f"warning: {words}" in out.getvalue() or words in out.getvalue()
     quiet, nothing = screen()
-    views.fleet(quiet, status())
+    tables.fleet(quiet, status())
     assert "warning" not in nothing.getvalue()
     assert "no processes and no models" in nothing.getvalue()
 
 
 def test_process_view_shows_why_it_does_not_run() -> None:
     row = {"name": "web", "state": "BACKOFF", "reason": "exit code 1", "next_start_s": 3.2, "kind": "service"}
-    assert views.note_of(row) == "starts in 3.2s: exit code 1"
+    assert tables.note_of(row) == "starts in 3.2s: exit code 1"
     on, out = screen()
     crash = {"code": None, "signal": "SIGKILL", "oom": True, "at": "2026-11-22T10:00:00Z", "reason": "killed"}
     detail = {
@@ -169,7 +177,7 @@ def test_process_view_shows_why_it_does_not_run() -> None:
         "probes": {"readiness": {"ok": False, "detail": "503"}},
         "tree": [{"pid": number, "command": "x"} for number in range(20)],
     }
-    views.one_process(on, detail)
+    one_screen.one_process(on, detail)
     text = out.getvalue()
     for words in ("SIGKILL, out of memory", "/Volumes/B (missing)", "db ready", "Readiness: failed 503", "and 8 more"):
         assert words in text
@@ -182,7 +190,7 @@ def test_view_of_a_route_and_a_pinned_model() -> None:
         {"name": "kept", "state": "LOADED", "pinned": True},
         {"name": "always", "state": "LOADED", "ttl_s": 0, "ttl_left_s": None},
     ]
-    views.models(on, rows, wide=True)
+    tables.models(on, rows, wide=True)
     text = out.getvalue()
     assert "-> coder 90, u 10" in text
     assert "pinned" in text

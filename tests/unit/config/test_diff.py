@@ -17,7 +17,6 @@ from fleetd.config.schema.fleet import FleetConfig
 from fleetd.config.schema.model import EngineModel, HeldModel, RouteModel
 from fleetd.config.schema.process import Instance, Service
 from fleetd.config.secrets import is_secret, redact
-from tests.support.cpu import slowdown
 
 KINDS: dict[str, type[BaseModel]] = {
     "service": Service,
@@ -51,18 +50,18 @@ ALL_LEAVES = [(kind, ".".join(path)) for kind, model in KINDS.items() for path i
 
 
 @pytest.mark.parametrize(("kind", "path"), ALL_LEAVES)
-def test_every_key_has_a_class(kind: str, path: str) -> None:
+def test_effect_of_every_key_is_known(kind: str, path: str) -> None:
     assert effect_of(kind, tuple(path.split("."))) in Effect
 
 
-def test_no_class_is_given_to_a_key_that_does_not_exist() -> None:
+def test_effects_table_has_only_existing_keys() -> None:
     for kind, table in EFFECTS.items():
         known = [path for of, path in ALL_LEAVES if of == kind]
         for entry in table:
             assert any(path == entry or path.startswith(entry + ".") for path in known), f"{kind}: {entry}"
 
 
-def test_a_key_without_a_class_is_a_bug() -> None:
+def test_effect_of_unknown_key_raises() -> None:
     with pytest.raises(KeyError):
         effect_of("service", ("brand_new",))
 
@@ -125,7 +124,7 @@ CHANGES: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def told(field: FieldChange) -> str:
+def shown_change(field: FieldChange) -> str:
     old, new = ("(none)" if text is None else text for text in (field.old, field.new))
     return f"{field.path}: {old} -> {new} {field.effect}"
 
@@ -137,13 +136,13 @@ def config(folder: Path, text: str) -> FleetConfig:
 
 
 @pytest.mark.parametrize(("frame", "old", "new", "expected"), CHANGES)
-def test_changes(frame: str, old: str, new: str, expected: str, tmp_path: Path) -> None:
+def test_diff_changed_key_has_values_and_effect(frame: str, old: str, new: str, expected: str, tmp_path: Path) -> None:
     (change,) = diff(config(tmp_path, frame % old), config(tmp_path, frame % new))
-    assert "; ".join(map(told, change.fields)) == expected
+    assert "; ".join(map(shown_change, change.fields)) == expected
     assert change.action == "change"
 
 
-def test_equal_meaning_is_no_change(tmp_path: Path) -> None:
+def test_diff_equal_meaning_is_empty(tmp_path: Path) -> None:
     one = config(tmp_path, "defaults: {model: {ttl: 7m}}\nmodels: {m: {engine: vllm, memory: 1GiB, env: {A: 1}}}\n")
     two = config(
         tmp_path, "models:\n  m:\n    env: {A: '1'}\n    memory: 1073741824\n    ttl: 420s\n    engine: vllm\n"
@@ -151,13 +150,13 @@ def test_equal_meaning_is_no_change(tmp_path: Path) -> None:
     assert diff(one, two) == ()
 
 
-def test_a_plan_is_in_the_order_of_the_new_file_and_removes_last(tmp_path: Path) -> None:
+def test_diff_follows_the_new_file_and_removes_last(tmp_path: Path) -> None:
     old = config(tmp_path, "services: {a: {command: x, port: 1}, b: {command: x}}\ninstances: {o: {engine: ollama}}\n"
                            "models: {m: {instance: o}}\ngateway: {queue: {max: 5}}\n")  # fmt: skip
     new = config(tmp_path, "services: {a: {command: x, port: 2, max_age: 1d}, c: {command: x}}\n"
                            "models: {m: {engine: vllm}}\ngateway: {queue: {max: 6}, listen: '127.0.0.1:9'}\n")  # fmt: skip
     assert [
-        " ".join(filter(None, (change.action, change.section, change.name, *map(told, change.fields))))
+        " ".join(filter(None, (change.action, change.section, change.name, *map(shown_change, change.fields))))
         for change in diff(old, new)
     ] == [
         "change fleet gateway.listen: 127.0.0.1:8484 -> 127.0.0.1:9 daemon gateway.queue.max: 5 -> 6 hot",
@@ -170,19 +169,19 @@ def test_a_plan_is_in_the_order_of_the_new_file_and_removes_last(tmp_path: Path)
     ]
 
 
-def test_from_nothing_everything_is_added(tmp_path: Path) -> None:
+def test_diff_without_old_fleet_adds_everything(tmp_path: Path) -> None:
     plan = diff(None, config(tmp_path, "services: {a: {command: x}}\nmodels: {m: {engine: vllm}}\n"))
     assert plan == (ConfigChange("add", "services", "a", "service"), ConfigChange("add", "models", "m", "engine model"))  # type: ignore[arg-type]
 
 
-def test_a_plan_of_five_thousand_models_is_made_in_time(tmp_path: Path) -> None:
+def test_diff_of_five_thousand_models_is_quick(tmp_path: Path) -> None:
     def text(ttl: str) -> str:
         return "".join(f"  m{i}: {{engine: vllm, ttl: {ttl}}}\n" for i in range(5000))
 
     old, new = config(tmp_path, "models:\n" + text("1m")), config(tmp_path, "models:\n" + text("2m"))
     start = time.process_time()
     assert len(diff(old, new)) == 5000
-    assert time.process_time() - start < 5 * slowdown()
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -190,11 +189,11 @@ def test_a_plan_of_five_thousand_models_is_made_in_time(tmp_path: Path) -> None:
     [("HF_TOKEN", True), ("apiKey", True), ("--api-key", True), ("DB_PASSWORD", True), ("AWS_SECRET_ACCESS_KEY", True), ("token", True),
      ("NODE_ENV", False), ("MONKEY", False), ("KEYBOARD", False), ("max_tokens", False), ("keys_file", False), ("TOKENIZER", False)],
 )  # fmt: skip
-def test_names_of_secrets(name: str, secret: bool) -> None:
+def test_is_secret_recognizes_names(name: str, secret: bool) -> None:
     assert is_secret(name) == secret
 
 
-def test_secrets_are_hidden_wherever_they_stand() -> None:
+def test_redact_hides_secrets_at_every_place() -> None:
     shown = redact(
         {
             "env": {"A": "1", "API_KEY": "x"},

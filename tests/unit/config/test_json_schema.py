@@ -93,17 +93,17 @@ def read(text: str, folder: Path) -> Any:
     return plain(compose(read_source(path, "f.yaml")))
 
 
-def test_the_file_on_disk_is_current() -> None:
+def test_schema_file_is_current() -> None:
     assert (ROOT / "docs" / "fleet.schema.json").read_text("utf-8") == schema_text(), (
         "run: python -m fleetd.config.schema.json_schema > docs/fleet.schema.json"
     )
 
 
-def test_only_words_that_the_check_knows_are_used() -> None:
+def test_schema_uses_only_keywords_of_this_check() -> None:
     assert words(json_schema()) <= KNOWN_WORDS
 
 
-def test_every_key_has_a_sentence_and_every_sentence_a_key() -> None:
+def test_schema_every_key_has_one_description() -> None:
     schema = json_schema()
     keys = {key: set(part["properties"]) for key, part in schema["$defs"].items() if "properties" in part}
     keys["FleetConfig"] = set(schema["properties"])
@@ -118,7 +118,7 @@ def test_every_key_has_a_sentence_and_every_sentence_a_key() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_the_examples_match(path: Path) -> None:
+def test_schema_accepts_example(path: Path) -> None:
     schema = json_schema()
     value = plain(compose(read_source(path, path.name)))
     for key, part in value.items():
@@ -162,18 +162,18 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("text", ACCEPTED)
-def test_every_shorthand_is_accepted(text: str, tmp_path: Path) -> None:
+def test_schema_accepts_every_shorthand(text: str, tmp_path: Path) -> None:
     schema = json_schema()
     assert matches(schema, read(text, tmp_path), schema)
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_an_editor_should_mark(text: str, tmp_path: Path) -> None:
+def test_schema_rejects_invalid_value(text: str, tmp_path: Path) -> None:
     schema = json_schema()
     assert not matches(schema, read(text, tmp_path), schema)
 
 
-def test_nothing_that_loads_is_marked(tmp_path: Path) -> None:
+def test_loader_rejects_what_the_schema_rejects(tmp_path: Path) -> None:
     """What the schema refuses, the loader refuses too."""
     from fleetd.config.load import load
 

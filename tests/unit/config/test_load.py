@@ -33,7 +33,7 @@ def contract() -> LoadedConfig:
     return load(CONTRACT, {})
 
 
-def test_the_contracts_example_is_read_whole(contract: LoadedConfig) -> None:
+def test_load_reads_the_whole_example(contract: LoadedConfig) -> None:
     config = contract.config
     assert (config.version, config.name, config.watch) == (1, "mac-studio", True)
     assert config.gateway.listen == Address("127.0.0.1", 8484)
@@ -52,7 +52,7 @@ def test_the_contracts_example_is_read_whole(contract: LoadedConfig) -> None:
     assert list(config.processes()) == ["ai-bot", "ollama", "studio", "coder", "tiny", "mlx"]
 
 
-def test_a_service_of_the_contract(contract: LoadedConfig) -> None:
+def test_load_reads_a_service(contract: LoadedConfig) -> None:
     bot = contract.config.services["ai-bot"]
     assert bot.command == ("node", "./dist/index.js")
     assert bot.env == {"NODE_ENV": "production"}
@@ -73,7 +73,7 @@ def test_a_service_of_the_contract(contract: LoadedConfig) -> None:
     assert (bot.max_age, bot.user, bot.umask) == (86400, None, 0o022)
 
 
-def test_an_instance_and_its_models_of_the_contract(contract: LoadedConfig) -> None:
+def test_load_reads_an_instance_and_its_models(contract: LoadedConfig) -> None:
     ollama = contract.config.instances["ollama"]
     assert ollama.options["kv_cache_type"] == "q8_0"
     assert ollama.env == {"OLLAMA_DEBUG": "1"}
@@ -93,7 +93,7 @@ def test_an_instance_and_its_models_of_the_contract(contract: LoadedConfig) -> N
     assert [(one.to, one.weight) for one in chat.route] == [("coder", 90), ("ulysses", 10)]
 
 
-def test_an_empty_fleet_has_the_documented_defaults(tmp_path: Path) -> None:
+def test_load_empty_fleet_has_documented_defaults(tmp_path: Path) -> None:
     config = loaded(tmp_path, "version: 1\n").config
     assert config.gateway.listen == Address("127.0.0.1", 8484)
     assert config.paths.run == "~/.fleetd/run"
@@ -109,18 +109,18 @@ def test_an_empty_fleet_has_the_documented_defaults(tmp_path: Path) -> None:
         ("[mlx_lm.server, --port, '{port}']", ("mlx_lm.server", "--port", "{port}")),
     ],
 )
-def test_commands(command: str, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_load_command_is_split_into_words(command: str, words: tuple[str, ...], tmp_path: Path) -> None:
     assert loaded(tmp_path, f"services: {{a: {{command: {command}}}}}\n").config.services["a"].command == words
 
 
-def test_environment_and_arguments_keep_the_text_that_was_written(tmp_path: Path) -> None:
+def test_load_env_and_args_keep_their_text(tmp_path: Path) -> None:
     text = "services:\n  a:\n    command: x\n    args: [1e3, 0x10]\n    env: {A: 012, B: true, C: 1.50, D: no, E: ''}\n"
     service = loaded(tmp_path, text).config.services["a"]
     assert service.env == {"A": "012", "B": "true", "C": "1.50", "D": "no", "E": ""}
     assert service.args == ("1e3", "0x10")
 
 
-def test_options_keep_their_types(tmp_path: Path) -> None:
+def test_load_options_keep_their_types(tmp_path: Path) -> None:
     text = "instances: {o: {engine: ollama, options: {args: [1, true], env: {x: 1.5}, n: 012, z: null}}}\n"
     assert loaded(tmp_path, text).config.instances["o"].options == {
         "args": [1, True],
@@ -130,13 +130,13 @@ def test_options_keep_their_types(tmp_path: Path) -> None:
     }
 
 
-def test_an_empty_value_means_the_default(tmp_path: Path) -> None:
+def test_load_empty_value_means_the_default(tmp_path: Path) -> None:
     text = "services:\n  a:\n    command: x\n    stop:\n    port:\n    restart: {backoff: }\ninstances:\nmodels: ~\n"
     service = loaded(tmp_path, text).config.services["a"]
     assert (service.stop.timeout, service.port, service.restart.backoff.max) == (10, None, 60)
 
 
-def test_variables_reach_numbers_sizes_and_flags(tmp_path: Path) -> None:
+def test_load_variables_become_numbers_sizes_and_flags(tmp_path: Path) -> None:
     text = (
         "services:\n  a:\n    command: ['${BIN:-node}', '$$HOME']\n    port: ${PORT}\n    enabled: ${ON}\n"
         "    max_age: ${AGE}\n    limits: {memory: '${MEM}'}\n    env: {A: 'x-${PORT}-y', B: '${EMPTY:-d}', C: '${EMPTY-d}'}\n"
@@ -157,46 +157,46 @@ def test_variables_reach_numbers_sizes_and_flags(tmp_path: Path) -> None:
         ("${N:-}}", "}"), ("${N-x}", "x"), ("${E?m}", ""),
     ],
 )  # fmt: skip
-def test_interpolation(text: str, result: str) -> None:
+def test_interpolate_replaces_variables(text: str, result: str) -> None:
     assert interpolate(text, {"A": "1", "E": "", "V": "${A}"}) == result
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("${N}", "the variable N is not set: set it, or write ${N:-default}"),
-        ("${port}", "the variable port is not set: for the process's own, write {port}"),
-        ("${N:?give it}", "the variable N is not set: give it"),
-        ("${E:?give it}", "the variable E is not set: give it"),
-        ("${N:?}", "the variable N is not set: it is required"),
-        ("${N:?${A} first}", "the variable N is not set: 1 first"),
-        ("${", "'${' must be followed by the name of a variable: write $${ for a plain '${'"),
-        ("${1}", "'${' must be followed by the name of a variable: write $${ for a plain '${'"),
-        ("${A", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${A:-x", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${N:-x", "'${' is not closed by '}': write $${ for a plain '${'"),
-        ("${A!}", "${A… must go on with '}', ':-default' or ':?message'"),
+        ("${N}", "the variable 'N' is not set (set it, or write ${N:-default})"),
+        ("${port}", "the variable 'port' is not set (for the process's own, write {port})"),
+        ("${N:?give it}", "the variable 'N' is not set: give it"),
+        ("${E:?give it}", "the variable 'E' is not set: give it"),
+        ("${N:?}", "the variable 'N' is not set: it is required"),
+        ("${N:?${A} first}", "the variable 'N' is not set: 1 first"),
+        ("${", "'${' must be followed by the name of a variable (write $${ for a plain '${')"),
+        ("${1}", "'${' must be followed by the name of a variable (write $${ for a plain '${')"),
+        ("${A", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${A:-x", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${N:-x", "'${' is not closed by '}' (write $${ for a plain '${')"),
+        ("${A!}", "'${A' must be followed by '}', ':-default' or ':?message'"),
         ("${N:-" * 20 + "}" * 20, "variables are nested more than 8 levels deep"),
     ],
 )
-def test_interpolation_that_is_refused(text: str, message: str) -> None:
+def test_interpolate_invalid_text_raises(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         interpolate(text, {"A": "1", "E": ""})
     assert str(caught.value) == message
 
 
 @given(st.text(max_size=50))
-def test_doubled_dollars_give_back_any_text(text: str) -> None:
+def test_interpolate_doubled_dollars_give_any_text(text: str) -> None:
     assert interpolate(text.replace("$", "$$"), {}) == text
 
 
 @given(st.text(max_size=30), st.text(alphabet=st.characters(exclude_characters="$"), max_size=20))
-def test_a_value_is_put_in_as_it_is(value: str, around: str) -> None:
+def test_interpolate_value_is_not_interpolated_again(value: str, around: str) -> None:
     assert interpolate(f"{around}${{A}}{around}", {"A": value}) == around + value + around
 
 
 @given(st.text(alphabet=st.sampled_from(list("${}:-?ABN x")), max_size=30))
-def test_any_text_is_interpolated_or_refused_without_a_value(text: str) -> None:
+def test_interpolate_error_never_contains_a_value(text: str) -> None:
     message = ""
     try:
         assert isinstance(interpolate(text, {"A": "secret-value"}), str)
@@ -206,7 +206,7 @@ def test_any_text_is_interpolated_or_refused_without_a_value(text: str) -> None:
     assert "secret-value" not in message or ":?" in text or "?" in text
 
 
-def test_includes_are_relative_to_their_file_and_read_once(tmp_path: Path) -> None:
+def test_include_is_relative_to_its_file_and_read_once(tmp_path: Path) -> None:
     (tmp_path / "models.d" / "more").mkdir(parents=True)
     (tmp_path / "models.d" / "a.yaml").write_text("version: 1\ninclude: more/*.yaml\nmodels: {a: {engine: vllm}}\n")
     (tmp_path / "models.d" / "b.yaml").write_text("models: {b: {engine: vllm, cwd: here}}\ngateway: {max_body: 1MiB}\n")
@@ -232,7 +232,7 @@ def refused(folder: Path, text: str) -> list[str]:
     ]
 
 
-def test_a_key_in_two_files_names_both_places(tmp_path: Path) -> None:
+def test_include_duplicate_key_names_both_places(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("models:\n  m: {engine: vllm}\nname: x\ngateway: {queue: {max: 1}}\n")
     text = "include: a.yaml\nname: y\nmodels: {m: {engine: vllm}}\ngateway: {queue: {max: 2}}\n"
     first = tmp_path / "fleet.yaml"
@@ -243,7 +243,7 @@ def test_a_key_in_two_files_names_both_places(tmp_path: Path) -> None:
     ]
 
 
-def test_includes_that_go_round_are_refused(tmp_path: Path) -> None:
+def test_include_cycle_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("include: b.yaml\n")
     (tmp_path / "b.yaml").write_text("include: fleet.yaml\n")
     assert refused(tmp_path, "include: a.yaml\n") == [
@@ -251,7 +251,7 @@ def test_includes_that_go_round_are_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_defaults_lie_under_every_entry(tmp_path: Path) -> None:
+def test_defaults_are_merged_under_every_entry(tmp_path: Path) -> None:
     text = """
 defaults:
   process:
@@ -284,25 +284,25 @@ models:
     assert isinstance(own, EngineModel)
     assert (held.ttl, held.memory) == (180, {"gpu0": 2**30})
     assert (own.ttl, own.queue.max, own.queue.timeout, own.restart.policy) == (180, 1, 9, "on-failure")
-    inherited = result.marks.problem(("services", "a", "logs", "keep"), "x")
+    inherited = result.source_map.problem(("services", "a", "logs", "keep"), "x")
     assert (inherited.line, inherited.column) == (6, 18)
 
 
-def test_marks_fall_back_to_the_nearest_parent(tmp_path: Path) -> None:
+def test_source_map_unknown_path_gives_nearest_parent(tmp_path: Path) -> None:
     result = loaded(tmp_path, "models:\n  m:\n    engine: vllm\n    options: {model: x}\n")
-    place = result.marks.problem(("models", "m", "options", "model"), "wrong")
+    place = result.source_map.problem(("models", "m", "options", "model"), "wrong")
     assert (place.line, place.column, place.path, place.excerpt) == (
         4,
         22,
         "models.m.options.model",
         "    options: {model: x}",
     )
-    absent = result.marks.problem(("models", "m", "options", "tensor", 0), "wrong")
-    assert (absent.line, absent.column, absent.path) == (4, 5, "models.m.options.tensor[0]")
-    assert result.marks.problem((), "wrong").line == 1
+    missing = result.source_map.problem(("models", "m", "options", "tensor", 0), "wrong")
+    assert (missing.line, missing.column, missing.path) == (4, 5, "models.m.options.tensor[0]")
+    assert result.source_map.problem((), "wrong").line == 1
 
 
-def test_the_hash_follows_the_meaning_not_the_layout(tmp_path: Path) -> None:
+def test_config_hash_depends_on_meaning_not_layout(tmp_path: Path) -> None:
     one = loaded(tmp_path, "models: {m: {engine: vllm, ttl: 5m}}\nname: x\n").config_hash
     same = loaded(tmp_path, "# a comment\nname: 'x'\nmodels:\n  m:\n    ttl: 5m\n    engine: vllm\n").config_hash
     other = loaded(tmp_path, "models: {m: {engine: vllm, ttl: 6m}}\nname: x\n").config_hash
@@ -310,13 +310,13 @@ def test_the_hash_follows_the_meaning_not_the_layout(tmp_path: Path) -> None:
     assert one != other
 
 
-def test_names_of_replicas() -> None:
+def test_process_names_of_replicas() -> None:
     assert process_names("a", 1) == ("a",)
     assert process_names("a", 3) == ("a-1", "a-2", "a-3")
     assert path_text(("models", "chat", "route", 0, "to")) == "models.chat.route[0].to"
 
 
-def test_five_thousand_models_are_checked_in_time(tmp_path: Path) -> None:
+def test_load_five_thousand_models_is_quick(tmp_path: Path) -> None:
     text = "instances: {o: {engine: ollama}}\ndefaults: {model: {ttl: 5m}, process: {logs: {keep: 3}}}\nmodels:\n" + "".join(
         f"  m{i}:\n    instance: o\n    served_as: x{i}\n    from: /models/{i}.gguf\n    memory: 8GiB\n    aliases: [a{i}, b{i}]\n"
         f"    queue: {{max: 10, timeout: 1m}}\n    fallback: [m0]\n" if i else "  m0: {engine: vllm}\n" for i in range(5000)

@@ -10,7 +10,6 @@ import pytest
 
 from fleetd.config.load import load
 from fleetd.errors import ConfigError, Problem
-from tests.support.cpu import slowdown
 
 TABLE = Path(__file__).with_name("bad_configs.txt")
 ENV = {"SECRET": "hunter2", "TOKEN": "sk 1234567890!"}
@@ -37,26 +36,26 @@ def lines(found: tuple[Problem, ...]) -> list[str]:
     return [f"{one.line}:{one.column}: " + (f"{one.path}: " if one.path else "") + one.message for one in found]
 
 
-def test_the_table_is_read() -> None:
+def test_table_of_cases_is_complete() -> None:
     assert len(cases()) > 150
     assert all(messages for _, messages in cases())
 
 
 @pytest.mark.parametrize(("text", "messages"), cases())
-def test_a_mistake_is_told_at_its_place(text: str, messages: list[str], tmp_path: Path) -> None:
+def test_load_mistake_is_reported_at_its_place(text: str, messages: list[str], tmp_path: Path) -> None:
     assert lines(problems(tmp_path, text)) == messages
 
 
-def test_a_problem_prints_its_line_and_a_caret(tmp_path: Path) -> None:
+def test_problem_prints_its_line_and_a_caret(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "models:\n  coder:\n    engine: vllm\n    memory: 10G  # too little\n")
     assert str(problem) == (
-        f"{tmp_path / 'fleet.yaml'}:4:13: models.coder.memory: '10G' is ambiguous: try 10GiB or 10GB\n"
+        f"{tmp_path / 'fleet.yaml'}:4:13: models.coder.memory: invalid size '10G': ambiguous unit (try 10GiB or 10GB)\n"
         "        memory: 10G  # too little\n"
         "                ^"
     )
 
 
-def test_the_file_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problem_shows_the_path_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("fleet.yaml").write_text("version: 2\ninclude: parts/*.yaml\n")
     Path("parts").mkdir()
@@ -66,7 +65,7 @@ def test_the_file_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.M
     assert [one.file for one in caught.value.problems] == ["fleet.yaml", "parts/a.yaml"]
 
 
-def test_all_mistakes_of_all_files_come_in_the_order_of_the_files(tmp_path: Path) -> None:
+def test_load_mistakes_follow_the_order_of_files(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("models:\n  x: {engine: vllm, memory: 1G}\n  y: {engine: vllm, ttl: 5}\n")
     (tmp_path / "c.yaml").write_text("a: [\n")
     text = "include: [b.yaml, c.yaml]\nservices:\n  s: {command: x, port: 0}\nname: 7\n"
@@ -80,9 +79,11 @@ def test_all_mistakes_of_all_files_come_in_the_order_of_the_files(tmp_path: Path
     ]
 
 
-def test_a_mistake_in_an_anchor_is_told_once(tmp_path: Path) -> None:
+def test_load_mistake_in_an_anchor_is_reported_once(tmp_path: Path) -> None:
     text = "services:\n  a: &a {command: x, stop: {timeout: 5}}\n  b: *a\n  c: {<<: *a, port: 3000}\n"
-    assert lines(problems(tmp_path, text)) == ["2:38: services.a.stop.timeout: a duration needs a unit: try 5s or 5ms"]
+    assert lines(problems(tmp_path, text)) == [
+        "2:38: services.a.stop.timeout: invalid duration 5: no unit (try 5s or 5ms)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,19 +101,19 @@ def test_a_mistake_in_an_anchor_is_told_once(tmp_path: Path) -> None:
         "include: '${TOKEN}'\n",
     ],
 )
-def test_the_value_of_a_variable_is_never_printed(text: str, tmp_path: Path) -> None:
+def test_problem_never_contains_the_value_of_a_variable(text: str, tmp_path: Path) -> None:
     assert not any(ENV["TOKEN"] in str(one) for one in problems(tmp_path, text))
 
 
-def test_five_thousand_models_with_a_mistake_each_are_told_in_time(tmp_path: Path) -> None:
+def test_load_five_thousand_mistakes_is_quick(tmp_path: Path) -> None:
     text = "models:\n" + "".join(f"  m{i}: {{instance: olama, memory: 10G, fallback: m}}\n" for i in range(5000))
     start = time.process_time()
     found = problems(tmp_path, text)
     assert len(found) == 15_000
-    assert time.process_time() - start < 4 * slowdown()
+    assert time.process_time() - start < 4
 
 
-def test_a_mutated_configuration_is_loaded_or_refused(tmp_path: Path) -> None:
+def test_load_mutated_file_is_loaded_or_rejected(tmp_path: Path) -> None:
     seed = TABLE.read_text("utf-8").replace("=>", "")
     random_source = random.Random(7)
     blocks = [text for text, _ in cases()]
@@ -128,7 +129,7 @@ def test_a_mutated_configuration_is_loaded_or_refused(tmp_path: Path) -> None:
             assert error.problems  # noqa: PT017 - either outcome is right, an empty refusal is not
 
 
-def test_what_a_terminal_would_obey_is_not_printed(tmp_path: Path) -> None:
+def test_problem_contains_no_control_characters(tmp_path: Path) -> None:
     text = 'services: {"\\e[31mred\\n": {command: x, depends_on: ["\\e[2J"]}}\nmodels: {m: {engine: vllm, aliases: ["\\e[2J"]}}\n'
     for problem in problems(tmp_path, text + f"? {'k' * 200_000}\n: 1\n"):
         head = str(problem).splitlines()[0]

@@ -261,7 +261,7 @@ def test_final_load_failure_is_retried_only_on_request() -> None:
     rig.wait(10_000)
     refused = rig.ask("m")
     assert rig.rejects()[refused] == "model_failed"
-    rig.wish("m")
+    rig.request_load("m")
     assert rig.take(c.Load)[-1].model == "m"
 
 
@@ -424,9 +424,9 @@ def test_operator_unload_drains_and_grants_nothing_new() -> None:
 
 def test_operator_unload_cancels_an_operator_load() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
-    wish = rig.wish("m")
+    load_id = rig.request_load("m")
     rig.send(e.UnloadRequested("m"))
-    assert rig.rejects() == {wish: "model_blocked"}
+    assert rig.rejects() == {load_id: "model_blocked"}
     rig.spawned("s")
     assert not rig.take(c.Load)
 
@@ -434,7 +434,7 @@ def test_operator_unload_cancels_an_operator_load() -> None:
 def test_unload_during_a_load_waits_for_its_answer() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
-    rig.wish("m")
+    rig.request_load("m")
     rig.send(e.UnloadRequested("m"))
     assert not rig.take(c.Unload)
     rig.loaded("m", "s")
@@ -444,7 +444,7 @@ def test_unload_during_a_load_waits_for_its_answer() -> None:
 def test_failing_unload_is_retried_then_restarts_the_server() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")]))
     rig.spawned("s")
-    rig.wish("m")
+    rig.request_load("m")
     rig.loaded("m", "s")
     rig.send(e.UnloadRequested("m"))
     for attempt in range(3):
@@ -458,14 +458,14 @@ def test_failing_unload_is_retried_then_restarts_the_server() -> None:
 
 def test_operator_load_ends_silently_or_with_a_rejection() -> None:
     rig = Rig(owners("ab"))
-    wish = rig.wish("a")
+    load_id = rig.request_load("a")
     rig.spawned("a")
     assert (rig.residency("a"), rig.rejects(), rig.granted()) == (Residency.LOADED, {}, [])
-    assert wish not in rig.fleet.state.queue
-    unknown = rig.wish("zzz")
+    assert load_id not in rig.fleet.state.queue
+    unknown = rig.request_load("zzz")
     assert rig.rejects() == {unknown: "model_not_found"}
     rig.send(e.StopRequested("b"))
-    stopped = rig.wish("b")
+    stopped = rig.request_load("b")
     assert rig.rejects()[stopped] == "model_blocked"
     assert "stopped by an operator" in rig.take(c.Reject)[-1].reason
 
@@ -565,7 +565,7 @@ def test_always_running_model_fails_until_started_by_hand() -> None:
 def test_footprint_is_learned_from_the_highest_measurement() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s")], budget=9))
     rig.spawned("s")
-    rig.wish("m")
+    rig.request_load("m")
     rig.loaded("m", "s", 3 * G)
     assert rig.take(c.LearnFootprint)[-1].bytes == {"gpu0": 3 * G}
     assert rig.fleet.ledger.reserved_bytes("gpu0") == 3 * G
@@ -625,7 +625,7 @@ def test_measurement_with_old_options_is_not_learned() -> None:
     )
     rig = Rig(before)
     rig.spawned("s")
-    rig.wish("m")
+    rig.request_load("m")
     rig.loaded("m", "s", 3 * G)
     rig.send(e.SpecChanged(after))
     rig.clear()
@@ -654,7 +654,7 @@ def test_measurement_over_budget_unloads_the_idle_model() -> None:
 def test_observed_residents_count_unless_too_old() -> None:
     rig = Rig(fleet_spec([server("s")], [model("m", "s"), model("n", "s")], budget=9))
     rig.spawned("s")
-    rig.wish("m")
+    rig.request_load("m")
     rig.loaded("m", "s")
     rig.send(e.ResidentsObserved("s", 1))  # looked before the load had ended
     assert rig.residency("m") is Residency.LOADED
@@ -840,7 +840,7 @@ def test_unhealthy_process_gets_no_requests() -> None:
 
     rig.spawned("s")
     rig.probe("s", ProbeKind.READINESS)
-    rig.wish("m")
+    rig.request_load("m")
     rig.loaded("m", "s")
     rig.probe("s", ProbeKind.READINESS, ok=False)
     waiting = rig.ask("m")

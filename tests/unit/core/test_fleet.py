@@ -217,7 +217,7 @@ EVENTS: tuple[tuple[str, Callable[[Rig], e.Event]], ...] = (
     ("stop", lambda rig: e.StopRequested("m0003")),
     ("pin", lambda rig: e.PinRequested("m0004")),
     ("unload", lambda rig: e.UnloadRequested("m0005")),
-    ("requirements", lambda rig: e.RequirementsChanged("m0006", ("/x",))),
+    ("prerequisites", lambda rig: e.ProcessPrerequisitesChanged("m0006", ("/x",))),
 )
 
 

@@ -18,11 +18,11 @@ def serving(**changes: object) -> Rig:
 
 def test_request_for_a_missing_file_names_the_volume() -> None:
     rig = serving()
-    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    rig.send(e.ModelPrerequisitesChanged("m", ABSENT))
     refused = rig.ask("m")
     assert rig.rejects()[refused] == "model_blocked"
     assert "the volume /Volumes/B is not mounted" in rig.take(c.Reject)[-1].reason
-    rig.send(e.ModelRequirementsChanged("m"))
+    rig.send(e.ModelPrerequisitesChanged("m"))
     rig.ask("m")
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
@@ -31,18 +31,18 @@ def test_missing_file_delays_a_preload_until_it_is_back() -> None:
     rig = Rig(fleet_spec([server("o")], [model("m", "o", preload=True)]), missing_models={"m": ABSENT})
     rig.spawned("o")
     assert not rig.take(c.Load)
-    rig.send(e.ModelRequirementsChanged("m"))
+    rig.send(e.ModelPrerequisitesChanged("m"))
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 
 def test_failed_load_is_retried_when_the_file_is_back() -> None:
     rig = serving()
     rig.ask("m")
-    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    rig.send(e.ModelPrerequisitesChanged("m", ABSENT))
     rig.send(e.LoadFailed("m", "o", 1, "no such file"))
     assert list(rig.rejects().values()) == ["model_blocked"]
     rig.wait(1.0)
-    rig.send(e.ModelRequirementsChanged("m"))
+    rig.send(e.ModelPrerequisitesChanged("m"))
     assert rig.fleet.models["m"].state is Residency.ABSENT
     rig.clear()
     rig.ask("m")
@@ -53,12 +53,12 @@ def test_lost_volume_unloads_and_its_return_preloads() -> None:
     rig = serving(preload=True)
     rig.send(e.Loaded("m", "o", 1))
     rig.clear()
-    rig.send(e.ModelRequirementsChanged("m", ABSENT))
+    rig.send(e.ModelPrerequisitesChanged("m", ABSENT))
     assert [unload.model for unload in rig.take(c.Unload)] == ["m"]
     rig.send(e.Unloaded("m", "o", 1))
     rig.wait(1.0)
     assert not rig.take(c.Load)
-    rig.send(e.ModelRequirementsChanged("m"))
+    rig.send(e.ModelPrerequisitesChanged("m"))
     assert [load.model for load in rig.take(c.Load)] == ["m"]
 
 

@@ -223,7 +223,7 @@ def in_state(name: str) -> Rig:
     elif name == "BLOCKED":
         rig.send(e.StopRequested("a"))
         rig.empty("a")
-        rig.send(e.RequirementsChanged("a", ("/mnt",)))
+        rig.send(e.ProcessPrerequisitesChanged("a", ("/mnt",)))
         rig.send(e.StartRequested("a"))
     assert rig.state("a").value == name.split()[0]
     return rig
@@ -247,7 +247,7 @@ def test_restart_in_every_state_ends_in_a_fresh_run(state: str) -> None:
     rig.send(e.RestartRequested("a"))
     if state == "BLOCKED":
         assert rig.state("a") is S.BLOCKED
-        rig.send(e.RequirementsChanged("a"))
+        rig.send(e.ProcessPrerequisitesChanged("a"))
     settle(rig)
     assert rig.state("a") is S.READY
     assert rig.of("a").generation == before + 1
@@ -546,26 +546,26 @@ def test_start_deadline_counts_from_the_last_progress() -> None:
     assert rig.of("a").reason == "not ready within 10 s (compiling; connection refused)"
 
 
-# -- requirements ---------------------------------------------------------------------------------------------------------------
+# -- prerequisites --------------------------------------------------------------------------------------------------------------
 
 
 def test_missing_volume_blocks_until_it_is_back() -> None:
     rig = Rig(fleet_spec([process("a")]), missing={"a": ("/Volumes/B",)})
     assert not rig.take(c.Spawn)
     assert (rig.state("a"), rig.of("a").reason) == (S.BLOCKED, "missing: /Volumes/B")
-    rig.send(e.RequirementsChanged("a"))
+    rig.send(e.ProcessPrerequisitesChanged("a"))
     assert rig.state("a") is S.STARTING
 
 
 def test_missing_volume_blocks_only_after_a_death() -> None:
     rig = Rig(fleet_spec([process("a")]))
     rig.spawned("a")
-    rig.send(e.RequirementsChanged("a", ("/Volumes/B",)))
+    rig.send(e.ProcessPrerequisitesChanged("a", ("/Volumes/B",)))
     assert rig.state("a") is S.READY
     rig.dies("a")
     rig.wait(2.0)
     assert rig.state("a") is S.BLOCKED
-    rig.send(e.RequirementsChanged("a"))
+    rig.send(e.ProcessPrerequisitesChanged("a"))
     assert (rig.state("a"), rig.of("a").restarts) == (S.STARTING, 1)
 
 
@@ -574,9 +574,9 @@ def test_on_demand_model_without_its_volume_is_blocked() -> None:
     refused = rig.ask("a")
     assert rig.rejects()[refused] == "model_blocked"
     assert "missing: /Volumes/B" in rig.take(c.Reject)[-1].reason
-    rig.send(e.RequirementsChanged("a", ("/Volumes/B", "/x")))
+    rig.send(e.ProcessPrerequisitesChanged("a", ("/Volumes/B", "/x")))
     assert rig.state("a") is S.BLOCKED
-    rig.send(e.RequirementsChanged("a"))
+    rig.send(e.ProcessPrerequisitesChanged("a"))
     assert rig.state("a") is S.STOPPED
     waiting = rig.ask("a")
     rig.spawned("a")
@@ -882,7 +882,7 @@ def test_will_start_unless_a_dependency_needs_help() -> None:
         return will_start(rig.fleet.state, rig.fleet.supervisor.wanted, rig.of(name))
 
     assert looked("199-0")
-    rig.send(e.RequirementsChanged("0-3", ("/vol (missing)",)))
+    rig.send(e.ProcessPrerequisitesChanged("0-3", ("/vol (missing)",)))
     assert not looked("199-0")
     assert looked("0-0")
 

@@ -128,7 +128,7 @@ def test_slow_mode_lasts_until_a_stable_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "text"),
     [
         (ExitReport(3), "exited with code 3"),
         (ExitReport(3, reason="bind failed"), "exited with code 3: bind failed"),
@@ -142,8 +142,8 @@ def test_slow_mode_lasts_until_a_stable_run() -> None:
         (ExitReport(None), "died with an unknown exit code"),
     ],
 )
-def test_describe_exit_names_cause_and_reason(report: ExitReport, said: str) -> None:
-    assert describe_exit(report) == said
+def test_describe_exit_names_cause_and_reason(report: ExitReport, text: str) -> None:
+    assert describe_exit(report) == text
 
 
 # -- the same in the fleet --------------------------------------------------------------------------------------------------

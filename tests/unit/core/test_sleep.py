@@ -130,15 +130,15 @@ def test_request_for_a_model_falling_asleep_waits_for_wake() -> None:
     rig = Rig(spec())
     rig.warm("a")
     request = rig.ask("b")
-    wish = rig.wish("a")
-    assert wish in rig.fleet.state.queue, "it is no longer there for anybody"
+    load_id = rig.request_load("a")
+    assert load_id in rig.fleet.state.queue, "it is no longer there for anybody"
     rig.answers("a", ASLEEP)
     rig.spawned("b")
     rig.finish(request)
     rig.answers("b", ASLEEP)
     rig.answers("a", AWAKE)
-    assert wish not in rig.fleet.state.queue
-    assert wish not in rig.rejects()
+    assert load_id not in rig.fleet.state.queue
+    assert load_id not in rig.rejects()
 
 
 def test_pin_cancels_a_sleep_not_yet_ordered() -> None:

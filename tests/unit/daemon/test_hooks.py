@@ -15,7 +15,7 @@ from fleetd.errors import HostError
 
 
 def plan(name: str) -> Any:
-    return SimpleNamespace(name=name, execution=SimpleNamespace(pre_start=("slow",), post_stop=(), cwd=None))
+    return SimpleNamespace(name=name, pre_start=("slow",), post_stop=(), execution=SimpleNamespace(cwd=None))
 
 
 class EndlessCommands:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from fleetd.core.data.events import Event, RequirementsChanged
+from fleetd.core.data.events import Event, ProcessPrerequisitesChanged
 from fleetd.daemon.reload.active import ActiveConfiguration
 from fleetd.daemon.reload.deferred_env import DeferredEnvironment
 from fleetd.daemon.sources.prerequisites import Prerequisites
@@ -78,7 +78,7 @@ def test_apply_during_a_check_keeps_the_result_of_the_new_plans(tmp_path: Path) 
         found.accept(missing)
         (tmp_path / "missing").touch()
         async with asyncio.timeout(DEADLINE_S):
-            while RequirementsChanged("new", ()) not in events:
+            while ProcessPrerequisitesChanged("new", ()) not in events:
                 assert not checking.done(), checking.exception()
                 found.recheck()
                 await asyncio.sleep(0.01)
@@ -86,4 +86,4 @@ def test_apply_during_a_check_keeps_the_result_of_the_new_plans(tmp_path: Path) 
 
     asyncio.run(scene())
     assert config.plans is not before
-    assert events == [RequirementsChanged("new", ())]
+    assert events == [ProcessPrerequisitesChanged("new", ())]

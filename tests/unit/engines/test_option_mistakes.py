@@ -1,4 +1,4 @@
-"""Try wrong and valid values of every option of every engine, through the assembly that `fleetd check` runs.
+"""Try wrong and valid values of every option of every engine, through the checks that `fleetd check` runs.
 
 The values are derived from the types of the options: a new option needs no line here, and a new *type* without a row fails.
 Valid values are tried too, to show that the wrong ones fail for their value.
@@ -22,7 +22,7 @@ from fleetd.engines.lmstudio.options import LOAD_OPTIONS
 from fleetd.engines.ollama.options import LOAD_TIME_OPTIONS
 from fleetd.engines.vllm.options import LengthType
 from fleetd.errors import ConfigError, Problem
-from fleetd.resolver.check import assembled
+from fleetd.resolver.check import load_and_resolve
 
 NUL, LONG_NAME, NO_HOME = "a\0b", "x" * 300, "~nobody-of-this-name/m.gguf"
 SECRET = "sk-hidden 4711"  # the space makes it invalid
@@ -191,7 +191,7 @@ def write(folder: Path, content: Mapping[str, Any]) -> Path:
 def problems_of(file: Path) -> list[Problem]:
     folder = file.parent
     try:
-        assembled(file, {"HOME": str(folder), "PATH": "/nowhere"})
+        load_and_resolve(file, {"HOME": str(folder), "PATH": "/nowhere"})
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -349,29 +349,29 @@ def test_missing_file_warns_at_its_key_and_blocks(name: str, tmp_path: Path) -> 
     keys = {"command": [str(program)], "options": placed(dict(options), "files")}
     for section in sections(name):
         file = write(tmp_path, {section: {"e": {"engine": name, **keys}}})
-        assembly = assembled(file, {"HOME": str(tmp_path)})[1]
+        resolved = load_and_resolve(file, {"HOME": str(tmp_path)})[1]
         wanted = {str(tmp_path / "files" / file_name): f"{section}.e.options.{key}" for key, file_name in named.items()}
-        assert assembly.plans["e"].required_by == wanted
-        assert set(wanted) <= set(assembly.plans["e"].requires)
-        missing = {one.path: one for one in assembly.warnings if "is not there" in one.message}
-        assert {one.message.split(" is not")[0]: path for path, one in missing.items()} == wanted
+        assert resolved.plans["e"].required_by == wanted
+        assert set(wanted) <= set(resolved.plans["e"].requires)
+        missing = {one.path: one for one in resolved.warnings if "is missing: " in one.message}
+        assert {one.message.split(" is missing: ")[0]: path for path, one in missing.items()} == wanted
         assert all(one.line > 0 and "BLOCKED" in one.message and sensible(one) for one in missing.values())
-        words = [*assembly.plans["e"].launch.argv, *assembly.plans["e"].launch.env.values()]
+        words = [*resolved.plans["e"].launch.argv, *resolved.plans["e"].launch.env.values()]
         assert all(any(path in word for word in words) for path in wanted), words
     for file_name in named.values():
         (tmp_path / "files" / file_name).mkdir(parents=True)
     if name == "llamacpp":
         (tmp_path / "files" / "model.gguf").rmdir()
         (tmp_path / "files" / "model.gguf").write_bytes(b"")
-    assembly = assembled(file, {"HOME": str(tmp_path)})[1]
-    assert [one for one in assembly.warnings if "is not there" in one.message] == []
+    resolved = load_and_resolve(file, {"HOME": str(tmp_path)})[1]
+    assert [one for one in resolved.warnings if "is missing: " in one.message] == []
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}", "/{% if x %}\n{{ y }}", "chatml"])
 def test_template_given_as_text_is_not_a_file(template: str, tmp_path: Path) -> None:
     entries = {"e": {"engine": "vllm", "options": {"model": "org/model", "chat_template": template}}}
-    assembly = assembled(write(tmp_path, {"models": entries}), {"PATH": "/nowhere"})[1]
-    assert assembly.plans["e"].required_by == {}
+    resolved = load_and_resolve(write(tmp_path, {"models": entries}), {"PATH": "/nowhere"})[1]
+    assert resolved.plans["e"].required_by == {}
 
 
 # -- models of a server -------------------------------------------------------------------------------------------------

@@ -32,12 +32,12 @@ DAEMON = """
     from pathlib import Path
     from fleetd.host.host import Host
     from fleetd.resolver.environment import inherited
-    from fleetd.host.types import HostPaths, LogPolicy, SpawnRequest
+    from fleetd.host.types import HostPaths, LogPolicy, Program, SpawnRequest
 
     async def main(folder, *argv):
         host = Host(HostPaths(folder / "state", folder / "run", folder / "logs"))
         await host.start()
-        request = SpawnRequest("worker", 3, argv, inherited(os.environ), extra={"launch_hash": "abc"})
+        request = SpawnRequest("worker", 3, Program(argv, inherited(os.environ)), extra={"launch_hash": "abc"})
         handle = await host.spawn(request, lambda _: None)
         print(handle.pid, flush=True)
         await asyncio.sleep(600)
@@ -47,7 +47,7 @@ DAEMON = """
 
 
 def daemon_that_is_killed(folder: Path, argv: tuple[str, ...]) -> int:
-    """Run a daemon until it has spawned, kill it, and return the pid of what it has left: a child of init, not of ours."""
+    """Kill a daemon after its spawn; return the pid of the child that init adopts."""
     ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER off: an earlier test's host switched it on
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(DAEMON), str(folder), *argv],
@@ -222,7 +222,7 @@ EXEC_DAEMON = """
     from fleetd.host.process.handle import decode_records, encode_records
     from fleetd.host.host import Host
     from fleetd.resolver.environment import inherited
-    from fleetd.host.types import HostPaths, LogPolicy, SpawnRequest, StopPolicy
+    from fleetd.host.types import Execution, HostPaths, LogPolicy, Program, SpawnRequest, StopPolicy
 
     SOURCE = (
         "import os, sys, time\\nprint('before', flush=True)\\n"
@@ -236,9 +236,8 @@ EXEC_DAEMON = """
         ended = asyncio.get_running_loop().create_future()
         if carried is None:
             argv = (sys.executable, "-I", "-S", "-c", SOURCE, str(folder / "go"))
-            handle = await host.spawn(
-                SpawnRequest("piped", 1, argv, inherited(os.environ), logs=LogPolicy(capture="pipe")), lambda _: None
-            )
+            program = Program(argv, inherited(os.environ), Execution(logs=LogPolicy(capture="pipe")))
+            handle = await host.spawn(SpawnRequest("piped", 1, program), lambda _: None)
             while not any(line.text == "before" for line in await host.logs.tail("piped")):
                 await asyncio.sleep(0.01)
             data = encode_records(await host.prepare_exec())

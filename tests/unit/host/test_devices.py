@@ -28,7 +28,7 @@ class NvmlError(Exception):
 
 
 class FakeNvml:
-    """The functions of pynvml that are used, over a table of cards; `broken` names functions that fail."""
+    """The used functions of pynvml over a table of cards; `broken` names failing ones."""
 
     NVMLError = NvmlError
     NVML_TEMPERATURE_GPU = 0

@@ -68,11 +68,11 @@ def test_the_state_is_locked_too_and_a_refusal_leaves_no_lock(tmp_path: Path) ->
     DaemonLocks.acquire(tmp_path / "one", tmp_path / "one").release()  # one folder for both has one lock
 
 
-def test_a_removed_lock_file_does_not_give_two_daemons_one_folder(tmp_path: Path) -> None:
+def test_removed_lock_file_does_not_let_two_daemons_in(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = DaemonLock.acquire(run)
     (run / "fleetd.lock").unlink()
-    second = DaemonLock.acquire(run)  # nothing can be done about a file that was deleted by hand: but its own holds
+    second = DaemonLock.acquire(run)  # fleetd cannot prevent that a user deletes the file, but its own lock holds
     with pytest.raises(HostError, match="already running"):
         DaemonLock.acquire(run)
     first.release()
@@ -94,7 +94,7 @@ def test_the_run_folder_is_ours_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="not a directory"):
         prepare_private_folder(tmp_path / "file")
-    with pytest.raises(HostError, match="cannot be made"):
+    with pytest.raises(HostError, match="cannot be created"):
         prepare_private_folder(tmp_path / "file" / "run")
 
 
@@ -132,9 +132,9 @@ def test_what_systemd_hears(abstract: bool, tmp_path: Path) -> None:
         notifier.ready("all up\nREADY=0")
         assert systemd.recv(1000) == b"READY=1\nSTATUS=all up READY=0"
         notifier.reloading()
-        heard = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.recv(1000))
-        assert heard is not None
-        assert abs(int(heard[1]) / 1e6 - time.clock_gettime(time.CLOCK_MONOTONIC)) < 5
+        match = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.recv(1000))
+        assert match is not None
+        assert abs(int(match[1]) / 1e6 - time.clock_gettime(time.CLOCK_MONOTONIC)) < 5
         notifier.stopping()
         notifier.watchdog()
         notifier.extend(2.5)

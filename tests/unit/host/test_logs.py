@@ -21,7 +21,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetd.host.logs import pump as pump_module
-from fleetd.host.logs import registry as book_module
 from fleetd.host.logs import rotate as rotate_module
 from fleetd.host.logs.files import LogFiles, LogState
 from fleetd.host.logs.follow import LogFollower
@@ -29,6 +28,7 @@ from fleetd.host.logs.pump import as_json_lines
 from fleetd.host.logs.punch_hole import can_punch, punch
 from fleetd.host.logs.rotate import bound_total, compress_archives, recover, rotate
 from fleetd.host.logs.tail import Wanted, read_tail
+from fleetd.host.logs.time_index import TimeIndex
 from fleetd.host.types import LogPolicy
 from tests.support.host import DEADLINE_S, POLITE, Exits, host_in, log_says, python, spawn
 from tests.support.waiting import until_async as until
@@ -103,10 +103,10 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
+@pytest.mark.parametrize("line", LONG, ids=lambda line: f"{line[:2]!r} {len(line)}")
 @pytest.mark.parametrize("place", ["live", "archive", "compressed"])
-def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, said: str, place: str) -> None:
-    files = files_with(tmp_path / "logs", as_json_lines(["before", said, "after"], 1795442609.763))
+def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, line: str, place: str) -> None:
+    files = files_with(tmp_path / "logs", as_json_lines(["before", line, "after"], 1795442609.763))
     if place != "live":
         rotate(files, replace(SMALL, max_size_bytes=64 * MIB), force=True)
     if place == "compressed":
@@ -114,22 +114,22 @@ def test_a_long_line_of_the_pump_is_shown_as_text_with_its_time(tmp_path: Path, 
     before, long, after = read_tail(files, Wanted(10, since=1795442609.0))
     assert (before.text, after.text) == ("before", "after")
     assert {line.at for line in (before, long, after)} == {1795442609.763}
-    assert long.text[:1000] == said[:1000]
-    assert long.text[-1000:] == said[-1000:]
+    assert long.text[:1000] == line[:1000]
+    assert long.text[-1000:] == line[-1000:]
     assert re.search(r" … \d+ bytes … ", long.text)
     assert len(long.text.encode()) < 66_000
     assert '{"t":' not in long.text
     assert '"}' not in long.text
-    assert [line.text for line in read_tail(files, Wanted(10, grep=re.compile("^" + re.escape(said[:3]))))] == [
+    assert [line.text for line in read_tail(files, Wanted(10, grep=re.compile("^" + re.escape(line[:3]))))] == [
         long.text
     ]
 
 
-@pytest.mark.parametrize("said", LONG, ids=lambda said: f"{said[:2]!r} {len(said)}")
-def test_follow_long_pump_line_gives_text_and_time(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("line", LONG, ids=lambda line: f"{line[:2]!r} {len(line)}")
+def test_follow_long_pump_line_gives_text_and_time(tmp_path: Path, line: str) -> None:
     files = files_with(tmp_path / "logs", b"")
     follower, shown = LogFollower(files, lambda: 0), []
-    data = as_json_lines(["before", said, "after"], 1795442609.763)
+    data = as_json_lines(["before", line, "after"], 1795442609.763)
     with files.live.open("ab", buffering=0) as log:
         for begin in range(0, len(data), 50_000):
             log.write(data[begin : begin + 50_000])
@@ -137,7 +137,7 @@ def test_follow_long_pump_line_gives_text_and_time(tmp_path: Path, said: str) ->
     follower.close()
     assert [shown[0].text, shown[-1].text, len(shown)] == ["before", "after", 3]
     assert {line.at for line in shown} == {1795442609.763}
-    assert shown[1].text[:1000] == said[:1000]
+    assert shown[1].text[:1000] == line[:1000]
     assert "bytes" in shown[1].text
     assert '{"t":' not in shown[1].text
 
@@ -293,7 +293,7 @@ def test_lines_lost_to_full_disk_are_reported_by_next_run(tmp_path: Path, monkey
             await again.exited.wait()
             await host.sweep(again)
             lines = [line.text for line in await host.logs.tail("child", 10)]
-            assert lines[:2] == ["--- 6 lines lost: the disk refused them ---", "here"], (
+            assert lines[:2] == ["--- 6 lines lost: the disk rejected them ---", "here"], (
                 "five lines, and the mark of the end"
             )
 
@@ -423,7 +423,7 @@ def test_tail_of_garbage_never_breaks(seed: int, tmp_path: Path) -> None:
     assert all(isinstance(line.text, str) for line in read_tail(files, Wanted(1000)))
 
 
-def test_empty_and_absent(tmp_path: Path) -> None:
+def test_tail_of_empty_or_missing_log_is_empty(tmp_path: Path) -> None:
     assert read_tail(LogFiles(tmp_path, "none"), Wanted()) == []
     assert read_tail(files_with(tmp_path, b""), Wanted()) == []
     assert [line.text for line in read_tail(files_with(tmp_path, b"\n\n"), Wanted())] == ["", ""]
@@ -618,14 +618,14 @@ def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
 
 
 def test_since_for_lines_without_times(tmp_path: Path) -> None:
-    index = book_module.TimeIndex()
+    index = TimeIndex()
     for at, size in ((10.0, 0), (11.0, 100), (12.0, 100), (13.0, 250)):
         index.sample(at, size)
     assert [index.offset_at(since) for since in (9.0, 10.5, 11.0, 12.5, 20.0)] == [None, 0, 100, 100, 250]
 
 
 def test_time_index_is_bounded_and_keeps_new_lines() -> None:
-    index = book_module.TimeIndex()
+    index = TimeIndex()
     for second in range(100_000):
         for part in (0.0, 0.1, 0.2):  # deaths in quick succession
             index.sample(second + part, second * 10 + int(part * 10))

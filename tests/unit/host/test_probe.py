@@ -17,8 +17,7 @@ import pytest
 from fleetd.core.data.specs import ProbeKind, ProbeSpec
 from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Prober, Target, ask_http, ask_tcp
-from fleetd.host.process.program import Program
-from fleetd.host.types import LogPolicy
+from fleetd.host.types import LogPolicy, Program
 from fleetd.resolver.environment import inherited
 from tests.support.host import DEADLINE_S, POLITE, host_in, log_says, paths_in, python, spawn
 from tests.support.ports import free_port
@@ -295,7 +294,7 @@ def test_a_wrong_expression_is_an_answer(tmp_path: Path) -> None:
             handle = await spawn(host, ("sleep", "600"))
             async with probing(host, Target("child", 1, handle=handle), ProbeSpec(log_line="(")) as answers:
                 await until(lambda: answers.seen)
-            assert "no regular expression" in answers.seen[0].detail
+            assert "not a regular expression" in answers.seen[0].detail
             await host.stop(handle, POLITE)
 
     asyncio.run(run())

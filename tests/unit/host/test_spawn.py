@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fleetd.errors import HostError
-from fleetd.host.logs.registry import exit_mark
-from fleetd.host.process import program as spawn_module
+from fleetd.host.logs.exit_mark import exit_mark
+from fleetd.host.process import spawn as spawn_module
 from fleetd.host.types import LogPolicy
 from fleetd.resolver.environment import inherited
 from tests.support.host import POLITE, Exits, host_in, log_says, python, spawn
@@ -116,7 +116,7 @@ REFUSED = {
     "no interpreter": (lambda t: {"argv": (make_file(t / "s", "#!/none/sh\n", 0o755),)}, "interpreter", False),
     "no program": (
         lambda t: {"argv": (make_file(t / "b", "\0\1\2garbage", 0o755),)},
-        "no program for this machine",
+        "cannot run on this machine",
         False,
     ),
     "cwd missing": (lambda t: {"argv": ("true",), "cwd": str(t / "none")}, "working directory", False),
@@ -311,9 +311,9 @@ def test_node_channel_ready_and_shutdown(tmp_path: Path) -> None:
         async with host_in(tmp_path) as host:
             exits = Exits()
             handle = await spawn(host, python(child), exits, ipc=True)
-            assert handle.channel is not None
-            async with asyncio.timeout(10):
-                await handle.channel.ready.wait()
+            channel = handle.channel
+            assert channel is not None
+            await until(lambda: "ready" in channel.received, "the child sent its message")
             from dataclasses import replace
 
             assert await host.stop(handle, replace(POLITE, message="shutdown")) == ()

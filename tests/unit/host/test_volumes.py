@@ -38,7 +38,7 @@ def test_where_the_volume_of_a_path_may_be_mounted(path: str, points: list[str])
 
 
 @pytest.mark.parametrize(
-    ("path", "mounted", "said"),
+    ("path", "mounted", "expected"),
     [
         ("/Volumes/NOPE/a.gguf", [], "the volume /Volumes/NOPE is not mounted"),
         ("/media/nope-user/usb/a.gguf", [], "the volume /media/nope-user/usb is not mounted"),
@@ -49,9 +49,9 @@ def test_where_the_volume_of_a_path_may_be_mounted(path: str, points: list[str])
         ("/srv/nope/a.gguf", [], "does not exist"),
     ],
 )
-def test_missing_path_is_reported_with_its_volume(path: str, mounted: list[str], said: str) -> None:
+def test_missing_path_is_reported_with_its_volume(path: str, mounted: list[str], expected: str) -> None:
     volumes = Volumes(listed=[], mounts=lambda: table(*mounted))
-    assert volumes.look(Path(path)).missing == f"{path} ({said})"
+    assert volumes.look(Path(path)).missing == f"{path} ({expected})"
 
 
 def test_an_automount_point_that_waits_is_not_the_volume() -> None:
@@ -155,7 +155,7 @@ needs_mounts = pytest.mark.skipif(not _can_mount(), reason="needs root, mkfs.ext
 
 
 class Drive:
-    """An image with an ext4 file system, plugged in and pulled by hand."""
+    """An image with an ext4 file system, that the test plugs in and pulls."""
 
     def __init__(self, image: Path, point: Path) -> None:
         self.image, self.point = image, point

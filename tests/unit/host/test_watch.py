@@ -81,7 +81,7 @@ def test_only_saved_files_are_reported_and_touch_counts(tmp_path: Path) -> None:
 
 
 def test_what_a_pattern_matches_comes_goes_and_is_swapped(tmp_path: Path) -> None:
-    """Folders are moved away and back, and put in the place of each other, as deployments do it."""
+    """Folders are moved away and back and swapped, as deployments do."""
     read = tmp_path / "inc" / "a.yaml"
     read.parent.mkdir()
     read.write_text("a")
@@ -163,15 +163,15 @@ def test_a_file_in_a_folder_that_comes_later(tmp_path: Path) -> None:
 
 
 async def until_watched(tree: Path, seen: list[list[Path]]) -> None:
-    """Return once changes in a tree are reported: the library does not report when it starts to watch."""
-    heard, written = len(seen), 0.0
+    """Return once changes in a tree are reported: the start is not reported."""
+    before, written = len(seen), 0.0
 
     def reported() -> bool:
         nonlocal written
         if time.monotonic() > written + 1:  # with a pause: constant changes are never reported
             (tree / "first.txt").write_text(str(written))
             written = time.monotonic()
-        return len(seen) > heard
+        return len(seen) > before
 
     await until(reported, "the tree is watched")
 
@@ -223,7 +223,7 @@ def test_what_is_ignored_and_never_rests_keeps_no_change_waiting(tmp_path: Path)
     async def chatter() -> None:
         while True:
             (tree / "logs" / "out.log").write_text(str(time.monotonic()))
-            (tmp_path / "beside.log").write_text(str(time.monotonic()))
+            (tmp_path / "other.log").write_text(str(time.monotonic()))
             await asyncio.sleep(0.01)
 
     async def run() -> None:
@@ -272,7 +272,7 @@ def test_folders_cost_no_thread_and_a_vanished_one_no_error(tmp_path: Path) -> N
 
     async def body() -> None:
         loop = asyncio.get_running_loop()
-        watch = inotify.FolderWatch(loop, [folder, tmp_path / "absent"], found.update)
+        watch = inotify.FolderWatch(loop, [folder, tmp_path / "missing"], found.update)
         before = threading.active_count()
         (folder / "new").write_text("x")
         (folder / "new").rename(folder / "other")

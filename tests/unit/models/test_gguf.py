@@ -20,7 +20,6 @@ from fleetd.errors import EngineError
 from fleetd.models.formats import gguf
 from fleetd.models.formats.gguf import GgufError
 from tests.support import gguf_bytes as raw
-from tests.support.cpu import slowdown
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -306,5 +305,5 @@ def test_read_sparse_huge_file_is_quick_and_small(tmp_path: Path) -> None:
     begun = time.process_time()
     with pytest.raises(GgufError, match="texts"):
         gguf.read(path)
-    assert time.process_time() - begun < 1 * slowdown()
+    assert time.process_time() - begun < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024

@@ -1,4 +1,4 @@
-"""From fleet.yaml to processes, models and devices: every rule of the assembly, on values."""
+"""From fleet.yaml to processes, models and devices: every rule, on values."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from fleetd.daemon.reload.messages import Reading, ReadInputs, pack, unpack
 from fleetd.daemon.reload.worker import read
 from fleetd.errors import ConfigError
 from fleetd.resolver import check
-from fleetd.resolver.build import assemble
+from fleetd.resolver.build import resolve_fleet
 from fleetd.resolver.change_plan import plan_of, restarting
-from fleetd.resolver.resolved import Assembly, MachineDevice, Surroundings
+from fleetd.resolver.resolved import MachineDevice, ResolvedFleet, Surroundings
 
 GIB = 2**30
 HOST = MachineDevice("host", "host", 10 * GIB)
 GPU = MachineDevice("gpu0", "gpu", 8 * GIB, "GPU-1")
 
 
-def assembled(folder: Path, fleet: str, *devices: MachineDevice, **around: object) -> Assembly:
+def resolved(folder: Path, fleet: str, *devices: MachineDevice, **around: object) -> ResolvedFleet:
     path = folder / "fleet.yaml"
     path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
     surroundings = Surroundings(devices or (HOST,), env={"PATH": "/bin", "HOME": "/root"}, **around)  # type: ignore[arg-type]
-    return assemble(load(path, {}), surroundings, hostname="box")
+    return resolve_fleet(load(path, {}), surroundings, hostname="box")
 
 
 def planned(
     folder: Path, *fleets: str, between: Callable[[], object] = lambda: None
-) -> tuple[Assembly, Assembly, Plan]:
-    """Return the last two assemblies and the plan between them, as it comes out of readings in another process."""
+) -> tuple[ResolvedFleet, ResolvedFleet, Plan]:
+    """Return the last two resolved fleets and the plan between them, as read in another process."""
     found = []
     path = folder / "fleet.yaml"
     kept, ports = None, {}
@@ -43,14 +43,14 @@ def planned(
         around = Surroundings((HOST,), env={"PATH": "/bin", "HOME": "/root"}, ports=ports)
         reading = read(load(path, {}), ReadInputs(around, frozenset(), "box", kept))
         found.append(unpack(pack(reading), Reading))
-        kept, ports = found[-1].kept, found[-1].assembly.ports
+        kept, ports = found[-1].kept, found[-1].resolved.ports
         between()
     *_, old, new = found
-    return old.assembly, new.assembly, plan_of(old.assembly, new.assembly, new.edits, None)
+    return old.resolved, new.resolved, plan_of(old.resolved, new.resolved, new.edits, None)
 
 
-def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
-    found = assembled(
+def test_replicas_have_names_ports_and_variables(tmp_path: Path) -> None:
+    found = resolved(
         tmp_path, 'services: {w: {command: [x, "{port}", "{replica}", "{other}"], replicas: 3, port: 3000}}'
     )
     assert list(found.plans) == ["w-1", "w-2", "w-3"]
@@ -61,74 +61,74 @@ def test_replicas_get_names_ports_and_variables(tmp_path: Path) -> None:
     assert {spec.base for spec in found.spec.processes.values()} == {"w"}
 
 
-def test_dependencies_on_a_replicated_name_mean_all_of_them(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "services: {w: {command: x, replicas: 2}, a: {command: y, depends_on: {w: started}}}")
+def test_dependency_on_replicated_entry_means_all_replicas(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "services: {w: {command: x, replicas: 2}, a: {command: y, depends_on: {w: started}}}")
     assert [(d.name, d.condition) for d in found.spec.processes["a"].depends_on] == [
         ("w-1", "started"),
         ("w-2", "started"),
     ]
 
 
-def test_a_port_is_assigned_where_one_is_asked_for_and_kept(tmp_path: Path) -> None:
+def test_port_is_assigned_if_used_and_then_kept(tmp_path: Path) -> None:
     fleet = 'services: {a: {command: [x, "{port}"]}, b: {command: y}}'
-    first = assembled(tmp_path, fleet)
+    first = resolved(tmp_path, fleet)
     assert first.spec.processes["b"].port is None
     port = first.spec.processes["a"].port
-    again = assembled(
+    again = resolved(
         tmp_path, fleet.replace("services: {", 'services: {new: {command: [z, "{port}"]}, '), ports=first.ports
     )
     assert again.spec.processes["a"].port == port
     assert again.spec.processes["new"].port != port
 
 
-def test_a_folder_that_is_too_long_for_a_socket_is_a_mistake(tmp_path: Path) -> None:
-    for length, said in ((105, 0), (106, 1), (200, 1)):
+def test_run_folder_too_long_for_a_socket_is_a_problem(tmp_path: Path) -> None:
+    for length, count in ((105, 0), (106, 1), (200, 1)):
         folder = "/" + "r" * (length - len("//fleetd.sock"))
-        found = assembled(tmp_path, f"paths:\n  run: {folder}\nservices: {{a: {{command: x}}}}\n")
-        assert len(found.problems) == said
+        found = resolved(tmp_path, f"paths:\n  run: {folder}\nservices: {{a: {{command: x}}}}\n")
+        assert len(found.problems) == count
         for problem in found.problems:
             assert (problem.line, problem.path) == (3, "paths.run")
-            assert f"has {length} bytes, at most 105 are possible: choose a shorter folder" in problem.message
+            assert f"has {length} bytes, at most 105 are possible (choose a shorter folder)" in problem.message
 
 
-def test_later_environment_wins(tmp_path: Path) -> None:
+def test_environment_later_source_wins(tmp_path: Path) -> None:
     (tmp_path / "one.env").write_text("A=file\nB=file\n")
-    found = assembled(tmp_path, "services: {a: {command: x, env_file: one.env, env: {A: entry}}}")
+    found = resolved(tmp_path, "services: {a: {command: x, env_file: one.env, env: {A: entry}}}")
     env = found.plans["a"].environment({"A": "parent", "PATH": "/bin", "NOTIFY_SOCKET": "/run/n", "FLEETD_X": "1"})
     assert env == {"PATH": "/bin", "A": "entry", "B": "file", "FLEETD_NAME": "a"}
 
 
-def test_an_env_file_that_is_absent_blocks_its_process_and_a_broken_one_is_a_mistake(tmp_path: Path) -> None:
+def test_env_file_missing_blocks_and_invalid_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "bad.env").write_text("A=1\nnonsense\n")
     (tmp_path / "folder").mkdir()
-    found = assembled(
+    found = resolved(
         tmp_path,
         "services:\n  a: {command: x, env: {B: b}, env_file: [vol/gone.env]}\n  b: {command: x, env_file: bad.env}\n"
         "  c: {command: x, env_file: folder}\n",
     )
-    said = [str(problem).splitlines()[0] for problem in found.problems]
-    assert len(said) == 2
-    assert any("fleet.yaml:5:" in line and "services.c.env_file" in line and "cannot be read" in line for line in said)
-    assert any("bad.env:2:" in line for line in said)
+    reported = [str(problem).splitlines()[0] for problem in found.problems]
+    assert len(reported) == 2
+    assert any(
+        "fleet.yaml:5:" in line and "services.c.env_file" in line and "cannot be read" in line for line in reported
+    )
+    assert any("bad.env:2:" in line for line in reported)
     (warning,) = found.warnings
     path = str(tmp_path / "vol" / "gone.env")
     assert warning.line == 3
-    assert f"services.a.env_file[0]: {path} is not there: a stays BLOCKED until it is" in str(warning)
+    assert f"services.a.env_file[0]: {path} is missing: a stays BLOCKED until it exists" in str(warning)
     plan = found.plans["a"]
     assert (plan.requires, plan.unread, plan.required_by) == ((path,), (path,), {path: "services.a.env_file"})
     assert plan.own_env == {"B": "b", "FLEETD_NAME": "a"}
 
 
-def test_option_mistakes_carry_their_place_and_a_hint(tmp_path: Path) -> None:
-    found = assembled(
-        tmp_path, "models:\n  m:\n    engine: llamacpp\n    options: {model: x.gguf, context_lenght: 4}\n"
-    )
+def test_option_unknown_name_has_place_and_hint(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "models:\n  m:\n    engine: llamacpp\n    options: {model: x.gguf, context_lenght: 4}\n")
     line = str(found.problems[0]).splitlines()[0]
     assert "fleet.yaml:5:" in line
     assert "models.m.options.context_lenght: unknown option: did you mean context_length?" in line
 
 
-def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path) -> None:
+def test_option_mistakes_are_reported_with_those_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text(
         "version: 1\n"
@@ -140,9 +140,9 @@ def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path
         "  p: {engine: vllm, options: 3}\n"
     )
     with pytest.raises(ConfigError) as caught:
-        check.assembled(path, {})
-    said = [(problem.line, problem.path) for problem in caught.value.problems]
-    assert said == [
+        check.load_and_resolve(path, {})
+    places = [(problem.line, problem.path) for problem in caught.value.problems]
+    assert places == [
         (2, "services.a.restrt"),
         (4, "models.m.options.context_lenght"),
         (5, "models.n.engine"),
@@ -152,8 +152,8 @@ def test_option_mistakes_are_told_together_with_those_of_the_file(tmp_path: Path
     ]
 
 
-def test_an_unknown_engine_is_a_problem(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "models: {m: {engine: lamacpp, options: {}}}")
+def test_engine_unknown_name_is_a_problem(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "models: {m: {engine: lamacpp, options: {}}}")
     assert "unknown engine 'lamacpp'" in str(found.problems[0])
 
 
@@ -161,66 +161,66 @@ def test_an_unknown_engine_is_a_problem(tmp_path: Path) -> None:
     ("devices", "expected"),
     [((HOST,), "host"), ((HOST, GPU), "gpu0"), ((MachineDevice("unified", "unified", GIB),), "unified")],
 )
-def test_the_device_of_an_entry_that_names_none(
+def test_device_default_depends_on_the_machine(
     tmp_path: Path, devices: tuple[MachineDevice, ...], expected: str
 ) -> None:
-    found = assembled(tmp_path, "models: {m: {engine: llamacpp, options: {model: x.gguf}}}", *devices)
+    found = resolved(tmp_path, "models: {m: {engine: llamacpp, options: {model: x.gguf}}}", *devices)
     assert found.plans["m"].device == expected
 
 
-def test_budgets(tmp_path: Path) -> None:
+def test_budget_given_or_default(tmp_path: Path) -> None:
     fleet = "devices: {gpu0: {budget: 50%}, host: {budget: 4GiB}, gpu7: {budget: 1GiB}}\nservices: {}\n"
-    found = assembled(tmp_path, fleet, HOST, GPU)
+    found = resolved(tmp_path, fleet, HOST, GPU)
     assert {name: spec.budget_bytes for name, spec in found.spec.devices.items()} == {
         "host": 4 * GIB,
         "gpu0": 4 * GIB,
         "gpu7": GIB,
     }
-    assert "this machine has no device named gpu7" in str(found.warnings[0])
-    plain = assembled(tmp_path, "services: {}\n", HOST, GPU)
+    assert "this machine has no device 'gpu7'" in str(found.warnings[0])
+    plain = resolved(tmp_path, "services: {}\n", HOST, GPU)
     assert plain.spec.devices["host"].budget_bytes == int(8 * GIB)
     assert plain.spec.devices["gpu0"].budget_bytes == int(7.2 * GIB)
 
 
-def test_a_uuid_binds_a_name_to_a_card(tmp_path: Path) -> None:
+def test_device_uuid_binds_a_name_to_a_card(tmp_path: Path) -> None:
     other = MachineDevice("gpu1", "gpu", 16 * GIB, "GPU-2")
-    found = assembled(tmp_path, "devices: {gpu0: {uuid: GPU-2}}\nservices: {}\n", HOST, GPU, other)
+    found = resolved(tmp_path, "devices: {gpu0: {uuid: GPU-2}}\nservices: {}\n", HOST, GPU, other)
     assert found.spec.devices["gpu0"].total_bytes == 16 * GIB
 
 
-def test_declared_before_learned_before_estimated(tmp_path: Path) -> None:
+def test_footprint_is_declared_learned_or_unknown(tmp_path: Path) -> None:
     fleet = "models: {{m: {{engine: process, command: [x], memory: {memory}}}}}"
-    declared = assembled(tmp_path, fleet.format(memory="1GiB"))
+    declared = resolved(tmp_path, fleet.format(memory="1GiB"))
     assert declared.spec.models["m"].footprint.source is FootprintSource.DECLARED
-    unknown = assembled(tmp_path, fleet.format(memory="auto"))
+    unknown = resolved(tmp_path, fleet.format(memory="auto"))
     assert unknown.spec.models["m"].footprint.bytes == {}
-    assert "counts as nothing" in str(unknown.warnings[-1])
+    assert "counts as 0" in str(unknown.warnings[-1])
     key = unknown.spec.models["m"].footprint_hash
-    learned = assembled(tmp_path, fleet.format(memory="auto"), learned={key: {"host": 7}})
+    learned = resolved(tmp_path, fleet.format(memory="auto"), learned={key: {"host": 7}})
     assert learned.spec.models["m"].footprint.source is FootprintSource.LEARNED
     assert learned.spec.models["m"].footprint.bytes == {"host": 7}
-    small = assembled(tmp_path, fleet.format(memory="1GiB"), learned={key: {"host": 3 * GIB}}).spec.models["m"]
+    small = resolved(tmp_path, fleet.format(memory="1GiB"), learned={key: {"host": 3 * GIB}}).spec.models["m"]
     assert (small.footprint.bytes, small.footprint.source) == ({"host": 3 * GIB}, FootprintSource.LEARNED)
 
 
-def test_what_a_model_holds_asleep_is_estimated_and_then_learned(tmp_path: Path) -> None:
+def test_sleeping_size_is_estimated_then_learned(tmp_path: Path) -> None:
     card = MachineDevice("gpu0", "gpu", 16 * 2**30)
     fleet = "models: {m: {engine: vllm, memory: 8GiB, options: {model: org/m, kv_cache_memory: 6GiB, gpu_memory_utilization: 0.6%s}}}"
-    found = assembled(tmp_path, fleet % "", card)
+    found = resolved(tmp_path, fleet % "", card)
     assert found.spec.models["m"].asleep is None
     assert not found.spec.processes["m"].capabilities.can_sleep
-    found = assembled(tmp_path, fleet % ", enable_sleep_mode: true", card)
+    found = resolved(tmp_path, fleet % ", enable_sleep_mode: true", card)
     spec = found.spec.models["m"]
     assert found.spec.processes["m"].capabilities.can_sleep
     assert spec.asleep == {"gpu0": 1536 * 2**20, "host": int(2.4 * 2**30) + 1}
     learned = {f"{spec.footprint_hash}:asleep": {"gpu0": 2**30}}
-    spec = assembled(tmp_path, fleet % ", enable_sleep_mode: true", card, learned=learned).spec.models["m"]
+    spec = resolved(tmp_path, fleet % ", enable_sleep_mode: true", card, learned=learned).spec.models["m"]
     assert spec.asleep == {"gpu0": 2**30, "host": int(2.4 * 2**30) + 1}
     assert spec.footprint.source is FootprintSource.DECLARED
 
 
-def test_a_sleep_level_without_sleep_is_a_mistake_with_its_place(tmp_path: Path) -> None:
-    found = assembled(
+def test_sleep_level_without_sleep_mode_is_a_problem(tmp_path: Path) -> None:
+    found = resolved(
         tmp_path, "models: {m: {engine: vllm, options: {model: o/m, gpu_memory_utilization: 0.5, sleep_level: 2}}}"
     )
     (problem,) = found.problems
@@ -228,18 +228,18 @@ def test_a_sleep_level_without_sleep_is_a_mistake_with_its_place(tmp_path: Path)
     assert "enable_sleep_mode" in str(problem)
 
 
-def test_a_model_larger_than_its_budget_is_a_warning(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 100GiB}}")
+def test_model_larger_than_its_budget_is_a_warning(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "models: {m: {engine: process, command: [x], memory: 100GiB}}")
     assert not found.problems
     assert "can never fit: needs 100.00 GiB on host" in str(found.warnings[-1])
 
 
-def test_held_models_are_expanded_over_replicas(tmp_path: Path) -> None:
+def test_held_model_of_replicated_instance_has_all_holders(tmp_path: Path) -> None:
     fleet = """
     instances: {o: {engine: ollama, command: [ollama, serve], replicas: 2, port: 11434}}
     models: {m: {instance: o, served_as: "x:q8", memory: 1GiB}, one: {instance: o-2, memory: 1GiB}}
     """
-    found = assembled(tmp_path, fleet)
+    found = resolved(tmp_path, fleet)
     assert found.spec.models["m"].holders == ("o-1", "o-2")
     assert found.spec.models["one"].holders == ("o-2",)
     assert set(found.plans["o-1"].held) == {"m"}
@@ -248,36 +248,36 @@ def test_held_models_are_expanded_over_replicas(tmp_path: Path) -> None:
     assert found.spec.processes["o-1"].kind is ProcessKind.INSTANCE
 
 
-def test_a_models_own_process_is_started_on_demand(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "models: {m: {engine: process, command: [x], memory: 1GiB}}")
+def test_model_with_own_process_starts_on_demand(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "models: {m: {engine: process, command: [x], memory: 1GiB}}")
     spec = found.spec.processes["m"]
     assert (spec.on_demand, spec.own_model, found.spec.models["m"].holders) == (True, "m", ("m",))
     assert spec.port is not None
 
 
-def test_an_external_server_is_only_probed(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "instances: {s: {engine: lmstudio, external: 'http://10.0.0.1:1234'}}")
+def test_external_server_is_only_probed(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "instances: {s: {engine: lmstudio, external: 'http://10.0.0.1:1234'}}")
     assert found.spec.processes["s"].capabilities.owns_process is False
     endpoint = found.plans["s"].endpoint
     assert endpoint is not None
     assert endpoint.base_url == "http://10.0.0.1:1234"
 
 
-def test_a_probe_without_a_port_is_a_problem(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "services: {a: {command: x, probes: {startup: {http: /health}}}}")
+def test_probe_without_a_port_is_a_problem(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "services: {a: {command: x, probes: {startup: {http: /health}}}}")
     assert "needs a port" in str(found.problems[0])
 
 
-def test_a_probe_keeps_what_its_entry_does_not_say(tmp_path: Path) -> None:
-    found = assembled(tmp_path, "services: {a: {command: x, port: 1234, probes: {readiness: {http: /h, failures: 9}}}}")
+def test_probe_is_completed_with_defaults(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "services: {a: {command: x, port: 1234, probes: {readiness: {http: /h, failures: 9}}}}")
     probe = found.spec.processes["a"].probes.readiness
     assert probe is not None
     assert (probe.http, probe.failures, probe.period_s) == ("/h", 9, 2.0)
 
 
-def test_a_model_that_is_a_process_starts_within_its_load_timeout(tmp_path: Path) -> None:
+def test_startup_deadline_is_the_load_timeout_of_the_model(tmp_path: Path) -> None:
     def deadline(more: str) -> float | None:
-        found = assembled(tmp_path, f"models: {{m: {{engine: process, command: [x], memory: 1GiB{more}}}}}")
+        found = resolved(tmp_path, f"models: {{m: {{engine: process, command: [x], memory: 1GiB{more}}}}}")
         startup = found.spec.processes["m"].probes.startup
         assert startup is not None
         return startup.deadline_s
@@ -303,14 +303,14 @@ def test_a_model_that_is_a_process_starts_within_its_load_timeout(tmp_path: Path
         ("logs: {capture: pipe}", True),
     ],
 )
-def test_only_what_a_restart_alone_can_change_restarts(tmp_path: Path, change: str, restarts: bool) -> None:
+def test_plan_changed_key_restarts_or_is_hot(tmp_path: Path, change: str, restarts: bool) -> None:
     before, after, plan = planned(tmp_path, "services: {a: {command: x}}", f"services: {{a: {{command: x, {change}}}}}")
     assert restarting(before, after) == ({"a"} if restarts else set())
     assert plan["changes"][0]["effect"] == ("restart" if restarts else "hot")
     assert plan["unchanged"] == (0 if restarts else 1)
 
 
-def test_another_source_of_a_held_model_reloads_it_and_nothing_else(tmp_path: Path) -> None:
+def test_plan_changed_source_reloads_only_its_model(tmp_path: Path) -> None:
     text = "instances: {{ol: {{engine: ollama}}}}\n"
     text += "models: {{m: {{instance: ol, from: {source}, memory: 1GiB, ttl: {ttl}}}}}\n"
     plans = [
@@ -333,7 +333,7 @@ def test_another_source_of_a_held_model_reloads_it_and_nothing_else(tmp_path: Pa
         (1, 2, "restart", ["w"], ["w-1", "w-2"], 0),
     ],
 )
-def test_a_plan_says_which_processes_another_number_of_replicas_stops_and_starts(
+def test_plan_changed_replicas_lists_stops_and_starts(
     tmp_path: Path, before: int, after: int, effect: str, stops: list[str], starts: list[str], unchanged: int
 ) -> None:
     *_, plan = planned(tmp_path, *(f"services: {{w: {{command: x, replicas: {n}}}}}" for n in (before, after)))
@@ -343,7 +343,7 @@ def test_a_plan_says_which_processes_another_number_of_replicas_stops_and_starts
     assert plan["unchanged"] == unchanged
 
 
-def test_a_plan_has_the_restarts_that_no_key_of_the_file_asks_for(tmp_path: Path) -> None:
+def test_plan_changed_env_file_restarts_its_process(tmp_path: Path) -> None:
     file = tmp_path / "b.env"
     fleet = "services: {b: {command: x, env_file: b.env%s}, c: {command: y}}"
 
@@ -377,7 +377,7 @@ def test_a_plan_has_the_restarts_that_no_key_of_the_file_asks_for(tmp_path: Path
     assert edited("DB_PASSWORD=one\nB='3'\n")["changes"] == []
 
 
-def test_what_only_a_start_of_the_daemon_changes_stays_in_the_plan(tmp_path: Path) -> None:
+def test_plan_keeps_changes_that_need_a_daemon_restart(tmp_path: Path) -> None:
     fleet = "gateway: {listen: '127.0.0.1:%d', max_body: %s, queue: {max: %d}}\npaths: {state: ./%s}\n"
     one, two = (fleet % words for words in ((8001, "1MiB", 1, "a"), (8002, "2MiB", 2, "b")))
     waiting = {"gateway.listen", "gateway.max_body", "paths.state"}
@@ -392,15 +392,15 @@ def test_what_only_a_start_of_the_daemon_changes_stays_in_the_plan(tmp_path: Pat
     assert planned(tmp_path, one, two, one)[2]["changes"][0]["effect"] == "hot"
 
 
-def test_adding_a_name_changes_nothing_for_the_others(tmp_path: Path) -> None:
+def test_plan_added_model_leaves_others_alone(tmp_path: Path) -> None:
     one = "models: {a: {engine: process, command: [x], memory: 1GiB}%s}"
     before, after, plan = planned(tmp_path, one % "", one % ", b: {engine: process, command: [y], memory: 1GiB}")
     assert restarting(before, after) == set()
     assert plan["changes"][0]["change"] == "add"
 
 
-def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Path) -> None:
-    found = assembled(
+def test_missing_program_is_a_warning(tmp_path: Path) -> None:
+    found = resolved(
         tmp_path, "models: {m: {engine: vllm, options: {model: /no/such}, memory: 1GiB, env: {PATH: /nowhere}}}"
     )
     assert not found.problems
@@ -408,7 +408,7 @@ def test_a_program_that_is_absent_is_a_warning_until_it_is_started(tmp_path: Pat
     assert "vllm" in str(found.warnings[0])
 
 
-def test_a_container_is_a_launch_like_any_other(tmp_path: Path) -> None:
+def test_container_launch_runs_the_client(tmp_path: Path) -> None:
     client = tmp_path / "docker"
     client.write_text("#!/bin/sh\n")
     client.chmod(0o755)
@@ -422,7 +422,7 @@ def test_a_container_is_a_launch_like_any_other(tmp_path: Path) -> None:
         user: root
         runtime: {docker: {program: CLIENT, image: "ollama/ollama:0.30", mounts: [/data:/root/.ollama]}}
     """
-    plan = assembled(tmp_path, fleet.replace("CLIENT", str(client))).plans["o"]
+    plan = resolved(tmp_path, fleet.replace("CLIENT", str(client))).plans["o"]
     assert plan.launch.argv[:2] == (str(client), "run")
     assert plan.launch.argv[-2:] == ("ollama/ollama:0.30", "serve")
     assert "hush" not in plan.launch.argv
@@ -438,12 +438,12 @@ def test_a_container_is_a_launch_like_any_other(tmp_path: Path) -> None:
     assert "/data" in plan.requires
 
 
-def test_a_container_without_docker_and_podman_is_said_and_tried_again_later(tmp_path: Path) -> None:
+def test_container_without_client_is_a_warning(tmp_path: Path) -> None:
     fleet = """
     models:
       m: {engine: vllm, options: {model: org/m, gpu_memory_utilization: 0.5}, runtime: {docker: {image: v, program: /no/docker}}}
     """
-    found = assembled(tmp_path, fleet)
+    found = resolved(tmp_path, fleet)
     assert not found.problems
     (warning,) = [one for one in found.warnings if "docker" in one.message]
     assert warning.path == "models.m.runtime"
@@ -451,40 +451,44 @@ def test_a_container_without_docker_and_podman_is_said_and_tried_again_later(tmp
     assert found.plans["m"].missing_program is not None
 
 
-def test_a_home_of_nobody_is_a_name_like_any_other(tmp_path: Path) -> None:
+def test_unknown_home_is_a_plain_folder(tmp_path: Path) -> None:
     fleet = """
     services: {a: {command: x, watch: {paths: ["~nouser/x", "~root", y]}}}
     models: {m: {engine: lmstudio, command: [x], runtime: {docker: {image: v, program: ~nouser/podman}}}}
     """
-    found = assembled(tmp_path, fleet)
+    found = resolved(tmp_path, fleet)
     assert found.plans["a"].watch is not None
     assert found.plans["a"].watch.paths == (tmp_path / "~nouser/x", Path("~root").expanduser(), tmp_path / "y")
     assert "there is no program ~nouser/podman" in "".join(one.message for one in found.warnings)
 
 
 @pytest.mark.parametrize(
-    ("entry", "path", "said"),
+    ("entry", "path", "message"),
     [
-        ("engine: lmstudio, runtime: {docker: {image: x}}", "instances.i.runtime", "say which program of the image"),
+        (
+            "engine: lmstudio, runtime: {docker: {image: x}}",
+            "instances.i.runtime",
+            "does not know the program of the image",
+        ),
         (
             "engine: ollama, user: no-such-user, runtime: {docker: {image: x}}",
             "instances.i.user",
-            "no user no-such-user",
+            "no user 'no-such-user'",
         ),
     ],
 )
-def test_containers_that_cannot_be(tmp_path: Path, entry: str, path: str, said: str) -> None:
-    problems = assembled(tmp_path, f"instances: {{i: {{{entry}}}}}").problems
-    assert [(one.path, said in one.message) for one in problems] == [(path, True)], problems
+def test_container_invalid_entry_is_a_problem(tmp_path: Path, entry: str, path: str, message: str) -> None:
+    problems = resolved(tmp_path, f"instances: {{i: {{{entry}}}}}").problems
+    assert [(one.path, message in one.message) for one in problems] == [(path, True)], problems
 
 
-def test_a_bridged_container_listens_on_all_of_its_own_addresses(tmp_path: Path) -> None:
+def test_bridged_container_listens_on_all_addresses(tmp_path: Path) -> None:
     entry = """
     instances:
       i: {engine: process, command: [serve, --host, "{host}"], port: 21999, options: {api: openai},
           runtime: {docker: {image: x, network: bridge, program: /bin/true}}}
     """
-    plan = assembled(tmp_path, entry).plans["i"]
+    plan = resolved(tmp_path, entry).plans["i"]
     assert plan.launch.argv[-2:] == ("--host", "0.0.0.0")
     assert "127.0.0.1:21999:21999" in plan.launch.argv
     assert plan.endpoint is not None

@@ -1,4 +1,4 @@
-"""One `check` tells all: what the types of fleet.yaml refuse does not hide what only an assembly finds."""
+"""One `check` reports all: a type error does not hide the mistakes that only resolving finds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def problems(folder: Path, fleet: str) -> list[Problem]:
     path = folder / "fleet.yaml"
     path.write_text("version: 1\n" + textwrap.dedent(fleet), "utf-8")
     with pytest.raises(ConfigError) as caught:
-        check.assembled(path, {"PATH": "/bin", "HOME": "/root"})
+        check.load_and_resolve(path, {"PATH": "/bin", "HOME": "/root"})
     return list(caught.value.problems)
 
 
@@ -26,7 +26,7 @@ def places(folder: Path, fleet: str) -> list[str]:
     return [problem.path for problem in problems(folder, fleet)]
 
 
-def test_a_clash_of_ports_hides_nothing(tmp_path: Path) -> None:
+def test_check_port_conflict_hides_no_other_mistake(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
         CLASH + "instances:\n"
@@ -44,7 +44,7 @@ def test_a_clash_of_ports_hides_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_a_wrong_entry_hides_nothing_of_the_others(tmp_path: Path) -> None:
+def test_check_invalid_entry_hides_no_other_entry(tmp_path: Path) -> None:
     assert places(
         tmp_path,
         """
@@ -53,12 +53,12 @@ def test_a_wrong_entry_hides_nothing_of_the_others(tmp_path: Path) -> None:
         instances: {ol: {engine: ollama}}
         models:
           m: {instance: ol, quantize: q3, from: /m.gguf}
-          n: {instance: ol, modelfile: {system: 5}, served_as: 'not judged!'}
+          n: {instance: ol, modelfile: {system: 5}, served_as: 'not checked!'}
         """,
     ) == ["gateway.max_body", "services.a.restrt", "models.m.quantize", "models.n.modelfile.system"]
 
 
-def test_a_key_that_no_engine_looks_at_hides_nothing_of_its_own_entry(tmp_path: Path) -> None:
+def test_check_invalid_common_key_hides_no_engine_mistake(tmp_path: Path) -> None:
     assert places(
         tmp_path,
         """
@@ -75,7 +75,7 @@ def test_a_key_that_no_engine_looks_at_hides_nothing_of_its_own_entry(tmp_path: 
 
 
 @pytest.mark.parametrize("mistake", ["external: nowhere", "external: 'http://h:1', port: 80", "nope: 1", "env: 5"])
-def test_the_models_of_a_wrong_instance_are_judged(mistake: str, tmp_path: Path) -> None:
+def test_check_models_of_invalid_instance_are_checked(mistake: str, tmp_path: Path) -> None:
     """No problem of the instance itself is reported: its key may be valid for an external server."""
     found = places(
         tmp_path,
@@ -88,7 +88,7 @@ def test_the_models_of_a_wrong_instance_are_judged(mistake: str, tmp_path: Path)
     assert not [path for path in found if path.startswith("instances.ol.options")]
 
 
-def test_wrong_options_hide_neither_variables_nor_models(tmp_path: Path) -> None:
+def test_check_invalid_options_hide_no_env_and_no_models(tmp_path: Path) -> None:
     """No further problem of the options is reported: a valid one may depend on an invalid one."""
     assert places(
         tmp_path,
@@ -108,7 +108,7 @@ def test_wrong_options_hide_neither_variables_nor_models(tmp_path: Path) -> None
     ]
 
 
-def test_a_probe_without_a_port_is_told_beside_a_wrong_option(tmp_path: Path) -> None:
+def test_check_reports_probe_and_option_together(tmp_path: Path) -> None:
     assert places(
         tmp_path,
         """
@@ -119,7 +119,7 @@ def test_a_probe_without_a_port_is_told_beside_a_wrong_option(tmp_path: Path) ->
     ) == ["services.s.probes", "instances.v", "instances.v.options.healthy"]
 
 
-def test_a_place_that_could_not_be_read_is_told_once(tmp_path: Path) -> None:
+def test_check_unset_variable_is_reported_once(tmp_path: Path) -> None:
     assert places(
         tmp_path,
         """
@@ -142,17 +142,17 @@ def test_a_place_that_could_not_be_read_is_told_once(tmp_path: Path) -> None:
         "version: 2\npaths: {state: 5}\ngateway: []\nadmin: {listen: nowhere}",
     ],
 )
-def test_half_of_a_file_is_no_reason_to_break(fleet: str, tmp_path: Path) -> None:
+def test_check_broken_file_reports_each_problem_once(fleet: str, tmp_path: Path) -> None:
     found = problems(tmp_path, fleet)
     assert found
     assert len({(one.line, one.column, one.path, one.message) for one in found}) == len(found)
 
 
-def test_the_order_of_files_is_found_once_for_thousands_of_warnings(tmp_path: Path) -> None:
+def test_source_map_order_of_files_is_cached(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text("version: 1\nservices: {a: {command: x}}\n", "utf-8")
-    marks = load(path, {}).marks
-    assert marks.order_of(str(path)) == 0
-    del marks.root
-    assert marks.order_of(str(path)) == 0
-    assert marks.order_of("other.yaml") > 0
+    source_map = load(path, {}).source_map
+    assert source_map.order_of(str(path)) == 0
+    del source_map.root
+    assert source_map.order_of(str(path)) == 0
+    assert source_map.order_of("other.yaml") > 0

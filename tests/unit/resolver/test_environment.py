@@ -17,7 +17,7 @@ from fleetd.resolver.environment import (
 )
 
 
-def test_children_do_not_inherit_what_speaks_to_the_daemon() -> None:
+def test_inherited_drops_variables_for_the_daemon() -> None:
     parent = {
         "PATH": "/bin",
         "NOTIFY_SOCKET": "/run/x",
@@ -39,11 +39,11 @@ def test_children_do_not_inherit_what_speaks_to_the_daemon() -> None:
         ("plain", "plain"),
     ],
 )
-def test_substitution(text: str, expected: str) -> None:
+def test_substitute_replaces_placeholders(text: str, expected: str) -> None:
     assert substitute(text, {"port": 8080, "host": "127.0.0.1", "name": "web-2", "replica": 2}) == expected
 
 
-def test_a_place_without_a_value_stays() -> None:
+def test_substitute_placeholder_without_value_stays() -> None:
     assert substitute("{port}", {"port": None, "name": "a"}) == "{port}"
 
 
@@ -60,18 +60,18 @@ def test_a_place_without_a_value_stays() -> None:
         ("A=a=b#c\n", {"A": "a=b#c"}),
     ],
 )
-def test_env_file(text: str, expected: dict[str, str]) -> None:
+def test_parse_env_file_returns_variables(text: str, expected: dict[str, str]) -> None:
     assert parse_env_file(text) == (expected, [])
 
 
-def test_env_file_problems_name_their_line() -> None:
+def test_parse_env_file_invalid_line_has_its_number() -> None:
     found, problems = parse_env_file("A=1\nwhat is this\n=x\nB='open\n")
     assert found == {"A": "1"}
     assert [line for line, _ in problems] == [2, 3, 4]
 
 
 @given(st.text(max_size=200))
-def test_any_env_file_is_read_without_an_exception(text: str) -> None:
+def test_parse_env_file_any_text_raises_nothing(text: str) -> None:
     found, problems = parse_env_file(text)
     assert all(isinstance(value, str) for value in found.values())
     assert all(line >= 1 for line, _ in problems)
@@ -80,18 +80,18 @@ def test_any_env_file_is_read_without_an_exception(text: str) -> None:
 @pytest.mark.parametrize(
     "name", ["API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "token"]
 )
-def test_secret_names(name: str) -> None:
+def test_is_secret_accepts_secret_names(name: str) -> None:
     assert is_secret(name)
 
 
 @pytest.mark.parametrize(
     "name", ["PATH", "KEYBOARD", "MONKEY", "OLLAMA_NUM_PARALLEL", "TOKENIZERS_PARALLELISM", "AUTHOR"]
 )
-def test_ordinary_names(name: str) -> None:
+def test_is_secret_rejects_ordinary_names(name: str) -> None:
     assert not is_secret(name)
 
 
-def test_redaction() -> None:
+def test_redacted_env_and_argv_hide_secrets() -> None:
     assert redacted_env({"A": "1", "HF_TOKEN": "x", "P": "pw", "EMPTY_KEY": ""}, {"P"}) == {
         "A": "1",
         "HF_TOKEN": HIDDEN,

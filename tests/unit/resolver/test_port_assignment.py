@@ -12,7 +12,7 @@ names = st.lists(st.text("abcdefgh-0123", min_size=1, max_size=8), unique=True, 
 
 
 @given(names, st.sets(st.integers(FIRST, LAST), max_size=20))
-def test_ports_differ_and_lie_in_the_range(wanted: list[str], taken: set[int]) -> None:
+def test_assign_gives_different_ports_in_the_range(wanted: list[str], taken: set[int]) -> None:
     ports = assign(wanted, {}, taken)
     assert set(ports) == set(wanted)
     assert len(set(ports.values())) == len(wanted)
@@ -20,7 +20,7 @@ def test_ports_differ_and_lie_in_the_range(wanted: list[str], taken: set[int]) -
 
 
 @given(names, names)
-def test_a_name_keeps_its_port_whoever_comes_and_goes(first: list[str], second: list[str]) -> None:
+def test_assign_keeps_ports_when_other_names_change(first: list[str], second: list[str]) -> None:
     before = assign(first, {}, ())
     kept = remember({}, before)
     after = assign(second, kept, ())
@@ -29,36 +29,36 @@ def test_a_name_keeps_its_port_whoever_comes_and_goes(first: list[str], second: 
     assert again == before
 
 
-def test_a_port_that_fleet_yaml_states_wins_over_a_kept_one() -> None:
+def test_assign_stated_port_wins_over_a_kept_one() -> None:
     ports = assign(["a"], {"a": FIRST}, {FIRST})
     assert ports["a"] != FIRST
 
 
-def test_a_kept_port_that_is_taken_on_the_machine_is_given_up() -> None:
+def test_assign_kept_port_in_use_is_replaced() -> None:
     ports = assign(["a"], {"a": FIRST + 5}, (), lambda name, port: port != FIRST + 5)
     assert ports["a"] != FIRST + 5
 
 
-def test_a_kept_port_outside_the_range_is_not_used() -> None:
+def test_assign_kept_port_outside_the_range_is_replaced() -> None:
     assert FIRST <= assign(["a"], {"a": 40000}, ())["a"] <= LAST
 
 
-def test_a_lost_file_gives_the_same_ports() -> None:
+def test_assign_without_kept_ports_is_deterministic() -> None:
     assert assign(["a", "b"], {}, ()) == assign(["a", "b"], {}, ())
 
 
-def test_two_fleets_of_equal_names_have_other_ports() -> None:
+def test_assign_depends_on_the_fleet() -> None:
     names = [f"m{number}" for number in range(100)]
     one, other = (assign(names, {}, (), fleet=fleet) for fleet in ("/srv/one", "/srv/other"))
     assert len(set(one.values()) & set(other.values())) < 10
 
 
-def test_no_port_left() -> None:
+def test_assign_without_free_port_raises() -> None:
     with pytest.raises(NoPortLeftError, match="no free port"):
         assign(["a"], {}, (), lambda name, port: False)
 
 
-def test_memory_of_old_names_is_bounded() -> None:
+def test_remember_bounds_old_names() -> None:
     kept: dict[str, int] = {}
     for number in range(6000):
         kept = remember(kept, {f"n{number}": FIRST + number})
@@ -67,6 +67,6 @@ def test_memory_of_old_names_is_bounded() -> None:
     assert "n0" not in kept
 
 
-def test_five_thousand_names_are_quick() -> None:
+def test_assign_five_thousand_names_is_quick() -> None:
     wanted = [f"model-{number}" for number in range(5000)]
     assert len(set(assign(wanted, {}, ()).values())) == 5000

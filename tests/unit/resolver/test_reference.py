@@ -19,7 +19,7 @@ def test_reference_page_is_current() -> None:
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_reference_page_has_every_key_of(name: str) -> None:
+def test_reference_page_has_every_key(name: str) -> None:
     rows = [line.split("|")[1] for line in page().splitlines() if line.startswith("| `")]
     shown = {step for row in rows for step in re.split(r"[.`\[\] ]", row)}
     sections = {"services", "instances", "models"}
@@ -27,7 +27,7 @@ def test_reference_page_has_every_key_of(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_reference_page_has_every_option_of(name: str) -> None:
+def test_reference_page_has_every_option(name: str) -> None:
     section = page().split(f"### {name}\n", 1)[1].split("\n### ", 1)[0]
     fields = registry.load(name).options.model_fields
     assert [key for key, field in fields.items() if f"| `{field.alias or key}` |" not in section] == []

@@ -18,7 +18,7 @@ import pytest
 
 from fleetd.host.logs.fifo import open_pair
 from fleetd.host.logs.files import LogFiles
-from fleetd.host.logs.spool import READ, Spool, hand
+from fleetd.host.logs.spool import READ, Spool, open_spool
 
 # A daemon's pump on one pipe, until it is killed, or until nothing more comes.
 PUMP = """
@@ -32,7 +32,7 @@ PUMP = """
     folder, protected, last = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
     pump = Pump(lambda *_: None)
     policy = LogPolicy(max_size_bytes=200_000, keep=1000, compress=False, capture="pipe")
-    stream = Stream(reopen(folder / "pipe"), LogFiles(folder, "a"), policy, folder / "a.hand" if protected else None)
+    stream = Stream(reopen(folder / "pipe"), LogFiles(folder, "a"), policy, folder / "a.spool" if protected else None)
     pump.add(stream).result()
     print("up", flush=True)
     if last:
@@ -61,8 +61,8 @@ def test_what_a_killed_daemon_had_in_hand_is_written_once(
 ) -> None:
     source, end, log = ends
     os.write(log, b"before\n")
-    first = Spool(tmp_path / "hand")
-    assert first.take_up(log) == b""
+    first = Spool(tmp_path / "spool")
+    assert first.recover(log) == b""
     os.write(end, b"one\ntwo\nhal")
     if killed == "in the read":
         notes = iter([first._note])  # the first says that a read begins; there is no second
@@ -77,31 +77,31 @@ def test_what_a_killed_daemon_had_in_hand_is_written_once(
         os.write(log, b"one\ntw" if killed == "in the write" else b"one\ntwo\n")
     if killed == "when all is noted":
         first.written(3, 0)
-    second = Spool(tmp_path / "hand")  # of the next daemon: the first is never closed
-    left = second.take_up(log)
+    second = Spool(tmp_path / "spool")  # of the next daemon: the first is never closed
+    left = second.recover(log)
     assert left == (b"hal" if "after the write" in killed or "noted" in killed else b"one\ntwo\nhal")
     assert (tmp_path / "log").read_bytes() == b"before\n" + (b"" if len(left) > 3 else b"one\ntwo\n")
     os.write(end, b"f\n")
     assert second.read(source) == b"f\n"
-    assert Spool(tmp_path / "hand").take_up(log) == left + b"f\n"
+    assert Spool(tmp_path / "spool").recover(log) == left + b"f\n"
 
 
 def test_lost_lines_are_known_to_the_next_daemon(ends: tuple[int, int, int], tmp_path: Path) -> None:
     source, end, log = ends
-    first = Spool(tmp_path / "hand")
-    first.take_up(log)
+    first = Spool(tmp_path / "spool")
+    first.recover(log)
     os.write(end, b"one\n")
     first.read(source)
     first.written(0, 7)
-    second = Spool(tmp_path / "hand")
-    assert second.take_up(log) == b""
+    second = Spool(tmp_path / "spool")
+    assert second.recover(log) == b""
     assert second.lost == 7
 
 
 def test_spool_many_reads_fit_and_too_long_rest_is_dropped(ends: tuple[int, int, int], tmp_path: Path) -> None:
     source, end, log = ends
-    one = Spool(tmp_path / "hand")
-    one.take_up(log)
+    one = Spool(tmp_path / "spool")
+    one.recover(log)
     rest = b""
     for number in range(200):
         block = b"%d" % number + b"x" * 20_000
@@ -110,33 +110,33 @@ def test_spool_many_reads_fit_and_too_long_rest_is_dropped(ends: tuple[int, int,
         rest = block if number % 10 == 9 else rest + block
         one.written(len(rest), 0)
         expected = rest if len(rest) <= READ else b""
-        assert Spool(tmp_path / "hand").take_up(log) == expected
+        assert Spool(tmp_path / "spool").recover(log) == expected
 
 
 def test_spool_without_room_or_with_garbage_starts_empty(ends: tuple[int, int, int], tmp_path: Path) -> None:
     _, _, log = ends
-    assert hand(None) is None
-    assert hand(tmp_path / "absent" / "hand") is None
-    Spool(tmp_path / "hand").close()
-    size = (tmp_path / "hand").stat().st_size
-    (tmp_path / "hand").write_bytes(random.Random(1).randbytes(size))
-    assert Spool(tmp_path / "hand").take_up(log) == b""
-    (tmp_path / "hand").write_bytes(b"short")
-    assert Spool(tmp_path / "hand").take_up(log) == b""
+    assert open_spool(None) is None
+    assert open_spool(tmp_path / "missing" / "spool") is None
+    Spool(tmp_path / "spool").close()
+    size = (tmp_path / "spool").stat().st_size
+    (tmp_path / "spool").write_bytes(random.Random(1).randbytes(size))
+    assert Spool(tmp_path / "spool").recover(log) == b""
+    (tmp_path / "spool").write_bytes(b"short")
+    assert Spool(tmp_path / "spool").recover(log) == b""
 
 
 def after_kills(folder: Path, *, protected: bool) -> list[int]:
-    """Kill a daemon's pump again and again under a talking child; return the numbers of the lines in the log."""
+    """Kill a daemon's pump repeatedly under a writing child; return logged numbers."""
     chance, stop = random.Random(5), threading.Event()
     reader, end = open_pair(folder / "pipe")
-    said = 0
+    written = 0
 
     def talk() -> None:
-        nonlocal said
+        nonlocal written
         while not stop.is_set():
-            block = b"".join(b"%08d %s\n" % (said + number, b"z" * (said % 97)) for number in range(1, 31))
+            block = b"".join(b"%08d %s\n" % (written + number, b"z" * (written % 97)) for number in range(1, 31))
             os.write(end, block)
-            said += 30
+            written += 30
             time.sleep(0.001)
 
     talking = threading.Thread(target=talk)
@@ -163,7 +163,7 @@ def after_kills(folder: Path, *, protected: bool) -> list[int]:
     paths = [*reversed(files.archives()), files.live]
     lines = [json.loads(line)["line"] for path in paths for line in path.read_bytes().splitlines()]
     assert all(line.endswith("z" * ((int(line[:8]) - 1) // 30 * 30 % 97)) for line in lines), "a line is cut"
-    assert said == max(int(line[:8]) for line in lines)
+    assert written == max(int(line[:8]) for line in lines)
     return [int(line[:8]) for line in lines]
 
 

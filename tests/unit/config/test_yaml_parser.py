@@ -1,4 +1,4 @@
-"""The reading of YAML: scalars of YAML 1.2, places, and everything that is refused, quickly and in one sentence."""
+"""Reading YAML: scalars of YAML 1.2, places, and quick rejections of invalid files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(text: str) -> Any:
     return plain(compose(Source("fleet.yaml", Path("fleet.yaml"), text=text)))
 
 
-def refused(text: str) -> list[str]:
+def rejections(text: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         read(text)
     return [f"{one.line}:{one.column}: {one.message}" for one in caught.value.problems]
@@ -42,27 +42,27 @@ def refused(text: str) -> list[str]:
         ("2024-01-01", "2024-01-01"), ("=", "="), ("-", "-"), (".", "."), ("0b11", "0b11"), ("1e", "1e"), ("٣", "٣"),
     ],
 )  # fmt: skip
-def test_plain_scalars_of_yaml_1_2(text: str, value: object) -> None:
+def test_resolve_follows_yaml_1_2(text: str, value: object) -> None:
     resolved = resolve(text)
     assert resolved == value
     assert type(resolved) is type(value)
 
 
 @given(st.one_of(st.integers(-(10**30), 10**30), st.floats(allow_nan=False, allow_infinity=False), st.booleans()))
-def test_numbers_as_python_prints_them_are_read_back(value: object) -> None:
+def test_resolve_reads_numbers_printed_by_python(value: object) -> None:
     text = str(value).lower() if isinstance(value, bool) else str(value)
     assert resolve(text) == value
 
 
-def test_quoted_scalars_are_strings() -> None:
+def test_compose_quoted_scalars_are_strings() -> None:
     assert read("a: '012'\nb: \"no\"\nc: |\n  7\nd: >-\n  true\n") == {"a": "012", "b": "no", "c": "7\n", "d": "true"}
 
 
-def test_keys_keep_their_text() -> None:
+def test_compose_keys_keep_their_text() -> None:
     assert read("on: 1\n012: 2\nnull: 3\n3.0: 4\n") == {"on": 1, "012": 2, "null": 3, "3.0": 4}
 
 
-def test_anchors_and_merge_keys() -> None:
+def test_compose_resolves_anchors_and_merge_keys() -> None:
     text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [{x: 9}, *a], z: 0}\nd: *a\n"
     assert read(text) == {
         "a": {"x": 1, "y": 2},
@@ -72,11 +72,11 @@ def test_anchors_and_merge_keys() -> None:
     }
 
 
-def test_a_quoted_merge_key_is_a_key() -> None:
+def test_compose_quoted_merge_key_is_a_plain_key() -> None:
     assert read("'<<': {a: 1}\n") == {"<<": {"a": 1}}
 
 
-def test_every_node_knows_its_place() -> None:
+def test_compose_nodes_have_line_and_column() -> None:
     root = compose(Source("f", Path("f"), text="a:\n  b: [1, {c: 2}]\n  ü: x\n"))
     b = root.value["a"].value["b"]
     assert (b.key_line, b.key_column, b.line, b.column) == (2, 3, 2, 6)
@@ -86,19 +86,19 @@ def test_every_node_knows_its_place() -> None:
     assert (u.key_line, u.line, u.column) == (3, 3, 6)
 
 
-def test_an_alias_has_the_place_of_its_own_key_and_of_the_shared_value() -> None:
+def test_compose_alias_has_own_key_place_and_shared_value_place() -> None:
     root = compose(Source("f", Path("f"), text="a: &x {k: 1}\nb: *x\n"))
     assert (root.value["b"].key_line, root.value["b"].line) == (2, 1)
     assert root.value["a"].key_line == 1
 
 
-def test_what_is_given_twice_is_told_and_both_stand_together_for_the_rest_of_the_file() -> None:
-    told: list[Problem] = []
+def test_compose_duplicates_are_reported_and_merged() -> None:
+    reported: list[Problem] = []
     text = "models: {a: {x: 1}, a: {y: 2}}\nmodels: {b: !t {x: 1, x: 2}}\n"
-    root = compose(Source("f", Path("f"), text=text), told.extend)
-    assert [str(one).split("\n")[0] for one in told] == [
+    root = compose(Source("f", Path("f"), text=text), reported.extend)
+    assert [str(one).split("\n")[0] for one in reported] == [
         "f:1:21: the key 'a' is defined twice: first at f:1:10",
-        "f:2:13: tags such as !t are not supported: remove it",
+        "f:2:13: tags such as !t are not supported (remove it)",
         "f:2:23: the key 'x' is defined twice: first at f:2:17",
         "f:2:1: the key 'models' is defined twice: first at f:1:1",
     ]
@@ -108,7 +108,7 @@ def test_what_is_given_twice_is_told_and_both_stand_together_for_the_rest_of_the
     assert models["b"].value["x"].value == "1"
 
 
-def test_of_a_long_line_what_is_around_the_place_is_shown() -> None:
+def test_problem_in_long_line_shows_the_part_around_it() -> None:
     source = Source("f", Path("f"), text="a: [" + "1234567890, " * 50 + "wrong]\n")
     column = source.text.index("wrong") + 1
     _, line, caret = str(source.problem(1, column, "no")).split("\n")
@@ -128,15 +128,15 @@ BAD_YAML = {
     ),
     "quoted duplicate": ("1: a\n'1': b\n", ["2:1: the key '1' is defined twice: first at fleet.yaml:1:1"]),
     "tag": ("a: !!python/object:os.system x\n", [
-        "1:4: tags such as tag:yaml.org,2002:python/object:os.syste are not supported: remove it"]),
-    "tag on a key": ("!x a: 1\n", ["1:1: tags such as !x are not supported: remove it"]),
-    "tag on a mapping": ("a: !x {b: 1}\n", ["1:4: tags such as !x are not supported: remove it"]),
+        "1:4: tags such as tag:yaml.org,2002:python/object:os.syste are not supported (remove it)"]),
+    "tag on a key": ("!x a: 1\n", ["1:1: tags such as !x are not supported (remove it)"]),
+    "tag on a mapping": ("a: !x {b: 1}\n", ["1:4: tags such as !x are not supported (remove it)"]),
     "complex key": ("? [a]\n: 1\n", ["1:3: a key must be plain text"]),
     "alias as key": ("a: &x b\n*x : 1\n", ["2:1: a key must be plain text, not an alias"]),
     "unknown alias": ("a: *nope\n", ["1:4: the alias *nope has no anchor above it"]),
     "alias to itself": ("a: &x [*x]\n", ["1:8: the alias *x refers to itself"]),
-    "merge of a scalar": ("a: {<<: 1}\n", ["1:9: '<<' merges mappings only: write <<: *name or <<: [*a, *b]"]),
-    "two merges": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", ["2:13: '<<' is given twice: use one list, <<: [*a, *b]"]),
+    "merge of a scalar": ("a: {<<: 1}\n", ["1:9: '<<' merges mappings only (write <<: *name or <<: [*a, *b])"]),
+    "two merges": ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", ["2:13: '<<' is given twice (use one list, <<: [*a, *b])"]),
     "tab": ("a:\n\tb: 1\n", ["2:1: a tab cannot be used for indentation in YAML: use spaces"]),
     "two documents": ("a: 1\n---\nb: 2\n", ["2:1: a second document starts here: one file holds one document"]),
     "empty": ("", ["0:0: is empty: a fleet needs at least one of services, instances or models"]),
@@ -145,20 +145,20 @@ BAD_YAML = {
     "two colons": ("a: b: c\n", ["1:5: a ': ' is not allowed here: quote the value, or look at the indentation"]),
     "no colon": ("a: 1\nnonsense\nb: 2\n", ["3:1: expected 'key: value' here"]),
     "variable in a flow mapping": ("a: {b: ${C}}\n", [
-        '1:9: a variable inside [ ] or { } must stand in quotes: "${NAME}"']),
+        '1:9: a variable inside [ ] or { } must be in quotes: "${NAME}"']),
     "deep": ("a: " + "[" * 100, ["1:35: nested more than 32 levels deep"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_YAML)
-def test_what_is_refused(name: str) -> None:
+def test_compose_invalid_yaml_is_rejected(name: str) -> None:
     text, messages = BAD_YAML[name]
-    assert refused(text) == messages
+    assert rejections(text) == messages
 
 
-def test_unclosed_quotes_and_brackets_are_refused_with_a_place() -> None:
+def test_compose_unclosed_quote_or_bracket_is_rejected() -> None:
     for text in ('a: "b\n', "a: [1, 2\n", "a: {b: 1\n", "a: 'b\n", "- a\nb: 1\n", "a: @b\n", "%FOO\n"):
-        (message,) = refused(text)
+        (message,) = rejections(text)
         assert "is not YAML" in message
 
 
@@ -188,17 +188,17 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused_within_a_second(name: str) -> None:
+def test_compose_bomb_is_rejected_within_a_second(name: str) -> None:
     text = BOMBS[name]
     assert len(text) <= MAX_FILE_BYTES + 100_000
     start = time.process_time()
-    messages = refused(text)
+    messages = rejections(text)
     assert time.process_time() - start < 1.0 * slowdown()
     assert len(messages) <= 101
     assert sum(len(message) for message in messages) < 50_000
 
 
-def test_a_file_at_the_limit_of_values_is_read() -> None:
+def test_compose_accepts_the_maximum_of_values() -> None:
     assert len(read("a: [" + ",".join(["1"] * (MAX_NODES - 3)) + "]")["a"]) == MAX_NODES - 3
 
 
@@ -209,7 +209,7 @@ def file_problem(path: Path) -> str:
     return str(problem)
 
 
-def test_a_big_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_read_source_big_file_is_rejected_unread(tmp_path: Path) -> None:
     path = tmp_path / "big.yaml"
     with path.open("wb") as stream:
         stream.truncate(50 * 1024 * 1024)
@@ -233,26 +233,26 @@ BAD_FILES = {
         "a: ü".encode("latin-1"),
         "f.yaml:1:4: byte 0xfc is not valid UTF-8: save the file as UTF-8\n    a: \n       ^",
     ),
-    "UTF-16": ("a: 1".encode("utf-16"), "f.yaml:1:1: is UTF-16: save the file as UTF-8"),
+    "UTF-16": ("a: 1".encode("utf-16"), "f.yaml:1:1: is UTF-16 (save the file as UTF-8)"),
     "control character": (b"a: 1\nb: \x07\n", "f.yaml:2:4: the control character U+0007 is not allowed here"),
     "NUL": (b"\x00" * 10, "f.yaml:1:1: the control character U+0000 is not allowed here"),
     "escape": (b"a: \x1b[31m\n", "f.yaml:1:4: the control character U+001B is not allowed here"),
     "directive": (
         b"%TAG ! x\n--- a\n",
-        "f.yaml:1:1: YAML directives are not supported: remove this line\n    %TAG ! x\n    ^",
+        "f.yaml:1:1: YAML directives are not supported (remove this line)\n    %TAG ! x\n    ^",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_files_that_are_refused(name: str, tmp_path: Path) -> None:
+def test_read_source_invalid_bytes_are_rejected(name: str, tmp_path: Path) -> None:
     raw, message = BAD_FILES[name]
     path = tmp_path / "f.yaml"
     path.write_bytes(raw)
     assert file_problem(path) == message
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+def test_read_source_accepts_bom_and_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
     root = compose(read_source(path, "f.yaml"))
@@ -260,7 +260,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
     assert (root.value["a"].key_line, root.value["a"].key_column, root.value["b"].key_line) == (1, 1, 2)
 
 
-def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+def test_read_source_not_a_file_is_rejected(tmp_path: Path) -> None:
     assert file_problem(tmp_path) == f"{tmp_path.name}: is a folder, not a file"
     assert file_problem(tmp_path / "no.yaml") == "no.yaml: there is no such file"
     os.mkfifo(tmp_path / "pipe.yaml")
@@ -270,7 +270,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet=st.sampled_from(list("ab:-[]{},&*!|>'\"%@`#? \n\t$0.~<")), max_size=60))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_compose_any_text_is_read_or_rejected(text: str) -> None:
     messages = ["a message"]
     try:
         read(text)
@@ -281,7 +281,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+def test_read_source_any_bytes_are_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(raw)
     problems = 1
@@ -293,13 +293,13 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
 
 
 @pytest.mark.parametrize("name", [*BAD_YAML])
-def test_the_pure_parser_refuses_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pure_python_parser_rejects_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parser, "_Loader", yaml.SafeLoader)
     text, messages = BAD_YAML[name]
-    assert [message.split(":")[0] for message in refused(text)] == [message.split(":")[0] for message in messages]
+    assert [message.split(":")[0] for message in rejections(text)] == [message.split(":")[0] for message in messages]
 
 
-def test_the_pure_parser_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pure_python_parser_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path(__file__).with_name("contract.yaml").read_text("utf-8")
     fast = read(text)
     monkeypatch.setattr(parser, "_Loader", yaml.SafeLoader)

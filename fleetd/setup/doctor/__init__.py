@@ -1,0 +1,1 @@
+"""`fleetctl doctor`: facts of the machine go in, findings with a command that helps come out."""
