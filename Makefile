@@ -17,7 +17,7 @@ help:  ## list the targets
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "fleetd needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
 # The wheel of llama.cpp needs GNU OpenMP. Every C compiler brings it; minimal images do not have it.
 define with_openmp
@@ -28,11 +28,13 @@ define with_openmp
 endef
 
 $(VENV)/.installed-demo: pyproject.toml | $(PY)
+	@echo "installing fleetd and llama.cpp into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	$(with_openmp)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(PY)
+	@echo "installing fleetd and its tests into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(with_openmp)
 	@touch $@ $(VENV)/.installed-demo

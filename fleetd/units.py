@@ -211,3 +211,8 @@ def expand_home(text: str) -> str:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:
         return text
+
+
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun: `1 process`, `2 processes` (with `es`)."""
+    return f"{count} {noun}{'' if count == 1 else plural}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from fleetd.cli.http_response import InvalidResponse, Response, ResponseError
+from fleetd.cli.http_response import InvalidResponse, Response, ResponseError, send
 from fleetd.units import expand_home
 
 ANSWER_MAX_BYTES = 512 * 1024 * 1024  # a dump contains the whole journal
@@ -27,7 +28,10 @@ LINE_MAX_BYTES = 4 * 1024 * 1024
 CONNECT_S = 3.0
 ANSWER_S = 15.0
 # For a daemon that holds its lock and does not listen. A re-execution takes a second, and ten on a busy machine.
-RETURN_S, RETRY_S = 5.0, 0.05
+RETURN_S, RETRY_S = 4.5, 0.05
+# A daemon that hangs is reported within five seconds, the start of this program included.
+PING_EVERY_S, PING_S, HANG_S = 0.7, 2.6, 3.5
+BEFORE_HEADER = "X-Fleetctl-Before"  # monotonic seconds, which all processes of a machine share
 SILENCE_S = 45.0  # the server sends a comment every ten seconds
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING = 0, 1, 2, 3
@@ -154,7 +158,9 @@ class Client:
                 if isinstance(error, PermissionError):
                     denied = path
                 elif isinstance(error, TimeoutError | BlockingIOError):
-                    raise Unreachable(f"fleetd does not answer on {path}", hint=None) from None
+                    raise Unreachable(
+                        f"fleetd on {path} does not answer: it hangs, or is stopped by a signal", hint=None
+                    ) from None
                 elif "too long" in str(error):
                     raise Unreachable(f"the socket path is too long: {path}", hint=None) from None
             else:
@@ -186,14 +192,20 @@ class Client:
     ) -> dict[str, Any]:
         connection, path = self.connect()
         limit_s = self.answer_s + wait_s
+        deadline = time.monotonic() + limit_s
         try:
-            connection.settimeout(limit_s)
+            connection.settimeout(min(limit_s, HANG_S))
             raw = None if body is None else json.dumps(body).encode("ascii")
             headers = {"Accept": "application/json", "Host": "fleetd", "Connection": "close"}
             if raw is not None:
                 headers["Content-Type"] = "application/json"
-            response = Response.to_request(connection, method, target_, headers, raw)
-            content = response.body(ANSWER_MAX_BYTES, time.monotonic() + limit_s)
+                # The daemon does not carry it out once fleetctl has given up, which is never earlier than this.
+                headers[BEFORE_HEADER] = f"{min(time.monotonic() + HANG_S, deadline):.6f}"
+            send(connection, method, target_, headers, raw)
+            self._await_answer(connection, path, deadline)
+            connection.settimeout(min(limit_s, HANG_S))
+            response = Response.read(connection)
+            content = response.body(ANSWER_MAX_BYTES, deadline, HANG_S)
         except TimeoutError:
             raise Unreachable(f"fleetd on {path} did not respond within {limit_s:g} s", hint=None) from None
         except InvalidResponse:
@@ -203,6 +215,37 @@ class Client:
         finally:
             connection.close()
         return self._understand(response.status, content, path)
+
+    def _await_answer(self, connection: socket.socket, path: Path, deadline: float) -> None:
+        """Wait for the first byte of a response; ask on another connection meanwhile whether the daemon still answers.
+
+        Raises Unreachable when it does not, but never before `HANG_S`; TimeoutError at the deadline.
+        """
+        hangs_s = time.monotonic() + HANG_S
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            if select.select([connection], [], [], min(PING_EVERY_S, left_s))[0]:
+                return
+            if time.monotonic() < deadline and not self._answers(path):
+                if select.select([connection], [], [], max(0.0, min(hangs_s, deadline) - time.monotonic()))[0]:
+                    return
+                raise Unreachable(f"fleetd on {path} does not answer: it hangs, or is stopped by a signal", hint=None)
+
+    @staticmethod
+    def _answers(path: Path) -> bool:
+        """Return whether the daemon answers a small request within `PING_S`; True for one that is being replaced."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.settimeout(PING_S)
+            try:
+                asking.connect(os.fspath(path))
+                asking.sendall(b"GET /v1/devices HTTP/1.1\r\nHost: fleetd\r\nConnection: close\r\n\r\n")
+                return bool(asking.recv(1))
+            except (TimeoutError, BlockingIOError):
+                return False
+            except OSError:
+                return True  # the first connection reports what became of it
 
     def _understand(self, status: int, content: bytes, path: Path) -> dict[str, Any]:
         try:
@@ -225,9 +268,11 @@ class Client:
         try:
             connection.settimeout(self.answer_s)
             headers = {"Accept": "text/event-stream", "Host": "fleetd"}
-            response = Response.to_request(connection, "GET", target(path, query), headers)
+            send(connection, "GET", target(path, query), headers)
+            self._await_answer(connection, where, time.monotonic() + self.answer_s)
+            response = Response.read(connection)
             if response.content_type != "text/event-stream":
-                content = response.body(ANSWER_MAX_BYTES, time.monotonic() + self.answer_s)
+                content = response.body(ANSWER_MAX_BYTES, time.monotonic() + self.answer_s, HANG_S)
                 self._understand(response.status, content, where)
                 raise _not_fleetd(where)
             connection.settimeout(SILENCE_S)
@@ -235,7 +280,7 @@ class Client:
         except TimeoutError:
             raise StreamCut(f"fleetd on {where} stopped responding") from None
         except (OSError, ResponseError):
-            raise StreamCut(f"fleetd on {where} closed the stream") from None
+            raise StreamCut("connection to fleetd lost (it stopped or was replaced)") from None
         finally:
             connection.close()
 

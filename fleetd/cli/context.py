@@ -79,6 +79,29 @@ class Duration(_ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Since(Duration):
+    """A duration, `today`, `yesterday`, or a local time such as 2026-11-30 21:03; as seconds before now."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from datetime import datetime, timedelta
+
+        now = datetime.now()  # noqa: DTZ005 - people type local times
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        days = {"today": midnight, "yesterday": midnight - timedelta(days=1)}
+        moment = days.get(str(value).strip().lower())
+        if moment is None and not isinstance(value, float) and any(mark in str(value) for mark in "-:"):
+            try:
+                moment = datetime.fromisoformat(str(value).strip())
+            except ValueError:
+                self.fail(f"{value!r} is neither a duration nor a time such as '2026-11-30 21:03'", param, ctx)
+            moment = moment.astimezone().replace(tzinfo=None) if moment.tzinfo else moment
+        if moment is None:
+            return super().convert(value, param, ctx)
+        return max(0.0, (now - moment).total_seconds())
+
+
 def forms(*allowed: str) -> Callable[[Verb], Verb]:
     """Add `-o` with the output formats of a verb; the verb gets its Session as the first argument."""
 

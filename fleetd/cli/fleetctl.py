@@ -10,6 +10,7 @@ Exit codes: 0 ok · 1 failed · 2 usage or config invalid · 3 not running or un
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from typing import Any
 
 import click
 
+from fleetd import __version__
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, CliError
 from fleetd.cli.context import FORMS, Session
+from fleetd.cli.foreign import ALIASES, EXAMPLES, SECTIONS, line_for, nearest
 from fleetd.cli.render import clean, close_stdout
 
 PROGRAM = "fleetctl"
@@ -27,6 +30,7 @@ PROGRAM = "fleetctl"
 VERBS = {
     "inspect": ("status", "ps", "logs", "events", "story", "explain", "dump", "pm2-jlist", "version"),
     "lifecycle": ("start", "stop", "restart", "drain", "undrain", "load", "unload", "pin", "unpin", "signal"),
+    "chat": ("chat",),
     "config": ("diff", "apply", "reload", "daemon-reexec", "shutdown"),
     "models": ("models", "volumes"),
     "import_": ("import",),
@@ -44,17 +48,24 @@ class _ReaderLeft(Exception):
 
 
 class _Verbs(click.Group):
-    """Imports the module of a verb when it is used; suggests the nearest name for a mistyped one."""
+    """Imports the module of a verb when it is used; knows the aliases and the verbs of other tools.
+
+    Its help lists the verbs in sections; the help of each verb has examples.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
-        return list(_MODULE_OF)  # not sorted: the most used verbs come first
+        return list(dict.fromkeys((*_MODULE_OF, *self.commands)))  # not sorted: the most used verbs come first
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the verb, or None if no module defines it."""
-        if cmd_name not in self.commands and (name := _MODULE_OF.get(cmd_name)):
-            for verb in import_module(f"fleetd.cli.commands.{name}").VERBS:
+        """Return the verb or the one of an alias, with its examples; None if no module defines it."""
+        name = cmd_name if cmd_name in _MODULE_OF else ALIASES.get(cmd_name, cmd_name)
+        if name not in self.commands and (module := _MODULE_OF.get(name)):
+            for verb in import_module(f"fleetd.cli.commands.{module}").VERBS:
                 self.add_command(verb)
-        return super().get_command(ctx, cmd_name)
+        found = super().get_command(ctx, name)
+        if found is not None and found.epilog is None and found.name is not None and found.name in EXAMPLES:
+            found.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[found.name])
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; detect a closed reader here, since click would return exit code 1 for it."""
@@ -69,12 +80,28 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise click.UsageError(f"Unknown command {args[0][:60]!r}.{hint}", ctx)
+            raise click.UsageError(_unknown(args, self.list_commands(ctx)), ctx)
         return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        known = self.list_commands(ctx)
+        placed = {verb for verbs in SECTIONS.values() for verb in verbs}
+        others = tuple(verb for verb in known if verb not in placed)
+        for title, verbs in (*SECTIONS.items(), ("Other", others)):
+            commands = [(verb, self.get_command(ctx, verb)) for verb in verbs if verb in known]
+            rows = [(verb, command.get_short_help_str(60)) for verb, command in commands if command is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _unknown(args: list[str], verbs: list[str]) -> str:
+    """Return the message for a verb that fleetctl does not have."""
+    line = line_for(args[0], args[1:])
+    if line is not None:
+        return f"There is no verb {args[0]!r}: {line}"
+    close = nearest(args[0], verbs)
+    return f"Unknown command {args[0][:60]!r}." + (f" Did you mean {close}?" if close else "")
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -83,6 +110,7 @@ class _Verbs(click.Group):
 @click.option(
     "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Use colour (auto: on a terminal)."
 )
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) -> None:
     """Inspect and control a running fleetd.
@@ -93,6 +121,22 @@ def cli(ctx: click.Context, socket: str | None, form: str | None, color: str) ->
     130 interrupted. diff: 0 no differences, 1 differences, 2 error.
     """
     ctx.obj = Session(socket, form, color)
+
+
+@cli.command(name="help")
+@click.argument("verbs", nargs=-1, metavar="[VERB]...")
+@click.pass_context
+def help_(ctx: click.Context, verbs: tuple[str, ...]) -> int:
+    """Show the help of fleetctl or of a verb."""
+    group: click.Context = ctx.find_root()
+    command: click.Command = group.command
+    for verb in verbs:
+        found = command.get_command(group, verb) if isinstance(command, click.Group) else None
+        if found is None:
+            raise click.UsageError(_unknown([verb], cli.list_commands(group)), group)
+        command, group = found, click.Context(found, group, found.name)
+    click.echo(command.get_help(group))
+    return EXIT_OK
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +160,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("FLEETCTL_DEBUG"):
             raise
         text = clean(str(error))[:300]
-        click.echo(f"{PROGRAM}: internal error, or an invalid response: {type(error).__name__}: {text}", err=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            click.echo(f"{PROGRAM}: cannot write: {error.strerror}", err=True)
+            close_stdout()
+            return EXIT_FAILED
+        click.echo(
+            f"{PROGRAM}: internal error; please report it with `fleetctl dump`: {type(error).__name__}: {text}",
+            err=True,
+        )
         click.echo("  set FLEETCTL_DEBUG=1 for a traceback", err=True)
         return EXIT_FAILED
     return code if isinstance(code, int) else EXIT_OK

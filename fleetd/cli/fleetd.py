@@ -23,21 +23,23 @@ import click
 
 from fleetd import __version__
 from fleetd.errors import ConfigError, FleetError, HostError
+from fleetd.units import counted
 
 if TYPE_CHECKING:
     from fleetd.config.load import LoadedConfig
     from fleetd.resolver.resolved import ResolvedFleet
 
+HANDOVER = "FLEETD_TAKE_OVER"  # set by a daemon that re-executes itself
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
-def default_config(env: Mapping[str, str]) -> Path:
+def default_config(env: Mapping[str, str], advice: str = "name it: FILE") -> Path:
     """Return the first existing fleet.yaml of the search order. Exits without one."""
     home = env.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
     places = [Path("fleet.yaml"), Path(home) / "fleetd" / "fleet.yaml", Path("/etc/fleetd/fleet.yaml")]
     found = next((place for place in places if place.is_file()), None)
     said = ", ".join(str(place) for place in places)
-    return found or fail(f"no configuration file: searched {said}", "name one with --config FILE", BAD_CONFIG)
+    return found or fail(f"no configuration file: searched {said}", advice, BAD_CONFIG)
 
 
 def fail(message: str, hint: str | None, code: int) -> NoReturn:
@@ -66,9 +68,22 @@ def cli() -> None:
     show_default=True,
     help="Least severe level to log.",
 )
-def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
-    """Run the daemon in the foreground."""
-    path = (config or default_config(os.environ)).absolute()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def run(config: Path | None, file: Path | None, log_file: Path | None, log_level: str) -> None:
+    """Run the daemon in the foreground.
+
+    FILE is the same as --config FILE.
+    """
+    if config is not None and file is not None:
+        raise click.UsageError("the file is named twice: as FILE and with --config")
+    path = (
+        config or file or default_config(os.environ, "name one: fleetd run FILE, or fleetctl init to write one")
+    ).absolute()
+    early = None
+    if HANDOVER not in os.environ:  # a re-executed daemon has its locks already
+        from fleetd.daemon.reload.prefetch import hold_lock
+
+        early = hold_lock(path)
     from fleetd.daemon.own_memory import use_one_heap
 
     use_one_heap()
@@ -90,7 +105,7 @@ def run(config: Path | None, log_file: Path | None, log_level: str) -> None:
     from fleetd.daemon.app import App, RunOptions
 
     async def body() -> int:
-        return await App(RunOptions(path, reading), log, sink).run()
+        return await App(RunOptions(path, reading, early), log, sink).run()
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -115,14 +130,18 @@ def _loop_factory() -> Any:
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def check(file: Path | None, quiet: bool) -> None:
-    """Check a fleet.yaml; report all problems."""
+    """Check a fleet.yaml; report all problems.
+
+    All errors at once, each with its place; warnings where there is no error.
+    """
     _, resolved = _load_and_resolve(file)
     if quiet:
         return
     for warning in resolved.warnings:
         click.echo(f"warning: {warning}", err=True)
     spec = resolved.spec
-    click.echo(f"{resolved.files[0]}: ok, {len(spec.processes)} processes, {len(spec.models)} models")
+    counts = f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}"
+    click.echo(f"{resolved.files[0]}: ok, {counts}")
 
 
 @cli.command()
@@ -145,6 +164,12 @@ def render(file: Path | None, output: str) -> None:
     import yaml
 
     click.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
+@cli.command(name="version")
+def version_() -> None:
+    """Print the version."""
+    click.echo(f"fleetd {__version__}")
 
 
 @cli.command()
@@ -174,7 +199,7 @@ def _show_problems(error: ConfigError) -> None:
     for problem in error.problems:
         click.echo(str(problem), err=True)
     count = len(error.problems)
-    click.echo(f"{count} problem{'s' if count != 1 else ''}", err=True)
+    click.echo(counted(count, "problem"), err=True)
 
 
 def main() -> None:

@@ -26,6 +26,17 @@ class InvalidResponse(ResponseError):
     """The peer does not speak HTTP."""
 
 
+def send(
+    connection: socket.socket, method: str, target: str, headers: Mapping[str, str], body: bytes | None = None
+) -> None:
+    """Send a request. Raises OSError, TimeoutError."""
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    if body is not None:
+        lines.append(f"Content-Length: {len(body)}")
+    with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + (body or b""))
+
+
 class Response:
     """The response to one request. `head` returns when the header block is complete."""
 
@@ -39,15 +50,8 @@ class Response:
         self.content_type = ""
 
     @classmethod
-    def to_request(
-        cls, connection: socket.socket, method: str, target: str, headers: Mapping[str, str], body: bytes | None = None
-    ) -> Response:
-        """Send a request and return its response. Raises ResponseError, OSError, TimeoutError."""
-        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        if body is not None:
-            lines.append(f"Content-Length: {len(body)}")
-        with contextlib.suppress(BrokenPipeError):  # rejected before the body was read: the response has the reason
-            connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + (body or b""))
+    def read(cls, connection: socket.socket) -> Response:
+        """Return the response to the request that was sent. Raises ResponseError, OSError, TimeoutError."""
         response = cls(connection)
         while not response._has_head:
             response._receive()
@@ -73,13 +77,16 @@ class Response:
 
     # -- the body -------------------------------------------------------------------------------------------------------
 
-    def body(self, limit: int, deadline: float) -> bytes:
-        """Return the whole body. Raises TimeoutError if it is not complete by the monotonic time `deadline`."""
+    def body(self, limit: int, deadline: float, silence_s: float) -> bytes:
+        """Return the whole body.
+
+        Raises TimeoutError if it is not complete by the monotonic time `deadline`, or if nothing arrives for `silence_s`.
+        """
         while not self._complete:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            self._connection.settimeout(left)
+            self._connection.settimeout(min(left, silence_s))
             self._receive()
             if self._read_bytes > limit + _HEAD_MAX_BYTES:
                 break

@@ -15,11 +15,12 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, TextIO
 
 RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, DIM, BOLD = "31", "32", "33", "34", "35", "36", "2", "1"
+_EMPTY_RANK = 1000
 SHRUNK = 16  # columns that a name keeps while another column can be dropped
 PREFIX_COLOURS = (CYAN, YELLOW, GREEN, MAGENTA, BLUE, RED)
 STATE_COLOURS = {
@@ -167,13 +168,16 @@ class Cell:
     colour: str | None = None
 
 
-def table(screen: Screen, columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
-    """Write a table with two spaces between columns; on a narrow terminal without its least important columns."""
+def table(screen: Screen, columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]], whole: bool = False) -> None:
+    """Write a table with two spaces between columns; on a narrow terminal without its least important columns.
+
+    Columns of dashes go first. `whole`: nothing is cut or left out, however wide it is.
+    """
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     texts = [[screen.symbols(clean(cell.text)) for cell in row] for row in cells]
     titles = [screen.symbols(column.title) for column in columns]
     widths = [max([width_of(title), *(width_of(row[index]) for row in texts)]) for index, title in enumerate(titles)]
-    shown = _fit(screen, columns, widths)
+    shown = list(range(len(columns))) if whole else _fit(screen, _ranked(columns, texts), widths)
 
     def put(values: Sequence[str], colours: Sequence[str | None]) -> None:
         parts = []
@@ -189,6 +193,15 @@ def table(screen: Screen, columns: Sequence[Column], rows: Iterable[Sequence[Cel
     put(titles, [BOLD] * len(titles))
     for row, values in zip(cells, texts, strict=True):
         put(values, [cell.colour for cell in row])
+
+
+def _ranked(columns: Sequence[Column], texts: Sequence[Sequence[str]]) -> list[Column]:
+    """Return the columns; one that holds only dashes is dropped before any other."""
+    empty = [bool(texts) and all(row[index] in ("-", "") for row in texts) for index in range(len(columns))]
+    return [
+        replace(column, keep=column.keep - _EMPTY_RANK) if column.keep and nothing else column
+        for column, nothing in zip(columns, empty, strict=True)
+    ]
 
 
 def _fit(screen: Screen, columns: Sequence[Column], widths: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from aiohttp import web
 
 from fleetd.errors import ApiError
 
+BEFORE_HEADER = "X-Fleetctl-Before"  # monotonic seconds of this machine
 BODY_TIMEOUT_S = 10.0
 TIMEOUT_S = 300.0
 TIMEOUT_MAX_S = 86_400.0
@@ -31,7 +33,17 @@ def invalid(message: str) -> ApiError:
 
 
 async def read_body(request: web.Request, allowed: Kinds) -> dict[str, Any]:
-    """Return the JSON object of a request ({} if empty). Raises ApiError 400, 408."""
+    """Return the JSON object of a request ({} if empty). Raises ApiError 400, 408.
+
+    A request that its client gave up before it could be read is not carried out: the daemon hung meanwhile.
+    """
+    before = request.headers.get(BEFORE_HEADER, "")
+    try:
+        late = bool(before) and time.monotonic() > float(before)
+    except ValueError:
+        raise invalid(f"{BEFORE_HEADER} must be a number.") from None
+    if late:
+        raise ApiError(408, "expired", "The client gave up before the daemon read the request; nothing was done.")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await request.read()

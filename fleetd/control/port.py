@@ -47,12 +47,17 @@ class ActOptions:
     `wait` False: answer `accepted` as soon as the fleet knows of it.
 
     `timeout_s` bounds the waiting: what is not done by then is `timeout`, and goes on. `signal` is a name such as SIGHUP.
+
+    `rolling`: a restart takes the replicas in turn. `broad`: names that only `all` or a glob selected; a restart passes over
+    those that do not run.
     """
 
     wait: bool = True
     timeout_s: float = 300.0
     force: bool = False
     signal: str | None = None
+    rolling: bool = False
+    broad: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

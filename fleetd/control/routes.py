@@ -118,7 +118,7 @@ async def get_logs(request: web.Request) -> web.StreamResponse:
     since_s = parse_number(query.get("since_s"), "since_s", 0, _TEN_YEARS_S)
     grep = check_pattern(query.get("grep"))
     port = request.app[PORT]
-    names = selection.processes(request.match_info["names"].split(","), port.names())
+    names = selection.processes(request.match_info["names"].split(","), port.names(), "logs")
     source = port.logs(names, 50 if lines is None else int(lines), since_s, grep, follow)
     if streaming:
         return await sse.stream(request, source, "line")
@@ -127,13 +127,16 @@ async def get_logs(request: web.Request) -> web.StreamResponse:
 
 # -- changing --------------------------------------------------------------------------------------------------------
 
-_ACTION: Kinds = {"wait": bool, "timeout_s": (int, float), "force": bool, "signal": str}
+_ACTION: Kinds = {"wait": bool, "timeout_s": (int, float), "force": bool, "signal": str, "rolling": bool}
 
 
 async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: Mapping[str, Any]) -> web.Response:
     port = request.app[PORT]
     choose = selection.processes if verb in wire.PROCESS_VERBS else selection.models
-    names = choose(patterns, port.names())
+    known = port.names()
+    names = choose(patterns, known, verb)
+    if "rolling" in body and verb != "restart":
+        raise invalid("The key 'rolling' belongs to the verb restart.")
     if (verb == "signal") != ("signal" in body):
         raise invalid("The key 'signal' belongs to the verb signal, which requires it.")
     options = ActOptions(
@@ -141,6 +144,8 @@ async def _act(request: web.Request, verb: str, patterns: Sequence[str], body: M
         timeout_s=timeout_of(body),
         force=body.get("force", False),
         signal=signal_name(body["signal"]) if "signal" in body else None,
+        rolling=body.get("rolling", False),
+        broad=frozenset(name for name in names if name not in patterns and known.processes.get(name) not in patterns),
     )
     try:
         async with asyncio.timeout(options.timeout_s + GRACE_S):

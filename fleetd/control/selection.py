@@ -15,9 +15,22 @@ from fnmatch import fnmatchcase
 from fleetd.control.port import Names
 from fleetd.errors import ApiError
 
+# verb for a process → what an operator who names a model means by it
+_FOR_MODELS = {
+    "start": "load",
+    "stop": "unload",
+    "restart": "unload",
+    "drain": "unload",
+    "undrain": "load",
+    "logs": "status",
+    "signal": "unload",
+}
+# verb for a model → the same for a process
+_FOR_PROCESSES = {"load": "start", "unload": "stop", "pin": "start", "unpin": "stop", "explain": "status"}
 
-def processes(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the processes that the patterns select. Raises ApiError 404."""
+
+def processes(patterns: Sequence[str], names: Names, verb: str = "start") -> list[str]:
+    """Return the processes that the patterns select for `verb`. Raises ApiError 404."""
 
     def find(pattern: str) -> list[str]:
         if pattern in names.processes:
@@ -25,11 +38,11 @@ def processes(patterns: Sequence[str], names: Names) -> list[str]:
         return [name for name, base in names.processes.items() if pattern in ("all", base) or _like(name, pattern)]
 
     known = dict.fromkeys((*names.processes, *names.processes.values()))
-    return _select(patterns, find, "process", known, other=_models_hint(names))
+    return _select(patterns, find, "process", known, other=_models_hint(names, verb))
 
 
-def models(patterns: Sequence[str], names: Names) -> list[str]:
-    """Return the models selected by patterns or aliases. Raises ApiError 404, 409."""
+def models(patterns: Sequence[str], names: Names, verb: str = "load") -> list[str]:
+    """Return the models that patterns or aliases select for `verb`. Raises ApiError 404, 409."""
 
     def matching(pattern: str) -> list[str]:
         if pattern in names.models:
@@ -45,27 +58,29 @@ def models(patterns: Sequence[str], names: Names) -> list[str]:
         return loadable
 
     known = dict.fromkeys((*names.models, *(alias for aliases in names.models.values() for alias in aliases)))
-    return _select(patterns, find, "model", known, other=_processes_hint(names))
+    return _select(patterns, find, "model", known, other=lambda word: process_hint(word, names, verb))
 
 
 def _like(name: str, pattern: str) -> bool:
     return any(mark in pattern for mark in "*?[") and fnmatchcase(name, pattern)
 
 
-def _models_hint(names: Names) -> Callable[[str], str | None]:
+def _models_hint(names: Names, verb: str) -> Callable[[str], str | None]:
     def hint(word: str) -> str | None:
         model = next((name for name, aliases in names.models.items() if word == name or word in aliases), None)
-        return model and f"{word} is a model, not a process: fleetctl load {word}"
+        if model is None:
+            return None
+        if model in names.routes:
+            return f"{word} is a route; its models are {', '.join(names.routes[model])}"
+        return f"{word} is a model, not a process: fleetctl {_FOR_MODELS.get(verb, 'status')} {word}"
 
     return hint
 
 
-def _processes_hint(names: Names) -> Callable[[str], str | None]:
-    def hint(word: str) -> str | None:
-        known = word in names.processes or word in names.processes.values()
-        return f"{word} is a process, not a model: fleetctl start {word}" if known else None
-
-    return hint
+def process_hint(word: str, names: Names, verb: str) -> str | None:
+    """Return what to type instead if `word` is a process and `verb` needs a model; None for no process."""
+    known = word in names.processes or word in names.processes.values()
+    return f"{word} is a process, not a model: fleetctl {_FOR_PROCESSES.get(verb, 'status')} {word}" if known else None
 
 
 def _route_error(pattern: str, targets: Sequence[str]) -> ApiError:

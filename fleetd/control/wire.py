@@ -37,6 +37,7 @@ class ActionResult(TypedDict):
     result: str  # an ResultCode
     state: str | None
     reason: str | None
+    hint: NotRequired[str | None]  # what to do next
     warning: NotRequired[str]  # it succeeded, with this restriction
 
 
@@ -68,6 +69,9 @@ class ProcessStatus(TypedDict):
     device_bytes: NotRequired[dict[str, int]]
     in_flight: NotRequired[int]
     draining: NotRequired[bool]
+    hint: NotRequired[str | None]  # what to do next
+    problem: NotRequired[bool]  # it needs attention
+    state_age_s: NotRequired[float]  # since it entered the state
 
 
 class ModelStatus(TypedDict):
@@ -92,6 +96,9 @@ class ModelStatus(TypedDict):
     ttl_s: NotRequired[float]
     context_length: NotRequired[int | None]
     reason: NotRequired[str]
+    hint: NotRequired[str | None]  # what to do next
+    problem: NotRequired[bool]  # it needs attention
+    loading: NotRequired[dict[str, Any]]  # while it loads: {elapsed_s, limit_s, detail, rss_bytes, needs_bytes}
     aliases: NotRequired[list[str]]
     routes: NotRequired[list[dict[str, Any]]]
     # {state, detail, done_bytes, total_bytes}; state is unchanged | made | making | failed | blocked | missing | foreign
@@ -121,6 +128,8 @@ class DaemonStatus(TypedDict):
     store_problem: NotRequired[str | None]  # why the daemon's state could not be saved
     gateway: NotRequired[str | None]  # host:port of the data plane
     stopping: NotRequired[bool]
+    disk_problems: NotRequired[list[str]]  # log or state folders without room
+    config_warnings: NotRequired[list[str]]  # of the running configuration
 
 
 class HostStatus(TypedDict):
@@ -223,6 +232,7 @@ class Plan(TypedDict):
     config_hash: str
     changes: list[PlannedChange]
     unchanged: int
+    warnings: NotRequired[list[str]]  # of the file
 
 
 class Applied(TypedDict):

@@ -115,6 +115,7 @@ class EventHandlers:
         if process is None:
             return
         probes = process.spec.probes
+        process.paused = event.paused
         if event.probe is ProbeKind.STARTUP:
             if process.state is ProcessState.STARTING and not process.startup_done:
                 process.startup_detail = event.detail if not event.ok else ""
@@ -257,7 +258,8 @@ class EventHandlers:
     # -- requests -----------------------------------------------------------------------------------------------------------
 
     def cancelled(self, event: e.RequestCancelled) -> None:
-        self.admission.queue.leave(event.request_id)
+        for request_id in (event.request_id, *event.others):
+            self.admission.queue.leave(request_id)
 
     def finished(self, event: e.RequestFinished, now: float) -> None:
         _, granted_s = self.state.granted.get(event.request_id, (None, now))

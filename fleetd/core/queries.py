@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fleetd.core import advice
+from fleetd.core.advice import Advice, LoadStatus
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.journal import Evicted, JournalEntry, ModelLeaving, ModelLost
 from fleetd.core.data.specs import ModelSpec
@@ -120,6 +122,22 @@ class FleetQueries:
     def rolling_restarts(self) -> dict[str, str]:
         """Return the reason for every process that waits for its turn to restart, by name."""
         return dict(self._state.rolling)
+
+    def process_advice(self, process: Process, now: float) -> Advice:
+        """Return what to show a person about a process."""
+        return advice.of_process(self._state, process, now)
+
+    def model_advice(self, model: Model, now: float) -> Advice:
+        """Return what to show a person about a model."""
+        return advice.of_model(self._state, model, now)
+
+    def load_progress(self, placement: Placement, now: float) -> LoadStatus:
+        """Return how far the load of a placement is."""
+        return advice.load_progress(self._state, placement, now)
+
+    def loading_detail(self, placement: Placement, now: float) -> str:
+        """Return how long a load takes already, what its engine answers, and its limit."""
+        return advice.loading_detail(self._state, placement, now)
 
     # -- models -------------------------------------------------------------------------------------------------------
 

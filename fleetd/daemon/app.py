@@ -36,11 +36,12 @@ from fleetd.daemon.own_memory import freeze
 from fleetd.daemon.reload.active import ActiveConfiguration
 from fleetd.daemon.reload.messages import ReadInputs
 from fleetd.daemon.reload.worker_client import FileReading
+from fleetd.daemon.sources.disk_space import DiskSpace
 from fleetd.daemon.sources.triggers import Triggers
 from fleetd.daemon.wiring import Daemon, Resources
 from fleetd.errors import ApiError, HostError
 from fleetd.host.host import Host
-from fleetd.host.lock import DaemonLocks
+from fleetd.host.lock import DaemonLock, DaemonLocks
 from fleetd.host.notify import Notifier
 from fleetd.host.state_store import StateStore
 from fleetd.host.system.memory import Devices
@@ -48,6 +49,7 @@ from fleetd.host.types import HandleRecord, HostPaths
 from fleetd.resolver.environment import inherited
 from fleetd.resolver.port_assignment import keep_ports
 from fleetd.resolver.resolved import ResolvedFleet, Surroundings, machine_devices
+from fleetd.units import counted
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -67,10 +69,14 @@ _REEXEC_DELAY_S = 0.05  # for the answer to the client
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`config` is absolute; `reading` is the worker that already reads it."""
+    """`config` is absolute; `reading` is the worker that already reads it.
+
+    `early` is the lock of the run folder, if that folder could be guessed.
+    """
 
     config: Path
     reading: WorkerProcess
+    early: DaemonLock | None = None
 
 
 class App:
@@ -158,7 +164,7 @@ class App:
 
     def _lock(self, stack: AsyncExitStack, paths: HostPaths, handover: reexec.Handover | None) -> None:
         if handover is None:
-            self._locks = DaemonLocks.acquire(paths.run, paths.state)
+            self._locks = DaemonLocks.acquire(paths.run, paths.state, self._options.early)
         else:
             self._locks = DaemonLocks.inherit(paths.run, paths.state, handover.lock_fds)
         stack.callback(self._locks.release)
@@ -237,6 +243,9 @@ class App:
         daemon = self._daemon
         daemon.background.start(daemon.sampler.run(), "sampling")
         daemon.background.start(daemon.prerequisites.run(), "prerequisites")
+        paths = daemon.config.resolved.paths
+        space = DiskSpace({"log": paths.logs, "state": paths.state}, self._state, daemon.reporter)
+        daemon.background.start(space.run(), "disk space")
         if self._notifier.watchdog_interval_s is not None:
             daemon.background.start(self._feed_watchdog(self._notifier.watchdog_interval_s), "watchdog")
 
@@ -249,7 +258,13 @@ class App:
     def _report_ready(self, resolved: ResolvedFleet) -> None:
         spec = resolved.spec
         took_s = time.monotonic() - self._state.started
-        self._log.info(
+        if self._sink.is_terminal:
+            counts = f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}"
+            self._log.info(
+                f"fleetd is up: {counts}, gateway {self._state.gateway} (Ctrl-C stops it; next: fleetctl status)"
+            )
+        log = self._log.debug if self._sink.is_terminal else self._log.info
+        log(
             "fleetd is up",
             version=__version__,
             name=resolved.name,
@@ -262,7 +277,7 @@ class App:
         )
         for warning in resolved.warnings:
             self._log.warning("configuration", problem=str(warning))
-        self._notifier.ready(f"{len(spec.processes)} processes, {len(spec.models)} models")
+        self._notifier.ready(f"{counted(len(spec.processes), 'process', 'es')}, {counted(len(spec.models), 'model')}")
 
     # -- while it runs --------------------------------------------------------------------------------------------------
 

@@ -143,6 +143,10 @@ class RequestChecks:
             return invalid_request("There are too many headers, or they are too large.", 431, "headers_too_large")
         if request.version_refused:
             return invalid_request("Unsupported HTTP version: use HTTP/1.1 or HTTP/1.0.", 505, "http_version")
+        if request.head.unknown_coding:
+            return invalid_request(
+                "Unknown Transfer-Encoding: only chunked is known.", 501, "unknown_transfer_encoding"
+            )
         if request.head.unknown_expect:
             return invalid_request("Unsupported Expect header: only 100-continue is known.", 417, "expectation_failed")
         if request.length > options.max_body_bytes:
@@ -194,7 +198,11 @@ class RequestChecks:
         if content_type in self._json_types:
             return None
         if content_type is None or content_type.partition(b";")[0].strip().lower() != b"application/json":
-            return invalid_request("Content-Type must be application/json.", 415, "unsupported_media_type")
+            return invalid_request(
+                "Content-Type must be application/json (curl: -H 'Content-Type: application/json').",
+                415,
+                "unsupported_media_type",
+            )
         if len(self._json_types) < _CACHED:
             self._json_types.add(content_type)
         return None

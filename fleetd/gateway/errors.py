@@ -49,16 +49,10 @@ def error_type(status: int) -> str:
 
 def openai_shape(error: ApiError) -> bytes:
     """Return the body in OpenAI's format: always an object under `error`."""
-    return orjson.dumps(
-        {
-            "error": {
-                "message": str(error),
-                "type": error_type(error.status),
-                "param": None,
-                "code": error.code,
-            }
-        }
-    )
+    body = {"message": str(error), "type": error_type(error.status), "param": None, "code": error.code}
+    if error.hint and error.status != 405:  # there it is the Allow header
+        body["hint"] = error.hint
+    return orjson.dumps({"error": body})
 
 
 def error_headers(error: ApiError) -> bytes:
@@ -78,7 +72,14 @@ def error_headers(error: ApiError) -> bytes:
 def from_reject(reject: Reject) -> ApiError:
     """Return the error for a request that the core rejected."""
     status = REJECT_STATUS.get(reject.code, 503)
-    return ApiError(status, reject.code, reject.reason, retry_after_s=reject.retry_after_s)
+    return ApiError(
+        status,
+        reject.code,
+        reject.reason,
+        retry_after_s=reject.retry_after_s,
+        should_retry=False if reject.final else None,
+        hint=reject.hint,
+    )
 
 
 def invalid_request(message: str, status: int = 400, code: str = "invalid_request") -> ApiError:

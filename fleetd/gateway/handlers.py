@@ -21,6 +21,14 @@ from fleetd.gateway.proxy import Exchange
 from fleetd.gateway.request import Request
 from fleetd.gateway.routes import MODELS_PREFIX
 
+_GREETING = b"""\
+fleetd is running
+
+  GET  /v1/models             the models
+  POST /v1/chat/completions   OpenAI's API (also /v1/completions, /v1/embeddings)
+  GET  /ready                 whether the fleet is as fleet.yaml asks
+"""
+
 
 class Handlers:
     """The handler of every action in the route table."""
@@ -29,6 +37,7 @@ class Handlers:
         self._context = context
         self._pools = pools
         self._by_action = {
+            "greeting": self._greeting,
             "proxy": self._proxy,
             "list_models": self._list_models,
             "show_model": self._show_model,
@@ -53,6 +62,9 @@ class Handlers:
     def _options(self, conn: ServerConnection, request: Request) -> None:
         assert request.route is not None
         conn.respond(204, b"", b"Allow: %b\r\n" % request.route.allow)
+
+    def _greeting(self, conn: ServerConnection, _request: Request) -> None:
+        conn.respond(200, _GREETING, content_type=b"text/plain; charset=utf-8")
 
     def _health(self, conn: ServerConnection, _request: Request) -> None:
         conn.respond(200, b'{"status":"ok"}')

@@ -80,6 +80,7 @@ class Head:
         self.head_bytes = sum(map(len, lines)) + 2 * len(lines)
         self.host: bytes | None = None
         self.chunked = False
+        self.unknown_coding = False  # a Transfer-Encoding other than chunked
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None
         self.accept_encoding: bytes | None = None
@@ -106,8 +107,7 @@ class Head:
             self.connection = value if self.connection is None else self.connection + b"," + value
         elif kind == TRANSFER_ENCODING:
             self.chunked = True
-            if value.lower() != b"chunked":
-                self.content_encoding = value
+            self.unknown_coding = self.unknown_coding or value.strip().lower() != b"chunked"
         elif kind == EXPECT:
             self.expect = True
             self.unknown_expect = value.strip().lower() != b"100-continue"

@@ -377,7 +377,7 @@ class ServerConnection(asyncio.Protocol):
                 ApiError(500, "internal_error", "The gateway failed on this request.", should_retry=False)
             )
 
-    def respond(self, status: int, body: bytes, extra: bytes = b"") -> None:
+    def respond(self, status: int, body: bytes, extra: bytes = b"", content_type: bytes = b"application/json") -> None:
         """Answer the request in progress with the gateway's own body."""
         request = self.active
         if request is None:
@@ -386,7 +386,7 @@ class ServerConnection(asyncio.Protocol):
         keep = request.keep_alive and not self._context.draining
         pieces = [status_line(status)]
         if body or status != 204:
-            pieces.append(b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body))
+            pieces.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, len(body)))
         pieces += (request.id_line, extra)
         pieces.append(b"\r\n" if keep else b"Connection: close\r\n\r\n")
         if request.method != b"HEAD":

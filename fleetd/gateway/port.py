@@ -57,6 +57,10 @@ class FleetPort(Protocol):
         """Withdraw a request before its grant; no callback follows, nothing is loaded."""
         ...
 
+    def stop_reason(self, process: str) -> str | None:
+        """Return why a process is being stopped, or was, on request; None: it was not."""
+        ...
+
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         """End a granted request.
 

@@ -282,9 +282,16 @@ class Exchange:
             self._stale_once = True
             self._forward(None)
         elif received:
-            self._break_off(_upstream_failed(self._target.process, reason))
+            self._break_off(self._cut_off(self._target.process, reason))
         else:
             self._fail_over(self._target.process, reason)
+
+    def _cut_off(self, process: str, reason: str) -> ApiError:
+        """Return the error of an answer that ended early: a stop on request says so."""
+        why = self._context.fleet.stop_reason(process)
+        if why is None:
+            return _upstream_failed(process, reason)
+        return ApiError(503, "draining", f"The answer was cut off: {process} was stopped ({why}).", retry_after_s=5.0)
 
     def unreachable(self, reason: str) -> None:
         """Report the failure and ask the fleet again, which names or awaits a process."""

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from fleetd.errors import ApiError
 from fleetd.gateway.errors import ErrorShape, openai_shape, quoted
 
-Action = Literal["proxy", "list_models", "show_model", "health", "ready", "options"]
+Action = Literal["greeting", "proxy", "list_models", "show_model", "health", "ready", "options"]
 MODELS_PREFIX: Final = b"/v1/models/"
 
 
@@ -46,8 +46,19 @@ ROUTES: Final[dict[bytes, HttpRoute]] = {
     b"/v1/completions": _PROXIED,
     b"/v1/embeddings": _PROXIED,
     b"/v1/models": HttpRoute(b"GET", "list_models"),
+    b"/": HttpRoute(b"GET", "greeting"),
     b"/health": HttpRoute(b"GET", "health"),
     b"/ready": HttpRoute(b"GET", "ready"),
+}
+
+
+# paths of llama-swap → what to use
+_ELSEWHERE: Final[dict[bytes, str]] = {
+    b"/ui": "fleetd has no web page; use: fleetctl status --watch",
+    b"/running": "use: fleetctl ps, or GET /v1/models",
+    b"/unload": "use: fleetctl unload MODEL",
+    b"/logs": "use: fleetctl logs -f",
+    b"/upstream": "send requests to /v1/…: the model's name selects the engine",
 }
 
 
@@ -57,7 +68,11 @@ def find(method: bytes, target: bytes) -> tuple[HttpRoute | None, ApiError | Non
     if route is None:
         if target == b"*":
             return _ANY, None
-        return None, ApiError(404, "not_found", f"There is no route {quoted(target.decode('latin-1'))}.")
+        path = target.partition(b"?")[0]
+        hint = next(
+            (line for start, line in _ELSEWHERE.items() if path == start or path.startswith(start + b"/")), None
+        )
+        return None, ApiError(404, "not_found", f"There is no route {quoted(target.decode('latin-1'))}.", hint=hint)
     if method == route.method or (method == b"HEAD" and route.method == b"GET"):
         return route, None
     listing = HttpRoute(route.method, "options", route.shape)

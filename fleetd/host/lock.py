@@ -71,7 +71,8 @@ class DaemonLock:
                 who = f"pid {holder}" if holder is not None else "pid unknown"
                 raise HostError(
                     f"fleetd is already running, {who} (it holds {path})",
-                    hint="`fleetctl status` shows it; `fleetctl shutdown` stops it",
+                    hint="`fleetctl status` shows its file, `fleetctl shutdown` stops it; "
+                    "a second fleet needs its own paths.run and paths.state",
                     recoverable=False,
                 ) from None
             except OSError as error:
@@ -94,6 +95,10 @@ class DaemonLock:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return cls(path, fd)
 
+    def is_of(self, folder: Path) -> bool:
+        """Return whether this is the lock of a folder."""
+        return _same_file(self._fd, folder / LOCK_NAME)
+
     def keep_over_exec(self) -> int:
         """Keep the lock over an execv and return its descriptor for `inherit`."""
         os.set_inheritable(self._fd, True)
@@ -113,11 +118,17 @@ class DaemonLocks:
     locks: tuple[DaemonLock, ...]
 
     @classmethod
-    def acquire(cls, run: Path, state: Path) -> DaemonLocks:
-        """Lock both folders, or neither. Raises HostError naming the daemon that has one."""
+    def acquire(cls, run: Path, state: Path, early: DaemonLock | None = None) -> DaemonLocks:
+        """Lock both folders, or neither. Raises HostError naming the daemon that has one.
+
+        `early` is a lock that this start took already; it is released if it is another folder's.
+        """
         held: list[DaemonLock] = []
         try:
-            held.append(DaemonLock.acquire(run))
+            if early is not None and not early.is_of(run):
+                early.release()
+                early = None
+            held.append(early or DaemonLock.acquire(run))
             held.extend(_of_state(run, state))
         except HostError:
             cls(tuple(held)).release()

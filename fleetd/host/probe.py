@@ -27,6 +27,7 @@ from fleetd.host.types import Execution, PortOwner, Program
 _FIRST_DELAY_S = 0.005
 _FAST_DELAY_S = 0.025
 _FAST_FOR_S = 5.0
+_SLOW_DELAY_S, _SLOW_SHARE = 2.0, 0.05  # later it finds out at most 5 % of the load late
 _ANSWER_BYTES = 16 * 1024
 _DETAIL_CHARS = 200
 
@@ -114,11 +115,17 @@ class Prober:
                     pause = min(delay, self.spec.period_s)
                     delay = min(delay * 1.3, _FAST_DELAY_S)
                 else:
-                    pause = max(0.001, self.spec.period_s - (now - asked))
+                    pause = max(0.001, self._period_s(answer, now - began) - (now - asked))
                 await asyncio.sleep(pause)
         finally:
             if self._scanner is not None:
                 self._scanner.close()
+
+    def _period_s(self, answer: Answer, age_s: float) -> float:
+        """Return the pause between checks. A startup probe of a long load slows down: each check is a line in the log."""
+        if self.kind != ProbeKind.STARTUP or answer.ok:
+            return self.spec.period_s
+        return max(self.spec.period_s, min(_SLOW_DELAY_S, age_s * _SLOW_SHARE))
 
     async def ask(self) -> Answer:
         """Check once; the first startup success must come from our own process."""

@@ -79,6 +79,7 @@ class _Walk:
     until: float | None = None  # monotonic
     left: int = MAX_ENTRIES
     notes: list[str] = field(default_factory=list)
+    deep: list[Path] = field(default_factory=list)  # folders that were not searched deeper
     seen: set[tuple[int, int]] = field(default_factory=set)
 
     @property
@@ -114,7 +115,7 @@ class _Walk:
             if depth < MAX_DEPTH:
                 waiting += [(Path(entry.path), depth + 1) for entry in below]
             elif below:
-                self.notes.append(f"{folder}: not searched deeper than {MAX_DEPTH} folders")
+                self.deep.append(folder)
             yield folder, [Path(entry.path) for entry in listed if entry.is_file()]
 
 
@@ -133,6 +134,9 @@ def scan(root: Path, limit_s: float | None = None) -> Scan:
         if len(models) > MAX_MODELS:
             walk.notes.append(f"stopped at {folder}: more than {MAX_MODELS} models")
             break
+    if walk.deep:
+        more = f" and {len(walk.deep) - 1} more" if len(walk.deep) > 1 else ""
+        walk.notes.append(f"{walk.deep[0]}{more}: not searched deeper than {MAX_DEPTH} folders")
     return Scan(tuple(_named(models[:MAX_MODELS])), tuple(walk.notes))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from fleetd.config.load import LoadedConfig
 from fleetd.core.data.specs import DeviceSpec
 from fleetd.resolver.resolved import MachineDevice
+from fleetd.units import show_size
 
 SHARES = {"host": 0.80, "unified": 0.80, "gpu": 0.90}
 
@@ -29,7 +30,7 @@ def device_specs(loaded: LoadedConfig, present: Sequence[MachineDevice], warn: W
             if keys.budget.size_bytes is not None and keys.budget.size_bytes > device.total_bytes:
                 warn(
                     ("devices", device.name, "budget"),
-                    f"is more than the {device.total_bytes} bytes that {device.name} has",
+                    f"exceeds the {show_size(device.total_bytes)} of {device.name}",
                 )
         else:
             budget = int(device.total_bytes * SHARES[device.kind])

@@ -35,6 +35,7 @@ class ScriptedFleet:
         self.admitted: list[tuple[str, tuple[str, ...]]] = []
         self.granted: list[int] = []
         self.cancelled: list[int] = []
+        self.stopped: dict[str, str] = {}
         self.finished: list[tuple[int, bool]] = []
         self.refused: list[str] = []
         self.down: set[str] = set()
@@ -88,6 +89,9 @@ class ScriptedFleet:
         held, self.held = self.held, {}
         for request_id, (model, on_grant, on_reject, avoid) in held.items():
             self._answer(request_id, model, on_grant, on_reject, avoid)
+
+    def stop_reason(self, process: str) -> str | None:
+        return self.stopped.get(process)
 
     def cancel(self, request_id: int) -> None:
         self.cancelled.append(request_id)

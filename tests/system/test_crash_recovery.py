@@ -157,7 +157,7 @@ def test_case_06_counters_and_crash_loop_are_kept(tmp_path: Path) -> None:
         daemon.start()
         row = daemon.until_state("bad", "FAILED")
         assert row["generation"] == generation, "giving up outlives the daemon: no new tries"
-        assert "crash loop" in row["reason"]
+        assert "fleetd has given up" in row["reason"]
         assert daemon.until_state("good", "READY")["restarts"] == 1
 
 

@@ -7,12 +7,16 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
+from fleetd.cli import progress
 from fleetd.cli.client import (
     EXIT_FAILED,
     EXIT_OK,
@@ -24,7 +28,7 @@ from fleetd.cli.client import (
     Unreachable,
     is_locked,
 )
-from fleetd.cli.commands.lifecycle import exit_code_of, patience, show_results, waiting
+from fleetd.cli.commands.lifecycle import exit_code_of, show_results, waiting
 from fleetd.cli.context import Duration, Session, forms, say
 from fleetd.cli.views.plan import plan_changes
 from fleetd.units import expand_home
@@ -54,8 +58,21 @@ def _where(file: str | None) -> dict[str, str]:
     return {"path": str(path)}
 
 
+def _file_argument(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add FILE, which may also be written as -f FILE."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, file: str | None, filename: str | None, **options: Any) -> Any:
+        if file is not None and filename is not None:
+            raise click.UsageError("the file is named twice: as FILE and with -f")
+        return verb(*arguments, file=file or filename, **options)
+
+    option = click.option("-f", "--filename", metavar="FILE", type=click.Path(), help="The same as FILE.")
+    return click.argument("file", required=False, type=click.Path())(option(run))
+
+
 @click.command()
-@click.argument("file", required=False, type=click.Path())
+@_file_argument
 @forms("text", "json", "yaml")
 def diff(session: Session, file: str | None) -> int:
     """Show what `apply` would change.
@@ -75,7 +92,7 @@ def diff(session: Session, file: str | None) -> int:
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path())
+@_file_argument
 @click.option("--dry-run", is_flag=True, help="Show the plan; change nothing.")
 @click.option("--wait", is_flag=True, help="Wait for all changed processes.")
 @click.option("--timeout", type=Duration(), default="5m", show_default=True, help="Longest wait (then exit code 6).")
@@ -104,7 +121,7 @@ def apply(session: Session, file: str | None, dry_run: bool, wait: bool, timeout
     if not yes:
         _ask()
     body = {**where, "wait": wait, "timeout_s": timeout, "expect_hash": plan["config_hash"]}
-    with patience("apply", timeout):
+    with progress.progress("apply", progress.of_processes(client), timeout if wait else None):
         applied = client.post("/v1/apply", body, wait_s=timeout if wait else 0.0)
     return show_results(session, applied)
 
@@ -117,9 +134,15 @@ def _ask() -> None:
 
 
 @click.command(name="reload")
+@click.argument("names", nargs=-1, metavar="")
 @forms("text", "json", "yaml")
-def reload_(session: Session) -> int:
+def reload_(session: Session, names: tuple[str, ...]) -> int:
     """Apply the daemon's file without asking."""
+    if names:
+        first = names[0][:60]
+        raise click.UsageError(
+            f"reload reads fleet.yaml again and takes no name; to restart {first}: fleetctl restart {first} --rolling"
+        )
     applied = session.client.post("/v1/reload", wait_s=30.0)
     if not session.emit(applied):
         plan_changes(session.screen, applied["plan"])
@@ -165,7 +188,7 @@ def shutdown(session: Session, force: bool, wait: bool, timeout: float) -> int:
     path = _answering(client)
     answered = client.post("/v1/shutdown", {"force": force})
     if wait:
-        with patience("shutdown", timeout):
+        with progress.progress("shutdown", progress.of_shutdown(client), timeout):
             _await_end(Client([path]), path, time.monotonic() + timeout)
     if not session.emit(answered):
         say("fleetd has stopped" if wait else "fleetd is stopping")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError
-from fleetd.cli.context import say
+from fleetd.cli.context import FORMS, say
 from fleetd.cli.render import clean
 from fleetd.errors import ConfigError, FleetError
 from fleetd.units import expand_home
@@ -67,43 +67,26 @@ def import_(
 ) -> int:
     """Convert another program's file.
 
+    FILE is pm2: ecosystem.config.js, .json, .yaml or dump.pm2; llama-swap: config.yaml or a folder of them; ollama: the
+    folder of a store, a Modelfile, or the output of `ollama list` or of GET /api/tags; compose, litellm: the YAML file;
+    systemd: a unit; supervisord: its .conf; entities: the JSON file; - is standard input.
+
     Writes parts of a fleet.yaml and reports on standard error what could not be converted, and what `fleetd check` finds in
     the result. The exit code is 1 if the check rejects it.
 
     pm2: a JavaScript FILE is a program, and Node executes it. Import only a file that you trust. It sees no secrets of the
     environment; the result refers to them as ${NAME}.
     """
-    store = kind == "ollama" and Path(expand_home(file)).is_dir()
-    several = kind == "llama-swap" and Path(expand_home(file)).is_dir()
-    content = _store_list(file) if store else "" if several else _read(file)
-    convert = getattr(importlib.import_module(MODULES[kind]), f"import_{kind.replace('-', '_')}")
-    accepted = inspect.signature(convert).parameters
-    stated = (
-        ("instance", "--instance", instance),
-        ("name", "--name", name),
-        ("quantize", "--quantize", quantize),
-        ("profile", "--env", env),
-        ("secrets", "--secrets", secrets),
-    )
-    options: dict[str, Any] = {key: value for key, _, value in stated if value}
-    if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
-        options["models_dir"] = str(folder)
-    if several:
-        file, content, options["more"] = _folder(Path(expand_home(file)))
-    looks = {"trained_context": _trained_context, "quantization_of": _quantization_of}
-    options |= {key: look for key, look in looks.items() if key in accepted}
-    for key, option, _ in stated:
-        if key in options and key not in accepted:
-            raise click.UsageError(f"{option} does not apply to {kind}")
-    try:
-        if "path" in accepted:
-            if file == "-":
-                raise click.UsageError(f"{kind} needs a file, not standard input")
-            imported = convert(Path(expand_home(file)), **options)
-        else:
-            imported = convert(content, shown=file, **options)
-    except FleetError as error:
-        raise CliError(str(error), EXIT_USAGE, error.hint) from None
+    if output in FORMS:
+        raise click.UsageError(f"-o names a file here; for a file named {output}: -o ./{output}")
+    stated = {
+        "instance": ("--instance", instance),
+        "name": ("--name", name),
+        "quantize": ("--quantize", quantize),
+        "profile": ("--env", env),
+        "secrets": ("--secrets", secrets),
+    }
+    imported = _convert(kind, file, {key: pair for key, pair in stated.items() if pair[1]})
     text = str(imported.text)
     if output is None:
         click.echo(text, nl=not text.endswith("\n"))
@@ -115,6 +98,33 @@ def import_(
     if kind == "pm2":
         _warn_of_pm2(imported.data)
     return EXIT_OK if imported.report.accepted else EXIT_FAILED
+
+
+def _convert(kind: str, file: str, stated: Mapping[str, tuple[str, Any]]) -> Any:
+    """Return the result of the importer; `stated` maps its arguments to option and value. Raises CliError."""
+    store = kind == "ollama" and Path(expand_home(file)).is_dir()
+    several = kind == "llama-swap" and Path(expand_home(file)).is_dir()
+    content = _store_list(file) if store else "" if several else _read(file)
+    convert = getattr(importlib.import_module(MODULES[kind]), f"import_{kind.replace('-', '_')}")
+    accepted = inspect.signature(convert).parameters
+    for key, (option, _) in stated.items():
+        if key not in accepted:
+            raise click.UsageError(f"{option} does not apply to {kind}")
+    options: dict[str, Any] = {key: value for key, (_, value) in stated.items()}
+    if store and (folder := Path(expand_home(file)).absolute()) != Path.home() / ".ollama" / "models":
+        options["models_dir"] = str(folder)
+    if several:
+        file, content, options["more"] = _folder(Path(expand_home(file)))
+    looks = {"trained_context": _trained_context, "quantization_of": _quantization_of}
+    options |= {key: look for key, look in looks.items() if key in accepted}
+    try:
+        if "path" not in accepted:
+            return convert(content, shown=file, **options)
+        if file == "-":
+            raise click.UsageError(f"{kind} needs a file, not standard input")
+        return convert(Path(expand_home(file)), **options)
+    except FleetError as error:
+        raise CliError(str(error), EXIT_USAGE, error.hint) from None
 
 
 def _check(text: str, path: Path, report: Report) -> None:

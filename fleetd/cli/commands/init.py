@@ -75,7 +75,7 @@ def init(session: Session, folders: tuple[str, ...], yes: bool, force: bool, fil
         raise _exists(path) from None
     except OSError as error:
         raise CliError(f"{path}: {error.strerror or error}", EXIT_FAILED) from None
-    steps = next_steps(path, proposal, chat=_has_verb("chat"))
+    steps = next_steps(path, proposal)
     if not session.emit(_document(path, found, proposal, steps)):
         session.screen.raw(str(path))
         say("next:")
@@ -108,20 +108,14 @@ def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _has_verb(name: str) -> bool:
-    group = click.get_current_context().find_root().command
-    return isinstance(group, click.Group) and name in group.commands
-
-
-def next_steps(path: Path, proposal: FleetProposal, *, chat: bool) -> list[str]:
+def next_steps(path: Path, proposal: FleetProposal) -> list[str]:
     """Return the two commands to type next."""
     here = path == Path("fleet.yaml").absolute()
     run = "fleetd run" if here else f"fleetd run --config {shlex.quote(str(path))}"
     model = proposal.first_model()
     if model is None:
         return [run, "fleetctl status"]
-    name = shlex.quote(model)
-    return [run, f"fleetctl chat {name} hello" if chat else f"fleetctl load {name}"]
+    return [run, f"fleetctl chat {shlex.quote(model)} hello"]
 
 
 def _report(found: Machine, proposal: FleetProposal, warnings: list[str]) -> None:

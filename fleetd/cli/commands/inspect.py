@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import click
 
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
-from fleetd.cli.context import FORMS, Duration, Session, completion_of, forms, names_argument, say
+from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, say
+from fleetd.cli.problems import is_problem
 from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.cli.views import detail, tables
 from fleetd.cli.views.lines import event_line, log_line
@@ -21,31 +22,38 @@ from fleetd.control.wire import OWN_STREAM, SCHEMA, document
 WATCH_S = 1.0
 _LINES = 50
 _MOST_LINES = 100_000
+_EVER_S = 365 * 86_400.0
 
 
 @click.command()
 @names_argument("processes", "models", required=False)
 @click.option("-w", "--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@click.option("--failed", is_flag=True, help="Show only what has a problem.")
 @forms(*FORMS)
-def status(session: Session, names: tuple[str, ...], watch: bool) -> int:
+def status(session: Session, names: tuple[str, ...], watch: bool, failed: bool) -> int:
     """Show the fleet, or NAME in detail.
 
     With NAME the exit code is 0 for running, 3 for not running or unhealthy, 4 for unknown.
     """
     if not watch:
-        return _status_once(session, names)
-    return _watch(session, names)
+        return _status_once(session, names, failed)
+    return _watch(session, names, failed)
 
 
-def _status_once(session: Session, names: tuple[str, ...]) -> int:
+def _status_once(session: Session, names: tuple[str, ...], failed: bool = False) -> int:
     client = session.client
-    if len(names) == 1 and not any(mark in names[0] for mark in "*?["):
+    if len(names) == 1 and not failed and not any(mark in names[0] for mark in "*?["):
         found = _detail(client, names[0])
         if found is not None:
             return _show_detail(session, found)
     whole = client.get("/v1/status")
     if names:
         whole = _only(whole, names)
+    if failed:
+        whole = {
+            **whole,
+            **{key: [row for row in whole[key] if is_problem(row)] for key in ("processes", "models")},
+        }
     if session.emit(whole):
         pass
     elif session.form == "name":
@@ -106,27 +114,24 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {**whole, "processes": chosen("processes"), "models": chosen("models")}
 
 
-def _watch(session: Session, names: tuple[str, ...]) -> int:
-    """Print every second until Ctrl-C, on a terminal in place."""
-    terminal = sys.stdout.isatty() and session.form in ("table", "wide")
-    if terminal:
-        sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
+def _watch(session: Session, names: tuple[str, ...], failed: bool) -> int:
+    """Print every second until Ctrl-C; on a terminal in place, from the top, until q."""
+    if not (sys.stdout.isatty() and session.form in ("table", "wide")):
         while True:
-            if terminal:
-                sys.stdout.write("\x1b[H\x1b[2J")
-            try:
-                _status_once(session, names)
-            except Unreachable as error:
-                if not terminal:
-                    raise
-                session.screen.line(str(error))
+            _status_once(session, names, failed)
             sys.stdout.flush()
             time.sleep(WATCH_S)
-    finally:
-        if terminal:
-            sys.stdout.write("\x1b[?25h\x1b[?1049l")
-            sys.stdout.flush()
+    from fleetd.cli.full_screen import FullScreen
+
+    with FullScreen(session.screen) as full:
+        while True:
+            try:
+                _status_once(session, names, failed)
+            except Unreachable as error:
+                session.screen.line(str(error))
+            full.show()
+            if full.quits_within(WATCH_S):
+                return EXIT_OK
 
 
 @click.command()
@@ -154,24 +159,43 @@ def _in_memory(row: Mapping[str, Any]) -> bool:
 
 
 @click.command()
-@names_argument("processes", also=("all",))
+@names_argument("processes", required=False, also=("all",))
 @click.option("-f", "--follow", is_flag=True, help="Follow new lines until Ctrl-C.")
 @click.option(
     "-n",
     "--lines",
+    "--tail",
     type=click.IntRange(0, _MOST_LINES),
     help=f"Last lines to print.  [default: {_LINES}]",
 )
-@click.option("--since", type=Duration(), help="Only lines of the last 10m, 2h, …")
+@click.option("--since", type=Since(), help="Only lines of the last 10m, 2h, …")
 @click.option("--grep", help="Only lines matching a regular expression.")
+@click.option("-u", "--unit", "units", multiple=True, hidden=True, help="The same as NAME, as in journalctl.")
+@click.option("-p", "--previous", is_flag=True, hidden=True, help="Not needed: one log holds all runs.")
 @forms("text", "json")
 def logs(
-    session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None, grep: str | None
+    session: Session,
+    names: tuple[str, ...],
+    follow: bool,
+    lines: int | None,
+    since: float | None,
+    grep: str | None,
+    units: tuple[str, ...],
+    previous: bool,
 ) -> int:
-    """Show logs of processes.
+    """Show logs of processes; without NAME of all.
 
-    With several processes each line has its name. --since needs lines with times (logs.capture: pipe).
+    With several processes each line has its name. --since needs lines with times (logs.capture: pipe). It is a duration,
+    today, yesterday, or a time such as 2026-11-30 21:03.
     """
+    if previous:
+        raise click.UsageError("not needed: one log holds all runs of a process, with a mark at each exit")
+    names = (*names, *units) or ("all",)
+    if "fleetd" in names:
+        say("fleetctl: fleetd itself logs to its standard error, or to --log-file: journalctl -u fleetd")
+        names = tuple(name for name in names if name != "fleetd")
+        if not names:
+            return EXIT_UNKNOWN
     if grep is not None:
         try:
             re.compile(grep)
@@ -200,12 +224,22 @@ def logs(
 
 
 @click.command()
+@names_argument("processes", "models", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
-@click.option("--since", type=Duration(), help="Only events of the last 10m, 2h, …")
+@click.option("-n", "--lines", type=click.IntRange(0, _MOST_LINES), help="Last events to print.")
+@click.option("--since", type=Since(), help="Only events of the last 10m, 2h, …")
 @forms("text", "json")
-def events(session: Session, follow: bool, since: float | None) -> int:
-    """Show events, oldest first."""
-    for event in session.client.stream("/v1/events", since_s=since, follow=follow):
+def events(session: Session, names: tuple[str, ...], follow: bool, lines: int | None, since: float | None) -> int:
+    """Show events, oldest first.
+
+    With NAME only those about it: a process, a model, or a glob.
+    """
+    client = session.client
+    if lines is None:
+        source = _about(client.stream("/v1/events", since_s=since, follow=follow), names)
+    else:
+        source = _last_events(client, names, lines, _EVER_S if since is None else since, follow)
+    for event in source:
         if session.form == "json":
             session.screen.json(event, indent=None)
         else:
@@ -215,17 +249,40 @@ def events(session: Session, follow: bool, since: float | None) -> int:
     return EXIT_OK
 
 
+def _last_events(
+    client: Client, names: tuple[str, ...], lines: int, since_s: float, follow: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the last events about the names, then new ones."""
+    past = list(client.stream("/v1/events", since_s=since_s, follow=False))
+    chosen = list(_about(past, names))
+    yield from chosen[len(chosen) - min(lines, len(chosen)) :]
+    if follow:
+        after = past[-1]["seq"] if past else None
+        yield from _about(client.stream("/v1/events", after=after, since_s=None if past else 0.0, follow=True), names)
+
+
+def _about(events_: Iterable[dict[str, Any]], names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the events about the names, globs and bases of replicas; all for no name."""
+    for event in events_:
+        name = str(event.get("name") or "")
+        if not names or any(fnmatchcase(name, one) or name == one for one in names):
+            yield event
+
+
 @click.command()
 @click.argument("name", shell_complete=completion_of("processes", "models"))
+@click.option("-a", "--all", "whole", is_flag=True, help="Show every event and command.")
 @forms("text", "json", "yaml")
-def story(session: Session, name: str) -> int:
+def story(session: Session, name: str, whole: bool) -> int:
     """Show the history of a process or model.
 
-    Every event and command about it with its reason, oldest first.
+    What happened to it with the reasons, oldest first; a crash is one line. --all and -o json show every step.
     """
     told = session.client.get(f"/v1/story/{name}")
     if not session.emit(told):
-        for event in told["events"]:
+        from fleetd.cli.story import condensed
+
+        for event in told["events"] if whole else condensed(told["events"]):
             event_line(session.screen, event, with_name=event.get("name") != name)
         if not told["events"]:
             session.screen.line(f"no events for {name} since fleetd started")

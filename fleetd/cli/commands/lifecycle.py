@@ -7,37 +7,18 @@ Invariants:
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from fleetd.cli import progress
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT
 from fleetd.cli.context import Duration, Session, forms, names_argument, say
-from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, duration, table
+from fleetd.cli.render import GREEN, RED, YELLOW, Cell, Column, clean, table
 from fleetd.control.wire import MODEL_VERBS, ResultCode
 
-PATIENCE_S = 1.5
 _COLOURS = {"ok": GREEN, "accepted": GREEN, "failed": RED, "timeout": YELLOW}
-
-
-@contextmanager
-def patience(what: str, timeout_s: float) -> Iterator[None]:
-    """Report on a terminal what fleetctl waits for when it takes longer than a moment."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    text = f"{what}: waiting up to {duration(timeout_s)} (Ctrl-C stops only the wait)"
-    timer = threading.Timer(PATIENCE_S, say, [text])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def show_results(session: Session, answered: dict[str, Any]) -> int:
@@ -66,6 +47,8 @@ def exit_code_of(results: Sequence[dict[str, Any]]) -> int:
     for row in results:
         if row.get("result") == ResultCode.FAILED:
             say(f"fleetctl: {clean(row.get('name'))}: {clean(row.get('reason') or 'failed')}")
+        if row.get("hint"):
+            say(f"  hint: {clean(row['hint'])}")
     if ResultCode.FAILED in found or found - set(ResultCode):
         return EXIT_FAILED
     return EXIT_TIMEOUT if ResultCode.TIMEOUT in found else EXIT_OK
@@ -75,7 +58,8 @@ def act(session: Session, verb: str, names: Sequence[str], wait: bool, timeout_s
     """Request one action on all names and show the results."""
     kind = "models" if verb in MODEL_VERBS else "processes"
     body = {"names": list(names), "wait": wait, "timeout_s": timeout_s, **extra}
-    with patience(f"{verb} {' '.join(names)}", timeout_s):
+    of = progress.of_models if kind == "models" else progress.of_processes
+    with progress.progress(f"{verb} {' '.join(names)}", of(session.client, names), timeout_s):
         answered = session.client.post(f"/v1/{kind}/{verb}", body, wait_s=timeout_s if wait else 0.0)
     return show_results(session, answered)
 
@@ -112,6 +96,19 @@ def _quick(name: str, keys: str, text: str) -> click.Command:
     return verb
 
 
+@click.command()
+@names_argument("processes", also=("all",))
+@click.option("--rolling", is_flag=True, help="Restart replicas one after the other.")
+@waiting
+@forms("table", "json", "yaml")
+def restart(session: Session, names: tuple[str, ...], rolling: bool, wait: bool, timeout: float) -> int:
+    """Stop and start processes.
+
+    NAME is a process, a glob ('ai-*'), the base name of replicas, or all. all and globs pass over processes that do not run.
+    """
+    return act(session, "restart", names, wait, timeout, **({"rolling": True} if rolling else {}))
+
+
 @click.command(name="signal")
 @click.argument("sig", metavar="SIG")
 @names_argument("processes", also=("all",))
@@ -128,7 +125,7 @@ _NAMES = "NAME is a process, a glob ('ai-*'), the base name of replicas, or all.
 VERBS = (
     _slow("start", "processes", f"Start processes and wait until ready.\n\n{_NAMES}", ("all",)),
     _slow("stop", "processes", f"Stop processes; they stay stopped.\n\n{_NAMES}", ("all",)),
-    _slow("restart", "processes", f"Stop and start processes.\n\n{_NAMES}", ("all",)),
+    restart,
     _slow("drain", "processes", "Take processes out of routing.\n\nWaits for their requests in flight."),
     _quick("undrain", "processes", "Put processes back into routing."),
     _slow("load", "models", "Load models into memory now."),

@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CliError, RequestRefused
 from fleetd.cli.context import Session, completion_of, forms, say
+from fleetd.cli.progress import clear_line, progress
 from fleetd.cli.render import BOLD, DIM, GREEN, RED, YELLOW, Cell, Column, clean, shorten, size, table
 from fleetd.units import expand_home
 
@@ -85,16 +87,29 @@ def sync(session: Session, names: tuple[str, ...]) -> int:
     number = client.post("/v1/library/sync", {"names": list(names)})["sync"]
     last: dict[str, Any] = {"failed": 0}
     shown = ""
-    for item in client.stream(f"/v1/syncs/{number}"):
-        last = item
-        if session.form == "json":
-            session.screen.json(item, indent=None)
-            continue
-        text = _step_text(item)
-        if text and text != shown:
-            shown = text
-            (say if item["what"] == "making" else session.screen.line)(text)
+    in_place = sys.stderr.isatty()
+    with progress("models sync", lambda: _making_text(last)):
+        for item in client.stream(f"/v1/syncs/{number}"):
+            last = item
+            if session.form == "json":
+                session.screen.json(item, indent=None)
+                continue
+            text = _step_text(item)
+            if text and text != shown and not (in_place and item["what"] == "making"):
+                shown = text
+                clear_line()
+                (say if item["what"] == "making" else session.screen.line)(text)
+                sys.stdout.flush()
     return EXIT_FAILED if last.get("failed") or last.get("what") != "done" else EXIT_OK
+
+
+def _making_text(item: Mapping[str, Any]) -> str:
+    """Return what a sync does now, with the bytes where they are known."""
+    if item.get("what") != "making":
+        return ""
+    done, total = item.get("done_bytes"), item.get("total_bytes")
+    share = f" {size(done)} of {size(total)}" if done is not None and total else ""
+    return f"{item.get('name') or item.get('store')}: {item.get('detail', '')}{share}"
 
 
 def _step_text(item: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 from fleetd.cli.render import (
@@ -16,6 +17,7 @@ from fleetd.cli.render import (
     duration,
     number,
     size,
+    width_of,
 )
 from fleetd.cli.views.lines import event_line
 from fleetd.cli.views.tables import Row, on_of, split_of, ttl_of
@@ -28,11 +30,16 @@ def one_process(screen: Screen, detail: Row) -> None:
     mark = screen.paint(screen.symbols("●"), STATE_COLOURS.get(state))
     title = f"{row.get('kind')}, {row['engine']}" if row.get("engine") else row.get("kind")
     screen.raw(f"{mark} {screen.paint(clean(row.get('name')), BOLD)} - {clean(title)}")
-    since = f" for {duration(row['uptime_s'])}" if row.get("uptime_s") is not None else ""
+    age_s = row.get("state_age_s", row.get("uptime_s"))
+    since = f" for {duration(age_s)}" if age_s else ""
     following = f", starts in {duration(row['next_start_s'])}" if row.get("next_start_s") is not None else ""
     reason = f": {clean(row['reason'])}" if row.get("reason") else ""
     _field(screen, "State", f"{screen.state(state)}{since}{following}{reason}")
-    _field(screen, "Wanted", f"{row.get('desired')}, restarted {row.get('restarts')} times")
+    _hint(screen, row)
+    restarts = row.get("restarts")
+    _field(screen, "Wanted", f"{row.get('desired')}, restarted {restarts} time{'' if restarts == 1 else 's'}")
+    if row.get("pid"):
+        _field(screen, "Uptime", duration(row.get("uptime_s")))
     if detail.get("source"):
         _field(screen, "Defined", clean(detail["source"]))
     if row.get("pid"):
@@ -59,7 +66,10 @@ def _surroundings(screen: Screen, detail: Row) -> None:
         _field(screen, "After", clean(", ".join(f"{name} {word}" for name, word in detail["depends_on"].items())))
     for path, there in (detail.get("requires") or {}).items():
         _field(screen, "Requires", clean(path) + ("" if there else screen.paint(" (missing)", RED)))
+    state = (detail.get("process") or {}).get("state")
     for kind, probe in (detail.get("probes") or {}).items():
+        if probe.get("ok") and state in ("STOPPED", "EXITED", "FAILED", "BLOCKED", "BACKOFF"):
+            continue  # of a run that is over
         verdict = screen.paint("ok", GREEN) if probe.get("ok") else screen.paint("failed", RED)
         text = f" {clean(probe['detail'])}" if probe.get("detail") else ""
         _field(screen, kind.capitalize(), verdict + text)
@@ -80,9 +90,19 @@ def _last_exit(screen: Screen, last: Row | None) -> None:
     _field(screen, "Last exit", f"{how}{memory} at {clock(last.get('at'))}{reason}")
 
 
+def _hint(screen: Screen, row: Row) -> None:
+    if row.get("hint"):
+        _field(screen, "Hint", clean(row["hint"]))
+
+
 def _field(screen: Screen, label: str, text: str) -> None:
+    """Print one field; a text that is too long goes on below, aligned."""
     head = f"{label + ':' if label else '':>11} "
-    screen.line(head + text)
+    if screen.columns is None or "\x1b" in text or width_of(head + text) <= screen.columns:
+        screen.line(head + text)
+        return
+    for number_, line in enumerate(textwrap.wrap(text, max(20, screen.columns - len(head)), break_on_hyphens=False)):
+        screen.line((" " * len(head) if number_ else head) + line)
 
 
 def _ends(screen: Screen, detail: Row) -> None:
@@ -104,6 +124,7 @@ def one_model(screen: Screen, detail: Row) -> None:
     screen.raw(f"{mark} {screen.paint(clean(row.get('name')), BOLD)} - model, {clean(row.get('engine') or 'route')}")
     reason = f": {clean(row['reason'])}" if row.get("reason") else ""
     _field(screen, "State", f"{screen.state(state)}{reason}")
+    _hint(screen, row)
     if detail.get("source"):
         _field(screen, "Defined", clean(detail["source"]))
     _field(screen, "On", clean(on_of(row)))
@@ -125,13 +146,15 @@ def explanation(screen: Screen, document: Row) -> None:
     for sentence in document.get("text") or ():
         screen.raw(f"  {clean(sentence)}")
     footprint = document.get("footprint") or {}
+    if document.get("hint"):
+        screen.raw(f"  hint: {clean(document['hint'])}")
     if footprint.get("bytes"):
         screen.line(f"  needs {clean(split_of(footprint['bytes']))} ({clean(footprint.get('source'))})")
     for device in document.get("devices") or ():
         free, budget = size(device.get("free_bytes")), size(device.get("budget_bytes"))
         screen.line(f"  {clean(device.get('name'))}: {free} free of a budget of {budget}")
-    for label, key in (("can be on", "holders"), ("would give way", "victims")):
+    for label, key in (("process", "holders"), ("would give way", "victims")):
         for row in document.get(key) or ():
-            reason = f": {clean(row['reason'])}" if row.get("reason") else ""
-            state = f" {row['state']}" if row.get("state") else ""
+            reason = f" ({clean(row['reason'])})" if row.get("reason") else ""
+            state = f": {str(row['state']).lower()}" if row.get("state") else ""
             screen.line(f"  {label} {clean(row.get('name'))}{clean(state)}{reason}")

@@ -14,7 +14,7 @@ from fleetd.cli.views.tables import Row
 
 
 def event_line(screen: Screen, event: Row, with_name: bool = True) -> None:
-    """Print one event as one line: time, name, event, reason."""
+    """Print one event as one line: time, name, event, reason. Times are local on a terminal, UTC in a pipe."""
     moved = ""
     if event.get("state"):
         before = f"{event['before']} → " if event.get("before") and event["before"] != event["state"] else ""

@@ -27,6 +27,8 @@ def plan_changes(screen: Screen, document: Row) -> None:
         moves = [f"{verb} {', '.join(change[verb])}" for verb in ("stops", "starts") if change.get(verb)]
         if moves:
             screen.line(clean(f"    {'; '.join(moves)}"))
+    for warning in document.get("warnings") or ():
+        screen.raw(screen.paint(f"warning: {clean(warning)}", YELLOW))
     count = {kind: sum(1 for change in changes if change.get("change") == kind) for kind in marks}
     screen.line(
         f"{count['add']} to add, {count['change']} to change, {count['remove']} to remove, "

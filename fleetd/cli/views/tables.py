@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fleetd.cli.problems import problem_lines, warning_lines, wrapped
 from fleetd.cli.render import (
     BOLD,
     STATE_COLOURS,
-    YELLOW,
     Cell,
     Column,
     Screen,
@@ -60,7 +60,7 @@ def processes(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
         Column("PORT", 7, right=True),
     ]
     if wide:
-        columns += [Column("ENGINE", 1), Column("DESIRED", 1), Column("GEN", 1, right=True)]
+        columns += [Column("TYPE"), Column("DESIRED"), Column("GEN", right=True)]
     noted = any(note_of(row) for row in rows) or wide
     if noted:
         columns.append(Column("NOTE", 2, shrink=True))
@@ -78,12 +78,11 @@ def processes(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
             number(row.get("port")),
         ]
         if wide:
-            cells[1] = str(row.get("kind") or "-")
-            cells += [str(row.get("engine") or "-"), str(row.get("desired") or "-"), number(row.get("generation"))]
+            cells += [str(row.get("kind") or "-"), str(row.get("desired") or "-"), number(row.get("generation"))]
         if noted:
             cells.append(str(row.get("reason") or "") if wide else note_of(row))
         drawn.append(cells)
-    table(screen, columns, drawn)
+    table(screen, columns, drawn, whole=wide)
 
 
 def models(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
@@ -129,7 +128,7 @@ def models(screen: Screen, rows: Sequence[Row], wide: bool) -> None:
         if noted:
             cells.append(note_of(row))
         drawn.append(cells)
-    table(screen, columns, drawn)
+    table(screen, columns, drawn, whole=wide)
 
 
 def on_of(row: Row) -> str:
@@ -211,9 +210,13 @@ def fleet(screen: Screen, status: Row, wide: bool = False) -> None:
     screen.line()
     for device in status.get("devices") or ():
         screen.line(device_line(device))
-    screen.line(_host_line(status))
-    for warning in warnings_of(status):
-        screen.raw(screen.paint(screen.symbols(warning), YELLOW))
+    for line in wrapped(screen, _host_line(status), None):
+        screen.raw(line)
+    problems = [*problem_lines(screen, status), *warning_lines(screen, warnings_of(status))]
+    if problems:
+        screen.line()
+    for line in problems:
+        screen.raw(line)
 
 
 def _host_line(status: Row) -> str:
@@ -236,8 +239,11 @@ def warnings_of(status: Row) -> list[str]:
     found = []
     if daemon.get("config_error"):
         found.append(
-            f"warning: fleet.yaml is invalid; the previous configuration stays in force: {clean(daemon['config_error'])}"
+            "warning: fleet.yaml has errors and was not applied; the previous configuration stays in force: "
+            f"{clean(daemon['config_error'])} (all of them: fleetd check {config})"
         )
+    found += [f"warning: {clean(warning)}" for warning in daemon.get("config_warnings") or ()]
+    found += [f"warning: {clean(problem)}" for problem in daemon.get("disk_problems") or ()]
     if daemon.get("store_problem"):
         found.append(f"warning: fleetd cannot save its state: {clean(daemon['store_problem'])}")
     if daemon.get("restart_needed"):

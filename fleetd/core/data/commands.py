@@ -136,6 +136,12 @@ class Reject(Command):
     code: str
     reason: str
     retry_after_s: float | None = None
+    model: str = ""  # the model that was asked for, if the fleet has it
+    hint: str | None = None  # what to do next
+    final: bool = False  # a retry cannot help before somebody acts
+
+    def names(self) -> tuple[str, ...]:
+        return (self.model,) if self.model else ()
 
 
 @dataclass(frozen=True, slots=True)

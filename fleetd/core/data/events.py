@@ -130,6 +130,7 @@ class ProbeResult(RunEvent):
     ok: bool
     detail: str = ""
     final: bool = False  # a retry gives the same answer: only a change of fleet.yaml or of the machine helps
+    paused: bool = False  # the process was stopped by a signal (SIGSTOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +252,10 @@ class RequestArrived(Event):
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled(Event):
-    """The client left before a grant (after a grant: RequestFinished)."""
+    """The client left before a grant (after a grant: RequestFinished). `others` left at the same moment."""
 
     request_id: int
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

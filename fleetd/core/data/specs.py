@@ -180,7 +180,20 @@ def describe_exit(report: ExitReport) -> str:
         return report.reason  # it never ran, or fleetd stopped it itself
     else:
         how = "died with an unknown exit code"
-    return f"{how}: {report.reason}" if report.reason else how
+    return f"{how}: {report.reason}" if report.reason and report.signal not in report.reason.split() else how
+
+
+def brief_exit(report: ExitReport) -> str:
+    """Return one exit as a few words for use in parentheses: `exit code 3: why`, `SIGKILL`, `out of memory`."""
+    if report.oom:
+        how = "out of memory"
+    elif report.signal:
+        how = report.signal
+    elif report.code is not None:
+        how = f"exit code {report.code}"
+    else:
+        return report.reason or "unknown exit code"
+    return f"{how}: {report.reason}" if report.reason and report.signal not in report.reason.split() else how
 
 
 @dataclass(frozen=True, slots=True)

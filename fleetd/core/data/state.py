@@ -115,6 +115,9 @@ class Process:
     leave_s: float | None = None  # since when it drains to stop
     drained: bool = False  # an operator took it out of routing
     outcome: ExitReport | None = None  # the death to count once the set is empty; None: a requested stop
+    crash: ExitReport | None = None  # how its last run died; None: it ended on request, or runs again
+    crash_s: float = 0.0  # when it died
+    paused: bool = False  # the last failed probe found it stopped by a signal (SIGSTOP)
     impossible: bool = False  # FAILED only because a dependency cannot come
     again: bool = False  # the next start counts as a restart
 

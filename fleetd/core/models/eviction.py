@@ -51,6 +51,7 @@ class Never:
 
     reason: str
     pinned: bool = False
+    hint: str | None = None
 
 
 Plan = Fits | Evict | Wait | Never
@@ -76,7 +77,10 @@ def plan(
             f"needs {show_size(size)} on {device}, whose budget is {show_size(budget)}"
             for device, (size, budget) in never.items()
         )
-        return Never(f"{key[0]} can never fit: it {numbers}")
+        keys = ", ".join(f"devices.{device}.budget" for device in never)
+        return Never(
+            f"{key[0]} can never fit: it {numbers}", hint=f"raise {keys} in fleet.yaml, or make the model smaller"
+        )
     lack = ledger.lacking(need)
     if not lack:
         return Fits()
@@ -88,11 +92,7 @@ def plan(
     ]
     unpinned = [p for p in others if not models[p.model].pinned]
     if _less(_less(lack, _sum(unpinned, ledger)), _kept_by_drowsy(models, ledger)):
-        names = ", ".join(sorted({p.model for p in others if models[p.model].pinned}))
-        return Never(
-            f"{key[0]} does not fit next to the pinned models: {names}" if names else f"{key[0]} has no room",
-            pinned=True,
-        )
+        return _no_room(key[0], need, [p for p in others if models[p.model].pinned], ledger)
     free_to_go = [p for p in unpinned if p.state in (Residency.LOADED, Residency.ASLEEP) and p.key not in awaited]
     free_to_go.sort(key=lambda p: _cost(p, models[p.model], ledger, now))
     idle = [p for p in free_to_go if not p.in_flight]
@@ -104,6 +104,22 @@ def plan(
         busy = ", ".join(sorted(p.model for p in chosen if p.in_flight))
         return Wait(f"waiting for {busy} to become idle", tuple(chosen))
     return Wait("waiting for models that are still starting or awaited")
+
+
+def _no_room(model: str, need: Mapping[str, int], pinned: Sequence[Placement], ledger: Ledger) -> Never:
+    """Return that pinned models take the room, with the numbers of the devices that lack it."""
+    numbers = []
+    for device, size in need.items():
+        free, spec = ledger.free_bytes(device), ledger.devices.get(device)
+        if free is not None and spec is not None and size > free:
+            of = f"of {show_size(spec.budget_bytes)} {'is' if free == 1 else 'are'} free on {device}"
+            numbers.append(f"{model} needs {show_size(size)}; {show_size(free)} {of}")
+    held = {p.model: sum(ledger.reservations.get(p.key, {}).values()) for p in pinned}
+    text = ", ".join(numbers) or f"{model} has no room"
+    if held:
+        names = ", ".join(f"{name} ({show_size(size)})" for name, size in sorted(held.items()))
+        text += f" and {names} {'is' if len(held) == 1 else 'are'} pinned"
+    return Never(text, pinned=True, hint=f"fleetctl unpin {' '.join(sorted(held))}" if held else None)
 
 
 def _cost(

@@ -23,6 +23,7 @@ from fleetd.core.data.journal import (
     PrerequisitesChanged,
     Subject,
 )
+from fleetd.core.data.specs import describe_exit
 from fleetd.core.data.state import RESTING, SERVING, Model, Placement, Process, ProcessState, Residency, SleepStep
 from fleetd.core.models.candidates import usable
 from fleetd.core.models.measurement import eviction_note, learn, over_budget_victims
@@ -142,7 +143,8 @@ class ModelLoader:
             elif state in RESTING and (self._cannot_start(process) or self._unwanted(placement)):
                 self.forget_placement(placement, now)
             elif state is ProcessState.BACKOFF and process.generation > placement.generation:
-                self.fail(model, process.reason, now, retry_s=process.next_start_s)
+                how = describe_exit(process.crash) if process.crash is not None else process.reason
+                self.fail(model, how, now, retry_s=process.next_start_s)
                 placement.generation = process.generation
                 if not stays_loaded(self.state, model):
                     self.forget_placement(placement, now)

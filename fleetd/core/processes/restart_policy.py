@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fleetd.core.data.specs import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy, describe_exit
+from fleetd.core.data.specs import Backoff, ExitKind, ExitReport, RestartMode, RestartPolicy, brief_exit, describe_exit
 
 if TYPE_CHECKING:
     from random import Random
@@ -124,7 +124,8 @@ def after_death(
     recent = sum(1 for time in record.times if time > now - loop.window_s)
     if recent >= loop.count or record.slow:
         if loop.then == "fail":
-            return GiveUp(f"crash loop: {recent} deaths within {loop.window_s:g} s; last: {how}")
+            brief = brief_exit(report)
+            return GiveUp(f"crashed {recent} times in {loop.window_s:g} s ({brief}); fleetd has given up")
         record.slow = True
         return Again(loop.every_s, f"crash loop: {how}; one try every {loop.every_s:g} s")
     delay = delay_s(policy.backoff, record.deaths, rng)

@@ -8,6 +8,8 @@ Invariants:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fleetd.core.data.commands import Stop, StopProbes, Sweep
 from fleetd.core.data.fleet_state import FleetState
 from fleetd.core.data.specs import ExitKind, ExitReport, describe_exit
@@ -34,14 +36,19 @@ class Termination:
     def kill(self, process: Process, now: float, reason: str, *, final: bool = False, force: bool = False) -> None:
         """Stop it for its own failure, a death. `final`: a restart cannot help."""
         process.outcome = ExitReport(None, kind=ExitKind.BAD_CONFIG if final else ExitKind.CRASH, reason=reason)
+        process.crash, process.crash_s = process.outcome, now
         self.stop(process, now, reason, force)
 
     def died(self, process: Process, report: ExitReport, now: float) -> None:
         """Handle an exit; if not requested, sweep the set and count a death."""
+        if process.restart_wanted and process.outcome is None and not report.reason:
+            report = replace(report, reason=process.restart_wanted)  # such as a memory limit
         process.last_exit, process.last_exit_s = report, now
         if process.state is ProcessState.STOPPING:
             return
         process.outcome = report
+        if report.code != 0:
+            process.crash, process.crash_s = report, now
         self.state.move(process, ProcessState.STOPPING, now, describe_exit(report))
         self.state.emit(StopProbes(process.name, process.generation, describe_exit(report)))
         self.state.emit(Sweep(process.name, process.generation, describe_exit(report)))
@@ -75,7 +82,7 @@ class Termination:
 
     def forget_outcome(self, process: Process) -> None:
         """Do not count the end of this run as a death."""
-        process.outcome = None
+        process.outcome = process.crash = None
 
     def restart_after_stop(self, process: Process, reason: str) -> None:
         """Start a process again once the stop that is under way is done."""

@@ -20,7 +20,7 @@ from fleetd.core.data.state import Model, Placement, Process, ProcessState, Resi
 from fleetd.core.models.candidates import best_process, bytes_to_wake, sleeping_placement
 from fleetd.core.models.eviction import Evict, Fits, Never, Wait, demand_at, plan
 from fleetd.core.models.reconcile import ModelLoader
-from fleetd.core.requests.queue import RequestQueue
+from fleetd.core.requests.queue import RejectionTerms, RequestQueue
 from fleetd.core.requests.routing import elsewhere, resolve, serving
 
 _RETRY_AFTER_S = 2.0
@@ -233,7 +233,7 @@ class Admission:
                     "model_blocked" if verdict.pinned else "model_too_large",
                     verdict.reason,
                     now,
-                    30.0 if verdict.pinned else None,
+                    RejectionTerms(30.0 if verdict.pinned else None, verdict.hint, final=True),
                 )
         elif not spread:
             self._wait_for_room(waiting, model, verdict, claimed, now)

@@ -7,6 +7,9 @@ Invariants:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from fleetd.core.advice import load_hint, loading_detail, needs_operator, serving_hint
 from fleetd.core.data.commands import Reject
 from fleetd.core.data.fleet_state import FleetState, QueuedRequest
 from fleetd.core.data.journal import RequestFellBack
@@ -15,6 +18,18 @@ from fleetd.core.models.candidates import best_process, can_still_serve, out_of_
 from fleetd.core.requests.routing import relieved, serving
 
 _RETRY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RejectionTerms:
+    """What a client can do about a rejection: the seconds to wait, the next command, and whether a retry cannot help."""
+
+    retry_after_s: float | None = None
+    hint: str | None = None
+    final: bool = False
+
+
+_PLAIN = RejectionTerms()
 
 
 class RequestQueue:
@@ -33,7 +48,7 @@ class RequestQueue:
         )
         if (full or no_place) and waiting.client:
             whose = "the fleet's queue" if full else f"the queue of {model.name}"
-            self.refuse(waiting, "queue_full", f"{whose} is full", now, self.patience(model))
+            self.refuse(waiting, "queue_full", f"{whose} is full", now, RejectionTerms(self.patience(model)))
             return
         state.queue[waiting.request_id] = waiting
         model.waiting += 1
@@ -58,10 +73,11 @@ class RequestQueue:
             self.leave(waiting.request_id)
             self.reject(waiting.request_id, "draining", "the fleet is shutting down", _RETRY_AFTER_S)
         elif now >= waiting.deadline_s:
-            self.out(waiting, "queue_timeout", f"no room within {now - waiting.arrived_s:.1f} s: {waiting.reason}", now)
+            self._time_out(waiting, model, now)
         elif model.missing and not self.has_loaded(model):
             reason = f"{model.name} cannot be served: missing: {', '.join(model.missing)}"
-            self.out(waiting, "model_blocked", reason, now, 30.0)
+            hint = "it loads as soon as what is missing is there"
+            self.out(waiting, "model_blocked", reason, now, RejectionTerms(30.0, hint))
         elif (
             model.failure
             and (model.failure_final or model.failure_s >= waiting.arrived_s or now < model.retry_s)
@@ -72,7 +88,7 @@ class RequestQueue:
                 "model_failed",
                 f"{model.name} failed to load: {model.failure}",
                 now,
-                max(1.0, model.retry_s - now),
+                RejectionTerms(max(1.0, model.retry_s - now), load_hint(model), final=model.failure_final),
             )
         elif (
             not any(can_still_serve(state, p) for p in model.placements.values()) and best_process(state, model) is None
@@ -84,7 +100,7 @@ class RequestQueue:
                 "model_failed",
                 f"{model.name} cannot be served: {self._standings(model)}",
                 now,
-                self.patience(model),
+                RejectionTerms(self.patience(model), serving_hint(state, model)),
             )
 
     def _foreign(self, model: Model) -> bool:
@@ -96,7 +112,7 @@ class RequestQueue:
         """Cancel the loads of a model that an operator requested."""
         for waiting in [w for w in self.state.queue.values() if w.model == model.name and not w.client]:
             self.leave(waiting.request_id)
-            self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}")
+            self.reject(waiting.request_id, "model_blocked", f"{model.name} was {reason}", model=model.name)
 
     def has_loaded(self, model: Model) -> bool:
         return any(p.state is Residency.LOADED and p.step is None for p in model.placements.values())
@@ -110,7 +126,21 @@ class RequestQueue:
             code = "model_failed"
         else:
             code = "model_blocked"
-        self.out(waiting, code, f"{model.name} cannot be served: {self._standings(model)}", now, 30.0)
+        refusal = RejectionTerms(30.0, serving_hint(self.state, model), final=needs_operator(self.state, model))
+        self.out(waiting, code, f"{model.name} cannot be served: {self._standings(model)}", now, refusal)
+
+    def _time_out(self, waiting: QueuedRequest, model: Model, now: float) -> None:
+        """Reject a request whose time is over: its load is slow, or there was no room."""
+        loading = next((p for p in model.placements.values() if p.state is Residency.LOADING and not p.closing), None)
+        if loading is not None:
+            text = loading_detail(self.state, loading, now)
+            hint = f"raise models.{model.name}.queue.timeout"
+        else:
+            text, hint = (
+                f"no room within {now - waiting.arrived_s:.1f} s: {waiting.reason}",
+                f"fleetctl explain {model.name}",
+            )
+        self.out(waiting, "queue_timeout", text, now, RejectionTerms(hint=hint))
 
     def _standings(self, model: Model) -> str:
         processes = [p for name in model.spec.holders if (p := self.state.processes.get(name)) is not None]
@@ -125,14 +155,12 @@ class RequestQueue:
             return f"{process.state}: missing: {', '.join(process.missing)}"
         return f"{process.state}: {process.startup_detail or process.reason}"
 
-    def out(
-        self, waiting: QueuedRequest, code: str, reason: str, now: float, retry_after_s: float | None = None
-    ) -> None:
+    def out(self, waiting: QueuedRequest, code: str, reason: str, now: float, refusal: RejectionTerms = _PLAIN) -> None:
         self.leave(waiting.request_id)
-        self.refuse(waiting, code, reason, now, retry_after_s)
+        self.refuse(waiting, code, reason, now, refusal)
 
     def refuse(
-        self, waiting: QueuedRequest, code: str, reason: str, now: float, retry_after_s: float | None = None
+        self, waiting: QueuedRequest, code: str, reason: str, now: float, refusal: RejectionTerms = _PLAIN
     ) -> None:
         """Reject, or queue for a fallback model; a timeout is final."""
         for index, name in enumerate(waiting.fallback if code != "queue_timeout" else ()):
@@ -144,10 +172,14 @@ class RequestQueue:
             waiting.deadline_s, waiting.load_began_s = self.deadline(model, waiting.arrived_s), None
             self.enter(waiting, now)
             return
-        self.reject(waiting.request_id, code, reason, retry_after_s)
+        known = waiting.model if waiting.model in self.state.models else ""
+        hint, final = refusal.hint, refusal.final
+        self.state.emit(Reject(waiting.request_id, code, reason, refusal.retry_after_s, known, hint, final))
 
-    def reject(self, request_id: int, code: str, reason: str, retry_after_s: float | None = None) -> None:
-        self.state.emit(Reject(request_id, code, reason, retry_after_s))
+    def reject(
+        self, request_id: int, code: str, reason: str, retry_after_s: float | None = None, model: str = ""
+    ) -> None:
+        self.state.emit(Reject(request_id, code, reason, retry_after_s, model))
 
     def patience(self, model: Model) -> float:
         return max(1.0, min(120.0, model.load_s or _RETRY_AFTER_S))

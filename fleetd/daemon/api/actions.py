@@ -4,18 +4,20 @@ Invariants:
 - Several names are handled in the order of their dependencies: started from the bottom, stopped from the top.
 - A start or a stop is on disk before the answer.
 - An action continues when its client stops waiting.
+- A wait is tied to a generation, a placement or an order, never to a state that may pass by; a later order ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from fleetd.control.port import ActOptions
 from fleetd.control.wire import PROCESS_VERBS, ActionResult, ResultCode
 from fleetd.core.data import events as e
 from fleetd.core.data.commands import Reject
-from fleetd.core.data.state import RUNNING, ProcessState, Residency
+from fleetd.core.data.state import RESTING, RUNNING, Model, Process, ProcessState, Residency
 from fleetd.daemon.api.gateway import DaemonFleetPort
 from fleetd.daemon.async_tools import ChangeSignal
 from fleetd.daemon.context import DaemonContext
@@ -23,6 +25,7 @@ from fleetd.daemon.effects.processes import Processes
 from fleetd.errors import ApiError, HostError
 
 SAVED_WITHIN_S = 2.0
+SETTLE_S = 1.0  # a process that died before has to stay up this long before a start counts as done
 _PERSISTED = frozenset({"start", "stop"})
 _S = ProcessState
 Finding = tuple[ResultCode, str]
@@ -33,7 +36,6 @@ _EVENTS: Mapping[str, Callable[[str], e.Event]] = {
     "restart": e.RestartRequested,
     "drain": e.DrainRequested,
     "undrain": lambda name: e.DrainRequested(name, drain=False),
-    "unload": e.UnloadRequested,
     "pin": e.PinRequested,
     "unpin": lambda name: e.PinRequested(name, pin=False),
 }
@@ -63,7 +65,8 @@ class Actions:
         if verb == "signal":
             return [await self._signal(name, options.signal or "") for name in names]
         ordered = self._ordered(names, stopping=verb == "stop") if verb in PROCESS_VERBS else list(names)
-        checks = {name: self._send(verb, name) for name in ordered}
+        unsteady = {name for name in ordered if verb in ("start", "restart") and self._is_unsteady(name)}
+        checks = {name: self._send(verb, name, options) for name in ordered}
         unsaved = await self._wait_until_saved()
         findings: dict[str, tuple[ResultCode, str | None]] = dict.fromkeys(names, (ResultCode.ACCEPTED, None))
         if options.wait:
@@ -72,6 +75,8 @@ class Actions:
         if verb == "load":
             findings = {name: self._still_loaded(name, *one) for name, one in findings.items()}
         elif verb in PROCESS_VERBS and options.wait:
+            if unsteady:
+                await self._changes.wait_for(lambda: self._any_left(unsteady), SETTLE_S)
             findings = {name: self._at_the_end(name, checks[name], *one) for name, one in findings.items()}
         results = [self._result(name, *findings[name]) for name in names]
         return [{**result, "warning": unsaved} for result in results] if unsaved and verb in _PERSISTED else results
@@ -105,22 +110,61 @@ class Actions:
             return found or (code, reason)
         return ResultCode.FAILED, f"was {reason}, then {process.state}: {process.reason}"
 
-    def _send(self, verb: str, name: str) -> Callable[[], Finding | None]:
+    def _is_unsteady(self, name: str) -> bool:
+        """Return whether it died before and nothing but time shows whether it stays up now."""
+        process = self._queries.process(name)
+        if process is None or process.spec.probes.startup or process.spec.probes.readiness:
+            return False
+        return process.state in (_S.FAILED, _S.BACKOFF) and process.spec.capabilities.owns_process
+
+    def _any_left(self, names: Collection[str]) -> bool | None:
+        """Return True once one of the processes is no longer up, and its end is settled; else None."""
+        found = [self._queries.process(name) for name in names]
+        up = (_S.READY, _S.STOPPING)
+        return True if any(process is not None and process.state not in up for process in found) else None
+
+    def _send(self, verb: str, name: str, options: ActOptions) -> Callable[[], Finding | None]:
         """Send the event to the fleet, and return a check of whether it is done."""
         process = self._queries.process(name)
         generation = process.generation if process is not None else 0
         if verb == "load":
             return self._request_load(name)
-        self._dispatch(_EVENTS[verb](name))
-        if verb in ("start", "restart"):
-            return lambda: self._started(name, generation if verb == "restart" else None)
-        if verb == "stop":
-            return lambda: self._stopped(name)
-        if verb == "drain":
-            return lambda: self._drained(name)
         if verb == "unload":
-            return lambda: self._unloaded(name)
+            return self._request_unload(name)
+        if verb == "restart" and name in options.broad and process is not None and _passed_over(process):
+            return lambda: (ResultCode.OK, "does not run; left as it is")
+        if verb == "restart" and options.rolling:
+            self._dispatch(e.RestartDue(name, "restarted by an operator, in turn", revive=True, in_turn=True))
+        else:
+            self._dispatch(_EVENTS[verb](name))
+        if verb in ("start", "restart"):
+            overtaken = self._overtaken(name, lambda one: not one.stopped, "overtaken by a stop")
+            since = generation if verb == "restart" else None
+            return lambda: self._started(name, since) or overtaken()
+        if verb == "stop":
+            overtaken = self._overtaken(name, lambda one: one.stopped, "overtaken by a start")
+            return lambda: self._stopped(name, generation) or overtaken()
+        if verb == "drain":
+            overtaken = self._overtaken(name, lambda one: one.drained, "overtaken by an undrain")
+            return lambda: self._drained(name) or overtaken()
         return lambda: (ResultCode.OK, "")
+
+    def _overtaken(self, name: str, holds: Callable[[Process], bool], reason: str) -> Callable[[], Finding | None]:
+        """Return a check of whether a later order took back what this one recorded."""
+        recorded = False
+
+        def check() -> Finding | None:
+            nonlocal recorded
+            process = self._queries.process(name)
+            if process is None:
+                return None
+            if holds(process):
+                recorded = True
+                return None
+            return (ResultCode.FAILED, reason) if recorded else None
+
+        check()  # now: the first look of the wait comes after the disk
+        return check
 
     async def _await(self, check: Callable[[], Finding | None], timeout_s: float) -> tuple[ResultCode, str | None]:
         found = await self._changes.wait_for(check, timeout_s)
@@ -137,7 +181,21 @@ class Actions:
         )
         if not reason and process is not None:
             reason = process.reason
-        return {"name": name, "result": str(code), "state": state, "reason": reason or None}
+        result: ActionResult = {"name": name, "result": str(code), "state": state, "reason": reason or None}
+        if code is not ResultCode.OK:
+            result["hint"] = self._hint(process, model)
+        elif process is not None and process.stopped and process.spec.own_model is not None:
+            result["hint"] = (
+                f"requests for {process.spec.own_model} fail until: fleetctl start {name}; "
+                f"to free only its memory: fleetctl unload {process.spec.own_model}"
+            )
+        return result
+
+    def _hint(self, process: Process | None, model: Model | None) -> str | None:
+        now = time.monotonic()
+        if process is not None and not (model is not None and model.failure):
+            return self._queries.process_advice(process, now).hint
+        return self._queries.model_advice(model, now).hint if model is not None else None
 
     # -- checks ---------------------------------------------------------------------------------------------------------
 
@@ -158,8 +216,10 @@ class Actions:
             return ResultCode.FAILED, process.reason
         return None
 
-    def _stopped(self, name: str) -> Finding | None:
+    def _stopped(self, name: str, generation: int) -> Finding | None:
         process = self._queries.process(name)
+        if process is not None and process.generation > generation and not process.stopped:
+            return ResultCode.OK, "stopped, then started again"
         if process is None or process.state not in RUNNING:
             if process is not None and process.state is _S.FAILED and process.survivors:
                 return ResultCode.FAILED, process.reason
@@ -191,7 +251,7 @@ class Actions:
                 found = ResultCode.FAILED, "no longer in the fleet"
             elif rejections:
                 found = ResultCode.FAILED, rejections[0]
-            elif model.state is Residency.LOADED:
+            elif model.loads > loads or model.state is Residency.LOADED:
                 woken = "woken" if model.wakes > wakes else "was already loaded"
                 found = ResultCode.OK, "loaded" if model.loads > loads else woken
             elif not model.placements and not model.waiting:
@@ -213,9 +273,22 @@ class Actions:
         reason = self._queries.reason_left(name)
         return f"loaded, then left memory: {reason or f'see fleetctl story {name}'}"
 
-    def _unloaded(self, name: str) -> Finding | None:
-        model = self._queries.model(name)
-        return (ResultCode.OK, "not in memory") if model is None or not model.placements else None
+    def _request_unload(self, name: str) -> Callable[[], Finding | None]:
+        """Unload what is in memory now. A load that a later request starts does not prolong the wait."""
+        known = self._queries.model(name)
+        leaving = list(known.placements.values()) if known is not None else []
+        self._dispatch(e.UnloadRequested(name))
+
+        def check() -> Finding | None:
+            model = self._queries.model(name)
+            placements = list(model.placements.values()) if model is not None else []
+            if any(one is placement for one in placements for placement in leaving):
+                return None
+            if placements:
+                return ResultCode.OK, f"unloaded, loaded again: {placements[0].reason}"
+            return ResultCode.OK, "not in memory"
+
+        return check
 
     # -- signals and order ---------------------------------------------------------------------------------------------------------
 
@@ -245,3 +318,8 @@ class Actions:
         for name in names:
             visit(name, ())
         return order[::-1] if stopping else order
+
+
+def _passed_over(process: Process) -> bool:
+    """Return whether `restart all` leaves it alone: it was stopped by hand, or waits for a request."""
+    return process.state in RESTING and (process.stopped or process.spec.on_demand or not process.spec.enabled)

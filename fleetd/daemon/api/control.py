@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fleetd.control.port import ApplyOptions, Names
+from fleetd.control.selection import process_hint
 from fleetd.control.wire import (
     Applied,
     FleetEvent,
@@ -163,14 +164,20 @@ class DaemonControlPort:
 
     def story(self, name: str) -> Sequence[FleetEvent]:
         known = self._queries.canonical_name(name) or name
-        if self._queries.process(known) is None and self._queries.model(known) is None:
+        if self._queries.process(known) is not None or self._queries.model(known) is not None:
+            return self._events.of(known)
+        replicas = [process.name for process in self._queries.processes() if process.spec.base == name]
+        if not replicas:
             raise unknown(name)
-        return self._events.of(known)
+        return sorted((event for one in replicas for event in self._events.of(one)), key=lambda event: event["seq"])
 
     def explain(self, model: str) -> Mapping[str, Any]:
         found = self._queries.find_model(model)
         if found is None:
-            raise unknown(model)
+            hint = process_hint(model, self.names(), "explain")
+            if hint is None and "." in model:
+                hint = "keys of fleet.yaml are explained in docs/reference/fleet-yaml.md and by: fleetd schema"
+            raise ApiError(404, "unknown_name", f"There is no model named {model!r}.", hint=hint)
         note = self._builds.notes.get(found.name)
         return explain(self._queries, found, time.monotonic(), note.document() if note is not None else None)
 
@@ -200,7 +207,7 @@ class DaemonControlPort:
         await self._lifecycle.reexec()
 
     async def shutdown(self, force: bool) -> None:
-        self._lifecycle.stop(force, "requested by an operator")
+        self._lifecycle.stop(force, "fleetctl shutdown")
 
 
 def unknown(name: str) -> ApiError:

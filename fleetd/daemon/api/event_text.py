@@ -54,7 +54,9 @@ def _subject(value: e.Event | c.Command) -> tuple[str, str | None]:
     names = value.names()
     if not names:
         return "daemon", None
-    about_model = isinstance(value, e.ModelEvent | c.PlacementCommand | c.ReadAhead | c.LearnFootprint | c.Grant)
+    about_model = isinstance(
+        value, e.ModelEvent | c.PlacementCommand | c.ReadAhead | c.LearnFootprint | c.Grant | c.Reject
+    )
     return ("model" if about_model else "process"), names[0]
 
 
@@ -75,6 +77,8 @@ def _event_reason(event: e.Event) -> str:
             return f"pid {pid}, generation {generation}"
         case e.RestartDue(reason=reason) | e.StartDue(reason=reason):
             return reason
+        case e.DrainRequested(drain=False):
+            return "an operator ends the drain"
         case e.SetEmpty(survivors=survivors):
             return f"cannot be killed: {', '.join(map(str, survivors))}"
         case _:

@@ -12,7 +12,6 @@ from typing import Any
 
 from fleetd.core.data.state import Model, Residency
 from fleetd.core.queries import FleetQueries, LoadForecast, Outlook
-from fleetd.daemon.api.status import reason_of
 from fleetd.units import show_size
 
 
@@ -21,7 +20,8 @@ def explain(
 ) -> Mapping[str, Any]:
     """Return the document of `fleetctl explain MODEL`; `store` is its store's state."""
     footprint = model.footprint
-    text = [_where(model)]
+    advice = queries.model_advice(model, now)
+    text = [_where(queries, model)]
     victims: list[dict[str, str]] = []
     if model.spec.routes:
         text = ["It routes to " + ", ".join(f"{route.to} (weight {route.weight})" for route in model.spec.routes) + "."]
@@ -30,21 +30,27 @@ def explain(
         if model.asleep is not None:
             text.append(_asleep(model, now))
         forecast = queries.forecast(model, now)
-        if forecast is not None:
-            sentence, victims = _if_wanted(queries, forecast, now)
+        loading = next((p for p in model.placements.values() if p.state is Residency.LOADING), None)
+        if loading is not None:
+            text.append(queries.loading_detail(loading, now) + ".")
+        if forecast is not None and not (model.failure and (model.failure_final or model.retry_s > now)):
+            sentence, victims = _if_wanted(queries, model, forecast, now)
             text.append(sentence)
     if model.missing:
         text.append(f"It is blocked until these are available: {', '.join(model.missing)}.")
     if store is not None:
         text.append(f"State in its store: {store['state']}, {store['detail']}.")
     if model.failure:
-        text.append(f"Its last load failed: {model.failure}.")
-        if not model.failure_final and model.retry_s > now:
-            text.append(f"The next attempt is possible in {model.retry_s - now:.0f} s.")
+        text.insert(1, f"Its last load failed: {model.failure}.")
+        if model.failure_final:
+            text.insert(2, "It is not tried again by itself.")
+        elif model.retry_s > now:
+            text.insert(2, f"The next attempt is possible in {model.retry_s - now:.0f} s.")
     return {
         "model": model.name,
         "state": "ROUTE" if model.spec.routes else str(model.state),
-        "reason": reason_of(model),
+        "reason": advice.reason,
+        "hint": advice.hint,
         "store": store,
         "footprint": {"source": str(footprint.source), "bytes": dict(footprint.bytes)},
         "devices": [asdict(queries.device(device)) for device in footprint.bytes or queries.limited_devices()],
@@ -54,26 +60,29 @@ def explain(
     }
 
 
-def _where(model: Model) -> str:
+def _where(queries: FleetQueries, model: Model) -> str:
     if not model.placements:
         return f"{model.name} is not in memory."
-    places = [
-        f"{placement.state.lower()} on {name} ({placement.reason})" for name, placement in model.placements.items()
-    ]
+    places = []
+    for name, placement in model.placements.items():
+        process = queries.process(name)
+        pid = f", pid {process.pid}" if process is not None and process.pid else ""
+        why = f": {placement.reason}" if placement.reason != placement.state.lower() else ""
+        places.append(f"{placement.state.lower()} (process {name}{pid}{why})")
     return f"{model.name} is {', '.join(places)}."
 
 
 def _cost(model: Model) -> str:
     footprint = model.footprint
     if not footprint.bytes:
-        return "Its memory use is unknown and counts as zero until it is measured."
+        return "Memory unknown: counted as 0 until measured; set `memory:` to change that."
     sizes = ", ".join(f"{show_size(size)} on {device}" for device, size in footprint.bytes.items())
     how = {
-        "declared": "as fleet.yaml declares",
-        "learned": "the highest measured value",
+        "declared": "declared in fleet.yaml",
+        "learned": "highest measured",
         "estimated": "estimated from its file",
     }
-    return f"It takes {sizes}: {how[footprint.source]}."
+    return f"Memory: {sizes} ({how[footprint.source]})."
 
 
 def _asleep(model: Model, now: float) -> str:
@@ -83,24 +92,46 @@ def _asleep(model: Model, now: float) -> str:
     return f"It can sleep, and then uses {sizes}."
 
 
-def _if_wanted(queries: FleetQueries, forecast: LoadForecast, now: float) -> tuple[str, list[dict[str, str]]]:
+def _why_no_process(queries: FleetQueries, model: Model) -> str:
+    standings = []
+    for name in model.spec.holders:
+        process = queries.process(name)
+        if process is None:
+            continue
+        how = "was stopped by hand" if process.stopped else f"is {process.state}: {process.reason}"
+        standings.append(f"process {name} {how}")
+    return "; ".join(standings) or "no process serves it"
+
+
+def _room(queries: FleetQueries, model: Model) -> str:
+    """Return what it needs and what is free, on the first device with a budget."""
+    for device, size in model.footprint.bytes.items():
+        free = queries.device(device).free_bytes
+        if free is not None:
+            return f"{show_size(size)} needed, {show_size(free)} free"
+    return "there is room"
+
+
+def _if_wanted(
+    queries: FleetQueries, model: Model, forecast: LoadForecast, now: float
+) -> tuple[str, list[dict[str, str]]]:
     outlook = forecast.outlook
     if outlook is Outlook.NO_PROCESS:
-        return "No process can load it now.", []
+        return f"It cannot load: {_why_no_process(queries, model)}.", []
     if outlook is Outlook.FITS:
-        how = "woken" if forecast.wakes else "loaded"
-        return f"If requested now, it would be {how} on {forecast.process} at once: it fits.", []
+        how = "wake" if forecast.wakes else "load"
+        return f"A request now would {how} it at once: {_room(queries, model)}.", []
     if outlook is Outlook.EVICTS:
         victims = [{"name": name, "reason": _why_victim(queries, name, now)} for name in forecast.leaving]
         moves = [
             f"{name} would be {'put to sleep' if name in forecast.put_to_sleep else 'unloaded'}"
             for name in forecast.leaving
         ]
-        return f"If requested now, {', '.join(moves)} for it: the cheapest to load again.", victims
+        return f"A request now would load it: {', '.join(moves)} for it, the cheapest to load again.", victims
     if outlook is Outlook.WAITS:
         victims = [{"name": name, "reason": "busy; it would be drained first"} for name in forecast.leaving]
-        return f"If requested now, it would wait: {forecast.reason}.", victims
-    return forecast.reason[:1].upper() + forecast.reason[1:] + ".", []
+        return f"A request now would wait: {forecast.reason}.", victims
+    return forecast.reason + ".", []
 
 
 def _why_victim(queries: FleetQueries, name: str, now: float) -> str:

@@ -10,12 +10,14 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from fleetd.core.data.commands import Grant, Reject
 from fleetd.core.data.events import Event, RequestArrived, RequestCancelled, RequestFinished, SpecChanged
+from fleetd.core.data.state import ProcessState
 from fleetd.daemon.api.status import Readiness
 from fleetd.daemon.context import DaemonContext
 from fleetd.engines.base import Api
@@ -31,6 +33,9 @@ _APIS: Mapping[Api, frozenset[str]] = {
     Api.OLLAMA: frozenset({"openai", "ollama"}),
     Api.NONE: frozenset(),
 }
+
+
+_LEAVING_S = 0.01  # clients that leave within this time are withdrawn together
 
 
 class Warm(Protocol):
@@ -53,6 +58,7 @@ class DaemonFleetPort:
         self._request_ids = request_ids
         self.ready = readiness.report
         self._waiting: dict[int, tuple[OnGrant, OnReject]] = {}
+        self._leaving: list[int] = []
         self._granted: dict[int, str] = {}  # request to process
         self._upstreams: dict[str, Upstream] = {}
         self._targets: dict[tuple[str, str], ModelTarget] = {}
@@ -93,8 +99,25 @@ class DaemonFleetPort:
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        if self._waiting.pop(request_id, None) is not None:
-            self._dispatch(RequestCancelled(request_id))
+        """Withdraw a request. Those that leave together reach the fleet as one event: each costs no more than its arrival."""
+        if self._waiting.pop(request_id, None) is None:
+            return
+        self._leaving.append(request_id)
+        if len(self._leaving) == 1:
+            asyncio.get_running_loop().call_later(_LEAVING_S, self._report_leaving)
+
+    def _report_leaving(self) -> None:
+        first, *others = self._leaving
+        self._leaving = []
+        self._dispatch(RequestCancelled(first, tuple(others)))
+
+    def stop_reason(self, process: str) -> str | None:
+        found = self._queries.process(process)
+        if found is None or found.outcome is not None:
+            return None
+        if found.state is ProcessState.STOPPING or (found.state is ProcessState.STOPPED and found.crash is None):
+            return found.reason
+        return None
 
     def finish(self, request_id: int, failed: bool = False, refused: str = "") -> None:
         process = self._granted.pop(request_id, None)

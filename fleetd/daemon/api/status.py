@@ -44,16 +44,18 @@ if TYPE_CHECKING:
 Entry = TypeVar("Entry")
 Row = TypeVar("Row")
 
+_WARNINGS_SHOWN = 5
 _SLICE = 200  # entries: a few milliseconds
 
 
 @dataclass(slots=True)
 class DaemonState:
-    """The daemon's own state: start (monotonic), gateway address, shutdown flag."""
+    """The daemon's own state: start (monotonic), gateway, shutdown, full folders."""
 
     started: float = field(default_factory=time.monotonic)
     gateway: str | None = None
     stopping: bool = False
+    disk_problems: Mapping[str, str] = field(default_factory=dict)
 
 
 class Readiness:
@@ -71,12 +73,15 @@ class Readiness:
             if spec.on_demand or not spec.enabled or process.stopped or process.removed:
                 continue
             if process.state not in (ProcessState.READY, ProcessState.EXITED):
-                reasons.append(f"{process.name} is {process.state}: {process.reason}")
+                advice = self._queries.process_advice(process, time.monotonic())
+                hint = f" (hint: {advice.hint})" if advice.hint else ""
+                reasons.append(f"{process.name} is {process.state}: {advice.reason}{hint}")
         reasons += [
             f"{model.name} is {model.state}" + (f": {model.failure}" if model.failure else "")
             for model in self._queries.models()
             if model.spec.preload and model.state is not Residency.LOADED
         ]
+        reasons += self._state.disk_problems.values()
         if self._state.stopping:
             reasons.append("the fleet is shutting down")
         return not reasons, reasons
@@ -144,7 +149,16 @@ class StatusView:
             "gateway": self._state.gateway,
             "store_problem": self._store.problem,
             "stopping": self._state.stopping,
+            "disk_problems": list(self._state.disk_problems.values()),
+            "config_warnings": self._config_warnings(),
         }
+
+    def _config_warnings(self) -> list[str]:
+        """Return the first warnings of the running configuration, each as one line."""
+        warnings = [str(warning).splitlines()[0] for warning in self._config.resolved.warnings]
+        more = len(warnings) - _WARNINGS_SHOWN
+        shown = warnings[:_WARNINGS_SHOWN]
+        return [*shown, f"{more} more: fleetd check {self._config.path}"] if more > 0 else shown
 
     def _host(self) -> HostStatus:
         load = machine_load()
@@ -179,13 +193,16 @@ class StatusView:
         ended = run is not None and run.dead  # the fleet gets the exit once its last lines are read
         running = process.state in RUNNING and process.spawned and not ended
         state = ProcessState.STOPPING if ended and process.state in RUNNING else process.state
+        advice = self._queries.process_advice(process, now)
         status: ProcessStatus = {
             "name": process.name,
             "kind": str(spec.kind),
             "engine": spec.engine,
             "state": str(state),
             "desired": "up" if self._queries.is_wanted(process) else "down",
-            "reason": self._reason(process) if state is process.state else "exited; its last log lines are being read",
+            "reason": self._reason(process, advice.reason)
+            if state is process.state
+            else "exited; its last log lines are being read",
             "pid": process.pid if running else None,
             "generation": process.generation,
             "port": spec.port,
@@ -201,21 +218,25 @@ class StatusView:
             "device_bytes": self._queries.reserved(self._queries.placements_on(process.name)),
             "in_flight": self._queries.in_flight(process.name),
             "draining": process.drained,
+            "hint": advice.hint,
+            "problem": advice.problem,
+            "state_age_s": round(max(0.0, now - process.since_s), 3) if process.since_s else 0.0,
         }
         return status
 
-    def _reason(self, process: Process) -> str:
+    def _reason(self, process: Process, reason: str) -> str:
         """Return a state's reason: a start's phase, an external server's answer."""
         external = not process.spec.capabilities.owns_process
         detail = process.phase or (process.startup_detail if external else "")
         if process.state is not ProcessState.STARTING or not detail:
-            return process.reason
+            return reason
         return f"waiting for it: {detail}" if external else f"starting: {detail}"
 
     def model(self, model: Model, now: float, queued: Mapping[str, int]) -> ModelStatus:
         spec = model.spec
         plans = self._config.resolved.plans
         plan = plans.get(spec.holders[0]) if spec.holders else None
+        advice = self._queries.model_advice(model, now)
         status: ModelStatus = {
             "name": model.name,
             "state": "ROUTE" if spec.routes else str(model.state),
@@ -239,10 +260,23 @@ class StatusView:
             "wake_s": round(model.wake_s, 4) if model.wake_s is not None else None,
             "ttl_s": spec.ttl_s,
             "context_length": self._context_length(model, plan),
-            "reason": reason_of(model),
+            "reason": advice.reason,
+            "hint": advice.hint,
+            "problem": advice.problem,
             "aliases": list(spec.aliases),
             "routes": [{"to": route.to, "weight": route.weight, "shadow": route.shadow} for route in spec.routes],
         }
+        loading = next((p for p in model.placements.values() if p.state is Residency.LOADING), None)
+        if loading is not None:
+            progress = self._queries.load_progress(loading, now)
+            run = self._processes.runs.get(loading.process) if loading.process == model.name else None
+            status["loading"] = {
+                "elapsed_s": round(progress.elapsed_s, 1),
+                "limit_s": progress.limit_s,
+                "detail": progress.detail,
+                "rss_bytes": run.usage.rss_bytes if run is not None and run.sampled_at else None,
+                "needs_bytes": sum(model.footprint.bytes.values()) or None,
+            }
         note = self._builds.notes.get(model.name)
         if note is not None:
             status["store"] = note.document()
@@ -275,13 +309,6 @@ async def _in_slices(render: Callable[[Entry], Row], entries: Sequence[Entry]) -
             await asyncio.sleep(0)
         rows.append(render(entry))
     return rows
-
-
-def reason_of(model: Model) -> str:
-    """Return the reason of a model's state as one sentence."""
-    if model.missing:
-        return f"blocked: missing: {', '.join(model.missing)}"
-    return model.failure or next((placement.reason for placement in model.placements.values()), "not in memory")
 
 
 def wall(moment_s: float | None, now: float) -> str | None:

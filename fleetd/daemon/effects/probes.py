@@ -6,7 +6,8 @@ Invariants:
 - A completion probe is skipped while real answers arrive: a good answer, or a part of one, within the period counts as a
   success; one that arrives during the probe turns its failure into a success.
 - A sleeping server passes its completion probe only if fleetd put it to sleep: otherwise requests would wait for ever.
-- While all slots are taken, a failed probe counts as a success for `_BUSY_S` after the last sign of life.
+- While all slots are taken, a failed probe counts as a success for `_BUSY_S` after the last sign of life; never for a
+  process that a signal has stopped, or that fails its readiness probe for long.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from fleetd.errors import FleetError
 from fleetd.host.host import Host
 from fleetd.host.probe import Answer, Completion, Prober, Target
 from fleetd.host.process.handle import ProcessHandle
+from fleetd.host.process.table import is_paused
 from fleetd.resolver.launch_plan import LaunchPlan
 
 _REFUSED = re.compile(r"GET \S+: (401|403)\b")
 _KEY = "options.api_key"
 _BUSY_S = 600.0
+_UNREADY_S = 60.0  # a server that refuses its readiness probe for longer is not only busy
 _BEFORE_THE_PROBER = 0.95  # of the timeout: the prober's own would come before `_excuse`
 
 
@@ -56,6 +59,7 @@ class ProbeRunner:
         self._processes = processes
         self._traffic = traffic
         self._running: dict[tuple[str, ProbeKind], Prober] = {}
+        self._unready_since: dict[str, float] = {}
         self.answers: dict[tuple[str, ProbeKind], tuple[float, Answer]] = {}  # with wall-clock time
 
     def start(self, command: StartProbe) -> None:
@@ -74,7 +78,13 @@ class ProbeRunner:
                 self._end(key)
             refused = not answer.ok and _REFUSED.match(answer.detail)
             detail = plan.with_key(answer.detail, _KEY) if refused else answer.detail
-            result = ProbeResult(command.name, command.generation, command.probe, answer.ok, detail, answer.final)
+            pid = None if answer.ok else self._paused_pid(command.name, command.generation)
+            if pid is not None:
+                detail = f"process {pid} is stopped (SIGSTOP)"
+            self._note_readiness(command, answer.ok)
+            result = ProbeResult(
+                command.name, command.generation, command.probe, answer.ok, detail, answer.final, pid is not None
+            )
             self._context.dispatch(result)
 
         completion = self._completion(command.name, plan, spec) if spec.completion else None
@@ -111,6 +121,7 @@ class ProbeRunner:
         """Stop all probes of a process."""
         for kind in ProbeKind:
             self._end((command.name, kind))
+        self._unready_since.pop(command.name, None)
 
     def close(self) -> None:
         """Stop all probes."""
@@ -122,8 +133,30 @@ class ProbeRunner:
         if probe is not None:
             probe.close()
 
+    def _note_readiness(self, command: StartProbe, ok: bool) -> None:
+        if command.probe is ProbeKind.READINESS:
+            if ok:
+                self._unready_since.pop(command.name, None)
+            else:
+                self._unready_since.setdefault(command.name, time.monotonic())
+
+    def _paused_pid(self, name: str, generation: int) -> int | None:
+        """Return the PID of a main process that a signal has stopped; None for a running one."""
+        run = self._processes.run_of(name, generation)
+        pid = run.handle.pid if run is not None and run.handle is not None else None
+        return pid if pid is not None and is_paused(pid) else None
+
+    def _is_wedged(self, name: str) -> bool:
+        """Return whether more than many requests keeps it from answering: it is stopped, or its readiness fails for long."""
+        since = self._unready_since.get(name)
+        run = self._processes.runs.get(name)
+        paused = run is not None and run.handle is not None and is_paused(run.handle.pid)
+        return paused or (since is not None and time.monotonic() - since > _UNREADY_S)
+
     def _excuse(self, name: str, began: float, answer: Answer) -> Answer:
         """Return a success if real requests show that the server is only busy."""
+        if self._is_wedged(name):
+            return answer
         answered_s = self._traffic.last_answer_s(name)
         if answered_s >= began:
             return Answer(True, "busy: it is answering requests")

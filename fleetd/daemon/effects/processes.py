@@ -212,7 +212,7 @@ class Processes:
             code=report.code,
             signal=report.signal,
             reason=describe_exit(report),
-            last_lines=list(report.log_tail[-5:]),
+            **({} if ordered else {"last_lines": list(report.log_tail[-5:])}),
         )
 
     # -- stop and sweep -----------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ class ConfigApplier:
                 break
         new = reading.resolved
         plan = plan_of(old, new, reading.edits, path or str(config.path))
+        if new.warnings:
+            plan["warnings"] = [str(warning).splitlines()[0] for warning in new.warnings]
         if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(
                 409,
@@ -123,13 +125,17 @@ class ConfigApplier:
             self._logs.set_policy(name, plan.execution.logs)
         self._context.dispatch(SpecChanged(new.spec, missing=missing.processes, missing_models=missing.models))
         after = set(new.spec.processes) | set(new.spec.models)
+        count = len(new.warnings)
+        noted = f", with {count} warning{'' if count == 1 else 's'} (fleetd check {config.path})" if count else ""
         reporter.events.report(
-            "config", None, EventCode.CONFIG_APPLIED, f"{config.path} applied", config_hash=new.config_hash
+            "config", None, EventCode.CONFIG_APPLIED, f"{config.path} applied{noted}", config_hash=new.config_hash
         )
         reporter.events.forget(sorted(before - after))
         for name in set(self._store.remembered) - set(new.spec.processes):
             self._store.forget(name)
         reporter.log.info("applied", config=str(config.path), config_hash=new.config_hash)
+        for warning in new.warnings:
+            reporter.log.warning("configuration", problem=str(warning).splitlines()[0])
         config.publish()
 
     async def _outcomes(
@@ -164,7 +170,9 @@ class ConfigApplier:
             applied = await self.apply(None, ApplyOptions(wait=False))
         except (ConfigError, HostError) as error:
             first = config.reject(error)
-            log.error("invalid configuration; the fleet keeps running unchanged", problems=str(error))
+            text = "fleet.yaml has errors and was not applied; the previous configuration stays in force"
+            for problem in error.problems if isinstance(error, ConfigError) else (error,):
+                log.error(text, problem=str(problem).splitlines()[0])
             self._context.reporter.events.report("config", None, EventCode.CONFIG_REJECTED, first)
             config.publish()
             return

@@ -11,9 +11,16 @@ import pickle
 import time
 from pathlib import Path
 
+from fleetd.host import early_lock
+from fleetd.host.lock import DaemonLock
 from fleetd.host.process.worker import WorkerProcess
 
 LIMIT_S = 120.0  # for one reading: headers of thousands of model files on a slow disk with a cold cache
+
+
+def hold_lock(path: Path) -> DaemonLock | None:
+    """Lock the run folder from now on, if it can be guessed: fleetctl waits for the daemon that holds it."""
+    return early_lock.take(path, os.environ)
 
 
 def begin_reading(path: Path) -> WorkerProcess:

@@ -47,6 +47,10 @@ _CAUSES: tuple[tuple[ExitKind, tuple[str, ...]], ...] = (
             "failed to load lora",
             "is a directory",
             "permission denied",
+            "not within the file bounds",
+            "model is corrupted",
+            "failed to read magic",
+            "tensor data is not within",
         ),
     ),
     (

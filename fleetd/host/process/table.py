@@ -212,3 +212,11 @@ def executable_of(pid: int) -> str:
         return psutil.Process(pid).exe()
     except (psutil.Error, OSError):
         return ""
+
+
+def is_paused(pid: int) -> bool:
+    """Return whether a signal such as SIGSTOP has stopped a process; False if it is gone."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False

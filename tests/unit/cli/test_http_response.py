@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetd.cli.http_response import InvalidResponse, Response, ResponseError
+from fleetd.cli.http_response import InvalidResponse, Response, ResponseError, send
 
 LIMIT = 1 << 20
 BODIES = st.binary(max_size=200)
@@ -56,7 +56,8 @@ def pieces(raw: bytes, cuts: Sequence[int]) -> list[bytes]:
 
 
 def answer(connection: socket.socket) -> Response:
-    return Response.to_request(connection, "GET", "/", {"Host": "fleetd"})
+    send(connection, "GET", "/", {"Host": "fleetd"})
+    return Response.read(connection)
 
 
 @settings(max_examples=40, deadline=None)
@@ -65,7 +66,7 @@ def test_body_is_the_same_for_every_cut(body: bytes, cuts: list[int]) -> None:
     for raw in (with_length(body), chunked(body)):
         with served(pieces(raw, cuts)) as connection:
             response = answer(connection)
-            assert (response.status, response.body(LIMIT, time.monotonic() + 5)) == (200, body)
+            assert (response.status, response.body(LIMIT, time.monotonic() + 5, 5)) == (200, body)
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,13 +81,13 @@ def test_lines_are_the_same_for_every_cut(lines: list[bytes], cuts: list[int]) -
 def test_body_cut_anywhere_raises(raw: bytes) -> None:
     for size in range(len(raw)):
         with served(pieces(raw[:size], [])) as connection, pytest.raises(ResponseError):
-            answer(connection).body(LIMIT, time.monotonic() + 5)
+            answer(connection).body(LIMIT, time.monotonic() + 5, 5)
 
 
 def test_interim_response_is_skipped() -> None:
     with served([b"HTTP/1.1 102 Processing\r\n\r\n" + with_length(b"x")]) as connection:
         response = answer(connection)
-        assert (response.status, response.content_type, response.body(LIMIT, time.monotonic() + 5)) == (
+        assert (response.status, response.content_type, response.body(LIMIT, time.monotonic() + 5, 5)) == (
             200,
             "text/plain",
             b"x",
@@ -101,7 +102,7 @@ def test_other_protocol_raises_invalid_response(raw: bytes) -> None:
 
 def test_body_above_the_limit_raises() -> None:
     with served([with_length(b"x" * 5000)]) as connection, pytest.raises(ResponseError, match="too large"):
-        answer(connection).body(100, time.monotonic() + 5)
+        answer(connection).body(100, time.monotonic() + 5, 5)
 
 
 def test_line_above_the_limit_raises() -> None:
@@ -114,4 +115,14 @@ def test_body_after_the_deadline_raises_timeout_error() -> None:
         response = answer(connection)
         response._complete = False
         with pytest.raises(TimeoutError):
-            response.body(LIMIT, time.monotonic() - 1)
+            response.body(LIMIT, time.monotonic() - 1, 5)
+
+
+def test_body_that_pauses_too_long_raises_timeout_error() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(with_length(b"xy")[:-1])
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            answer(ours).body(LIMIT, began + 60, 0.05)
+        assert time.monotonic() - began < 30

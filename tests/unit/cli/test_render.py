@@ -146,7 +146,7 @@ def status(**daemon: Any) -> dict[str, Any]:
     [
         (
             {"config_error": "line 3: no"},
-            "fleet.yaml is invalid; the previous configuration stays in force: line 3: no",
+            "fleet.yaml has errors and was not applied; the previous configuration stays in force: line 3: no",
         ),
         ({"restart_needed": ["paths.run", "admin"]}, "paths.run, admin of /f.yaml needs a restart of the daemon"),
         ({"stopping": True}, "shutting down"),

@@ -82,3 +82,29 @@ def test_processes_no_pattern_is_invalid() -> None:
     with pytest.raises(ApiError) as caught:
         selection.models([], NAMES)
     assert caught.value.status == 400
+
+
+ROUTED = Names(
+    processes={"tick": "tick", "beta": "beta"},
+    models={"any": (), "beta": (), "mate": ("m",)},
+    routes={"any": ("beta", "mate")},
+)
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "hint"),
+    [
+        ("stop", "any", "any is a route; its models are beta, mate"),
+        ("stop", "mate", "fleetctl unload mate"),
+        ("start", "mate", "fleetctl load mate"),
+        ("restart", "m", "fleetctl unload m"),
+        ("logs", "mate", "fleetctl status mate"),
+        ("load", "tick", "fleetctl start tick"),
+        ("unload", "tick", "fleetctl stop tick"),
+    ],
+)
+def test_hint_for_other_kind_follows_the_verb(verb: str, word: str, hint: str) -> None:
+    choose = selection.models if verb in ("load", "unload") else selection.processes
+    with pytest.raises(ApiError) as caught:
+        choose([word], ROUTED, verb)
+    assert hint in (caught.value.hint or "")

@@ -225,7 +225,7 @@ def test_request_is_rejected_if_all_others_are_pinned() -> None:
     rig.warm("a")
     refused = rig.ask("b")
     assert rig.rejects() == {refused: "model_blocked"}
-    assert "pinned models: a" in rig.take(c.Reject)[0].reason
+    assert "and a (1.00 GiB) is pinned" in rig.take(c.Reject)[0].reason
     rig.send(e.PinRequested("a", False))
     rig.ask("b")
     swap(rig, "a", "b")
@@ -862,3 +862,13 @@ def test_next_model_in_the_queue_is_read_ahead_once() -> None:
 def test_service_and_model_on_one_device_coexist() -> None:
     rig = Rig(fleet_spec([process("web"), own("a")], [model("a")]))
     assert [command.name for command in rig.take(c.Spawn)] == ["web"]
+
+
+def test_clients_that_leave_together_are_one_event() -> None:
+    rig = Rig(owners("ab", budget=1))
+    for number in range(1, 6):
+        rig.send(e.RequestArrived(number, "a", ()))
+    rig.send(e.RequestArrived(6, "b", ()))
+    rig.send(e.RequestCancelled(1, (2, 3, 4, 5, 99)))
+    assert rig.fleet.models["a"].waiting == 0
+    assert list(rig.fleet.state.queue) == [6]

@@ -142,7 +142,8 @@ def test_plan_spares_pinned_starting_busy_and_awaited() -> None:
     assert isinstance(busy, Wait)
     assert [p.model for p in busy.drain] == ["a"]
     pinned = Table().put("a", 10, pin=True).ask(5)
-    assert pinned == Never("new does not fit next to the pinned models: a", pinned=True)
+    text = "new needs 5 B; 0 B of 10 B are free on gpu0 and a (10 B) is pinned"
+    assert pinned == Never(text, pinned=True, hint="fleetctl unpin a")
 
 
 def test_plan_counts_memory_being_freed() -> None:

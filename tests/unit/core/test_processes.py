@@ -16,6 +16,7 @@ from fleetd.core.data.specs import (
     Dependency,
     DependencyCondition,
     ExitKind,
+    ExitReport,
     ProbeKind,
     Probes,
     ProbeSpec,
@@ -962,3 +963,15 @@ def test_external_server_is_retried_after_any_answer() -> None:
     assert rig.of("a").startup_detail == "version 1 is too old"
     rig.probe("a", ProbeKind.STARTUP)
     assert rig.state("a") is S.READY
+
+
+def test_restart_for_memory_names_the_limit_in_last_exit() -> None:
+    rig = Rig(fleet_spec([process("a", memory_limit_bytes=G)]))
+    rig.spawned("a")
+    for _ in range(5):
+        rig.send(e.MemorySampled("a", rig.of("a").generation, 2 * G))
+    assert rig.state("a") is S.STOPPING
+    rig.send(e.Exited("a", rig.of("a").generation, ExitReport(None, "SIGTERM")))
+    report = rig.of("a").last_exit
+    assert report is not None
+    assert report.reason == "memory limit exceeded: 2.00 GiB of 1.00 GiB"

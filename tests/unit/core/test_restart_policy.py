@@ -94,7 +94,7 @@ def test_crash_loop_is_detected_for_any_gap(gap: float) -> None:
     record = RestartRecord()
     decisions = [decide(policy, record=record, now=1000.0 + gap * number) for number in range(5)]
     assert [type(decision) for decision in decisions] == [Again] * 4 + [GiveUp]
-    assert "5 deaths within 60 s" in decisions[-1].reason
+    assert "crashed 5 times in 60 s" in decisions[-1].reason
 
 
 def test_deaths_outside_the_window_do_not_count() -> None:

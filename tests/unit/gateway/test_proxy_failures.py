@@ -462,3 +462,25 @@ def test_pools_changed_address_is_used_by_next_request() -> None:
             await until(lambda: it.gateway.stats().upstream_connections == 1)
 
     run(scenario())
+
+
+def test_proxy_stream_cut_by_a_stop_says_so() -> None:
+    async def scenario() -> None:
+        async with rig() as it:
+
+            async def script(request: EngineRequest) -> None:
+                await request.start_stream()
+                await request.send_chunk(b'data: {"a":1}\n\n')
+                it.fleet.stopped["a"] = "shutting down"
+                await by_closing(request)
+
+            await it.engine(script, name="a")
+            client = await it.client()
+            await client.send(post(STREAM))
+            _, headers = await client.read_head()
+            events = (await client.read_body(headers)).split(b"\n\n")
+            error = json.loads(events[-2].strip().removeprefix(b"data: "))["error"]
+            assert error["code"] == "draining"
+            assert error["message"] == "The answer was cut off: a was stopped (shutting down)."
+
+    run(scenario())

@@ -82,7 +82,7 @@ def test_init_in_json_names_what_was_found(tmp_path: Path, models: Path) -> None
     document = json.loads(ran.out)
     assert document["schema"] == "fleetctl/v1"
     assert document["models"] == ["tiny"]
-    assert len(document["next"]) == 2
+    assert document["next"] == [f"fleetd run --config {tmp_path}/fleet.yaml", "fleetctl chat tiny hello"]
 
 
 @pytest.mark.parametrize(("typed", "code", "written"), [("\n", 0, True), ("n\n", 1, False), ("\x04", 130, False)])
