@@ -336,7 +336,7 @@ def waiting_states(world: World, name: str) -> None:
             holds(world, pause_s <= longest_s + 1e-6, f"{name} pauses {pause_s:.1f} s after {row} deaths in a row")
     elif (
         process.state is ProcessState.FAILED
-        and "fleetd has given up" in process.reason
+        and process.reason.startswith("crashed ")
         and process.spec.restart.crash_loop.then == "fail"
     ):
         deaths = len(world.deaths.get(name, ()))

@@ -186,7 +186,7 @@ def test_model_on_a_pulled_drive_is_blocked_alone(tmp_path: Path, point: Path) -
         until(lambda: daemon.model_row("far")["state"] == "LOADED", "the model is made and preloaded")
         drive.pull()
         until(lambda: daemon.chat("far").status == 503, "the model is blocked again")
-        assert "blocked: missing" in daemon.model_row("far")["reason"]
+        assert daemon.model_row("far")["reason"].startswith("missing: ")
         assert daemon.chat("near").status == 200
         assert daemon.process_row("ollama")["generation"] == 1
         drive.plug()

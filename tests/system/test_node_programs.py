@@ -96,7 +96,7 @@ def test_restart_and_shutdown_send_the_stop_message(tmp_path: Path) -> None:
 NOTES = """
 const [name] = process.argv.slice(2, 3);
 const {NODE_APP_INSTANCE, PORT, FORMAT} = process.env;
-require('fs').appendFileSync('said.txt', JSON.stringify([name, process.argv.slice(3), NODE_APP_INSTANCE, PORT, FORMAT]) + '\\n');
+require('fs').appendFileSync('lines.txt', JSON.stringify([name, process.argv.slice(3), NODE_APP_INSTANCE, PORT, FORMAT]) + '\\n');
 setInterval(() => {}, 1000);
 """
 

@@ -51,7 +51,7 @@ def test_start_reload_and_stop(tmp_path: Path) -> None:
     with notified(tmp_path) as (daemon, systemd):
         daemon.start()
         until(lambda: systemd.has("READY=1"), "it reports that it is ready")
-        assert systemd.has("STATUS=1 processes, 0 models")
+        assert systemd.has("STATUS=1 process, 0 models")
         systemd.lines.clear()
         daemon.signal(signal.SIGHUP)
         until(lambda: systemd.has("READY=1"), "it reports that the reload is done")

@@ -69,7 +69,7 @@ def test_two_models_alternate_by_sleep_and_wake(tmp_path: Path, level: int) -> N
         assert booked(daemon, "host") == pytest.approx(1.2 if level == 1 else 0.0, abs=0.01)
         assert 'fleetd_model_state{model="a",state="ASLEEP"} 1' in daemon.control("GET", "/metrics").body.decode()
         explained = " ".join(daemon.control("GET", "/v1/explain/a").json["text"])
-        assert "a is asleep on a" in explained
+        assert "a is asleep (process a," in explained
         assert "b would be put to sleep for it" in explained
         for name in "abab":
             assert answered(daemon, name) == first[name]

@@ -145,7 +145,6 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"flash_attention": False, "cache_type_v": "q8_0"}, ("cache_type_v",), "needs flash attention"),
     ({"rerank": True, "pooling": "mean"}, ("pooling",), "rank"),
     ({"batch": 64, "ubatch": 128}, ("ubatch",), "more than batch"),
-    ({"gpu_layers": 3}, ("gpu_layers",), "device: host"),
     ({"tensor_split": [0, 0], "device": "gpu0"}, ("tensor_split",), "add up to 0"),
     ({"env": {"LLAMA_ARG_CTX_SIZE": "1"}, "context_length": 5}, ("env", "LLAMA_ARG_CTX_SIZE"), "context_length"),
     ({"env": {"LLAMA_ARG_PORT": "1"}}, ("env", "LLAMA_ARG_PORT"), "itself"),
@@ -169,6 +168,12 @@ def test_validate_unknown_flag_fails_for_embedded_server_only() -> None:
     (problem,) = ENGINE.validate(entry)
     assert "--rpc" in problem.message
     assert not ENGINE.validate(replace(entry, command=("/opt/llama-server",)))
+
+
+def test_validate_gpu_option_without_a_gpu_is_a_warning() -> None:
+    """The same file loads on a machine with a GPU."""
+    (found,) = ENGINE.validate(context(command=("x",), gpu_layers=3))
+    assert (found.path, found.warning, "device: host" in found.message) == (("gpu_layers",), True, True)
 
 
 def test_validate_broken_file_is_a_warning(tmp_path: Path) -> None:
