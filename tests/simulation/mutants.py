@@ -64,7 +64,7 @@ MUTANTS = (
     Mutant("generation begins again", "spec_update", "self.state.retired.pop(spec.name, 0)", "0"),
     Mutant("routes to a sleeper", "requests/routing", "placement.state is not Residency.LOADED\n", "placement.state not in (Residency.LOADED, Residency.ASLEEP)\n"),
     Mutant("forgets what a sleeper holds", "models/sleep", "self.state.ledger.correct(placement.key, reservation_of(model, placement))", "self.state.ledger.correct(placement.key, {})"),
-    Mutant("sleeps and wakes during a start", "models/sleep", "self.state.journal.note(LaneWait(placement.model, waits))\n        placement.waits = waits", "pass\n        waits = ''"),
+    Mutant("sleeps and wakes during a start", "models/sleep", "return self.state.waits_for_lane(placement, waits)", "return False"),
     Mutant("believes in a wake that failed", "models/sleep", "elif state is SleepState.AWAKE and step is SleepStep.WAKE:", "elif step is SleepStep.WAKE:"),
     Mutant("no end of a wake without an answer", "models/sleep", "if now >= self._deadline(placement):", "if False:"),
     Mutant("takes an adopted sleeper for awake", "spec_update", "placement.step, placement.slept = SleepStep.CHECK, True", "pass"),

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.simulation import actions
 from tests.simulation.__main__ import simulate
+from tests.simulation.mutants import MUTANTS, ROOT, Mutant
 from tests.simulation.specs import random_fleet
 from tests.simulation.world import World
 
@@ -72,3 +73,9 @@ def test_seeded_run_has_no_violation(seed: int) -> None:
 def test_same_seed_gives_the_same_run() -> None:
     first, second = simulate(7, 40), simulate(7, 40)
     assert (first.steps, first.outcomes, first.now) == (second.steps, second.outcomes, second.now)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_planted_bug_fits_the_text_of_its_module(mutant: Mutant) -> None:
+    source = (ROOT / "fleetd" / "core" / f"{mutant.module}.py").read_text("utf-8")
+    assert source.count(mutant.old) == 1
