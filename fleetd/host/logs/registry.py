@@ -32,6 +32,7 @@ from fleetd.host.types import Capture, HandleRecord, LogPolicy
 
 T = TypeVar("T")
 
+_LATE_LINES = 50  # that processes may write after the exit of their leader
 _ROTATIONS_IN_A_ROW = 20
 _LONGEST_FILE = 1 << 40  # 1 TiB of offsets, freed ones included: well below what file systems allow
 
@@ -224,13 +225,18 @@ class LogRegistry:
         return await self._read(name, Wanted(lines, begin, None, since, grep))
 
     async def run_tail(self, handle: ProcessHandle, lines: int = 30) -> list[LogEntry]:
-        """Return the last lines of this run alone, without its exit mark."""
+        """Return the last lines of this run alone, up to its exit mark.
+
+        What survives its leader may write after the mark; such lines count only if nothing precedes the mark.
+        """
         await self.written(handle)
         begin = None if self._is_piped(handle.name) else handle.record.log_start
         since = handle.record.spawned_at - 0.01 if begin is None else None
-        found = await self._read(handle.name, Wanted(lines + 1, begin, None, since))
-        if found and handle.exit is not None and found[-1].text == exit_mark(handle.exit):
-            found.pop()
+        found = await self._read(handle.name, Wanted(lines + 1 + _LATE_LINES, begin, None, since))
+        if handle.exit is not None:
+            own = exit_mark(handle.exit)
+            mark = next((number for number, line in reversed([*enumerate(found)]) if line.text == own), len(found))
+            found = found[:mark] or found[mark + 1 :]
         earlier = [number for number, line in enumerate(found) if is_exit_mark(line.text)]
         return found[earlier[-1] + 1 if earlier else 0 :][-lines:]
 

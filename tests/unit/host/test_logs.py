@@ -652,3 +652,24 @@ def test_run_tail_shows_one_run_only(tmp_path: Path) -> None:
                     await host.sweep(handle)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("capture", ["file", "pipe"])
+def test_run_tail_ends_at_the_exit_of_the_leader(tmp_path: Path, capture: str) -> None:
+    """A helper of vLLM warns of leaked semaphores after its leader has exited with the reason."""
+    go = tmp_path / "go"
+
+    async def run() -> None:
+        async with host_in(tmp_path) as host:
+            exits = Exits()
+            late = f"(while [ ! -e {go} ]; do sleep 0.01; done; echo late) &"
+            command = ("/bin/sh", "-c", f"{late} echo the reason; exit 1")
+            handle = await spawn(host, command, exits, name="a", logs=LogPolicy(capture=capture))
+            await exits.next()
+            await host.logs.run_tail(handle)  # the mark is written
+            go.touch()
+            await until(lambda: "late" in (tmp_path / "logs" / "a.log").read_text())
+            assert [line.text for line in await host.logs.run_tail(handle)] == ["the reason"]
+            await host.sweep(handle)
+
+    asyncio.run(run())
