@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fleetd.config.names import RESERVED_NAMES, free_name
 from fleetd.config.schema.base import MODEL_NAME, PROCESS_NAME
 from fleetd.host.system.memory import DeviceSample
 from fleetd.resolver.devices import SHARES
@@ -21,7 +22,7 @@ from fleetd.setup.servers import Running
 from fleetd.units import show_size
 
 MAX_MODELS = 1000
-RESERVED = ("all", "ollama", "lmstudio", "server", "fleetd")
+RESERVED = RESERVED_NAMES | {"ollama", "lmstudio", "server"}
 INSTALL_LLAMA = (
     "llama.cpp is not installed: pipx inject fleetd 'fleetd[llamacpp]' (or pip install), or put llama-server on PATH"
 )
@@ -372,10 +373,7 @@ def unique(wanted: str, taken: Mapping[str, Any], *, process: bool = False) -> s
     )
     base = wanted if re.fullmatch(pattern, wanted) else re.sub(others, "-", wanted)
     base = base.lstrip("._:/@+-")[:longest].rstrip("-") or "model"
-    key, number = base, 2
-    while key in taken or key in RESERVED:
-        key, number = f"{base}-{number}", number + 1
-    return key
+    return free_name(base, taken, RESERVED, longest=200)
 
 
 def _advice(machine: Machine, result: FleetProposal) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fleetd.config.importers.emit import Variable, to_yaml
 from fleetd.config.importers.report import Imported, Report
+from fleetd.config.names import free_name
 from fleetd.config.schema.base import MODEL_NAME
 from fleetd.config.yaml.parser import Source, compose
 from fleetd.config.yaml.transform import plain
@@ -109,9 +110,7 @@ class _LiteLlmReader:
             return self._servers[known]
         host = re.sub(r"^https?://|[/:].*$", "", address)
         wanted = re.sub(r"[^A-Za-z0-9._]+", "-", provider if not base else f"{provider}-{host}").strip("-._")[:50]
-        name, number = wanted, 2
-        while name in self.instances:
-            name, number = f"{wanted}-{number}", number + 1
+        name = free_name(wanted, self.instances)
         entry: dict[str, Any] = {"engine": engine, "external": address}
         if key and engine == "external" and key not in ("none", "dummy", "sk-no-key-required", "EMPTY"):
             entry["options"] = {"api_key": key}

@@ -16,6 +16,7 @@ from typing import Any
 from fleetd.config.importers.emit import Variable, literal, to_yaml
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.importers.servers import server_entry
+from fleetd.config.names import process_name
 from fleetd.errors import ConfigError, Problem
 
 _EXPRESSION = re.compile(r"%\(([A-Za-z_][A-Za-z0-9_]*)\)(?:0?\d*[sd])|%%")
@@ -43,7 +44,7 @@ def import_supervisord(text: str, *, shown: str = "supervisord.conf") -> Importe
     report = Report()
     data: dict[str, Any] = {"version": 1}
     for section in sorted(programs, key=lambda one: _whole(parser[one].get("priority")) or 999):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", section.partition(":")[2].strip()).strip("-._")[:63] or "program"
+        name = process_name(section.partition(":")[2].strip(), "program")
         try:
             place, entry = _ProgramReader(name, dict(parser[section]), Path(shown), report).entry()
         except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from fleetd.config.importers.emit import Variable, literal, to_yaml
 from fleetd.config.importers.report import Imported, Report
 from fleetd.config.importers.servers import server_entry
+from fleetd.config.names import process_name
 from fleetd.errors import ConfigError, Problem
 
 _SECTION = re.compile(r"\[([^\]]+)\]")
@@ -38,7 +39,7 @@ def import_systemd(text: str, *, shown: str = "model.service") -> Imported:
     if not settings.get("ExecStart"):
         raise ConfigError([Problem(shown, 0, 0, "", "has no ExecStart: is it a service unit?")])
     report = Report()
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(shown).name.removesuffix(".service")).strip("-._@")[:63] or "service"
+    name = process_name(Path(shown).name.removesuffix(".service"), "service")
     reader = _UnitReader(name, settings, report)
     section, entry = reader.entry()
     data = {"version": 1, section: {name: entry}}

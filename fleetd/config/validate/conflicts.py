@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from fleetd.config.names import RESERVED_NAMES
 from fleetd.config.schema.base import MODEL_NAME, PROCESS_NAME
 from fleetd.config.schema.fleet import DEFAULT_ADMIN, DEFAULT_LISTEN
 from fleetd.config.schema.types import Address, AddressType, Flag
@@ -24,7 +25,6 @@ from fleetd.units import shown
 
 _PROCESS_NAME = re.compile(PROCESS_NAME)
 _MODEL_NAME = re.compile(MODEL_NAME)
-RESERVED_NAMES = frozenset({"all", "fleetd", "fleetctl"})
 
 
 def check(data: Any, source_map: SourceMap, messages: Messages) -> list[Problem]:

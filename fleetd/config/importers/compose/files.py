@@ -16,13 +16,13 @@ from fleetd.config.importers.compose.services import ComposeService, ServiceRead
 from fleetd.config.importers.compose.values import ComposeValues
 from fleetd.config.importers.emit import to_yaml
 from fleetd.config.importers.report import Imported, Report
+from fleetd.config.names import free_name, process_name
 from fleetd.config.yaml.parser import Source, compose
 from fleetd.config.yaml.transform import plain
 from fleetd.errors import ConfigError, Problem
 
 _LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*")
 _LONGEST = 256 * 1024
-_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def import_compose(text: str, *, shown: str = "compose.yaml") -> Imported:
@@ -85,9 +85,7 @@ def _services(found: dict[str, Any], values: ComposeValues, report: Report) -> d
             ports = []
         if engine is not None:
             ports.sort(key=lambda pair: pair[1] != inside)
-        key = _NOT_IN_NAME.sub("-", str(name)).strip("-._")[:63] or "service"
-        while key in keys:
-            key = f"{key[:60]}-2"
+        key = free_name(process_name(str(name), "service"), keys)
         keys.add(key)
         services[str(name)] = ComposeService(str(name), key, raw, engine, ports)
     return services

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterable
 
 from fleetd.config.importers.report import Report
+from fleetd.config.names import RESERVED_NAMES, free_name, process_name
 from fleetd.config.schema.base import MODEL_NAME
 
-_NOT_IN_PROCESS = re.compile(r"[^A-Za-z0-9._-]+")
 _NOT_IN_MODEL = re.compile(r"[^A-Za-z0-9._:/@+-]+")
-_RESERVED = frozenset({"all", "fleetd", "fleetctl"})
 _MODEL = re.compile(MODEL_NAME)
 
 
@@ -27,18 +26,16 @@ class SwapNames:
         self.keys: dict[str, str] = {}
         self._taken: set[str] = set()
         for name in models:
-            self.keys[name] = self._unique(process_name(name))
+            self.keys[name] = self._unique(_model_name(name))
 
     def _unique(self, wanted: str) -> str:
-        key, number = wanted, 2
-        while key in self._taken:
-            key, number = f"{wanted[:59]}-{number}", number + 1
+        key = free_name(wanted, self._taken)
         self._taken.add(key)
         return key
 
     def reserve(self, wanted: str) -> str:
         """Return a free name for an entry of another kind."""
-        return self._unique(process_name(wanted))
+        return self._unique(_model_name(wanted))
 
     def aliases(self, name: str, stated: Iterable[str]) -> list[str]:
         """Return the aliases of a model, its own name first where that differs from its key."""
@@ -63,7 +60,6 @@ class SwapNames:
         return found
 
 
-def process_name(text: str) -> str:
-    """Return a text as the name of a process."""
-    name = _NOT_IN_PROCESS.sub("-", text).strip("-._")[:59] or "model"
-    return f"{name}-model" if name in _RESERVED else name
+def _model_name(text: str) -> str:
+    name = process_name(text, "model", 59)
+    return f"{name}-model" if name in RESERVED_NAMES else name

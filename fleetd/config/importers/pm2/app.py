@@ -20,6 +20,7 @@ from fleetd.config.importers.pm2.ollama import is_ollama, to_instance
 from fleetd.config.importers.pm2.program import BY_SUFFIX, command_of, head_of, main_file, starts_node
 from fleetd.config.importers.pm2.values import env_texts, literal, unmarked, words_of
 from fleetd.config.importers.report import Report
+from fleetd.config.names import process_name
 from fleetd.units import expand_home
 
 _ALIASES = {
@@ -224,4 +225,4 @@ class Pm2App:
 
 def _name(fields: dict[str, Any]) -> str:
     name = fields.get("name") or PurePosixPath(str(fields.get("script") or "app").split(" ")[0]).stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(name)).strip("-._")[:63] or "app"
+    return process_name(str(name), "app")

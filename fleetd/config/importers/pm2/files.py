@@ -21,6 +21,7 @@ from fleetd.config.importers.pm2.app import Pm2App
 from fleetd.config.importers.pm2.fields import convert
 from fleetd.config.importers.relaxed_json import parse_relaxed
 from fleetd.config.importers.report import Imported, Report
+from fleetd.config.names import RESERVED_NAMES, free_name
 from fleetd.config.schema.fleet import DEFAULT_ADMIN, DEFAULT_LISTEN
 from fleetd.config.secrets import holds_secret
 from fleetd.config.yaml.parser import Source, compose, read_source
@@ -206,9 +207,7 @@ def _own_env(name: str, env: Any, report: Report) -> dict[str, str]:
 
 
 def _free(name: str, taken: set[str], report: Report) -> str:
-    free, number = name, 2
-    while free in taken or free in ("all", "fleetd", "fleetctl"):
-        free, number = f"{name}-{number}", number + 1
+    free = free_name(name, taken, RESERVED_NAMES)
     if free != name:
         report.approximated(name, "name", f"is taken: {free}")
     return free
