@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 MAX_SIZE_BYTES = 2**63 - 1
@@ -216,3 +217,10 @@ def expand_home(text: str) -> str:
 def counted(count: int, noun: str, plural: str = "s") -> str:
     """Return a number with its noun: `1 process`, `2 processes` (with `es`)."""
     return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names and how many more there are: `a, b, c and 2 more`."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fleetd.cli.render import STATE_COLOURS, YELLOW, Screen, clean, duration
+from fleetd.units import listed
 
 Row = Mapping[str, Any]
 STATES = frozenset({"FAILED", "BACKOFF", "BLOCKED", "UNHEALTHY"})
@@ -38,7 +39,7 @@ def problem_lines(screen: Screen, status: Row) -> Iterator[str]:
             names.append(name)
     seen: set[tuple[str, str]] = set()
     for (state, reason, hint), names in groups.items():
-        shown = ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > 6 else "")
+        shown = listed(names, _NAMES_SHOWN)
         if (shown, reason) in seen:
             continue
         seen.add((shown, reason))

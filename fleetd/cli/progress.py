@@ -17,6 +17,7 @@ from typing import Any
 
 from fleetd.cli.client import Client, CliError
 from fleetd.cli.render import clean, duration, shorten, size
+from fleetd.units import listed
 
 PATIENCE_S = 1.0
 PERIOD_S = 0.5
@@ -143,6 +144,4 @@ def model_text(row: Row) -> str:
 
 
 def _several(rows: Sequence[Row]) -> str:
-    shown = ", ".join(f"{row.get('name')} {row.get('state')}" for row in rows[:_NAMES_SHOWN])
-    more = f" and {len(rows) - _NAMES_SHOWN} more" if len(rows) > _NAMES_SHOWN else ""
-    return shown + more
+    return listed((f"{row.get('name')} {row.get('state')}" for row in rows), _NAMES_SHOWN)

@@ -21,6 +21,7 @@ from fleetd.cli.render import (
 )
 from fleetd.cli.views.lines import event_line
 from fleetd.cli.views.tables import Row, on_of, split_of, ttl_of
+from fleetd.units import counted
 
 
 def one_process(screen: Screen, detail: Row) -> None:
@@ -36,8 +37,7 @@ def one_process(screen: Screen, detail: Row) -> None:
     reason = f": {clean(row['reason'])}" if row.get("reason") else ""
     _field(screen, "State", f"{screen.state(state)}{since}{following}{reason}")
     _hint(screen, row)
-    restarts = row.get("restarts")
-    _field(screen, "Wanted", f"{row.get('desired')}, restarted {restarts} time{'' if restarts == 1 else 's'}")
+    _field(screen, "Wanted", f"{row.get('desired')}, restarted {counted(row.get('restarts'), 'time')}")
     if row.get("pid"):
         _field(screen, "Uptime", duration(row.get("uptime_s")))
     if detail.get("source"):

@@ -26,6 +26,7 @@ from fleetd.errors import ApiError, ConfigError, HostError
 from fleetd.host.logs.registry import LogRegistry
 from fleetd.host.state_store import StateStore
 from fleetd.resolver.change_plan import affected, plan_of
+from fleetd.units import counted
 
 LOCK_WAIT_S = 20.0  # shorter than the timeout of `fleetctl reload`
 
@@ -126,7 +127,7 @@ class ConfigApplier:
         self._context.dispatch(SpecChanged(new.spec, missing=missing.processes, missing_models=missing.models))
         after = set(new.spec.processes) | set(new.spec.models)
         count = len(new.warnings)
-        noted = f", with {count} warning{'' if count == 1 else 's'} (fleetd check {config.path})" if count else ""
+        noted = f", with {counted(count, 'warning')} (fleetd check {config.path})" if count else ""
         reporter.events.report(
             "config", None, EventCode.CONFIG_APPLIED, f"{config.path} applied{noted}", config_hash=new.config_hash
         )

@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Iterator
 
 from fleetd.setup.doctor.facts import Facts, ServiceFact
-from fleetd.setup.doctor.findings import Finding, count, failed, listed, passed, warned
+from fleetd.setup.doctor.findings import Finding, failed, passed, warned
+from fleetd.units import counted, listed
 
 LABEL = "org.fleetd.fleetd"
 
@@ -77,7 +78,7 @@ def left(facts: Facts) -> Iterator[Finding]:
         return
     if facts.left:
         names = listed(f"{one.name} (pid {one.pid})" for one in facts.left)
-        text = f"{count(len(facts.left), 'process')} of a daemon that no longer runs: {names}"
+        text = f"{counted(len(facts.left), 'process', 'es')} of a daemon that no longer runs: {names}"
         pids = " ".join(str(one.pid) for one in facts.left)
         yield warned("left", text, f"{_run(facts)}   # adopts them; or: kill {pids}")
     else:

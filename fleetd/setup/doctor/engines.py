@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fleetd.setup.doctor.facts import Facts
-from fleetd.setup.doctor.findings import Finding, Severity, count, failed, listed, passed, warned
+from fleetd.setup.doctor.findings import Finding, Severity, failed, passed, warned
+from fleetd.units import counted, listed
 
 Version = tuple[int, ...]
 
@@ -75,7 +76,7 @@ def programs(facts: Facts) -> Iterator[Finding]:
         else:
             good += 1
     if good:
-        yield passed("programs", f"{count(good, 'program')} found")
+        yield passed("programs", f"{counted(good, 'program')} found")
 
 
 def versions(facts: Facts) -> Iterator[Finding]:
@@ -145,7 +146,7 @@ def ports(facts: Facts) -> Iterator[Finding]:
             fix = look if facts.platform == "linux" else f"sudo lsof -nP -iTCP:{port.port} -sTCP:LISTEN"
         yield failed("ports", text, fix)
     if good:
-        yield passed("ports", f"{count(good, 'port')} free or in use by this fleet")
+        yield passed("ports", f"{counted(good, 'port')} free or in use by this fleet")
 
 
 def ollama(facts: Facts) -> Iterator[Finding]:

@@ -40,15 +40,3 @@ def warned(check: str, text: str, fix: str) -> Finding:
 
 def failed(check: str, text: str, fix: str) -> Finding:
     return Finding(check, Severity.FAIL, text, fix)
-
-
-def count(number: int, one: str) -> str:
-    """Return `1 file`, `2 files`."""
-    return f"{number} {one}{'' if number == 1 else 'es' if one.endswith('s') else 's'}"
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Return the first names and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more

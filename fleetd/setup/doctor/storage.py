@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Iterator
 
 from fleetd.setup.doctor.facts import Facts, FolderFact
-from fleetd.setup.doctor.findings import Finding, count, failed, listed, passed, warned
-from fleetd.units import show_size
+from fleetd.setup.doctor.findings import Finding, failed, passed, warned
+from fleetd.units import counted, listed, show_size
 
 MIB = 1 << 20
 FULL_BYTES, LOW_BYTES = 64 * MIB, 1024 * MIB
@@ -29,10 +29,10 @@ def config(facts: Facts) -> Iterator[Finding]:
         yield failed("config", f"{found.path}: {found.unread}", f"ls -l {path}")
     elif found.problems:
         first = found.problems[0].splitlines()[0]
-        yield failed("config", f"{count(len(found.problems), 'problem')}: {first}", f"fleetd check {path}")
+        yield failed("config", f"{counted(len(found.problems), 'problem')}: {first}", f"fleetd check {path}")
     elif found.warnings:
         first = found.warnings[0].splitlines()[0]
-        yield warned("config", f"{count(len(found.warnings), 'warning')}: {first}", f"fleetd check {path}")
+        yield warned("config", f"{counted(len(found.warnings), 'warning')}: {first}", f"fleetd check {path}")
     else:
         yield passed("config", f"{found.path} passes the check")
     if found.exposed is not None:
@@ -148,4 +148,4 @@ def required_paths(facts: Facts) -> Iterator[Finding]:
         else:
             yield failed("files", text, f"ls -l {shlex.quote(path.path)}")
     if facts.paths and not missing:
-        yield passed("files", f"{count(len(facts.paths), 'required path')} present")
+        yield passed("files", f"{counted(len(facts.paths), 'required path')} present")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fleetd.setup.doctor.facts import Facts, GpuFact
-from fleetd.setup.doctor.findings import Finding, failed, listed, passed, warned
-from fleetd.units import show_size
+from fleetd.setup.doctor.findings import Finding, failed, passed, warned
+from fleetd.units import listed, show_size
 
 FILES_LEAST, FILES_WANTED = 256, 4096
 FILES_PER_PROCESS = 16  # log, pipe, pidfd, probe connections, and the connections of requests

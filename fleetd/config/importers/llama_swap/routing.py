@@ -14,6 +14,7 @@ from fleetd.config.importers.llama_swap.commands import FLEETD_PORTS
 from fleetd.config.importers.llama_swap.macros import has_variable, written
 from fleetd.config.importers.llama_swap.names import SwapNames
 from fleetd.config.importers.report import Report
+from fleetd.units import listed
 
 _PERSISTENT = 100  # the priority of models that swap among themselves only
 _LEFT_OUT = {
@@ -113,10 +114,9 @@ class _Across:
             if key not in sized and key not in together and not ({"external", "instance", "route"} & set(entry))
         ]  # fmt: skip
         if unknown and len(self.models) > 1:
-            few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             detail = (
                 "llama-swap runs one model at a time; fleetd keeps what fits, and cannot know the memory of "
-                f"{few}: they stay loaded together until you state it, such as memory: 8GiB"
+                f"{listed(unknown, 5)}: they stay loaded together until you state it, such as memory: 8GiB"
             )
             self.report.warn("", "memory", detail)
 
