@@ -49,13 +49,17 @@ class Problem:
     excerpt: str = ""
     caret: int = 0  # the column of the place in the excerpt
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The place and the message, without the excerpt."""
         where = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: "
         subject = f"{self.path}: " if self.path else ""
-        head = f"{where}{subject}{self.message}"
+        return f"{where}{subject}{self.message}"
+
+    def __str__(self) -> str:
         if not self.excerpt:
-            return head
-        return f"{head}\n    {self.excerpt}\n    {' ' * max(0, self.caret - 1)}^"
+            return self.headline
+        return f"{self.headline}\n    {self.excerpt}\n    {' ' * max(0, self.caret - 1)}^"
 
 
 class ConfigError(FleetError):

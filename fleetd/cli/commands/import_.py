@@ -14,7 +14,6 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +133,11 @@ def _check(text: str, path: Path, report: Report) -> None:
     try:
         _, resolved = load_and_resolve(path, os.environ, text)
     except ConfigError as error:
-        report.checked([str(replace(problem, excerpt="")) for problem in error.problems], ())
+        report.checked([problem.headline for problem in error.problems], ())
     except FleetError as error:
         report.checked([error.sentence], ())
     else:
-        report.checked((), [str(replace(warning, excerpt="")) for warning in resolved.warnings])
+        report.checked((), [warning.headline for warning in resolved.warnings])
 
 
 def _warn_of_pm2(data: Mapping[str, Any]) -> None:

@@ -155,9 +155,9 @@ class StatusView:
 
     def _config_warnings(self) -> list[str]:
         """Return the first warnings of the running configuration, each as one line."""
-        warnings = [str(warning).splitlines()[0] for warning in self._config.resolved.warnings]
+        warnings = self._config.resolved.warnings
         more = len(warnings) - _WARNINGS_SHOWN
-        shown = warnings[:_WARNINGS_SHOWN]
+        shown = [warning.headline for warning in warnings[:_WARNINGS_SHOWN]]
         return [*shown, f"{more} more: fleetd check {self._config.path}"] if more > 0 else shown
 
     def _host(self) -> HostStatus:

@@ -107,7 +107,7 @@ class ActiveConfiguration:
         problems = error.problems if isinstance(error, ConfigError) else ()
         files = error.files if isinstance(error, ConfigError) else ()
         self.files_to_fix = tuple(dict.fromkeys([*files, *(Path(problem.file) for problem in problems)]))
-        first = str(problems[0]) if problems else str(error)
+        first = problems[0].headline if problems else str(error).splitlines()[0]
         more = len(problems) - 1
-        self.error = first.splitlines()[0] + (f" (and {more} more)" if more > 0 else "")
+        self.error = first + (f" (and {more} more)" if more > 0 else "")
         return self.error

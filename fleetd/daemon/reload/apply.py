@@ -91,7 +91,7 @@ class ConfigApplier:
         new = reading.resolved
         plan = plan_of(old, new, reading.edits, path or str(config.path))
         if new.warnings:
-            plan["warnings"] = [str(warning).splitlines()[0] for warning in new.warnings]
+            plan["warnings"] = [warning.headline for warning in new.warnings]
         if options.expect_hash is not None and options.expect_hash != new.config_hash:
             raise ApiError(
                 409,
@@ -136,7 +136,7 @@ class ConfigApplier:
             self._store.forget(name)
         reporter.log.info("applied", config=str(config.path), config_hash=new.config_hash)
         for warning in new.warnings:
-            reporter.log.warning("configuration", problem=str(warning).splitlines()[0])
+            reporter.log.warning("configuration", problem=warning.headline)
         config.publish()
 
     async def _outcomes(
@@ -172,8 +172,9 @@ class ConfigApplier:
         except (ConfigError, HostError) as error:
             first = config.reject(error)
             text = "fleet.yaml has errors and was not applied; the previous configuration stays in force"
-            for problem in error.problems if isinstance(error, ConfigError) else (error,):
-                log.error(text, problem=str(problem).splitlines()[0])
+            problems = error.problems if isinstance(error, ConfigError) else ()
+            for problem in [one.headline for one in problems] or [first]:
+                log.error(text, problem=problem)
             self._context.reporter.events.report("config", None, EventCode.CONFIG_REJECTED, first)
             config.publish()
             return
