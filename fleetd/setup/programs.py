@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fleetd.engines.lmstudio.engine import PLACES as LMSTUDIO_PLACES
 from fleetd.engines.ollama.engine import PLACES as OLLAMA_PLACES
+from fleetd.engines.program import in_places
 from fleetd.host.process.ask import Answered, ask
 
 ASK_S = 4.0
@@ -64,8 +65,7 @@ def find(name: str, env: Mapping[str, str], ask: Ask = ask) -> Installed | None:
     """Return one program; None if it is nowhere."""
     places, flag = PROGRAMS[name]
     path = shutil.which(name, path=env.get("PATH", os.defpath))
-    elsewhere = os.pathsep.join(str(Path(place).expanduser()) for place in places)
-    program = path or (shutil.which(name, path=elsewhere) if elsewhere else None)
+    program = path or in_places(name, places)
     if program is None:
         return None
     if flag is None:

@@ -24,6 +24,7 @@ from typing import Any
 from fleetd import __version__
 from fleetd.config.load import LoadedConfig, load
 from fleetd.config.schema.fleet import FleetConfig
+from fleetd.engines.program import in_places
 from fleetd.errors import ConfigError
 from fleetd.host.process.process_set import INSTANCE_VARIABLE, STATE_VARIABLE, carriers
 from fleetd.host.process.table import ProcessTable, command_of, system_table
@@ -308,9 +309,7 @@ def _is_lost(name: str, baked: str) -> bool:
     """Return whether a service with this PATH does not find a program by its name."""
     if "/" in name or shutil.which(name, path=baked) is not None:
         return False
-    places = programs.PROGRAMS.get(name, ((), None))[0]
-    elsewhere = os.pathsep.join(str(Path(place).expanduser()) for place in places)
-    return not elsewhere or shutil.which(name, path=elsewhere) is None
+    return in_places(name, programs.PROGRAMS.get(name, ((), None))[0]) is None
 
 
 def _program_problem(words: tuple[str, ...], path: str, cwd: str | None) -> tuple[str | None, str | None]:
