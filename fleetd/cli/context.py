@@ -138,6 +138,14 @@ def _live_names(session: Session, keys: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def near_name(word: str, names: Sequence[str]) -> str | None:
+    """Return the hint with the nearest known name; None if none is near."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]}?" if close else None
+
+
 def completion_of(*keys: str, also: Iterable[str] = ()) -> Callable[..., list[CompletionItem]]:
     """Return a completion callback for names of `processes` and/or `models`; empty without a daemon."""
 

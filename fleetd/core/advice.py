@@ -7,7 +7,6 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fleetd.core.data.fleet_state import FleetState
@@ -194,8 +193,4 @@ def _holders(state: FleetState, model: Model) -> list[Process]:
 def _missing_for(state: FleetState, model: Model) -> tuple[str, ...]:
     """Return what every process of a model misses; empty if one of them could start."""
     holders = _holders(state, model)
-    return _first(process.missing for process in holders) if all(process.missing for process in holders) else ()
-
-
-def _first(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    return next(iter(several), ())
+    return holders[0].missing if holders and all(process.missing for process in holders) else ()

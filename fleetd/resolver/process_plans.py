@@ -81,7 +81,7 @@ class ProcessResolver:
             return
         device = self._device(entry)
         host, port = inner_address(entry.keys, entry.port)
-        places = {"port": port, "host": host, "name": entry.name, "replica": entry.replica, "index": entry.replica - 1}
+        places = _placeholders(entry, host, port)
         own_env = self._env_files.environment(entry, places)
         context = self._context(entry, options, device, models, places, own_env.values)
         before = len(self.findings.problems)
@@ -232,13 +232,7 @@ class ProcessResolver:
         requires = [str(self.loaded.resolve((*path, "requires"), text)) for text in keys.requires]
         service = entry.engine_keys is None
         options, shared = context.options, context.options.shared()
-        places = {
-            "port": context.port,
-            "host": context.host,
-            "name": context.name,
-            "replica": context.replica,
-            "index": context.replica - 1,
-        }
+        places = _placeholders(entry, context.host, context.port)  # outside of a container
         return LaunchPlan(
             name=entry.name,
             base=entry.base,
@@ -353,6 +347,11 @@ class ProcessResolver:
             for name in self._behind.get(base, [])
             if name != entry.name
         )
+
+
+def _placeholders(entry: ConfigEntry, host: str, port: int | None) -> dict[str, object]:
+    """Return the values of `{port}`, `{host}`, `{name}`, `{replica}` and `{index}`."""
+    return {"port": port, "host": host, "name": entry.name, "replica": entry.replica, "index": entry.replica - 1}
 
 
 def _parts(option: str) -> Path_:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from fleetd.cli.client import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_UNKNOWN, CliError, RequestRefused
-from fleetd.cli.context import Session, completion_of, forms, say
+from fleetd.cli.context import Session, completion_of, forms, near_name, say
 from fleetd.cli.render import DIM, clean
 
 LOAD_S = 3600.0  # the limit of the load itself comes first
@@ -91,13 +91,9 @@ class _Conversation:
         for row in rows:
             if row["name"] == self.model or self.model in (row.get("aliases") or ()):
                 return row  # type: ignore[no-any-return]
-        from difflib import get_close_matches
-
         names = [name for row in rows for name in (row["name"], *(row.get("aliases") or ()))]
-        close = get_close_matches(self.model, names, n=1)
         known = f"known: {', '.join(sorted(names)[:12])}" if names else "fleet.yaml has no models"
-        hint = f"did you mean {close[0]}?" if close else known
-        raise CliError(f"There is no model named {self.model!r}.", EXIT_UNKNOWN, hint)
+        raise CliError(f"There is no model named {self.model!r}.", EXIT_UNKNOWN, near_name(self.model, names) or known)
 
     def clear(self) -> None:
         """Forget everything but the system text."""

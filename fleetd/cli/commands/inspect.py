@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from fleetd.cli.client import EXIT_NOT_RUNNING, EXIT_OK, EXIT_UNKNOWN, Client, CliError, RequestRefused, Unreachable
-from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, say
+from fleetd.cli.context import FORMS, Session, Since, completion_of, forms, names_argument, near_name, say
 from fleetd.cli.problems import is_problem
 from fleetd.cli.render import PREFIX_COLOURS, clean
 from fleetd.cli.views import detail, tables
@@ -102,11 +102,8 @@ def _only(whole: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     rows = [*whole["processes"], *whole["models"]]
     unknown = [name for name in names if name != "all" and not any(means(name, row) for row in rows)]
     if unknown:
-        from difflib import get_close_matches
-
-        close = get_close_matches(unknown[0], [row["name"] for row in rows], n=1)
         listed = ", ".join(repr(name) for name in unknown)
-        raise CliError(f"unknown name: {listed}", EXIT_UNKNOWN, f"did you mean {close[0]}?" if close else None)
+        raise CliError(f"unknown name: {listed}", EXIT_UNKNOWN, near_name(unknown[0], [row["name"] for row in rows]))
 
     def chosen(key: str) -> list[Any]:
         return [row for row in whole[key] if any(means(name, row) for name in names)]
